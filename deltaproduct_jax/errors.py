@@ -1,0 +1,25 @@
+"""The two errors that a command turns into one line; everything else is a bug and keeps its traceback."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be honoured; the text names it, what it got and what it may be."""
+
+
+class RunDirectoryError(OSError):
+    """A run directory that cannot be written or read, or holds another run."""
+
+
+def require_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Raises ConfigError unless ``value`` is one of ``allowed``."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} is not known; it may be one of {allowed}")
+
+
+def require_at_least(name: str, value: float, minimum: float) -> None:
+    """Raises ConfigError unless ``value >= minimum``."""
+    if not value >= minimum:
+        raise ConfigError(f"{name}={value!r} is too small; it must be at least {minimum}")

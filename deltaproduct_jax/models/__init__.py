@@ -1,0 +1,1 @@
+"""Whole models: configuration and sequence model."""

@@ -1,0 +1,1 @@
+"""Pure functions of arrays: the recurrence in every form."""

@@ -1,0 +1,1 @@
+"""What is learnt: data drawn on the fly, and how an answer is scored."""

@@ -1,0 +1,1 @@
+"""One thin script per question; run as ``python -m experiments.NAME``."""
