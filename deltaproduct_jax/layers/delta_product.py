@@ -1,0 +1,369 @@
+"""The (Gated) DeltaProduct layer, and the same as a recurrent cell.
+
+Section 3 of the paper (Siems et al., 2025) and the layer of flash-linear-attention, whose parameter
+names are kept. Per token, with ``R`` Householder factors:
+
+    q, k, v = act(conv(x W)),  beta = sigmoid(x W_b) [* 2],  g = -exp(A_log) softplus(x W_a + dt_bias)
+    o       = delta_product(l2norm(q), l2norm(k), v, beta, g)
+    y       = (rmsnorm(o) * silu(x W_g)) W_o
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.layers.initializers import (
+    INITIALIZERS,
+    conv_init,
+    decay_rate_init,
+    decay_step_init,
+    projection_init,
+)
+from deltaproduct_jax.layers.padding import compact, spread
+from deltaproduct_jax.layers.short_conv import ShortConv, segment_runs
+from deltaproduct_jax.ops.api import delta_product, delta_product_step
+
+QK_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "none": lambda x: x,
+}
+
+
+class DeltaProductState(NamedTuple):
+    """What a layer remembers of the tokens so far.
+
+    Attributes:
+        recurrent: ``[B, Hv, K, V]``, float32 (float64 when the layer computes in it).
+        q_conv, k_conv, v_conv: ``[B, conv_size - 1, channels]``, the last inputs of each short
+            convolution, oldest first; ``[B, 0, 0]`` without convolutions.
+    """
+
+    recurrent: jax.Array
+    q_conv: jax.Array
+    k_conv: jax.Array
+    v_conv: jax.Array
+
+
+class GatedDeltaProduct(nnx.Module):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]`` with a DeltaProduct state in every head.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        num_heads: heads ``H`` of queries and keys.
+        head_dim: key width ``K`` of a head.
+        num_v_heads: value heads ``Hv``, a multiple of ``num_heads``; None for ``num_heads``.
+        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
+        num_householder: Householder factors ``R`` a token (the paper's n_h).
+        allow_neg_eigval: beta in (0, 2), eigenvalues in (-1, 1), instead of (0, 1).
+        use_forget_gate: a decay a token and value head.
+        use_output_gate: gate the normalised output by ``silu(x W_g)``.
+        use_short_conv: causal convolution over ``conv_size`` tokens on q, k and v.
+        conv_size: taps of the convolution.
+        qk_activation: ``"silu"`` (the paper's) or ``"none"`` on q and k; v always has SiLU.
+        beta_bias: starting value of a learnt bias before beta's sigmoid; None for no bias, as in
+            the paper. A positive one starts training near reflections.
+        norm_eps: epsilon of the output norm.
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
+        initializer_range: standard deviation of ``"fla"``.
+        implementation: how the op is computed, see ``delta_product``.
+        chunk_size: tokens in a chunk of the op; None lets the op choose.
+        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
+        param_dtype: dtype of the parameters; those of the forget gate are float32 always.
+        rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 6,
+        head_dim: int = 256,
+        num_v_heads: int | None = None,
+        expand_v: float = 2.0,
+        num_householder: int = 2,
+        allow_neg_eigval: bool = True,
+        use_forget_gate: bool = True,
+        use_output_gate: bool = True,
+        use_short_conv: bool = True,
+        conv_size: int = 4,
+        qk_activation: str = "silu",
+        beta_bias: float | None = None,
+        norm_eps: float = 1e-5,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        check_heads(num_heads, num_v_heads, head_dim, expand_v)
+        require_at_least("hidden_size", hidden_size, 1)
+        require_at_least("num_householder", num_householder, 1)
+        require_at_least("conv_size", conv_size, 1)
+        require_one_of("qk_activation", qk_activation, QK_ACTIVATIONS)
+        require_one_of("initializer", initializer, INITIALIZERS)
+
+        self.num_heads, self.num_v_heads = num_heads, num_v_heads
+        self.head_dim, self.value_dim = head_dim, round(head_dim * expand_v)
+        self.num_householder = num_householder
+        self.allow_neg_eigval = allow_neg_eigval
+        self.use_forget_gate = use_forget_gate
+        self.use_output_gate = use_output_gate
+        self.use_short_conv = use_short_conv
+        self.conv_size = conv_size
+        self.qk_activation = qk_activation
+        self.implementation, self.chunk_size = implementation, chunk_size
+        self.dtype = jnp.dtype(dtype)
+
+        def project(
+            out_features: int, parts: int = 1, in_features: int = hidden_size
+        ) -> nnx.Linear:
+            init = projection_init(initializer, initializer_range, in_features, out_features, parts)
+            return nnx.Linear(
+                in_features,
+                out_features,
+                use_bias=False,
+                kernel_init=init,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        R, Hv, V = num_householder, num_v_heads, self.value_dim
+        widths = {"q": num_heads * head_dim, "k": R * num_heads * head_dim, "v": R * Hv * V}
+        self.q_proj = project(widths["q"])
+        self.k_proj = project(widths["k"], parts=R)
+        self.v_proj = project(widths["v"], parts=R)
+        self.b_proj = project(R * Hv, parts=R)
+        if beta_bias is not None:
+            self.b_bias = nnx.Param(jnp.full((R * Hv,), beta_bias, param_dtype))
+        if use_short_conv:
+            taps = conv_init(initializer, initializer_range, conv_size)
+            for name, width in widths.items():
+                act = nnx.silu if name == "v" else QK_ACTIVATIONS[qk_activation]
+                conv = ShortConv(
+                    width,
+                    conv_size,
+                    activation=act,
+                    kernel_init=taps,
+                    param_dtype=param_dtype,
+                    rngs=rngs,
+                )
+                setattr(self, f"{name}_conv1d", conv)
+        if use_forget_gate:
+            self.a_proj = project(Hv)
+            self.A_log = nnx.Param(decay_rate_init(rngs.params(), (Hv,)))
+            self.dt_bias = nnx.Param(decay_step_init(rngs.params(), (Hv,)))
+        if use_output_gate:
+            self.g_proj = project(Hv * V)
+        self.o_norm = nnx.RMSNorm(
+            V, epsilon=norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.o_proj = project(hidden_size, in_features=Hv * V)
+
+    def init_state(self, batch_size: int) -> DeltaProductState:
+        """The state before the first token: all zero."""
+        shape = (batch_size, self.num_v_heads, self.head_dim, self.value_dim)
+        recurrent = jnp.zeros(shape, jnp.promote_types(self.dtype, jnp.float32))
+        if self.use_short_conv:
+            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+            tails = [conv.init_state(batch_size, self.dtype) for conv in convs]
+        else:
+            tails = [jnp.zeros((batch_size, 0, 0), self.dtype)] * 3
+        return DeltaProductState(recurrent, *tails)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: DeltaProductState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], DeltaProductState]:
+        """Mixes whole sequences.
+
+        Args:
+            x: inputs.
+            state: state of the tokens before; None for none. It continues each row's first segment.
+            segment_ids: sequence that each token belongs to; convolution and recurrence start anew
+                where it changes.
+            mask: False at padding, anywhere in a row. Padding is skipped: neither convolution nor
+                recurrence sees it, and its output is zero.
+
+        Returns:
+            The outputs, and the state after the last token of each row's last segment.
+        """
+        state = self.init_state(x.shape[0]) if state is None else state
+        if mask is not None:
+            x, segment_ids, length = compact(x, segment_ids, mask)
+        else:
+            length = None
+        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length)
+        if length is not None:
+            kept = jnp.arange(x.shape[1])[None] < length[:, None]
+            beta = jnp.where(kept[:, :, None, None], beta, 0)
+            g = None if g is None else jnp.where(kept[:, :, None], g, 0)
+        o, recurrent = delta_product(
+            q,
+            k,
+            v,
+            beta,
+            g,
+            initial_state=state.recurrent,
+            segment_ids=segment_ids,
+            use_qk_l2norm=True,
+            chunk_size=self.chunk_size,
+            implementation=self.implementation,
+        )
+        y = self._output(o, x)
+        if mask is not None:
+            y = spread(y, mask)
+        return y, DeltaProductState(recurrent, *tails)
+
+    def step(
+        self, state: DeltaProductState, x: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D"], DeltaProductState]:
+        """One token for every row: returns the outputs and the state after it."""
+        x = x[:, None]
+        q, k, v, beta, g, tails = self._inputs(x, state, None, None)
+        o, recurrent = delta_product_step(
+            state.recurrent,
+            q[:, 0],
+            k[:, 0],
+            v[:, 0],
+            beta[:, 0],
+            None if g is None else g[:, 0],
+            use_qk_l2norm=True,
+        )
+        return self._output(o[:, None], x)[:, 0], DeltaProductState(recurrent, *tails)
+
+    def _inputs(
+        self,
+        x: jax.Array,
+        state: DeltaProductState,
+        segment_ids: jax.Array | None,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, list[jax.Array]]:
+        """q, k, v, beta, g of the op and the convolutions' states after the last token."""
+        B, T, _ = x.shape
+        R, H, Hv, K, V = (
+            self.num_householder,
+            self.num_heads,
+            self.num_v_heads,
+            self.head_dim,
+            self.value_dim,
+        )
+        run = None if segment_ids is None else segment_runs(segment_ids)
+        mixed, tails = [], []
+        for name, tail in (("q", state.q_conv), ("k", state.k_conv), ("v", state.v_conv)):
+            u = getattr(self, f"{name}_proj")(x)
+            if self.use_short_conv:
+                u, tail = getattr(self, f"{name}_conv1d")(u, tail, run, length)
+            else:
+                u = nnx.silu(u) if name == "v" else QK_ACTIVATIONS[self.qk_activation](u)
+            mixed.append(u)
+            tails.append(tail)
+        q = mixed[0].reshape(B, T, H, K)
+        k = mixed[1].reshape(B, T, R, H, K)
+        v = mixed[2].reshape(B, T, R, Hv, V)
+
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        b = self.b_proj(x).astype(wide)
+        if hasattr(self, "b_bias"):
+            b = b + self.b_bias[...].astype(wide)[None, None]
+        beta = jax.nn.sigmoid(b).reshape(B, T, R, Hv) * (2.0 if self.allow_neg_eigval else 1.0)
+        g = None
+        if self.use_forget_gate:
+            rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
+            a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
+            g = -rate * jax.nn.softplus(a)
+        return q, k, v, beta, g, tails
+
+    def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
+        """Norm, gate and output projection of ``o [B, T, Hv, V]``."""
+        o = self.o_norm(o)
+        if self.use_output_gate:
+            o = o * nnx.silu(self.g_proj(x).reshape(o.shape))
+        return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+
+class DeltaProductCell(nnx.RNNCellBase):
+    """:class:`GatedDeltaProduct` as a cell of Flax's recurrent family, for ``nnx.RNN`` and others.
+
+    ``cell(carry, x)`` takes one token and returns ``(carry, y)``; any leading axes are batch axes.
+    Whole sequences are far faster through the layer itself: ``cell.mixer(x)`` computes the same
+    outputs in parallel.
+
+    Args:
+        in_features: width ``D`` of inputs and outputs.
+        rngs: source of the parameter keys.
+        **kwargs: of :class:`GatedDeltaProduct`.
+    """
+
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **kwargs: object):
+        self.in_features = in_features
+        self.mixer = GatedDeltaProduct(in_features, rngs=rngs, **kwargs)
+
+    def initialize_carry(
+        self,
+        input_shape: Sequence[int],
+        rngs: nnx.Rngs | None = None,
+        carry_init: nnx.Initializer | None = None,
+    ) -> DeltaProductState:
+        """The carry before the first token, for inputs of ``input_shape`` (``[..., D]``).
+
+        Args:
+            input_shape: shape of one token's input, batch axes included.
+            rngs: needed with ``carry_init`` only; a key is drawn from its ``carry`` stream.
+            carry_init: initialiser of the recurrent state; None for zeros.
+        """
+        batch = tuple(input_shape[:-1])
+        state = self.mixer.init_state(1)
+        state = jax.tree.map(lambda a: jnp.broadcast_to(a[0], batch + a.shape[1:]), state)
+        if carry_init is not None:
+            if rngs is None:
+                raise ConfigError("carry_init draws a state and needs rngs, got rngs=None")
+            drawn = carry_init(rngs.carry(), state.recurrent.shape, state.recurrent.dtype)
+            state = state._replace(recurrent=drawn)
+        return state
+
+    def __call__(
+        self, carry: DeltaProductState, inputs: Float[Array, "*batch D"]
+    ) -> tuple[DeltaProductState, Float[Array, "*batch D"]]:
+        """One token."""
+        batch = inputs.shape[:-1]
+        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), carry)
+        y, flat = self.mixer.step(flat, inputs.reshape(-1, inputs.shape[-1]))
+        carry = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)
+        return carry, y.reshape(*batch, -1)
+
+    @property
+    def num_feature_axes(self) -> int:
+        """An input has one feature axis."""
+        return 1
+
+
+def check_heads(num_heads: int, num_v_heads: int, head_dim: int, expand_v: float) -> None:
+    """Raises ConfigError unless the head sizes are positive and fit each other."""
+    require_at_least("num_heads", num_heads, 1)
+    require_at_least("head_dim", head_dim, 1)
+    if num_v_heads < num_heads or num_v_heads % num_heads:
+        raise ConfigError(
+            f"num_v_heads={num_v_heads} must be a positive multiple of num_heads={num_heads}"
+        )
+    value_dim = head_dim * expand_v
+    if round(value_dim) < 1 or abs(value_dim - round(value_dim)) > 1e-6:
+        raise ConfigError(
+            f"expand_v={expand_v} times head_dim={head_dim} is {value_dim}; the value width must "
+            "be a whole number of at least 1"
+        )

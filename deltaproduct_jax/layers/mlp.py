@@ -1,0 +1,50 @@
+"""The channel mixer of a block: SwiGLU."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from deltaproduct_jax.layers.initializers import mlp_down_init
+
+
+def swiglu_width(hidden_size: int, hidden_ratio: float = 4.0) -> int:
+    """Width of the hidden layer when none is given: two thirds of the ratio, up to the next 256."""
+    return 256 * -(-int(hidden_size * hidden_ratio * 2 / 3) // 256)
+
+
+class SwiGLU(nnx.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases (Shazeer, 2020, "GLU variants").
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        intermediate_size: width of the hidden layer.
+        num_layers: depth of the model, by which the paper's initialisation scales ``down``.
+        initializer: ``"paper"`` or ``"fla"``.
+        initializer_range: standard deviation of the normal draws.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters.
+        rngs: source of the parameter keys.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        num_layers: int = 1,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        normal = nnx.initializers.normal(initializer_range)
+        down = mlp_down_init(initializer, initializer_range, intermediate_size, num_layers)
+        shared = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.gate_proj = nnx.Linear(hidden_size, intermediate_size, kernel_init=normal, **shared)
+        self.up_proj = nnx.Linear(hidden_size, intermediate_size, kernel_init=normal, **shared)
+        self.down_proj = nnx.Linear(intermediate_size, hidden_size, kernel_init=down, **shared)
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Applies the layer to every token on its own."""
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))

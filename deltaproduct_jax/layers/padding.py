@@ -1,0 +1,35 @@
+"""Takes padding out of rows and puts it back, so that a mixer never sees it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def compact(
+    x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Int[Array, "B T"] | None, Int[Array, " B"]]:
+    """Moves the tokens that count to the front of each row, in order.
+
+    Args:
+        x: inputs.
+        segment_ids: their segments, or None.
+        mask: True where a token counts.
+
+    Returns:
+        The rows with padding behind, their segment ids (padding carries the last token's, so that
+        it starts no segment), and how many tokens of each row count.
+    """
+    order = jnp.argsort(~mask, axis=1, stable=True)
+    length = jnp.sum(mask, axis=1)
+    x = jnp.take_along_axis(x, order[..., None], axis=1)
+    if segment_ids is not None:
+        position = jnp.minimum(jnp.arange(mask.shape[1])[None], jnp.maximum(length, 1)[:, None] - 1)
+        order = jnp.take_along_axis(order, position, axis=1)
+        segment_ids = jnp.take_along_axis(segment_ids, order, axis=1)
+    return x, segment_ids, length
+
+
+def spread(y: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Undoes :func:`compact` on outputs; padding gets zero."""
+    position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    y = jnp.take_along_axis(y, position[..., None], axis=1)
+    return jnp.where(mask[..., None], y, 0)

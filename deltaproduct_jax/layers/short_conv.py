@@ -1,0 +1,95 @@
+"""Causal depthwise convolution over a few tokens, with a state for decoding and packed rows."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class ShortConv(nnx.Module):
+    """``y[t] = sum_w weight[w] * u[t - conv_size + 1 + w]``, each channel on its own.
+
+    The last tap multiplies the current token. Before the first token of a segment the input counts
+    as zero. Products and the sum are taken in float32 at least.
+
+    Args:
+        channels: number of channels.
+        conv_size: number of taps ``W``, at least 1.
+        activation: applied to the convolution before it is rounded to the dtype of the input.
+        kernel_init: initialiser of the taps ``[W, channels]``.
+        param_dtype: dtype of the taps.
+        rngs: source of the parameter key.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        conv_size: int = 4,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        kernel_init: nnx.Initializer,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.conv_size = conv_size
+        self.channels = channels
+        self.activation = activation
+        self.weight = nnx.Param(kernel_init(rngs.params(), (conv_size, channels), param_dtype))
+
+    def init_state(self, batch_size: int, dtype: jnp.dtype) -> Float[Array, "B tail channels"]:
+        """The state before the first token: ``conv_size - 1`` zero inputs."""
+        return jnp.zeros((batch_size, self.conv_size - 1, self.channels), dtype)
+
+    def __call__(
+        self,
+        u: Float[Array, "B T channels"],
+        state: Float[Array, "B tail channels"],
+        run: Int[Array, "B T"] | None = None,
+        length: Int[Array, " B"] | None = None,
+    ) -> tuple[Float[Array, "B T channels"], Float[Array, "B tail channels"]]:
+        """Convolves ``u`` and returns the state for what follows.
+
+        Args:
+            u: inputs.
+            state: the ``conv_size - 1`` inputs before ``u``, oldest first.
+            run: number of the segment that each token belongs to, 0 for the row's first, counted
+                upwards; None when every row is one segment. ``state`` belongs to run 0.
+            length: number of leading tokens of each row that count; None when all do.
+
+        Returns:
+            The convolution, in the dtype of ``u``, and the last ``conv_size - 1`` inputs of the
+            row's last segment, zero where that segment is shorter.
+        """
+        B, T, _ = u.shape
+        tail = self.conv_size - 1
+        padded = jnp.concatenate([state.astype(u.dtype), u], axis=1)
+        weight = self.weight[...].astype(jnp.promote_types(u.dtype, jnp.float32))
+        if run is not None:
+            run = jnp.concatenate([jnp.zeros((B, tail), run.dtype), run], axis=1)
+
+        y = jnp.zeros((B, T, self.channels), weight.dtype)
+        for tap in range(self.conv_size):
+            shifted = padded[:, tap : tap + T].astype(weight.dtype)
+            if run is not None:
+                same = run[:, tap : tap + T] == run[:, tail:]
+                shifted = jnp.where(same[..., None], shifted, 0)
+            y = y + shifted * weight[tap][None, None]
+
+        if length is None:
+            length = jnp.full((B,), T)
+        # Of ``padded``, the inputs number length .. length + tail - 1 are the last ``tail`` ones.
+        last = length[:, None] + jnp.arange(tail)[None]
+        state = jnp.take_along_axis(padded, last[..., None], axis=1)
+        if run is not None:
+            here = jnp.take_along_axis(run, last, axis=1)
+            state = jnp.where((here == here[:, -1:])[..., None], state, 0)
+        return self.activation(y).astype(u.dtype), state
+
+
+def segment_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Numbers the segments of each row 0, 1, 2, ...; an id that returns is a new segment."""
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    first = jnp.zeros_like(segment_ids[:, :1], jnp.int32)
+    return jnp.concatenate([first, jnp.cumsum(changed.astype(jnp.int32), axis=1)], axis=1)

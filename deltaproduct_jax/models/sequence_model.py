@@ -1,0 +1,166 @@
+"""Embedding, blocks and head: tagger and language model in one."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from deltaproduct_jax.layers.delta_product import DeltaProductState, GatedDeltaProduct
+from deltaproduct_jax.layers.mlp import SwiGLU
+from deltaproduct_jax.models.config import ModelConfig
+
+ModelState = list[DeltaProductState]
+
+
+def make_mixer(config: ModelConfig, rngs: nnx.Rngs) -> GatedDeltaProduct:
+    """The sequence mixer that ``config.mixer`` names."""
+    return GatedDeltaProduct(
+        config.hidden_size,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        num_v_heads=config.num_v_heads,
+        expand_v=config.expand_v,
+        num_householder=config.num_householder,
+        allow_neg_eigval=config.allow_neg_eigval,
+        use_forget_gate=config.mixer.startswith("gated_"),
+        use_output_gate=config.use_output_gate,
+        use_short_conv=config.use_short_conv,
+        conv_size=config.conv_size,
+        qk_activation=config.qk_activation,
+        beta_bias=config.beta_bias,
+        norm_eps=config.norm_eps,
+        initializer=config.initializer,
+        initializer_range=config.initializer_range,
+        implementation=config.implementation,
+        chunk_size=config.chunk_size,
+        rngs=rngs,
+        **config.jax_dtypes,
+    )
+
+
+class Block(nnx.Module):
+    """``x += mixer(norm(x))``, then ``x += mlp(norm(x))``."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        def norm() -> nnx.RMSNorm:
+            return nnx.RMSNorm(
+                config.hidden_size, epsilon=config.norm_eps, rngs=rngs, **config.jax_dtypes
+            )
+
+        self.attn_norm = norm()
+        self.attn = make_mixer(config, rngs)
+        self.mlp_norm = norm()
+        self.mlp = SwiGLU(
+            config.hidden_size,
+            config.mlp_width,
+            num_layers=config.num_layers,
+            initializer=config.initializer,
+            initializer_range=config.initializer_range,
+            rngs=rngs,
+            **config.jax_dtypes,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: DeltaProductState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], DeltaProductState]:
+        """Whole sequences; returns outputs and the mixer's state after them."""
+        y, state = self.attn(self.attn_norm(x), state=state, segment_ids=segment_ids, mask=mask)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+    def step(
+        self, state: DeltaProductState, x: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D"], DeltaProductState]:
+        """One token for every row."""
+        y, state = self.attn.step(state, self.attn_norm(x))
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), state
+
+
+class SequenceModel(nnx.Module):
+    """Token ids to logits over the same ids.
+
+    ``model(tokens)`` is the form for training. For decoding, ``forward`` reads a prompt and returns
+    the state after it, and ``step`` goes on token by token.
+
+    Args:
+        config: what it is made of.
+        rngs: source of the parameter keys.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        normal = nnx.initializers.normal(config.initializer_range)
+        D, dtypes = config.hidden_size, config.jax_dtypes
+        self.embeddings = nnx.Embed(
+            config.vocab_size, D, embedding_init=normal, rngs=rngs, **dtypes
+        )
+        self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = nnx.RMSNorm(D, epsilon=config.norm_eps, rngs=rngs, **dtypes)
+        if not config.tie_embeddings:
+            self.lm_head = nnx.Linear(
+                D, config.vocab_size, use_bias=False, kernel_init=normal, rngs=rngs, **dtypes
+            )
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T vocab"]:
+        """Logits at every position, in the model's dtype.
+
+        Args:
+            tokens: token ids.
+            segment_ids: sequence that each token belongs to; nothing passes from one to the next.
+            mask: False at padding, which no other token sees.
+        """
+        return self.forward(tokens, segment_ids=segment_ids, mask=mask)[0]
+
+    def init_state(self, batch_size: int) -> ModelState:
+        """The state before the first token, one entry a block."""
+        return [block.attn.init_state(batch_size) for block in self.layers]
+
+    def forward(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        state: ModelState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T vocab"], ModelState]:
+        """As calling the model, from a state; returns the logits and the state after the tokens."""
+        before = [None] * len(self.layers) if state is None else state
+        x, after = self.embeddings(tokens), []
+        for block, entry in zip(self.layers, before, strict=True):
+            x, entry = block(x, state=entry, segment_ids=segment_ids, mask=mask)
+            after.append(entry)
+        return self._head(x), after
+
+    def step(
+        self, state: ModelState, tokens: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B vocab"], ModelState]:
+        """One token for every row: returns the logits after it and the new state."""
+        x, after = self.embeddings(tokens), []
+        for block, entry in zip(self.layers, state, strict=True):
+            x, entry = block.step(entry, x)
+            after.append(entry)
+        return self._head(x), after
+
+    def _head(self, x: jax.Array) -> jax.Array:
+        x = self.norm(x)
+        return self.embeddings.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+
+
+def count_parameters(model: nnx.Module) -> dict[str, int]:
+    """Number of parameters: ``total``, and ``non_embedding`` without token embedding and head."""
+    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    sizes = {path: leaf.get_value().size for path, leaf in params}
+    outside = sum(n for path, n in sizes.items() if path[0] in ("embeddings", "lm_head"))
+    total = sum(sizes.values())
+    return {"total": total, "non_embedding": total - outside}
