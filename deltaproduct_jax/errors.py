@@ -1,4 +1,4 @@
-"""The two errors that a command turns into one line; everything else is a bug and keeps its traceback."""
+"""The two errors that a command turns into one line; any other is a bug and keeps its traceback."""
 
 from collections.abc import Iterable
 from typing import Any

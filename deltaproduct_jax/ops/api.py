@@ -1,0 +1,172 @@
+"""The public functions: check once, choose an implementation, call it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops.dispatch import AVAILABLE, dispatch
+from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.recurrent import recurrent_step
+
+# Added to the sum of squares, inside the root, as the published layer does.
+L2NORM_EPSILON = 1e-6
+
+
+def delta_product(
+    q: Float[Array | np.ndarray, "B T H K"],
+    k: Float[Array | np.ndarray, "B T R H K"],
+    v: Float[Array | np.ndarray, "B T R Hv V"],
+    beta: Float[Array | np.ndarray, "B T R Hv"],
+    g: Float[Array | np.ndarray, "B T Hv"] | None = None,
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array | np.ndarray, "B Hv K V"] | None = None,
+    segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+    use_qk_l2norm: bool = False,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    precision: str | jax.lax.Precision | None = None,
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+    """(Gated) DeltaProduct over a sequence.
+
+    With the state S [K, V] of one value head, for every token t::
+
+        S <- exp(g_t) S
+        S <- S + beta_tr k_tr (v_tr - S^T k_tr)^T      for r = 1..R
+        o_t = scale S^T q_t
+
+    Args:
+      q: queries [B, T, H, K]; bfloat16, float32 or float64, as k and v.
+      k: R keys per token [B, T, R, H, K]; unit vectors, or see ``use_qk_l2norm``.
+      v: R values per token [B, T, R, Hv, V]; Hv is a multiple of H, and each key head serves a
+        group of Hv / H consecutive value heads.
+      beta: step sizes [B, T, R, Hv] in (0, 1), or (0, 2) for negative eigenvalues; dtype of q, or
+        float32.
+      g: log decay [B, T, Hv], at most 0, once per token; dtype of q, or float32. None: no decay.
+      scale: multiplies q; K**-0.5 by default. It does not enter the state.
+      initial_state: state before the first token [B, Hv, K, V], float32 (float64 when q is); zero
+        by default.
+      segment_ids: integers [B, T]: several sequences in one row. The state starts anew where the
+        id changes, and an id that returns is a new segment. ``initial_state`` continues the first
+        segment of the row; ``final_state`` belongs to its last.
+      use_qk_l2norm: replace q and k by x / sqrt(sum(x**2) + 1e-6), computed in float32.
+      chunk_size: tokens in a chunk of the chunked implementation; it changes speed and memory, not
+        the result.
+      implementation: "chunked" (matmuls within chunks, own backward pass), "recurrent" (a scan over
+        tokens), "associative" (a log-depth scan), or None for a choice by platform and shape, made
+        when the program is lowered; `select_implementation` tells which. Forward-mode
+        differentiation (jvp) needs "recurrent" or "associative".
+      precision: "default", "high" or "highest". None: true float32 products for float32 inputs;
+        bfloat16 operands with float32 accumulation for bfloat16 inputs.
+
+    Returns:
+      ``(o, final_state)``: outputs [B, T, Hv, V] in the dtype of v, and the state after the last
+      token [B, Hv, K, V] in float32 (float64 when q is float64).
+
+    Raises:
+      ValueError: an argument has the wrong shape, dtype or value.
+      TypeError: forward-mode differentiation of an implementation with its own backward pass.
+
+    Example:
+      >>> import jax
+      >>> from deltaproduct_jax.ops import delta_product
+      >>> q, k, v, b = (jax.random.normal(jax.random.key(i), (1, 8, 2, 4, 16)) for i in range(4))
+      >>> o, state = delta_product(
+      ...     q[:, :, 0], k, v, 2 * jax.nn.sigmoid(b[..., 0]), use_qk_l2norm=True
+      ... )
+      >>> o.shape, state.shape
+      ((1, 8, 4, 16), (1, 4, 16, 16))
+
+    References:
+      Siems, Carstensen, Zela, Hutter, Pontil, Grazzi. DeltaProduct: Improving State-Tracking in
+      Linear RNNs via Householder Products. 2025. https://arxiv.org/abs/2502.10297
+    """
+    checks.check_implementation(implementation, AVAILABLE)
+    checks.check_chunk_size(chunk_size, implementation)
+    precision = checks.check_precision(precision)
+    arrays = _arrays(
+        q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, segment_ids=segment_ids
+    )
+    checks.check_inputs(arrays)
+    q, k, v, beta, g, initial_state, segment_ids = arrays.values()
+    scale = checks.check_scale(scale, q.shape[-1])
+    if use_qk_l2norm:
+        q, k = _l2_normalise(q), _l2_normalise(k)
+    if initial_state is None:
+        B, _, _, K = q.shape
+        initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
+    return dispatch(
+        q,
+        k,
+        v,
+        beta,
+        g,
+        initial_state,
+        _starts_of_segments(segment_ids),
+        scale=scale,
+        chunk_size=chunk_size,
+        precision=precision,
+        implementation=implementation,
+    )
+
+
+def delta_product_step(
+    state: Float[Array | np.ndarray, "B Hv K V"],
+    q: Float[Array | np.ndarray, "B H K"],
+    k: Float[Array | np.ndarray, "B R H K"],
+    v: Float[Array | np.ndarray, "B R Hv V"],
+    beta: Float[Array | np.ndarray, "B R Hv"],
+    g: Float[Array | np.ndarray, "B Hv"] | None = None,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
+    """One token of `delta_product`: the arguments without their axis T, the state first.
+
+    Args:
+      state: [B, Hv, K, V], float32 (float64 when q is).
+      q: query [B, H, K].
+      k: keys [B, R, H, K].
+      v: values [B, R, Hv, V].
+      beta: step sizes [B, R, Hv].
+      g: log decay [B, Hv] or None.
+      scale: multiplies q; K**-0.5 by default.
+      use_qk_l2norm: as in `delta_product`.
+
+    Returns:
+      ``(o, state)``: [B, Hv, V] in the dtype of v, and the new state in the dtype of the old.
+
+    Raises:
+      ValueError: an argument has the wrong shape or dtype.
+    """
+    arrays = _arrays(q=q, k=k, v=v, beta=beta, g=g, state=state)
+    checks.check_inputs(arrays, one_token=True)
+    q, k, v, beta, g, state = arrays.values()
+    scale = checks.check_scale(scale, q.shape[-1])
+    if use_qk_l2norm:
+        q, k = _l2_normalise(q), _l2_normalise(k)
+    return recurrent_step(state, q, k, v, beta, g, scale=scale, precision=None)
+
+
+def _arrays(**arguments) -> dict[str, jax.Array | None]:
+    optional = ("g", "initial_state", "segment_ids")
+    return {
+        name: None if value is None and name in optional else checks.as_array(name, value)
+        for name, value in arguments.items()
+    }
+
+
+def _l2_normalise(x: jax.Array) -> jax.Array:
+    wide = x.astype(accumulator_dtype(x.dtype))
+    norm_squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(norm_squared + L2NORM_EPSILON)).astype(x.dtype)
+
+
+def _starts_of_segments(segment_ids: jax.Array | None) -> jax.Array | None:
+    """True where a token starts a new segment [B, T]; never at the first token of a row."""
+    if segment_ids is None:
+        return None
+    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (min(1, segment_ids.shape[1]), 0)))

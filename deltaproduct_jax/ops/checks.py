@@ -1,0 +1,161 @@
+"""The contract of the op: every error a caller can see is raised here, before any arithmetic.
+
+Dimension letters: B batch, T tokens, R Householder factors per token, H key heads, Hv value heads,
+K key width, V value width.
+"""
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaproduct_jax.ops.precision import PRECISIONS, accumulator_dtype
+
+DTYPES = ("bfloat16", "float32", "float64")
+
+LAYOUT = {
+    "q": ("B", "T", "H", "K"),
+    "k": ("B", "T", "R", "H", "K"),
+    "v": ("B", "T", "R", "Hv", "V"),
+    "beta": ("B", "T", "R", "Hv"),
+    "g": ("B", "T", "Hv"),
+    "segment_ids": ("B", "T"),
+    "initial_state": ("B", "Hv", "K", "V"),
+    "state": ("B", "Hv", "K", "V"),
+}
+
+
+def as_array(name: str, value: Any) -> jax.Array:
+    """``value`` as a JAX array; ValueError unless it is an array already (NumPy's count)."""
+    if not isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise ValueError(f"{name} must be a JAX or NumPy array, got {type(value).__name__}")
+    return jnp.asarray(value)
+
+
+def check_inputs(arrays: dict[str, jax.Array | None], *, one_token: bool = False) -> None:
+    """Checks shapes and dtypes of q, k, v, beta and, where not None, g, states and segment_ids.
+
+    Args:
+      arrays: by argument name, q first; the first array with a dimension fixes its size.
+      one_token: the arrays are those of one token, without the axis T.
+
+    Raises:
+      ValueError: names the argument, what it got and what it may be.
+    """
+    sizes: dict[str, int] = {}
+    for name, array in arrays.items():
+        if array is not None:
+            layout = tuple(d for d in LAYOUT[name] if not (one_token and d == "T"))
+            _check_shape(name, array.shape, layout, sizes)
+    if sizes["Hv"] % sizes["H"]:
+        raise ValueError(
+            f"v has Hv={sizes['Hv']} value heads and k has H={sizes['H']} key heads; "
+            "Hv must be a multiple of H (each key head serves a group of Hv/H value heads)"
+        )
+    _check_dtypes(arrays)
+
+
+def _check_shape(
+    name: str, shape: tuple[int, ...], layout: tuple[str, ...], sizes: dict[str, int]
+) -> None:
+    wanted = "[" + ", ".join(layout) + "]"
+    known = ", ".join(f"{d}={sizes[d]}" for d in layout if d in sizes)
+    known = f" with {known}" if known else ""
+    if len(shape) != len(layout):
+        hint = ""
+        if name in ("k", "v", "beta") and len(shape) == len(layout) - 1 and "T" in layout:
+            hint = f"; an array [B, T*R, ...] becomes {wanted} by a reshape"
+        raise ValueError(
+            f"{name} must have {len(layout)} dimensions {wanted}{known}, "
+            f"got {len(shape)}: shape {shape}{hint}"
+        )
+    for dimension, size in zip(layout, shape, strict=True):
+        if sizes.setdefault(dimension, size) != size:
+            raise ValueError(
+                f"{name} must have shape {wanted}{known}, got {shape}: "
+                f"{dimension} is {size} instead of {sizes[dimension]}"
+            )
+        if size == 0 and dimension not in ("B", "T"):
+            raise ValueError(f"{name} must have {dimension} of at least 1, got shape {shape}")
+
+
+def _check_dtypes(arrays: dict[str, jax.Array | None]) -> None:
+    dtype = arrays["q"].dtype
+    if dtype.name not in DTYPES:
+        raise ValueError(f"q must have a dtype among {', '.join(DTYPES)}, got {dtype.name}")
+    wide = accumulator_dtype(dtype)
+    allowed_by_name = {
+        "k": {dtype},
+        "v": {dtype},
+        "beta": {dtype, wide},
+        "g": {dtype, wide},
+        "initial_state": {wide},
+        "state": {wide},
+    }
+    for name, allowed in allowed_by_name.items():
+        array = arrays.get(name)
+        if array is not None and array.dtype not in allowed:
+            names = " or ".join(sorted(d.name for d in allowed))
+            raise ValueError(
+                f"{name} must be {names} when q is {dtype.name}, got {array.dtype.name}; "
+                f"cast it with {name}.astype(...)"
+            )
+    ids = arrays.get("segment_ids")
+    if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"segment_ids must have an integer dtype, got {ids.dtype.name}; "
+            "one id per token, a new segment wherever the id changes"
+        )
+
+
+def check_scale(scale: Any, key_width: int) -> float:
+    """The number that multiplies q: ``scale``, or K**-0.5 for None."""
+    if scale is None:
+        return key_width**-0.5
+    if isinstance(scale, jax.core.Tracer) or not isinstance(scale, numbers.Real | np.number):
+        raise ValueError(
+            f"scale must be a Python number or None (K**-0.5), got {type(scale).__name__}; "
+            "a computed or learnt scale belongs on q: delta_product(scale * q, ..., scale=1)"
+        )
+    return float(scale)
+
+
+def check_chunk_size(chunk_size: Any, implementation: str | None) -> None:
+    """ValueError unless ``chunk_size`` is None or a positive int that will be used."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | np.integer):
+        raise ValueError(
+            f"chunk_size must be an int (tokens in a chunk) or None, got {chunk_size!r}"
+        )
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; None picks one")
+    if implementation in ("recurrent", "associative"):
+        raise ValueError(
+            f"chunk_size={chunk_size} has no meaning for implementation={implementation!r}; "
+            "leave it None, or name 'chunked'"
+        )
+
+
+def check_implementation(implementation: Any, available: tuple[str, ...]) -> None:
+    """ValueError unless ``implementation`` is None or one of ``available``."""
+    if implementation is not None and implementation not in available:
+        names = ", ".join(repr(name) for name in available)
+        raise ValueError(
+            f"implementation={implementation!r} is not available; it may be one of {names}, "
+            "or None for a choice by platform and shape"
+        )
+
+
+def check_precision(precision: Any) -> str | None:
+    """The precision by its name in lower case; a `jax.lax.Precision` is taken as well."""
+    if isinstance(precision, jax.lax.Precision):
+        return precision.name.lower()
+    if precision is not None and precision not in PRECISIONS:
+        names = ", ".join(repr(name) for name in PRECISIONS)
+        raise ValueError(
+            f"precision={precision!r} is not known; it may be {names}, None or a jax.lax.Precision"
+        )
+    return precision

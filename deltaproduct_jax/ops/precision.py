@@ -1,0 +1,59 @@
+"""Which dtype a matmul multiplies in, and how exactly: one rule for every implementation."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+# What a caller may name. None stands for the rule in `Matmul.of`.
+PRECISIONS = {
+    "default": jax.lax.Precision.DEFAULT,
+    "high": jax.lax.Precision.HIGH,
+    "highest": jax.lax.Precision.HIGHEST,
+}
+
+
+def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Dtype of the state, of gate sums and of matmul results: float64 for float64, else float32."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+    """An einsum of two operands with the operand dtype and the precision fixed.
+
+    Attributes:
+      operand: both operands are cast to this dtype; the result is always its accumulator dtype.
+      precision: what the platform may do with float32 operands (bfloat16 passes, TF32, or neither).
+    """
+
+    operand: jnp.dtype
+    precision: jax.lax.Precision
+
+    @classmethod
+    def of(cls, dtype: jax.typing.DTypeLike, precision: str | None) -> "Matmul":
+        """The rule for the large matmuls of a chunk, for inputs of ``dtype``.
+
+        float32 and float64 inputs: true products of that dtype unless ``precision`` says less.
+        bfloat16 inputs: bfloat16 operands with float32 accumulation for None and "default"; float32
+        operands for "high" and "highest", which keeps pseudo-values and state free of rounding.
+        """
+        dtype = jnp.dtype(dtype)
+        if dtype == jnp.bfloat16 and precision in (None, "default"):
+            return cls(dtype, jax.lax.Precision.DEFAULT)
+        return cls.wide(dtype, precision)
+
+    @classmethod
+    def wide(cls, dtype: jax.typing.DTypeLike, precision: str | None) -> "Matmul":
+        """The rule where bfloat16 operands never do: inverse, gate sums, recurrence."""
+        return cls(accumulator_dtype(dtype), PRECISIONS[precision or "highest"])
+
+    def __call__(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """``jnp.einsum(equation, x, y)`` under this rule."""
+        return jnp.einsum(
+            equation,
+            x.astype(self.operand),
+            y.astype(self.operand),
+            precision=self.precision,
+            preferred_element_type=accumulator_dtype(self.operand),
+        )
