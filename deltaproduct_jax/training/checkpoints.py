@@ -49,6 +49,7 @@ class Checkpoints:
         self._directory = directory
         options = ocp.CheckpointManagerOptions(
             preservation_policy=BestAndNewest(),
+            best_fn=lambda metrics: metrics["selection"],  # without it metrics are not written
             cleanup_tmp_directories=True,  # what a killed save left behind
             enable_async_checkpointing=True,
         )

@@ -1,7 +1,9 @@
 """How a run shows its progress: a bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -12,17 +14,27 @@ class Stopwatch:
 
     def __init__(self):
         self._since = time.perf_counter()
-        self._paused = 0.0
+        self._out = 0.0
+        self._is_paused = False
 
-    def pause(self, seconds: float) -> None:
-        """Leaves ``seconds`` that have just passed out of the account."""
-        self._paused += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the account; pauses may nest."""
+        if self._is_paused:
+            yield
+            return
+        self._is_paused, began = True, time.perf_counter()
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self._out += time.perf_counter() - began
 
     def lap(self) -> float:
         """Seconds of training since the last lap."""
         now = time.perf_counter()
-        seconds = now - self._since - self._paused
-        self._since, self._paused = now, 0.0
+        seconds = now - self._since - self._out
+        self._since, self._out = now, 0.0
         return seconds
 
 
