@@ -1,0 +1,80 @@
+"""What a training loop asks of a task: batches drawn from a key, and scores of its answers.
+
+Dimension key: ``B`` sequences, ``T`` positions.
+"""
+
+import dataclasses
+from typing import NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+SPLITS = ("train", "valid", "test")
+MAX_BATCH_INDEX = 2**32 // len(SPLITS) - 1
+
+
+class Batch(NamedTuple):
+    """Sequences, what is wanted at each position, and which positions count."""
+
+    inputs: jax.Array  # [B, T] int32
+    targets: jax.Array  # [B, T] int32
+    mask: jax.Array  # [B, T] bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How often the answers were right, under one protocol of counting.
+
+    ``cumulative[t]`` is the fraction of sequences that are right at every counted position up to
+    the t-th; its last entry is the sequence accuracy.
+    """
+
+    token_accuracy: float
+    sequence_accuracy: float
+    cumulative: tuple[float, ...]
+
+
+class Task(Protocol):
+    """A frozen dataclass that checks itself, each field with ``metadata={"help": ...}``."""
+
+    train_length: int
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids, special ones included; inputs and targets share them."""
+
+    @property
+    def test_lengths(self) -> tuple[int, ...]:
+        """Lengths at which a run is evaluated, ascending."""
+
+    def batch(self, key: jax.Array, batch_size: int, length: int) -> Batch:
+        """Draws sequences; a pure function of the key that can be jitted (sizes static)."""
+
+    def score(self, correct_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, Score]:
+        """Protocol name -> score; one is called "strict", the one that selects checkpoints."""
+
+
+def batch_key(data_key: jax.Array, split: str, index: int | jax.Array) -> jax.Array:
+    """The key of one batch of one split.
+
+    Split and index become one number, which is folded in once. ``fold_in`` enciphers that number
+    under ``data_key`` with Threefry, a bijection, so that no two batches, of one split or of two,
+    can ever get the same key (index up to ``MAX_BATCH_INDEX``).
+    """
+    return jax.random.fold_in(data_key, index * len(SPLITS) + SPLITS.index(split))
+
+
+def score_positions(correct_BT: np.ndarray, mask_BT: np.ndarray) -> Score:
+    """Scores ``[B, T]`` right answers over the positions where ``mask_BT`` is true."""
+    correct_BT = np.asarray(correct_BT, dtype=bool)
+    mask_BT = np.asarray(mask_BT, dtype=bool)
+    if correct_BT.shape != mask_BT.shape or correct_BT.ndim != 2:
+        raise ValueError(f"shapes [B, T] must agree: {correct_BT.shape=}, {mask_BT.shape=}")
+    if not mask_BT.any():
+        raise ValueError("no position is counted: the mask is false everywhere")
+    so_far_BT = np.logical_and.accumulate(correct_BT | ~mask_BT, axis=1)
+    return Score(
+        token_accuracy=float(correct_BT[mask_BT].mean()),
+        sequence_accuracy=float(so_far_BT[:, -1].mean()),
+        cumulative=tuple(so_far_BT.mean(axis=0).tolist()),
+    )

@@ -1,0 +1,171 @@
+"""What a run is: how it is trained, what it learns, which model, all frozen and self-checking."""
+
+import dataclasses
+import hashlib
+from typing import Any
+
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
+
+SCHEDULES = ("cosine", "constant")
+SEED_PURPOSES = ("init", "data")
+
+
+def _field(default: object, text: str) -> dataclasses.Field:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained and watched; raises ConfigError where the fields make no sense."""
+
+    steps: int = _field(500, "updates of the parameters")
+    batch_size: int = _field(64, "sequences an update")
+    accumulation_steps: int = _field(1, "parts of a batch whose gradients are added, one at a time")
+    learning_rate: float = _field(1e-3, "peak learning rate of AdamW")
+    schedule: str = _field("cosine", "learning rate after the warm-up: cosine or constant")
+    warmup_steps: int = _field(0, "steps over which the learning rate rises from 0")
+    end_learning_rate: float = _field(0.0, "learning rate at the last step of a cosine")
+    weight_decay: float = _field(0.01, "AdamW's decay, of every parameter")
+    adam_b1: float = _field(0.9, "decay of AdamW's first moment")
+    adam_b2: float = _field(0.999, "decay of AdamW's second moment")
+    adam_eps: float = _field(1e-8, "epsilon of AdamW")
+    clip_norm: float | None = _field(None, "largest global norm of the gradient; none: no limit")
+    curriculum: tuple[int, ...] = _field(
+        (), "lengths trained one after another before the full one"
+    )
+    curriculum_fraction: float = _field(
+        0.5, "part of the steps that the curriculum's lengths share evenly"
+    )
+    seed: int = _field(0, "the seed that every other seed is derived from")
+    log_every: int = _field(10, "steps between records")
+    eval_every: int = _field(100, "steps between evaluations on the validation split")
+    checkpoint_every: int = _field(100, "steps between checkpoints")
+    eval_sequences: int = _field(512, "sequences an evaluation, at each length")
+    eval_batch_size: int = _field(128, "sequences evaluated at a time")
+    select_length: int | None = _field(
+        None, "length whose validation accuracy selects the best checkpoint; none: the longest"
+    )
+    stop_accuracy: float | None = _field(
+        None, "stop once the validation sequence accuracy reaches this; none: never"
+    )
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "eval_every"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("checkpoint_every", "eval_sequences", "eval_batch_size"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed"):
+            require_at_least(name, getattr(self, name), 0)
+        require_one_of("schedule", self.schedule, SCHEDULES)
+        for name in ("learning_rate", "adam_eps", "clip_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value!r} must be greater than 0")
+        for name in ("adam_b1", "adam_b2", "curriculum_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
+        if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
+            raise ConfigError(f"stop_accuracy={self.stop_accuracy!r} must be in (0, 1]")
+        for length in self.curriculum:
+            require_at_least("curriculum", length, 1)
+        self._check_steps()
+        _require_divisible(self, "batch_size", "accumulation_steps")
+        _require_divisible(self, "eval_sequences", "eval_batch_size")
+
+    def _check_steps(self) -> None:
+        if self.steps > MAX_BATCH_INDEX:
+            raise ConfigError(f"steps={self.steps} is too large; it may be up to {MAX_BATCH_INDEX}")
+        if self.warmup_steps > self.steps:
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}"
+            )
+        if self.schedule == "constant" and self.end_learning_rate:
+            raise ConfigError(
+                f"end_learning_rate={self.end_learning_rate} needs schedule=cosine; "
+                "a constant schedule ends where it began"
+            )
+        if self.end_learning_rate > self.learning_rate:
+            raise ConfigError(
+                f"end_learning_rate={self.end_learning_rate} must not exceed "
+                f"learning_rate={self.learning_rate}"
+            )
+
+
+def _require_divisible(config: TrainConfig, whole: str, part: str) -> None:
+    if getattr(config, whole) % getattr(config, part):
+        raise ConfigError(
+            f"{whole}={getattr(config, whole)} must be a multiple of {part}={getattr(config, part)}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """A whole run; the model reads and writes the task's vocabulary."""
+
+    task: Task
+    model: ModelConfig
+    train: TrainConfig
+
+    def __post_init__(self):
+        if self.model.vocab_size != self.task.vocab_size:
+            raise ConfigError(
+                f"vocab_size={self.model.vocab_size} must be the task's, {self.task.vocab_size}"
+            )
+        if self.train.curriculum and max(self.train.curriculum) > self.task.train_length:
+            raise ConfigError(
+                f"curriculum={self.train.curriculum} must not exceed "
+                f"train_length={self.task.train_length}"
+            )
+
+    @property
+    def select_length(self) -> int:
+        """Length whose validation accuracy selects the best checkpoint."""
+        if self.train.select_length is not None:
+            return self.train.select_length
+        return self.task.test_lengths[-1]
+
+    def length_at(self, step: int) -> int:
+        """Length trained at ``step`` (from 1): a function of the step alone, so resume is easy."""
+        curriculum = self.train.curriculum
+        if curriculum:
+            share = self.train.steps * self.train.curriculum_fraction / len(curriculum)
+            stage = int((step - 1) // share) if share else len(curriculum)
+            if stage < len(curriculum):
+                return curriculum[stage]
+        return self.task.train_length
+
+    def is_logged(self, step: int) -> bool:
+        """Whether ``step`` has a record: every log_every, at evaluations, checkpoints, the end."""
+        return (
+            step % self.train.log_every == 0
+            or self.is_evaluated(step)
+            or step % self.train.checkpoint_every == 0
+        )
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the validation split is evaluated after ``step``."""
+        return step % self.train.eval_every == 0 or step == self.train.steps
+
+    def seeds(self) -> dict[str, int]:
+        """One seed a purpose, by name: changing what one is used for leaves the others alone."""
+        return {purpose: _seed_for(self.train.seed, purpose) for purpose in SEED_PURPOSES}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved configuration as JSON knows it: sections of plain values."""
+        return {
+            section.name: _plain(dataclasses.asdict(getattr(self, section.name)))
+            for section in dataclasses.fields(self)
+        }
+
+
+def _seed_for(seed: int, purpose: str) -> int:
+    digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

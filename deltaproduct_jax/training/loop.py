@@ -1,0 +1,222 @@
+"""The training loop: reads from top to bottom in the order in which things happen."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.evaluation import evaluate, selection_of
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.progress import Progress, Stopwatch
+from deltaproduct_jax.training.provenance import describe_start
+from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
+from deltaproduct_jax.training.step import (
+    Metrics,
+    Params,
+    TrainState,
+    init_state,
+    loss_and_correct,
+    make_train_step,
+    split_model,
+)
+
+
+def train(config: RunConfig, workdir: Path, argv: Sequence[str]) -> dict[str, Any]:
+    """Trains a model, or goes on where a killed run of the same configuration stood.
+
+    The parameters, the data and so the curve of losses depend on ``config`` alone. A finished run
+    is not touched: its results are returned again.
+
+    Args:
+        config: the run.
+        workdir: the run directory, created if need be.
+        argv: the command, for the record.
+
+    Returns:
+        What results.json holds: the best checkpoint's scores on the test split at all lengths.
+
+    Raises:
+        RunDirectoryError: ``workdir`` holds another run, or cannot be read or written.
+        FloatingPointError: the loss or a norm is no longer finite.
+    """
+    records = RunRecords(workdir, config)
+    results = records.results()
+    if results is not None:
+        return results
+
+    seeds = config.seeds()
+    model = SequenceModel(config.model, rngs=nnx.Rngs(_key(seeds["init"])))
+    graphdef, params = split_model(model)
+    optimizer = make_optimizer(config.train)
+    state = init_state(params, optimizer)
+
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        newest = checkpoints.newest()
+        if newest is not None:
+            state = checkpoints.restore(newest, like=state)
+        records.cut_back(newest or 0)
+        records.add_start(describe_start(argv, seeds, newest))
+
+        trainer = Trainer(config, graphdef, _key(seeds["data"]))
+        state = trainer.run(state, records, checkpoints)
+
+        best = checkpoints.best()
+        params = checkpoints.restore(best, like=state).params
+        results = {
+            "steps": int(state.step),
+            "best_step": best,
+            "parameters": count_parameters(params),
+            "test": [
+                trainer.evaluate(params, "test", length).to_dict(length)
+                for length in config.task.test_lengths
+            ],
+        }
+    records.write_results(results)
+    return results
+
+
+def _key(seed: int) -> jax.Array:
+    # The implementation is named so that no default of JAX's can change the curve.
+    return jax.random.key(seed, impl="threefry2x32")
+
+
+def count_parameters(params: Params) -> dict[str, int]:
+    """Numbers of parameters, with and without the embedding."""
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    embedding = sum(leaf.size for leaf in jax.tree.leaves(params["embeddings"]))
+    return {"total": total, "without_embedding": total - embedding}
+
+
+class Trainer:
+    """The compiled steps of a run, and the loop over them."""
+
+    def __init__(self, config: RunConfig, graphdef: nnx.GraphDef, data_key: jax.Array):
+        self.config = config
+        self.data_key = data_key
+        self.stopwatch = Stopwatch()
+        task, train = config.task, config.train
+        update = make_train_step(
+            graphdef, make_optimizer(train), make_schedule(train), train.accumulation_steps
+        )
+
+        def train_step(length: int, state: TrainState, key: jax.Array):
+            # The key's index is the number of updates made: the data need no state of their own.
+            batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
+            return update(state, batch)
+
+        def eval_step(length: int, params: Params, key: jax.Array):
+            batch = task.batch(key, train.eval_batch_size, length)
+            loss, correct_BT = loss_and_correct(graphdef, params, batch)
+            return loss, correct_BT, batch.mask
+
+        # A save under way holds on to the arrays it writes; JAX then does not reuse their memory.
+        self._train_step = CompiledByLength(train_step, self.stopwatch, donate=True)
+        self._eval_step = CompiledByLength(eval_step, self.stopwatch)
+
+    def evaluate(self, params: Params, split: str, length: int):
+        """The evaluation of ``params`` on a split at one length."""
+        return evaluate(self.config, self._eval_step, params, self.data_key, split, length)
+
+    def run(self, state: TrainState, records: RunRecords, checkpoints: Checkpoints) -> TrainState:
+        """Steps until the last, or until the validation accuracy suffices."""
+        config = self.config
+        step = int(state.step)
+        progress = Progress(step, config.train.steps)
+        pending: tuple[int, Metrics] | None = None
+
+        def record(row: Row) -> None:
+            records.append(row)
+            progress.show(row)
+
+        while step < config.train.steps and not self._suffices(records.rows):
+            step += 1
+            state, metrics = self._train_step(config.length_at(step), state, self.data_key)
+            # Only now that this step is under way are the numbers of an earlier one fetched.
+            if pending is not None:
+                record(self._row(*pending, records.rows))
+                pending = None
+            if not self._stops_at(step):
+                if config.is_logged(step):
+                    pending = step, metrics
+                continue
+            row = self._row(step, metrics, records.rows)
+            if config.is_evaluated(step):
+                row |= self._validate(state.params)
+            record(row)
+            self._save(state, step, records, checkpoints)
+        progress.close()
+        checkpoints.wait()
+        return state
+
+    def _stops_at(self, step: int) -> bool:
+        """Whether the loop looks at the state after ``step`` before it goes on."""
+        return self.config.is_evaluated(step) or step % self.config.train.checkpoint_every == 0
+
+    def _suffices(self, rows: list[Row]) -> bool:
+        selection = selection_of(rows[-1]) if rows else None
+        enough = self.config.train.stop_accuracy
+        return selection is not None and enough is not None and selection[0] >= enough
+
+    def _validate(self, params: Params) -> dict[str, float]:
+        with self.stopwatch.paused():
+            return self.evaluate(params, "valid", self.config.select_length).to_row()
+
+    def _save(
+        self, state: TrainState, step: int, records: RunRecords, checkpoints: Checkpoints
+    ) -> None:
+        """Saves when a checkpoint is due, and after an evaluation that was not beaten before."""
+        selections = [selection_of(row) for row in records.rows]
+        best_now = selections[-1] is not None and selections[-1] >= max(filter(None, selections))
+        due = step % self.config.train.checkpoint_every == 0 or step == self.config.train.steps
+        if due or best_now or self._suffices(records.rows):
+            records.sync()
+            checkpoints.save(state, step, selections[-1])
+
+    def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
+        """The record of one step; waits until its numbers are there."""
+        config = self.config
+        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        last = rows[-1]["step"] if rows else 0
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {step}: training broke down in steps {last + 1} to "
+                    f"{step}; a lower learning_rate, a warm-up or clip_norm may help"
+                )
+        lengths = sum(config.length_at(s) for s in range(last + 1, step + 1))
+        tokens = lengths * config.train.batch_size
+        return {
+            "step": step,
+            **numbers,
+            "length": config.length_at(step),
+            "tokens": tokens + (rows[-1]["tokens"] if rows else 0),
+            "tokens_per_second": tokens / self.stopwatch.lap(),
+            "time": time.time(),
+        }
+
+
+class CompiledByLength:
+    """A function (length, *arrays), compiled once a length, outside the account of training."""
+
+    def __init__(self, function: Callable, stopwatch: Stopwatch, *, donate: bool = False):
+        self._function = function
+        self._stopwatch = stopwatch
+        self._donate = (0,) if donate else ()
+        self._compiled: dict[int, Callable] = {}
+
+    def __call__(self, length: int, *arrays: Any) -> Any:
+        """Calls the function; ``arrays`` keep their shapes from call to call."""
+        if length not in self._compiled:
+            with self._stopwatch.paused():
+                jitted = jax.jit(partial(self._function, length), donate_argnums=self._donate)
+                self._compiled[length] = jitted.lower(*arrays).compile()
+        return self._compiled[length](*arrays)

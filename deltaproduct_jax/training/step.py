@@ -1,0 +1,105 @@
+"""One step of training and one of evaluation, as pure functions of arrays.
+
+The model is split once: ``graphdef`` is static, ``params`` is a plain nested dict of arrays.
+Dimension key: ``B`` sequences, ``T`` positions, ``A`` parts of an accumulated batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from deltaproduct_jax.tasks.task import Batch
+
+Params = dict[str, Any]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that changes from step to step, and all that a checkpoint holds."""
+
+    step: jax.Array  # updates made, int32
+    params: Params
+    opt_state: optax.OptState
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """The model as a static description and a plain nested dict of its parameters."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step."""
+    return TrainState(jnp.zeros((), dtype=jnp.int32), params, optimizer.init(params))
+
+
+def loss_and_correct(
+    graphdef: nnx.GraphDef, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy summed over the counted positions, in float32, and correct answers ``[B, T]``.
+
+    The answer at a position is the likeliest token, the smallest id where several are.
+    """
+    model = nnx.merge(graphdef, params)
+    logits_BTV = model(batch.inputs).astype(jnp.float32)
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets)
+    correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets
+    return jnp.sum(losses_BT, where=batch.mask), correct_BT
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    accumulation_steps: int,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
+
+    With ``accumulation_steps`` A > 1 the batch is cut into A parts whose gradients are added one
+    after another: the same update to rounding, with the activations of one part in memory.
+    """
+
+    def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
+        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
+            loss, correct_BT = loss_and_correct(graphdef, params, batch)
+            return loss / count, jnp.sum(correct_BT, where=batch.mask, dtype=jnp.float32)
+
+        (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return grads, {"loss": loss, "accuracy": correct / count}
+
+    def accumulated(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
+        parts_ABT = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), batch)
+
+        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, part, count)), None
+
+        first = jax.tree.map(lambda x: x[0], parts_ABT)
+        shapes = jax.eval_shape(gradients, params, first, count)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add_part, zeros, parts_ABT)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        count = jnp.sum(batch.mask, dtype=jnp.float32)
+        compute = gradients if accumulation_steps == 1 else accumulated
+        grads, metrics = compute(state.params, batch, count)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {
+            "grad_norm": global_norm(grads),
+            "param_norm": global_norm(params),
+            "update_norm": global_norm(updates),
+            "learning_rate": jnp.asarray(schedule(state.step), dtype=jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return train_step
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together, in float32 whatever their dtype."""
+    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(sum(squares, start=jnp.float32(0)))

@@ -1,0 +1,221 @@
+"""Flags generated from the fields of config dataclasses: no flag without a field, none idle.
+
+A value is taken from, in this order: the flag on the command line, the file given by ``--config``,
+the preset, the dataclass. What cannot be honoured ends the command with one line on standard error.
+"""
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+
+Sections = Mapping[str, type]  # section of config.json -> dataclass
+Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
+USAGE_ERROR = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+    """A command line understood: values of the fields by section, and where to run."""
+
+    sections: dict[str, dict[str, Any]]
+    workdir: Path
+
+
+class FieldParser(flags.ArgumentParser):
+    """Reads a flag's text as the type of its field: numbers, Optional, tuples as comma lists."""
+
+    def __init__(self, annotation: Any):
+        self.annotation = annotation
+        self.syntactic_help = _spell(annotation)
+
+    def parse(self, argument: Any) -> Any:
+        """The value, ValueError saying what it may be; defaults, which are no text, pass."""
+        return _parse(argument, self.annotation) if isinstance(argument, str) else argument
+
+    def flag_type(self) -> str:
+        """The type as the help shows it."""
+        return self.syntactic_help
+
+
+def _parse(text: str, annotation: Any) -> Any:
+    options = _options(annotation)
+    if type(None) in options and text.lower() == "none":
+        return None
+    (kind,) = (option for option in options if option is not type(None))
+    try:
+        if typing.get_origin(kind) is tuple:
+            item = typing.get_args(kind)[0]
+            return tuple(item(part) for part in text.split(",")) if text else ()
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        raise ValueError(f"it must be {_spell(annotation)}") from None
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is (
+        typing.Union
+    )
+    return typing.get_args(annotation) if is_union else (annotation,)
+
+
+def _spell(annotation: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    names |= {type(None): "none", tuple[int, ...]: "whole numbers such as 4,8,16"}
+    return " or ".join(names[option] for option in _options(annotation))
+
+
+def parse(
+    argv: Sequence[str], sections: Sections, presets: Presets, *, exclude: Iterable[str] = ()
+) -> Parsed:
+    """Understands a command line.
+
+    Args:
+        argv: the arguments, without the program's name.
+        sections: the dataclasses whose fields become flags, each by its section of config.json.
+        presets: fields that a preset sets; the one called "default" is used where none is named.
+        exclude: fields that get no flag, because the experiment sets them.
+
+    Raises:
+        ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
+        SystemExit: after ``--help``.
+    """
+    values = flags.FlagValues()
+    fields = _define(values, sections, set(exclude))
+    _define_common(values, presets)
+    rest = values(["", *argv], known_only=False)[1:]
+    if rest:
+        raise ConfigError(f"argument {rest[0]!r} is no flag; a flag is written --name=value")
+    if values.help:
+        print(_help(values, sections, presets))
+        raise SystemExit(0)
+    if values.workdir is None:
+        raise ConfigError("--workdir is missing; give the directory that the run is to live in")
+    if values.config is not None and values.preset is not None:
+        raise ConfigError(
+            f"--config={values.config} and --preset={values.preset} exclude each other; give one"
+        )
+    return Parsed(_resolve(values, sections, fields, presets, set(exclude)), Path(values.workdir))
+
+
+def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> dict[str, str]:
+    """Defines the flags; returns the section of every field. Two fields of a name are an error."""
+    owner: dict[str, str] = {}
+    for section, config in sections.items():
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            if field.name in exclude:
+                continue
+            text, default = field.metadata["help"], field.default
+            if hints[field.name] is bool:
+                flags.DEFINE_bool(field.name, default, text, flag_values=values)
+            else:
+                parser = FieldParser(hints[field.name])
+                flags.DEFINE(parser, field.name, default, text, flag_values=values)
+            owner[field.name] = section
+    return owner
+
+
+def _define_common(values: flags.FlagValues, presets: Presets) -> None:
+    names = ", ".join(presets)
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    flags.DEFINE_enum("preset", None, list(presets), f"one of {names}", flag_values=values)
+    flags.DEFINE_string("config", None, "a saved config.json to run again", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+
+
+def _resolve(
+    values: flags.FlagValues,
+    sections: Sections,
+    owner: Mapping[str, str],
+    presets: Presets,
+    exclude: set[str],
+) -> dict[str, dict[str, Any]]:
+    if values.config is not None:
+        layered = _read_config(Path(values.config), sections, exclude)
+    else:
+        layered = dict(presets[values.preset or "default"])
+    layered |= {name: values[name].value for name in owner if values[name].present}
+    resolved: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for name, value in layered.items():
+        resolved[owner[name]][name] = value
+    return resolved
+
+
+def _read_config(path: Path, sections: Sections, exclude: set[str]) -> dict[str, Any]:
+    """The fields that a config.json gives, tuples and types as the dataclasses want them."""
+    try:
+        saved = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config={path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config={path} is not valid JSON: {error}") from error
+    if not isinstance(saved, dict) or not all(isinstance(saved[key], dict) for key in saved):
+        raise ConfigError(f"--config={path} must hold the sections {', '.join(sections)}")
+    _refuse_unknown(path, "section", saved, sections)
+    fields: dict[str, Any] = {}
+    for section, content in saved.items():
+        hints = typing.get_type_hints(sections[section])
+        _refuse_unknown(path, f"field of section {section!r}", content, hints)
+        for name, value in content.items():
+            if name not in exclude:
+                fields[name] = _from_json(path, name, value, hints[name])
+    return fields
+
+
+def _refuse_unknown(path: Path, what: str, found: Iterable[str], known: Iterable[str]) -> None:
+    for name in found:
+        if name not in known:
+            raise ConfigError(
+                f"--config={path}: {name!r} is no {what}; it may be one of {', '.join(known)}"
+            )
+
+
+def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
+    """A JSON value as the field's type; floats may be written as whole numbers."""
+    for option in _options(annotation):
+        is_tuple = typing.get_origin(option) is tuple
+        if is_tuple and isinstance(value, list):
+            item = typing.get_args(option)[0]
+            if all(type(entry) is item for entry in value):
+                return tuple(value)
+        elif option is float and type(value) is int:
+            return float(value)
+        elif not is_tuple and type(value) is option:
+            return value
+    raise ConfigError(
+        f"--config={path}: {name}={json.dumps(value)} is not known; it must be {_spell(annotation)}"
+    )
+
+
+def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str:
+    lines = [f"--workdir=DIRECTORY is needed. Presets: {', '.join(presets)}.", ""]
+    for section, config in sections.items():
+        lines.append(f"{section}:")
+        for field in dataclasses.fields(config):
+            if field.name in values:
+                text = f"{field.metadata['help']} (default {field.default})"
+                lines.append(f"  --{field.name}: {text}")
+        lines.append("")
+    common = ("workdir", "preset", "config", "help")
+    return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in common)])
+
+
+def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    """Runs a command; its exit code. Errors of the user's become one line, others propagate."""
+    try:
+        command(argv)
+    except (flags.Error, ConfigError, RunDirectoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
