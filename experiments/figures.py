@@ -1,11 +1,14 @@
 """Figures, drawn from records alone."""
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from deltaproduct_jax.training.records import write_file
 
 
 def plot_cumulative(results_by_label: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -14,9 +17,12 @@ def plot_cumulative(results_by_label: Mapping[str, Mapping[str, Any]], path: Pat
     Args:
         results_by_label: contents of results.json, by the name of their curve.
         path: where the picture goes.
+
+    Raises:
+        RunDirectoryError: the picture cannot be written.
     """
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     for label, results in results_by_label.items():
         curve = max(results["test"], key=lambda entry: entry["length"])["strict"]["cumulative"]
@@ -24,5 +30,6 @@ def plot_cumulative(results_by_label: Mapping[str, Mapping[str, Any]], path: Pat
     axes.set(xlabel="position", ylabel="sequences right so far", ylim=(-0.02, 1.02))
     axes.grid(alpha=0.3)
     axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    canvas.print_png(picture)
+    write_file(path, picture.getvalue())

@@ -4,7 +4,7 @@
 
 trains on the word problem of a group and reports the accuracy at 1, 2, 4 and 8 times the length
 trained. The same command goes on after a kill. Presets: ``default`` learns S3 on a CPU; ``paper``
-is the setup of https://arxiv.org/abs/2502.10297 as far as it is published, and wants an accelerator.
+is the setup of https://arxiv.org/abs/2502.10297 as far as published, and wants an accelerator.
 """
 
 import sys
@@ -74,7 +74,9 @@ def command(argv: Sequence[str]) -> None:
     )
     results = train(config, parsed.workdir, ["experiments.state_tracking", *argv])
     print(table(results))
-    plot_cumulative({task.group: results}, parsed.workdir / "cumulative.png")
+    figure = parsed.workdir / "cumulative.png"
+    if not figure.exists():
+        plot_cumulative({task.group: results}, figure)
 
 
 def table(results: dict[str, Any]) -> str:
