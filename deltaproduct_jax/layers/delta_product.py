@@ -3,7 +3,8 @@
 Section 3 of the paper (Siems et al., 2025) and the layer of flash-linear-attention, whose parameter
 names are kept. Per token, with ``R`` Householder factors:
 
-    q, k, v = act(conv(x W)),  beta = sigmoid(x W_b) [* 2],  g = -exp(A_log) softplus(x W_a + dt_bias)
+    q, k, v = act(conv(x W)),  beta = sigmoid(x W_b) [* 2]
+    g       = -exp(A_log) softplus(x W_a + dt_bias)
     o       = delta_product(l2norm(q), l2norm(k), v, beta, g)
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """

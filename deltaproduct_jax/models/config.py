@@ -8,7 +8,8 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS, check_heads
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
-from deltaproduct_jax.ops.api import IMPLEMENTATIONS
+from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops.dispatch import AVAILABLE
 
 MIXERS: tuple[str, ...] = ("delta_net", "gated_delta_net", "delta_product", "gated_delta_product")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float64")
@@ -69,11 +70,14 @@ class ModelConfig:
         require_one_of("initializer", self.initializer, INITIALIZERS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("param_dtype", self.param_dtype, DTYPES)
-        if self.implementation is not None:
-            require_one_of("implementation", self.implementation, IMPLEMENTATIONS)
+        try:
+            checks.check_implementation(self.implementation, AVAILABLE)
+            checks.check_chunk_size(self.chunk_size, self.implementation)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         for name in ("vocab_size", "hidden_size", "num_layers", "num_householder", "conv_size"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("intermediate_size", "chunk_size", "num_v_heads"):
+        for name in ("intermediate_size", "num_v_heads"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         for name in ("hidden_ratio", "norm_eps", "initializer_range"):

@@ -1,0 +1,161 @@
+"""The sequence model: sizes of the published configurations, causality, decoding, packing."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
+
+SMALL = ModelConfig(
+    vocab_size=13, hidden_size=16, num_layers=2, num_heads=2, head_dim=4, intermediate_size=24
+)
+VARIANTS = {
+    "plain": SMALL,
+    "gated_conv": dataclasses.replace(
+        SMALL, mixer="gated_delta_product", use_short_conv=True, use_output_gate=True
+    ),
+    "tied": dataclasses.replace(SMALL, tie_embeddings=True, num_householder=3, expand_v=2.0),
+    "delta_net": dataclasses.replace(SMALL, mixer="delta_net", num_householder=1),
+}
+
+
+def tokens(B: int = 2, T: int = 9, seed: int = 0) -> jax.Array:
+    return jax.random.randint(jax.random.key(seed), (B, T), 0, 13)
+
+
+@nnx.jit
+def run(model: SequenceModel, ids: jax.Array, **kwargs: jax.Array) -> jax.Array:
+    return model(ids, **kwargs)
+
+
+@nnx.jit
+def step(model: SequenceModel, state: list, ids: jax.Array) -> tuple[jax.Array, list]:
+    return model.step(state, ids)
+
+
+def shape_of(config: ModelConfig) -> nnx.Module:
+    """The model without any memory for its parameters."""
+    return nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
+
+
+def test_state_tracking_models_have_the_published_sizes():
+    # The paper's S5 models: d = 128, 8 heads of 32, one layer, 120 elements and 7 special tokens.
+    config = ModelConfig(vocab_size=127, num_heads=8)
+    counts = [
+        count_parameters(shape_of(dataclasses.replace(config, num_householder=r)))["total"]
+        for r in (1, 2, 3, 4)
+    ]
+    assert counts == [361_632, 428_192, 494_752, 561_312]
+
+
+@pytest.mark.parametrize(
+    ("d", "H", "n_h", "want"),
+    [(768, 8, 1, 213_802_752), (736, 6, 2, 214_095_072), (1024, 6, 3, 392_392_704)],
+)
+def test_language_models_have_the_published_sizes(d, H, n_h, want):
+    config = ModelConfig(
+        hidden_size=d,
+        num_layers=24,
+        num_heads=H,
+        head_dim=128,
+        num_householder=n_h,
+        use_short_conv=True,
+        intermediate_size=None,
+        tie_embeddings=True,
+    )
+    assert count_parameters(shape_of(config))["total"] == want
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prompt_then_steps_agree_with_the_whole(variant):
+    model = SequenceModel(VARIANTS[variant], rngs=nnx.Rngs(0))
+    ids = tokens()
+    logits = run(model, ids)
+    assert logits.shape == (2, 9, 13)
+    first, state = nnx.jit(lambda model, ids: model.forward(ids))(model, ids[:, :5])
+    outputs = [first]
+    for t in range(5, 9):
+        out, state = step(model, state, ids[:, t])
+        outputs.append(out[:, None])
+    chex.assert_trees_all_close(jnp.concatenate(outputs, axis=1), logits, atol=2e-6)
+    empty, _ = step(model, model.init_state(2), ids[:, 0])
+    chex.assert_trees_all_close(empty, logits[:, 0], atol=2e-6)
+
+
+@pytest.mark.parametrize("variant", ["plain", "gated_conv"])
+def test_no_position_sees_a_later_token(variant):
+    model = SequenceModel(VARIANTS[variant], rngs=nnx.Rngs(0))
+    ids = tokens()
+    changed = ids.at[0, 6].set((ids[0, 6] + 1) % 13)
+    difference = jnp.abs(run(model, ids) - run(model, changed)).max(axis=2)
+    assert not np.any(difference[0, :6])
+    assert np.all(difference[0, 6:] > 0)
+    assert not np.any(difference[1])  # nor anything of another row
+
+
+def test_packed_rows_and_padding():
+    model = SequenceModel(VARIANTS["gated_conv"], rngs=nnx.Rngs(0))
+    ids = tokens(B=1)
+    separate = jnp.concatenate([run(model, ids[:, :4]), run(model, ids[:, 4:])], axis=1)
+    segments = jnp.array([[3] * 4 + [8] * 5], jnp.int32)
+    packed = run(model, ids, segment_ids=segments)
+    chex.assert_trees_all_close(packed, separate, atol=2e-6)
+    padded = jnp.concatenate([jnp.zeros((1, 3), jnp.int32), ids], axis=1)
+    mask = jnp.arange(12)[None] >= 3
+    chex.assert_trees_all_close(run(model, padded, mask=mask)[:, 3:], run(model, ids), atol=2e-6)
+
+
+def test_every_field_reaches_the_model():
+    """A field that changed neither parameters, their draw, nor the outputs would be dead."""
+    # Each value differs from SMALL's; the second entry makes the field matter.
+    conv, auto = {"use_short_conv": True}, {"intermediate_size": None}
+    fla = {"initializer": "fla"}
+    changes = {
+        "vocab_size": (17, {}), "mixer": ("gated_delta_product", {}), "hidden_size": (20, {}),
+        "num_layers": (3, {}), "num_heads": (1, {}), "num_v_heads": (4, {}), "head_dim": (8, {}),
+        "expand_v": (2.0, {}), "num_householder": (3, {}), "allow_neg_eigval": (False, {}),
+        "qk_activation": ("none", {}), "beta_bias": (1.0, {}), "use_output_gate": (True, {}),
+        "use_short_conv": (True, {}), "conv_size": (2, conv), "intermediate_size": (32, {}),
+        "hidden_ratio": (40.0, auto), "norm_eps": (1e-2, {}), "tie_embeddings": (True, {}),
+        "initializer": ("fla", {}), "initializer_range": (0.1, fla), "dtype": ("bfloat16", {}),
+        "param_dtype": ("bfloat16", {}), "implementation": ("associative", {}),
+        "chunk_size": (2, {"implementation": "chunked"}),
+    }  # fmt: skip
+    assert set(changes) == {field.name for field in dataclasses.fields(ModelConfig)}
+    ids = tokens()
+
+    def program(config: ModelConfig) -> str:
+        """Everything from the key to the logits: draws, their bounds, shapes, dtypes."""
+        build = lambda key: SequenceModel(config, rngs=nnx.Rngs(key))(ids)
+        return str(jax.make_jaxpr(build)(jax.random.key(0)))
+
+    for name, (value, others) in changes.items():
+        base = dataclasses.replace(SMALL, **others)
+        assert program(base) != program(dataclasses.replace(base, **{name: value})), name
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"mixer": "mamba"}, "mixer='mamba' is not known; it may be one of"),
+        ({"mixer": "delta_net"}, "num_householder=2 does not fit mixer='delta_net'"),
+        ({"dtype": "float16"}, "dtype='float16' is not known"),
+        ({"hidden_size": 0}, "hidden_size=0 is too small; it must be at least 1"),
+        ({"norm_eps": 0.0}, "norm_eps=0.0 must be greater than 0"),
+        ({"num_v_heads": 3}, "num_v_heads=3 must be a positive multiple of num_heads=2"),
+        ({"implementation": "cuda"}, "implementation='cuda' is not available; it may be one of"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"intermediate_size": 0}, "intermediate_size=0 is too small"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(change, text):
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(SMALL, **change)
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
