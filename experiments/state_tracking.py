@@ -80,8 +80,10 @@ def command(argv: Sequence[str]) -> None:
     config, workdir = configure(parsed.sections), parsed.workdir
     results = train(config, workdir, ["experiments.state_tracking", *argv])
     print(table(results))
-    label = f"{config.task.group}, n_h = {config.model.num_householder}"
-    plot_cumulative({label: results}, workdir / "cumulative.png", config.task.train_length)
+    figure = workdir / "cumulative.png"
+    if not figure.exists():
+        label = f"{config.task.group}, n_h = {config.model.num_householder}"
+        plot_cumulative({label: results}, figure, config.task.train_length)
 
 
 def table(results: dict[str, Any]) -> str:

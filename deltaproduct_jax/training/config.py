@@ -26,7 +26,7 @@ class TrainConfig:
     learning_rate: float = _field(1e-3, "peak learning rate of AdamW")
     schedule: str = _field("cosine", "learning rate after the warm-up: cosine or constant")
     warmup_steps: int = _field(0, "steps over which the learning rate rises from 0")
-    end_learning_rate: float = _field(0.0, "learning rate at the last step of a cosine")
+    end_learning_rate: float = _field(0.0, "learning rate that a cosine falls to")
     weight_decay: float = _field(0.01, "AdamW's decay, of every parameter")
     adam_b1: float = _field(0.9, "decay of AdamW's first moment")
     adam_b2: float = _field(0.999, "decay of AdamW's second moment")
@@ -70,6 +70,8 @@ class TrainConfig:
             raise ConfigError(f"stop_accuracy={self.stop_accuracy!r} must be in (0, 1]")
         for length in self.curriculum:
             require_at_least("curriculum", length, 1)
+        if self.select_length is not None:
+            require_at_least("select_length", self.select_length, 1)
         self._check_steps()
         _require_divisible(self, "batch_size", "accumulation_steps")
         _require_divisible(self, "eval_sequences", "eval_batch_size")

@@ -1,0 +1,151 @@
+"""Configuration, learning rate and curriculum: functions of the fields and the step alone."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+
+
+def run_config(task: GroupTask | None = None, **train) -> RunConfig:
+    task = task or GroupTask("S3", train_length=32)
+    return RunConfig(task, ModelConfig(vocab_size=task.vocab_size), TrainConfig(**train))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 0}, "steps=0 is too small"),
+        ({"steps": 2**31}, "steps=2147483648 is too large"),
+        ({"batch_size": 0}, "batch_size=0 is too small"),
+        ({"batch_size": 10, "accumulation_steps": 4}, "batch_size=10 must be a multiple of accum"),
+        ({"eval_sequences": 100, "eval_batch_size": 64}, "eval_sequences=100 must be a multiple"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
+        ({"learning_rate": math.nan}, "learning_rate=nan must be greater than 0"),
+        ({"schedule": "linear"}, "schedule='linear' is not known"),
+        ({"schedule": "constant", "end_learning_rate": 1e-5}, "needs schedule=cosine"),
+        ({"learning_rate": 1e-3, "end_learning_rate": 1e-2}, "must not exceed learning_rate"),
+        ({"steps": 10, "warmup_steps": 11}, "warmup_steps=11 must not exceed steps=10"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 is too small"),
+        ({"weight_decay": -0.1}, "weight_decay=-0.1 is too small"),
+        ({"adam_b1": 1.0}, "adam_b1=1.0 must be in"),
+        ({"adam_b2": -0.1}, "adam_b2=-0.1 must be in"),
+        ({"adam_eps": 0.0}, "adam_eps=0.0 must be greater"),
+        ({"clip_norm": 0.0}, "clip_norm=0.0 must be greater"),
+        ({"curriculum": (4, 0)}, "curriculum=0 is too small"),
+        ({"curriculum": (4,), "curriculum_fraction": 1.0}, "curriculum_fraction=1.0 must be in"),
+        ({"curriculum": (4, 64)}, "must not exceed train_length=32"),
+        ({"seed": -1}, "seed=-1 is too small"),
+        ({"stop_accuracy": 1.5}, "stop_accuracy=1.5 must be in"),
+        ({"select_length": 0}, "select_length=0 is too small"),
+        ({"log_every": 0}, "log_every=0 is too small"),
+        ({"eval_every": 0}, "eval_every=0 is too small"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 is too small"),
+    ],
+)
+def test_senseless_fields_are_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        run_config(**fields)
+
+
+def test_the_model_must_speak_the_task():
+    with pytest.raises(ConfigError, match="vocab_size=5 must be the task's, 13"):
+        RunConfig(GroupTask("S3"), ModelConfig(vocab_size=5), TrainConfig())
+
+
+@pytest.mark.parametrize("config", [TrainConfig, GroupTask])
+def test_every_field_is_explained(config):
+    for field in dataclasses.fields(config):
+        assert field.metadata["help"].strip(), field.name
+
+
+def test_warmup_then_cosine():
+    config = TrainConfig(
+        steps=110, warmup_steps=10, learning_rate=2.0, end_learning_rate=0.2, schedule="cosine"
+    )
+    schedule = make_schedule(config)
+    for count in range(110):
+        if count < 10:
+            want = 2.0 * count / 10
+        else:
+            want = 0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * (count - 10) / 100))
+        assert float(schedule(count)) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 4, 10])
+def test_constant_schedule(warmup_steps):
+    schedule = make_schedule(
+        TrainConfig(steps=10, warmup_steps=warmup_steps, learning_rate=3.0, schedule="constant")
+    )
+    for count in range(10):
+        want = 3.0 * min(1, count / warmup_steps) if warmup_steps else 3.0
+        assert float(schedule(count)) == pytest.approx(want, rel=1e-6)
+
+
+def test_adamw_against_its_equations():
+    config = TrainConfig(
+        steps=50, learning_rate=0.1, schedule="constant", weight_decay=0.3, adam_b1=0.8,
+        adam_b2=0.95, adam_eps=1e-3, clip_norm=1.0,
+    )  # fmt: skip
+    optimizer = make_optimizer(config)
+    rng = np.random.default_rng(0)
+    w, m, v = rng.normal(size=4), np.zeros(4), np.zeros(4)
+    params = jnp.asarray(w, dtype=jnp.float32)
+    state = optimizer.init(params)
+    for t in range(1, 6):
+        g = rng.normal(size=4)
+        updates, state = optimizer.update(jnp.asarray(g, dtype=jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        g = g * min(1, 1 / np.linalg.norm(g))
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
+        w = w - 0.1 * (m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-3) + 0.3 * w)
+        np.testing.assert_allclose(params, w, rtol=1e-5)
+
+
+def test_curriculum_divides_its_part_of_the_steps_evenly():
+    config = run_config(steps=100, curriculum=(4, 8, 16), curriculum_fraction=0.6)
+    lengths = [config.length_at(step) for step in range(1, 101)]
+    assert lengths == [4] * 20 + [8] * 20 + [16] * 20 + [32] * 40
+
+
+def test_curriculum_is_off_by_default_and_with_no_part_of_the_steps():
+    assert {run_config(steps=9).length_at(step) for step in range(1, 10)} == {32}
+    config = run_config(steps=9, curriculum=(4,), curriculum_fraction=0.0)
+    assert {config.length_at(step) for step in range(1, 10)} == {32}
+
+
+def test_steps_with_an_evaluation_or_checkpoint_are_logged():
+    config = run_config(steps=23, log_every=4, eval_every=10, checkpoint_every=7)
+    logged = [step for step in range(1, 24) if config.is_logged(step)]
+    assert logged == [4, 7, 8, 10, 12, 14, 16, 20, 21, 23]
+    assert [step for step in logged if config.is_evaluated(step)] == [10, 20, 23]
+
+
+def test_the_longest_length_selects_unless_one_is_given():
+    assert run_config().select_length == 256
+    assert run_config(select_length=5).select_length == 5
+
+
+def test_seeds_are_named_and_differ():
+    first, second = run_config(seed=0).seeds(), run_config(seed=1).seeds()
+    assert set(first) == {"init", "data"}
+    assert len({*first.values(), *second.values()}) == 4
+    assert first == run_config(seed=0).seeds()
+    for seed in first.values():
+        jax.random.key(seed)
+
+
+def test_to_dict_is_plain():
+    config = run_config(curriculum=(4, 8)).to_dict()
+    assert set(config) == {"task", "model", "train"}
+    assert config["train"]["curriculum"] == [4, 8]
+    assert config["task"]["eval_lengths"] is None

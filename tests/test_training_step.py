@@ -1,0 +1,133 @@
+"""Pure steps: loss, gradients, accumulation and norms, on a model small enough to do by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.step import (
+    global_norm,
+    init_state,
+    loss_and_correct,
+    make_train_step,
+    split_model,
+)
+
+VOCAB = 5
+
+
+class Bigram(nnx.Module):
+    """Logits from the last token alone."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype=jnp.float32):
+        self.table = nnx.Param(jax.random.normal(rngs.params(), (VOCAB, VOCAB), dtype))
+
+    def __call__(self, tokens):
+        return self.table[...][tokens]
+
+
+def random_batch(batch_size=8, length=6, seed=0) -> Batch:
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(VOCAB, size=(2, batch_size, length)).astype(np.int32)
+    mask = rng.random((batch_size, length)) < 0.7  # rows count different numbers of positions
+    return Batch(*map(jnp.asarray, (*tokens, mask)))
+
+
+def step_with(train: TrainConfig, model: nnx.Module):
+    graphdef, params = split_model(model)
+    optimizer = make_optimizer(train)
+    step = make_train_step(graphdef, optimizer, make_schedule(train), train.accumulation_steps)
+    return jax.jit(step), init_state(params, optimizer)
+
+
+def test_loss_and_answers_by_hand():
+    graphdef, params = split_model(Bigram(nnx.Rngs(0)))
+    batch = random_batch()
+    loss, correct = loss_and_correct(graphdef, params, batch)
+    logits = np.asarray(params["table"], dtype=np.float64)[batch.inputs]
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+    taken = np.take_along_axis(probabilities, np.asarray(batch.targets)[..., None], axis=-1)
+    want = -np.log(taken[..., 0])[np.asarray(batch.mask)].sum()
+    assert float(loss) == pytest.approx(want, rel=1e-5)
+    np.testing.assert_array_equal(correct, logits.argmax(axis=-1) == batch.targets)
+
+
+def test_loss_is_float32_for_a_bfloat16_model():
+    graphdef, params = split_model(Bigram(nnx.Rngs(0), dtype=jnp.bfloat16))
+    loss, _ = loss_and_correct(graphdef, params, random_batch())
+    assert loss.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("accumulation_steps", [2, 8])
+def test_accumulated_step_is_the_step_of_the_whole_batch(accumulation_steps):
+    batch = random_batch()
+    config = ModelConfig(
+        vocab_size=VOCAB, hidden_size=8, num_heads=2, head_dim=4, intermediate_size=8
+    )
+    after = []
+    for parts in (1, accumulation_steps):
+        train = TrainConfig(batch_size=8, accumulation_steps=parts, clip_norm=0.5)
+        step, state = step_with(train, SequenceModel(config, rngs=nnx.Rngs(0)))
+        # AdamW divides by the size of a gradient, so its first steps magnify rounding; the
+        # gradient norm and the loss do not.
+        after.append(step(state, batch))
+    (whole, whole_metrics), (parted, parted_metrics) = after
+    for name in whole_metrics:
+        np.testing.assert_allclose(whole_metrics[name], parted_metrics[name], rtol=1e-5)
+    moments = [optax.tree_utils.tree_get(state.opt_state, "mu") for state in (whole, parted)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), *moments)
+
+
+def test_metrics_of_a_step():
+    train = TrainConfig(steps=10, learning_rate=0.5, schedule="cosine")
+    step, state = step_with(train, Bigram(nnx.Rngs(0)))
+    batch = random_batch()
+    after, metrics = step(state, batch)
+    table, new_table = (np.asarray(s.params["table"], np.float64) for s in (state, after))
+
+    def loss_of(table):
+        graphdef, _ = split_model(Bigram(nnx.Rngs(0)))
+        loss, correct = loss_and_correct(graphdef, {"table": table}, batch)
+        return loss / batch.mask.sum(), correct
+
+    (loss, correct), grad = jax.value_and_grad(loss_of, has_aux=True)(state.params["table"])
+    mask = np.asarray(batch.mask)
+    want = {
+        "loss": loss,
+        "accuracy": np.asarray(correct)[mask].mean(),
+        "grad_norm": np.linalg.norm(grad),
+        "param_norm": np.linalg.norm(new_table),
+        "update_norm": np.linalg.norm(new_table - table),
+        "learning_rate": 0.5,
+    }
+    assert set(metrics) == set(want)
+    for name, value in want.items():
+        assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5), name
+    assert int(after.step) == 1
+    assert float(step(after, batch)[1]["learning_rate"]) == pytest.approx(
+        0.25 * (1 + np.cos(np.pi / 10)), rel=1e-5
+    )
+
+
+def test_global_norm_of_bfloat16_is_summed_in_float32():
+    tree = {"a": jnp.ones((1000,), jnp.bfloat16), "b": jnp.full((24,), 1.0)}
+    norm = global_norm(tree)
+    assert norm.dtype == jnp.float32
+    assert float(norm) == 32.0
+
+
+def test_training_lowers_the_loss_and_never_compiles_twice():
+    step, state = step_with(TrainConfig(learning_rate=0.1), Bigram(nnx.Rngs(0)))
+    batch = random_batch()
+    losses = []
+    for _ in range(20):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < 0.7 * losses[0]
+    assert step._cache_size() == 1
