@@ -1,5 +1,6 @@
 """What a caller reads when an argument is wrong: its name, what it got, what it may be."""
 
+import functools
 import re
 
 import jax
@@ -145,9 +146,9 @@ def test_forward_mode_names_the_remedy():
     for implementation in ("chunked", None):
         with pytest.raises(TypeError, match='implementation="recurrent" or "associative"'):
             jax.jvp(
-                lambda q: delta_product(**{**arrays, "q": q}, implementation=implementation)[0],
-                (arrays["q"],),
-                (arrays["q"],),
+                functools.partial(delta_product, implementation=implementation),
+                tuple(arrays.values()),
+                tuple(arrays.values()),
             )
 
 
