@@ -279,3 +279,30 @@ def test_memory_of_a_gradient_is_small():
     gradient = jax.jit(jax.grad(lambda a: jnp.sum(delta_product(**a)[0])))
     memory = gradient.lower(shapes).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "exact", "bfloat16"),
+    [
+        ("float32", None, "all", "none"),
+        ("float32", "highest", "all", "none"),
+        ("float32", "default", "gate sums", "none"),
+        ("bfloat16", None, "inverse and gate sums", "the rest"),
+        ("bfloat16", "default", "gate sums", "the rest"),
+        ("bfloat16", "highest", "all", "none"),
+    ],
+)
+def test_precision_of_the_products_as_lowered_for_tpu(dtype, precision, exact, bfloat16):
+    """On a CPU every float32 product is exact, so the program is read instead of run."""
+    arrays = cast(Case(T=16, R=1).arrays(), dtype)
+    gradient = jax.jit(
+        jax.grad(lambda a: jnp.sum(delta_product(**a, chunk_size=16, precision=precision)[1]))
+    )
+    text = gradient.trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    highest = [line for line in dots if "HIGHEST" in line]
+    narrow = [line for line in dots if "bf16" in line]
+    # Two passes of 2 * (log2(16) - 1) products for the inverse; three products sum gates.
+    expected = {"all": len(dots), "gate sums": 3, "inverse and gate sums": 15}[exact]
+    assert len(highest) == expected
+    assert len(narrow) == {"none": 0, "the rest": len(dots) - 15}[bfloat16]
