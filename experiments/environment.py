@@ -48,7 +48,7 @@ def _set_up() -> Path:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         _fail(
             "this Python has no ensurepip, so it cannot make a virtual environment; on Debian and "
-            f"Ubuntu install the package python{version}-venv (apt-get install python{version}-venv)"
+            f"Ubuntu install it with: apt-get install python{version}-venv"
         )
     print(f"Setting up {VENV} (once; a few minutes on a slow line) ...", flush=True)
     _run([sys.executable, "-m", "venv", "--clear", str(VENV)], "the virtual environment")

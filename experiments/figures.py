@@ -11,25 +11,35 @@ from matplotlib.figure import Figure
 from deltaproduct_jax.training.records import write_file
 
 
-def plot_cumulative(results_by_label: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def plot_cumulative(
+    results_by_label: Mapping[str, Mapping[str, Any]], path: Path, train_length: int
+) -> None:
     """Draws the fraction of sequences right up to each position, at the longest test length.
 
     Args:
         results_by_label: contents of results.json, by the name of their curve.
         path: where the picture goes.
-
-    Raises:
-        RunDirectoryError: the picture cannot be written.
+        train_length: position up to which the models were trained, marked by a line.
     """
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
     axes = figure.subplots()
     for label, results in results_by_label.items():
         curve = max(results["test"], key=lambda entry: entry["length"])["strict"]["cumulative"]
-        axes.plot(range(len(curve)), curve, label=label)
-    axes.set(xlabel="position", ylabel="sequences right so far", ylim=(-0.02, 1.02))
+        axes.plot(range(len(curve)), curve, label=label, linewidth=2)
+    axes.axvline(train_length, color="grey", linestyle="--", label="trained up to here")
+    axes.set(
+        xlabel="position (group elements read)",
+        ylabel="fraction of sequences right so far",
+        xlim=(0, len(curve) - 1),
+        ylim=(-0.02, 1.02),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
-    picture = io.BytesIO()
-    canvas.print_png(picture)
-    write_file(path, picture.getvalue())
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    write_file(path, buffer.getvalue())

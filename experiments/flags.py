@@ -76,7 +76,12 @@ def _spell(annotation: Any) -> str:
 
 
 def parse(
-    argv: Sequence[str], sections: Sections, presets: Presets, *, exclude: Iterable[str] = ()
+    argv: Sequence[str],
+    sections: Sections,
+    presets: Presets,
+    *,
+    exclude: Iterable[str] = (),
+    default_workdir: str | None = None,
 ) -> Parsed:
     """Understands a command line.
 
@@ -85,6 +90,7 @@ def parse(
         sections: the dataclasses whose fields become flags, each by its section of config.json.
         presets: fields that a preset sets; the one called "default" is used where none is named.
         exclude: fields that get no flag, because the experiment sets them.
+        default_workdir: where to run if no flag says so; without it --workdir must be given.
 
     Raises:
         ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
@@ -99,13 +105,14 @@ def parse(
     if values.help:
         print(_help(values, sections, presets))
         raise SystemExit(0)
-    if values.workdir is None:
+    workdir = values.workdir or default_workdir
+    if workdir is None:
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
     if values.config is not None and values.preset is not None:
         raise ConfigError(
             f"--config={values.config} and --preset={values.preset} exclude each other; give one"
         )
-    return Parsed(_resolve(values, sections, fields, presets, set(exclude)), Path(values.workdir))
+    return Parsed(_resolve(values, sections, fields, presets, set(exclude)), Path(workdir))
 
 
 def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> dict[str, str]:
@@ -148,6 +155,8 @@ def _resolve(
     layered |= {name: values[name].value for name in owner if values[name].present}
     resolved: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, value in layered.items():
+        if name in exclude:
+            continue
         resolved[owner[name]][name] = value
     return resolved
 

@@ -4,7 +4,8 @@
 
 trains on the word problem of a group and reports the accuracy at 1, 2, 4 and 8 times the length
 trained. The same command goes on after a kill. Presets: ``default`` learns S3 on a CPU; ``paper``
-is the setup of https://arxiv.org/abs/2502.10297 as far as published, and wants an accelerator.
+is the setup of https://arxiv.org/abs/2502.10297 as far as it is published, and wants an
+accelerator.
 """
 
 import sys
@@ -63,20 +64,26 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def configure(sections: dict[str, dict[str, Any]]) -> RunConfig:
+    """The run that flags describe."""
+    task = GroupTask(**sections["task"])
+    return RunConfig(
+        task=task,
+        model=ModelConfig(vocab_size=task.vocab_size, **sections["model"]),
+        train=TrainConfig(**sections["train"]),
+    )
+
+
 def command(argv: Sequence[str]) -> None:
     """Trains as the flags say, prints a table and draws the curves."""
     parsed = flags.parse(argv, SECTIONS, PRESETS, exclude=["vocab_size"])
-    task = GroupTask(**parsed.sections["task"])
-    config = RunConfig(
-        task=task,
-        model=ModelConfig(vocab_size=task.vocab_size, **parsed.sections["model"]),
-        train=TrainConfig(**parsed.sections["train"]),
-    )
-    results = train(config, parsed.workdir, ["experiments.state_tracking", *argv])
+    config, workdir = configure(parsed.sections), parsed.workdir
+    results = train(config, workdir, ["experiments.state_tracking", *argv])
     print(table(results))
-    figure = parsed.workdir / "cumulative.png"
+    figure = workdir / "cumulative.png"
     if not figure.exists():
-        plot_cumulative({task.group: results}, figure)
+        label = f"{config.task.group}, n_h = {config.model.num_householder}"
+        plot_cumulative({label: results}, figure, config.task.train_length)
 
 
 def table(results: dict[str, Any]) -> str:

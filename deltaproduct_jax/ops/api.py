@@ -7,11 +7,17 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.dispatch import AVAILABLE, dispatch
+from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.recurrent import recurrent_step
 
 # Added to the sum of squares, inside the root, as the published layer does.
 L2NORM_EPSILON = 1e-6
+
+FORWARD_MODE = (
+    "delta_product: the chunked implementation has its own backward pass and no forward-mode "
+    'derivative (jvp, jacfwd); name implementation="recurrent" or "associative" for that'
+)
 
 
 def delta_product(
@@ -97,19 +103,19 @@ def delta_product(
     if initial_state is None:
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
-    return dispatch(
-        q,
-        k,
-        v,
-        beta,
-        g,
-        initial_state,
-        _starts_of_segments(segment_ids),
-        scale=scale,
-        chunk_size=chunk_size,
-        precision=precision,
-        implementation=implementation,
-    )
+    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    options = {
+        "scale": scale,
+        "chunk_size": chunk_size,
+        "precision": precision,
+        "implementation": implementation,
+    }
+    try:
+        return dispatch(q, k, v, beta, g, initial_state, resets, **options)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(FORWARD_MODE) from error
 
 
 def delta_product_step(
@@ -162,11 +168,3 @@ def _l2_normalise(x: jax.Array) -> jax.Array:
     wide = x.astype(accumulator_dtype(x.dtype))
     norm_squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(norm_squared + L2NORM_EPSILON)).astype(x.dtype)
-
-
-def _starts_of_segments(segment_ids: jax.Array | None) -> jax.Array | None:
-    """True where a token starts a new segment [B, T]; never at the first token of a row."""
-    if segment_ids is None:
-        return None
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (min(1, segment_ids.shape[1]), 0)))

@@ -1,8 +1,8 @@
 """Which implementation runs: the names, the rule for ``implementation=None``, and one custom_vjp.
 
 The choice by platform is made when the program is lowered, not by the machine that traces it, and
-it stands inside the custom_vjp: whatever runs, the residuals are the same, namely the inputs and the
-state before every chunk, under the names in `RESIDUAL_NAMES` for `jax.checkpoint` policies.
+it stands inside the custom_vjp: whatever runs, the residuals are the same, namely the inputs and
+the state before every chunk, under the names in `RESIDUAL_NAMES` for `jax.checkpoint` policies.
 """
 
 import functools
@@ -21,15 +21,21 @@ AVAILABLE = ("chunked", "recurrent", "associative")
 # A policy that saves the last two spares a rematerialised layer the second run of the scan.
 RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product_outputs")
 
-# Updates (tokens times factors) in a chunk, and the fewest tokens, where the caller names no size.
-UPDATES_PER_CHUNK = 64
+# Fewest and most updates (tokens times factors) in a chunk where the caller names no size.
+UPDATES_PER_CHUNK = (16, 64)
 # On a CPU the plain scan is faster up to this many entries of the state of one head.
 SMALL_STATE = 32 * 32
 
 
-def default_chunk_size(T: int, R: int) -> int:
-    """Tokens in a chunk of the chunked implementation where the caller names none."""
-    return max(1, min(T, UPDATES_PER_CHUNK // R))
+def default_chunk_size(*, R: int, K: int, V: int) -> int:
+    """Tokens in a chunk of the chunked implementation where the caller names none.
+
+    Work inside a chunk grows with its updates C * R, work on the state with K and V, and both are
+    in balance on a CPU near C * R = max(K, V) / 2. The same on every platform, because the kept
+    states, one per chunk, are residuals and their number is fixed when the program is traced.
+    """
+    fewest, most = UPDATES_PER_CHUNK
+    return max(1, min(max(max(K, V) // 2, fewest), most) // R)
 
 
 def select_implementation(platform: str, *, T: int, K: int, V: int, differentiated: bool) -> str:
@@ -61,14 +67,15 @@ def dispatch(
     q, k, v, beta, g, initial_state, resets, *, scale, chunk_size, precision, implementation
 ):
     """Runs the named implementation, or the one that the rule picks, on checked arguments."""
-    B, T, R = k.shape[:3]
+    B, T, R, _, K = k.shape
     if T == 0:
         return jnp.zeros((B, 0, *v.shape[3:]), v.dtype), initial_state
     tokens, initial_state = mark_all_varying((Tokens(q, k, v, beta, g, resets), initial_state))
     if implementation in ("recurrent", "associative"):
         run = recurrent if implementation == "recurrent" else associative
         return run(*tokens[:5], initial_state, tokens.resets, scale=scale, precision=precision)
-    settings = Settings(scale, min(chunk_size or default_chunk_size(T, R), T), precision)
+    chunk_size = chunk_size or default_chunk_size(R=R, K=K, V=v.shape[-1])
+    settings = Settings(scale, min(chunk_size, T), precision)
     return _with_own_backward(implementation, settings, tokens, initial_state)
 
 

@@ -27,4 +27,4 @@ def zeros_varying_as(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
 
 
 def _axes(x: jax.Array) -> frozenset:
-    return frozenset(getattr(jax.typeof(x), "vma", ()))
+    return jax.typeof(x).manual_axis_type.varying

@@ -1,0 +1,73 @@
+"""The main job: one layer of DeltaProduct learns to track S3, and DeltaNet does not.
+
+    python3 experiments/quickstart.py
+
+needs nothing but Python 3.11 or newer. It sets up ``.venv``, trains the permutation group S3 with
+one Householder factor a token (n_h = 1, DeltaNet) and with two, and compares them up to eight times
+the length they were trained at. Flags are those of ``experiments.state_tracking``, for example
+``--seed=1``; ``--workdir`` is runs/quickstart unless given. A killed run goes on with the same
+command.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from experiments import environment
+
+    if not environment.inside():
+        environment.go_on_inside("experiments.quickstart")
+
+from deltaproduct_jax.training.loop import train
+from experiments import flags, state_tracking
+from experiments.figures import plot_cumulative
+
+NUM_HOUSEHOLDERS = (1, 2)
+WORKDIR = "runs/quickstart"
+
+
+def command(argv: Sequence[str]) -> None:
+    """Trains both models, prints the table and draws the figure."""
+    parsed = flags.parse(
+        argv,
+        state_tracking.SECTIONS,
+        state_tracking.PRESETS,
+        exclude=["vocab_size", "num_householder"],
+        default_workdir=WORKDIR,
+    )
+    results_by_n_h = {}
+    for n_h in NUM_HOUSEHOLDERS:
+        parsed.sections["model"]["num_householder"] = n_h
+        config = state_tracking.configure(parsed.sections)
+        name = f"{config.task.group}_seed{config.train.seed}_nh{n_h}"
+        print(f"{config.task.group}, n_h = {n_h}, seed {config.train.seed}:", file=sys.stderr)
+        directory = parsed.workdir / name
+        results_by_n_h[n_h] = train(config, directory, ["experiments.quickstart", *argv])
+    figure = parsed.workdir / f"{config.task.group}_seed{config.train.seed}.png"
+    curves = {f"n_h = {n_h}": results for n_h, results in results_by_n_h.items()}
+    plot_cumulative(curves, figure, config.task.train_length)
+    print(table(config.task.group, config.task.train_length, results_by_n_h))
+    print(f"figure: {figure}")
+
+
+def table(group: str, train_length: int, results_by_n_h: dict[int, dict[str, Any]]) -> str:
+    """Sequence accuracy of every model at every length."""
+    lines = [
+        f"{group} trained at length {train_length}: fraction of test sequences right at every "
+        "position (BOS not counted)",
+        "length  " + "  ".join(f"n_h = {n_h}" for n_h in results_by_n_h),
+    ]
+    columns = [
+        {entry["length"]: entry["strict"]["sequence_accuracy"] for entry in results["test"]}
+        for results in results_by_n_h.values()
+    ]
+    for length in columns[0]:
+        lines.append(f"{length:>6}  " + "  ".join(f"{column[length]:7.4f}" for column in columns))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))
