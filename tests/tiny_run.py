@@ -1,12 +1,15 @@
 """Runs small enough for tests: a model that compiles at once, a task and settings to match."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.tasks.groups import GroupTask
@@ -37,6 +40,23 @@ class TinyModel(nnx.Module):
 
     def __call__(self, tokens):
         return self.head(jnp.tanh(jnp.cumsum(self.embeddings(tokens), axis=1)))
+
+
+@contextlib.contextmanager
+def compiled_once(directory: Path) -> Iterator[None]:
+    """Inside, a program that some run has compiled is not compiled again by the next."""
+    settings = {
+        "jax_compilation_cache_dir": str(directory),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 def run_config(**fields: Any) -> RunConfig:
