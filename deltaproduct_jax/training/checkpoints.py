@@ -15,7 +15,7 @@ Selection = tuple[float, ...]  # larger is better, compared entry by entry
 
 
 class BestAndNewest:
-    """Keeps the newest checkpoint and the best of those with metrics, the later of equals.
+    """Keeps the newest checkpoint and the best of those evaluated, the later of equals.
 
     Orbax's ``best_fn`` with ``max_to_keep`` ranks by metrics alone and deletes the newest, from
     which a run resumes, as soon as it is not among the best.
@@ -33,9 +33,14 @@ class BestAndNewest:
 
 
 def best_step(checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo]) -> int | None:
-    """The step with the best selection, the later of equals; None if none has one."""
-    ranked = [(info.metrics["selection"], info.step) for info in checkpoints if info.metrics]
+    """The evaluated step with the best selection, the later of equals; None without any."""
+    ranked = [(_selection(info), info.step) for info in checkpoints if _selection(info)]
     return max(ranked)[1] if ranked else None
+
+
+def _selection(info: ocp.checkpoint_managers.PolicyCheckpointInfo) -> Selection:
+    # A checkpoint whose removal was cut short may have lost its metrics; it was not the best.
+    return tuple((info.metrics or {}).get("selection", ()))
 
 
 class Checkpoints:
@@ -49,12 +54,16 @@ class Checkpoints:
         self._directory = directory
         options = ocp.CheckpointManagerOptions(
             preservation_policy=BestAndNewest(),
-            best_fn=lambda metrics: metrics["selection"],  # without it metrics are not written
+            best_fn=lambda metrics: metrics["selection"],  # without one metrics are not written
             cleanup_tmp_directories=True,  # what a killed save left behind
             enable_async_checkpointing=True,
         )
         with self._errors("opened"):
-            self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+            self._manager = ocp.CheckpointManager(
+                directory.absolute(),
+                options=options,
+                item_handlers=ocp.StandardCheckpointHandler(),
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -87,7 +96,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, step: int, selection: Selection | None) -> None:
         """Starts a save; ``selection`` ranks the checkpoint, None leaves it unranked."""
-        metrics = None if selection is None else {"selection": list(selection)}
+        metrics = {"selection": list(selection or ())}
         with self._errors("written"):
             self._manager.save(
                 step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True

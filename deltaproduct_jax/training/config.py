@@ -157,7 +157,7 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """The resolved configuration as JSON knows it: sections of plain values."""
         return {
-            section.name: _plain(dataclasses.asdict(getattr(self, section.name)))
+            section.name: plain(dataclasses.asdict(getattr(self, section.name)))
             for section in dataclasses.fields(self)
         }
 
@@ -167,7 +167,8 @@ def _seed_for(seed: int, purpose: str) -> int:
     return int.from_bytes(digest[:4], "big")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as it comes back from JSON: lists for tuples."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from deltaproduct_jax.tasks.task import Score, batch_key
-from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.config import RunConfig, plain
 from deltaproduct_jax.training.step import Params
 
 
@@ -37,7 +37,7 @@ class Evaluation:
     def to_dict(self, length: int) -> dict[str, Any]:
         """As an entry of results.json."""
         scores = {name: dataclasses.asdict(score) for name, score in self.scores.items()}
-        return {"length": length, "loss": self.loss, **scores}
+        return plain({"length": length, "loss": self.loss, **scores})
 
 
 def selection_of(row: dict[str, Any]) -> tuple[float, ...] | None:
