@@ -91,7 +91,7 @@ def test_outputs_and_gradients_are_those_of_the_reference():
 
         def loss(layer, x):
             y, _ = layer(x)
-            return jnp.sum(y * data["dy"]), y
+            return jnp.sum(y * jnp.asarray(data["dy"], y.dtype)), y
 
         x = jnp.asarray(data["x"], jnp.float64)
         gradients = nnx.grad(loss, argnums=(0, 1), has_aux=True)
@@ -101,7 +101,7 @@ def test_outputs_and_gradients_are_those_of_the_reference():
             gradient, turn = golden_leaf(d_layer, name)
             pairs[name] = (gradient[...], turn(data[f"grad/{name}"]))
         for name, (ours, theirs) in pairs.items():
-            error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+            error = np.linalg.norm(np.asarray(ours) - theirs) / np.linalg.norm(theirs)
             assert error < 2e-7, f"{name}: {error}"  # the stored numbers are rounded to float32
 
 

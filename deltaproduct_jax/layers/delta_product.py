@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
@@ -25,9 +26,11 @@ from deltaproduct_jax.layers.initializers import (
     decay_step_init,
     projection_init,
 )
+from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import compact, spread
 from deltaproduct_jax.layers.short_conv import ShortConv, segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
 QK_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nnx.silu,
@@ -102,8 +105,8 @@ class GatedDeltaProduct(nnx.Module):
         initializer_range: float = 0.02,
         implementation: str | None = None,
         chunk_size: int | None = None,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
@@ -167,15 +170,13 @@ class GatedDeltaProduct(nnx.Module):
             self.dt_bias = nnx.Param(decay_step_init(rngs.params(), (Hv,)))
         if use_output_gate:
             self.g_proj = project(Hv * V)
-        self.o_norm = nnx.RMSNorm(
-            V, epsilon=norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        self.o_norm = RMSNorm(V, eps=norm_eps, dtype=dtype, param_dtype=param_dtype)
         self.o_proj = project(hidden_size, in_features=Hv * V)
 
     def init_state(self, batch_size: int) -> DeltaProductState:
         """The state before the first token: all zero."""
         shape = (batch_size, self.num_v_heads, self.head_dim, self.value_dim)
-        recurrent = jnp.zeros(shape, jnp.promote_types(self.dtype, jnp.float32))
+        recurrent = jnp.zeros(shape, accumulator_dtype(self.dtype))
         if self.use_short_conv:
             convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
             tails = [conv.init_state(batch_size, self.dtype) for conv in convs]
@@ -278,7 +279,7 @@ class GatedDeltaProduct(nnx.Module):
         k = mixed[1].reshape(B, T, R, H, K)
         v = mixed[2].reshape(B, T, R, Hv, V)
 
-        wide = jnp.promote_types(self.dtype, jnp.float32)
+        wide = accumulator_dtype(self.dtype)
         b = self.b_proj(x).astype(wide)
         if hasattr(self, "b_bias"):
             b = b + self.b_bias[...].astype(wide)[None, None]
@@ -318,14 +319,14 @@ class DeltaProductCell(nnx.RNNCellBase):
     def initialize_carry(
         self,
         input_shape: Sequence[int],
-        rngs: nnx.Rngs | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
         carry_init: nnx.Initializer | None = None,
     ) -> DeltaProductState:
         """The carry before the first token, for inputs of ``input_shape`` (``[..., D]``).
 
         Args:
             input_shape: shape of one token's input, batch axes included.
-            rngs: needed with ``carry_init`` only; a key is drawn from its ``carry`` stream.
+            rngs: needed with ``carry_init`` only; of an ``Rngs`` the stream ``carry`` is used.
             carry_init: initialiser of the recurrent state; None for zeros.
         """
         batch = tuple(input_shape[:-1])
@@ -334,7 +335,8 @@ class DeltaProductCell(nnx.RNNCellBase):
         if carry_init is not None:
             if rngs is None:
                 raise ConfigError("carry_init draws a state and needs rngs, got rngs=None")
-            drawn = carry_init(rngs.carry(), state.recurrent.shape, state.recurrent.dtype)
+            key = rngs.carry() if isinstance(rngs, nnx.Rngs) else rngs()
+            drawn = carry_init(key, state.recurrent.shape, state.recurrent.dtype)
             state = state._replace(recurrent=drawn)
         return state
 

@@ -12,6 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 InitializerName = Literal["paper", "fla"]
 INITIALIZERS: tuple[str, ...] = ("paper", "fla")
@@ -20,7 +21,7 @@ _PAPER_GAIN = 2.0**-2.5
 
 
 def _uniform(bound: float) -> nnx.Initializer:
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init

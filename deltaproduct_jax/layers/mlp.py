@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.initializers import mlp_down_init
@@ -34,8 +35,8 @@ class SwiGLU(nnx.Module):
         num_layers: int = 1,
         initializer: str = "paper",
         initializer_range: float = 0.02,
-        dtype: jnp.dtype = jnp.float32,
-        param_dtype: jnp.dtype = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         normal = nnx.initializers.normal(initializer_range)

@@ -5,7 +5,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
 class ShortConv(nnx.Module):
@@ -30,7 +33,7 @@ class ShortConv(nnx.Module):
         *,
         activation: Callable[[jax.Array], jax.Array],
         kernel_init: nnx.Initializer,
-        param_dtype: jnp.dtype = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.conv_size = conv_size
@@ -38,7 +41,7 @@ class ShortConv(nnx.Module):
         self.activation = activation
         self.weight = nnx.Param(kernel_init(rngs.params(), (conv_size, channels), param_dtype))
 
-    def init_state(self, batch_size: int, dtype: jnp.dtype) -> Float[Array, "B tail channels"]:
+    def init_state(self, batch_size: int, dtype: DTypeLike) -> Float[Array, "B tail channels"]:
         """The state before the first token: ``conv_size - 1`` zero inputs."""
         return jnp.zeros((batch_size, self.conv_size - 1, self.channels), dtype)
 
@@ -65,7 +68,7 @@ class ShortConv(nnx.Module):
         B, T, _ = u.shape
         tail = self.conv_size - 1
         padded = jnp.concatenate([state.astype(u.dtype), u], axis=1)
-        weight = self.weight[...].astype(jnp.promote_types(u.dtype, jnp.float32))
+        weight = self.weight[...].astype(accumulator_dtype(u.dtype))
         if run is not None:
             run = jnp.concatenate([jnp.zeros((B, tail), run.dtype), run], axis=1)
 

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers.delta_product import DeltaProductState, GatedDeltaProduct
 from deltaproduct_jax.layers.mlp import SwiGLU
+from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 
 ModelState = list[DeltaProductState]
@@ -41,14 +42,10 @@ class Block(nnx.Module):
     """``x += mixer(norm(x))``, then ``x += mlp(norm(x))``."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        def norm() -> nnx.RMSNorm:
-            return nnx.RMSNorm(
-                config.hidden_size, epsilon=config.norm_eps, rngs=rngs, **config.jax_dtypes
-            )
-
-        self.attn_norm = norm()
+        norm = {"eps": config.norm_eps, **config.jax_dtypes}
+        self.attn_norm = RMSNorm(config.hidden_size, **norm)
         self.attn = make_mixer(config, rngs)
-        self.mlp_norm = norm()
+        self.mlp_norm = RMSNorm(config.hidden_size, **norm)
         self.mlp = SwiGLU(
             config.hidden_size,
             config.mlp_width,
@@ -100,7 +97,7 @@ class SequenceModel(nnx.Module):
             config.vocab_size, D, embedding_init=normal, rngs=rngs, **dtypes
         )
         self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = nnx.RMSNorm(D, epsilon=config.norm_eps, rngs=rngs, **dtypes)
+        self.norm = RMSNorm(D, eps=config.norm_eps, **dtypes)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
                 D, config.vocab_size, use_bias=False, kernel_init=normal, rngs=rngs, **dtypes
