@@ -187,6 +187,7 @@ ERRORS = {
 }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_are_one_line_and_cost_nothing(case, finished, tmp_path, monkeypatch, capsys):
     added, prepare, says = ERRORS[case]
