@@ -115,7 +115,7 @@ def chunked_backward(tokens: Tokens, states: jax.Array, do, dfinal_state, settin
     def body(carry, item):
         dstate_BHGKV, gradients = carry
         n, state_BHGKV = item
-        do_BHGCV = jnp.transpose(_take(do_BTHGV, n, C), (0, 2, 3, 1, 4))
+        do_BHGCV = jnp.transpose(_take(do_BTHGV, n, C), (0, 2, 3, 1, 4)).astype(states.dtype)
         dchunk, dstate_BHGKV = _chunk_backward(
             _chunk(padded, n, C, H), state_BHGKV, do_BHGCV, dstate_BHGKV, settings
         )

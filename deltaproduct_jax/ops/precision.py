@@ -15,7 +15,8 @@ PRECISIONS = {
 
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Dtype of the state, of gate sums and of matmul results: float64 for float64, else float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    dtype = jnp.dtype(dtype)
+    return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""Every implementation against the float64 oracle, outputs and all gradients."""
+
+import dataclasses
+
+import pytest
+from helpers import Case, errors, plain_bfloat16_error, record
+
+# Bars of the design. float32: or 30 times the error of the plain float32 recurrence, if larger.
+OUTPUTS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-2}
+GRADIENTS = {"float64": 1e-12, "float32": 3e-5, "bfloat16": 2e-2}
+OVER_PLAIN_RECURRENCE = 30
+# Ungated with beta up to 2, errors never die out: what plain bfloat16 dots give, times this.
+OVER_PLAIN_BFLOAT16 = 4
+
+CASES = {
+    "no token": Case(T=0, R=2),
+    "one token": Case(T=1, R=3, K=4, V=6),
+    "ungated, one factor": Case(T=7, R=1, gate=None, state=False, K=5, V=3),
+    "five factors": Case(T=7, R=5, gate="mild", segments=True, chunk_size=4),
+    "one short of a chunk": Case(T=63, R=2, gate=None, chunk_size=64, H=1, V=12),
+    "exactly four chunks": Case(T=64, R=2, gate="slow", chunk_size=16, G=2),
+    "one over": Case(T=65, R=3, gate="mild", chunk_size=32, B=1, l2norm=True, scale=1.0),
+    "grouped, ungated, packed": Case(T=65, R=2, gate=None, G=3, H=1, segments=True),
+    "all at once": Case(
+        T=130,
+        R=2,
+        gate="mild",
+        G=2,
+        K=12,
+        V=6,
+        segments=True,
+        l2norm=True,
+        scale=0.3,
+        chunk_size=24,
+    ),
+    "beta up to 1": Case(T=130, R=1, B=1, gate=None, beta=(0.0, 1.0)),
+}
+
+# The cases that the two plain implementations run too.
+PLAIN = ("no token", "five factors", "grouped, ungated, packed", "all at once")
+
+# The chunk size is the default one: with beta = 2 and agreeing keys the rounding of k_m . k_n
+# enters coherently, so the chunked form's error grows with the chunk (1e-5 near 64 updates).
+HARD = {
+    "beta 2, identical keys": Case(T=64, beta=(2.0, 2.0), keys="identical"),
+    "beta 2, parallel keys": Case(T=64, beta=(2.0, 2.0), keys="parallel", gate="slow"),
+    "beta 2, parallel, ungated": Case(T=64, beta=(2.0, 2.0), keys="parallel", gate=None),
+    "g = 0": Case(T=40, R=3, gate="zero", chunk_size=8),
+    "g = -20 everywhere": Case(T=40, gate="strong", chunk_size=16),
+    "g = -20 every 8th": Case(T=64, gate="every8", chunk_size=32),
+    "g = -1e4": Case(T=40, gate="extreme", chunk_size=16, segments=True),
+    "g of all sizes": Case(T=40, gate="mixed", chunk_size=16, G=2),
+}
+
+
+def affordable(case, implementation):
+    """The associative scan unrolls log2 T levels, whose compilation would take most of the run."""
+    if implementation == "associative":
+        return dataclasses.replace(case, T=min(case.T, 5), B=1)
+    return case
+
+
+def assert_within_bars(case, implementation, dtype, **overrides):
+    of_outputs, of_gradients = errors(case, implementation, dtype, **overrides)
+    record(implementation, dtype, of_outputs, of_gradients)
+    outputs_bar, gradients_bar = OUTPUTS[dtype], GRADIENTS[dtype]
+    if dtype == "bfloat16" and not case.tame:
+        factor = max(1.0, OVER_PLAIN_BFLOAT16 * plain_bfloat16_error(case) / outputs_bar)
+        outputs_bar, gradients_bar = factor * outputs_bar, factor * gradients_bar
+    over = {n: e for n, e in of_outputs.items() if not e <= outputs_bar}
+    over |= {n: e for n, e in of_gradients.items() if not e <= gradients_bar}
+    if over and dtype == "float32":
+        plain_outputs, plain_gradients = errors(case, "recurrent", dtype)
+        plain = plain_outputs | plain_gradients
+        over = {n: e for n, e in over.items() if not e <= OVER_PLAIN_RECURRENCE * plain[n]}
+    bars = f"outputs {outputs_bar:.1e}, gradients {gradients_bar:.1e}"
+    assert not over, f"over the bars ({bars}): {over}; all: {of_outputs | of_gradients}"
+
+
+def matrix(names):
+    """Every case for the chunked form, which has most to go wrong; a few for the plain ones."""
+    plain = [name for name in names if name in PLAIN]
+    pairs = [(name, "chunked") for name in names]
+    return pairs + [(name, i) for name in plain for i in ("recurrent", "associative")]
+
+
+@pytest.mark.parametrize(("name", "implementation"), matrix(CASES))
+def test_float32(name, implementation):
+    assert_within_bars(affordable(CASES[name], implementation), implementation, "float32")
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), matrix(["all at once", "one short of a chunk"])
+)
+def test_float64(name, implementation):
+    assert_within_bars(affordable(CASES[name], implementation), implementation, "float64")
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"), matrix(["one short of a chunk", "all at once", "beta up to 1"])
+)
+def test_bfloat16(name, implementation):
+    assert_within_bars(affordable(CASES[name], implementation), implementation, "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["one short of a chunk", "all at once"])
+def test_precision_highest_removes_the_rounding_of_bfloat16_operands(name):
+    """What remains is the rounding of o and of the gradients themselves, 2^-9 each."""
+    of_outputs, of_gradients = errors(CASES[name], "chunked", "bfloat16", precision="highest")
+    assert of_outputs["o"] < 4e-3
+    assert max(of_gradients.values()) < 8e-3
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard_inputs(name):
+    assert_within_bars(HARD[name], "chunked", "float32")
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "associative"])
+@pytest.mark.parametrize("name", ["g of all sizes"])
+def test_hard_inputs_elsewhere(name, implementation):
+    assert_within_bars(affordable(HARD[name], implementation), implementation, "float32")
+
+
+def test_long_sequence():
+    case = Case(T=4096, R=1, B=1, H=1, K=4, V=4, gate=None, state=False)
+    assert_within_bars(case, "chunked", "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", [None, "slow"])
+def test_very_long_sequence(gate):
+    case = Case(T=65536, R=2, B=1, H=1, K=8, V=8, gate=gate, beta=(2.0, 2.0))
+    assert_within_bars(case, "chunked", "float32")

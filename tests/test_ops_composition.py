@@ -1,0 +1,308 @@
+"""The op inside JAX's transformations, and what it promises about dtypes, memory and lowering."""
+
+import functools
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from helpers import Case, cast, relative_error
+
+from deltaproduct_jax.ops import (
+    RESIDUAL_NAMES,
+    default_chunk_size,
+    delta_product,
+    delta_product_step,
+    select_implementation,
+)
+
+P = jax.sharding.PartitionSpec
+CASE = Case(T=10, R=2, B=4, H=2, G=2, K=4, V=3)
+chunked = functools.partial(delta_product, implementation="chunked", chunk_size=4)
+recurrent = functools.partial(delta_product, implementation="recurrent")
+
+
+def inputs(case=CASE):
+    arrays = cast(case.arrays(), "float32")
+    return {name: jnp.asarray(x) for name, x in arrays.items() if x is not None}
+
+
+def loss(arrays, op=chunked, **options):
+    o, final = op(**arrays, **options)
+    return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(final))
+
+
+def assert_trees_close(x, y, tolerance=1e-5):
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+def test_eager_equals_jit():
+    arrays = inputs()
+    assert_trees_close(chunked(**arrays), jax.jit(lambda a: chunked(**a))(arrays))
+
+
+def test_vmap_of_value_and_gradient():
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), inputs())
+    ids = jnp.asarray(Case(T=10, B=4, segments=True).segment_ids())
+    fn = jax.value_and_grad(functools.partial(loss, segment_ids=ids))
+    mapped = jax.jit(jax.vmap(fn))(stacked)
+    fn = jax.jit(fn)
+    one_by_one = [fn(jax.tree.map(lambda x, i=i: x[i], stacked)) for i in range(2)]
+    assert_trees_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))
+
+
+def test_vmap_over_segment_ids():
+    arrays = inputs()
+    ids = jnp.stack([jnp.zeros((4, 10), int), jnp.arange(40).reshape(4, 10) // 3])
+    mapped = jax.vmap(lambda i: loss(arrays, segment_ids=i))(ids)
+    assert_trees_close(mapped, jnp.stack([loss(arrays, segment_ids=i) for i in ids]))
+
+
+def test_gradient_with_respect_to_segment_ids_is_empty():
+    ids = jnp.zeros((4, 10), jnp.int32)
+    _, pullback = jax.vjp(lambda i: chunked(**inputs(), segment_ids=i)[0], ids)
+    (cotangent,) = pullback(jnp.ones((4, 10, 4, 3)))
+    assert cotangent.dtype == jax.dtypes.float0
+
+
+def test_inside_scan_over_layers():
+    arrays = inputs()
+    v_scales = jnp.array([1.0, 0.5, 2.0])
+
+    def layer(x, scale):
+        return x + chunked(**{**arrays, "v": scale * x[:, :, None] + arrays["v"]})[0], None
+
+    def scanned(scales):
+        return jnp.sum(jax.lax.scan(layer, jnp.zeros((4, 10, 4, 3)), scales)[0] ** 2)
+
+    def unrolled(scales):
+        x = jnp.zeros((4, 10, 4, 3))
+        for scale in scales:
+            x, _ = layer(x, scale)
+        return jnp.sum(x**2)
+
+    assert_trees_close(jax.jit(jax.grad(scanned))(v_scales), jax.jit(jax.grad(unrolled))(v_scales))
+
+
+def scans_of_gradient(policy):
+    checkpointed = jax.checkpoint(loss, policy=policy)
+    return str(jax.make_jaxpr(jax.grad(checkpointed))(inputs())).count(" = scan[")
+
+
+def test_remat():
+    arrays = inputs()
+    expected = jax.jit(jax.grad(loss))(arrays)
+    assert_trees_close(jax.jit(jax.grad(jax.checkpoint(loss)))(arrays), expected)
+
+
+def test_named_residuals_spare_the_second_scan_under_remat():
+    policies = jax.checkpoint_policies
+    assert scans_of_gradient(policies.nothing_saveable) == 3
+    assert scans_of_gradient(policies.save_only_these_names(*RESIDUAL_NAMES[1:])) == 2
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "associative"])
+def test_forward_mode(implementation):
+    """<cotangent, J tangent> from jvp equals that from vjp of the chunked form."""
+    arrays = inputs()
+    tangents = jax.tree.map(lambda x: jnp.cos(3 * x), arrays)
+    op = functools.partial(delta_product, implementation=implementation)
+    outputs, pushed = jax.jvp(lambda a: op(**a), (arrays,), (tangents,))
+    cotangents = jax.tree.map(jnp.sin, outputs)
+    _, pullback = jax.vjp(lambda a: chunked(**a), arrays)
+    pulled = pullback(cotangents)[0]
+
+    def inner(x, y):
+        return sum(float(jnp.vdot(x[n], y[n])) for n in x)
+
+    forward = sum(float(jnp.vdot(c, p)) for c, p in zip(cotangents, pushed, strict=True))
+    np.testing.assert_allclose(forward, inner(pulled, tangents), rtol=1e-4)
+
+
+def test_forward_over_reverse():
+    """Hessian-vector products work: the backward pass itself is plain JAX."""
+    arrays = inputs()
+
+    def product(op):
+        gradient = jax.grad(functools.partial(loss, op=op))
+        return jax.jit(lambda a: jax.jvp(gradient, (a,), (jax.tree.map(jnp.cos, a),))[1])(arrays)
+
+    assert_trees_close(product(chunked), product(recurrent), 1e-4)
+
+
+def test_shard_map_over_batch_and_heads():
+    arrays = inputs()
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = {
+        "q": P("data", None, "tensor"),
+        "k": P("data", None, None, "tensor"),
+        "v": P("data", None, None, "tensor"),
+        "beta": P("data", None, None, "tensor"),
+        "g": P("data", None, "tensor"),
+        "initial_state": P("data", "tensor"),
+    }
+    for op in (chunked, delta_product):
+        gradient = jax.grad(functools.partial(loss, op=op))
+        sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(specs,), out_specs=specs)
+        assert_trees_close(jax.jit(sharded)(arrays), jax.jit(gradient)(arrays))
+
+
+def test_shard_map_with_replicated_arguments():
+    """A learnt initial state is the same on every device; its gradient is summed over them."""
+    arrays = inputs()
+    state = arrays.pop("initial_state")[:2]
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def gradient(arrays, state):
+        return jax.grad(lambda s: jnp.sum(chunked(**arrays, initial_state=s)[0]))(state)
+
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(P("data"), P()), out_specs=P())
+    halves = [jax.tree.map(lambda x, i=i: x[i : i + 2], arrays) for i in (0, 2)]
+    expected = sum(gradient(half, state) for half in halves)
+    assert_trees_close(jax.jit(sharded)(arrays, state), expected)
+
+
+def test_the_second_call_does_not_compile():
+    compiled = []
+    arrays = inputs(Case(T=11, R=1, B=1, K=3, V=2))
+    gradient = jax.jit(jax.grad(loss))
+
+    def call():
+        jax.block_until_ready((delta_product(**arrays), gradient(arrays)))
+
+    def listen(event, duration, **kwargs):
+        del duration, kwargs
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    call()
+    first = len(compiled)
+    call()
+    assert first > 0
+    assert len(compiled) == first
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "associative", "chunked"])
+def test_no_token(implementation):
+    arrays = inputs(Case(T=0))
+    o, final = delta_product(**arrays, implementation=implementation)
+    assert o.shape == (2, 0, 2, 8)
+    np.testing.assert_array_equal(final, arrays["initial_state"])
+
+
+def test_one_token_equals_a_step():
+    arrays = inputs(Case(T=1, R=3, G=2, l2norm=True))
+    o, final = delta_product(**arrays, scale=0.3, use_qk_l2norm=True)
+    state = arrays.pop("initial_state")
+    one = {name: x[:, 0] for name, x in arrays.items()}
+    o_step, state = delta_product_step(state, **one, scale=0.3, use_qk_l2norm=True)
+    assert_trees_close((o[:, 0], final), (o_step, state), 1e-6)
+
+
+def test_l2norm_of_small_and_of_zero_vectors():
+    """1e-6 stands inside the root: vectors of length 1e-3 come out at 1 / sqrt(2)."""
+    arrays = cast(Case(T=3, H=1).arrays(), "float32")
+    arrays["k"] *= np.float32(1e-3)
+    arrays["q"][:, 0] = 0
+    cotangents = np.ones((2, 3, 1, 8), np.float32), np.ones((2, 1, 8, 8), np.float32)
+    *expected, expected_gradients = oracle.delta_product(
+        **arrays, use_qk_l2norm=True, cotangents=cotangents
+    )
+    outputs, pullback = jax.vjp(lambda a: delta_product(**a, use_qk_l2norm=True), arrays)
+    assert_trees_close(outputs, tuple(expected))
+    assert_trees_close(pullback(tuple(map(jnp.asarray, cotangents)))[0], expected_gradients, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "wide_gates"),
+    [("recurrent", True), ("associative", True), ("chunked", False), ("chunked", True)],
+)
+def test_dtypes(implementation, wide_gates):
+    """Outputs have the dtype of v, states are float32, gradients have the dtypes of the inputs."""
+    arrays = cast(CASE.arrays(), "bfloat16")
+    if wide_gates:
+        arrays = {n: x.astype(np.float32) if n in ("g", "beta") else x for n, x in arrays.items()}
+    outputs, pullback = jax.vjp(lambda a: delta_product(**a, implementation=implementation), arrays)
+    assert [x.dtype for x in outputs] == [ml_dtypes.bfloat16, np.float32]
+    gradients = pullback(outputs)[0]
+    assert {n: x.dtype for n, x in gradients.items()} == {n: x.dtype for n, x in arrays.items()}
+
+
+def test_numpy_arrays_and_defaults():
+    arrays = cast(Case(T=5, gate=None, state=False).arrays(), "float32")
+    expected = oracle.delta_product(**arrays)
+    for x, y in zip(delta_product(**arrays), expected, strict=True):
+        assert isinstance(x, jax.Array)
+        assert relative_error(x, y) < 1e-5
+
+
+def test_the_choice_can_be_asked_and_is_the_one_that_runs():
+    size = {"T": 64, "differentiated": False}
+    assert select_implementation("cpu", K=32, V=32, **size) == "recurrent"
+    assert select_implementation("cpu", K=64, V=64, **size) == "chunked"
+    assert select_implementation("tpu", K=32, V=32, **size) == "chunked"
+    assert select_implementation("tpu", T=1, K=64, V=64, differentiated=False) == "recurrent"
+    assert select_implementation("cpu", T=64, K=8, V=8, differentiated=True) == "chunked"
+    arrays = inputs(Case(T=64, K=32, V=32, B=1))
+
+    def lowered(implementation, platform):
+        fn = jax.jit(lambda a: delta_product(**a, implementation=implementation))
+        text = fn.trace(arrays).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("dot_general"), text.count("exponential")
+
+    # Lowered for a platform other than the one that traces, the choice follows the platform.
+    assert lowered(None, "cpu") == lowered("recurrent", "cpu")
+    assert lowered(None, "tpu") == lowered("chunked", "tpu")
+    assert lowered("chunked", "cpu") != lowered("recurrent", "cpu")
+
+
+def test_default_chunk_size_follows_the_state():
+    assert default_chunk_size(R=2, K=16, V=16) == 8
+    assert default_chunk_size(R=2, K=64, V=64) == 16
+    assert default_chunk_size(R=1, K=256, V=256) == 64
+    assert default_chunk_size(R=100, K=16, V=16) == 1
+
+
+def test_memory_of_a_gradient_is_small():
+    """Kept: the inputs and one state per chunk; a scan over tokens holds 540 MiB here."""
+    case = Case(T=2048, R=2, B=1, H=4, K=64, V=64, state=False)
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, np.float32),
+        {n: x for n, x in case.arrays().items() if x is not None},
+    )
+    gradient = jax.jit(jax.grad(lambda a: jnp.sum(delta_product(**a)[0])))
+    memory = gradient.lower(shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 16 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "exact", "bfloat16"),
+    [
+        ("float32", None, "all", "none"),
+        ("float32", "highest", "all", "none"),
+        ("float32", "default", "gate sums", "none"),
+        ("bfloat16", None, "inverse and gate sums", "the rest"),
+        ("bfloat16", "default", "gate sums", "the rest"),
+        ("bfloat16", "highest", "all", "none"),
+    ],
+)
+def test_precision_of_the_products_as_lowered_for_tpu(dtype, precision, exact, bfloat16):
+    """On a CPU every float32 product is exact, so the program is read instead of run."""
+    arrays = cast(Case(T=16, R=1).arrays(), dtype)
+    gradient = jax.jit(
+        jax.grad(lambda a: jnp.sum(delta_product(**a, chunk_size=16, precision=precision)[1]))
+    )
+    text = gradient.trace(arrays).lower(lowering_platforms=("tpu",)).as_text()
+    dots = [line for line in text.splitlines() if "dot_general" in line]
+    highest = [line for line in dots if "HIGHEST" in line]
+    narrow = [line for line in dots if "bf16" in line]
+    # Two passes of 2 * (log2(16) - 1) products for the inverse; three products sum gates.
+    expected = {"all": len(dots), "gate sums": 3, "inverse and gate sums": 15}[exact]
+    assert len(highest) == expected
+    assert len(narrow) == {"none": 0, "the rest": len(dots) - 15}[bfloat16]

@@ -1,0 +1,163 @@
+"""What a caller reads when an argument is wrong: its name, what it got, what it may be."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deltaproduct_jax.ops import (
+    cu_seqlens_from_segment_ids,
+    delta_product,
+    delta_product_step,
+)
+
+B, T, R, H, Hv, K, V = 2, 5, 3, 2, 4, 8, 6
+
+
+def inputs(**changes):
+    arrays = {
+        "q": jnp.zeros((B, T, H, K)),
+        "k": jnp.zeros((B, T, R, H, K)),
+        "v": jnp.zeros((B, T, R, Hv, V)),
+        "beta": jnp.zeros((B, T, R, Hv)),
+        "g": jnp.zeros((B, T, Hv)),
+    }
+    return {**arrays, **changes}
+
+
+CASES = {
+    "q is a list": (
+        inputs(q=[1.0]),
+        "q must be a JAX or NumPy array, got list",
+    ),
+    "k is missing its factors": (
+        inputs(k=jnp.zeros((B, T * R, H, K))),
+        "k must have 5 dimensions [B, T, R, H, K] with B=2, T=5, H=2, K=8, got 4: shape "
+        "(2, 15, 2, 8); an array [B, T*R, ...] becomes [B, T, R, H, K] by a reshape",
+    ),
+    "beta is missing its heads": (
+        inputs(beta=jnp.zeros((B, T, R))),
+        "beta must have 4 dimensions [B, T, R, Hv]",
+    ),
+    "q of another rank": (
+        inputs(q=jnp.zeros((T, K))),
+        "q must have 4 dimensions [B, T, H, K], got 2",
+    ),
+    "k of another width": (
+        inputs(k=jnp.zeros((B, T, R, H, 9))),
+        "k must have shape [B, T, R, H, K] with B=2, T=5, H=2, K=8, got (2, 5, 3, 2, 9): "
+        "K is 9 instead of 8",
+    ),
+    "v of another length": (inputs(v=jnp.zeros((B, 4, R, Hv, V))), "T is 4 instead of 5"),
+    "v of other factors": (inputs(v=jnp.zeros((B, T, 2, Hv, V))), "R is 2 instead of 3"),
+    "g per factor": (inputs(g=jnp.zeros((B, T, R, Hv))), "g must have 3 dimensions [B, T, Hv]"),
+    "beta per key head": (inputs(beta=jnp.zeros((B, T, R, H))), "Hv is 2 instead of 4"),
+    "no factor": (
+        inputs(k=jnp.zeros((B, T, 0, H, K)), v=jnp.zeros((B, T, 0, Hv, V))),
+        "k must have R of at least 1, got shape (2, 5, 0, 2, 8)",
+    ),
+    "no key width": (inputs(q=jnp.zeros((B, T, H, 0))), "q must have K of at least 1"),
+    "heads that do not divide": (
+        inputs(v=jnp.zeros((B, T, R, 3, V)), beta=jnp.zeros((B, T, R, 3)), g=jnp.zeros((B, T, 3))),
+        "v has Hv=3 value heads and k has H=2 key heads; Hv must be a multiple of H",
+    ),
+    "integer q": (
+        inputs(q=jnp.zeros((B, T, H, K), int)),
+        "q must have a dtype among bfloat16, float32, float64, got int32",
+    ),
+    "mixed dtypes": (
+        inputs(k=jnp.zeros((B, T, R, H, K), jnp.bfloat16)),
+        "k must be float32 when q is float32, got bfloat16; cast it with k.astype(...)",
+    ),
+    "g in another dtype": (
+        inputs(g=jnp.zeros((B, T, Hv), jnp.bfloat16)),
+        "g must be float32 when q is float32, got bfloat16",
+    ),
+    "state shape": (
+        inputs(initial_state=jnp.zeros((B, Hv, V, K))),
+        "initial_state must have shape [B, Hv, K, V] with B=2, Hv=4, K=8, V=6, got (2, 4, 6, 8)",
+    ),
+    "state dtype": (
+        inputs(initial_state=jnp.zeros((B, Hv, K, V), jnp.bfloat16)),
+        "initial_state must be float32 when q is float32, got bfloat16",
+    ),
+    "segment_ids dtype": (
+        inputs(segment_ids=jnp.zeros((B, T))),
+        "segment_ids must have an integer dtype, got float32",
+    ),
+    "segment_ids shape": (
+        inputs(segment_ids=jnp.zeros((T,), int)),
+        "segment_ids must have 2 dimensions [B, T] with B=2, T=5, got 1: shape (5,)",
+    ),
+    "chunk_size of nought": (inputs(chunk_size=0), "chunk_size must be at least 1, got 0"),
+    "negative chunk_size": (inputs(chunk_size=-16), "chunk_size must be at least 1, got -16"),
+    "chunk_size of a float": (inputs(chunk_size=16.0), "chunk_size must be an int"),
+    "chunk_size where there are no chunks": (
+        inputs(chunk_size=16, implementation="recurrent"),
+        "chunk_size=16 has no meaning for implementation='recurrent'; leave it None",
+    ),
+    "unknown implementation": (
+        inputs(implementation="cuda"),
+        "implementation='cuda' is not available; it may be one of 'chunked', 'recurrent', "
+        "'associative', or None",
+    ),
+    "unknown precision": (
+        inputs(precision="tf32"),
+        "precision='tf32' is not known; it may be 'default', 'high', 'highest', None",
+    ),
+    "scale as an array": (
+        inputs(scale=jnp.ones(())),
+        "scale must be a Python number or None (K**-0.5)",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", CASES)
+def test_text(name):
+    arguments, text = CASES[name]
+    with pytest.raises(ValueError, match=re.escape(text)):
+        delta_product(**arguments)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_errors_come_while_tracing_too():
+    with pytest.raises(ValueError, match="K is 9 instead of 8"):
+        jax.jit(delta_product)(**inputs(k=jnp.zeros((B, T, R, H, 9))))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_step():
+    one = {name: x[:, 0] for name, x in inputs().items()}
+    state = jnp.zeros((B, Hv, K, V))
+    with pytest.raises(ValueError, match=re.escape("q must have 3 dimensions [B, H, K], got 4")):
+        delta_product_step(state, **{**one, "q": inputs()["q"]})
+    with pytest.raises(ValueError, match="state must be float32 when q is float32, got bfloat16"):
+        delta_product_step(state.astype(jnp.bfloat16), **one)
+    with pytest.raises(ValueError, match=re.escape("state must have shape [B, Hv, K, V]")):
+        delta_product_step(state[:, :1], **one)
+
+
+def test_forward_mode_names_the_remedy():
+    arrays = inputs()
+    for implementation in ("chunked", None):
+        with pytest.raises(TypeError, match='implementation="recurrent" or "associative"'):
+            jax.jvp(
+                functools.partial(delta_product, implementation=implementation),
+                tuple(arrays.values()),
+                tuple(arrays.values()),
+            )
+
+
+def test_segment_ids_of_unknown_values():
+    with pytest.raises(ValueError, match="call it outside jit"):
+        jax.jit(cu_seqlens_from_segment_ids)(jnp.zeros((1, 4), int))
+
+
+def test_the_checker_is_on_elsewhere():
+    """The other tests run with annotations enforced; without that this call has our own error."""
+    with pytest.raises(Exception, match="Type-check error"):
+        delta_product(**inputs(q=np.zeros((B, T, H, K + 1), np.float32)))
