@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 
@@ -222,6 +222,7 @@ def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a command; its exit code. Errors of the user's become one line, others propagate."""
+    logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback of every error that it raises
     try:
         command(argv)
     except (flags.Error, ConfigError, RunDirectoryError) as error:

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -24,10 +26,15 @@ def command(workdir: Path, **fields) -> list[str]:
     return [sys.executable, "-m", "experiments.state_tracking", *flags_for(workdir, **fields)]
 
 
-def start(workdir: Path, **fields) -> subprocess.Popen:
+def start(workdir: Path, *, largest_file: int | None = None, **fields) -> subprocess.Popen:
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+
+    def limit() -> None:
+        if largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     return subprocess.Popen(
-        command(workdir, **fields), cwd=ROOT, env=environment, text=True,
+        command(workdir, **fields), cwd=ROOT, env=environment, text=True, preexec_fn=limit,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -99,6 +106,17 @@ def test_killed_twice(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in killed.rglob("*")}
     assert finish(killed, **FAST) == printed
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("*")} == before
+
+
+def test_a_save_that_really_fails_is_one_line(tmp_path):
+    # Small files may be written, a checkpoint's data may not: the disk is full for Orbax alone.
+    process = start(tmp_path, largest_file=5000, **FAST)
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert stdout == ""
+    (line,) = [line for line in stderr.splitlines() if not line.startswith("step ")]
+    assert re.match(r"error: checkpoints in .* cannot be written: .*File too large", line)
+    assert [row["step"] for row in rows_in(tmp_path)] == list(range(1, len(rows_in(tmp_path)) + 1))
 
 
 @pytest.mark.slow

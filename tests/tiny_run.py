@@ -51,6 +51,9 @@ def compiled_once(directory: Path) -> Iterator[None]:
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }
     before = {name: getattr(jax.config, name) for name in settings}
+    # Compiling takes longer than running here. This flag cannot be read back; False is its default.
+    settings["jax_disable_most_optimizations"] = True
+    before["jax_disable_most_optimizations"] = False
     for values in (settings, before):
         for name, value in values.items():
             jax.config.update(name, value)

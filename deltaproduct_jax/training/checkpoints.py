@@ -1,6 +1,7 @@
 """Checkpoints of a run by Orbax: saved asynchronously, the best and the newest both kept."""
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,14 @@ class Checkpoints:
             )
 
     def __enter__(self) -> "Checkpoints":
+        self._first_error_only = _FirstErrorOnly()
+        self._first_error_only.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         with self._errors("written"):
             self._manager.close()
+        self._first_error_only.__exit__(*exception)
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
@@ -80,7 +84,9 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, RunDirectoryError):
                 raise
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(error).split())
+            if len(reason) > 320:  # what failed comes first, why it failed comes last
+                reason = f"{reason[:150]} ... {reason[-150:]}"
             raise RunDirectoryError(
                 f"checkpoints in {self._directory} cannot be {what}: {reason}"
             ) from error
@@ -111,8 +117,7 @@ class Checkpoints:
         """The state saved at ``step``, with the structure, shapes and dtypes of ``like``."""
         self.wait()
         with self._errors("read"):
-            saved = self._manager.item_metadata(step)
-            self._check_same_model(step, saved, like)
+            self._check_same_model(step, self._manager.item_metadata(step), like)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         return TrainState(**restored)
@@ -129,6 +134,26 @@ class Checkpoints:
             raise RunDirectoryError(
                 f"checkpoint {step} in {self._directory} is of another model: {shown}{more}"
             )
+
+
+class _FirstErrorOnly:
+    """Keeps failures that follow a reported one from being shown as a traceback each.
+
+    Orbax handles all arrays at once, raises the first failure and closes its event loop. What ends
+    after that has nowhere to report to, of which Python tells through ``sys.unraisablehook``.
+    """
+
+    def __enter__(self) -> None:
+        self._show = sys.unraisablehook
+        sys.unraisablehook = self._hook
+
+    def __exit__(self, exception_type: type | None, *exception: object) -> None:
+        if exception_type is None:  # after a failure there may be more to come
+            sys.unraisablehook = self._show
+
+    def _hook(self, unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            self._show(unraisable)
 
 
 class _Info:
