@@ -108,7 +108,16 @@ def test_precision_highest_removes_the_rounding_of_bfloat16_operands(name):
     """What remains is the rounding of o and of the gradients themselves, 2^-9 each."""
     of_outputs, of_gradients = errors(CASES[name], "chunked", "bfloat16", precision="highest")
     assert of_outputs["o"] < 4e-3
+    assert of_outputs["final_state"] < 1e-5
     assert max(of_gradients.values()) < 8e-3
+
+
+def test_precision_highest_keeps_normalised_keys_at_unit_length():
+    """Reflections by keys that were rounded to bfloat16 would be off by 1e-2 here."""
+    case = Case(T=128, B=1, gate=None, beta=(2.0, 2.0), l2norm=True)
+    of_outputs, _ = errors(case, "chunked", "bfloat16", precision="highest")
+    assert of_outputs["o"] < 4e-3
+    assert of_outputs["final_state"] < 1e-5
 
 
 @pytest.mark.parametrize("name", HARD)

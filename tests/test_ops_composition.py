@@ -1,5 +1,6 @@
 """The op inside JAX's transformations, and what it promises about dtypes, memory and lowering."""
 
+import doctest
 import functools
 
 import jax
@@ -13,6 +14,7 @@ from helpers import Case, cast, relative_error
 
 from deltaproduct_jax.ops import (
     RESIDUAL_NAMES,
+    api,
     default_chunk_size,
     delta_product,
     delta_product_step,
@@ -311,3 +313,8 @@ def test_precision_of_the_products_as_lowered_for_tpu(dtype, precision, exact, b
     expected = {"all": len(dots), "gate sums": 3, "inverse and gate sums": 15}[exact]
     assert len(highest) == expected
     assert len(narrow) == {"none": 0, "the rest": len(dots) - 15}[bfloat16]
+
+
+def test_the_example_in_the_docstring_runs():
+    assert doctest.testmod(api).attempted > 0
+    assert doctest.testmod(api).failed == 0

@@ -57,7 +57,8 @@ def delta_product(
       segment_ids: integers [B, T]: several sequences in one row. The state starts anew where the
         id changes, and an id that returns is a new segment. ``initial_state`` continues the first
         segment of the row; ``final_state`` belongs to its last.
-      use_qk_l2norm: replace q and k by x / sqrt(sum(x**2) + 1e-6), computed in float32.
+      use_qk_l2norm: replace q and k by x / sqrt(sum(x**2) + 1e-6), computed in float32; the
+        result is rounded to the dtype of q, unless ``precision`` is "high" or "highest".
       chunk_size: tokens in a chunk of the chunked implementation; it changes speed and memory, not
         the result.
       implementation: "chunked" (matmuls within chunks, own backward pass), "recurrent" (a scan over
@@ -99,7 +100,9 @@ def delta_product(
     q, k, v, beta, g, initial_state, segment_ids = arrays.values()
     scale = checks.check_scale(scale, q.shape[-1])
     if use_qk_l2norm:
-        q, k = _l2_normalise(q), _l2_normalise(k)
+        # Rounded to bfloat16 again, unit vectors are no longer of length 1.
+        rounded = precision in (None, "default")
+        q, k = _l2_normalise(q, rounded), _l2_normalise(k, rounded)
     if initial_state is None:
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
@@ -164,7 +167,8 @@ def _arrays(**arguments) -> dict[str, jax.Array | None]:
     }
 
 
-def _l2_normalise(x: jax.Array) -> jax.Array:
+def _l2_normalise(x: jax.Array, rounded: bool = True) -> jax.Array:
     wide = x.astype(accumulator_dtype(x.dtype))
     norm_squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(norm_squared + L2NORM_EPSILON)).astype(x.dtype)
+    normalised = wide * jax.lax.rsqrt(norm_squared + L2NORM_EPSILON)
+    return normalised.astype(x.dtype) if rounded else normalised
