@@ -335,7 +335,8 @@ def model_of(argv):
     model = SequenceModel(configure(argv).model, rngs=nnx.Rngs(0))
     graphdef, params = split_model(model)
     tokens = jnp.zeros((1, 8), dtype=jnp.int32)
-    program = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(tokens))(params)
+    with jax.numpy_dtype_promotion("standard"):  # for Flax's norm of bfloat16
+        program = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(tokens))(params)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return str(program), [(str(path), np.asarray(leaf).tobytes()) for path, leaf in leaves]
 

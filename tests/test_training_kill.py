@@ -4,7 +4,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -20,22 +19,26 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = {"num_heads": 1, "head_dim": 8, "intermediate_size": 8, "implementation": "recurrent"}
 
 
-def command(workdir: Path, **fields) -> list[str]:
-    """A run of the real model, its compilation kept short."""
-    fields = {"eval_lengths": (4,), "curriculum": (2,), "curriculum_fraction": 0.3} | MODEL | fields
-    return [sys.executable, "-m", "experiments.state_tracking", *flags_for(workdir, **fields)]
+# A process whose files may not grow beyond so many bytes; a limit set between fork and exec would
+# fork a process of many threads.
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+del sys.argv[1]
+runpy.run_module("experiments.state_tracking", run_name="__main__")
+"""
 
 
 def start(workdir: Path, *, largest_file: int | None = None, **fields) -> subprocess.Popen:
+    """Starts a run of the real model, its compilation kept short."""
+    fields = {"eval_lengths": (4,), "curriculum": (2,), "curriculum_fraction": 0.3} | MODEL | fields
+    program = ["-m", "experiments.state_tracking"]
+    if largest_file is not None:
+        program = ["-c", LIMITED, str(largest_file)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-    def limit() -> None:
-        if largest_file is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
     return subprocess.Popen(
-        command(workdir, **fields), cwd=ROOT, env=environment, text=True, preexec_fn=limit,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, *program, *flags_for(workdir, **fields)], cwd=ROOT, env=environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

@@ -76,13 +76,18 @@ def run_config(**fields: Any) -> RunConfig:
 
 
 def flags_for(workdir: Path, **fields: Any) -> list[str]:
-    """The tiny run's command line."""
-    values = FIELDS | {"curriculum": ()} | fields
-    spelt = {
-        name: ",".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }
-    return [f"--workdir={workdir}", *(f"--{name}={value}" for name, value in spelt.items())]
+    """The tiny run's command line; every field is spelt out, whatever a preset says."""
+    sections = run_config(**fields).to_dict().values()
+    values = {name: value for section in sections for name, value in section.items()}
+    del values["vocab_size"]
+    return [
+        f"--workdir={workdir}",
+        *(f"--{name}={_spell(value)}" for name, value in values.items()),
+    ]
+
+
+def _spell(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,5 +1,9 @@
 """The optimiser: AdamW, its learning rate over time, and clipping of the gradient."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import optax
 
 from deltaproduct_jax.training.config import TrainConfig
@@ -15,9 +19,9 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
             config.learning_rate, steps_left, alpha=config.end_learning_rate / config.learning_rate
         )
     if not config.warmup_steps:
-        return after
+        return _promoting(after)
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    return _promoting(optax.join_schedules([warmup, after], [config.warmup_steps]))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -29,6 +33,16 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         eps=config.adam_eps,
         weight_decay=config.weight_decay,
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if config.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+    return optax.GradientTransformation(adamw.init, _promoting(adamw.update))
+
+
+def _promoting(function: Callable) -> Callable:
+    # Optax mixes counts and numbers, which JAX refuses where promotion of dtypes is strict.
+    def promoted(*arguments: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*arguments)
+
+    return promoted
