@@ -149,7 +149,7 @@ def _resolve(
     exclude: set[str],
 ) -> dict[str, dict[str, Any]]:
     if values.config is not None:
-        layered = _read_config(Path(values.config), sections, exclude)
+        layered = _read_config(Path(values.config), sections)
     else:
         layered = dict(presets[values.preset or "default"])
     layered |= {name: values[name].value for name in owner if values[name].present}
@@ -161,7 +161,7 @@ def _resolve(
     return resolved
 
 
-def _read_config(path: Path, sections: Sections, exclude: set[str]) -> dict[str, Any]:
+def _read_config(path: Path, sections: Sections) -> dict[str, Any]:
     """The fields that a config.json gives, tuples and types as the dataclasses want them."""
     try:
         saved = json.loads(path.read_text())
@@ -177,8 +177,7 @@ def _read_config(path: Path, sections: Sections, exclude: set[str]) -> dict[str,
         hints = typing.get_type_hints(sections[section])
         _refuse_unknown(path, f"field of section {section!r}", content, hints)
         for name, value in content.items():
-            if name not in exclude:
-                fields[name] = _from_json(path, name, value, hints[name])
+            fields[name] = _from_json(path, name, value, hints[name])
     return fields
 
 

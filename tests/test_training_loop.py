@@ -18,9 +18,14 @@ from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training import loop, records
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
-from deltaproduct_jax.training.step import init_state, loss_and_correct, split_model
+from deltaproduct_jax.training.step import (
+    init_state,
+    loss_and_correct,
+    make_train_step,
+    split_model,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,13 +89,22 @@ def test_the_final_step_and_the_best_have_checkpoints(finished):
     assert kept == {12, results["best_step"]}
 
 
-def test_first_loss_by_hand(tmp_path):
-    train(tmp_path, steps=1)
-    config = run_config(steps=1)
-    batch = config.task.batch(batch_key(data_key(config), "train", 0), 8, 4)
-    loss, _ = loss_and_correct(*initial(config), batch)
-    (row,) = rows_in(tmp_path)
-    assert row["loss"] == pytest.approx(float(loss) / batch.mask.size, rel=1e-6)
+def test_losses_by_hand(tmp_path):
+    """Step n trains on the batch of index n - 1, of the length that the curriculum says."""
+    fields = {"steps": 4, "log_every": 1, "curriculum": (2,), "curriculum_fraction": 0.5}
+    train(tmp_path, **fields)
+    config = run_config(**fields)
+    graphdef, params = initial(config)
+    optimizer = make_optimizer(config.train)
+    update = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config.train), 1))
+    state, losses = init_state(params, optimizer), []
+    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
+    for index, length in enumerate((2, 2, 4, 4)):
+        state, metrics = update(state, draw(batch_key(data_key(config), "train", index), 8, length))
+        losses.append(float(metrics["loss"]))
+    rows = rows_in(tmp_path)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["length"] for row in rows] == [2, 2, 4, 4]
 
 
 def test_test_scores_by_hand(finished):
