@@ -22,7 +22,10 @@ import jaxtyping
 import pytest
 
 # Before the package is imported: users do not pay for the checks, tests do.
-jaxtyping.install_import_hook("deltaproduct_jax.ops", "beartype.beartype")
+jaxtyping.install_import_hook(
+    ["deltaproduct_jax.ops", "deltaproduct_jax.layers", "deltaproduct_jax.models"],
+    "beartype.beartype",
+)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
