@@ -6,14 +6,17 @@ the preset, the dataclass. What cannot be honoured ends the command with one lin
 
 import dataclasses
 import json
+import logging
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 
@@ -221,10 +224,21 @@ def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a command; its exit code. Errors of the user's become one line, others propagate."""
-    logging.set_verbosity(logging.FATAL)  # Orbax logs a traceback of every error that it raises
+    _quieten_orbax()
     try:
         command(argv)
-    except (flags.Error, ConfigError, RunDirectoryError) as error:
+    except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
     return 0
+
+
+def _quieten_orbax() -> None:
+    """Where a save fails, Orbax raises, and we say so in one line; the rest is noise.
+
+    It also logs a traceback of every error, drops the writes that it had not begun, which Python
+    remarks on at exit, and leaves the errors of others unread, which asyncio logs.
+    """
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
@@ -124,10 +125,13 @@ def outputs_and_gradients(arrays, segment_ids, cotangents, options):
 
 _quick = jax.jit(outputs_and_gradients, static_argnames=("options",))
 # XLA's own defaults, where conftest.py turns most optimisation off.
+_DEFAULTS = {"xla_backend_optimization_level": 3}
+if "xla_cpu_use_fusion_emitters" in os.environ["XLA_FLAGS"]:
+    _DEFAULTS["xla_cpu_use_fusion_emitters"] = True
 _optimised = jax.jit(
     outputs_and_gradients,
     static_argnames=("options",),
-    compiler_options={"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True},
+    compiler_options=_DEFAULTS,
 )
 
 

@@ -117,7 +117,9 @@ def test_a_save_that_really_fails_is_one_line(tmp_path):
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 2
     assert stdout == ""
-    (line,) = [line for line in stderr.splitlines() if not line.startswith("step ")]
+    lines = [line for line in stderr.splitlines() if not line.startswith("step ")]
+    assert len(lines) == 1, lines
+    line = lines[0]
     assert re.match(r"error: checkpoints in .* cannot be written: .*File too large", line)
     assert [row["step"] for row in rows_in(tmp_path)] == list(range(1, len(rows_in(tmp_path)) + 1))
 

@@ -49,9 +49,9 @@ def _git(*command: str) -> str | None:
     here = Path(__file__)
     try:
         for arguments in (("ls-files", "--error-unmatch", here.name), command):
-            done = subprocess.run(
-                ["git", "-C", str(here.parent), *arguments], capture_output=True, text=True
-            )
+            # A look must not take the repository's lock, which a killed process would leave behind.
+            git = ["git", "--no-optional-locks", "-C", str(here.parent)]
+            done = subprocess.run([*git, *arguments], capture_output=True, text=True)
             if done.returncode:
                 return None
     except FileNotFoundError:
