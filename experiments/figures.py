@@ -36,10 +36,11 @@ def plot_cumulative(
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG; RunDirectoryError where that fails."""
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     write_file(path, buffer.getvalue())

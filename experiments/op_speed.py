@@ -1,0 +1,185 @@
+"""How fast is the op, and how accurate: any implementations at one shape, in one process.
+
+    python -m experiments.op_speed --workdir=runs/speed
+    python -m experiments.op_speed --workdir=runs/speed_gpu --dtype=bfloat16 --batch_size=8 \\
+        --length=4096 --num_heads=16 --head_dim=128 --implementations=chunked --peer=fla
+
+Each implementation is first held against the recurrence in float64 and refused where it is wrong.
+The programs then run in turn; the table shows median [min - max] of a call, compile time apart, the
+temporary memory that the compiler reports, and the ratio to the first implementation named.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.training.records import write_file
+from experiments import flags
+from experiments.figures import save
+from experiments.timing import (
+    BACKWARD,
+    FORWARD,
+    Shape,
+    compile_program,
+    machine,
+    program,
+    time_in_turn,
+    worst_error,
+)
+
+# Larger errors than these mean a wrong result, not rounding (design: 1e-5 and 3e-5 in float32).
+ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-1}
+CHECKED_TOKENS = 256
+
+
+def _field(default: Any, text: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """What is timed."""
+
+    batch_size: int = _field(1, "sequences B")
+    length: int = _field(2048, "tokens T")
+    num_heads: int = _field(4, "heads H")
+    head_dim: int = _field(64, "key width K and value width V")
+    num_householder: tuple[int, ...] = _field((1, 2, 3), "Householder factors a token, in turn")
+    gated: bool = _field(True, "with a decay g")
+    dtype: str = _field("float32", "float32 or bfloat16")
+    implementations: str = _field(
+        "recurrent,chunked,auto", "comma list; auto is implementation=None, ratios are to the first"
+    )
+    chunk_size: int | None = _field(None, "tokens in a chunk; none: the op's choice")
+    directions: str = _field(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
+    repeats: int = _field(9, "timed rounds")
+    budget_s: float = _field(60.0, "seconds after which no further round of a case begins")
+    peer: str | None = _field(None, "fla: flash-linear-attention too, on a GPU in bfloat16")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
+            require_at_least(name, getattr(self, name), 1)
+        for n_h in self.num_householder:
+            require_at_least("num_householder", n_h, 1)
+        require_one_of("dtype", self.dtype, ERROR_LIMIT)
+        for name in self.names:
+            require_one_of("implementations", name, [*AVAILABLE, "auto"])
+        for direction in self.directions.split(","):
+            require_one_of("directions", direction, [FORWARD, BACKWARD])
+        require_one_of("peer", self.peer, [None, "fla"])
+        if self.peer and self.dtype != "bfloat16":
+            raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
+
+    @property
+    def names(self) -> list[str]:
+        """The implementations, in order."""
+        return self.implementations.split(",")
+
+
+def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any]]:
+    """One row an implementation at one shape."""
+    sizes = (config.batch_size, config.length, config.num_heads, config.head_dim, config.head_dim)
+    shape = Shape(*sizes, n_h, config.dtype, config.gated)
+    arrays = shape.inputs()
+    programs, errors = {}, {}
+    for name in config.names:
+        implementation = None if name == "auto" else name
+        error = worst_error(shape, implementation, direction, CHECKED_TOKENS)
+        if not error <= ERROR_LIMIT[config.dtype]:
+            raise ConfigError(f"{name} is wrong at {shape}: {direction} is off by {error:.1e}")
+        errors[name] = error
+        function = program(implementation, direction, config.chunk_size)
+        programs[name] = compile_program(function, arrays)
+    if config.peer:
+        from experiments.peer_fla import compile_peer
+
+        programs["fla"], errors["fla"] = compile_peer(shape, arrays, direction)
+    time_in_turn(programs, config.repeats, config.budget_s)
+    summaries = {name: entry.summary() for name, entry in programs.items()}
+    first = next(iter(summaries.values()))["median_ms"]
+    return [
+        {
+            "num_householder": n_h,
+            "direction": direction,
+            "implementation": name,
+            **summary,
+            "times_faster_than_first": first / summary["median_ms"],
+            "worst_error": errors[name],
+        }
+        for name, summary in summaries.items()
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| n_h | direction | implementation | ms, median [min - max] | x faster | compile s "
+        "| temp MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = "-" if row["temp_mib"] is None else f"{row['temp_mib']:.1f}"
+        lines.append(
+            f"| {row['num_householder']} | {row['direction']} | {row['implementation']} "
+            f"| {row['median_ms']:.2f} [{row['min_ms']:.2f} - {row['max_ms']:.2f}] "
+            f"| {row['times_faster_than_first']:.2f} | {row['compile_s']:.1f} | {memory} "
+            f"| {row['worst_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of the median times, a group a number of factors and direction."""
+    groups = list(dict.fromkeys((row["direction"], row["num_householder"]) for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    figure = Figure(figsize=(1.5 + 1.1 * len(groups), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        picked = {
+            (r["direction"], r["num_householder"]): r for r in rows if r["implementation"] == name
+        }
+        heights = [picked[group]["median_ms"] for group in groups]
+        offset = (index - (len(names) - 1) / 2) * 0.8 / len(names)
+        places = [place + offset for place in range(len(groups))]
+        axes.bar(places, heights, 0.8 / len(names), label=name)
+    axes.set_xticks(range(len(groups)), [f"{d}\nn_h = {n}" for d, n in groups], fontsize=8)
+    axes.set(ylabel="ms a call (median)", yscale="log", title=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def command(argv: Sequence[str]) -> None:
+    """Measures, prints the table, writes speed.json, speed.md and speed.png."""
+    parsed = flags.parse(argv, {"speed": SpeedConfig}, {"default": {}})
+    config = SpeedConfig(**parsed.sections["speed"])
+    rows = []
+    for n_h in config.num_householder:
+        for direction in config.directions.split(","):
+            rows += measure(config, n_h, direction)
+            print(table(rows[-len(config.names) - bool(config.peer) :]), file=sys.stderr)
+    title = (
+        f"B={config.batch_size} T={config.length} H={config.num_heads} K=V={config.head_dim}, "
+        f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
+    )
+    command_line = " ".join(["python -m experiments.op_speed", *argv])
+    record = {"command": command_line, "machine": machine(), "shape": title, "rows": rows}
+    write_file(parsed.workdir / "speed.json", json.dumps(record, indent=1).encode() + b"\n")
+    text = f"{title}; {record['machine']}\n\n{table(rows)}\n\nCommand: `{command_line}`\n"
+    write_file(parsed.workdir / "speed.md", text.encode())
+    plot(rows, parsed.workdir / "speed.png", title)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

@@ -1,0 +1,152 @@
+"""What the benchmarks of the op share: inputs, programs, fair timing, and errors in float64."""
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaproduct_jax.ops import delta_product
+
+FORWARD, BACKWARD = "forward", "forward+backward"
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes of one call of the op, by the letters of the dimension key."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    V: int
+    R: int
+    dtype: str = "float32"
+    gated: bool = True
+
+    def inputs(self, seed: int = 0) -> dict[str, jax.Array]:
+        """q, k, v, beta and g: unit queries and keys, beta in (0, 2), g mostly mild."""
+        keys = jax.random.split(jax.random.key(seed), 5)
+        B, T, H, K, V, R = self.B, self.T, self.H, self.K, self.V, self.R
+
+        def unit(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+            x = jax.random.normal(key, shape)
+            return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+        arrays = {
+            "q": unit(keys[0], (B, T, H, K)),
+            "k": unit(keys[1], (B, T, R, H, K)),
+            "v": jax.random.normal(keys[2], (B, T, R, H, V)),
+            "beta": 2 * jax.nn.sigmoid(jax.random.normal(keys[3], (B, T, R, H))),
+        }
+        if self.gated:
+            arrays["g"] = jax.nn.log_sigmoid(2 + jax.random.normal(keys[4], (B, T, H)))
+        dtype = jnp.dtype(self.dtype)
+        return {
+            name: x.astype(dtype if name in "qkv" else jnp.promote_types(dtype, jnp.float32))
+            for name, x in arrays.items()
+        }
+
+
+def program(implementation: str | None, direction: str, chunk_size: int | None = None) -> Callable:
+    """The op, or the gradient of a sum over its outputs with respect to every input."""
+
+    def forward(arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        size = chunk_size if implementation in (None, "chunked") else None
+        return delta_product(**arrays, implementation=implementation, chunk_size=size)
+
+    def loss(arrays: Mapping[str, jax.Array]) -> jax.Array:
+        o, state = forward(arrays)
+        # Weights that differ from entry to entry, so that no cotangent is a constant.
+        weights = [
+            jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in (o, state)
+        ]
+        return sum(jnp.sum(x * w) for x, w in zip((o, state), weights, strict=True))
+
+    return forward if direction == FORWARD else jax.grad(loss)
+
+
+@dataclasses.dataclass
+class Compiled:
+    """A program compiled for its inputs, what that cost, and the times of its runs."""
+
+    run: Callable[[], Any]
+    compile_seconds: float
+    temp_bytes: int | None
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Median and range of the runs in milliseconds, compile time and temporary memory."""
+        return {
+            "median_ms": 1e3 * statistics.median(self.seconds),
+            "min_ms": 1e3 * min(self.seconds),
+            "max_ms": 1e3 * max(self.seconds),
+            "compile_s": self.compile_seconds,
+            "temp_mib": None if self.temp_bytes is None else self.temp_bytes / 2**20,
+        }
+
+
+def compile_program(function: Callable, arrays: Mapping[str, jax.Array]) -> Compiled:
+    """Compiles ``function(arrays)``."""
+    began = time.perf_counter()
+    compiled = jax.jit(function).lower(arrays).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    return Compiled(
+        lambda: jax.block_until_ready(compiled(arrays)),
+        seconds,
+        None if memory is None else memory.temp_size_in_bytes,
+    )
+
+
+def time_in_turn(programs: Mapping[str, Compiled], repeats: int, budget_s: float) -> None:
+    """Runs all programs in turn, so that a busy moment of the machine meets them alike.
+
+    Args:
+        programs: what to time; each gets its times.
+        repeats: rounds after one that warms up.
+        budget_s: no further round begins after so many seconds; at least two are made.
+    """
+    for entry in programs.values():
+        entry.run()
+    began = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= 2 and time.perf_counter() - began > budget_s:
+            break
+        for entry in programs.values():
+            start = time.perf_counter()
+            entry.run()
+            entry.seconds.append(time.perf_counter() - start)
+
+
+def worst_error(shape: Shape, implementation: str | None, direction: str, tokens: int) -> float:
+    """Largest ``||x - ref|| / ||ref||`` over the results, against the recurrence in float64.
+
+    Args:
+        shape: the case; only its first ``tokens`` tokens are computed.
+        implementation: what to check.
+        direction: outputs, or gradients.
+        tokens: how many tokens are enough.
+    """
+    short = dataclasses.replace(shape, T=min(shape.T, tokens))
+    arrays = short.inputs()
+    got = jax.jit(program(implementation, direction))(arrays)
+    with jax.enable_x64(True):
+        wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
+        want = jax.jit(program("recurrent", direction))(wide)
+        errors = jax.tree.map(_error, jax.device_get(got), jax.device_get(want))
+    return max(jax.tree.leaves(errors))
+
+
+def _error(x: np.ndarray, ref: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(x, np.float64) - ref) / np.linalg.norm(ref))
+
+
+def machine() -> str:
+    """Device kind and JAX version, for the record."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"

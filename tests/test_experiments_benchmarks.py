@@ -1,0 +1,68 @@
+"""The benchmarks of the op: they check before they time, and write what they print."""
+
+import json
+
+import pytest
+
+from experiments import flags, op_scaling, op_speed, timing
+
+TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "--repeats=2"]
+
+
+def test_speed_writes_table_json_and_plot(tmp_path, capsys):
+    op_speed.command([f"--workdir={tmp_path}", *TINY])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert len(record["rows"]) == 2 * 3  # directions, implementations
+    for row in record["rows"]:
+        assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert row["worst_error"] < 1e-5
+        assert (
+            f"| {row['num_householder']} | {row['direction']} | {row['implementation']} " in printed
+        )
+        if row["implementation"] == "recurrent":
+            assert row["times_faster_than_first"] == 1
+    assert (tmp_path / "speed.md").read_text().strip() == printed.strip()
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
+    right = timing.delta_product
+
+    def wrong(**arguments):
+        o, state = right(**arguments)
+        return (o * 1.01, state) if arguments["implementation"] == "chunked" else (o, state)
+
+    monkeypatch.setattr(timing, "delta_product", wrong)
+    arguments = [f"--workdir={tmp_path}", *TINY, "--directions=forward"]
+    assert flags.run(op_speed.command, arguments) != 0
+    assert "error: chunked is wrong at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--implementations=recurrent,fast", "implementations='fast' is not known"),
+        ("--peer=fla", "peer=fla refuses dtype='float32'; give dtype=bfloat16"),
+        ("--dtype=int8", "dtype='int8' is not known"),
+        ("--directions=backward", "directions='backward' is not known"),
+        ("--length=0", "length=0 is too small"),
+    ],
+)
+def test_errors_of_the_speed_benchmark(argument, text, tmp_path, capsys):
+    assert flags.run(op_speed.command, [f"--workdir={tmp_path}", argument]) != 0
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_scaling_writes_slopes_and_plot(tmp_path):
+    sizes = ["--lengths=32,64,128", "--num_householder=2,1", "--base_length=32", "--repeats=2"]
+    op_scaling.command([f"--workdir={tmp_path}", *sizes, "--num_heads=1", "--head_dim=4"])
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["T"] for row in record["by_length"]] == [32, 64, 128]
+    assert [row["num_householder"] for row in record["by_num_householder"]] == [1, 2]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    power = [{"x": x, "y": 3 * x**1.5} for x in (1, 2, 5, 9)]
+    assert op_scaling.slope(power, "x", "y") == pytest.approx(1.5)
