@@ -18,7 +18,7 @@ def compile_peer(
     """The peer's program, compiled by a first run, and its worst error against float32 JAX.
 
     Raises:
-        ConfigError: torch, the package or a GPU is missing.
+        ConfigError: torch, the package or a GPU is missing, or the peer refuses to run.
     """
     try:
         import torch
@@ -61,7 +61,10 @@ def compile_peer(
 
     torch.cuda.synchronize()
     began = time.perf_counter()
-    got = run()
+    try:
+        got = run()
+    except RuntimeError as error:  # it refuses some versions of Triton on some GPUs
+        raise ConfigError(f"peer=fla cannot run {direction} at {shape}: {error}") from error
     compiled = Compiled(run, time.perf_counter() - began, None)
 
     wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
