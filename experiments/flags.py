@@ -215,11 +215,19 @@ def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str
         lines.append(f"{section}:")
         for field in dataclasses.fields(config):
             if field.name in values:
-                text = f"{field.metadata['help']} (default {field.default})"
+                default = presets["default"].get(field.name, field.default)
+                text = f"{field.metadata['help']} (default {_show(default)})"
                 lines.append(f"  --{field.name}: {text}")
         lines.append("")
     common = ("workdir", "preset", "config", "help")
     return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in common)])
+
+
+def _show(value: Any) -> str:
+    """A default as one would write it on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.dispatch import AVAILABLE
 
 MIXERS: tuple[str, ...] = ("delta_net", "gated_delta_net", "delta_product", "gated_delta_product")
-DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float64")
+DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 
 
 def _field(default: object, help: str) -> dataclasses.Field:
