@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
 from experiments.figures import save
@@ -34,26 +35,22 @@ from experiments.timing import (
 )
 
 
-def _field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class ScalingConfig:
     """What is timed."""
 
-    lengths: tuple[int, ...] = _field(
+    lengths: tuple[int, ...] = setting(
         tuple(2**n for n in range(10, 21)), "tokens T, each with the first of num_householder"
     )
-    num_householder: tuple[int, ...] = _field(
+    num_householder: tuple[int, ...] = setting(
         (2, 1, 3, 4, 5, 6, 7, 8), "Householder factors, each at base_length"
     )
-    base_length: int = _field(8192, "tokens T while the factors vary")
-    num_heads: int = _field(2, "heads H")
-    head_dim: int = _field(16, "key width K and value width V")
-    implementation: str = _field("chunked", f"one of {', '.join(AVAILABLE)}")
-    repeats: int = _field(7, "timed calls a point; the median counts")
-    budget_s: float = _field(30.0, "seconds after which no further call of a point begins")
+    base_length: int = setting(8192, "tokens T while the factors vary")
+    num_heads: int = setting(2, "heads H")
+    head_dim: int = setting(16, "key width K and value width V")
+    implementation: str = setting("chunked", f"one of {', '.join(AVAILABLE)}")
+    repeats: int = setting(7, "timed calls a point; the median counts")
+    budget_s: float = setting(30.0, "seconds after which no further call of a point begins")
 
     def __post_init__(self) -> None:
         """Checks every field."""

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
 from experiments.figures import save
@@ -40,29 +41,25 @@ ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-1}
 CHECKED_TOKENS = 256
 
 
-def _field(default: Any, text: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class SpeedConfig:
     """What is timed."""
 
-    batch_size: int = _field(1, "sequences B")
-    length: int = _field(2048, "tokens T")
-    num_heads: int = _field(4, "heads H")
-    head_dim: int = _field(64, "key width K and value width V")
-    num_householder: tuple[int, ...] = _field((1, 2, 3), "Householder factors a token, in turn")
-    gated: bool = _field(True, "with a decay g")
-    dtype: str = _field("float32", "float32 or bfloat16")
-    implementations: str = _field(
+    batch_size: int = setting(1, "sequences B")
+    length: int = setting(2048, "tokens T")
+    num_heads: int = setting(4, "heads H")
+    head_dim: int = setting(64, "key width K and value width V")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    gated: bool = setting(True, "with a decay g")
+    dtype: str = setting("float32", "float32 or bfloat16")
+    implementations: str = setting(
         "recurrent,chunked,auto", "comma list; auto is implementation=None, ratios are to the first"
     )
-    chunk_size: int | None = _field(None, "tokens in a chunk; none: the op's choice")
-    directions: str = _field(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
-    repeats: int = _field(9, "timed rounds")
-    budget_s: float = _field(60.0, "seconds after which no further round of a case begins")
-    peer: str | None = _field(None, "fla: flash-linear-attention too, on a GPU in bfloat16")
+    chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
+    directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
+    repeats: int = setting(9, "timed rounds")
+    budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
+    peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU in bfloat16")
 
     def __post_init__(self) -> None:
         """Checks every field."""

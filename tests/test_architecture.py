@@ -11,15 +11,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "deltaproduct_jax"
 
 # What each part may import: ops <- {theory, layers} <- models <- {training, analysis, interop}, and
-# tasks is a leaf for training and experiments. errors.py is a leaf for everybody.
+# tasks is a leaf for training and experiments. errors.py, settings.py are leaves for everybody.
 ALLOWED = {
     "errors": set(),
+    "settings": set(),
     "ops": {"errors"},
-    "tasks": {"errors"},
+    "tasks": {"errors", "settings"},
     "theory": {"errors", "ops"},
     "layers": {"errors", "ops"},
-    "models": {"errors", "ops", "theory", "layers"},
-    "training": {"errors", "ops", "theory", "layers", "models", "tasks"},
+    "models": {"errors", "settings", "ops", "theory", "layers"},
+    "training": {"errors", "settings", "ops", "theory", "layers", "models", "tasks"},
     "analysis": {"errors", "ops", "theory", "layers", "models"},
     "interop": {"errors", "ops", "theory", "layers", "models"},
 }

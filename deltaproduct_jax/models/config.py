@@ -10,13 +10,10 @@ from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.settings import setting
 
 MIXERS: tuple[str, ...] = ("delta_net", "gated_delta_net", "delta_product", "gated_delta_product")
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
-
-
-def _field(default: object, help: str) -> dataclasses.Field:
-    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,41 +24,41 @@ class ModelConfig:
         ConfigError: naming the field, when a value is out of range or does not fit another.
     """
 
-    vocab_size: int = _field(32000, "number of token ids; an experiment takes it from its task")
-    mixer: str = _field(
+    vocab_size: int = setting(32000, "number of token ids; an experiment takes it from its task")
+    mixer: str = setting(
         "delta_product",
         f"sequence mixer, one of {', '.join(MIXERS)}; gated_ adds a forget gate, and the delta_net "
         "mixers have one Householder factor a token",
     )
-    hidden_size: int = _field(128, "width D of the residual stream")
-    num_layers: int = _field(1, "number of blocks")
-    num_heads: int = _field(4, "heads H of queries and keys")
-    num_v_heads: int | None = _field(None, "value heads, a multiple of num_heads; none: num_heads")
-    head_dim: int = _field(32, "key width K of a head")
-    expand_v: float = _field(1.0, "value width over key width")
-    num_householder: int = _field(2, "Householder factors a token (the paper's n_h)")
-    allow_neg_eigval: bool = _field(True, "beta in (0, 2), eigenvalues in (-1, 1), not (0, 1)")
-    qk_activation: str = _field("silu", "activation of q and k: silu (the paper's) or none")
-    beta_bias: float | None = _field(
+    hidden_size: int = setting(128, "width D of the residual stream")
+    num_layers: int = setting(1, "number of blocks")
+    num_heads: int = setting(4, "heads H of queries and keys")
+    num_v_heads: int | None = setting(None, "value heads, a multiple of num_heads; none: num_heads")
+    head_dim: int = setting(32, "key width K of a head")
+    expand_v: float = setting(1.0, "value width over key width")
+    num_householder: int = setting(2, "Householder factors a token (the paper's n_h)")
+    allow_neg_eigval: bool = setting(True, "beta in (0, 2), eigenvalues in (-1, 1), not (0, 1)")
+    qk_activation: str = setting("silu", "activation of q and k: silu (the paper's) or none")
+    beta_bias: float | None = setting(
         None, "start of a learnt bias before beta's sigmoid; none: no bias, as in the paper"
     )
-    use_output_gate: bool = _field(False, "gate the mixer's normalised output by silu(x W_g)")
-    use_short_conv: bool = _field(False, "causal convolution on q, k and v")
-    conv_size: int = _field(4, "taps of the short convolution")
-    intermediate_size: int | None = _field(
+    use_output_gate: bool = setting(False, "gate the mixer's normalised output by silu(x W_g)")
+    use_short_conv: bool = setting(False, "causal convolution on q, k and v")
+    conv_size: int = setting(4, "taps of the short convolution")
+    intermediate_size: int | None = setting(
         512, "width of the SwiGLU's hidden layer; none: two thirds of hidden_ratio, up to next 256"
     )
-    hidden_ratio: float = _field(4.0, "nominal SwiGLU width over hidden_size, if none is given")
-    norm_eps: float = _field(1e-6, "epsilon of every RMSNorm")
-    tie_embeddings: bool = _field(False, "the head uses the embedding's weights")
-    initializer: str = _field("paper", "paper: the official code's draws; fla: N(0, range) for all")
-    initializer_range: float = _field(0.02, "standard deviation of normal draws")
-    dtype: str = _field("float32", f"dtype of the computation, one of {', '.join(DTYPES)}")
-    param_dtype: str = _field("float32", f"dtype of the parameters, one of {', '.join(DTYPES)}")
-    implementation: str | None = _field(
+    hidden_ratio: float = setting(4.0, "nominal SwiGLU width over hidden_size, if none is given")
+    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    tie_embeddings: bool = setting(False, "the head uses the embedding's weights")
+    initializer: str = setting("paper", "paper: the official code's draws; fla: N(0, range)")
+    initializer_range: float = setting(0.02, "standard deviation of normal draws")
+    dtype: str = setting("float32", f"dtype of the computation, one of {', '.join(DTYPES)}")
+    param_dtype: str = setting("float32", f"dtype of the parameters, one of {', '.join(DTYPES)}")
+    implementation: str | None = setting(
         None, "how the op is computed; none: by platform and shape, see delta_product"
     )
-    chunk_size: int | None = _field(None, "tokens in a chunk of the op; none: the op chooses")
+    chunk_size: int | None = setting(None, "tokens in a chunk of the op; none: the op chooses")
 
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""

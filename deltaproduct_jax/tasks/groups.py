@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.finite_groups import FiniteGroup, finite_group
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
 
@@ -25,32 +26,28 @@ FILLERS = ("element", "symbol", "input_symbol")
 EVAL_MULTIPLES = (1, 2, 4, 8)
 
 
-def _field(default: object, text: str) -> dataclasses.Field:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class GroupTask:
     """The word problem of one group; raises ConfigError where the fields make no sense."""
 
-    group: str = _field("S3", "group: Sn, An, Zn, Dn (2n elements), or a product such as A5_x_Z9")
-    train_length: int = _field(32, "elements per training sequence; BOS comes on top")
-    eval_lengths: tuple[int, ...] | None = _field(
+    group: str = setting("S3", "group: Sn, An, Zn, Dn (2n elements), or a product such as A5_x_Z9")
+    train_length: int = setting(32, "elements per training sequence; BOS comes on top")
+    eval_lengths: tuple[int, ...] | None = setting(
         None, "elements per sequence in evaluations; none: 1, 2, 4 and 8 times train_length"
     )
-    max_displaced: int | None = _field(
+    max_displaced: int | None = setting(
         None, "draw only permutations that move at most so many points; 2: the identity and swaps"
     )
-    merge_elements: int = _field(
+    merge_elements: int = setting(
         1,
         "multiply so many drawn elements into one token, followed by identities in their places; "
         "targets come as many tokens late as identities follow (with max_displaced=2 and 4: "
         "the paper's hard swaps)",
     )
-    repeat_elements: int = _field(
+    repeat_elements: int = setting(
         1, "tokens that every element takes; targets come repeat_elements - 1 tokens late"
     )
-    filler: str = _field(
+    filler: str = setting(
         "element",
         "what a repeated element's further tokens are: element (itself), symbol (one more token, "
         "in inputs and targets), input_symbol (the same, in inputs only)",

@@ -6,48 +6,45 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
 
 SCHEDULES = ("cosine", "constant")
 SEED_PURPOSES = ("init", "data")
 
 
-def _field(default: object, text: str) -> dataclasses.Field:
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How a model is trained and watched; raises ConfigError where the fields make no sense."""
 
-    steps: int = _field(500, "updates of the parameters")
-    batch_size: int = _field(64, "sequences an update")
-    accumulation_steps: int = _field(1, "parts of a batch whose gradients are added, one at a time")
-    learning_rate: float = _field(1e-3, "peak learning rate of AdamW")
-    schedule: str = _field("cosine", "learning rate after the warm-up: cosine or constant")
-    warmup_steps: int = _field(0, "steps over which the learning rate rises from 0")
-    end_learning_rate: float = _field(0.0, "learning rate that a cosine falls to")
-    weight_decay: float = _field(0.01, "AdamW's decay, of every parameter")
-    adam_b1: float = _field(0.9, "decay of AdamW's first moment")
-    adam_b2: float = _field(0.999, "decay of AdamW's second moment")
-    adam_eps: float = _field(1e-8, "epsilon of AdamW")
-    clip_norm: float | None = _field(None, "largest global norm of the gradient; none: no limit")
-    curriculum: tuple[int, ...] = _field(
+    steps: int = setting(500, "updates of the parameters")
+    batch_size: int = setting(64, "sequences an update")
+    accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
+    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
+    schedule: str = setting("cosine", "learning rate after the warm-up: cosine or constant")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
+    end_learning_rate: float = setting(0.0, "learning rate that a cosine falls to")
+    weight_decay: float = setting(0.01, "AdamW's decay, of every parameter")
+    adam_b1: float = setting(0.9, "decay of AdamW's first moment")
+    adam_b2: float = setting(0.999, "decay of AdamW's second moment")
+    adam_eps: float = setting(1e-8, "epsilon of AdamW")
+    clip_norm: float | None = setting(None, "largest global norm of the gradient; none: no limit")
+    curriculum: tuple[int, ...] = setting(
         (), "lengths trained one after another before the full one"
     )
-    curriculum_fraction: float = _field(
+    curriculum_fraction: float = setting(
         0.5, "part of the steps that the curriculum's lengths share evenly"
     )
-    seed: int = _field(0, "the seed that every other seed is derived from")
-    log_every: int = _field(10, "steps between records")
-    eval_every: int = _field(100, "steps between evaluations on the validation split")
-    checkpoint_every: int = _field(100, "steps between checkpoints")
-    eval_sequences: int = _field(512, "sequences an evaluation, at each length")
-    eval_batch_size: int = _field(128, "sequences evaluated at a time")
-    select_length: int | None = _field(
+    seed: int = setting(0, "the seed that every other seed is derived from")
+    log_every: int = setting(10, "steps between records")
+    eval_every: int = setting(100, "steps between evaluations on the validation split")
+    checkpoint_every: int = setting(100, "steps between checkpoints")
+    eval_sequences: int = setting(512, "sequences an evaluation, at each length")
+    eval_batch_size: int = setting(128, "sequences evaluated at a time")
+    select_length: int | None = setting(
         None, "length whose validation accuracy selects the best checkpoint; none: the longest"
     )
-    stop_accuracy: float | None = _field(
+    stop_accuracy: float | None = setting(
         None, "stop once the validation sequence accuracy reaches this; none: never"
     )
 
