@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.api import delta_product
 from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.packing import carry_state
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 Axis = str | tuple[str, ...] | None
@@ -165,13 +166,12 @@ def delta_product_of_piece(
     if T == 0:
         segment_ids = None
 
-    # The first device starts from the row's own state and needs no map: its P is zero. So is that
-    # of a piece whose first token starts a segment, which the op cannot see.
-    continues_B = jnp.broadcast_to(index > 0, (B,))
-    if segment_ids is not None:
-        continues_B &= _from_before(segment_ids[:, -1], axis_name, 1) == segment_ids[:, 0]
     identity_BHvKK = jnp.broadcast_to(jnp.eye(K, dtype=wide), (B, Hv, K, K))
-    identity_BHvKK = jnp.where(continues_B[:, None, None, None], identity_BHvKK, 0)
+    if segment_ids is not None:
+        # A segment that starts with the piece, which the op cannot see, makes P zero. Whatever the
+        # first device compares with does not matter: no state enters there.
+        last_ids = _from_before(segment_ids[:, -1], axis_name, 1)
+        identity_BHvKK = carry_state(identity_BHvKK, last_ids, segment_ids[:, 0])
     if initial_state is None:
         initial_state = jnp.zeros((B, Hv, K, V), wide)
     start_BHvKV = jnp.where(index == 0, initial_state, 0)
