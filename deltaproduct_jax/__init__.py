@@ -8,3 +8,4 @@ from deltaproduct_jax.models import SequenceModel as SequenceModel
 from deltaproduct_jax.ops import delta_product as delta_product
 from deltaproduct_jax.ops import delta_product_step as delta_product_step
 from deltaproduct_jax.ops import select_implementation as select_implementation
+from deltaproduct_jax.ops import sharded_delta_product as sharded_delta_product

@@ -8,3 +8,4 @@ from deltaproduct_jax.ops.dispatch import select_implementation as select_implem
 from deltaproduct_jax.ops.packing import carry_state as carry_state
 from deltaproduct_jax.ops.packing import cu_seqlens_from_segment_ids as cu_seqlens_from_segment_ids
 from deltaproduct_jax.ops.packing import segment_ids_from_cu_seqlens as segment_ids_from_cu_seqlens
+from deltaproduct_jax.ops.sharding import sharded_delta_product as sharded_delta_product
