@@ -40,14 +40,17 @@ COLLECTIVE = re.compile(
 
 
 def collectives(program: str) -> list[tuple[str, int]]:
-    """Kind and largest array, in bytes, of every collective of a compiled program."""
+    """Kind and bytes of every array that a compiled program sends."""
     found = []
     for match in COLLECTIVE.finditer(program):
         sizes = [
             BYTES[dtype] * int(np.prod([int(n) for n in shape.split(",") if n]))
             for dtype, shape in re.findall(r"\b(\w+)\[([\d,]*)\]", match["shapes"])
         ]
-        found.append((match["kind"], max(sizes)))
+        # The compiler joins sums; a permute started ahead names its operand, result and handles.
+        found += [
+            (match["kind"], n) for n in (sizes if "reduce" in match["kind"] else [max(sizes)])
+        ]
     return sorted(found)
 
 
