@@ -165,7 +165,7 @@ def test_help_shows_every_flag_and_its_default(capsys):
     shown = capsys.readouterr().out
     for name in ("layers", "sugar", "cuts", "degrees", "workdir", "preset", "config"):
         assert f"--{name}" in shown
-    assert "--layers: a field (default 2)" in shown
+    assert "--layers: a field (default 3)" in shown  # what the default preset gives
     assert "secret" not in shown
 
 
