@@ -1,6 +1,7 @@
 """What the benchmarks of the op share: inputs, programs, fair timing, and errors in float64."""
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -147,6 +148,7 @@ def _error(x: np.ndarray, ref: np.ndarray) -> float:
 
 
 def machine() -> str:
-    """Device kind and JAX version, for the record."""
+    """Device kind, cores of the host and JAX version, for the record."""
     devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}"
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    return f"{kind}, host with {os.cpu_count()} cores, jax {jax.__version__}"
