@@ -23,7 +23,7 @@ SECTIONS = {"task": GroupTask, "model": ModelConfig, "train": TrainConfig}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Beta starts near 2 and q, k are linear, so that reflections are at hand from the first step;
-    # short sequences come first. Without these some seeds never leave the plateau.
+    # short sequences come first. experiments/README.md says how the numbers were chosen.
     "default": {
         "group": "S3",
         "train_length": 32,
