@@ -13,54 +13,58 @@ chunked form (Yang et al., 2024, section 3) and its gated form (Yang et al., 202
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from deltaproduct_jax.ops.decays import Decays, decays_backward, decays_of
+from deltaproduct_jax.ops.layout import (
+    Tokens,
+    flat,
+    from_chunks,
+    outputs_from_chunks,
+    outputs_to_chunks,
+    pad,
+    put,
+    to_chunks,
+)
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+from deltaproduct_jax.ops.tiling import Tiling
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
 from deltaproduct_jax.ops.varying import zeros_varying_as
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is fixed when the program is traced."""
+    """What is fixed before anything runs."""
 
     scale: float
-    chunk_size: int
-    precision: str | None
+    tiling: Tiling
+    matmul: Matmul
+    inverse_matmul: Matmul
+    gate_matmul: Matmul  # of sums of gates
+    widen: bool  # inputs before the loop over chunks, outputs after it
 
 
-class Tokens(NamedTuple):
-    """The inputs that run along T: of a sequence, or of one chunk in the layout named below."""
+class Prepared(NamedTuple):
+    """What chunks need of each other's work only through the state: computed for all at once."""
 
-    q: jax.Array  # BHCK
-    k: jax.Array  # BHMK
-    v: jax.Array  # BHGMV
-    beta: jax.Array  # BHGM, float32 at least
-    g: jax.Array | None  # BHGC, float32 at least
-    resets: jax.Array | None  # BC
+    gram: jax.Array  # NBHGMM: products of keys with the decay between them, strictly causal
+    inverse: jax.Array  # NBHGMM: of I + L, L_mn = gram_mn beta_n
+    scores: jax.Array  # NBHGCM: how much of every update a token reads, per beta
+    decays: Decays
 
 
-class Decays(NamedTuple):
-    """Products of decays, 0 across a segment boundary; axes that do not vary have size 1."""
+class Recomputed(NamedTuple):
+    """Chunks on the way back."""
 
-    within: jax.Array  # BHGCC: from after token s to after token c, for s <= c
-    into: jax.Array  # BHGC: from the start of the chunk to after token c
-    out: jax.Array  # BHGC: from after token c to the end of the chunk
-    through: jax.Array  # BHG: from the start of the chunk to its end
-
-
-class Solved(NamedTuple):
-    """The triangular system of a chunk and its solution: what both passes need."""
-
-    kk: jax.Array  # BHMM
-    decay: jax.Array  # BHGMM, strictly causal over updates
-    inverse: jax.Array  # BHGMM
-    from_state: jax.Array  # BHGMV: what the keys read from the state that enters the chunk
-    pseudo_v: jax.Array  # BHGMV
+    x: Tokens
+    p: Prepared
+    states: jax.Array  # NBHGKV: before every chunk
+    key_state: jax.Array  # NBHGMV: what keys read from it
+    errors: jax.Array  # NBHGMV: what values differ by from what keys read, at their update
 
 
 def chunked(tokens: Tokens, initial_state: jax.Array, settings: Settings, *, keep_states: bool):
@@ -70,284 +74,287 @@ def chunked(tokens: Tokens, initial_state: jax.Array, settings: Settings, *, kee
       tokens: q [B, T, H, K], k [B, T, R, H, K], v [B, T, R, Hv, V], beta [B, T, R, Hv], g
         [B, T, Hv] or None, resets [B, T] bool or None; T at least 1.
       initial_state: [B, Hv, K, V] in float32 or float64.
-      settings: scale, chunk size, precision.
-      keep_states: return the state before every chunk too, as the backward pass needs it.
+      settings: scale, precision, and how the sequence is cut.
+      keep_states: return the state before every span too, as the backward pass needs it.
 
     Returns:
-      ``(o, final_state, states)``: [B, T, Hv, V], [B, Hv, K, V] and [N, B, H, G, K, V] or None.
+      ``(o, final_state, states)``: [B, T, Hv, V], [B, Hv, K, V] and, with N the number of spans,
+      [N, B, H, G, K, V] or None.
     """
     B, T, _, H, K = tokens.k.shape
     Hv, V = tokens.v.shape[-2:]
-    C = settings.chunk_size
-    padded = _pad(tokens, C)
-    N = padded.q.shape[1] // C
+    C, tiling = settings.tiling.chunk_size, settings.tiling
+    chunks_per_span = tiling.span // C
+    one_by_one = tiling.spans_at_once == 1
+    N = 1 if one_by_one else tiling.chunks_at_once
+    nested = keep_states and one_by_one and chunks_per_span > 1
+    padded = _looped(tokens, C if one_by_one and not keep_states else tiling.span, settings)
 
-    def body(carry, n):
+    def group(carry, n):
         state_BHGKV, o_BTHGV = carry
-        chunk = _chunk(padded, n, C, H)
-        o_BHGCV, next_BHGKV = _chunk_forward(chunk, state_BHGKV, settings)
-        # Written in place: a scan's own stacking would put N first and cost a copy of the sequence.
-        o_BCHGV = jnp.transpose(o_BHGCV, (0, 3, 1, 2, 4)).astype(o_BTHGV.dtype)
-        o_BTHGV = _put(o_BTHGV, o_BCHGV, n)
-        return (next_BHGKV, o_BTHGV), state_BHGKV if keep_states else None
+        x = to_chunks(padded, n, C, N, H)
+        o_NBHGCV, state_BHGKV, states = _forward(x, state_BHGKV, settings)
+        # Written in place: a scan's stacking would put N first and cost a copy of the sequence.
+        o_BTHGV = put(o_BTHGV, outputs_from_chunks(o_NBHGCV).astype(o_BTHGV.dtype), n)
+        return (state_BHGKV, o_BTHGV), states[::chunks_per_span] if keep_states else None
+
+    def span(carry, n):
+        chunks = n * chunks_per_span + jnp.arange(chunks_per_span)
+        after, states = jax.lax.scan(group, carry, chunks)
+        return after, states[0] if keep_states else None
 
     state_BHGKV = initial_state.reshape(B, H, Hv // H, K, V)
-    o_BTHGV = zeros_varying_as((B, N * C, H, Hv // H, V), tokens.v)
-    (state_BHGKV, o_BTHGV), states = jax.lax.scan(body, (state_BHGKV, o_BTHGV), jnp.arange(N))
-    o = o_BTHGV[:, :T].reshape(B, T, Hv, V)
+    o_BTHGV = zeros_varying_as((B, padded.q.shape[1], H, Hv // H, V), padded.v)
+    steps = jnp.arange(padded.q.shape[1] // (tiling.span if nested else N * C))
+    body = span if nested else group
+    (state_BHGKV, o_BTHGV), states = jax.lax.scan(body, (state_BHGKV, o_BTHGV), steps)
+    o = o_BTHGV[:, :T].reshape(B, T, Hv, V).astype(tokens.v.dtype)
+    if keep_states:
+        states = states.reshape(-1, *state_BHGKV.shape)
     return o, state_BHGKV.reshape(initial_state.shape), states
 
 
 def chunked_backward(tokens: Tokens, states: jax.Array, do, dfinal_state, settings: Settings):
     """Cotangents of the inputs, from those of ``o`` and ``final_state`` and the kept states.
 
-    Walks the chunks backwards and recomputes each from the state that entered it.
+    Walks the sequence backwards and recomputes it, a span or several, from the kept states.
 
     Returns:
       ``(dtokens, dinitial_state)``: shapes and dtypes of the inputs; no cotangent for resets.
     """
     H, K = tokens.k.shape[-2:]
-    C = settings.chunk_size
     B, T, Hv, V = do.shape
-    padded = _pad(tokens, C)
-    do_BTHGV = _pad_time(do, C).reshape(B, -1, H, Hv // H, V)
+    tiling = settings.tiling
+    C, N = tiling.chunk_size, tiling.chunks_at_once
+    padded = _looped(tokens, tiling.span, settings)
+    do_BTHGV = pad(do, tiling.span).reshape(B, -1, H, Hv // H, V).astype(padded.v.dtype)
 
     def body(carry, item):
         dstate_BHGKV, gradients = carry
-        n, state_BHGKV = item
-        do_BHGCV = jnp.transpose(_take(do_BTHGV, n, C), (0, 2, 3, 1, 4)).astype(states.dtype)
-        dchunk, dstate_BHGKV = _chunk_backward(
-            _chunk(padded, n, C, H), state_BHGKV, do_BHGCV, dstate_BHGKV, settings
-        )
-        dchunk = _unchunk(dchunk, padded)
-        gradients = jax.tree.map(lambda whole, part: _put(whole, part, n), gradients, dchunk)
-        return (dstate_BHGKV, gradients), None
+        n, states_NBHGKV = item
+        r = _recompute(to_chunks(padded, n, C, N, H), states_NBHGKV, settings)
+        do_NBHGCV = outputs_to_chunks(do_BTHGV, n, C, N).astype(states.dtype)
+        dchunks, dstate_BHGKV = _backward(r, do_NBHGCV, dstate_BHGKV, settings)
+        parts = from_chunks(dchunks, padded)
+        return (dstate_BHGKV, jax.tree.map(functools.partial(put, n=n), gradients, parts)), None
 
     differentiable = padded._replace(resets=None)
     gradients = jax.tree.map(lambda x: zeros_varying_as(x.shape, x), differentiable)
     dstate_BHGKV = dfinal_state.reshape(B, H, Hv // H, K, V)
-    steps = (jnp.arange(states.shape[0]), states)
+    states = states.reshape(-1, tiling.spans_at_once, *states.shape[1:])
     (dstate_BHGKV, gradients), _ = jax.lax.scan(
-        body, (dstate_BHGKV, gradients), steps, reverse=True
+        body, (dstate_BHGKV, gradients), (jnp.arange(len(states)), states), reverse=True
     )
-    return jax.tree.map(lambda x: x[:, :T], gradients), dstate_BHGKV.reshape(dfinal_state.shape)
+    gradients = jax.tree.map(
+        lambda dx, x: dx.reshape(x.shape[0], -1, *x.shape[2:])[:, :T].astype(x.dtype),
+        gradients,
+        tokens._replace(resets=None),
+    )
+    return gradients, dstate_BHGKV.reshape(dfinal_state.shape)
 
 
-def _chunk_forward(x: Tokens, state_BHGKV, settings: Settings):
-    """Outputs of one chunk and the state after it."""
-    matmul = Matmul.of(x.q.dtype, settings.precision)
-    decays = _decays(x.g, x.resets, x.q)
-    solved = _solve(x, decays, state_BHGKV, settings)
-    scores_BHGCM = _scores(x, decays, settings, matmul("bhck,bhmk->bhcm", x.q, x.k))
-    o_BHGCV = matmul("bhgcm,bhgmv->bhgcv", scores_BHGCM, solved.pseudo_v)
-    read_BHGCV = matmul("bhck,bhgkv->bhgcv", x.q, state_BHGKV)
-    o_BHGCV += settings.scale * decays.into[..., None] * read_BHGCV
-    next_BHGKV = decays.through[..., None, None] * state_BHGKV
-    next_BHGKV += matmul("bhgmk,bhgmv->bhgkv", _keys_out(x, decays), solved.pseudo_v)
-    return o_BHGCV, next_BHGKV
+def _looped(tokens: Tokens, multiple: int, settings: Settings) -> Tokens:
+    """The inputs as the loop over chunks reads them."""
+    if settings.widen:
+        wide = jax.tree.map(
+            lambda x: x.astype(accumulator_dtype(x.dtype)), tokens._replace(resets=None)
+        )
+        tokens = wide._replace(resets=tokens.resets)
+    return flat(pad(tokens, multiple))
 
 
-def _chunk_backward(x: Tokens, state_BHGKV, do_BHGCV, dnext_BHGKV, settings: Settings):
-    """Cotangents of one chunk's inputs, in the chunk's layout, and of the state that entered it."""
-    matmul = Matmul.of(x.q.dtype, settings.precision)
-    scale, C = settings.scale, x.q.shape[2]
-    R = x.k.shape[2] // C
-    decays = _decays(x.g, x.resets, x.q)
-    solved = _solve(x, decays, state_BHGKV, settings)
-    u_BHGMV, from_state_BHGMV = solved.pseudo_v, solved.from_state
-    scores_BHGCM = _scores(x, decays, settings, matmul("bhck,bhmk->bhcm", x.q, x.k))
-    keys_out_BHGMK = _keys_out(x, decays)
-    into_BHGM = _per_update(decays.into, R)
-    out_BHGM = _per_update(decays.out, R)
-    do_into_BHGCV = scale * decays.into[..., None] * do_BHGCV
+def _forward(x: Tokens, state_BHGKV, settings: Settings):
+    """Outputs of a group of chunks, the state after it, and the state before each of its chunks."""
+    matmul = settings.matmul
+    p = _prepare(x, settings)
+    state_BHGKV, states_NBHGKV, _, error_NBHGMV = _walk(x, p, state_BHGKV, settings)
+    qk_scores_NBHGCM = x.beta[..., None, :] * p.scores
+    o_NBHGCV = matmul("...cm,...mv->...cv", qk_scores_NBHGCM, error_NBHGMV)
+    read_NBHGCV = matmul("...hck,...hgkv->...hgcv", x.q, states_NBHGKV)
+    o_NBHGCV += settings.scale * p.decays.into[..., None] * read_NBHGCV
+    return o_NBHGCV, state_BHGKV, states_NBHGKV
 
-    # Through o = scores u + scale into (q S) and S' = through S + keys_out^T u, to u.
-    du_BHGMV = matmul("bhgcm,bhgcv->bhgmv", scores_BHGCM, do_BHGCV)
-    du_BHGMV += matmul("bhgmk,bhgkv->bhgmv", keys_out_BHGMK, dnext_BHGKV)
-    # Through (I + L) u = rhs: the transposed system gives the right-hand side, an outer product L.
-    drhs_BHGMV = matmul("bhgnm,bhgnv->bhgmv", solved.inverse, du_BHGMV)
-    dlower_BHGMM = -matmul("bhgmv,bhgnv->bhgmn", drhs_BHGMV, u_BHGMV) * solved.decay
-    dscores_BHGCM = matmul("bhgcv,bhgmv->bhgcm", do_BHGCV, u_BHGMV)
 
-    beta_into_drhs_BHGMV = (x.beta * into_BHGM)[..., None] * drhs_BHGMV
-    dstate_BHGKV = decays.through[..., None, None] * dnext_BHGKV
-    dstate_BHGKV += matmul("bhck,bhgcv->bhgkv", x.q, do_into_BHGCV)
-    dstate_BHGKV -= matmul("bhmk,bhgmv->bhgkv", x.k, beta_into_drhs_BHGMV)
+def _prepare(x: Tokens, settings: Settings) -> Prepared:
+    """All that does not depend on the state, for every chunk of a group at once."""
+    matmul = settings.matmul
+    C, M = x.q.shape[-2], x.k.shape[-2]
+    decays = decays_of(x.g, x.resets, C, M // C, settings.gate_matmul)
+    kk_NBHMM = matmul("...mk,...nk->...mn", x.k, x.k)
+    qk_NBHCM = matmul("...ck,...mk->...cm", x.q, x.k)
+    gram_NBHGMM = decays.between * kk_NBHMM[:, :, :, None]
+    lower_NBHGMM = gram_NBHGMM * x.beta[..., None, :]
+    inverse_NBHGMM = unit_lower_inverse(lower_NBHGMM, settings.inverse_matmul)
+    scores_NBHGCM = settings.scale * decays.within * qk_NBHCM[:, :, :, None]
+    return Prepared(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)
+
+
+def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
+    """State after the chunks; state before, what keys read from it, and errors, of each chunk.
+
+    The errors are (I + L)^-1 (v - into (k S)). Several spans at once take them as from_v -
+    from_state S, and weight the keys that write them beforehand: then only the product with S and
+    the update of S go chunk by chunk, at the price of one more rounding of bfloat16 operands.
+    """
+    matmul = settings.matmul
+    into_NBHGM = jnp.broadcast_to(p.decays.into_update, x.beta.shape)
+    out_NBHGM = x.beta * p.decays.out
+
+    if settings.tiling.spans_at_once > 1:
+        weighted_NBHGMM = p.inverse * into_NBHGM[..., None, :]
+        from_v_NBHGMV = matmul("...mn,...nv->...mv", p.inverse, x.v)
+        from_state_NBHGMK = matmul("...hgmn,...hnk->...hgmk", weighted_NBHGMM, x.k)
+
+        def step(state_BHGKV, chunk):
+            error_BHGMV, from_state_BHGMK, keys_out_BHGMK, through_BHG1V = chunk
+            error_BHGMV -= matmul("...mk,...kv->...mv", from_state_BHGMK, state_BHGKV)
+            next_BHGKV = matmul("...mk,...mv->...kv", keys_out_BHGMK, error_BHGMV)
+            next_BHGKV += through_BHG1V * state_BHGKV
+            return next_BHGKV, (state_BHGKV, None, error_BHGMV)
+
+        from_state_NBHGMK = from_state_NBHGMK.astype(matmul.operand)
+        keys_out_NBHGMK = _weighted_keys(x, out_NBHGM, matmul)
+        chunks = (from_v_NBHGMV, from_state_NBHGMK, keys_out_NBHGMK, _through_rows(x, p))
+    else:
+
+        def step(state_BHGKV, chunk):
+            v_BHGMV, k_BHMK, into_BHGM, inverse_BHGMM, out_BHGM, through_BHG1V = chunk
+            key_state_BHGMV = matmul("...hmk,...hgkv->...hgmv", k_BHMK, state_BHGKV)
+            rhs_BHGMV = v_BHGMV.astype(state_BHGKV.dtype) - into_BHGM[..., None] * key_state_BHGMV
+            error_BHGMV = matmul("...mn,...nv->...mv", inverse_BHGMM, rhs_BHGMV)
+            left_BHGMV = out_BHGM[..., None] * error_BHGMV
+            next_BHGKV = matmul("...hmk,...hgmv->...hgkv", k_BHMK, left_BHGMV)
+            next_BHGKV += through_BHG1V * state_BHGKV
+            return next_BHGKV, (state_BHGKV, key_state_BHGMV, error_BHGMV)
+
+        chunks = (x.v, x.k, into_NBHGM, p.inverse, out_NBHGM, _through_rows(x, p))
+
+    state_BHGKV, (states_NBHGKV, key_state_NBHGMV, error_NBHGMV) = _scan(step, state_BHGKV, chunks)
+    return state_BHGKV, states_NBHGKV, key_state_NBHGMV, error_NBHGMV
+
+
+def _walk_back(x: Tokens, p: Prepared, do_NBHGCV, dnext_BHGKV, settings: Settings):
+    """Cotangents of the state before the chunks, after each, and of v - into (k S) in each.
+
+    The transposed system gives the last from those of the errors, scores^T do + out (k dS').
+    Several spans at once share out the work as in `_walk`.
+    """
+    matmul = settings.matmul
+    into_NBHGM = jnp.broadcast_to(p.decays.into_update, x.beta.shape)
+    out_NBHGM = x.beta * p.decays.out
+    derror_NBHGMV = matmul("...cm,...cv->...mv", x.beta[..., None, :] * p.scores, do_NBHGCV)
+    do_into_NBHGCV = settings.scale * p.decays.into[..., None] * do_NBHGCV
+    dread_NBHGKV = matmul("...hck,...hgcv->...hgkv", x.q, do_into_NBHGCV)
+
+    if settings.tiling.spans_at_once > 1:
+        weighted_NBHGMM = p.inverse * out_NBHGM[..., :, None]
+        drhs_NBHGMV = matmul("...nm,...nv->...mv", p.inverse, derror_NBHGMV)
+        from_next_NBHGMK = matmul("...hgnm,...hnk->...hgmk", weighted_NBHGMM, x.k)
+
+        def step(dnext_BHGKV, chunk):
+            drhs_BHGMV, from_next_BHGMK, keys_into_BHGMK, dread_BHGKV, through_BHG1V = chunk
+            drhs_BHGMV += matmul("...mk,...kv->...mv", from_next_BHGMK, dnext_BHGKV)
+            dstate_BHGKV = dread_BHGKV + through_BHG1V * dnext_BHGKV
+            dstate_BHGKV -= matmul("...mk,...mv->...kv", keys_into_BHGMK, drhs_BHGMV)
+            return dstate_BHGKV, (dnext_BHGKV, drhs_BHGMV)
+
+        from_next_NBHGMK = from_next_NBHGMK.astype(matmul.operand)
+        own = (drhs_NBHGMV, from_next_NBHGMK, _weighted_keys(x, into_NBHGM, matmul))
+    else:
+
+        def step(dnext_BHGKV, chunk):
+            derror_BHGMV, out_BHGM, inverse_BHGMM, k_BHMK, into_BHGM, *rest = chunk
+            dread_BHGKV, through_BHG1V = rest
+            from_next_BHGMV = matmul("...hmk,...hgkv->...hgmv", k_BHMK, dnext_BHGKV)
+            derror_BHGMV += out_BHGM[..., None] * from_next_BHGMV
+            drhs_BHGMV = matmul("...nm,...nv->...mv", inverse_BHGMM, derror_BHGMV)
+            dstate_BHGKV = dread_BHGKV + through_BHG1V * dnext_BHGKV
+            reads_BHGMV = into_BHGM[..., None] * drhs_BHGMV
+            dstate_BHGKV -= matmul("...hmk,...hgmv->...hgkv", k_BHMK, reads_BHGMV)
+            return dstate_BHGKV, (dnext_BHGKV, drhs_BHGMV)
+
+        own = (derror_NBHGMV, out_NBHGM, p.inverse, x.k, into_NBHGM)
+
+    chunks = (*own, dread_NBHGKV, _through_rows(x, p))
+    dstate_BHGKV, (dnext_NBHGKV, drhs_NBHGMV) = _scan(step, dnext_BHGKV, chunks, reverse=True)
+    return dstate_BHGKV, dnext_NBHGKV, drhs_NBHGMV
+
+
+def _weighted_keys(x: Tokens, weights_NBHGM, matmul: Matmul):
+    keys_NBH1MK = x.k[:, :, :, None].astype(weights_NBHGM.dtype)
+    return (weights_NBHGM[..., None] * keys_NBH1MK).astype(matmul.operand)
+
+
+def _through_rows(x: Tokens, p: Prepared):
+    """``through`` as [N, B, H, G, 1, V]: a TPU takes rows from it faster than scalars."""
+    through_NBHG11 = p.decays.through[..., None, None]
+    return jnp.broadcast_to(through_NBHG11, (*x.v.shape[:4], 1, x.v.shape[-1]))
+
+
+def _scan(body, carry, xs, reverse=False):
+    """A scan, but straight-line code for a few steps."""
+    few = jax.tree.leaves(xs)[0].shape[0] <= 4
+    return jax.lax.scan(body, carry, xs, reverse=reverse, unroll=few)
+
+
+def _recompute(x: Tokens, states_NBHGKV, settings: Settings) -> Recomputed:
+    """What the forward pass computed in chunks, given the states before their spans."""
+    p = _prepare(x, settings)
+    if settings.tiling.chunks_at_once > settings.tiling.spans_at_once:
+        _, states_NBHGKV, *rest = _walk(x, p, states_NBHGKV[0], settings)
+        if settings.tiling.spans_at_once == 1:
+            return Recomputed(x, p, states_NBHGKV, *rest)
+    matmul = settings.matmul
+    key_state_NBHGMV = matmul("...hmk,...hgkv->...hgmv", x.k, states_NBHGKV)
+    rhs_NBHGMV = x.v.astype(x.beta.dtype) - p.decays.into_update[..., None] * key_state_NBHGMV
+    error_NBHGMV = matmul("...mn,...nv->...mv", p.inverse, rhs_NBHGMV)
+    return Recomputed(x, p, states_NBHGKV, key_state_NBHGMV, error_NBHGMV)
+
+
+def _backward(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Settings):
+    """Cotangents of the inputs of chunks, in their layout, and of the state that entered them."""
+    x, p, states_NBHGKV, key_state_NBHGMV, error_NBHGMV = r
+    matmul = settings.matmul
+    scale, R = settings.scale, x.k.shape[-2] // x.q.shape[-2]
+    decays, beta_NBHG1M = p.decays, x.beta[..., None, :]
+    dstate_BHGKV, dnext_NBHGKV, drhs_NBHGMV = _walk_back(x, p, do_NBHGCV, dnext_BHGKV, settings)
+
+    dlower_NBHGMM = -matmul("...mv,...nv->...mn", drhs_NBHGMV, error_NBHGMV)
+    dscores_NBHGCM = matmul("...cv,...mv->...cm", do_NBHGCV, error_NBHGMV)
+    dwritten_NBHGMK = matmul("...mv,...kv->...mk", error_NBHGMV, dnext_NBHGKV)
+    do_into_NBHGCV = scale * decays.into[..., None] * do_NBHGCV
+    drhs_into_NBHGMV = decays.into_update[..., None] * drhs_NBHGMV
 
     # Sums over the value heads G of a key head come before the products with q and k.
-    decay_BHGCM = scale * _per_update(decays.within, R)
-    dqk_BHCM = jnp.sum(decay_BHGCM * dscores_BHGCM, axis=2)
-    dkk_BHMM = jnp.sum(x.beta[..., None] * dlower_BHGMM, axis=2)
-    dkk_BHMM += jnp.swapaxes(dkk_BHMM, -1, -2)
-    dq_BHCK = matmul("bhcm,bhmk->bhck", dqk_BHCM, x.k)
-    dq_BHCK += matmul("bhgcv,bhgkv->bhck", do_into_BHGCV, state_BHGKV)
-    dk_BHMK = matmul("bhcm,bhck->bhmk", dqk_BHCM, x.q)
-    dk_BHMK += matmul("bhmn,bhnk->bhmk", dkk_BHMM, x.k)
-    dk_BHMK += matmul("bhgmv,bhgkv->bhmk", out_BHGM[..., None] * u_BHGMV, dnext_BHGKV)
-    dk_BHMK -= matmul("bhgmv,bhgkv->bhmk", beta_into_drhs_BHGMV, state_BHGKV)
+    dqk_NBHCM = jnp.sum(scale * decays.within * beta_NBHG1M * dscores_NBHGCM, axis=3)
+    dkk_NBHMM = jnp.sum(decays.between * beta_NBHG1M * dlower_NBHGMM, axis=3)
+    dkk_NBHMM += jnp.swapaxes(dkk_NBHMM, -1, -2)
+    dq_NBHCK = matmul("...cm,...mk->...ck", dqk_NBHCM, x.k)
+    dq_NBHCK += matmul("...hgcv,...hgkv->...hck", do_into_NBHGCV, states_NBHGKV)
+    dk_NBHMK = matmul("...cm,...ck->...mk", dqk_NBHCM, x.q)
+    dk_NBHMK += matmul("...mn,...nk->...mk", dkk_NBHMM, x.k)
+    dk_NBHMK += jnp.sum((x.beta * decays.out)[..., None] * dwritten_NBHGMK, axis=3)
+    dk_NBHMK -= matmul("...hgmv,...hgkv->...hmk", drhs_into_NBHGMV, states_NBHGKV)
 
-    dlower_kk_BHGMM = dlower_BHGMM * solved.kk[:, :, None]
-    dbeta_BHGM = jnp.sum(
-        drhs_BHGMV * (x.v.astype(drhs_BHGMV.dtype) - into_BHGM[..., None] * from_state_BHGMV), -1
-    )
-    dbeta_BHGM += jnp.sum(dlower_kk_BHGMM, axis=-1)
+    # Beta scales the columns of scores and gram and what is written to the state.
+    of_scores_NBHGCM = dscores_NBHGCM * p.scores
+    of_gram_NBHGMM = dlower_NBHGMM * p.gram
+    wide_k_NBH1MK = x.k[:, :, :, None].astype(x.beta.dtype)
+    of_keys_NBHGM = decays.out * jnp.sum(dwritten_NBHGMK * wide_k_NBH1MK, axis=-1)
+    dbeta_NBHGM = jnp.sum(of_scores_NBHGCM, axis=-2) + jnp.sum(of_gram_NBHGMM, axis=-2)
+    dbeta_NBHGM += of_keys_NBHGM
 
-    dg_BHGC = None
+    dg_NBHGC = None
     if x.g is not None:
         # Cotangents of the logarithm of every decay product.
-        dwithin_BHGCC = _sum_updates(dscores_BHGCM * scores_BHGCM, R)
-        dlower_lower_BHGMM = x.beta[..., None] * dlower_kk_BHGMM
-        dwithin_BHGCC += _sum_updates(_sum_updates(dlower_lower_BHGMM, R), R, axis=-2)
-        read_BHGCV = matmul("bhck,bhgkv->bhgcv", x.q, state_BHGKV)
-        dinto_BHGC = jnp.sum(do_into_BHGCV * read_BHGCV, axis=-1)
-        dinto_BHGC -= _sum_updates(jnp.sum(beta_into_drhs_BHGMV * from_state_BHGMV, -1), R)
-        dkeys_out_BHGMV = matmul("bhgmk,bhgkv->bhgmv", keys_out_BHGMK, dnext_BHGKV)
-        dout_BHGC = _sum_updates(jnp.sum(dkeys_out_BHGMV * u_BHGMV, axis=-1), R)
-        dthrough_BHG = decays.through * jnp.sum(dnext_BHGKV * state_BHGKV, axis=(-1, -2))
-        dg_BHGC = _decays_backward(dwithin_BHGCC, dinto_BHGC, dout_BHGC, dthrough_BHG)
-    dv_BHGMV = x.beta[..., None] * drhs_BHGMV
-    return Tokens(dq_BHCK, dk_BHMK, dv_BHGMV, dbeta_BHGM, dg_BHGC, None), dstate_BHGKV
-
-
-def _solve(x: Tokens, decays: Decays, state_BHGKV, settings: Settings) -> Solved:
-    """The pseudo-values u of a chunk: (I + L) u = beta (v - into (k S)).
-
-    L_mn = beta_m decay_mn (k_m . k_n) for n < m; the chunk's updates add k_m u_m^T to the state.
-    """
-    matmul = Matmul.of(x.q.dtype, settings.precision)
-    C, M = x.q.shape[2], x.k.shape[2]
-    kk_BHMM = matmul("bhmk,bhnk->bhmn", x.k, x.k)
-    decay_BHGMM = _per_update(_per_update(decays.within, M // C), M // C, axis=-2)
-    strict = np.tri(M, k=-1, dtype=bool).reshape(1, 1, 1, M, M)
-    decay_BHGMM = jnp.where(strict, decay_BHGMM, 0)
-    lower_BHGMM = x.beta[..., None] * decay_BHGMM * kk_BHMM[:, :, None]
-    inverse_BHGMM = unit_lower_inverse(lower_BHGMM, Matmul.wide(x.q.dtype, settings.precision))
-    from_state_BHGMV = matmul("bhmk,bhgkv->bhgmv", x.k, state_BHGKV)
-    into_BHGM = _per_update(decays.into, M // C)
-    rhs_BHGMV = x.v.astype(x.beta.dtype) - into_BHGM[..., None] * from_state_BHGMV
-    u_BHGMV = matmul("bhgmn,bhgnv->bhgmv", inverse_BHGMM, x.beta[..., None] * rhs_BHGMV)
-    return Solved(kk_BHMM, decay_BHGMM, inverse_BHGMM, from_state_BHGMV, u_BHGMV)
-
-
-def _scores(x: Tokens, decays: Decays, settings: Settings, qk_BHCM):
-    """How much of every pseudo-value a token reads: causal over tokens, its own R included."""
-    R = x.k.shape[2] // x.q.shape[2]
-    return settings.scale * _per_update(decays.within, R) * qk_BHCM[:, :, None]
-
-
-def _keys_out(x: Tokens, decays: Decays):
-    """Keys with the decay from their token to the end of the chunk."""
-    out_BHGM = _per_update(decays.out, x.k.shape[2] // x.q.shape[2])
-    return out_BHGM[..., None] * x.k[:, :, None].astype(out_BHGM.dtype)
-
-
-def _decays(g_BHGC, resets_BC, q_BHCK) -> Decays:
-    """Products of decays between tokens, each the exponential of a sum over its own tokens.
-
-    A difference of two cumulative sums would lose the answer under strong decay. The mask comes
-    before exp: outside it the sums mean nothing, and exp of them could overflow.
-    """
-    C, dtype = q_BHCK.shape[2], accumulator_dtype(q_BHCK.dtype)
-    causal = np.tri(C, dtype=bool)
-    within_mask = jnp.asarray(causal).reshape(1, 1, 1, C, C)
-    into_mask = jnp.ones((1, 1, 1, C), bool)
-    if resets_BC is not None:
-        segment_BHGC = jnp.cumsum(resets_BC, axis=1)[:, None, None, :]
-        within_mask &= segment_BHGC[..., :, None] == segment_BHGC[..., None, :]
-        into_mask = segment_BHGC == 0
-    if g_BHGC is None:
-        within, into = within_mask.astype(dtype), into_mask.astype(dtype)
-    else:
-        # Entry (c, s) of the masked matrix summed down to row c: g over the tokens s < u <= c.
-        after_BHGCC = jnp.where(np.tri(C, k=-1, dtype=bool), g_BHGC[..., None], 0)
-        sums_BHGCC = _gate_matmul(dtype)("cu,bhgus->bhgcs", jnp.asarray(causal), after_BHGCC)
-        within = _masked_exp(within_mask, sums_BHGCC)
-        into = _masked_exp(into_mask, sums_BHGCC[..., 0] + g_BHGC[..., :1])
-    return Decays(within, into, out=within[..., -1, :], through=into[..., -1])
-
-
-def _decays_backward(dwithin_BHGCC, dinto_BHGC, dout_BHGC, dthrough_BHG):
-    """Cotangent of g from those of the logarithms of the decays: the same sums, transposed."""
-    C, dtype = dinto_BHGC.shape[-1], dinto_BHGC.dtype
-    # out is the last row of within, through the last entry of into.
-    dwithin_BHGCC = dwithin_BHGCC.at[..., -1, :].add(dout_BHGC)
-    dinto_BHGC = dinto_BHGC.at[..., -1].add(dthrough_BHG)
-    later = jnp.asarray(np.tri(C, dtype=bool))
-    from_BHGCC = _gate_matmul(dtype)("cu,bhgcs->bhgus", later, dwithin_BHGCC)
-    earlier = np.tri(C, k=-1, dtype=bool)
-    dg_BHGC = jnp.sum(jnp.where(earlier, from_BHGCC, 0), axis=-1)
-    return dg_BHGC + jax.lax.cumsum(dinto_BHGC, axis=3, reverse=True)
-
-
-def _gate_matmul(dtype) -> Matmul:
-    """Sums of gates are exact on every platform, whatever ``precision`` says."""
-    return Matmul.wide(dtype, "highest")
-
-
-def _masked_exp(mask, x):
-    return jnp.where(mask, jnp.exp(jnp.where(mask, x, 0)), 0)
-
-
-def _per_update(x, R: int, axis: int = -1):
-    """Repeats an axis over tokens for each of a token's R updates."""
-    return jnp.repeat(x, R, axis=axis)
-
-
-def _sum_updates(x, R: int, axis: int = -1):
-    """Sums each token's R updates: the transpose of `_per_update`."""
-    axis %= x.ndim
-    return jnp.sum(x.reshape(*x.shape[:axis], -1, R, *x.shape[axis + 1 :]), axis=axis + 1)
-
-
-def _chunk(tokens: Tokens, n, C: int, H: int) -> Tokens:
-    """Chunk n in the layout of `Tokens`: heads before positions."""
-    q, k, v, beta, g, resets = jax.tree.map(lambda x: _take(x, n, C), tokens)
-    B, _, R, _, K = k.shape
-    Hv, V = v.shape[-2:]
-    G, dtype = Hv // H, accumulator_dtype(q.dtype)
-    v = v.reshape(B, C * R, H, G, V)
-    beta = beta.astype(dtype).reshape(B, C * R, H, G)
-    return Tokens(
-        jnp.transpose(q, (0, 2, 1, 3)),
-        jnp.transpose(k.reshape(B, C * R, H, K), (0, 2, 1, 3)),
-        jnp.transpose(v, (0, 2, 3, 1, 4)),
-        jnp.transpose(beta, (0, 2, 3, 1)),
-        None if g is None else jnp.transpose(g.astype(dtype).reshape(B, C, H, G), (0, 2, 3, 1)),
-        resets,
-    )
-
-
-def _unchunk(chunk: Tokens, like: Tokens) -> Tokens:
-    """The inverse of `_chunk`, in the dtypes of ``like``."""
-    C = chunk.q.shape[2]
-    parts = Tokens(
-        jnp.transpose(chunk.q, (0, 2, 1, 3)),
-        jnp.transpose(chunk.k, (0, 2, 1, 3)),
-        jnp.transpose(chunk.v, (0, 3, 1, 2, 4)),
-        jnp.transpose(chunk.beta, (0, 3, 1, 2)),
-        None if chunk.g is None else jnp.transpose(chunk.g, (0, 3, 1, 2)),
-        None,
-    )
-
-    def as_in(part, whole):
-        return part.reshape(whole.shape[0], C, *whole.shape[2:]).astype(whole.dtype)
-
-    return jax.tree.map(as_in, parts, like._replace(resets=None))
-
-
-def _pad(tokens: Tokens, C: int) -> Tokens:
-    """Fills the last chunk: zero keys and step sizes write nothing, and g = 0 decays nothing."""
-    return jax.tree.map(lambda x: _pad_time(x, C), tokens)
-
-
-def _pad_time(x, C: int):
-    missing = -x.shape[1] % C
-    return jnp.pad(x, [(0, missing if axis == 1 else 0) for axis in range(x.ndim)])
-
-
-def _take(x, n, C: int):
-    return jax.lax.dynamic_slice_in_dim(x, n * C, C, axis=1)
-
-
-def _put(whole, part, n):
-    return jax.lax.dynamic_update_slice_in_dim(whole, part, n * part.shape[1], axis=1)
+        read_NBHGCV = matmul("...hck,...hgkv->...hgcv", x.q, states_NBHGKV)
+        dlogs = Decays(
+            within=beta_NBHG1M * of_scores_NBHGCM,
+            between=beta_NBHG1M * of_gram_NBHGMM,
+            into=jnp.sum(do_into_NBHGCV * read_NBHGCV, axis=-1),
+            into_update=-jnp.sum(drhs_into_NBHGMV * key_state_NBHGMV, axis=-1),
+            out=x.beta * of_keys_NBHGM,
+            through=decays.through * jnp.sum(dnext_NBHGKV * states_NBHGKV, axis=(-1, -2)),
+        )
+        dg_NBHGC = decays_backward(dlogs, R, settings.gate_matmul)
+    return Tokens(dq_NBHCK, dk_NBHMK, drhs_NBHGMV, dbeta_NBHGM, dg_NBHGC, None), dstate_BHGKV

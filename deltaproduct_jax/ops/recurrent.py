@@ -27,9 +27,11 @@ def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision):
         )
         return state_BHvKV, o
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, beta, g, resets))
+    # A CPU has no bfloat16: it would convert whole arrays anew for every token.
+    wide = jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), (q, k, v, beta, g))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (*wide, resets))
     final_state, o_TBHvV = jax.lax.scan(body, initial_state, tokens)
-    return jnp.moveaxis(o_TBHvV, 0, 1), final_state
+    return jnp.moveaxis(o_TBHvV, 0, 1).astype(v.dtype), final_state
 
 
 def recurrent_step(state, q, k, v, beta, g, *, scale, precision):

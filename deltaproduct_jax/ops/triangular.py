@@ -36,9 +36,16 @@ def unit_lower_inverse(lower: jax.Array, matmul: Matmul) -> jax.Array:
     while width < M:
         block, odd = index // (2 * width), (index // width) % 2 == 1
         quarter = (block[:, None] == block[None, :]) & odd[:, None] & ~odd[None, :]
-        quarter = quarter.reshape((1,) * batch_rank + (M, M))
-        correction = jnp.where(quarter, lower, 0)
-        if width > 1:
+        correction = jnp.where(quarter.reshape((1,) * batch_rank + (M, M)), lower, 0)
+        if 2 * width >= M > 2:
+            # A single block: its quarter alone, which is half of every product or less.
+            correction = matmul(
+                "...ij,...jk->...ik", inverse[..., width:, width:], lower[..., width:, :width]
+            )
+            correction = matmul("...ij,...jk->...ik", correction, inverse[..., :width, :width])
+            edges = [(0, 0)] * batch_rank + [(width, 0), (0, M - width)]
+            correction = jnp.pad(correction, edges)
+        elif width > 1:
             correction = matmul("...ij,...jk->...ik", inverse, correction)
             correction = matmul("...ij,...jk->...ik", correction, inverse)
         inverse = inverse - correction

@@ -1,0 +1,107 @@
+"""The cuts of other platforms, run on a CPU against the oracle; the cuts themselves."""
+
+import dataclasses
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import Case, errors
+from test_ops_accuracy import assert_within_bars
+
+from deltaproduct_jax.ops import chunked, dispatch, tiling
+from deltaproduct_jax.ops.precision import Matmul
+from deltaproduct_jax.ops.tiling import Tiling, default_span, tiling_for
+
+CASES = {
+    "all at once": Case(T=300, gate="mild", G=2, K=12, V=6, segments=True, l2norm=True),
+    "three factors, ungated": Case(T=100, R=3, B=1, gate=None, H=1, V=12),
+    "strong decay": Case(T=160, B=1, gate="mixed"),
+    "beta 2, parallel keys": Case(T=160, B=1, beta=(2.0, 2.0), keys="parallel", gate="slow"),
+}
+
+
+@pytest.fixture(params=["default", "tpu"])
+def as_elsewhere(request, monkeypatch):
+    """Makes a CPU cut sequences as another platform does."""
+    real = tiling_for, tiling.default_chunk_size
+
+    def cut(platform, *args, **kwargs):
+        return real[0](request.param, *args, **kwargs)
+
+    def size(platform, *args, **kwargs):
+        return real[1](request.param, *args, **kwargs)
+
+    jax.clear_caches()
+    monkeypatch.setattr(dispatch, "tiling_for", cut)
+    monkeypatch.setattr(dispatch, "default_chunk_size", size)
+    yield
+    jax.clear_caches()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_other_platforms_cuts(name, dtype, as_elsewhere):
+    case = CASES[name]
+    if dtype == "bfloat16" and name != "three factors, ungated":
+        case = Case(T=256, B=1, gate="mild", K=16, V=16, beta=case.beta, l2norm=True)
+    assert_within_bars(case, "chunked", dtype)
+
+
+class ThreePasses(Matmul):
+    """What a TPU does for precision "high": the three largest products of bfloat16 parts."""
+
+    def __call__(self, equation, x, y):
+        def split(x):
+            high = x.astype(ml_dtypes.bfloat16).astype(x.dtype)
+            return high, (x - high).astype(ml_dtypes.bfloat16).astype(x.dtype)
+
+        (a, b), (c, d) = split(x), split(y)
+        product = super().__call__
+        return product(equation, a, c) + product(equation, a, d) + product(equation, b, c)
+
+
+@pytest.mark.parametrize("keys", ["unit", "parallel"])
+def test_three_passes_are_enough_with_bfloat16_inputs(keys, monkeypatch):
+    """The error against float64 is that of an exact inverse, whose use rounds it to bfloat16."""
+    case = Case(
+        T=128, R=1, B=1, K=16, V=16, beta=(1.5, 2.0), keys=keys, gate="slow", chunk_size=128
+    )
+    exact = errors(case, "chunked", "bfloat16")
+    real = chunked.unit_lower_inverse
+    monkeypatch.setattr(
+        chunked,
+        "unit_lower_inverse",
+        lambda lower, matmul: real(lower, ThreePasses(**dataclasses.asdict(matmul))),
+    )
+    jax.clear_caches()
+    passes = errors(case, "chunked", "bfloat16")
+    jax.clear_caches()
+    for of_exact, of_passes in zip(exact, passes, strict=True):
+        for name, error in of_passes.items():
+            assert error <= 1.1 * of_exact[name], name
+
+
+@pytest.mark.parametrize("platform", ["cpu", "default", "tpu"])
+@pytest.mark.parametrize("T", [1, 2, 7, 40, 64, 100, 129, 1024])
+def test_cuts_fit_together(platform, T):
+    sizes = {"T": T, "R": 3, "K": 64, "V": 32}
+    span = default_span("bfloat16", **sizes)
+    spans = -(-T // span)
+    chunk_size = tiling.default_chunk_size(platform, "bfloat16", **sizes)
+    cut = tiling_for(platform, span, chunk_size, B=2, T=T, R=3, Hv=4)
+    assert cut.span % cut.chunk_size == 0
+    assert spans % cut.spans_at_once == 0
+    assert cut.chunk_size * 3 <= 128 or cut.chunk_size == 1
+    # At most one chunk of a CPU is padded for every span.
+    assert spans * span - T < spans * tiling.default_chunk_size("cpu", "bfloat16", **sizes)
+
+
+def test_a_tpu_works_on_short_sequences_at_once_and_on_large_batches_span_by_span():
+    sizes = {"R": 2, "Hv": 4}
+    assert tiling_for("tpu", 64, 64, B=1, T=1024, **sizes) == Tiling(64, 64, 16)
+    assert tiling_for("tpu", 64, 64, B=32, T=4096, **sizes) == Tiling(64, 64, 1)
+    assert tiling_for("default", 64, 32, B=32, T=4096, **sizes) == Tiling(64, 32, 4)
+    assert tiling_for("cpu", 64, 16, B=32, T=4096, **sizes) == Tiling(64, 16, 1)
+    assert Tiling(64, 16).chunks_at_once == 4
+    assert np.prod([Tiling(64, 32, 4).chunks_at_once, 32]) == 4 * 64
