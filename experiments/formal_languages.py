@@ -4,8 +4,8 @@
 
 trains on sequences of 3 to 40 tokens and reports the scaled accuracy at 40 to 256, over all and by
 ranges of the length. The same command goes on after a kill. Presets: ``default`` learns parity on a
-CPU; ``paper_parity``, ``paper_modular_arithmetic`` and ``paper_modular_arithmetic_brackets`` are the
-setups of https://arxiv.org/abs/2411.12537, whose protocol the DeltaProduct paper,
+CPU; ``paper_parity``, ``paper_modular_arithmetic`` and ``paper_modular_arithmetic_brackets`` are
+the setups of https://arxiv.org/abs/2411.12537, whose protocol the DeltaProduct paper,
 https://arxiv.org/abs/2502.10297, repeats; they want an accelerator.
 """
 
@@ -56,9 +56,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_householder": 2,
         "intermediate_size": 128,
         "qk_activation": "none",
-        "beta_bias": 5.0,
+        "beta_bias": 8.0,
         "batch_size": 64,
-        "steps": 600,
+        "steps": 400,
         "curriculum": (8, 16),
         "curriculum_fraction": 0.25,
         "learning_rate": 1e-3,

@@ -168,4 +168,4 @@ def _distinct(key: jax.Array, logits: jax.Array, batch_size: int, count: int) ->
     Beams and Where to Find Them", https://arxiv.org/abs/1903.06059).
     """
     gumbels = jax.random.gumbel(key, (batch_size, logits.size))
-    return jax.lax.top_k(gumbels + logits, count)[1]
+    return jax.lax.top_k(gumbels + logits[None, :], count)[1]
