@@ -21,6 +21,7 @@ TRAINING = {
 }  # fmt: skip
 LANGUAGE = TRAINING | {
     "language": "parity", "train_length": 8, "eval_lengths": "8,24", "min_eval_length": 8,
+    "curriculum": "",
 }  # fmt: skip
 RECALL = TRAINING | {
     "train_length": 16, "num_pairs": 2, "eval_lengths": "16,24", "eval_pairs": "2,3",

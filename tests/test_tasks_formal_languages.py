@@ -311,6 +311,9 @@ def test_scored_lengths_are_those_drawn():
             inside = (score.shortest <= lengths) & (lengths <= score.longest)
             assert score.sequences == inside.sum() > 0
         whole, *ranges = scores.values()
+        longest = 255 if language == "modular_arithmetic" else 256
+        assert (whole.shortest, whole.longest) == (296 - longest, longest)
+        assert (ranges[0].shortest, ranges[-1].longest) == (whole.shortest, whole.longest)
         assert whole.sequences == sum(score.sequences for score in ranges) == 300
 
 
