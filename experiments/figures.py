@@ -53,11 +53,9 @@ def plot_ranges(results: Mapping[str, Any], path: Path, train_length: int) -> No
             x = score["shortest"], score["longest"]
             axes.plot(x, [score["scaled_accuracy"]] * 2, color="C0", linewidth=4)
     axes.axvline(train_length, color="grey", linestyle="--", label="trained up to here")
-    axes.set(
-        xlabel="tokens of a sequence, the answer included",
-        ylabel="scaled accuracy (0: guessing)",
-        ylim=(-0.22, 1.02),
-    )
+    axes.axhline(0, color="grey", linestyle=":", label="guessing")
+    axes.set(xlabel="tokens of a sequence, the answer included", ylabel="scaled accuracy")
+    axes.set_ylim(top=1.02)
     axes.legend()
     save(figure, path)
 
