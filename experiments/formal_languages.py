@@ -58,7 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "qk_activation": "none",
         "beta_bias": 8.0,
         "batch_size": 64,
-        "steps": 400,
+        "steps": 600,
         "curriculum": (8, 16),
         "curriculum_fraction": 0.25,
         "learning_rate": 1e-3,
