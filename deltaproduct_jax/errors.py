@@ -23,3 +23,9 @@ def require_at_least(name: str, value: float, minimum: float) -> None:
     """Raises ConfigError unless ``value >= minimum``."""
     if not value >= minimum:
         raise ConfigError(f"{name}={value!r} is too small; it must be at least {minimum}")
+
+
+def require_ascending(name: str, values: tuple[int, ...]) -> None:
+    """Raises ConfigError unless there are ``values``, each larger than the one before it."""
+    if not values or sorted(set(values)) != list(values):
+        raise ConfigError(f"{name}={values!r} must ascend, with one length at least")

@@ -9,17 +9,14 @@ accelerator.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.training.config import RunConfig, TrainConfig
-from deltaproduct_jax.training.loop import train
-from experiments import flags
+from deltaproduct_jax.training.config import RunConfig
 from experiments.figures import plot_cumulative
-
-SECTIONS = {"task": GroupTask, "model": ModelConfig, "train": TrainConfig}
+from experiments.run_task import Row, TaskExperiment
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Beta starts near 2 and q, k are linear, so that reflections are at hand from the first step;
@@ -71,51 +68,28 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def configure(sections: dict[str, dict[str, Any]]) -> RunConfig:
-    """The run that flags describe."""
-    task = GroupTask(**sections["task"])
-    return RunConfig(
-        task=task,
-        model=ModelConfig(vocab_size=task.vocab_size, **sections["model"]),
-        train=TrainConfig(**sections["train"]),
-    )
-
-
-def command(argv: Sequence[str]) -> None:
-    """Trains as the flags say, prints a table and draws the curves."""
-    parsed = flags.parse(argv, SECTIONS, PRESETS, exclude=["vocab_size"])
-    config, workdir = configure(parsed.sections), parsed.workdir
-    results = train(config, workdir, ["experiments.state_tracking", *argv])
-    print(table(results))
-    figure = workdir / "cumulative.png"
-    if not figure.exists():
-        label = f"{config.task.group}, n_h = {config.model.num_householder}"
-        plot_cumulative({label: results}, figure, config.task.train_length)
-
-
-def table(results: dict[str, Any]) -> str:
-    """Accuracies of the best checkpoint on the test split, a line a length."""
-    head = ("length", "token", "sequence", "token with BOS", "sequence with BOS")
-    lines = [
-        f"best checkpoint: step {results['best_step']} of {results['steps']}; test split:",
-        "  ".join(head),
+def rows(entry: Mapping[str, Any]) -> list[Row]:
+    """Token and sequence accuracy at one length, without the given BOS and with it."""
+    strict, paper = entry["strict"], entry["paper"]
+    return [
+        {
+            "length": entry["length"],
+            "token": strict["token_accuracy"],
+            "sequence": strict["sequence_accuracy"],
+            "token with BOS": paper["token_accuracy"],
+            "sequence with BOS": paper["sequence_accuracy"],
+        }
     ]
-    for entry in results["test"]:
-        numbers = [
-            entry[protocol][f"{what}_accuracy"]
-            for protocol in ("strict", "paper")
-            for what in ("token", "sequence")
-        ]
-        cells = [f"{entry['length']:>{len(head[0])}}"]
-        cells += [f"{x:>{len(name)}.4f}" for x, name in zip(numbers, head[1:], strict=True)]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code of the command; ``argv`` without the program's name."""
-    return flags.run(command, argv)
+def draw(config: RunConfig, results: Mapping[str, Any], path: Path) -> None:
+    """Draws the fraction of sequences right up to each position."""
+    label = f"{config.task.group}, n_h = {config.model.num_householder}"
+    plot_cumulative({label: results}, path, config.task.train_length)
 
+
+EXPERIMENT = TaskExperiment("state_tracking", GroupTask, PRESETS, rows, "cumulative.png", draw)
+SECTIONS, configure, main = EXPERIMENT.sections, EXPERIMENT.configure, EXPERIMENT.main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

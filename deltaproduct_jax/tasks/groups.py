@@ -16,7 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_ascending,
+    require_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.finite_groups import FiniteGroup, finite_group
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
@@ -57,10 +62,7 @@ class GroupTask:
         group = finite_group(self.group)
         require_at_least("train_length", self.train_length, 1)
         if self.eval_lengths is not None:
-            if not self.eval_lengths or sorted(set(self.eval_lengths)) != list(self.eval_lengths):
-                raise ConfigError(
-                    f"eval_lengths={self.eval_lengths!r} must ascend, with one length at least"
-                )
+            require_ascending("eval_lengths", self.eval_lengths)
             require_at_least("eval_lengths", self.eval_lengths[0], 1)
         require_at_least("merge_elements", self.merge_elements, 1)
         require_at_least("repeat_elements", self.repeat_elements, 1)
@@ -116,6 +118,10 @@ class GroupTask:
         if self.eval_lengths is not None:
             return self.eval_lengths
         return tuple(multiple * self.train_length for multiple in EVAL_MULTIPLES)
+
+    def check_length(self, name: str, length: int) -> None:
+        """Raises ConfigError, naming the field, unless ``length`` is positive."""
+        require_at_least(name, length, 1)
 
     def letters(self) -> np.ndarray:
         """Indices of the elements that are drawn."""

@@ -47,6 +47,9 @@ class Task(Protocol):
     def test_lengths(self) -> tuple[int, ...]:
         """Lengths at which a run is evaluated, ascending."""
 
+    def check_length(self, name: str, length: int) -> None:
+        """Raises ConfigError, naming the field, if there is no batch of ``length``."""
+
     def batch(self, key: jax.Array, batch_size: int, length: int) -> Batch:
         """Draws sequences; a pure function of the key that can be jitted (sizes static)."""
 

@@ -117,6 +117,9 @@ class RunConfig:
                 f"curriculum={self.train.curriculum} must not exceed "
                 f"train_length={self.task.train_length}"
             )
+        for length in self.train.curriculum:
+            self.task.check_length("curriculum", length)
+        self.task.check_length("select_length", self.select_length)
 
     @property
     def select_length(self) -> int:
