@@ -7,6 +7,7 @@ must run on a machine that has nothing but Python.
 import hashlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,24 +16,61 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 OLDEST_PYTHON = (3, 11)
+# Packages that stand beside the others, where only those who ask for them find them: with libtpu
+# among the others, every program would look for a TPU and complain that there is none.
+EXTRAS = {"tpu": "requirements-tpu.txt"}
 
 
-def inside() -> bool:
-    """Whether this process runs in the project's environment already."""
-    return Path(sys.prefix).resolve() == VENV.resolve()
+def extra_folder(extra: str) -> Path:
+    """Where the packages of an extra are, if it was ever asked for."""
+    return VENV / "extras" / extra
 
 
-def go_on_inside(module: str) -> NoReturn:
+def extra_requirement(extra: str) -> str:
+    """What the extra installs."""
+    lines = (ROOT / EXTRAS[extra]).read_text().splitlines()
+    return " ".join(line for line in lines if not line.startswith("#"))
+
+
+def inside(extra: str | None = None) -> bool:
+    """Whether this process runs in the project's environment already, and finds the extra."""
+    return Path(sys.prefix).resolve() == VENV.resolve() and (
+        extra is None or str(extra_folder(extra)) in sys.path
+    )
+
+
+def go_on_inside(module: str, extra: str | None = None) -> NoReturn:
     """Sets the environment up where needed, then runs ``python -m module`` in it.
 
     The arguments of this process are passed on, and its exit code is this one's.
 
     Args:
         module: what to run, seen from the project's root.
+        extra: one of `EXTRAS`, whose packages ``module`` shall find too.
     """
-    python = _set_up()
+    if extra not in (None, *EXTRAS):
+        _fail(f"--extra={extra} is not known; it may be one of {', '.join(EXTRAS)}")
+    python = Path(sys.executable) if inside() else _set_up()
+    variables = dict(os.environ)
+    if extra is not None:
+        path = [str(_add(extra, python)), os.environ.get("PYTHONPATH", "")]
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [str(python), "-m", module, *sys.argv[1:]]
-    sys.exit(subprocess.call(command, cwd=ROOT))
+    sys.exit(subprocess.call(command, cwd=ROOT, env=variables))
+
+
+def _add(extra: str, python: Path) -> Path:
+    """Fills the folder of an extra unless it holds these requirements; returns it."""
+    folder, requirements = extra_folder(extra), ROOT / EXTRAS[extra]
+    stamp, wanted = folder / "requirements.sha256", _fingerprint(EXTRAS[extra])
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"Setting up {folder} (once) ...", flush=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(folder)]
+        command = [str(python), "-m", "pip", "install", *options, "-r", str(requirements)]
+        _run(command, f"the packages of {requirements.name}")
+        stamp.write_text(wanted)
+    return folder
 
 
 def _set_up() -> Path:
@@ -41,7 +79,8 @@ def _set_up() -> Path:
         found = ".".join(map(str, sys.version_info[:3]))
         _fail(f"Python 3.11 or newer is needed, this is {found} ({sys.executable})")
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp, wanted = VENV / "requirements.sha256", _fingerprint()
+    stamp = VENV / "requirements.sha256"
+    wanted = _fingerprint("requirements.txt", "setup.cfg", "pyproject.toml")
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
     if importlib.util.find_spec("ensurepip") is None:
@@ -59,9 +98,9 @@ def _set_up() -> Path:
     return python
 
 
-def _fingerprint() -> str:
+def _fingerprint(*names: str) -> str:
     digest = hashlib.sha256()
-    for name in ("requirements.txt", "setup.cfg", "pyproject.toml"):
+    for name in names:
         digest.update((ROOT / name).read_bytes())
     return digest.hexdigest()
 

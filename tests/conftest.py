@@ -29,7 +29,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # With CI set in the environment, a skip for any other reason fails the run.
 ALLOWED_SKIPS = (
     "needs a GPU",
-    "needs a TPU",
+    "needs libtpu",
 )
 
 _unexpected_skips: list[str] = []

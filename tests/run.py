@@ -1,7 +1,8 @@
 """The README's test command: ``python3 tests/run.py`` sets up ``.venv`` and runs pytest in it.
 
-All tests that are not marked slow run; ``--slow`` runs the slow ones instead, and anything else is
-passed on to pytest. Needs nothing but Python 3.11 or newer.
+All tests that are not marked slow run; ``--slow`` runs the slow ones instead. ``--extra=tpu`` adds
+the compiler for TPUs (package libtpu, 200 MB), without which the tests that need it skip. Anything
+else is passed on to pytest. Needs nothing but Python 3.11 or newer.
 """
 
 import sys
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from experiments import environment
 
+EXTRA = "--extra="
+
 
 def main() -> int:
     """Runs pytest in the project's environment; returns its exit code."""
@@ -18,11 +21,13 @@ def main() -> int:
 
     arguments = sys.argv[1:]
     chosen = "slow" if "--slow" in arguments else "not slow"
-    rest = [argument for argument in arguments if argument != "--slow"]
+    rest = [a for a in arguments if a != "--slow" and not a.startswith(EXTRA)]
     return pytest.main(["-m", chosen, "--durations=10", *rest])
 
 
 if __name__ == "__main__":
-    if environment.inside():
+    extras = [a.removeprefix(EXTRA) for a in sys.argv[1:] if a.startswith(EXTRA)]
+    extra = extras[-1] if extras else None
+    if environment.inside(extra):
         sys.exit(main())
-    environment.go_on_inside("tests.run")
+    environment.go_on_inside("tests.run", extra)

@@ -229,7 +229,7 @@ def pod(platform, sequence):
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_a_pod_of_256_sends_nothing_larger_than_states(platform):
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs a TPU compiler, which package libtpu holds")
+        pytest.skip("needs libtpu, the compiler for TPUs (tests/run.py --extra=tpu)")
     found = pod(platform, 16)
     assert found["map"] == 4 * 2 * 2 * 32 * (32 + 64)  # float32, B = 2 and Hv = 2 of a device
     for program in RUNS:

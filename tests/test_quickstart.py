@@ -1,6 +1,8 @@
 """The README: its two commands, its examples, and what it promises of them."""
 
+import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -83,6 +85,60 @@ def test_set_up_names_what_is_missing(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit):
         environment._set_up()
     assert "Python 3.11 or newer is needed, this is 3.10.4" in capsys.readouterr().err
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """What the set-up would run; nothing is installed."""
+    ran = []
+    monkeypatch.setattr(environment, "VENV", tmp_path / "venv")
+
+    def call(command, **options):
+        ran.append((command, options))
+        if "--target" in command:
+            Path(command[command.index("--target") + 1]).mkdir(parents=True)
+        return 0
+
+    monkeypatch.setattr(environment.subprocess, "call", call)
+    return ran
+
+
+def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, monkeypatch):
+    folder = environment.extra_folder("tpu")
+    monkeypatch.setattr(environment, "_set_up", lambda: Path("python"))
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            environment.go_on_inside("tests.run", "tpu")
+    assert [command[2] for command, _ in commands] == ["pip", "tests.run", "tests.run"]
+    assert str(ROOT / "requirements-tpu.txt") in commands[0][0]
+    for _, options in commands[1:]:
+        assert options["env"]["PYTHONPATH"].split(os.pathsep) == [str(folder), "elsewhere"]
+    (folder / "requirements.sha256").write_text("of other requirements")
+    with pytest.raises(SystemExit):
+        environment.go_on_inside("tests.run", "tpu")
+    assert [command[2] for command, _ in commands[3:]] == ["pip", "tests.run"]
+    with pytest.raises(SystemExit):
+        environment.go_on_inside("experiments.quickstart")
+    assert commands[-1][1]["env"]["PYTHONPATH"] == "elsewhere"
+
+
+def test_an_unknown_extra_is_refused_before_anything_is_installed(commands, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        environment.go_on_inside("tests.run", "gpu")
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == "error: --extra=gpu is not known; it may be one of tpu\n"
+    assert not commands
+
+
+def test_the_extra_installs_what_jax_asks_for():
+    """The compiler that package jax names, in the version that the requirements pin."""
+    pins = dict(re.findall(r"^(\w+)==(\S+)$", (ROOT / "requirements.txt").read_text(), re.M))
+    if importlib.metadata.version("jax") != pins["jax"]:
+        return  # a newer JAX is being tested, which asks for another
+    of_jax = " ".join(importlib.metadata.requires("jax"))
+    (wanted,) = re.findall(r"libtpu==([\d.]+)\.\*", of_jax)
+    assert environment.extra_requirement("tpu").startswith(f"libtpu=={wanted}.")
 
 
 @pytest.mark.slow

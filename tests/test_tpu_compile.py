@@ -1,0 +1,83 @@
+"""The op compiles for TPUs, without a TPU: no solver inside, no more memory than promised."""
+
+import pytest
+
+from experiments import tpu_compiler
+from experiments.timing import BACKWARD, FORWARD, Shape
+from experiments.tpu_compiler import Job
+
+if not tpu_compiler.is_available():
+    pytest.skip("needs libtpu (tests/run.py --extra=tpu)", allow_module_level=True)
+
+SHAPE = Shape(B=1, T=64, H=2, K=64, V=64, R=2)
+JOBS = {
+    (generation, direction, dtype): Job(
+        generation, "chunked", direction, Shape(**{**vars(SHAPE), "dtype": dtype}), chunk_size=16
+    )
+    for generation in ("v5e", "v6e")
+    for direction in (FORWARD, BACKWARD)
+    for dtype in ("bfloat16", "float32")
+}
+# Large enough for its states not to fit on the chip, where memory is not counted; C = 16.
+LONG = Job("v5e", "chunked", BACKWARD, Shape(B=1, T=16384, H=2, K=128, V=128, R=4), chunk_size=16)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compiler says of every program, all compiled by one child process."""
+    jobs = {**JOBS, "long": LONG}
+    figures = tpu_compiler.compile_apart(list(jobs.values()), profile=False, timeout_s=280)
+    return dict(zip(jobs, figures, strict=True))
+
+
+@pytest.mark.parametrize("key", JOBS, ids=" ".join)
+def test_the_chunked_form_compiles_without_a_solver(key, compiled):
+    found = compiled[key]
+    assert "error" not in found
+    solvers = [name for name in found["custom_calls"] if "riangular" in name]
+    assert not solvers, "on a TPU a solve costs more than all the rest"
+    assert not found["collectives"]
+    assert found["model_cycles"] > 0
+
+
+def test_a_solver_would_be_seen(monkeypatch):
+    """The name that the compiler gives it: without this the test above could not fail."""
+    program = (
+        "import sys, jax, experiments.tpu_compiler as c\n"
+        "def solve(q, k, **arrays):\n"
+        "    a = k[0, :, 0, 0] @ k[0, :, 0, 0].T + 9 * jax.numpy.eye(k.shape[1])\n"
+        "    return jax.lax.linalg.triangular_solve(a, q[0, :, 0], left_side=True, lower=True)\n"
+        "c.IMPLEMENTATIONS['chunked'] = solve\n"
+        "c.main()\n"
+    )
+    monkeypatch.setattr(tpu_compiler, "CHILD", [tpu_compiler.CHILD[0], "-c", program])
+    (found,) = tpu_compiler.compile_apart(
+        [JOBS["v5e", FORWARD, "float32"]], profile=False, timeout_s=60
+    )
+    assert any("riangular" in name for name in found["custom_calls"]), found
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_a_gradient_is_expected_to_take_longer(generation, compiled):
+    forward, backward = (
+        compiled[generation, direction, "float32"]["model_cycles"]
+        for direction in (FORWARD, BACKWARD)
+    )
+    assert backward > 1.5 * forward
+
+
+def test_memory_of_the_gradient_is_states_of_chunks_and_one_copy_of_the_inputs(compiled):
+    """A state for each token would be 16 times the states, sequences of T * R tokens 3 copies."""
+    found, shape = compiled["long"], LONG.shape
+    states = 4 * shape.H * shape.K * shape.V * shape.T // LONG.chunk_size
+    assert 0 < found["temp_bytes"] < states + found["argument_bytes"]
+    array = 4 * shape.T * shape.H * shape.K  # q, o, each factor of k and v
+    assert found["argument_bytes"] < 1.1 * (3 + 2 * shape.R) * array + 4 * shape.H * shape.K**2
+
+
+def test_the_profile_of_the_schedule_is_read():
+    jobs = [Job(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
+    for found in tpu_compiler.compile_apart(jobs, profile=True, timeout_s=120):
+        assert list(found["loops"].values()) == [SHAPE.T]
+        # Each token takes some, and fewer than its traffic with the memory would cost.
+        assert SHAPE.T * 100 < found["schedule_cycles"] < found["model_cycles"]
