@@ -12,7 +12,7 @@ gradient, or 30 times what the plain recurrence errs in float32, if that is more
 are 1e-2 and 2e-2; on inputs without decay whose beta exceeds 1, where errors of the state never die
 out, both are scaled up to 4 times what the recurrence errs in o when it rounds the operands of its
 products to bfloat16, which the last column shows. The recurrence of the op itself computes in
-float32 and rounds only its results. Inputs in bfloat16 are run in pieces (`PIECE`).
+float32 and rounds only its results.
 """
 
 import dataclasses
@@ -36,10 +36,6 @@ from experiments.timing import machine
 
 DTYPES = ("float32", "bfloat16")
 BARS = {"float32": (1e-5, 3e-5), "bfloat16": (1e-2, 2e-2)}
-# On a CPU, XLA converts the whole of a bfloat16 array at each step of a loop that reads or writes
-# it, at a cost that grows with the square of T. In pieces of so many tokens the arithmetic is the
-# same: the state is float32 between them, as it is between chunks.
-PIECE = 256
 OUTPUTS = ("o", "final_state")
 OVER_RECURRENCE, OVER_PLAIN_BFLOAT16 = 30, 4
 
@@ -168,8 +164,7 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
         errors = {}
         for implementation in config.implementations.split(","):
             size = config.chunk_size if implementation == "chunked" else None
-            options = {"implementation": implementation, "chunk_size": size}
-            got = _in_pieces(*drawn[index], T if dtype == "float32" else PIECE, **options)
+            got = _run(*drawn[index], implementation=implementation, chunk_size=size)
             errors[implementation] = {n: _error(got[n], wanted[n]) for n in wanted}
         row = {"input": name, "dtype": dtype, "T": T, "K": K, "errors": errors}
         rows.append({**row, "plain_bfloat16": _error(plain[here], wanted["o"])})
@@ -181,33 +176,15 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     return x.astype(jnp.bfloat16).astype(np.float64)
 
 
-def _in_pieces(arrays, do, dfinal, piece: int, **options) -> dict[str, np.ndarray]:
-    """Outputs and gradients by name, of pieces of so many tokens that pass the state on."""
-    starts = range(0, do.shape[1], piece)
-    cut = [{n: x[:, t : t + piece] for n, x in arrays.items()} for t in starts]
-    states = [np.zeros_like(dfinal)]
-    for tokens, t in zip(cut[:-1], starts, strict=False):
-        found = _run(tokens, states[-1], do[:, t : t + piece], dfinal, **options)
-        states.append(found["final_state"])
-    results = []
-    for tokens, state, t in reversed(list(zip(cut, states, starts, strict=True))):
-        results.append(_run(tokens, state, do[:, t : t + piece], dfinal, **options))
-        dfinal = results[-1].pop("initial_state")
-    results = jax.device_get(results[::-1])
-    last = results[-1]["final_state"]
-    joined = {n: np.concatenate([r[n] for r in results], 1) for n in ("o", *arrays)}
-    return {**joined, "final_state": last}
-
-
 @functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
-def _run(arrays, initial_state, do, dfinal, *, implementation, chunk_size):
+def _run(arrays, do, dfinal, *, implementation, chunk_size):
     """Outputs and gradients by name."""
 
     def op(arrays):
         o, state = delta_product(**arrays, implementation=implementation, chunk_size=chunk_size)
         return {"o": o, "final_state": state}
 
-    outputs, pullback = jax.vjp(op, {**arrays, "initial_state": initial_state})
+    outputs, pullback = jax.vjp(op, arrays)
     return {**outputs, **pullback({"o": do, "final_state": dfinal})[0]}
 
 

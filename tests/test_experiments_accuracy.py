@@ -51,20 +51,6 @@ def test_inputs_are_what_they_are_called():
         assert entry.forgets != ("ungated" in name)
 
 
-@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
-def test_pieces_give_what_the_whole_gives(implementation):
-    rng = np.random.default_rng(0)
-    arrays = Input(decay="slow").arrays(rng, B=1, T=12, R=2, H=1, K=4)
-    arrays = {name: x.astype(np.float32) for name, x in arrays.items()}
-    do, dfinal = rng.normal(size=(1, 12, 1, 4)), rng.normal(size=(1, 1, 4, 4))
-    wanted, gradients = exact.outputs_and_gradients(arrays, do, dfinal)
-    cotangents = do.astype(np.float32), dfinal.astype(np.float32)
-    options = {"implementation": implementation, "chunk_size": None}
-    got = op_accuracy._in_pieces(arrays, *cotangents, 4, **options)
-    for name, x in (wanted | gradients).items():
-        assert relative_error(got[name], x) < 1e-6, name
-
-
 def row(dtype, chunked, recurrent=1e-7, name="random", plain=0.0):
     errors = {"recurrent": {"o": recurrent, "k": recurrent}, "chunked": chunked}
     return {
