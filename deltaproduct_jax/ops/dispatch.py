@@ -104,7 +104,7 @@ class Request(NamedTuple):
             chunk_size = default_chunk_size(platform, dtype, **sizes)
         else:
             span = chunk_size = min(self.chunk_size, T)
-        tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv)
+        tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
         return Settings(
             self.scale,
             tiling,

@@ -20,8 +20,8 @@ NARROW_UPDATES = {"default": 64, "tpu": 128}
 FEWEST_UPDATES, MOST_UPDATES = 16, 32
 # Updates in a span: the largest chunk of all.
 SPAN_UPDATES = 128
-# Entries of all update-by-update matrices that are worked on at once. On TPU 4 MiB of float32, of
-# which several such arrays stay in vector memory (128 MiB on v5e); elsewhere enough to fill a GPU.
+# Entries of all matrices of one kind, M x M or M x K, that are worked on at once. On TPU 4 MiB of
+# float32, of which several stay in vector memory (128 MiB on v5e); elsewhere enough to fill a GPU.
 ENTRIES_AT_ONCE = {"cpu": 0, "default": 2**22, "tpu": 2**20}
 
 
@@ -81,7 +81,7 @@ def _power_of_two(most: float) -> int:
 
 
 def tiling_for(
-    platform: str, span: int, chunk_size: int, *, B: int, T: int, R: int, Hv: int
+    platform: str, span: int, chunk_size: int, *, B: int, T: int, R: int, Hv: int, K: int, V: int
 ) -> Tiling:
     """The cut on a platform.
 
@@ -95,10 +95,12 @@ def tiling_for(
       T: tokens.
       R: Householder factors a token.
       Hv: value heads.
+      K: key width.
+      V: value width.
     """
     chunk_size = max(c for c in range(1, min(chunk_size, span) + 1) if span % c == 0)
     spans = -(-T // span)
-    entries = B * Hv * span * chunk_size * R**2
+    entries = B * Hv * span * R * max(chunk_size * R, K, V)
     most = ENTRIES_AT_ONCE[platform] // entries
     at_once = max((n for n in range(1, min(spans, most) + 1) if spans % n == 0), default=1)
     return Tiling(span, chunk_size, at_once)
