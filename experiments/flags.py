@@ -75,6 +75,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _spell(annotation: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     names |= {type(None): "none", tuple[int, ...]: "whole numbers such as 4,8,16"}
+    names |= {tuple[str, ...]: "texts"}
     return " or ".join(names[option] for option in _options(annotation))
 
 
@@ -129,6 +130,8 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
             text, default = field.metadata["help"], field.default
             if hints[field.name] is bool:
                 flags.DEFINE_bool(field.name, default, text, flag_values=values)
+            elif field.metadata.get("repeated"):
+                flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
             else:
                 parser = FieldParser(hints[field.name])
                 flags.DEFINE(parser, field.name, default, text, flag_values=values)
@@ -155,7 +158,8 @@ def _resolve(
         layered = _read_config(Path(values.config), sections)
     else:
         layered = dict(presets[values.preset or "default"])
-    layered |= {name: values[name].value for name in owner if values[name].present}
+    given = {name: values[name].value for name in owner if values[name].present}
+    layered |= {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
     resolved: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, value in layered.items():
         if name in exclude:

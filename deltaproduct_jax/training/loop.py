@@ -15,10 +15,11 @@ from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
+from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
-from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
+from deltaproduct_jax.training.records import CHECKPOINTS, RESULTS, Row, RunRecords
 from deltaproduct_jax.training.step import (
     Metrics,
     Params,
@@ -45,21 +46,26 @@ def train(config: RunConfig, workdir: Path, argv: Sequence[str]) -> dict[str, An
         What results.json holds: the best checkpoint's scores on the test split at all lengths.
 
     Raises:
-        RunDirectoryError: ``workdir`` holds another run, or cannot be read or written.
+        RunDirectoryError: ``workdir`` holds another run, is in use by another process, or cannot be
+            read or written.
         FloatingPointError: the loss or a norm is no longer finite.
     """
-    records = RunRecords(workdir, config)
-    results = records.results()
-    if results is not None:
-        return results
+    if (workdir / RESULTS).exists():
+        return RunRecords(workdir, config).results()
+    with run_lock(workdir):
+        records = RunRecords(workdir, config)
+        results = records.results()  # another process may have ended the run since
+        return _train(config, records, argv) if results is None else results
 
+
+def _train(config: RunConfig, records: RunRecords, argv: Sequence[str]) -> dict[str, Any]:
     seeds = config.seeds()
     model = SequenceModel(config.model, rngs=nnx.Rngs(_key(seeds["init"])))
     graphdef, params = split_model(model)
     optimizer = make_optimizer(config.train)
     state = init_state(params, optimizer)
 
-    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+    with Checkpoints(records.directory / CHECKPOINTS) as checkpoints:
         newest = checkpoints.newest()
         if newest is not None:
             state = checkpoints.restore(newest, like=state)
