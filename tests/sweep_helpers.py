@@ -1,6 +1,7 @@
 """Sweeps of the stand-in script, in this process and in others, and what they leave."""
 
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -9,11 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from experiments import sweep, sweep_grid, sweep_launchers
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = "stand_in"
 CHILD_PATH = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+# Importing it here would let it set up logging, in the middle of pytest's.
+needs_submitit = pytest.mark.skipif(
+    importlib.util.find_spec("submitit") is None, reason="needs submitit"
+)
 
 
 def find_stand_in(monkeypatch):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import sweep_helpers
-from sweep_helpers import SCRIPT, names, run, starts, table
+from sweep_helpers import SCRIPT, names, needs_submitit, run, starts, table
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.training.locks import Lock
@@ -224,6 +224,7 @@ def test_a_damaged_list_is_one_line(content, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+@needs_submitit
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
@@ -232,7 +233,6 @@ def test_a_damaged_list_is_one_line(content, tmp_path, capsys):
     ],
 )
 def test_bad_parameters_of_jobs_are_one_line(parameters, says, tmp_path, capsys):
-    pytest.importorskip("submitit", reason="needs submitit")
     assert run(tmp_path, "seed=0", launcher="slurm", slurm=parameters) == 2
     error = capsys.readouterr().err
     assert re.search(says, error)

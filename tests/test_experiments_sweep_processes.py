@@ -1,4 +1,4 @@
-"""Sweeps that are killed, interrupted, doubled or sent to a cluster: no run lost, none run twice."""
+"""Sweeps that are killed, interrupted, doubled or sent to a cluster: none lost, none run twice."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import sweep_helpers
 from sweep_helpers import (
     ROOT,
     names,
+    needs_submitit,
     never_twice,
     process,
     rows_in,
@@ -88,8 +89,8 @@ def test_ctrl_c_stops_the_children(name, tmp_path):
     assert not list(tmp_path.glob("runs/*/attempts.jsonl"))
 
 
+@needs_submitit
 def test_jobs_through_submitit(tmp_path, monkeypatch):
-    pytest.importorskip("submitit", reason="needs submitit")
     monkeypatch.setattr(sweep_launchers, "run_in_job", job_of_the_stand_in)
     others = {"launcher": "slurm", "slurm": "cluster=local;timeout_min=5", "workers": 2}
     assert run(tmp_path, "seed=0;failures=0,1", **others) == 0
