@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.checkpoints import Checkpoints
@@ -60,10 +61,7 @@ def train(config: RunConfig, workdir: Path, argv: Sequence[str]) -> dict[str, An
 
 def _train(config: RunConfig, records: RunRecords, argv: Sequence[str]) -> dict[str, Any]:
     seeds = config.seeds()
-    model = SequenceModel(config.model, rngs=nnx.Rngs(_key(seeds["init"])))
-    graphdef, params = split_model(model)
-    optimizer = make_optimizer(config.train)
-    state = init_state(params, optimizer)
+    graphdef, state = _first_state(config)
 
     with Checkpoints(records.directory / CHECKPOINTS) as checkpoints:
         newest = checkpoints.newest()
@@ -88,6 +86,29 @@ def _train(config: RunConfig, records: RunRecords, argv: Sequence[str]) -> dict[
         }
     records.write_results(results)
     return results
+
+
+def _first_state(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's description, and the state before the first step."""
+    model = SequenceModel(config.model, rngs=nnx.Rngs(_key(config.seeds()["init"])))
+    graphdef, params = split_model(model)
+    return graphdef, init_state(params, make_optimizer(config.train))
+
+
+def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
+    """The model of a run's best checkpoint; nothing in the run directory is touched.
+
+    Raises:
+        RunDirectoryError: there is no checkpoint that was evaluated, or it cannot be read.
+    """
+    graphdef, state = _first_state(config)
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise RunDirectoryError(f"{workdir} has no {CHECKPOINTS}")
+    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as checkpoints:
+        best = checkpoints.best()
+        if best is None:
+            raise RunDirectoryError(f"{workdir} has no checkpoint that was evaluated yet")
+        return nnx.merge(graphdef, checkpoints.restore(best, like=state).params)
 
 
 def _key(seed: int) -> jax.Array:
