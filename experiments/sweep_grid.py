@@ -81,7 +81,8 @@ def load_script(script: str) -> types.ModuleType:
 
 
 def _is_script(path: Path) -> bool:
-    return re.search(r"^PRESETS\b", path.read_text(), re.M) is not None
+    text = path.read_text()
+    return all(re.search(rf"^{name}\b", text, re.M) for name in ("SECTIONS", "PRESETS"))
 
 
 def parse_grid(flag: str, text: str) -> dict[str, list[str]]:
