@@ -57,13 +57,13 @@ class Attempt:
     def __init__(self, folder: RunFolder, lock: Lock, process: subprocess.Popen, log_size: int):
         self.folder = folder
         self._lock = lock
-        self._process = process
+        self.process = process
         self._log_size = log_size
         self._began = time.monotonic()
 
     def poll(self) -> str | None:
         """None while it runs; then, once, what went wrong, empty if nothing did."""
-        code = self._process.poll()
+        code = self.process.poll()
         if code is None:
             return None
         error = ""
@@ -79,13 +79,13 @@ class Attempt:
 
     def stop(self) -> None:
         """Ends the process; the run can go on later, and the attempt does not count."""
-        if self._process.poll() is None:
-            self._process.terminate()
+        if self.process.poll() is None:
+            self.process.terminate()
             try:
-                self._process.wait(GRACE_S)
+                self.process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                self.process.kill()
+                self.process.wait()
         self._lock.release()
 
 
@@ -192,24 +192,30 @@ class SubmititLauncher:
             raise ConfigError(f"slurm={parameters!r} is refused by submitit: {error}") from error
 
     def start(self, folder: RunFolder, slot: int) -> Job | None:
-        """Submits a job for a run, or takes up the one that an earlier sweep has submitted."""
+        """Submits a job for a run, or takes up the one that another sweep has submitted."""
+        job = self._submitted(folder)
+        if job is None:
+            job = self._submit(folder)
+        return None if job is None else Job(folder, job)
+
+    def _submit(self, folder: RunFolder) -> Any | None:
         lock = Lock(folder.path / CLAIM)
         if not lock.acquire():
             return None
         try:
             if folder.results() is not None or Lock(folder.path / RUN_LOCK).is_held():
                 return None
-            job = self._submitted(folder)
+            job = self._submitted(folder)  # or another sweep has, since
             if job is None:
                 job = self._executor.submit(run_in_job, self._script, folder)
-                content = {"job_id": job.job_id}
-                write_file(folder.path / JOB, json.dumps(content).encode() + b"\n")
-            return Job(folder, job)
+                content = json.dumps({"job_id": job.job_id})
+                write_file(folder.path / JOB, content.encode() + b"\n")
+            return job
         finally:
             lock.release()
 
     def _submitted(self, folder: RunFolder) -> Any | None:
-        """The job of an earlier sweep that is queued or runs still."""
+        """The job that some sweep has submitted, if it is queued or runs still."""
         path = folder.path / JOB
         if not path.exists():
             return None
@@ -230,9 +236,10 @@ def run_in_job(script: str, folder: RunFolder) -> str | None:
     if attempt is None:
         return None
     try:
-        while (error := attempt.poll()) is None:
+        while attempt.process.poll() is None:
             time.sleep(0.2)
-        return error
-    except BaseException:
+        if attempt.process.returncode == -signal.SIGTERM:
+            return None  # cancelled or preempted with the whole job
+        return attempt.poll()
+    finally:
         attempt.stop()
-        raise

@@ -4,7 +4,6 @@ import csv
 import importlib.util
 import io
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,24 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from experiments import sweep, sweep_grid, sweep_launchers
+from experiments import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = "stand_in"
-CHILD_PATH = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+SCRIPT = "tests.stand_in"
 
 
 # Importing it here would let it set up logging, in the middle of pytest's.
 needs_submitit = pytest.mark.skipif(
     importlib.util.find_spec("submitit") is None, reason="needs submitit"
 )
-
-
-def find_stand_in(monkeypatch):
-    """A name with a dot is taken as it is, others are of experiments; the stand-in is neither."""
-    monkeypatch.setenv("PYTHONPATH", CHILD_PATH)
-    monkeypatch.setattr(sweep_grid, "module_name", lambda script: script)
-    monkeypatch.setattr(sweep_launchers, "module_name", lambda script: script)
 
 
 def flags_of(workdir, *grids, **others):
@@ -69,17 +60,11 @@ def never_twice(workdir):
 
 
 def process(workdir, *grids, **others):
-    """A sweep in a process of its own; its scripts stand outside experiments."""
-    program = (
-        "import sys; from experiments import sweep, sweep_grid, sweep_launchers; "
-        "sweep_grid.module_name = sweep_launchers.module_name = lambda script: script; "
-        "sys.exit(sweep.main(sys.argv[1:]))"
-    )
+    """A sweep in a process of its own."""
+    command = [sys.executable, "-m", "experiments.sweep", *flags_of(workdir, *grids, **others)]
     return subprocess.Popen(
-        [sys.executable, "-c", program, *flags_of(workdir, *grids, **others)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"PYTHONPATH": CHILD_PATH},
-    )  # fmt: skip
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_until(condition, seconds=60):

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import sweep_helpers
 from sweep_helpers import (
     ROOT,
     names,
@@ -24,14 +23,6 @@ from sweep_helpers import (
     wait_until,
 )
 from tiny_run import run_config
-
-from experiments import sweep_launchers
-
-
-@pytest.fixture(autouse=True)
-def stand_in_is_found(monkeypatch):
-    sweep_helpers.find_stand_in(monkeypatch)
-
 
 SLOW_STEPS = "steps=20;step_ms=20"
 
@@ -90,8 +81,7 @@ def test_ctrl_c_stops_the_children(name, tmp_path):
 
 
 @needs_submitit
-def test_jobs_through_submitit(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_launchers, "run_in_job", job_of_the_stand_in)
+def test_jobs_through_submitit(tmp_path):
     others = {"launcher": "slurm", "slurm": "cluster=local;timeout_min=5", "workers": 2}
     assert run(tmp_path, "seed=0;failures=0,1", **others) == 0
     assert starts(tmp_path) == {"seed=0,failures=0": 1, "seed=0,failures=1": 2}
@@ -99,12 +89,6 @@ def test_jobs_through_submitit(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("runs/*/job.json"))
     assert run(tmp_path, **others) == 0
     assert sum(starts(tmp_path).values()) == 3
-
-
-def job_of_the_stand_in(script, folder):
-    """run_in_job, in a process that must be told where the stand-in is."""
-    sweep_launchers.module_name = lambda script: script
-    return sweep_launchers.run_in_job(script, folder)
 
 
 TINY = {
