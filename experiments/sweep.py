@@ -31,7 +31,7 @@ from deltaproduct_jax.settings import setting
 from experiments import flags
 from experiments.sweep_grid import claim, read_list
 from experiments.sweep_launchers import LocalLauncher, SubmititLauncher
-from experiments.sweep_records import CSV, RunFolder, has_parquet, write_tables
+from experiments.sweep_records import CSV, Row, RunFolder, has_parquet, write_tables
 from experiments.sweep_view import Entry, View
 
 LAUNCHERS = ("local", "slurm", "none")
@@ -167,6 +167,7 @@ class Scheduler:
         for busy in filter(None, self._slots):
             busy[1].stop()
             busy[0].state = "waiting"
+        self._slots = [None] * len(self._slots)
 
 
 @contextmanager
@@ -197,20 +198,24 @@ def command(argv: Sequence[str]) -> None:
         return
     launcher = make_launcher(config, workdir)
 
+    finished: dict[str, Row] = {}
+
     def changed() -> None:
-        write_tables(workdir)
+        write_tables(workdir, finished)
 
     changed()
     scheduler = Scheduler(entries, launcher.start, config.workers, config.retries, changed)
     view = View(entries)
     with interruptible() as stop:
-        while not stop.is_set() and scheduler.step():
-            view.update()
-            stop.wait(POLL_S)
-        if stop.is_set():
-            print("stopping; the same command goes on", file=sys.stderr)
-            scheduler.stop()
-    changed()
+        try:
+            while not stop.is_set() and scheduler.step():
+                view.update()
+                stop.wait(POLL_S)
+            if stop.is_set():
+                print("stopping; the same command goes on", file=sys.stderr)
+        finally:
+            scheduler.stop()  # nothing is left to stop where all has ended
+    write_tables(workdir)
     view.close()
     print(f"results: {workdir / CSV}")
     if stop.is_set():

@@ -28,6 +28,7 @@ from experiments.sweep_grid import RUNS, Run, folder_lock, read_list
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 CSV, PARQUET = "results.csv", "results.parquet"
 TAIL_BYTES = 1 << 16
+Row = dict[str, Any]  # column -> value
 
 
 def has_parquet() -> bool:
@@ -92,7 +93,7 @@ class RunFolder:
             return "failed"
         return "started" if (self.path / CONFIG).exists() else "pending"
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Row:
         """The run as a row of the tables: name, state, settings, outcome, what went wrong."""
         state, attempts = self.state(), self.attempts()
         settings = {k: v for section in self.run.config.values() for k, v in section.items()}
@@ -156,16 +157,26 @@ def train_seconds(path: Path) -> float | None:
     return total
 
 
-def write_tables(folder: Path) -> list[dict[str, Any]]:
+def write_tables(folder: Path, finished: dict[str, Row] | None = None) -> list[Row]:
     """Writes results.csv and, where pyarrow is installed, results.parquet; returns their rows.
 
     All runs of the saved list are in them, also those that another sweep has added.
 
+    Args:
+        folder: of the sweep.
+        finished: rows of runs that are done, by name, which are not read again; it is added to.
+
     Raises:
         RunDirectoryError: the records cannot be read, or the tables not be written.
     """
+    finished = {} if finished is None else finished
     with folder_lock(folder):
-        rows = [RunFolder(folder, run).row() for run in read_list(folder)[1]]
+        rows = []
+        for run in read_list(folder)[1]:
+            row = finished.get(run.name) or RunFolder(folder, run).row()
+            if row["state"] == "done":
+                finished[run.name] = row
+            rows.append(row)
         columns = columns_of(rows)
         write_file(folder / CSV, to_csv(rows, columns))
         if has_parquet():
@@ -173,7 +184,7 @@ def write_tables(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+def columns_of(rows: Sequence[Row]) -> list[str]:
     """All columns: what was swept first, then the settings, the outcomes, and how it went."""
     first, last = ["run", "state"], ["train_seconds", "attempts", "error"]
     between = [name for row in rows for name in row if name not in first + last]
@@ -182,7 +193,7 @@ def columns_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys([*first, *settings, *found, *last]))
 
 
-def to_csv(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> bytes:
+def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
     """A line a run; lists as 4,8,16, truth as true and false, nothing for none."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -200,7 +211,7 @@ def spell(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def to_parquet(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> bytes:
+def to_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
     """The same as Parquet; numbers stay numbers, a column of several kinds becomes text."""
     import pyarrow
     from pyarrow import parquet

@@ -9,7 +9,7 @@ import time
 import pytest
 from sweep_helpers import SCRIPT, names, needs_submitit, run, starts, table
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.training.locks import Lock
 from experiments import sweep, sweep_grid, sweep_launchers, sweep_records, sweep_view
 
@@ -168,6 +168,22 @@ def test_what_dies_is_tried_again_and_the_rest_goes_on(tmp_path, capsys):
     assert starts(tmp_path)["failures=3,seed=0"] == 4
     assert table(tmp_path)["failures=3,seed=0"]["state"] == "done"
     assert starts(tmp_path)["seed=5"] == 1
+
+
+def test_a_sweep_that_breaks_down_stops_its_children(tmp_path, monkeypatch, capsys):
+    written = []
+
+    def full_disk(folder, finished=None):
+        if written:
+            raise RunDirectoryError("results.csv cannot be written: No space left on device")
+        written.append(folder)
+
+    monkeypatch.setattr(sweep, "write_tables", full_disk)
+    fixed = "steps=2000"
+    assert run(tmp_path, "seed=0:2;step_ms=0,20", fixed=fixed, workers=2) == 2
+    assert capsys.readouterr().err.startswith("error: results.csv cannot be written: No space")
+    for path in tmp_path.glob("runs/*/at_work"):
+        assert not Lock(path).is_held()
 
 
 def test_a_run_that_ends_without_results_has_failed(tmp_path):

@@ -24,6 +24,8 @@ from sweep_helpers import (
 )
 from tiny_run import run_config
 
+from deltaproduct_jax.training.locks import Lock
+
 SLOW_STEPS = "steps=20;step_ms=20"
 
 
@@ -124,8 +126,9 @@ def test_real_runs_killed_at_random_moments(tmp_path):
         sweeping.kill()
         sweeping.wait()
         for path in killed.glob("runs/*/.lock"):  # a run of the killed sweep's, now and then
-            if chance.random() < 0.7 and (found := re.match(r"process (\d+)", path.read_text())):
-                os.kill(int(found[1]), signal.SIGKILL)
+            lock = Lock(path)
+            if chance.random() < 0.7 and lock.is_held():
+                os.kill(int(lock.owner().split()[1]), signal.SIGKILL)
     assert sweep_of(killed).wait() == 0
     assert names(killed) == names(undisturbed)
     for name in names(killed):
