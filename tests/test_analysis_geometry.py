@@ -78,9 +78,12 @@ def test_the_transitions_are_the_group(triangle):
 def test_eigenvalues_dimensions_and_heads_that_reflect(triangle):
     found = geometry.geometry(triangle)
     assert found["reflecting_heads"] == []  # the mirrors have a factor with beta = 0
-    rotating = geometry.Factors(triangle.k[:3], triangle.beta[:3], triangle.decay[:3])
+    rotating = geometry.Factors(triangle.k[:3], triangle.beta[:3].copy(), triangle.decay[:3])
     assert geometry.geometry(rotating)["reflecting_heads"] == [0]
     assert geometry.reflecting_heads(rotating, tolerance=1.0) == [0, 1]
+    rotating.beta[1, 1, 0] = 1.85  # one factor of one token is enough
+    assert geometry.reflecting_heads(rotating) == []
+    assert geometry.reflecting_heads(rotating, tolerance=0.16) == [0]
     first, second = found["heads"]
     values = np.array(first["eigenvalues"]) @ [1, 1j]
     np.testing.assert_allclose(values[0], 1, atol=1e-5)
@@ -126,6 +129,21 @@ def test_transitions_are_what_the_layer_does_to_its_state():
     assert np.linalg.norm(after - want) <= 1e-5 * np.linalg.norm(want)
 
 
+def test_a_key_head_serves_its_group_of_value_heads():
+    config = ModelConfig(
+        vocab_size=7, hidden_size=8, num_heads=2, num_v_heads=4, head_dim=4,
+        mixer="gated_delta_net", num_householder=1,
+    )  # fmt: skip
+    model = SequenceModel(config, rngs=nnx.Rngs(0))
+    found = geometry.factors_of_tokens(model, [1, 2, 3])
+    assert found.k.shape == (3, 1, 4, 4)
+    assert found.decay.shape == (3, 4)
+    assert ((found.decay > 0) & (found.decay < 1)).all()
+    np.testing.assert_array_equal(found.k[:, :, 0], found.k[:, :, 1])
+    np.testing.assert_array_equal(found.k[:, :, 2], found.k[:, :, 3])
+    assert np.abs(found.k[:, :, 1] - found.k[:, :, 2]).max() > 0.1
+
+
 def test_a_later_layer_sees_what_stands_before():
     config = ModelConfig(
         vocab_size=7, hidden_size=8, num_heads=1, head_dim=4, num_layers=2,
@@ -153,6 +171,9 @@ def trained(tmp_path_factory):
 
 
 def test_the_script_draws_a_trained_run_and_leaves_it_alone(trained, tmp_path, capsys):
+    under_way = trained / "checkpoints" / "99.orbax-checkpoint-tmp" / "file"
+    under_way.parent.mkdir()
+    under_way.write_text("a save of the run, which goes on")
     before = snapshot(trained)
     command = [f"--run={trained}", f"--workdir={tmp_path}", "--tolerance=1.5"]
     assert flags.run(script.command, command) == 0

@@ -58,7 +58,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=BestAndNewest(),
             best_fn=lambda metrics: metrics["selection"],  # without one metrics are not written
-            cleanup_tmp_directories=not read_only,  # what a killed save left behind
+            cleanup_tmp_directories=True,  # what a killed save left behind
             read_only=read_only,
             create=not read_only,
             enable_async_checkpointing=True,
