@@ -128,10 +128,10 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
             if field.name in exclude:
                 continue
             text, default = field.metadata["help"], field.default
-            if hints[field.name] is bool:
-                flags.DEFINE_bool(field.name, default, text, flag_values=values)
-            elif field.metadata.get("repeated"):
+            if field.metadata.get("repeated"):
                 flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
+            elif hints[field.name] is bool:
+                flags.DEFINE_bool(field.name, default, text, flag_values=values)
             else:
                 parser = FieldParser(hints[field.name])
                 flags.DEFINE(parser, field.name, default, text, flag_values=values)
@@ -158,13 +158,12 @@ def _resolve(
         layered = _read_config(Path(values.config), sections)
     else:
         layered = dict(presets[values.preset or "default"])
-    given = {name: values[name].value for name in owner if values[name].present}
-    layered |= {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+    layered |= {name: values[name].value for name in owner if values[name].present}
     resolved: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, value in layered.items():
         if name in exclude:
             continue
-        resolved[owner[name]][name] = value
+        resolved[owner[name]][name] = tuple(value) if isinstance(value, list) else value
     return resolved
 
 
