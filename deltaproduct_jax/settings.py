@@ -4,6 +4,9 @@ import dataclasses
 from typing import Any
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field whose ``help`` becomes the text of its flag."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, *, repeated: bool = False) -> Any:
+    """A dataclass field whose ``help`` becomes the text of its flag.
+
+    ``repeated`` is for a tuple of texts: the flag may be given several times, an entry each.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "repeated": repeated})

@@ -1,6 +1,10 @@
-"""Figures, drawn from records alone."""
+"""Figures, drawn from records alone; as a script, those of the paper (``paper_figures.py``).
+
+python -m experiments.figures --workdir=OUT --source=DIR --preset=factors
+"""
 
 import io
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,3 +96,10 @@ def save(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=150, format="png")
     write_file(path, buffer.getvalue())
+
+
+if __name__ == "__main__":
+    # Here, since what it imports draws with what stands above.
+    from experiments.paper_figures import main
+
+    sys.exit(main(sys.argv[1:]))

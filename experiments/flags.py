@@ -75,6 +75,7 @@ def _options(annotation: Any) -> tuple[Any, ...]:
 def _spell(annotation: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     names |= {type(None): "none", tuple[int, ...]: "whole numbers such as 4,8,16"}
+    names |= {tuple[str, ...]: "texts"}
     return " or ".join(names[option] for option in _options(annotation))
 
 
@@ -127,7 +128,9 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
             if field.name in exclude:
                 continue
             text, default = field.metadata["help"], field.default
-            if hints[field.name] is bool:
+            if field.metadata.get("repeated"):
+                flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
+            elif hints[field.name] is bool:
                 flags.DEFINE_bool(field.name, default, text, flag_values=values)
             else:
                 parser = FieldParser(hints[field.name])
@@ -160,7 +163,7 @@ def _resolve(
     for name, value in layered.items():
         if name in exclude:
             continue
-        resolved[owner[name]][name] = value
+        resolved[owner[name]][name] = tuple(value) if isinstance(value, list) else value
     return resolved
 
 

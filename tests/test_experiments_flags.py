@@ -7,6 +7,7 @@ import pytest
 from absl import flags as absl_flags
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.settings import setting
 from experiments import flags
 
 
@@ -77,6 +78,18 @@ def test_the_flag_wins_over_the_preset_and_the_preset_over_the_field():
     assert cake("--layers=1", "--preset=feast") == {"layers": 1, "cuts": (4, 8)}
     # A flag that is given wins although its value is the field's default.
     assert cake("--preset=feast", "--layers=2")["layers"] == 2
+
+
+def test_a_repeated_flag_gathers_its_entries():
+    @dataclasses.dataclass(frozen=True)
+    class Shop:
+        list: tuple[str, ...] = setting((), "what to buy", repeated=True)
+
+    def bought(*argv):
+        return flags.parse(["--workdir=w", *argv], {"shop": Shop}, {"default": {}}).sections["shop"]
+
+    assert bought() == {}
+    assert bought("--list=a,b", "--list=c=d;e") == {"list": ("a,b", "c=d;e")}
 
 
 def test_a_saved_config_is_given_again(tmp_path):

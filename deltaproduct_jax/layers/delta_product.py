@@ -53,6 +53,20 @@ class DeltaProductState(NamedTuple):
     v_conv: jax.Array
 
 
+class TokenFactors(NamedTuple):
+    """What tokens do to the state of every head, apart from what they write.
+
+    Attributes:
+        k: ``[B, T, R, H, K]``, before the op makes unit vectors of them.
+        beta: ``[B, T, R, Hv]``, float32 at least.
+        g: ``[B, T, Hv]``, log decay, or None without a forget gate.
+    """
+
+    k: jax.Array
+    beta: jax.Array
+    g: jax.Array | None
+
+
 class GatedDeltaProduct(nnx.Module):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` with a DeltaProduct state in every head.
 
@@ -248,6 +262,11 @@ class GatedDeltaProduct(nnx.Module):
             use_qk_l2norm=True,
         )
         return self._output(o[:, None], x)[:, 0], DeltaProductState(recurrent, *tails)
+
+    def token_factors(self, x: Float[Array, "B T D"]) -> TokenFactors:
+        """Keys, step sizes and decays of the tokens of whole sequences, read from their start."""
+        _, k, _, beta, g, _ = self._inputs(x, self.init_state(x.shape[0]), None, None)
+        return TokenFactors(k, beta, g)
 
     def _inputs(
         self,

@@ -47,16 +47,20 @@ def _selection(info: ocp.checkpoint_managers.PolicyCheckpointInfo) -> Selection:
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for saves under way at its end.
 
+    With ``read_only`` nothing in the directory is touched, so that its run may go on meanwhile.
+
     Raises:
         RunDirectoryError: a checkpoint cannot be written or read, or is of another model.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, *, read_only: bool = False):
         self._directory = directory
         options = ocp.CheckpointManagerOptions(
             preservation_policy=BestAndNewest(),
             best_fn=lambda metrics: metrics["selection"],  # without one metrics are not written
             cleanup_tmp_directories=True,  # what a killed save left behind
+            read_only=read_only,
+            create=not read_only,
             enable_async_checkpointing=True,
         )
         with self._errors("opened"):

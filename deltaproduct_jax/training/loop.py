@@ -10,15 +10,17 @@ from typing import Any
 import jax
 from flax import nnx
 
+from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
+from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
-from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
+from deltaproduct_jax.training.records import CHECKPOINTS, RESULTS, Row, RunRecords
 from deltaproduct_jax.training.step import (
     Metrics,
     Params,
@@ -45,21 +47,23 @@ def train(config: RunConfig, workdir: Path, argv: Sequence[str]) -> dict[str, An
         What results.json holds: the best checkpoint's scores on the test split at all lengths.
 
     Raises:
-        RunDirectoryError: ``workdir`` holds another run, or cannot be read or written.
+        RunDirectoryError: ``workdir`` holds another run, is in use by another process, or cannot be
+            read or written.
         FloatingPointError: the loss or a norm is no longer finite.
     """
-    records = RunRecords(workdir, config)
-    results = records.results()
-    if results is not None:
-        return results
+    if (workdir / RESULTS).exists():
+        return RunRecords(workdir, config).results()
+    with run_lock(workdir):
+        records = RunRecords(workdir, config)
+        results = records.results()  # another process may have ended the run since
+        return _train(config, records, argv) if results is None else results
 
+
+def _train(config: RunConfig, records: RunRecords, argv: Sequence[str]) -> dict[str, Any]:
     seeds = config.seeds()
-    model = SequenceModel(config.model, rngs=nnx.Rngs(_key(seeds["init"])))
-    graphdef, params = split_model(model)
-    optimizer = make_optimizer(config.train)
-    state = init_state(params, optimizer)
+    graphdef, state = _first_state(config)
 
-    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+    with Checkpoints(records.directory / CHECKPOINTS) as checkpoints:
         newest = checkpoints.newest()
         if newest is not None:
             state = checkpoints.restore(newest, like=state)
@@ -82,6 +86,29 @@ def train(config: RunConfig, workdir: Path, argv: Sequence[str]) -> dict[str, An
         }
     records.write_results(results)
     return results
+
+
+def _first_state(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's description, and the state before the first step."""
+    model = SequenceModel(config.model, rngs=nnx.Rngs(_key(config.seeds()["init"])))
+    graphdef, params = split_model(model)
+    return graphdef, init_state(params, make_optimizer(config.train))
+
+
+def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
+    """The model of a run's best checkpoint; nothing in the run directory is touched.
+
+    Raises:
+        RunDirectoryError: there is no checkpoint that was evaluated, or it cannot be read.
+    """
+    graphdef, state = _first_state(config)
+    if not (workdir / CHECKPOINTS).is_dir():
+        raise RunDirectoryError(f"{workdir} has no {CHECKPOINTS}")
+    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as checkpoints:
+        best = checkpoints.best()
+        if best is None:
+            raise RunDirectoryError(f"{workdir} has no checkpoint that was evaluated yet")
+        return nnx.merge(graphdef, checkpoints.restore(best, like=state).params)
 
 
 def _key(seed: int) -> jax.Array:

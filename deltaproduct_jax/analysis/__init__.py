@@ -1,0 +1,1 @@
+"""What trained models do: the geometry of their transitions."""

@@ -1,0 +1,137 @@
+"""Locks between processes that vanish with the process that holds them, however it ends.
+
+They are locks of the kernel on a file (flock), so that a file left behind by a killed process
+means nothing. On a network file system they hold between machines if it passes locks on. Windows
+has no such lock: there every lock is granted.
+"""
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from deltaproduct_jax.errors import RunDirectoryError
+
+if os.name != "nt":
+    import fcntl
+
+RUN_LOCK = ".lock"
+# Someone who only asks whether a lock is held has it for a moment; so a refusal is tried again.
+TRIES, PAUSE_S = 5, 0.05
+
+
+class Lock:
+    """An exclusive lock named by a file, which says who holds it and is removed on release.
+
+    A child process that inherits the descriptor keeps the lock after its parent's death.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.descriptor: int | None = None
+
+    def acquire(self) -> bool:
+        """Takes the lock, without waiting for others to finish; False if another process has it.
+
+        Raises:
+            RunDirectoryError: the file cannot be created or locked.
+        """
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(PAUSE_S)
+            if self._try():
+                return True
+        return False
+
+    def _try(self) -> bool:
+        with _errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                # A holder removes the file on release; a lock on what was removed is worth nothing.
+                if _flock(descriptor) and _is_at(descriptor, self.path):
+                    owner = f"process {os.getpid()} on {platform.node()}"
+                    os.truncate(descriptor, 0)
+                    os.write(descriptor, owner.encode())
+                    self.descriptor, descriptor = descriptor, None
+            finally:
+                if descriptor is not None:
+                    os.close(descriptor)
+        return self.descriptor is not None
+
+    def release(self) -> None:
+        """Gives the lock back; nothing if it is not held."""
+        if self.descriptor is not None:
+            with contextlib.suppress(OSError):  # a read-only disk keeps the file, which is harmless
+                self.path.unlink()
+            os.close(self.descriptor)
+            self.descriptor = None
+
+    def is_held(self) -> bool:
+        """Whether some process has the lock now."""
+        try:
+            descriptor = os.open(self.path, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            return not _flock(descriptor) and _is_at(descriptor, self.path)
+        finally:
+            os.close(descriptor)
+
+    def owner(self) -> str:
+        """Who has, or had, the lock."""
+        try:
+            return self.path.read_text() or "another process"
+        except OSError:
+            return "another process"
+
+
+def _flock(descriptor: int) -> bool:
+    if os.name == "nt":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be locked: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def run_lock(directory: Path) -> Iterator[None]:
+    """The right to write in a run directory; of a pod's processes only the first, which writes.
+
+    Raises:
+        RunDirectoryError: another process trains in ``directory``, or it cannot be written.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    lock = Lock(directory / RUN_LOCK)
+    if not lock.acquire():
+        raise RunDirectoryError(
+            f"{directory} is in use by {lock.owner()}; wait for its end, or give another workdir"
+        )
+    try:
+        yield
+    finally:
+        lock.release()
