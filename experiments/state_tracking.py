@@ -89,7 +89,7 @@ def command(argv: Sequence[str]) -> None:
     print(table(results))
     figure = workdir / "cumulative.png"
     if not figure.exists():
-        label = f"{config.task.group}, n_h = {config.model.num_householder}"
+        label = f"{config.task.group}, {config.model.label}"
         plot_cumulative({label: results}, figure, config.task.train_length)
 
 

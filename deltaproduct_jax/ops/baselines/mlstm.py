@@ -1,7 +1,8 @@
 """The matrix memory of xLSTM (Beck et al., 2024): exponential input gate, normaliser, stabiliser.
 
-    m_t = max(log f_t + m_{t-1}, i_t),   f'_t = exp(log f_t + m_{t-1} - m_t),   i'_t = exp(i_t - m_t)
-    S_t = f'_t S_{t-1} + i'_t k_t v_t^T,   n_t = f'_t n_{t-1} + i'_t k_t,       k_t = key / sqrt(K)
+    m_t = max(log f_t + m_{t-1}, i_t)
+    f'_t = exp(log f_t + m_{t-1} - m_t),   i'_t = exp(i_t - m_t),          k_t = key / sqrt(K)
+    S_t = f'_t S_{t-1} + i'_t k_t v_t^T,   n_t = f'_t n_{t-1} + i'_t k_t
     o_t = S_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
 
 f' and i' are at most 1, and the m that they need do not depend on q, k or v: a scan of log depth
