@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle_mixers
 import pytest
 from flax import nnx
 from helpers import relative_error
@@ -61,6 +62,32 @@ def x64():
 def wide_models():
     with jax.enable_x64(True):
         return {mixer: lively(config_of(mixer, WideConfig)) for mixer in ONE_EACH}
+
+
+@pytest.mark.parametrize(
+    ("mixer", "extended"),
+    [(m, False) for m in RIVALS] + [(m, True) for m in ("mamba2", "gla", "rwkv7")],
+)
+def test_the_layer_is_the_published_one(mixer, extended, x64):
+    """Against a loop over tokens, every parameter drawn at random."""
+    wide = {"expand_v": 1.5} if mixer in MIXERS_WITH["expand_v"] else {}
+    config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
+    layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
+    rng = np.random.default_rng(2)
+    nudge = lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), a.dtype)
+    params = jax.tree.map(nudge, nnx.state(layer, nnx.Param))
+    nnx.update(layer, params)
+    names = {
+        ".".join(path): np.asarray(leaf[...], float) for path, leaf in nnx.to_flat_state(params)
+    }
+    x = rng.normal(size=(1, 21, 16))
+    V = round(8 * config.expand_v)
+    extra = {"v_first": rng.normal(size=(1, 21, 2, V))} if mixer == "rwkv7" else {}
+    want = getattr(oracle_mixers, mixer)(
+        names, x[0], 2, 8, V, 1e-3, extended, **{n: a[0] for n, a in extra.items()}
+    )
+    got, _ = layer(jnp.asarray(x), **jax.tree.map(jnp.asarray, extra))
+    assert relative_error(got[0], want) <= 1e-10
 
 
 def tokens(seed: int = 0) -> jax.Array:

@@ -173,6 +173,17 @@ def test_outputs_and_gradients_are_finite_at_extremes(op, extreme):
         assert np.all(np.isfinite(leaf))
 
 
+def test_a_small_gate_after_a_segment_of_large_ones():
+    """What a stabiliser had risen to is forgotten with its segment, not exponentiated."""
+    x = {n: a.astype(np.float32) for n, a in draw("mlstm").items()}
+    ids = np.arange(T)[None] // np.array([[9], [30]])
+    x["i"] = np.where(ids[..., None] % 2, [-300, -301], 300).astype(np.float32)
+    o, _ = run("mlstm", x, segment_ids=ids, implementation="recurrent")
+    outputs, gradients = outcome("mlstm", x, {}, None, ids)
+    assert relative_error(outputs[0], o) <= 1e-5
+    assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(gradients))
+
+
 def test_strong_decay_costs_no_digits():
     """A difference of two cumulative sums would lose the small gates beside the large ones."""
     x = draw("diagonal")
