@@ -67,14 +67,15 @@ def gla(p, x, H, K, V, eps, extended):
 
 
 def mamba2(p, x, H, K, V, eps, extended):
-    T = len(x)
+    T, Hv = len(x), len(p["A_log"])
     xbc = silu(conv(x @ p["xbc_proj.kernel"], p["xbc_conv1d.weight"]))
-    u, k, q = np.split(xbc, [H * V, H * V + H * K], axis=1)
-    u, k, q = (a.reshape(T, H, -1) for a in (u, k, q))
+    u, k, q = np.split(xbc, [Hv * V, Hv * V + H * K], axis=1)
+    u = u.reshape(T, Hv, V)
+    k, q = (np.repeat(a.reshape(T, H, K), Hv // H, axis=1) for a in (k, q))
     dt = softplus(x @ p["dt_proj.kernel"] + p["dt_bias"])
     alpha = np.exp(-np.exp(p["A_log"]) * dt)
     alpha = 2 * alpha - 1 if extended else alpha
-    S, o = np.zeros((H, K, V)), np.zeros((T, H, V))
+    S, o = np.zeros((Hv, K, V)), np.zeros((T, Hv, V))
     for t in range(T):
         S = alpha[t][:, None, None] * S + k[t][..., None] * (dt[t][:, None] * u[t])[:, None]
         o[t] = np.einsum("hkv,hk->hv", S, q[t]) + p["D"][:, None] * u[t]

@@ -1,6 +1,8 @@
 """Every mixer in the same model: steps, cuts, packing, padding, dtypes, fields; and that it learns.
 
-What is compared runs in float64, so that a bar of 1e-10 tells rounding from a mistake.
+The delta mixers are one layer, which test_layers.py and test_models.py compare in the same ways;
+here they stand beside their rivals where the choice of a mixer is what matters. What is compared
+runs in float64, so that a bar of 1e-10 tells rounding from a mistake.
 """
 
 import dataclasses
@@ -21,8 +23,6 @@ from deltaproduct_jax.models.mixers import make_mixer
 from experiments import flags, state_tracking
 
 B, T, VOCAB = 3, 11, 13
-# The mixers of the delta family are one layer, tested in its own file; one of them stands here.
-ONE_EACH = ("gated_delta_product", *RIVALS)
 
 
 class WideConfig(ModelConfig):
@@ -61,7 +61,7 @@ def x64():
 @pytest.fixture(scope="module")
 def wide_models():
     with jax.enable_x64(True):
-        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in ONE_EACH}
+        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in RIVALS}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +71,7 @@ def wide_models():
 def test_the_layer_is_the_published_one(mixer, extended, x64):
     """Against a loop over tokens, every parameter drawn at random."""
     wide = {"expand_v": 1.5} if mixer in MIXERS_WITH["expand_v"] else {}
+    wide |= {"num_v_heads": 4} if mixer == "mamba2" else {}
     config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
     layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
     rng = np.random.default_rng(2)
@@ -104,8 +105,12 @@ def forward_plain(model, ids):
     return model.forward(ids)
 
 
+TRACES = []
+
+
 @nnx.jit
 def step(model, state, ids):
+    TRACES.append(model)
     return model.step(state, ids)
 
 
@@ -142,11 +147,13 @@ NONE, ALL = np.zeros((B, T), int), np.ones((B, T), bool)
 MASK = np.array([[0] * 4 + [1] * 7, [1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], [0] * 11], bool)
 
 
-@pytest.mark.parametrize("mixer", ONE_EACH)
+@pytest.mark.parametrize("mixer", RIVALS)
 def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
     model, ids = wide_models[mixer], tokens()
     whole = forward_plain(model, ids)
+    traced = len(TRACES)
     agree(by_steps(model, ids, model.init_state(B), ALL, NONE), whole)
+    assert len(TRACES) <= traced + 1  # one program, however long the past
     first = np.arange(T)[None] < [[4], [9], [0]]
     head, state = forward(model, ids, NONE, first, model.init_state(B))
     tail, state = forward(model, ids, NONE, ~first, state)
@@ -157,7 +164,7 @@ def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
 
 
 @pytest.mark.parametrize("mask", [ALL, MASK], ids=["whole", "padded"])
-@pytest.mark.parametrize("mixer", ONE_EACH)
+@pytest.mark.parametrize("mixer", RIVALS)
 def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models, x64):
     model, ids, new = wide_models[mixer], tokens(), np.zeros((B, T), bool)
     start = forward_plain(model, tokens(seed=1)[:, :5])[1]
@@ -171,7 +178,7 @@ def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models,
     agree((other[mask], other_state), (logits[mask], state), 0)
 
 
-@pytest.mark.parametrize("mixer", ONE_EACH)
+@pytest.mark.parametrize("mixer", RIVALS)
 def test_no_position_sees_a_later_token_or_another_row(mixer, wide_models, x64):
     ids = tokens()
     changed = ids.at[0, 6].set((ids[0, 6] + 1) % VOCAB)
@@ -207,7 +214,7 @@ def descend(model, ids, rate):
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_it_learns_and_large_weights_leave_gradients_finite(mixer):
-    model, ids = SequenceModel(config_of(mixer), rngs=nnx.Rngs(0)), tokens()
+    model, ids = SequenceModel(config_of(mixer, num_layers=1), rngs=nnx.Rngs(0)), tokens()
     losses = [descend(model, ids, 0.02 * 0.9**n)[0] for n in range(25)]
     assert losses[-1] < 0.5 * losses[0]
     nnx.update(model, jax.tree.map(lambda p: 30 * p, nnx.state(model, nnx.Param)))
@@ -215,14 +222,15 @@ def test_it_learns_and_large_weights_leave_gradients_finite(mixer):
 
 
 @pytest.mark.parametrize("mixer", RIVALS)
-def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
+def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer, wide_models):
     narrow = lively(config_of(mixer, dtype="bfloat16"))
     logits, state = forward_plain(narrow, tokens())
     assert logits.dtype == jnp.bfloat16
     for name, entry in state[0]._asdict().items():
         is_input = name in ("conv", "last", "k", "v", "length")  # of what was read, as it was read
         assert is_input or all(a.dtype == jnp.float32 for a in jax.tree.leaves(entry)), name
-    want = forward_plain(lively(config_of(mixer)), tokens())[0]
+    with jax.enable_x64(True):
+        want = forward_plain(wide_models[mixer], tokens())[0]
     assert 0 < relative_error(logits, want) < 5e-2
 
 
