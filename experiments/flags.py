@@ -49,6 +49,23 @@ class FieldParser(flags.ArgumentParser):
         return self.syntactic_help
 
 
+class OptionalBoolean(flags.BooleanFlag):
+    """A flag of a ``bool | None`` field: ``--name``, ``--noname``, or ``--name=none``."""
+
+    class Parser(flags.BooleanParser):
+        """Reads "none" as None, and the rest as a bool."""
+
+        def parse(self, argument: Any) -> bool | None:
+            """The value."""
+            if isinstance(argument, str) and argument.lower() == "none":
+                return None
+            return super().parse(argument)
+
+    def __init__(self, name: str, default: bool | None, text: str):
+        super().__init__(name, default, text)
+        self.parser = OptionalBoolean.Parser()
+
+
 def _parse(text: str, annotation: Any) -> Any:
     options = _options(annotation)
     if type(None) in options and text.lower() == "none":
@@ -88,6 +105,9 @@ def parse(
     default_workdir: str | None = None,
 ) -> Parsed:
     """Understands a command line.
+
+    A preset gives way where a dataclass says, by a class method ``without_use(values)``, that a
+    field means nothing beside the other values; a flag of that name is for the dataclass to refuse.
 
     Args:
         argv: the arguments, without the program's name.
@@ -132,6 +152,9 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
                 flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
             elif hints[field.name] is bool:
                 flags.DEFINE_bool(field.name, default, text, flag_values=values)
+            elif bool in _options(hints[field.name]):
+                flag = OptionalBoolean(field.name, default, text)
+                flags.DEFINE_flag(flag, flag_values=values)
             else:
                 parser = FieldParser(hints[field.name])
                 flags.DEFINE(parser, field.name, default, text, flag_values=values)
@@ -154,11 +177,16 @@ def _resolve(
     presets: Presets,
     exclude: set[str],
 ) -> dict[str, dict[str, Any]]:
+    given = {name: values[name].value for name in owner if values[name].present}
     if values.config is not None:
         layered = _read_config(Path(values.config), sections)
     else:
         layered = dict(presets[values.preset or "default"])
-    layered |= {name: values[name].value for name in owner if values[name].present}
+        for config in sections.values():
+            if hasattr(config, "without_use"):
+                for name in config.without_use(layered | given):
+                    layered.pop(name, None)
+    layered |= given
     resolved: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, value in layered.items():
         if name in exclude:

@@ -84,7 +84,7 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
 
 def draw(config: RunConfig, results: Mapping[str, Any], path: Path) -> None:
     """Draws the fraction of sequences right up to each position."""
-    label = f"{config.task.group}, n_h = {config.model.num_householder}"
+    label = f"{config.task.group}, {config.model.label}"
     plot_cumulative({label: results}, path, config.task.train_length)
 
 

@@ -304,6 +304,7 @@ MODEL_CHANGES = {
     "use_output_gate": True,
     "use_short_conv": True,
     "conv_size": 3,
+    "max_length": 16,
     "intermediate_size": 24,
     "hidden_ratio": 64.0,
     "norm_eps": 1e-3,
@@ -316,7 +317,11 @@ MODEL_CHANGES = {
     "chunk_size": 4,
 }
 # Fields that act only together with another.
-MODEL_NEEDS = {"conv_size": ["--use_short_conv"], "hidden_ratio": ["--intermediate_size=none"]}
+MODEL_NEEDS = {
+    "conv_size": ["--use_short_conv"],
+    "hidden_ratio": ["--intermediate_size=none"],
+    "max_length": ["--mixer=transformer", "--implementation=none"],
+}
 MODEL_BASE = [
     "--workdir=w", "--hidden_size=16", "--num_heads=2", "--head_dim=8", "--intermediate_size=16",
     "--qk_activation=silu", "--beta_bias=none", "--implementation=chunked",

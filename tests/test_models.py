@@ -21,7 +21,7 @@ VARIANTS = {
         SMALL, mixer="gated_delta_product", use_short_conv=True, use_output_gate=True
     ),
     "tied": dataclasses.replace(SMALL, tie_embeddings=True, num_householder=3, expand_v=2.0),
-    "delta_net": dataclasses.replace(SMALL, mixer="delta_net", num_householder=1),
+    "delta_net": dataclasses.replace(SMALL, mixer="delta_net"),
 }
 
 
@@ -115,13 +115,14 @@ def test_every_field_reaches_the_model():
     """A field that changed neither parameters, their draw, nor the outputs would be dead."""
     # Each value differs from SMALL's; the second entry makes the field matter.
     conv, auto = {"use_short_conv": True}, {"intermediate_size": None}
-    fla = {"initializer": "fla"}
+    fla, cached = {"initializer": "fla"}, {"mixer": "transformer"}
     changes = {
         "vocab_size": (17, {}), "mixer": ("gated_delta_product", {}), "hidden_size": (20, {}),
         "num_layers": (3, {}), "num_heads": (1, {}), "num_v_heads": (4, {}), "head_dim": (8, {}),
         "expand_v": (2.0, {}), "num_householder": (3, {}), "allow_neg_eigval": (False, {}),
         "qk_activation": ("none", {}), "beta_bias": (1.0, {}), "use_output_gate": (True, {}),
-        "use_short_conv": (True, {}), "conv_size": (2, conv), "intermediate_size": (32, {}),
+        "use_short_conv": (True, {}), "conv_size": (2, conv), "max_length": (16, cached),
+        "intermediate_size": (32, {}),
         "hidden_ratio": (40.0, auto), "norm_eps": (1e-2, {}), "tie_embeddings": (True, {}),
         "initializer": ("fla", {}), "initializer_range": (0.1, fla), "dtype": ("bfloat16", {}),
         "param_dtype": ("bfloat16", {}), "implementation": ("associative", {}),
@@ -144,7 +145,10 @@ def test_every_field_reaches_the_model():
     ("change", "text"),
     [
         ({"mixer": "mamba"}, "mixer='mamba' is not known; it may be one of"),
-        ({"mixer": "delta_net"}, "num_householder=2 does not fit mixer='delta_net'"),
+        (
+            {"mixer": "delta_net", "num_householder": 2},
+            "num_householder=2 does not fit mixer='delta_net'",
+        ),
         ({"dtype": "float16"}, "dtype='float16' is not known"),
         ({"hidden_size": 0}, "hidden_size=0 is too small; it must be at least 1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be greater than 0"),

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation."""
+"""Normalisation: by the root mean square, and of each head on its own."""
 
 import jax
 import jax.numpy as jnp
@@ -41,3 +41,44 @@ class RMSNorm(nnx.Module):
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
         scale = self.scale[...].astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
         return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+
+
+class HeadNorm(nnx.Module):
+    """``(x - mean) / sqrt(variance + eps) * scale [+ bias]`` within every head: a group norm.
+
+    Computed in float32 at least and rounded once.
+
+    Args:
+        num_heads: heads ``H``, axis -2.
+        width: size of the last axis.
+        eps: added to the variance, inside the root.
+        use_bias: add a learnt bias.
+        dtype: dtype of the result.
+        param_dtype: dtype of scale and bias, each ``[H, width]``.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        width: int,
+        *,
+        eps: float = 1e-5,
+        use_bias: bool = False,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+    ):
+        self.eps, self.use_bias = eps, use_bias
+        self.dtype = jnp.dtype(dtype)
+        self.scale = nnx.Param(jnp.ones((num_heads, width), param_dtype))
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((num_heads, width), param_dtype))
+
+    def __call__(self, x: Float[Array, "*batch H width"]) -> Float[Array, "*batch H width"]:
+        """Normalises ``x``."""
+        wide = accumulator_dtype(self.dtype)
+        x = x.astype(wide)
+        param = lambda p: p[...].astype(wide).reshape((1,) * (x.ndim - 2) + p.shape)
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(x * x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(variance + self.eps) * param(self.scale)
+        return (x + param(self.bias) if self.use_bias else x).astype(self.dtype)

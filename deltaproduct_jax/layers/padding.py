@@ -1,7 +1,11 @@
 """Takes padding out of rows and puts it back, so that a mixer never sees it."""
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 
 def compact(
@@ -33,3 +37,35 @@ def spread(y: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "
     position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     y = jnp.take_along_axis(y, position[..., None], axis=1)
     return jnp.where(mask[..., None], y, 0)
+
+
+def without_padding(
+    mix: Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]],
+    x: Float[Array, "B T D"],
+    segment_ids: Int[Array, "B T"] | None,
+    mask: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T D"], Any]:
+    """Runs a mixer on rows whose padding, if any, stands behind the tokens that count.
+
+    Args:
+        mix: takes the inputs, their segment ids, and how many leading tokens of each row count
+            (None: all); returns the outputs and a state.
+        x: inputs.
+        segment_ids: their segments, or None.
+        mask: True where a token counts; None for everywhere.
+    """
+    if mask is None:
+        return mix(x, segment_ids, None)
+    y, state = mix(*compact(x, segment_ids, mask))
+    return spread(y, mask), state
+
+
+def only_counted(
+    x: Shaped[Array, "B T *rest"] | None, length: Int[Array, " B"] | None, otherwise: float = 0
+) -> Shaped[Array, "B T *rest"] | None:
+    """``x`` with ``otherwise`` at the tokens behind the leading ``length`` ones of each row."""
+    if x is None or length is None:
+        return x
+    kept = jnp.arange(x.shape[1])[None] < length[:, None]
+    otherwise = jnp.asarray(otherwise, x.dtype)
+    return jnp.where(kept.reshape(*kept.shape, *[1] * (x.ndim - 2)), x, otherwise)

@@ -1,6 +1,8 @@
 """What a model is made of: one frozen dataclass that checks itself."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -8,12 +10,43 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS, check_heads
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
+from deltaproduct_jax.layers.xlstm import BLOCK
 from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS as BASELINE_IMPLEMENTATIONS
 from deltaproduct_jax.ops.dispatch import AVAILABLE
 from deltaproduct_jax.settings import setting
 
-MIXERS: tuple[str, ...] = ("delta_net", "gated_delta_net", "delta_product", "gated_delta_product")
+DELTA_MIXERS: tuple[str, ...] = (
+    "delta_net",
+    "gated_delta_net",
+    "delta_product",
+    "gated_delta_product",
+)
+# The paper's rivals, each as its own paper has it.
+RIVALS: tuple[str, ...] = ("transformer", "mamba2", "gla", "mlstm", "slstm", "rwkv7")
+MIXERS: tuple[str, ...] = (*DELTA_MIXERS, *RIVALS)
+
+_LINEAR = (*DELTA_MIXERS, "mamba2", "gla", "rwkv7")  # the state turns by a matrix of the input
+# Fields that not every mixer has, with those that do; elsewhere they must keep their default.
+MIXERS_WITH: dict[str, tuple[str, ...]] = {
+    "num_v_heads": (*DELTA_MIXERS, "mamba2"),
+    "expand_v": (*_LINEAR, "transformer"),
+    "num_householder": DELTA_MIXERS,
+    "allow_neg_eigval": _LINEAR,
+    "qk_activation": DELTA_MIXERS,
+    "beta_bias": DELTA_MIXERS,
+    "use_output_gate": DELTA_MIXERS,
+    "use_short_conv": DELTA_MIXERS,
+    "conv_size": (*DELTA_MIXERS, "mamba2", "mlstm"),
+    "max_length": ("transformer",),
+    "implementation": (*_LINEAR, "mlstm"),
+    "chunk_size": (*_LINEAR, "mlstm"),
+}
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+
+
+def _fields_absent(mixer: str) -> list[str]:
+    return [name for name, mixers in MIXERS_WITH.items() if mixer not in mixers]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +61,7 @@ class ModelConfig:
     mixer: str = setting(
         "delta_product",
         f"sequence mixer, one of {', '.join(MIXERS)}; gated_ adds a forget gate, and the delta_net "
-        "mixers have one Householder factor a token",
+        "mixers have one Householder factor a token; a field that a mixer lacks is an error",
     )
     hidden_size: int = setting(128, "width D of the residual stream")
     num_layers: int = setting(1, "number of blocks")
@@ -36,15 +69,24 @@ class ModelConfig:
     num_v_heads: int | None = setting(None, "value heads, a multiple of num_heads; none: num_heads")
     head_dim: int = setting(32, "key width K of a head")
     expand_v: float = setting(1.0, "value width over key width")
-    num_householder: int = setting(2, "Householder factors a token (the paper's n_h)")
-    allow_neg_eigval: bool = setting(True, "beta in (0, 2), eigenvalues in (-1, 1), not (0, 1)")
+    num_householder: int | None = setting(
+        None, "Householder factors a token (the paper's n_h); none: 2, or the 1 of the delta_nets"
+    )
+    allow_neg_eigval: bool | None = setting(
+        None, "eigenvalues in (-1, 1), not (0, 1); none: wherever the mixer can"
+    )
     qk_activation: str = setting("silu", "activation of q and k: silu (the paper's) or none")
     beta_bias: float | None = setting(
         None, "start of a learnt bias before beta's sigmoid; none: no bias, as in the paper"
     )
-    use_output_gate: bool = setting(False, "gate the mixer's normalised output by silu(x W_g)")
-    use_short_conv: bool = setting(False, "causal convolution on q, k and v")
+    use_output_gate: bool | None = setting(
+        None, "gate a delta mixer's normalised output by silu(x W_g); none: no"
+    )
+    use_short_conv: bool | None = setting(
+        None, "causal convolution on q, k and v of a delta mixer; none: no"
+    )
     conv_size: int = setting(4, "taps of the short convolution")
+    max_length: int = setting(2048, "tokens that the transformer's state holds for decoding")
     intermediate_size: int | None = setting(
         512, "width of the SwiGLU's hidden layer; none: two thirds of hidden_ratio, up to next 256"
     )
@@ -63,18 +105,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""
         require_one_of("mixer", self.mixer, MIXERS)
+        self._check_fields_of_mixer()
         require_one_of("qk_activation", self.qk_activation, QK_ACTIVATIONS)
         require_one_of("initializer", self.initializer, INITIALIZERS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("param_dtype", self.param_dtype, DTYPES)
         try:
-            checks.check_implementation(self.implementation, AVAILABLE)
+            available = AVAILABLE if self.mixer in DELTA_MIXERS else BASELINE_IMPLEMENTATIONS
+            checks.check_implementation(self.implementation, available)
             checks.check_chunk_size(self.chunk_size, self.implementation)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_householder", "conv_size"):
+        for name in ("vocab_size", "hidden_size", "num_layers", "conv_size", "max_length"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("intermediate_size", "num_v_heads"):
+        for name in ("intermediate_size", "num_v_heads", "num_householder"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         for name in ("hidden_ratio", "norm_eps", "initializer_range"):
@@ -82,11 +126,57 @@ class ModelConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         num_v_heads = self.num_heads if self.num_v_heads is None else self.num_v_heads
         check_heads(self.num_heads, num_v_heads, self.head_dim, self.expand_v)
-        if self.mixer.endswith("delta_net") and self.num_householder != 1:
+        if self.mixer.endswith("delta_net") and self.num_householder not in (None, 1):
             raise ConfigError(
                 f"num_householder={self.num_householder} does not fit mixer={self.mixer!r}, which "
                 "has one factor a token; give num_householder=1 or a delta_product mixer"
             )
+        if self.mixer == "transformer" and self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even for mixer='transformer'")
+        if self.mixer == "mlstm" and self.num_heads * self.head_dim % BLOCK:
+            raise ConfigError(
+                f"num_heads={self.num_heads} times head_dim={self.head_dim} must be a multiple of "
+                f"{BLOCK} for mixer='mlstm'"
+            )
+
+    @classmethod
+    def without_use(cls, values: Mapping[str, Any]) -> list[str]:
+        """Fields of a preset that mean nothing for the mixer among these values."""
+        mixer = values.get("mixer", cls.mixer)
+        fixed = ["num_householder"] if mixer.endswith("delta_net") else []
+        return fixed + _fields_absent(mixer)
+
+    def _check_fields_of_mixer(self) -> None:
+        """ConfigError if a field is set that the mixer does not have."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _fields_absent(self.mixer):
+            value = getattr(self, name)
+            if value == defaults[name] or (name == "allow_neg_eigval" and value is False):
+                continue
+            raise ConfigError(
+                f"{name}={value!r} does not fit mixer={self.mixer!r}, which has no such choice; "
+                f"leave it {str(defaults[name]).lower()}, or take a mixer among "
+                f"{', '.join(MIXERS_WITH[name])}"
+            )
+
+    @property
+    def factors_per_token(self) -> int:
+        """Householder factors a token, ``R``, of a delta mixer."""
+        if self.num_householder is None:
+            return 1 if self.mixer.endswith("delta_net") else 2
+        return self.num_householder
+
+    @property
+    def label(self) -> str:
+        """What tells the model apart in a figure: its factors a token, or a rival's mixer."""
+        return self.mixer if self.mixer in RIVALS else f"n_h = {self.factors_per_token}"
+
+    @property
+    def extended_range(self) -> bool:
+        """Whether eigenvalues of the state's transitions reach (-1, 1)."""
+        if self.allow_neg_eigval is None:
+            return self.mixer in MIXERS_WITH["allow_neg_eigval"]
+        return self.allow_neg_eigval
 
     @property
     def mlp_width(self) -> int:

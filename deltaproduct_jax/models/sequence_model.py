@@ -4,47 +4,22 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from deltaproduct_jax.layers.delta_product import DeltaProductState, GatedDeltaProduct
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
+from deltaproduct_jax.layers.rwkv7 import RWKV7
 from deltaproduct_jax.models.config import ModelConfig
+from deltaproduct_jax.models.mixers import MixerState, make_mixer
 
-ModelState = list[DeltaProductState]
-
-
-def make_mixer(config: ModelConfig, rngs: nnx.Rngs) -> GatedDeltaProduct:
-    """The sequence mixer that ``config.mixer`` names."""
-    return GatedDeltaProduct(
-        config.hidden_size,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
-        num_v_heads=config.num_v_heads,
-        expand_v=config.expand_v,
-        num_householder=config.num_householder,
-        allow_neg_eigval=config.allow_neg_eigval,
-        use_forget_gate=config.mixer.startswith("gated_"),
-        use_output_gate=config.use_output_gate,
-        use_short_conv=config.use_short_conv,
-        conv_size=config.conv_size,
-        qk_activation=config.qk_activation,
-        beta_bias=config.beta_bias,
-        norm_eps=config.norm_eps,
-        initializer=config.initializer,
-        initializer_range=config.initializer_range,
-        implementation=config.implementation,
-        chunk_size=config.chunk_size,
-        rngs=rngs,
-        **config.jax_dtypes,
-    )
+ModelState = list[MixerState]
 
 
 class Block(nnx.Module):
     """``x += mixer(norm(x))``, then ``x += mlp(norm(x))``."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         norm = {"eps": config.norm_eps, **config.jax_dtypes}
         self.attn_norm = RMSNorm(config.hidden_size, **norm)
-        self.attn = make_mixer(config, rngs)
+        self.attn = make_mixer(config, layer, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
         self.mlp = SwiGLU(
             config.hidden_size,
@@ -60,22 +35,50 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        state: DeltaProductState | None = None,
+        state: MixerState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], DeltaProductState]:
-        """Whole sequences; returns outputs and the mixer's state after them."""
-        y, state = self.attn(self.attn_norm(x), state=state, segment_ids=segment_ids, mask=mask)
+        v_first: Float[Array, "B T H V"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MixerState]:
+        """Whole sequences; returns outputs and the mixer's state after them.
+
+        ``v_first`` is what :meth:`first_values` of the first block returned.
+        """
+        shared = {} if v_first is None else {"v_first": v_first}
+        y, state = self.attn(
+            self.attn_norm(x), state=state, segment_ids=segment_ids, mask=mask, **shared
+        )
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
 
     def step(
-        self, state: DeltaProductState, x: Float[Array, "B D"]
-    ) -> tuple[Float[Array, "B D"], DeltaProductState]:
+        self,
+        state: MixerState,
+        x: Float[Array, "B D"],
+        *,
+        v_first: Float[Array, "B 1 H V"] | None = None,
+    ) -> tuple[Float[Array, "B D"], MixerState]:
         """One token for every row."""
-        y, state = self.attn.step(state, self.attn_norm(x))
+        shared = {} if v_first is None else {"v_first": v_first}
+        y, state = self.attn.step(state, self.attn_norm(x), **shared)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
+
+    def first_values(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: MixerState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T H V"] | None:
+        """The values that RWKV-7's later blocks blend theirs with; None for other mixers.
+
+        Takes what the first block takes. Under jit the two share what they have in common.
+        """
+        if not isinstance(self.attn, RWKV7):
+            return None
+        return self.attn.values(self.attn_norm(x), state=state, segment_ids=segment_ids, mask=mask)
 
 
 class SequenceModel(nnx.Module):
@@ -96,7 +99,9 @@ class SequenceModel(nnx.Module):
         self.embeddings = nnx.Embed(
             config.vocab_size, D, embedding_init=normal, rngs=rngs, **dtypes
         )
-        self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
+        )
         self.norm = RMSNorm(D, eps=config.norm_eps, **dtypes)
         if not config.tie_embeddings:
             self.lm_head = nnx.Linear(
@@ -134,8 +139,10 @@ class SequenceModel(nnx.Module):
         """As calling the model, from a state; returns the logits and the state after the tokens."""
         before = [None] * len(self.layers) if state is None else state
         x, after = self.embeddings(tokens), []
-        for block, entry in zip(self.layers, before, strict=True):
-            x, entry = block(x, state=entry, segment_ids=segment_ids, mask=mask)
+        rows = {"segment_ids": segment_ids, "mask": mask}
+        first = self.layers[0].first_values(x, state=before[0], **rows)
+        for layer, (block, entry) in enumerate(zip(self.layers, before, strict=True)):
+            x, entry = block(x, state=entry, v_first=first if layer else None, **rows)
             after.append(entry)
         return self._head(x), after
 
@@ -144,8 +151,9 @@ class SequenceModel(nnx.Module):
     ) -> tuple[Float[Array, "B vocab"], ModelState]:
         """One token for every row: returns the logits after it and the new state."""
         x, after = self.embeddings(tokens), []
-        for block, entry in zip(self.layers, state, strict=True):
-            x, entry = block.step(entry, x)
+        first = self.layers[0].first_values(x[:, None], state=state[0])
+        for layer, (block, entry) in enumerate(zip(self.layers, state, strict=True)):
+            x, entry = block.step(entry, x, v_first=first if layer else None)
             after.append(entry)
         return self._head(x), after
 

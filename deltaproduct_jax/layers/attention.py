@@ -1,0 +1,186 @@
+"""Causal softmax attention with rotary positions: the Transformer's mixer.
+
+    o_t = sum over s <= t of softmax(rope(q_t) . rope(k_s) / sqrt(K)) v_s
+
+Sources: Vaswani et al. (2017); rotary positions of Su et al. (2021), base 10,000, on the two halves
+of a head.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.layers.padding import without_padding
+from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+
+ROPE_BASE = 10_000.0
+
+
+class AttentionState(NamedTuple):
+    """Keys and values of the tokens so far, of the last segment only.
+
+    Attributes:
+        k: ``[B, max_length, H, K]``, rotated; what lies behind ``length`` is zero.
+        v: ``[B, max_length, H, V]``.
+        length: ``[B]``, int32, how many tokens there are. It may exceed ``max_length``; the state
+            has then lost some, and whatever is computed from it is NaN.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+class SoftmaxAttention(nnx.Module):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]``; time and memory grow with ``T`` squared.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        num_heads: heads ``H``.
+        head_dim: width ``K`` of queries and keys, even.
+        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
+        max_length: tokens that the state for decoding holds. Sequences read at once may be longer,
+            but then nothing can follow them: a step beyond it returns NaN.
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
+        initializer_range: standard deviation of ``"fla"``.
+        dtype: dtype of the computation; the softmax is taken in float32 at least.
+        param_dtype: dtype of the parameters.
+        rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        expand_v: float = 1.0,
+        max_length: int = 2048,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        value_dim = check_sizes(hidden_size, num_heads, head_dim, initializer, expand_v=expand_v)
+        require_at_least("max_length", max_length, 1)
+        if head_dim % 2:
+            raise ConfigError(f"head_dim={head_dim} must be even: positions rotate pairs")
+        self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
+        self.max_length, self.dtype = max_length, jnp.dtype(dtype)
+        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        self.q_proj = project(hidden_size, num_heads * head_dim)
+        self.k_proj = project(hidden_size, num_heads * head_dim)
+        self.v_proj = project(hidden_size, num_heads * value_dim)
+        self.o_proj = project(num_heads * value_dim, hidden_size)
+
+    def init_state(self, batch_size: int) -> AttentionState:
+        """The state before the first token: no keys, room for ``max_length``."""
+        shape = (batch_size, self.max_length, self.num_heads)
+        return AttentionState(
+            jnp.zeros((*shape, self.head_dim), self.dtype),
+            jnp.zeros((*shape, self.value_dim), self.dtype),
+            jnp.zeros((batch_size,), jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: AttentionState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], AttentionState]:
+        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
+        if not x.shape[1]:
+            return x, self.init_state(x.shape[0]) if state is None else state
+        mix = lambda x, ids, length: self._whole(x, state, ids, length)
+        return without_padding(mix, x, segment_ids, mask)
+
+    def step(
+        self, state: AttentionState, x: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D"], AttentionState]:
+        """One token for every row: returns the outputs and the state after it."""
+        q, k, v = self._inputs(x[:, None], state.length[:, None])
+        rows = jnp.arange(x.shape[0])
+        state = AttentionState(
+            state.k.at[rows, state.length].set(k[:, 0], mode="drop"),
+            state.v.at[rows, state.length].set(v[:, 0], mode="drop"),
+            state.length + 1,
+        )
+        visible = jnp.arange(self.max_length)[None] < state.length[:, None]
+        o = self._attend(q, state.k, state.v, visible[:, None])
+        return self._output(o, state.length)[:, 0], state
+
+    def _whole(self, x, state, segment_ids, length):
+        B, T, _ = x.shape
+        ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
+        run = segment_runs(ids)
+        before = jnp.zeros((B,), jnp.int32) if state is None else state.length
+        tokens = jnp.arange(T, dtype=jnp.int32)[None]
+        new = jnp.concatenate([run[:, :1] > 0, run[:, 1:] > run[:, :-1]], axis=1)
+        start = jax.lax.cummax(jnp.where(new, tokens, 0), axis=1)
+        goes_on = jnp.where(run == 0, before[:, None], 0)  # tokens of the segment before x
+        q, k, v = self._inputs(x, tokens - start + goes_on)
+
+        visible = (run[:, :, None] == run[:, None]) & (tokens[..., None] >= tokens[:, None])
+        if state is not None:
+            old = jnp.arange(self.max_length)[None, None] < goes_on[..., None]
+            visible = jnp.concatenate([old, visible], axis=2)
+            k = jnp.concatenate([state.k, k], axis=1)
+            v = jnp.concatenate([state.v, v], axis=1)
+        o = self._attend(q, k, v, visible)
+
+        # The last segment, what the state held of it included, from the front of the new state.
+        count = jnp.full((B,), T, jnp.int32) if length is None else length.astype(jnp.int32)
+        held = goes_on[:, -1:]
+        place = jnp.arange(self.max_length, dtype=jnp.int32)[None]
+        source = place - held + start[:, -1:] + (k.shape[1] - T)
+        source = jnp.where(place < held, place, source)
+        total = goes_on[:, -1] + count - start[:, -1]
+        kept = place < total[:, None]
+
+        def gather(x):
+            x = jnp.take_along_axis(x, source[..., None, None], axis=1, mode="clip")
+            return jnp.where(kept[..., None, None], x, 0)
+
+        return self._output(o, before), AttentionState(gather(k), gather(v), total)
+
+    def _inputs(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
+        """q, k, v ``[B, T, H, *]``; q and k rotated to their position ``[B, T]``."""
+        heads = lambda u: u.reshape(*u.shape[:2], self.num_heads, -1)
+        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
+        return rotate(q, position), rotate(k, position), v
+
+    def _attend(self, q, k, v, visible_BTS) -> jax.Array:
+        matmul = Matmul.of(self.dtype, None)
+        scores = matmul("bthk,bshk->bhts", q, k) * self.head_dim**-0.5
+        weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores, -jnp.inf), axis=-1)
+        return matmul("bhts,bshv->bthv", weights, v).astype(self.dtype)
+
+    def _output(self, o: jax.Array, length: jax.Array) -> jax.Array:
+        """Output projection; NaN in rows whose state had no room for ``length`` tokens."""
+        y = self.o_proj(o.reshape(*o.shape[:2], -1))
+        return jnp.where((length > self.max_length)[:, None, None], jnp.nan, y)
+
+
+def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"]) -> Float[Array, "B T H K"]:
+    """Rotary positions: channels c and c + K/2 turn by ``position * base**(-2 c / K)``."""
+    wide = accumulator_dtype(x.dtype)
+    half = x.shape[-1] // 2
+    frequency = ROPE_BASE ** (-jnp.arange(half, dtype=wide) / half)
+    angle = position.astype(wide)[..., None, None] * frequency[None, None, None]
+    first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    turned = [first * cos - second * sin, first * sin + second * cos]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)

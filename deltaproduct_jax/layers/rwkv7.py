@@ -1,0 +1,286 @@
+"""The time mixing of RWKV-7 (Peng et al., 2025): transitions diagonal plus rank one.
+
+Per token, each of r, w, k, v, a, g reads its own blend of x and the token before it:
+
+    w = exp(-e^(-1/2) sigmoid(lora_w)),  a = sigmoid(lora_a),  kk = l2norm(k * k_k)
+    k' = k * (1 + (a - 1) * k_a),  v' = v + (v_first - v) * sigmoid(lora_v)
+    S <- (diag(w) - (a * kk) kk^T) S + k' v'^T,  o = S^T r
+    y = ((headnorm(o) + (sum of r * r_k * k') v') * lora_g) W_o
+
+v_first is the value of the model's first block; there, v' is v.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from deltaproduct_jax.layers.norm import HeadNorm
+from deltaproduct_jax.layers.padding import compact, only_counted, without_padding
+from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
+from deltaproduct_jax.ops.precision import accumulator_dtype
+
+# Blends of x and the token before it: channel c of D starts at weight 1 - (c / D)**power.
+_SHIFT_POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
+_L2_EPS = 1e-12
+
+
+class RWKV7State(NamedTuple):
+    """What a layer remembers of the tokens so far.
+
+    Attributes:
+        recurrent: ``[B, H, K, V]``, in float32 at least.
+        last: ``[B, D]``, the last input.
+    """
+
+    recurrent: jax.Array
+    last: jax.Array
+
+
+class LoRA(nnx.Module):
+    """``activation(x W_1) W_2 + bias`` of low rank; W_1 starts at 0, as published."""
+
+    def __init__(
+        self,
+        in_features: int,
+        rank: int,
+        out_features: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array],
+        bias: jax.Array | None,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        shared = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        zeros, orthogonal = nnx.initializers.zeros, nnx.initializers.orthogonal(0.1)
+        self.activation = activation
+        self.down = nnx.Linear(in_features, rank, kernel_init=zeros, **shared)
+        self.up = nnx.Linear(rank, out_features, kernel_init=orthogonal, **shared)
+        self.bias = None if bias is None else nnx.Param(bias.astype(param_dtype))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T out"]:
+        """Applies the map to every token."""
+        y = self.up(self.activation(self.down(x)))
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
+
+
+class RWKV7(nnx.Module):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]``.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        num_heads: heads ``H``.
+        head_dim: key width ``K`` of a head.
+        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
+        allow_neg_eigval: doubles the rank-one part, so that eigenvalues reach (-1, 1) instead of
+            (0, 1).
+        value_residual: blend values with those of the model's first block; all blocks but the
+            first do.
+        norm_eps: epsilon of the output norm, which is ``head_dim`` times this, as published.
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``, of the full-rank
+            projections.
+        initializer_range: standard deviation of ``"fla"``.
+        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
+        chunk_size: tokens in a chunk of the op; None for 64.
+        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
+        param_dtype: dtype of the parameters.
+        rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        expand_v: float = 1.0,
+        allow_neg_eigval: bool = True,
+        value_residual: bool = False,
+        norm_eps: float = 1e-5,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        value_dim = check_sizes(hidden_size, num_heads, head_dim, initializer, expand_v=expand_v)
+        self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
+        self.allow_neg_eigval, self.value_residual = allow_neg_eigval, value_residual
+        self.implementation, self.chunk_size = implementation, chunk_size
+        self.dtype = jnp.dtype(dtype)
+        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        keys, values = num_heads * head_dim, num_heads * value_dim
+        place = jnp.arange(hidden_size) / hidden_size
+        for name, power in _SHIFT_POWERS.items():
+            setattr(self, f"x_{name}", nnx.Param((1 - place**power).astype(param_dtype)))
+        self.r_proj = project(hidden_size, keys)
+        self.k_proj = project(hidden_size, keys)
+        self.v_proj = project(hidden_size, values)
+        self.o_proj = project(values, hidden_size)
+
+        wide = accumulator_dtype(dtype)
+
+        def lora(out_features, activation, factor, power, bias, dtype=wide):
+            rank = max(32, 32 * round(factor * hidden_size**power / 32))
+            kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+            return LoRA(hidden_size, rank, out_features, activation=activation, bias=bias, **kinds)
+
+        identity = lambda x: x
+        decay = -6.5 + 5 * (jnp.arange(keys) / max(keys - 1, 1)) ** 0.85
+        self.w_lora = lora(keys, jnp.tanh, 1.8, 0.5, decay)
+        self.a_lora = lora(keys, identity, 1.8, 0.5, jnp.zeros(keys))
+        self.g_lora = lora(values, jax.nn.sigmoid, 0.6, 0.8, None, self.dtype)
+        if value_residual:
+            self.v_lora = lora(values, identity, 1.3, 0.5, jnp.ones(values))
+        per_key = lambda value: nnx.Param(jnp.full((num_heads, head_dim), value, param_dtype))
+        self.k_k, self.k_a, self.r_k = per_key(0.85), per_key(1.0), per_key(0.0)
+        norm = {"eps": head_dim * norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        self.o_norm = HeadNorm(num_heads, value_dim, use_bias=True, **norm)
+
+    def init_state(self, batch_size: int) -> RWKV7State:
+        """The state before the first token: all zero."""
+        shape = (batch_size, self.num_heads, self.head_dim, self.value_dim)
+        recurrent = jnp.zeros(shape, accumulator_dtype(self.dtype))
+        return RWKV7State(recurrent, jnp.zeros((batch_size, self.x_r.shape[0]), self.dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: RWKV7State | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        v_first: Float[Array, "B T H V"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], RWKV7State]:
+        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the other arguments.
+
+        Args:
+            x: inputs.
+            state: state of the tokens before.
+            segment_ids: sequence that each token belongs to.
+            mask: False at padding.
+            v_first: what :meth:`values` of the model's first block returned for the same
+                ``segment_ids`` and ``mask``; needed with ``value_residual``.
+        """
+        state = self.init_state(x.shape[0]) if state is None else state
+
+        def mix(x, segment_ids, length):
+            shifted, last = shift(x, state.last, segment_ids, length)
+            (r, k, v, kk, b, g), gate = self._inputs(x, shifted, v_first)
+            o, recurrent = diagonal_plus_low_rank(
+                r,
+                only_counted(k, length),
+                v,
+                kk,
+                only_counted(b, length),
+                only_counted(g, length),
+                scale=1.0,
+                initial_state=state.recurrent,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+                chunk_size=self.chunk_size,
+            )
+            return self._output(o, r, k, v, gate), RWKV7State(recurrent, last)
+
+        return without_padding(mix, x, segment_ids, mask)
+
+    def step(
+        self,
+        state: RWKV7State,
+        x: Float[Array, "B D"],
+        *,
+        v_first: Float[Array, "B 1 H V"] | None = None,
+    ) -> tuple[Float[Array, "B D"], RWKV7State]:
+        """One token for every row: returns the outputs and the state after it."""
+        x = x[:, None]
+        shifted, last = shift(x, state.last, None, None)
+        inputs, gate = self._inputs(x, shifted, v_first)
+        r, k, v, kk, b, g = (a[:, 0] for a in inputs)
+        o, recurrent = diagonal_plus_low_rank_step(state.recurrent, r, k, v, kk, b, g, scale=1.0)
+        y = self._output(o[:, None], *inputs[:3], gate)
+        return y[:, 0], RWKV7State(recurrent, last)
+
+    def values(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: RWKV7State | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T H V"]:
+        """The values of these inputs, for the blocks after this one; padding stands behind."""
+        last = self.init_state(x.shape[0]).last if state is None else state.last
+        length = None
+        if mask is not None:
+            x, segment_ids, length = compact(x, segment_ids, mask)
+        return self._values(x, shift(x, last, segment_ids, length)[0])
+
+    def _blend(self, name: str, x: jax.Array, shifted: jax.Array) -> jax.Array:
+        return x + (shifted - x) * getattr(self, f"x_{name}")[...].astype(x.dtype)[None, None]
+
+    def _values(self, x: jax.Array, shifted: jax.Array) -> jax.Array:
+        v = self.v_proj(self._blend("v", x, shifted))
+        return v.reshape(*v.shape[:2], self.num_heads, self.value_dim)
+
+    def _inputs(self, x: jax.Array, shifted: jax.Array, v_first: jax.Array | None):
+        """r, k, v, kk, b and g of the op, and the output gate."""
+        wide = accumulator_dtype(self.dtype)
+        heads = lambda u: u.reshape(*u.shape[:2], self.num_heads, -1)
+        per_key = lambda p: p[...].astype(wide)[None, None]
+        blend = lambda name: self._blend(name, x, shifted)
+        r, v = heads(self.r_proj(blend("r"))), self._values(x, shifted)
+        k = heads(self.k_proj(blend("k"))).astype(wide)
+        a = heads(jax.nn.sigmoid(self.a_lora(blend("a").astype(wide))))
+        g = -math.exp(-0.5) * heads(jax.nn.sigmoid(self.w_lora(blend("w").astype(wide))))
+        if self.value_residual:
+            mixing = heads(jax.nn.sigmoid(self.v_lora(blend("v").astype(wide))))
+            v = v + (v_first - v) * mixing.astype(v.dtype)
+        kk = k * per_key(self.k_k)
+        kk = kk * jax.lax.rsqrt(jnp.sum(kk * kk, axis=-1, keepdims=True) + _L2_EPS)
+        b = -(2.0 if self.allow_neg_eigval else 1.0) * a * kk
+        k = k * (1 + (a - 1) * per_key(self.k_a))
+        narrow = lambda u: u.astype(self.dtype)
+        return (r, narrow(k), v, narrow(kk), narrow(b), g), self.g_lora(blend("g"))
+
+    def _output(self, o, r, k, v, gate) -> jax.Array:
+        r_k = self.r_k[...].astype(self.dtype)[None, None]
+        o = self.o_norm(o) + jnp.sum(r * r_k * k, axis=-1, keepdims=True) * v
+        return self.o_proj(o.reshape(gate.shape) * gate)
+
+
+def shift(
+    x: Float[Array, "B T D"],
+    last: Float[Array, "B D"],
+    segment_ids: Int[Array, "B T"] | None,
+    length: Int[Array, " B"] | None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
+    """The token before each one, 0 at the start of a later segment, and the last that counts.
+
+    Args:
+        x: inputs.
+        last: the input before them, of the row's first segment.
+        segment_ids: sequence that each token belongs to; None when every row is one.
+        length: number of leading tokens of each row that count; None when all do.
+    """
+    everything = jnp.concatenate([last[:, None].astype(x.dtype), x], axis=1)
+    before = everything[:, :-1]
+    if segment_ids is not None:
+        run = segment_runs(segment_ids)
+        first = jnp.concatenate([run[:, :1] > 0, run[:, 1:] > run[:, :-1]], axis=1)
+        before = jnp.where(first[..., None], 0, before)
+    if length is None:
+        return before, everything[:, -1]
+    return before, jnp.take_along_axis(everything, length[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,288 @@
+"""The two layers of xLSTM (Beck et al., NeurIPS 2024).
+
+mLSTM, a matrix memory that can be read in parallel:
+
+    u, z = x W,  c = silu(conv(u)),  q, k = blocks(c),  v = blocks(u),  i, log f = gates(q, k, v)
+    y = ((headnorm(mlstm(q, k, v, i, log f)) + skip * c) * silu(z)) W_o
+
+sLSTM, a scalar memory whose gates see the last output: ``y = headnorm(slstm(x W, R)) W_o``.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.layers.initializers import conv_init, projection_init
+from deltaproduct_jax.layers.norm import HeadNorm
+from deltaproduct_jax.layers.padding import only_counted, without_padding
+from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.short_conv import ShortConv, segment_runs
+from deltaproduct_jax.ops.baselines import (
+    MLSTMState,
+    SLSTMState,
+    mlstm,
+    mlstm_step,
+    slstm,
+    slstm_step,
+)
+from deltaproduct_jax.ops.baselines.mlstm import mlstm_init
+from deltaproduct_jax.ops.baselines.slstm import slstm_init
+from deltaproduct_jax.ops.precision import accumulator_dtype
+
+BLOCK = 4  # channels of a block of the block-diagonal projections
+# Log of an input gate that lets nothing in.
+_CLOSED = -1e30
+
+
+class MLSTMLayerState(NamedTuple):
+    """What a layer remembers of the tokens so far.
+
+    Attributes:
+        recurrent: of the op, see ``ops/baselines/mlstm.py``.
+        conv: ``[B, conv_size - 1, channels]``, the last inputs of the convolution.
+    """
+
+    recurrent: MLSTMState
+    conv: jax.Array
+
+
+class MLSTM(nnx.Module):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]``, the inner width ``num_heads * head_dim``.
+
+    There is no extended range: with negative forget gates the normaliser could vanish.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        num_heads: heads ``H``.
+        head_dim: width ``K = V`` of a head; times ``num_heads`` a multiple of 4.
+        conv_size: taps of the convolution.
+        norm_eps: epsilon of the output norm.
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
+        initializer_range: standard deviation of ``"fla"``.
+        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
+        chunk_size: tokens in a chunk of the op; None for 64.
+        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
+        param_dtype: dtype of the parameters.
+        rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        conv_size: int = 4,
+        norm_eps: float = 1e-5,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_sizes(hidden_size, num_heads, head_dim, initializer)
+        require_at_least("conv_size", conv_size, 1)
+        inner = num_heads * head_dim
+        if inner % BLOCK:
+            raise ConfigError(
+                f"head_dim={head_dim} times num_heads={num_heads} is {inner}; mLSTM projects in "
+                f"blocks of {BLOCK} channels and needs a multiple of that"
+            )
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.implementation, self.chunk_size = implementation, chunk_size
+        self.dtype = jnp.dtype(dtype)
+        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        self.u_proj = project(hidden_size, inner)
+        self.z_proj = project(hidden_size, inner)
+        self.conv1d = ShortConv(
+            inner,
+            conv_size,
+            activation=nnx.silu,
+            kernel_init=conv_init(initializer, initializer_range, conv_size),
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        draw = projection_init(initializer, initializer_range, BLOCK, BLOCK)
+        blocks = lambda: nnx.Param(draw(rngs.params(), (inner // BLOCK, BLOCK, BLOCK), param_dtype))
+        self.q_blocks, self.k_blocks, self.v_blocks = blocks(), blocks(), blocks()
+        # As published: weights of the gates start at 0, forget gates near 1, input gates near 1.
+        wide = accumulator_dtype(dtype)
+        gate = {"kernel_init": nnx.initializers.zeros, "dtype": wide, "param_dtype": param_dtype}
+        self.i_proj = nnx.Linear(
+            3 * inner, num_heads, bias_init=nnx.initializers.normal(0.1), rngs=rngs, **gate
+        )
+        self.f_proj = nnx.Linear(3 * inner, num_heads, bias_init=_forget_bias, rngs=rngs, **gate)
+        self.skip = nnx.Param(jnp.ones((inner,), param_dtype))
+        norm = {"eps": norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        self.o_norm = HeadNorm(num_heads, head_dim, **norm)
+        self.o_proj = project(inner, hidden_size)
+
+    def init_state(self, batch_size: int) -> MLSTMLayerState:
+        """The state before the first token: all zero."""
+        K = self.head_dim
+        recurrent = mlstm_init(batch_size, self.num_heads, K, K, self.dtype)
+        return MLSTMLayerState(recurrent, self.conv1d.init_state(batch_size, self.dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: MLSTMLayerState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
+        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
+        state = self.init_state(x.shape[0]) if state is None else state
+
+        def mix(x, segment_ids, length):
+            (q, k, v, i, log_f), c, conv = self._inputs(x, state.conv, segment_ids, length)
+            o, recurrent = mlstm(
+                q,
+                k,
+                v,
+                only_counted(i, length, _CLOSED),
+                only_counted(log_f, length),
+                initial_state=state.recurrent,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+                chunk_size=self.chunk_size,
+            )
+            return self._output(o, c, x), MLSTMLayerState(recurrent, conv)
+
+        return without_padding(mix, x, segment_ids, mask)
+
+    def step(
+        self, state: MLSTMLayerState, x: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D"], MLSTMLayerState]:
+        """One token for every row: returns the outputs and the state after it."""
+        x = x[:, None]
+        inputs, c, conv = self._inputs(x, state.conv, None, None)
+        o, recurrent = mlstm_step(state.recurrent, *(a[:, 0] for a in inputs))
+        return self._output(o[:, None], c, x)[:, 0], MLSTMLayerState(recurrent, conv)
+
+    def _inputs(self, x, conv, segment_ids, length):
+        """Arguments of the op along T, the convolved inputs, the convolution's state."""
+        run = None if segment_ids is None else segment_runs(segment_ids)
+        u = self.u_proj(x)
+        c, conv = self.conv1d(u, conv, run, length)
+
+        def blocks(u, weight):
+            split = u.reshape(*u.shape[:2], -1, BLOCK)
+            return jnp.einsum("btnc,ncd->btnd", split, weight[...].astype(u.dtype)).reshape(u.shape)
+
+        q, k, v = blocks(c, self.q_blocks), blocks(c, self.k_blocks), blocks(u, self.v_blocks)
+        all_three = jnp.concatenate([q, k, v], axis=-1).astype(accumulator_dtype(self.dtype))
+        heads = lambda a: a.reshape(*a.shape[:2], self.num_heads, -1)
+        log_f = jax.nn.log_sigmoid(self.f_proj(all_three))
+        return (heads(q), heads(k), heads(v), self.i_proj(all_three), log_f), c, conv
+
+    def _output(self, o: jax.Array, c: jax.Array, x: jax.Array) -> jax.Array:
+        o = self.o_norm(o).reshape(c.shape)
+        o = o + self.skip[...].astype(self.dtype)[None, None] * c
+        return self.o_proj(o * nnx.silu(self.z_proj(x)))
+
+
+class SLSTM(nnx.Module):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]`` that reads its sequences token by token.
+
+    Without a convolution, as in the formal-language runs of xLSTM. The input map is dense, because
+    the cells, ``num_heads * head_dim`` of them, need not be as many as inputs.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        num_heads: heads ``H``; the recurrent weights mix the cells of a head.
+        head_dim: cells ``V`` of a head.
+        norm_eps: epsilon of the output norm.
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
+        initializer_range: standard deviation of ``"fla"``.
+        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
+        param_dtype: dtype of the parameters.
+        rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        norm_eps: float = 1e-5,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        check_sizes(hidden_size, num_heads, head_dim, initializer)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.dtype = jnp.dtype(dtype)
+        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        cells = num_heads * head_dim
+        self.x_proj = project(hidden_size, 4 * cells)
+        # As published: the recurrent weights start at 0, the forget gates near 1.
+        self.recurrent = nnx.Param(jnp.zeros((4, num_heads, head_dim, head_dim), param_dtype))
+        bias = jnp.zeros((4, num_heads, head_dim), param_dtype)
+        forget = _forget_bias(rngs.params(), (head_dim,), param_dtype)
+        self.bias = nnx.Param(bias.at[2].set(forget[None]))
+        norm = {"eps": norm_eps, "dtype": dtype, "param_dtype": param_dtype}
+        self.o_norm = HeadNorm(num_heads, head_dim, **norm)
+        self.o_proj = project(cells, hidden_size)
+
+    def init_state(self, batch_size: int) -> SLSTMState:
+        """The state before the first token: no output, nothing in any cell."""
+        return slstm_init(batch_size, self.num_heads, self.head_dim, self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: SLSTMState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], SLSTMState]:
+        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
+
+        def mix(x, segment_ids, length):
+            counted = only_counted(jnp.ones(x.shape[:2], bool), length)
+            h, after = slstm(
+                self._inputs(x),
+                self.recurrent[...],
+                initial_state=state,
+                segment_ids=segment_ids,
+                mask=None if length is None else counted,
+            )
+            return self._output(h), after
+
+        return without_padding(mix, x, segment_ids, mask)
+
+    def step(
+        self, state: SLSTMState, x: Float[Array, "B D"]
+    ) -> tuple[Float[Array, "B D"], SLSTMState]:
+        """One token for every row: returns the outputs and the state after it."""
+        h, state = slstm_step(state, self._inputs(x[:, None])[:, 0], self.recurrent[...])
+        return self._output(h[:, None])[:, 0], state
+
+    def _inputs(self, x: jax.Array) -> jax.Array:
+        x = self.x_proj(x).reshape(*x.shape[:2], 4, self.num_heads, self.head_dim)
+        return x + self.bias[...].astype(self.dtype)[None, None]
+
+    def _output(self, h: jax.Array) -> jax.Array:
+        return self.o_proj(self.o_norm(h).reshape(*h.shape[:2], -1))
+
+
+def _forget_bias(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    """Biases of forget gates: evenly spread over 3 to 6, so that memory starts out long."""
+    return jnp.linspace(3.0, 6.0, *shape).astype(dtype)

@@ -1,0 +1,162 @@
+"""Transitions that are diagonal plus a matrix of rank one: the recurrence of RWKV-7.
+
+    S_t = diag(exp(g_t)) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T,    o_t = scale * S_t^T q_t
+
+Chunked: with u_t = S_{t-1}^T a_t known, this is linear attention with two writes a token, k v^T and
+b u^T. What a token reads of earlier writes makes u the solution of a unit lower-triangular system,
+as in the WY form of the delta rule. Sources: RWKV-7 (Peng et al., 2025); the chunked form is that
+of DPLR in flash-linear-attention, derived anew.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from deltaproduct_jax.ops.baselines import chunks
+from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
+from deltaproduct_jax.ops.checks import check_scale
+from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+from deltaproduct_jax.ops.triangular import unit_lower_inverse
+
+
+def diagonal_plus_low_rank(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    a: Float[Array, "B T H K"],
+    b: Float[Array, "B T H K"],
+    g: Float[Array, "B T H K"],
+    *,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Integer[Array, "B T"] | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The recurrence over whole sequences.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        a: what the rank-one part reads the state with. RWKV-7's is the unit key.
+        b: where the rank-one part writes. RWKV-7's is minus the key times its learning rate.
+        g: log of the diagonal gate, at most 0.
+        scale: multiplies q; None for ``K**-0.5``.
+        initial_state: state before the first token, float32 (float64 with float64 inputs); None for
+            zeros. It continues each row's first segment.
+        segment_ids: sequence that each token belongs to; the state starts anew where it changes.
+        implementation: ``"recurrent"``, a scan over tokens; ``"chunked"``, matmuls within chunks
+            and a scan over them; None for the latter.
+        chunk_size: tokens in a chunk; None for 64.
+
+    Returns:
+        ``(o, final_state)``, in the dtype of ``v``, and in float32 at least.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it may be.
+    """
+    check_options(implementation, chunk_size)
+    _check(q, k, v, a, b, g, initial_state, "initial_state", segment_ids)
+    scale = check_scale(scale, q.shape[-1])
+    B, T, H, K = q.shape
+    state = initial_state
+    if state is None:
+        state = jnp.zeros((B, H, K, v.shape[-1]), accumulator_dtype(q.dtype))
+    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    if implementation == "recurrent":
+        return _recurrent(q, k, v, a, b, g, state, resets, scale)
+    return _chunked(q, k, v, a, b, g, state, resets, scale, chunks.chunk_length(chunk_size, T))
+
+
+def diagonal_plus_low_rank_step(
+    state: Float[Array, "B H K V"],
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    a: Float[Array, "B H K"],
+    b: Float[Array, "B H K"],
+    g: Float[Array, "B H K"],
+    *,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token: returns the output and the state after it; see :func:`diagonal_plus_low_rank`."""
+    _check(q, k, v, a, b, g, state, "state", None, one_token=True)
+    return _step(state, q, k, v, a, b, g, check_scale(scale, q.shape[-1]))
+
+
+def _check(q, k, v, a, b, g, state, state_name, segment_ids, one_token=False) -> None:
+    keys = {"q": q, "k": k, "a": a, "b": b, "g": g}
+    arrays = {name: (array, "B T H K") for name, array in keys.items()}
+    arrays |= {
+        "v": (v, "B T H V"),
+        state_name: (state, "B H K V"),
+        "segment_ids": (segment_ids, "B T"),
+    }
+    check_shapes(arrays, one_token)
+
+
+def _recurrent(q, k, v, a, b, g, state, resets, scale):
+    def body(state_BHKV, token):
+        *inputs, reset = token
+        if reset is not None:
+            state_BHKV = jnp.where(reset[:, None, None, None], 0, state_BHKV)
+        o, state_BHKV = _step(state_BHKV, *inputs, scale)
+        return state_BHKV, o
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, a, b, g, resets))
+    final_state, o_TBHV = jax.lax.scan(body, state, tokens)
+    return jnp.moveaxis(o_TBHV, 0, 1), final_state
+
+
+def _step(state_BHKV, q, k, v, a, b, g, scale):
+    wide = accumulator_dtype(q.dtype)
+    matmul = Matmul.wide(q.dtype, None)
+    read_BHV = matmul("bhk,bhkv->bhv", a, state_BHKV)
+    state_BHKV = jnp.exp(g.astype(wide))[..., None] * state_BHKV
+    state_BHKV += b.astype(wide)[..., None] * read_BHV[..., None, :]
+    state_BHKV += k.astype(wide)[..., None] * v.astype(wide)[..., None, :]
+    o_BHV = scale * matmul("bhk,bhkv->bhv", q, state_BHKV)
+    return o_BHV.astype(v.dtype), state_BHKV
+
+
+def _chunked(q, k, v, a, b, g, state, resets, scale, C):
+    wide = accumulator_dtype(q.dtype)
+    matmul, exact = Matmul.of(q.dtype, None), Matmul.wide(q.dtype, None)
+    if resets is not None:  # the first token of a segment has no state to read
+        a = jnp.where(resets[:, :, None, None], 0, a)
+
+    @jax.checkpoint
+    def body(state_BHKV, chunk):
+        q, k, v, a, b, g, resets_BC = chunk
+        decays = chunks.decays_of(g, resets_BC)
+
+        # Token c reads with a the state before it, that is, after token c - 1.
+        def before(x, first):
+            return jnp.concatenate([first, x[:, :, :-1]], axis=2)
+
+        a_next = jnp.concatenate([a[:, :, 1:], jnp.zeros_like(a[:, :, :1])], axis=2)
+        nothing = jnp.zeros((*a.shape[:2], 1, C), wide)
+        system_BHCC = before(chunks.decayed_products(a_next, b, decays, exact), nothing)
+        reads_BHCC = before(chunks.decayed_products(a_next, k, decays, matmul), nothing)
+        into_before = before(decays.into, jnp.ones_like(decays.into[:, :, :1]))
+        u_BHCV = matmul("bhck,bhkv->bhcv", a.astype(wide) * into_before, state_BHKV)
+        u_BHCV += matmul("bhcs,bhsv->bhcv", reads_BHCC, v)
+        strict = np.tri(C, k=-1, dtype=bool).reshape(1, 1, C, C)
+        inverse_BHCC = unit_lower_inverse(jnp.where(strict, -system_BHCC, 0), exact)
+        u_BHCV = matmul("bhcs,bhsv->bhcv", inverse_BHCC, u_BHCV)
+
+        o_BHCV = matmul("bhck,bhkv->bhcv", q.astype(wide) * decays.into, state_BHKV)
+        next_BHKV = decays.through[..., None] * state_BHKV
+        for keys, values in ((k, v), (b, u_BHCV)):
+            scores_BHCC = chunks.decayed_products(q, keys, decays, matmul)
+            o_BHCV += matmul("bhcs,bhsv->bhcv", scores_BHCC, values)
+            next_BHKV += matmul("bhck,bhcv->bhkv", keys.astype(wide) * decays.out, values)
+        return next_BHKV, (scale * o_BHCV).astype(v.dtype)
+
+    tokens = [chunks.split_heads(x, C) for x in (q, k, v, a, b, g.astype(wide))]
+    tokens.append(None if resets is None else chunks.split(resets, C))
+    state, o_NBHCV = jax.lax.scan(body, state, tuple(tokens))
+    return chunks.join_heads(o_NBHCV, q.shape[1]), state

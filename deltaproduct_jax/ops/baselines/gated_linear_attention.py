@@ -1,0 +1,170 @@
+"""Linear attention with a gate per head or per key channel: Mamba-2, GLA, and mLSTM's memory.
+
+    S_t = diag(gate_t) S_{t-1} + k_t v_t^T,    o_t = scale * S_t^T q_t,    gate_t = +-exp(g_t)
+
+Sources: Mamba-2 (Dao and Gu, 2024), GLA (Yang et al., 2024), their chunked forms among them;
+negative gates are the extended range of Grazzi et al. (ICLR 2025).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Integer
+
+from deltaproduct_jax.ops.baselines import chunks
+from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
+from deltaproduct_jax.ops.checks import check_scale
+from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+
+Gate = Float[Array, "B T H"] | Float[Array, "B T H K"]
+Sign = Bool[Array, "B T H"] | Bool[Array, "B T H K"]
+
+
+def gated_linear_attention(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    g: Gate,
+    *,
+    negative: Sign | None = None,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Integer[Array, "B T"] | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """Gated linear attention over whole sequences.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        g: log of the gate's magnitude, at most 0; per head, or per head and key channel.
+        negative: as ``g``, True where the gate is below 0; None for nowhere.
+        scale: multiplies q; None for ``K**-0.5``.
+        initial_state: state before the first token, float32 (float64 with float64 inputs); None for
+            zeros. It continues each row's first segment.
+        segment_ids: sequence that each token belongs to; the state starts anew where it changes.
+        implementation: ``"recurrent"``, a scan over tokens; ``"chunked"``, matmuls within chunks
+            and a scan over them; None for the latter.
+        chunk_size: tokens in a chunk; None for 64.
+
+    Returns:
+        ``(o, final_state)``, in the dtype of ``v``, and in float32 at least.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it may be.
+    """
+    check_options(implementation, chunk_size)
+    _check(q, k, v, g, negative, initial_state, "initial_state", segment_ids)
+    scale = check_scale(scale, q.shape[-1])
+    B, T, H, K = q.shape
+    state = initial_state
+    if state is None:
+        state = jnp.zeros((B, H, K, v.shape[-1]), accumulator_dtype(q.dtype))
+    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    if implementation == "recurrent":
+        return _recurrent(q, k, v, g, negative, state, resets, scale)
+    sign = None
+    if negative is not None:
+        q, k, sign = _fold_signs(q, k, negative)
+    o, state = _chunked(q, k, v, g, state, resets, scale, chunks.chunk_length(chunk_size, T))
+    return o, state if sign is None else state * sign.astype(state.dtype)
+
+
+def gated_linear_attention_step(
+    state: Float[Array, "B H K V"],
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    g: Float[Array, "B H"] | Float[Array, "B H K"],
+    *,
+    negative: Bool[Array, "B H"] | Bool[Array, "B H K"] | None = None,
+    scale: float | None = None,
+) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
+    """One token: returns the output and the state after it; see :func:`gated_linear_attention`."""
+    _check(q, k, v, g, negative, state, "state", None, one_token=True)
+    return _step(state, q, k, v, g, negative, check_scale(scale, q.shape[-1]))
+
+
+def _check(q, k, v, g, negative, state, state_name, segment_ids, one_token=False) -> None:
+    gate = "B T H K" if g.ndim == q.ndim else "B T H"
+    arrays = {
+        "q": (q, "B T H K"),
+        "k": (k, "B T H K"),
+        "v": (v, "B T H V"),
+        "g": (g, gate),
+        "negative": (negative, gate),
+        state_name: (state, "B H K V"),
+        "segment_ids": (segment_ids, "B T"),
+    }
+    check_shapes(arrays, one_token)
+
+
+def _recurrent(q, k, v, g, negative, state, resets, scale):
+    def body(state_BHKV, token):
+        q, k, v, g, negative, reset = token
+        if reset is not None:
+            state_BHKV = jnp.where(reset[:, None, None, None], 0, state_BHKV)
+        o, state_BHKV = _step(state_BHKV, q, k, v, g, negative, scale)
+        return state_BHKV, o
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, negative, resets))
+    final_state, o_TBHV = jax.lax.scan(body, state, tokens)
+    return jnp.moveaxis(o_TBHV, 0, 1), final_state
+
+
+def _step(state_BHKV, q, k, v, g, negative, scale):
+    wide = accumulator_dtype(q.dtype)
+    matmul = Matmul.wide(q.dtype, None)
+    gate = jnp.exp(g.astype(wide))
+    if negative is not None:
+        gate = jnp.where(negative, -gate, gate)
+    if gate.ndim == 2:
+        gate = gate[..., None]
+    write_BHKV = k.astype(wide)[..., None] * v.astype(wide)[..., None, :]
+    state_BHKV = gate[..., None] * state_BHKV + write_BHKV
+    o_BHV = scale * matmul("bhk,bhkv->bhv", q, state_BHKV)
+    return o_BHV.astype(v.dtype), state_BHKV
+
+
+def _fold_signs(q, k, negative):
+    """Queries and keys under which gates of their magnitude alone give the same outputs.
+
+    With s_t the product of all signs up to token t, s_t S_t obeys the recurrence of the magnitudes
+    if the keys are s_t k_t, and reads the same if the queries are s_t q_t; s_t is 1 or -1, exactly.
+
+    Returns:
+        ``(q, k, sign)``; the last is s_T, [B, H, K or 1, 1].
+    """
+    if negative.ndim == 3:
+        negative = negative[..., None]
+    flips = negative.astype(jnp.int32)
+    sign = 1 - 2 * (jnp.cumsum(flips, axis=1) % 2)
+    last = 1 - 2 * (jnp.sum(flips, axis=1) % 2)
+    return q * sign.astype(q.dtype), k * sign.astype(k.dtype), last[..., None]
+
+
+def _chunked(q, k, v, g, state, resets, scale, C):
+    wide = accumulator_dtype(q.dtype)
+    matmul = Matmul.of(q.dtype, None)
+    g = g.astype(wide)
+    g = g[..., None] if g.ndim == 3 else g
+
+    @jax.checkpoint
+    def body(state_BHKV, chunk):
+        q_BHCK, k_BHCK, v_BHCV, g_BHCK, resets_BC = chunk
+        decays = chunks.decays_of(g_BHCK, resets_BC)
+        scores_BHCC = scale * chunks.decayed_products(q_BHCK, k_BHCK, decays, matmul)
+        o_BHCV = matmul("bhcs,bhsv->bhcv", scores_BHCC, v_BHCV)
+        reads_BHCK = scale * q_BHCK.astype(wide) * decays.into
+        o_BHCV += matmul("bhck,bhkv->bhcv", reads_BHCK, state_BHKV)
+        writes_BHCK = k_BHCK.astype(wide) * decays.out
+        state_BHKV = decays.through[..., None] * state_BHKV
+        state_BHKV += matmul("bhck,bhcv->bhkv", writes_BHCK, v_BHCV)
+        return state_BHKV, o_BHCV.astype(v.dtype)
+
+    tokens = [chunks.split_heads(x, C) for x in (q, k, v, g)]
+    tokens.append(None if resets is None else chunks.split(resets, C))
+    state, o_NBHCV = jax.lax.scan(body, state, tuple(tokens))
+    return chunks.join_heads(o_NBHCV, q.shape[1]), state

@@ -1,0 +1,200 @@
+"""The matrix memory of xLSTM (Beck et al., 2024): exponential input gate, normaliser, stabiliser.
+
+    m_t = max(log f_t + m_{t-1}, i_t)
+    f'_t = exp(log f_t + m_{t-1} - m_t),   i'_t = exp(i_t - m_t),          k_t = key / sqrt(K)
+    S_t = f'_t S_{t-1} + i'_t k_t v_t^T,   n_t = f'_t n_{t-1} + i'_t k_t
+    o_t = S_t^T q_t / (max(|n_t . q_t|, exp(-m_t)) + 1e-6)
+
+f' and i' are at most 1, and the m that they need do not depend on q, k or v: a scan of log depth
+finds them all, and what is left is gated linear attention with one more value channel, the
+normaliser's. There is no extended range: with negative gates the normaliser could vanish.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer
+
+from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
+from deltaproduct_jax.ops.baselines.gated_linear_attention import gated_linear_attention
+from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+
+_EPS = 1e-6
+
+
+class MLSTMState(NamedTuple):
+    """State of every head, in float32 at least.
+
+    Attributes:
+        memory: S, ``[B, H, K, V]``, divided by exp(m).
+        normalizer: n, ``[B, H, K]``, divided by exp(m).
+        stabilizer: m, ``[B, H]``.
+    """
+
+    memory: jax.Array
+    normalizer: jax.Array
+    stabilizer: jax.Array
+
+
+def mlstm_init(B: int, H: int, K: int, V: int, dtype: jax.typing.DTypeLike) -> MLSTMState:
+    """The state before the first token of inputs of ``dtype``: all zero."""
+    wide = accumulator_dtype(dtype)
+    shapes = ((B, H, K, V), (B, H, K), (B, H))
+    return MLSTMState(*(jnp.zeros(shape, wide) for shape in shapes))
+
+
+def mlstm(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    i: Float[Array, "B T H"],
+    log_f: Float[Array, "B T H"],
+    *,
+    initial_state: MLSTMState | None = None,
+    segment_ids: Integer[Array, "B T"] | None = None,
+    implementation: str | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Float[Array, "B T H V"], MLSTMState]:
+    """mLSTM over whole sequences.
+
+    Args:
+        q: queries.
+        k: keys; the op divides them by ``sqrt(K)``.
+        v: values.
+        i: log of the input gate, of any size.
+        log_f: log of the forget gate, at most 0.
+        initial_state: state before the first token; None for an empty one. It continues each row's
+            first segment.
+        segment_ids: sequence that each token belongs to; the state starts anew where it changes.
+        implementation: ``"recurrent"``, a scan over tokens; ``"chunked"``, matmuls within chunks
+            and a scan over them; None for the latter.
+        chunk_size: tokens in a chunk; None for 64.
+
+    Returns:
+        ``(o, final_state)``, in the dtype of ``v``, and in float32 at least.
+
+    Raises:
+        ValueError: naming the argument, what it got and what it may be.
+    """
+    check_options(implementation, chunk_size)
+    _check(q, k, v, i, log_f, initial_state, "initial_state", segment_ids)
+    B, _, H, K = q.shape
+    wide = accumulator_dtype(q.dtype)
+    state = initial_state
+    if state is None:
+        state = mlstm_init(B, H, K, v.shape[-1], q.dtype)
+    i, log_f = i.astype(wide), log_f.astype(wide)
+    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    if implementation == "recurrent":
+        return _recurrent(q, k, v, i, log_f, state, resets)
+
+    m, m_before = _stabilizers(i, log_f, state.stabilizer, resets)
+    keys = (k.astype(wide) * (jnp.exp(i - m) * K**-0.5)[..., None]).astype(q.dtype)
+    v_and_one = jnp.concatenate([v.astype(wide), jnp.ones((*v.shape[:3], 1), wide)], axis=-1)
+    memory_and_normalizer = jnp.concatenate([state.memory, state.normalizer[..., None]], axis=-1)
+    read, joint = gated_linear_attention(
+        q,
+        keys,
+        v_and_one,
+        log_f + m_before - m,
+        scale=1.0,
+        initial_state=memory_and_normalizer,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+    )
+    o = _normalize(read[..., :-1], read[..., -1], m).astype(v.dtype)
+    last = m[:, -1] if m.shape[1] else state.stabilizer
+    return o, MLSTMState(joint[..., :-1], joint[..., -1], last)
+
+
+def mlstm_step(
+    state: MLSTMState,
+    q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
+    i: Float[Array, "B H"],
+    log_f: Float[Array, "B H"],
+) -> tuple[Float[Array, "B H V"], MLSTMState]:
+    """One token: returns the output and the state after it; see :func:`mlstm`."""
+    _check(q, k, v, i, log_f, state, "state", None, one_token=True)
+    return _step(state, q, k, v, i, log_f)
+
+
+def _check(q, k, v, i, log_f, state, state_name, segment_ids, one_token=False) -> None:
+    memory, normalizer, stabilizer = (None,) * 3 if state is None else state
+    arrays = {
+        "q": (q, "B T H K"),
+        "k": (k, "B T H K"),
+        "v": (v, "B T H V"),
+        "i": (i, "B T H"),
+        "log_f": (log_f, "B T H"),
+        f"{state_name}.memory": (memory, "B H K V"),
+        f"{state_name}.normalizer": (normalizer, "B H K"),
+        f"{state_name}.stabilizer": (stabilizer, "B H"),
+        "segment_ids": (segment_ids, "B T"),
+    }
+    check_shapes(arrays, one_token)
+
+
+def _recurrent(q, k, v, i, log_f, state, resets):
+    def body(state, token):
+        *inputs, reset = token
+        if reset is not None:
+            clear = lambda x: jnp.where(reset.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
+            state = jax.tree.map(clear, state)
+        o, state = _step(state, *inputs)
+        return state, o
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, i, log_f, resets))
+    final_state, o_TBHV = jax.lax.scan(body, state, tokens)
+    return jnp.moveaxis(o_TBHV, 0, 1), final_state
+
+
+def _step(state: MLSTMState, q, k, v, i, log_f):
+    matmul, wide = Matmul.wide(q.dtype, None), accumulator_dtype(q.dtype)
+    i, log_f = i.astype(wide), log_f.astype(wide)
+    m_BH = jnp.maximum(log_f + state.stabilizer, i)
+    forget_BH = jnp.exp(log_f + state.stabilizer - m_BH)
+    write_BHK = (jnp.exp(i - m_BH) * q.shape[-1] ** -0.5)[..., None] * k.astype(wide)
+    memory = forget_BH[..., None, None] * state.memory
+    memory += write_BHK[..., None] * v.astype(wide)[..., None, :]
+    normalizer = forget_BH[..., None] * state.normalizer + write_BHK
+    read_BHV = matmul("bhk,bhkv->bhv", q, memory)
+    weight_BH = matmul("bhk,bhk->bh", q, normalizer)
+    o_BHV = _normalize(read_BHV, weight_BH, m_BH).astype(v.dtype)
+    return o_BHV, MLSTMState(memory, normalizer, m_BH)
+
+
+def _normalize(read, weight, m):
+    """``read / (max(|weight|, exp(-m)) + eps)``, where exp(-m) must not overflow.
+
+    The bound is the square root of the largest number; beyond it the output is below one part in
+    that of its value anyway, and its gradient stays finite.
+    """
+    highest = 0.5 * math.log(jnp.finfo(m.dtype).max)
+    floor = jnp.exp(jnp.minimum(-m, highest))
+    return read / (jnp.maximum(jnp.abs(weight), floor) + _EPS)[..., None]
+
+
+def _stabilizers(i_BTH, log_f_BTH, before_BH, resets_BT):
+    """m after every token, and before it (0 before the first token of a later segment)."""
+
+    def then(first, second):
+        # m -> max(a + m, b), one after the other.
+        return first[0] + second[0], jnp.maximum(second[0] + first[1], second[1])
+
+    if not i_BTH.shape[1]:
+        return i_BTH, i_BTH
+    a, b = log_f_BTH, i_BTH
+    if resets_BT is not None:
+        reset = resets_BT[..., None]
+        a, b = jnp.where(reset, -jnp.inf, a), jnp.where(reset, jnp.maximum(a, b), b)
+    a, b = jax.lax.associative_scan(then, (a, b), axis=1)
+    m = jnp.maximum(a + before_BH[:, None], b)
+    m_before = jnp.concatenate([before_BH[:, None], m[:, :-1]], axis=1)
+    if resets_BT is not None:
+        m_before = jnp.where(resets_BT[..., None], 0, m_before)
+    return m, m_before

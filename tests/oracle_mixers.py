@@ -1,0 +1,148 @@
+"""The rivals' layers in float64 NumPy, one row, token by token; imports nothing of ours.
+
+Each takes the parameters by name, such as ``p["q_proj.kernel"]``, and inputs ``[T, D]``.
+"""
+
+import numpy as np
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def softplus(x):
+    return np.log1p(np.exp(x))
+
+
+def rms_norm(x, scale, eps):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale
+
+
+def head_norm(x, scale, eps, bias=0.0):
+    x = x - x.mean(axis=-1, keepdims=True)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps) * scale + bias
+
+
+def conv(x, taps):
+    W = len(taps)
+    padded = np.concatenate([np.zeros((W - 1, x.shape[1])), x])
+    return np.array([np.sum(padded[t : t + W] * taps, axis=0) for t in range(len(x))])
+
+
+def transformer(p, x, H, K, V, eps, extended):
+    T = len(x)
+    q, k, v = (
+        (x @ p[f"{n}_proj.kernel"]).reshape(T, H, -1).astype(complex if n != "v" else float)
+        for n in "qkv"
+    )
+    # A rotation of pairs of channels is a product of complex numbers.
+    turn = np.exp(1j * np.arange(T)[:, None] * 10_000.0 ** (-np.arange(K // 2) / (K // 2)))
+    q, k = ((u[..., : K // 2] + 1j * u[..., K // 2 :]) * turn[:, None] for u in (q, k))
+    y = np.zeros((T, H, V))
+    for t in range(T):
+        for h in range(H):
+            scores = np.array([(q[t, h] @ k[s, h].conj()).real for s in range(t + 1)]) / K**0.5
+            weights = np.exp(scores)
+            y[t, h] = weights @ v[: t + 1, h] / weights.sum()
+    return y.reshape(T, -1) @ p["o_proj.kernel"]
+
+
+def gla(p, x, H, K, V, eps, extended):
+    T = len(x)
+    heads = lambda u: u.reshape(T, H, -1)
+    q, k, v = (heads(x @ p[f"{n}_proj.kernel"]) for n in "qkv")
+    gate = x @ p["gate_down.kernel"] @ p["gate_up.kernel"] + p["gate_up.bias"]
+    alpha = heads(sigmoid(gate) ** (1 / 16))
+    alpha = 2 * alpha - 1 if extended else alpha
+    S, o = np.zeros((H, K, V)), np.zeros((T, H, V))
+    for t in range(T):
+        S = alpha[t][..., None] * S + k[t][..., None] * v[t][:, None]
+        o[t] = np.einsum("hkv,hk->hv", S, q[t]) * K**-0.5
+    o = rms_norm(o, p["o_norm.scale"], eps) * silu(heads(x @ p["g_proj.kernel"]))
+    return o.reshape(T, -1) @ p["o_proj.kernel"]
+
+
+def mamba2(p, x, H, K, V, eps, extended):
+    T, Hv = len(x), len(p["A_log"])
+    xbc = silu(conv(x @ p["xbc_proj.kernel"], p["xbc_conv1d.weight"]))
+    u, k, q = np.split(xbc, [Hv * V, Hv * V + H * K], axis=1)
+    u = u.reshape(T, Hv, V)
+    k, q = (np.repeat(a.reshape(T, H, K), Hv // H, axis=1) for a in (k, q))
+    dt = softplus(x @ p["dt_proj.kernel"] + p["dt_bias"])
+    alpha = np.exp(-np.exp(p["A_log"]) * dt)
+    alpha = 2 * alpha - 1 if extended else alpha
+    S, o = np.zeros((Hv, K, V)), np.zeros((T, Hv, V))
+    for t in range(T):
+        S = alpha[t][:, None, None] * S + k[t][..., None] * (dt[t][:, None] * u[t])[:, None]
+        o[t] = np.einsum("hkv,hk->hv", S, q[t]) + p["D"][:, None] * u[t]
+    o = o.reshape(T, -1) * silu(x @ p["z_proj.kernel"])
+    return rms_norm(o, p["o_norm.scale"], eps) @ p["o_proj.kernel"]
+
+
+def mlstm(p, x, H, K, V, eps, extended):
+    T = len(x)
+    u, z = x @ p["u_proj.kernel"], x @ p["z_proj.kernel"]
+    c = silu(conv(u, p["conv1d.weight"]))
+    q, k, v = (
+        np.concatenate([a[:, 4 * n : 4 * n + 4] @ w for n, w in enumerate(p[f"{name}_blocks"])], 1)
+        for name, a in (("q", c), ("k", c), ("v", u))
+    )
+    three = np.concatenate([q, k, v], axis=1)
+    i = np.exp(three @ p["i_proj.kernel"] + p["i_proj.bias"])
+    f = sigmoid(three @ p["f_proj.kernel"] + p["f_proj.bias"])
+    q, k, v = q.reshape(T, H, K), k.reshape(T, H, K) / K**0.5, v.reshape(T, H, K)
+    S, n, m, o = np.zeros((H, K, K)), np.zeros((H, K)), np.zeros(H), np.zeros((T, H, K))
+    for t in range(T):
+        m = np.maximum(np.log(f[t]) + m, np.log(i[t]))
+        S = f[t][:, None, None] * S + (i[t][:, None] * k[t])[..., None] * v[t][:, None]
+        n = f[t][:, None] * n + i[t][:, None] * k[t]
+        weight = np.maximum(np.abs(np.sum(n * q[t], axis=1)), 1.0) + 1e-6 * np.exp(m)
+        o[t] = np.einsum("hkv,hk->hv", S, q[t]) / weight[:, None]
+    o = head_norm(o, p["o_norm.scale"], eps).reshape(T, -1) + p["skip"] * c
+    return (o * silu(z)) @ p["o_proj.kernel"]
+
+
+def slstm(p, x, H, K, V, eps, extended):
+    T = len(x)
+    given = (x @ p["x_proj.kernel"]).reshape(T, 4, H, K) + p["bias"]
+    c, n, h, out = np.zeros((H, K)), np.zeros((H, K)), np.zeros((H, K)), np.zeros((T, H, K))
+    for t in range(T):
+        z, i, f, o = given[t] + np.einsum("hu,ghuv->ghv", h, p["recurrent"])
+        c = sigmoid(f) * c + np.exp(i) * np.tanh(z)
+        n = sigmoid(f) * n + np.exp(i)
+        out[t] = h = sigmoid(o) * c / n
+    return head_norm(out, p["o_norm.scale"], eps).reshape(T, -1) @ p["o_proj.kernel"]
+
+
+def rwkv7(p, x, H, K, V, eps, extended, v_first=None):
+    T = len(x)
+    before = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    blend = lambda name: x + (before - x) * p[f"x_{name}"]
+    heads = lambda u: u.reshape(T, H, -1)
+
+    def lora(name, of, activation=lambda u: u):
+        low = activation(blend(of) @ p[f"{name}_lora.down.kernel"])
+        return low @ p[f"{name}_lora.up.kernel"] + p.get(f"{name}_lora.bias", 0.0)
+
+    r, k, v = (heads(blend(n) @ p[f"{n}_proj.kernel"]) for n in "rkv")
+    w = np.exp(-np.exp(-0.5) * sigmoid(heads(lora("w", "w", np.tanh))))
+    a = sigmoid(heads(lora("a", "a")))
+    if v_first is not None:
+        v = v + (v_first - v) * sigmoid(heads(lora("v", "v")))
+    kk = k * p["k_k"]
+    kk = kk / np.linalg.norm(kk, axis=-1, keepdims=True)
+    k = k * (1 + (a - 1) * p["k_a"])
+    S, o = np.zeros((H, K, V)), np.zeros((T, H, V))
+    for t in range(T):
+        for h in range(H):
+            rank_one = np.outer(a[t, h] * kk[t, h], kk[t, h])
+            A = np.diag(w[t, h]) - (2 if extended else 1) * rank_one
+            S[h] = A @ S[h] + np.outer(k[t, h], v[t, h])
+            o[t, h] = S[h].T @ r[t, h]
+    o = head_norm(o, p["o_norm.scale"], K * eps, p["o_norm.bias"])
+    o = o + np.sum(r * p["r_k"] * k, axis=-1, keepdims=True) * v
+    return (o.reshape(T, -1) * lora("g", "g", sigmoid)) @ p["o_proj.kernel"]
