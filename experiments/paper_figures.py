@@ -45,6 +45,8 @@ METRICS = {
     "escape": "strict.sequence_accuracy",
 }
 THRESHOLD = 0.9
+# Entries of a legend within the axes, and the room that a longer one takes beside them.
+MOST_INSIDE, LEGEND_INCHES = 6, 2.2
 COLORS = tuple(f"C{index}" for index in range(10))
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -135,9 +137,12 @@ def cumulative(records: Sequence[Record], config: FigureConfig, path: Path) -> l
             axes.axvline(*trained, color="grey", linestyle="--", label="trained up to here")
         title = label([config.x], panel)
         axes.set(title=title, xlabel="position", ylabel="fraction of sequences right so far")
-        axes.legend(fontsize="small")
+        _add_legend(axes)
         drawn[title] = {
-            name: {"median": np.median(runs, axis=0).tolist(), "runs": runs.tolist()}
+            name: {
+                "median": np.median(runs, axis=0).round(4).tolist(),
+                "runs": runs.round(4).tolist(),
+            }
             for name, runs in curves.items()
         }
     for axes in list(cells):  # places without a panel
@@ -145,6 +150,16 @@ def cumulative(records: Sequence[Record], config: FigureConfig, path: Path) -> l
     save(figure, _file(path, ".png"))
     write_file(_file(path, ".json"), json.dumps(drawn).encode() + b"\n")
     return [_file(path, ".png"), _file(path, ".json")]
+
+
+def _add_legend(axes: Axes) -> None:
+    """Within the axes, or beside them where it would cover what is drawn."""
+    if len(axes.get_legend_handles_labels()[0]) <= MOST_INSIDE:
+        axes.legend(fontsize="small")
+        return
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    width, height = axes.figure.get_size_inches()
+    axes.figure.set_size_inches(width + LEGEND_INCHES, height)
 
 
 def draw_curves(axes: Axes, curves: Mapping[str, np.ndarray], *, band: bool) -> None:
@@ -183,7 +198,7 @@ def escape(records: Sequence[Record], config: FigureConfig, path: Path) -> list[
     draw_bars(axes, rows, config.keys)
     axes.set(xlabel=config.x, ylabel="fraction of runs", title=says, ylim=(0, 1.1))
     axes.title.set_fontsize("small")
-    axes.legend(fontsize="small")
+    _add_legend(axes)
     save(figure, _file(path, ".png"))
     return [_file(path, ".png"), *write_table(path, rows, text)]
 
