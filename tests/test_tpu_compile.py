@@ -17,6 +17,7 @@ JOBS = {
     for generation in ("v5e", "v6e")
     for direction in (FORWARD, BACKWARD)
     for dtype in ("bfloat16", "float32")
+    if (generation, dtype) != ("v6e", "float32")  # compiles for 10 seconds, and shares the cut
 }
 # Large enough for its states, one every 32 tokens, not to fit on the chip, where memory is not
 # counted.
@@ -62,7 +63,7 @@ def test_a_solver_would_be_seen(monkeypatch):
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_a_gradient_is_expected_to_take_longer(generation, compiled):
     forward, backward = (
-        compiled[generation, direction, "float32"]["model_cycles"]
+        compiled[generation, direction, "bfloat16"]["model_cycles"]
         for direction in (FORWARD, BACKWARD)
     )
     assert backward > 1.5 * forward
