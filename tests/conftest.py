@@ -90,3 +90,10 @@ def pytest_terminal_summary(terminalreporter):
             f"{implementation:<16}{dtype:<10}{errors['outputs']:>9.1e}"
             f"{errors['gradients']:>11.1e}{errors['cases']:>7}"
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Every program takes memory maps, of which a process may have only so many."""
+    yield
+    jax.clear_caches()
