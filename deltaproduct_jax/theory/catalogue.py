@@ -39,7 +39,7 @@ CATALOGUE: dict[str, Callable[[str], Construction]] = {
     "plane_Z5": _one("Z5", "plane", 2),
     "plane_D5": _one("D5", "plane", 2),
     "two_layers_Z5": lambda name: two_layers(name, "Z5"),
-    "two_layers_D3": lambda name: two_layers(name, "D3"),
+    "two_layers_S3": lambda name: two_layers(name, "S3"),
     "two_layers_D5": lambda name: two_layers(name, "D5"),
     "three_layers_S3": _blocks("S3", 2, full=True),
     "three_layers_S4": _blocks("S4", 2, full=False),

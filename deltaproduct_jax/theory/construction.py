@@ -53,7 +53,8 @@ class Construction:
             implementation=implementation,
             chunk_size=chunk_size,
         )
-        model = SequenceModel(config, rngs=nnx.Rngs(0))
+        # Its shapes alone: nothing of what it would draw is kept.
+        model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
         unused = set(self.params)
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
             name, old = ".".join(map(str, path)), leaf.get_value()

@@ -20,43 +20,46 @@ from deltaproduct_jax.theory.reflections import completion, factors, product
 
 
 def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> Construction:
-    """Dm or Zm with one factor a token, in two layers.
+    """Dm or Zm, or S3, with one factor a token, in two layers.
 
-    The first counts rotations modulo 2, p. The second keeps ``S^p y^T`` for a reflection S of the
-    group's plane: each letter changes it by a matrix of determinant -1, which is one reflection.
-    The query undoes ``S^p``.
+    The first counts rotations modulo 2, p. The second keeps ``S^p y^T`` for one of the group's
+    reflections, or swaps, S: each letter changes it by a matrix of determinant -1, which is one
+    reflection. The query undoes ``S^p``. S3 is D3, by permutations, and so exact in every float.
 
     Args:
         name: of the construction.
-        group: Dm or Zm.
+        group: Dm, Zm or S3.
         letters: elements that are read; None for all.
 
     Raises:
         ConfigError: the group is no other.
     """
-    matrices, start, _ = representation(group, "plane")
-    task = GroupTask(group=group)
+    kind = "permutations" if group == "S3" else "plane"
+    matrices, start, copies = representation(group, kind)
+    task, d = GroupTask(group=group), matrices.shape[-1]
     letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
+    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,
         letters=letters,
-        features={"parity": 1, "key": 2, "query": 4, "image": 2},
+        features={"parity": 1, "key": d, "query": d * d, "image": d},
         num_layers=2,
-        num_heads=2,
-        head_dim=2,
+        num_heads=d,
+        head_dim=copies * d + len(pads),
         num_householder=1,
         units=2 * len(letters),
+        energy_bos=2,
     )
     turns = (np.linalg.det(matrices[letters]) > 0).astype(int)
-    one, both = slice(0, 1), slice(0, 2)
-    program.factors(0, one, "token", np.ones((len(letters), 1, 1)), 2.0 * turns[:, None], 1,
-                    rows=letters)  # fmt: skip
+    one, heads = slice(0, 1), slice(0, d)
+    ones = np.ones((len(letters), 1, 1))
+    program.factors(0, one, "token", ones, 2.0 * turns[:, None], 1, rows=letters)
     program.read(0, one, "token", np.ones((1, 1, 1)), 1)
     program.orbit(0, one, "parity", np.ones(1), [], 1)
 
-    mirror = np.diag([1.0, -1.0])
-    power = lambda p: np.linalg.matrix_power(mirror, p % 2)
+    swap = np.eye(3)[[1, 0, 2]] if kind == "permutations" else np.diag([1.0, -1.0])
+    power = lambda p: np.linalg.matrix_power(swap, p % 2)
     cases = [(i, p) for i in range(len(letters)) for p in (0, 1)]
     keys = [
         factors(power(p) @ matrices[letters[i]].T @ power(p - turns[i]), 1)[0][0] for i, p in cases
@@ -68,9 +71,9 @@ def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> C
     outputs = {"key": np.array(keys), "query": queries}
     program.lookup(0, {"token": token, "parity": parity}, 2, 1, outputs)
 
-    program.factors_of_feature(1, both, "key", None, 1)
-    program.read_by_feature(1, both, "query", 2, 1)
-    program.orbit(1, both, "image", start, [], 1)
+    program.factors_of_feature(1, heads, "key", None, copies)
+    program.read_by_feature(1, heads, "query", d, copies)
+    program.orbit(1, heads, "image", start, pads, copies)
     return finished(program, name, group, matrices, start, letters)
 
 
