@@ -1,14 +1,16 @@
 """The commands about theory: records, going on, errors in one line."""
 
+import dataclasses
 import json
 import re
 
 import numpy as np
 import pytest
 
-from experiments import flags, theory, theory_geometry
+from experiments import flags, theory, theory_geometry, theory_limits
 
 QUICK = ["--constructions=permutations_S3", "--length=40", "--words=2", "--piece=20"]
+ONE_RUN = ("float32", "recurrent")
 QUICK += ["--implementations=recurrent"]
 
 
@@ -42,18 +44,18 @@ def test_wrong_answers_are_counted():
     np.testing.assert_allclose(margin[0, [0, 1, 3]], [1 / 3, 0, -1 / 4], rtol=1e-6)
 
 
-def test_the_first_error_ends_the_length(monkeypatch):
+def test_the_first_error_ends_the_length():
     made = theory.construct("permutations_S3")
-    # A wrong machine: the model is right, and is told that it is not from the second swap on.
-    step = made.step.copy()
-    step[0, 1] = 0
-    object.__setattr__(made, "step", step)
-    config = theory.TheoryConfig(length=60, words=2, piece=10)
-    row = theory.run(made, "float32", "recurrent", config)
-    assert 0 <= row["length"] < 20
-    assert row["errors"] > 0
-    assert row["length_read"] < 60
-    assert row["min_margin"] is None or row["min_margin"] > 0
+    config = theory.TheoryConfig(length=40, words=2, piece=10)
+    swapped = made.answers.copy()
+    swapped[[1, 2]] = [2, 1]  # the model is right, and is told that it is not in two states
+    row = theory.run(dataclasses.replace(made, answers=swapped), *ONE_RUN, config)
+    assert 0 <= row["length"] < 20 < row["length_read"] == 40
+    assert 0 < row["errors"] < 60
+    every = dataclasses.replace(made, answers=np.roll(made.answers, 1))
+    row = theory.run(every, *ONE_RUN, config)
+    wanted = {"length": 0, "length_read": 10, "errors": 20, "min_margin": None}
+    assert wanted.items() <= row.items()
 
 
 def test_a_curve_keeps_its_worst_and_its_end():
@@ -116,3 +118,19 @@ def test_errors_of_geometry_are_one_line(arguments, says, tmp_path, capsys, monk
     error = capsys.readouterr().err
     assert re.search(says, error)
     assert error.count("\n") == 1
+
+
+def test_limits_are_recorded(tmp_path, capsys):
+    argv = [f"--workdir={tmp_path}", "--products=20", "--lengths=10,1000", "--seed=3"]
+    assert flags.run(theory_limits.command, argv) == 0
+    found = json.loads((tmp_path / "limits.json").read_text())
+    assert max(found["proposition_1_worst_violation"].values()) < 1e-13
+    assert found["one_factor_states_apart_at_most"].keys() == {"10", "1000"}
+    assert found["one_factor_states_apart_at_most"]["1000"] < 1e-3
+    assert 0.3 < found["one_factor_share_of_the_bound"] <= 1 + 1e-9
+    assert found["commutator_orders_in_s5"] == [3] * 10
+    assert found["commutator_orders_of_rotations_by_one_angle"] == [1, 5]
+    assert found["factors_of_permutation_matrices"]["S5"] == 4
+    assert json.loads(capsys.readouterr().out) == found
+    assert flags.run(theory_limits.command, [*argv, "--products=0"]) == 2
+    assert "products=0 is too small; it must be at least 1" in capsys.readouterr().err
