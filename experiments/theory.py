@@ -48,6 +48,7 @@ PRESETS = {
     "quick": {"constructions": ("permutations_S3", "plane_Z5"), "length": 2000, "words": 2},
 }
 POINTS_A_DECADE = 4
+MOST_UNITS = 2**23  # of a SwiGLU, of all tokens of a piece: 32 MiB in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,9 @@ class TheoryConfig:
     implementations: tuple[str, ...] = setting(("chunked",), f"some of {', '.join(AVAILABLE)}")
     length: int = setting(1_000_000, "tokens of a word after BOS")
     words: int = setting(8, "words read side by side")
-    piece: int = setting(1000, "tokens that the model reads at once; the state is passed on")
+    piece: int = setting(
+        1000, "tokens read at once, fewer where a lookup is large; the state is passed on"
+    )
     budget_s: float = setting(300.0, "seconds after which no further piece of a run begins")
     seed: int = setting(0, "draws the words")
 
@@ -138,9 +141,10 @@ def run(
         raise FloatingPointError(f"{construction.name} in {dtype} answers BOS wrongly")
     at, key = jnp.zeros(config.words, jnp.int32), jax.random.key(config.seed)
     tokens, errors, length, margin, curve = 0, 0, None, np.inf, []
+    piece = min(config.piece, max(1, MOST_UNITS // (config.words * model.config.mlp_width)))
     began = time.monotonic()
     while tokens < config.length and (not tokens or time.monotonic() - began < config.budget_s):
-        T = min(config.piece, config.length - tokens)
+        T = min(piece, config.length - tokens)
         state, at, found = read(params, state, at, jax.random.fold_in(key, tokens), T)
         wrong, margins, deviations = map(np.asarray, found)
         at_fault = np.flatnonzero(wrong.any(0))
