@@ -1,0 +1,194 @@
+"""Several layers, where one does not suffice: fewer factors a token, down to one.
+
+- `two_layers`: dihedral and cyclic groups with n_h = 1 (the paper's Theorem 7, after Grazzi et
+  al., https://arxiv.org/abs/2411.12537, Theorem 6).
+- `by_blocks`: any group of permutations with three layers and n_h >= 2, or four and n_h = 1 (the
+  paper's Theorem 1(ii), (iii)): count positions, keep the last tokens, look up what to do.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.theory.clock import make_clock
+from deltaproduct_jax.theory.construction import Construction
+from deltaproduct_jax.theory.one_layer import finished, representation
+from deltaproduct_jax.theory.program import Program
+from deltaproduct_jax.theory.reflections import completion, factors, product
+
+
+def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> Construction:
+    """Dm or Zm, or S3, with one factor a token, in two layers.
+
+    The first counts rotations modulo 2, p. The second keeps ``S^p y^T`` for one of the group's
+    reflections, or swaps, S: each letter changes it by a matrix of determinant -1, which is one
+    reflection. The query undoes ``S^p``. S3 is D3, by permutations, and so exact in every float.
+
+    Args:
+        name: of the construction.
+        group: Dm, Zm or S3.
+        letters: elements that are read; None for all.
+
+    Raises:
+        ConfigError: the group is no other.
+    """
+    kind = "permutations" if group == "S3" else "plane"
+    matrices, start, copies = representation(group, kind)
+    task, d = GroupTask(group=group), matrices.shape[-1]
+    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
+    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
+    program = Program(
+        vocab_size=task.vocab_size,
+        bos=task.bos_id,
+        letters=letters,
+        features={"parity": 1, "key": d, "query": d * d, "image": d},
+        num_layers=2,
+        num_heads=d,
+        head_dim=copies * d + len(pads),
+        num_householder=1,
+        units=2 * len(letters),
+        energy_bos=2,
+    )
+    turns = (np.linalg.det(matrices[letters]) > 0).astype(int)
+    one, heads = slice(0, 1), slice(0, d)
+    ones = np.ones((len(letters), 1, 1))
+    program.factors(0, one, "token", ones, 2.0 * turns[:, None], 1, rows=letters)
+    program.read(0, one, "token", np.ones((1, 1, 1)), 1)
+    program.orbit(0, one, "parity", np.ones(1), [], 1)
+
+    swap = np.eye(3)[[1, 0, 2]] if kind == "permutations" else np.diag([1.0, -1.0])
+    power = lambda p: np.linalg.matrix_power(swap, p % 2)
+    cases = [(i, p) for i in range(len(letters)) for p in (0, 1)]
+    keys = [
+        factors(power(p) @ matrices[letters[i]].T @ power(p - turns[i]), 1)[0][0] for i, p in cases
+    ]
+    token = np.zeros((len(cases), task.vocab_size))
+    token[np.arange(len(cases)), [letters[i] for i, _ in cases]] = 1
+    parity = np.array([[(-1.0) ** p] for _, p in cases])
+    queries = np.array([power(p) for _, p in cases]).reshape(len(cases), -1)
+    outputs = {"key": np.array(keys), "query": queries}
+    program.lookup(0, {"token": token, "parity": parity}, 2, 1, outputs)
+
+    program.factors_of_feature(1, heads, "key", None, copies)
+    program.read_by_feature(1, heads, "query", d, copies)
+    program.orbit(1, heads, "image", start, pads, copies)
+    return finished(program, name, group, matrices, start, letters)
+
+
+def by_blocks(
+    name: str, group: str, num_householder: int, letters: Sequence[int] | None = None
+) -> Construction:
+    """Sn or An with any ``R = num_householder``, in three layers, or in four if it is one.
+
+    Blocks of ``m`` tokens: the state's factors are those of the block before, spread over the ``m``
+    tokens of the present one, and the query applies what is missing. So the layers are a clock
+    modulo ``P = 2 m``, a buffer of ``P`` tokens with a lookup of about ``2 m |letters|^(2 m)``
+    units, and the state. With one factor a token the clock takes two layers.
+
+    Args:
+        name: of the construction.
+        group: Sn or An.
+        num_householder: factors a token.
+        letters: elements that are read; None for all.
+    """
+    matrices, start, copies = representation(group, "permutations")
+    task, d, R = GroupTask(group=group), matrices.shape[-1], num_householder
+    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
+    L, m = len(letters), block_length(d - 1, R)
+    P, empty, V = 2 * m, len(letters), len(letters) + 1
+    clock = make_clock(P, R)
+    cases = list(block_cases(m, L))
+    pads = completion(int(copies * start @ start))
+    program = Program(
+        vocab_size=task.vocab_size,
+        bos=task.bos_id,
+        letters=letters,
+        features={
+            **clock.features, "clock": P, "slots": P * V,
+            "key": R * d, "beta": R, "query": d * d, "image": d,
+        },
+        num_layers=clock.num_layers + 2,
+        num_heads=max(P, d, clock.num_heads),
+        head_dim=max(copies * d + len(pads), P, clock.head_dim),
+        value_dim=V,
+        num_householder=R,
+        units=max(len(cases), P),
+        energy_bos=1 + len(clock.hands) + clock.num_layers - 1 + P,
+    )  # fmt: skip
+    clock.write(program, letters)
+    last = clock.num_layers + 1
+    codes = {int(letter): code for code, letter in enumerate(letters)}
+    program.buffer(last - 1, "clock", codes, empty, "slots")
+
+    where, slots = np.zeros((len(cases), P)), np.zeros((len(cases), P, V))
+    keys, beta = np.zeros((len(cases), R, d)), np.zeros((len(cases), R))
+    queries = np.zeros((len(cases), d, d))
+    acts = [matrices[letter].T for letter in letters]
+    for unit, (position, before, now) in enumerate(cases):
+        tokens = [*(before or [empty] * m), *now]
+        where[unit, position] = 1
+        for age, code in enumerate(reversed(tokens)):
+            slots[unit, (position - age) % P, code] = 1
+        keys[unit], beta[unit], queries[unit] = _turn(acts, before, now, m, R, d)
+    # A unit late in its block looks at more slots; all are to be on by the same amount.
+    missing = P + 1 - where.sum(1) - slots.sum((1, 2))
+    where *= 1 + missing[:, None]
+    program.lookup(
+        last - 1,
+        {"clock": where, "slots": slots.reshape(len(cases), -1)},
+        P + 1,
+        P,
+        {
+            "key": keys.reshape(len(cases), -1),
+            "beta": beta - 1,
+            "query": queries.reshape(len(cases), -1),
+        },
+    )
+    heads = slice(0, d)
+    program.factors_of_feature(last, heads, "key", "beta", copies)
+    program.read_by_feature(last, heads, "query", d, copies)
+    program.orbit(last, heads, "image", start, pads, copies)
+    return finished(program, name, group, matrices, start, letters)
+
+
+def block_length(needed: int, num_householder: int) -> int:
+    """Tokens in a block, so that theirs are at least as many factors as its product may take.
+
+    Of two tokens, positions would be counted modulo 4, which one layer with several factors cannot
+    do exactly (see `clock`): three are taken then.
+    """
+    m = -(-needed // num_householder)
+    return 3 if m == 2 and num_householder > 1 else m
+
+
+def block_cases(m: int, L: int) -> Iterator[tuple[int, tuple[int, ...] | None, tuple[int, ...]]]:
+    """What a lookup must tell apart: position modulo 2 m, the block before (None in the first
+    block), and the present block's letters so far."""
+    for position in range(2 * m):
+        offset = (position - 1) % m
+        blocks: list[tuple[int, ...] | None] = list(itertools.product(range(L), repeat=m))
+        for before in [*blocks, None] if 1 <= position <= m else blocks:
+            for now in itertools.product(range(L), repeat=offset + 1):
+                yield position, before, now
+
+
+def _turn(
+    acts: Sequence[np.ndarray],
+    before: tuple[int, ...] | None,
+    now: tuple[int, ...],
+    m: int,
+    R: int,
+    d: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and betas of a token, and what the query must apply to the state after it."""
+    block = np.eye(d)
+    for letter in before or ():
+        block = acts[letter] @ block
+    keys, beta = factors(block, m * R)
+    mine, rest = slice((len(now) - 1) * R, len(now) * R), slice(len(now) * R, None)
+    missing = product(keys[rest], beta[rest])
+    for letter in now:
+        missing = acts[letter] @ missing
+    return keys[mine], beta[mine], missing

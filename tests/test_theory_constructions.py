@@ -1,0 +1,213 @@
+"""Constructions: the weights answer every word as the group or automaton does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.theory import (
+    CATALOGUE,
+    by_blocks,
+    construct,
+    group_in_one_layer,
+    permutation_reset,
+    two_layers,
+)
+from deltaproduct_jax.theory import reflections as refl
+from deltaproduct_jax.theory import representations as reps
+from deltaproduct_jax.theory.clock import make_clock
+from deltaproduct_jax.theory.layered import block_cases
+
+LARGE_TABLES = ("three_layers_S5_full", "four_layers_S3")
+LAYERS_AND_FACTORS = {
+    "permutations_S3": (1, 2), "permutations_S4": (1, 3), "permutations_S5": (1, 4),
+    "cube_S4": (1, 2), "icosahedron_A5": (1, 2), "plane_Z5": (1, 2), "plane_D5": (1, 2),
+    "two_layers_Z5": (2, 1), "two_layers_S3": (2, 1), "two_layers_D5": (2, 1),
+    "three_layers_S3": (3, 2), "three_layers_S4": (3, 2), "three_layers_S5": (3, 2),
+    "three_layers_S5_full": (3, 4), "four_layers_S3": (4, 1), "four_layers_S4": (4, 1),
+    "four_layers_S5": (4, 1), "gated_turns": (1, 2), "gated_swaps": (1, 2),
+}  # fmt: skip
+
+
+def words(construction, T, B=4, seed=0):
+    """Random words and what is wanted, BOS first in both; groups as their task has it."""
+    drawn = np.random.default_rng(seed).integers(0, len(construction.letters), (B, T))
+    letters = construction.letters[drawn]
+    if construction.group.endswith("states"):
+        wanted = np.array([[spelled(construction.name, row[:t]) for t in range(T + 1)]
+                           for row in drawn])  # fmt: skip
+        bos = np.full((B, 1), construction.bos)
+        return np.concatenate([bos, letters], axis=1), wanted
+    task = GroupTask(group=construction.group)
+    bos = np.full((B, 1), task.bos_id)
+    wanted = np.asarray(task.running_products(jnp.asarray(letters)))
+    return np.concatenate([bos, letters], axis=1), np.concatenate([bos, wanted], axis=1)
+
+
+def spelled(name, word):
+    """Whether a word is in the language, by its description."""
+    if name == "gated_turns":
+        last = max((i for i, c in enumerate(word) if c == 2), default=-1)
+        since = list(word[last + 1 :])
+        return int((since.count(0) - since.count(1)) % 3 == 0)
+    at = 0
+    for letter in word:
+        at = [(at + 1) % 3, {0: 1, 1: 0, 2: 2}[at], 0, 2][letter]
+    return int(at == 1)
+
+
+def answers(construction, tokens, dtype="float32", implementation="recurrent"):
+    model = construction.model(dtype, implementation)
+    return np.asarray(jax.jit(lambda model, x: model(x))(model, jnp.asarray(tokens)), np.float64)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in LARGE_TABLES else ())
+        for name in CATALOGUE
+    ],
+)
+def test_every_answer_is_right(name):
+    made = construct(name)
+    assert (made.config.num_layers, made.config.factors_per_token) == LAYERS_AND_FACTORS[name]
+    tokens, wanted = words(made, 40)
+    logits = answers(made, tokens)
+    np.testing.assert_array_equal(logits.argmax(-1), wanted)
+    # As far from the others as exact arithmetic has it.
+    answer = logits[:, 1:, : made.ideal.shape[1]]
+    states = np.zeros(tokens.shape, int)
+    for t in range(1, tokens.shape[1]):
+        letter = np.searchsorted(made.letters, tokens[:, t])
+        if not np.array_equal(made.letters[letter], tokens[:, t]):  # generators stand unsorted
+            letter = np.array([list(made.letters).index(x) for x in tokens[:, t]])
+        states[:, t] = made.step[states[:, t - 1], letter]
+    ideal = made.ideal[states[:, 1:]]
+    unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+    assert np.linalg.norm(unit(answer) - unit(ideal), axis=-1).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["permutations_S4", "two_layers_S3", "three_layers_S4", "gated_swaps"]
+)
+def test_in_bfloat16_by_chunks(name):
+    made = construct(name)
+    tokens, wanted = words(made, 90, seed=1)
+    assert (answers(made, tokens, "bfloat16", "chunked").argmax(-1) == wanted).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_state_of_a_permutation_is_exact(dtype):
+    made = construct("permutations_S3")
+    tokens, _ = words(made, 300, B=2)
+    model = made.model(dtype, "chunked")
+    read = jax.jit(lambda model, x: model.forward(x)[1][0].recurrent)
+    first, last = (np.asarray(read(model, jnp.asarray(x))) for x in (tokens[:, :1], tokens))
+    assert np.abs(first).max() > 0
+    assert not np.array_equal(first[..., 0], last[..., 0])
+    np.testing.assert_array_equal(np.sort(first[..., 0]), np.sort(last[..., 0]))
+
+
+def test_in_pieces_and_steps():
+    made = construct("two_layers_S3")
+    tokens, wanted = words(made, 24)
+    model = made.model(implementation="recurrent")
+    logits, state = model.forward(jnp.asarray(tokens[:, :16]))
+    found = [np.asarray(logits).argmax(-1)]
+    step = jax.jit(lambda model, state, x: model.step(state, x))
+    for t in range(16, tokens.shape[1]):
+        logits, state = step(model, state, jnp.asarray(tokens[:, t]))
+        found.append(np.asarray(logits).argmax(-1)[:, None])
+    np.testing.assert_array_equal(np.concatenate(found, axis=1), wanted)
+
+
+def test_with_betas_up_to_1_it_forgets():
+    made = construct("permutations_S3")
+    half = dataclasses.replace(
+        made, config=dataclasses.replace(made.config, allow_neg_eigval=False)
+    )
+    tokens, wanted = words(made, 40)
+    assert (answers(half, tokens).argmax(-1) == wanted)[:, 5:].mean() < 0.7
+
+
+def test_too_few_factors_and_wrong_groups():
+    with pytest.raises(ValueError, match=r"num_householder=3 is too small: a letter takes 4"):
+        group_in_one_layer("few", "S5", "permutations", 3)
+    with pytest.raises(ConfigError, match=r"group='D3' has no permutation matrices; it may be Sn"):
+        by_blocks("no", "D3", 2)
+    with pytest.raises(ConfigError, match=r"group='S4' does not act on the plane; it may be Zm"):
+        two_layers("no", "S4")
+    with pytest.raises(ConfigError, match=r"group='S5' is no solid's; it may be one of \['S4'"):
+        reps.solid_matrices("S5")
+    with pytest.raises(ConfigError, match=r"letter 1 takes the states to \[0, 0, 1\]"):
+        permutation_reset("no", [[1, 0], [2, 0], [0, 1]], [0])
+    made = dataclasses.replace(construct("permutations_S3"), params={"layers.7.x": np.zeros(1)})
+    with pytest.raises(AssertionError, match="no such parameters"):
+        made.model()
+
+
+@pytest.mark.parametrize(
+    ("group", "matrices"),
+    [
+        ("S4", reps.permutation_matrices), ("A5", reps.permutation_matrices),
+        ("S4", reps.solid_matrices), ("A5", reps.solid_matrices), ("Z7", reps.plane_matrices),
+        ("D4", reps.plane_matrices),
+    ],
+)  # fmt: skip
+def test_matrices_multiply_like_the_group(group, matrices):
+    found = matrices(group)
+    table = np.asarray(GroupTask(group=group).running_products(jnp.asarray(
+        np.stack(np.meshgrid(range(len(found)), range(len(found)), indexing="ij"), -1)
+        .reshape(-1, 2))))[:, 1]  # fmt: skip
+    products = np.einsum("pij,qjk->pqik", found, found).reshape(-1, *found.shape[1:])
+    np.testing.assert_allclose(products, found[table], atol=1e-12)
+    with pytest.raises(ValueError, match="do not multiply like"):
+        reps.numbered(np.add.outer(range(4), range(4)) % 4, reps.plane_matrices("D2"))
+
+
+def test_reflections_are_as_few_as_can_be():
+    rng = np.random.default_rng(0)
+    for moved in (0, 1, 2, 5):
+        inner = np.linalg.qr(rng.normal(size=(moved, moved)))[0]
+        basis = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+        matrix = np.eye(6)
+        matrix[:moved, :moved] = inner
+        matrix = basis @ matrix @ basis.T
+        needed = np.linalg.matrix_rank(matrix - np.eye(6), 1e-9)
+        assert len(refl.reflections(matrix)) == needed
+        k, beta = refl.factors(matrix, 6)
+        np.testing.assert_allclose(refl.product(k, beta), matrix, atol=1e-12)
+    with pytest.raises(ValueError, match="must be orthogonal"):
+        refl.reflections(2 * np.eye(2))
+
+
+def test_completions_reach_powers_of_4():
+    for squares in (1, 2, 7, 10, 28, 60):
+        for least in (1, 200):
+            pads = refl.completion(squares, least)
+            total = squares + sum(pad**2 for pad in pads)
+            assert total >= least
+            assert total in 4 ** np.arange(8)
+
+
+def test_clocks_return_after_their_period_only():
+    for period, R, layers in ((2, 2, 1), (6, 2, 1), (8, 3, 1), (4, 1, 2), (6, 1, 2), (8, 1, 2)):
+        clock = make_clock(period, R)
+        assert clock.num_layers == layers
+        at = np.concatenate([hand.positions(2 * period) for hand in clock.hands], axis=1)
+        np.testing.assert_allclose(at[:period], at[period:], atol=1e-12)
+        others = (at[:period] @ at[:period].T)[~np.eye(period, dtype=bool)]
+        assert others.max() < len(clock.hands) - 0.2
+
+
+def test_a_lookup_has_as_many_cases_as_the_theorem_says():
+    for m, L in ((1, 3), (2, 2)):
+        cases = list(block_cases(m, L))
+        assert len(set(cases)) == len(cases)
+        full = 2 * m * L ** (2 * m)
+        assert len(cases) <= 2 * full
+        assert len([case for case in cases if case[1] is not None]) <= full
