@@ -38,7 +38,9 @@ class Kernel(NamedTuple):
     interpreted: bool
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS: dict[str, Kernel] = {
+    "triton": Kernel("triton_gpu", "jax_triton", "cuda", least_width=16, interpreted=False),
+}
 
 
 class Options(NamedTuple):
