@@ -4,8 +4,13 @@
 its arguments for a pointer and a dtype, and for the little of torch's interface that `Tensor` has.
 """
 
+import functools
+
 import jax
 import numpy as np
+
+# The interpreter keeps much in global variables, and JAX would call back from several threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 class _Dtype:
@@ -16,12 +21,18 @@ class _Dtype:
         return self.name
 
 
+@functools.cache
+def _dtype(name: str) -> _Dtype:
+    """One object a dtype: Triton remembers them by address."""
+    return _Dtype(name)
+
+
 class Tensor:
     """A NumPy array that the interpreter takes for one of torch."""
 
     def __init__(self, array: np.ndarray):
         self.array = np.ascontiguousarray(array)
-        self.dtype = _Dtype(self.array.dtype.name)
+        self.dtype = _dtype(self.array.dtype.name)
         self.shape = self.array.shape
         self.device = "cpu"
 
@@ -67,7 +78,8 @@ def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=()):
             Tensor(np.full(out.shape, 0 if i in zeroed else np.nan, out.dtype))
             for i, out in enumerate(outs)
         ]
-        kernel[grid](*inputs, *results, **{k: v for k, v in meta.items() if k in kernel.arg_names})
+        constants = {key: value for key, value in meta.items() if key in kernel.arg_names}
+        kernel[grid](*inputs, *results, **constants)
         return tuple(x.array for x in results)
 
     return jax.pure_callback(run, tuple(outs), *arrays)

@@ -15,7 +15,6 @@ The modules import packages that need not be there, so they are imported where t
 
 import functools
 import importlib
-import importlib.util
 from types import ModuleType
 from typing import NamedTuple
 
@@ -61,11 +60,12 @@ class Options(NamedTuple):
 
 @functools.cache
 def is_installed(name: str) -> bool:
-    """Whether the package that a kernel needs is there."""
+    """Whether the package that a kernel needs is there, and imports."""
     try:
-        return importlib.util.find_spec(KERNELS[name].package) is not None
-    except ImportError:
+        importlib.import_module(KERNELS[name].package)
+    except (ImportError, AttributeError):  # jax-triton without JAX's own part for CUDA
         return False
+    return True
 
 
 def load(name: str) -> ModuleType:
@@ -76,5 +76,5 @@ def load(name: str) -> ModuleType:
 def reason_against(name: str, **request) -> str | None:
     """Why a kernel cannot run what `unsupported` is asked for, or None."""
     if not is_installed(name):
-        return f"package {KERNELS[name].package} is not installed"
+        return f"package {KERNELS[name].package} is not installed, or does not import"
     return load(name).unsupported(**request)

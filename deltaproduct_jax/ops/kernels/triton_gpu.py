@@ -71,11 +71,12 @@ class _Call:
         narrow = k.dtype in NARROW
         # The dtype that products are made in; with narrow inputs only the series needs float32.
         operand = k.dtype if narrow and precision in (None, "default") else jnp.dtype(jnp.float32)
-        tiling = triton_tiling.tiling_for(operand, R=R, K=K, V=V)
+        gated = self.tokens.g is not None
+        tiling = triton_tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
         N = -(-T // tiling.chunk_size)
         pieces = triton_tiling.pieces_for(B * HV, N, tiling.walk, V=V)
         gates = {
-            "HAS_G": self.tokens.g is not None,
+            "HAS_G": gated,
             "HAS_RESETS": self.tokens.resets is not None,
         }
         meta = {
@@ -228,7 +229,10 @@ def _step(scale: float, state, q, k, v, beta, g):
     meta = {"SCALE": scale, "R": R, "H": H, "HV": HV, "K": K, "V": V, "HAS_G": g is not None}
     meta |= {"BK": triton_tiling.power_of_two(K), "BV": launch.columns}
     arrays = (q, k, v, beta, beta if g is None else g, state)
-    outs = (jax.ShapeDtypeStruct((B, HV, V), v.dtype), jax.ShapeDtypeStruct(state.shape, state.dtype))
+    outs = (
+        jax.ShapeDtypeStruct((B, HV, V), v.dtype),
+        jax.ShapeDtypeStruct(state.shape, state.dtype),
+    )
     return call("step", arrays, outs, (-(-V // launch.columns), B * HV), launch, meta=meta)
 
 

@@ -17,114 +17,18 @@ axes T and R merged; arrays that only kernels see are ``[B, HV, N, ...]``.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _head(pid, H: tl.constexpr, HV: tl.constexpr):
-    """Sequence, value head and key head of a program, wide enough for any array."""
-    b = (pid // HV).to(tl.int64)
-    hv = pid % HV
-    return b, hv, hv // (HV // H)
-
-
-@triton.jit
-def _tile(ptr, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of one head of an array [rows, HEADS, WIDTH]; zeros where there is nothing."""
-    offsets = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
-    mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
-    return tl.load(ptr + (row * HEADS + head) * WIDTH + offsets, mask=mask, other=0.0)
-
-
-@triton.jit
-def _put_tile(ptr, x, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Writes what `_tile` would read."""
-    offsets = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
-    mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
-    base = ptr + (row * HEADS + head) * WIDTH
-    tl.store(base + offsets, x.to(ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _square(ptr, index, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers into matrix ``index`` of an array [..., ROWS, COLUMNS]."""
-    return ptr + index * (ROWS * COLUMNS) + rows[:, None] * COLUMNS + columns[None, :]
-
-
-@triton.jit
-def _sums(
-    g_ptr, resets_ptr, row, hv, token, starts, HV: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr,
-):  # fmt: skip
-    """Sums of g from the start of the chunk, and how many segments have begun, at positions.
-
-    A sum has two float32 parts, of the 53 bits that it is made with: differences are then sums over
-    the tokens between to float32's last bit, whatever was summed before.
-    """
-    high = tl.zeros(token.shape, tl.float32)
-    low = tl.zeros(token.shape, tl.float32)
-    segments = tl.zeros(token.shape, tl.int32)
-    if HAS_G:
-        g = tl.load(g_ptr + (row + token) * HV + hv, mask=starts, other=0.0)
-        sums = tl.cumsum(g.to(tl.float64), 0)
-        high = sums.to(tl.float32)
-        low = (sums - high.to(tl.float64)).to(tl.float32)
-    if HAS_RESETS:
-        resets = tl.load(resets_ptr + row + token, mask=starts, other=0)
-        segments = tl.cumsum(resets.to(tl.int32), 0)
-    return high, low, segments
-
-
-@triton.jit
-def _products(
-    high, low, segments, from_high, from_low, from_segments, mask, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr,
-):  # fmt: skip
-    """Products of decays from columns to rows; 0 outside ``mask`` and across segments."""
-    if HAS_RESETS:
-        mask = mask & (segments[:, None] == from_segments[None, :])
-    products = tl.where(mask, 1.0, 0.0)
-    if HAS_G:
-        sums = (high[:, None] - from_high[None, :]) + (low[:, None] - from_low[None, :])
-        products = tl.where(mask, tl.exp(tl.where(mask, sums, 0.0)), 0.0)
-    return products
-
-
-@triton.jit
-def _doubled(X, F, beta, SIZE: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):
-    """X of blocks of twice the size, from those of blocks of SIZE on the diagonal."""
-    index = tl.arange(0, M)
-    row, column = index[:, None], index[None, :]
-    below = (row // (2 * SIZE) == column // (2 * SIZE)) & (row // SIZE > column // SIZE)
-    Y = tl.where(below, F, 0.0)
-    Y -= tl.dot(Y, beta[:, None] * X, input_precision=PRECISION)
-    return X + Y - tl.dot(X * beta[None, :], Y, input_precision=PRECISION)
-
-
-@triton.jit
-def _strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
-    """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta, for strictly lower F.
-
-    Blocks of 16 by substitution, then masked doubling: both without powers of F, which overflow
-    where keys agree and beta is near 2.
-    """
-    BLOCK: tl.constexpr = 16
-    BLOCKS: tl.constexpr = M // BLOCK
-    block = tl.arange(0, BLOCKS)
-    same = block[:, None, None, None] == block[None, None, :, None]
-    blocks = tl.reshape(F, [BLOCKS, BLOCK, BLOCKS, BLOCK])
-    X = tl.sum(tl.where(same, blocks, 0.0), axis=2)
-    lower = X * tl.reshape(beta, [BLOCKS, BLOCK])[:, None, :]
-    row = tl.arange(0, BLOCK)[None, :, None]
-    for i in range(1, BLOCK):
-        coefficients = tl.sum(tl.where(row == i, lower, 0.0), axis=1)
-        update = tl.sum(coefficients[:, :, None] * X, axis=1)
-        X = tl.where(row == i, X - update[:, None, :], X)
-    X = tl.where(same, X[:, :, None, :], 0.0)
-    X = tl.reshape(X, [M, M])
-    if M > 16:
-        X = _doubled(X, F, beta, 16, M, PRECISION)
-    if M > 32:
-        X = _doubled(X, F, beta, 32, M, PRECISION)
-    return X
+from deltaproduct_jax.ops.kernels.triton_parts import (
+    chunk_decay,
+    head,
+    products,
+    put_tile,
+    square,
+    start,
+    strictly_lower_series,
+    sums,
+    tile,
+    token_decay,
+)
 
 
 @triton.jit
@@ -137,38 +41,34 @@ def prepare(
 ):  # fmt: skip
     """X [M, M], scores [CP, M] and, token by token, the decays into and out of a chunk."""
     n, pid = tl.program_id(0), tl.program_id(1)
-    b, hv, h = _head(pid, H, HV)
+    b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
     dtype = x_ptr.dtype.element_ty
     m, c, columns = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     tokens = tl.minimum(C, T - n * C)
     row = b * T + n * C
-    k = _tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
-    q = _tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
+    k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
+    q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=m < tokens * R, other=0.0)
     beta = beta.to(tl.float32)
 
     starts = (m % R == 0) & (m < tokens * R)
-    of_m = _sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
-    of_c = _sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
+    of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
+    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
     high, low, segments = of_m
     c_high, c_low, c_segments = of_c
 
     earlier = m[:, None] > m[None, :]
     F = tl.dot(k, tl.trans(k), input_precision=PRECISION)
-    F *= _products(
-        high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS
-    )
-    X = _strictly_lower_series(F, beta, M, PRECISION)
-    pointers = _square(x_ptr, chunk, m, m, M, M)
+    F *= products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
+    X = strictly_lower_series(F, beta, M, PRECISION)
+    pointers = square(x_ptr, chunk, m, m, M, M)
     tl.store(pointers, X.to(dtype))
 
     upto = c[:, None] >= (m // R)[None, :]
     scores = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    scores *= _products(
-        c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS
-    )
-    pointers = _square(scores_ptr, chunk, c, m, CP, M)
+    scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
+    pointers = square(scores_ptr, chunk, c, m, CP, M)
     tl.store(pointers, scores.to(dtype))
 
     if HAS_G or HAS_RESETS:
@@ -181,35 +81,6 @@ def prepare(
         out = tl.where(c_segments == last_segment, out, 0.0)
         tl.store(into_ptr + chunk * CP + c, into)
         tl.store(out_ptr + chunk * CP + c, out)
-
-
-@triton.jit
-def _decay(ptr, chunk, index, CP: tl.constexpr, DECAYS: tl.constexpr):
-    """Decays from the start of the chunk or to its end, as ``ptr`` says, of tokens ``index``."""
-    decay = tl.full(index.shape, 1.0, tl.float32)
-    if DECAYS:
-        # Rows past the last token repeat it.
-        decay = tl.load(ptr + chunk * CP + tl.minimum(index, CP - 1))
-    return decay
-
-
-@triton.jit
-def _through(ptr, chunk, CP: tl.constexpr, DECAYS: tl.constexpr):
-    """Decay over all of the chunk."""
-    decay = tl.full([], 1.0, tl.float32)
-    if DECAYS:
-        decay = tl.load(ptr + chunk * CP + CP - 1)
-    return decay
-
-
-@triton.jit
-def _start(ptr, index, part, rows, columns, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-           SUMMARY: tl.constexpr):  # fmt: skip
-    """The state that a walk begins with; of a summary zero, then, in further columns, identity."""
-    if SUMMARY:
-        return tl.where(rows[:, None] == (columns - tl.cdiv(V, BV) * BV)[None, :], 1.0, 0.0)
-    inside = (rows < K)[:, None] & (columns < V)[None, :]
-    return tl.load(_square(ptr, index, rows, columns, K, V), mask=inside, other=0.0)
 
 
 @triton.jit
@@ -228,12 +99,12 @@ def walk(
     what the piece does to any state S, as WIDTH columns: S -> A S + B is kept as (B, A).
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, hv, h = _head(pid, H, HV)
+    b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
     index = pid.to(tl.int64) * tl.num_programs(1) + piece
-    S = _start(initial_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
+    S = start(initial_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
     for i in range(0, STEPS):
         # The last piece may have fewer chunks: past them nothing is read, written or changed.
         n = piece * STEPS + i
@@ -241,15 +112,15 @@ def walk(
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
         updates = m < tokens * R
-        k = _tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-        v = _tile(v_ptr, row * R, hv, m, columns, updates, HV, V).to(tl.float32)
+        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+        v = tile(v_ptr, row * R, hv, m, columns, updates, HV, V).to(tl.float32)
         beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        X = tl.load(_square(x_ptr, chunk, m, m, M, M))
-        into = _decay(into_ptr, chunk, m // R, CP, DECAYS)
-        out = _decay(out_ptr, chunk, m // R, CP, DECAYS)
-        through = tl.where(n < N, _through(into_ptr, chunk, CP, DECAYS), 1.0)
+        X = tl.load(square(x_ptr, chunk, m, m, M, M))
+        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+        through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
         if SPAN > 0:
-            pointers = _square(states_ptr, ((n // SPAN) * B + b) * HV + hv, rows, columns, K, V)
+            pointers = square(states_ptr, ((n // SPAN) * B + b) * HV + hv, rows, columns, K, V)
             inside = (rows < K)[:, None] & (columns < V)[None, :]
             tl.store(pointers, S, mask=inside & (n % SPAN == 0) & (n < N))
         narrow = S.to(dtype)
@@ -257,16 +128,16 @@ def walk(
         e = r - tl.dot(X, (beta[:, None] * r).to(dtype), input_precision=PRECISION)
         u = beta[:, None] * e
         if not SUMMARY:
-            q = _tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
-            scores = tl.load(_square(scores_ptr, chunk, c, m, CP, M))
-            into_tokens = _decay(into_ptr, chunk, c, CP, DECAYS)
+            q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+            scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
+            into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
             o = tl.dot(q, narrow, input_precision=PRECISION) * (SCALE * into_tokens)[:, None]
             o = tl.dot(scores, u.to(dtype), o, input_precision=PRECISION)
-            _put_tile(o_ptr, o, row, hv, c, columns, c < tokens, HV, V)
+            put_tile(o_ptr, o, row, hv, c, columns, c < tokens, HV, V)
         written = (out[:, None] * u).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(_square(final_ptr, index, rows, columns, K, WIDTH), S, mask=inside)
+    tl.store(square(final_ptr, index, rows, columns, K, WIDTH), S, mask=inside)
 
 
 @triton.jit
@@ -280,12 +151,12 @@ def errors(
 ):  # fmt: skip
     """Every span on its own: the errors e again, and the state before each of its chunks."""
     part, span, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, hv, h = _head(pid, H, HV)
+    b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, rows = tl.arange(0, M), tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (columns < V)[None, :]
-    pointers = _square(states_ptr, (span * B + b) * HV + hv, rows, columns, K, V)
+    pointers = square(states_ptr, (span * B + b) * HV + hv, rows, columns, K, V)
     S = tl.load(pointers, mask=inside, other=0.0)
     for i in range(0, SPAN):
         # The last span may have fewer chunks: past them nothing is read or written.
@@ -293,20 +164,20 @@ def errors(
         chunk = pid.to(tl.int64) * N + tl.minimum(n, N - 1)
         row = (b * T + n * C) * R
         updates = m < tl.minimum(C, T - n * C) * R
-        k = _tile(k_ptr, row, h, m, rows, updates, H, K).to(dtype)
-        v = _tile(v_ptr, row, hv, m, columns, updates, HV, V).to(tl.float32)
+        k = tile(k_ptr, row, h, m, rows, updates, H, K).to(dtype)
+        v = tile(v_ptr, row, hv, m, columns, updates, HV, V).to(tl.float32)
         beta = tl.load(beta_ptr + (row + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        X_pointers = _square(x_ptr, chunk, m, m, M, M)
+        X_pointers = square(x_ptr, chunk, m, m, M, M)
         X = tl.load(X_pointers)
-        into = _decay(into_ptr, chunk, m // R, CP, DECAYS)
-        out = _decay(out_ptr, chunk, m // R, CP, DECAYS)
-        through = _through(into_ptr, chunk, CP, DECAYS)
+        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+        through = chunk_decay(into_ptr, chunk, CP, DECAYS)
         narrow = S.to(dtype)
-        before_pointers = _square(before_ptr, chunk, rows, columns, K, V)
+        before_pointers = square(before_ptr, chunk, rows, columns, K, V)
         tl.store(before_pointers, narrow, mask=inside & (n < N))
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         e = r - tl.dot(X, (beta[:, None] * r).to(dtype), input_precision=PRECISION)
-        _put_tile(e_ptr, e, row, hv, m, columns, updates, HV, V)
+        put_tile(e_ptr, e, row, hv, m, columns, updates, HV, V)
         written = ((out * beta)[:, None] * e).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
 
@@ -320,47 +191,47 @@ def walk_back(
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
     DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """From the last chunk of a piece to its first: cotangents of what was written (w) and of states.
+    """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
     With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it.
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, hv, h = _head(pid, H, HV)
+    b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
     index = pid.to(tl.int64) * tl.num_programs(1) + piece
-    dS = _start(dfinal_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
+    dS = start(dfinal_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
     for back in range(0, STEPS):
         n = piece * STEPS + STEPS - 1 - back
         chunk = pid.to(tl.int64) * N + tl.minimum(n, N - 1)
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
         updates = m < tokens * R
-        k = _tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-        q = _tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
-        do = _tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
+        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
         beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        X = tl.load(_square(x_ptr, chunk, m, m, M, M))
-        scores = tl.load(_square(scores_ptr, chunk, c, m, CP, M))
-        into = _decay(into_ptr, chunk, m // R, CP, DECAYS)
-        out = _decay(out_ptr, chunk, m // R, CP, DECAYS)
-        into_tokens = _decay(into_ptr, chunk, c, CP, DECAYS)
-        through = tl.where(n < N, _through(into_ptr, chunk, CP, DECAYS), 1.0)
+        X = tl.load(square(x_ptr, chunk, m, m, M, M))
+        scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
+        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+        into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
+        through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
         narrow = dS.to(dtype)
         du = out[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(scores), do, du, input_precision=PRECISION)
         w = du - tl.dot(tl.trans(X), (beta[:, None] * du).to(dtype), input_precision=PRECISION)
         if not SUMMARY:
             inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
-            tl.store(_square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
-            _put_tile(w_ptr, w, row * R, hv, m, columns, updates, HV, V)
+            tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
+            put_tile(w_ptr, w, row * R, hv, m, columns, updates, HV, V)
         into_do = ((SCALE * into_tokens)[:, None] * do.to(tl.float32)).to(dtype)
         dS = tl.dot(tl.trans(q), into_do, through * dS, input_precision=PRECISION)
         removed = ((-into * beta)[:, None] * w).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(_square(dinitial_ptr, index, rows, columns, K, WIDTH), dS, mask=inside)
+    tl.store(square(dinitial_ptr, index, rows, columns, K, WIDTH), dS, mask=inside)
 
 
 @triton.jit
@@ -375,7 +246,7 @@ def gradients(
 ):  # fmt: skip
     """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head."""
     n, pid = tl.program_id(0), tl.program_id(1)
-    b, hv, h = _head(pid, H, HV)
+    b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
     dtype = before_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
@@ -383,10 +254,10 @@ def gradients(
     row = b * T + n * C
     updates = m < tokens * R
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-    into = _decay(into_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
-    out = _decay(out_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
-    through = _through(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
-    into_tokens = _decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
+    into = token_decay(into_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
+    out = token_decay(out_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
+    through = chunk_decay(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
+    into_tokens = token_decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
 
     do_e = tl.zeros([CP, M], tl.float32)
     w_e = tl.zeros([M, M], tl.float32)
@@ -398,12 +269,12 @@ def gradients(
     dthrough = tl.zeros([BK], tl.float32)
     for part in range(0, tl.cdiv(V, BV)):
         columns = part * BV + tl.arange(0, BV)
-        e = _tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
-        w = _tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
-        do = _tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
+        e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
+        w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
+        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
         inside = (rows < K)[:, None] & (columns < V)[None, :]
-        before_pointers = _square(before_ptr, chunk, rows, columns, K, V)
-        after_pointers = _square(dafter_ptr, chunk, rows, columns, K, V)
+        before_pointers = square(before_ptr, chunk, rows, columns, K, V)
+        after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
         before = tl.load(before_pointers, mask=inside, other=0.0)
         after = tl.load(after_pointers, mask=inside, other=0.0)
         do_e = tl.dot(do, tl.trans(e), do_e, input_precision=PRECISION)
@@ -418,16 +289,16 @@ def gradients(
             dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
         dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
         dv = beta[:, None] * w.to(tl.float32)
-        _put_tile(dv_ptr, dv, row * R, hv, m, columns, updates, HV, V)
+        put_tile(dv_ptr, dv, row * R, hv, m, columns, updates, HV, V)
         if HAS_G:
             dthrough += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
     tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
 
-    k = _tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-    q = _tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     starts = (m % R == 0) & updates
-    of_m = _sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
-    of_c = _sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
+    of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
+    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
     high, low, segments = of_m
     c_high, c_low, c_segments = of_c
     dq *= (SCALE * into_tokens)[:, None]
@@ -443,9 +314,7 @@ def gradients(
         dg_updates += tl.sum(tl.where(m[:, None] > m[None, :], of_out[None, :], 0.0), axis=1)
 
     upto = c[:, None] >= (m // R)[None, :]
-    dqk = _products(
-        c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS
-    )
+    dqk = products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     dqk *= do_e * (SCALE * beta)[None, :]
     if HAS_G:
         of_scores = dqk * tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -458,12 +327,10 @@ def gradients(
     narrow = dqk.to(dtype)
     dq = tl.dot(narrow, k, dq, input_precision=PRECISION)
     dk = tl.dot(tl.trans(narrow), q, dk, input_precision=PRECISION)
-    _put_tile(dq_ptr, dq, row, hv, c, rows, c < tokens, HV, K)
+    put_tile(dq_ptr, dq, row, hv, c, rows, c < tokens, HV, K)
 
     earlier = m[:, None] > m[None, :]
-    dkk = _products(
-        high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS
-    )
+    dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     dkk *= -w_e * beta[:, None] * beta[None, :]
     if HAS_G:
         of_gram = dkk * tl.dot(k, tl.trans(k), input_precision=PRECISION)
@@ -473,7 +340,7 @@ def gradients(
         tl.store(dg_updates_ptr + (row + m // R) * HV + hv, dg_updates, mask=starts)
     symmetric = (dkk + tl.trans(dkk)).to(dtype)
     dk = tl.dot(symmetric, k, dk, input_precision=PRECISION)
-    _put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)
+    put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)
 
 
 @triton.jit
@@ -485,11 +352,11 @@ def step(
 ):  # fmt: skip
     """One token: the state is read and written once."""
     part, pid = tl.program_id(0), tl.program_id(1)
-    b, hv, h = _head(pid, H, HV)
+    b, hv, h = head(pid, H, HV)
     rows = tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (columns < V)[None, :]
-    pointers = _square(state_ptr, pid.to(tl.int64), rows, columns, K, V)
+    pointers = square(state_ptr, pid.to(tl.int64), rows, columns, K, V)
     S = tl.load(pointers, mask=inside, other=0.0)
     if HAS_G:
         S *= tl.exp(tl.load(g_ptr + b * HV + hv).to(tl.float32))
@@ -505,5 +372,5 @@ def step(
     o = SCALE * tl.sum(q[:, None] * S, axis=0)
     o = o.to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + (b * HV + hv) * V + columns, o, mask=columns < V)
-    pointers = _square(next_ptr, pid.to(tl.int64), rows, columns, K, V)
+    pointers = square(next_ptr, pid.to(tl.int64), rows, columns, K, V)
     tl.store(pointers, S, mask=inside)

@@ -7,7 +7,6 @@ import dataclasses
 
 import jax.numpy as jnp
 
-
 # Programs of a walk that run at once on an H100 or H200: two on each of 132 multiprocessors.
 PROGRAMS_AT_ONCE = 264
 CHUNKS_IN_A_PIECE = 8
@@ -50,23 +49,35 @@ class Tiling:
     gradients: Launch
 
 
-def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int) -> Tiling:
-    """The cut for products made in dtype ``operand``, R factors, key width K and value width V."""
-    wide = jnp.dtype(operand).itemsize > 2
+def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Tiling:
+    """The cut of a shape.
+
+    Args:
+      operand: the dtype that products are made in.
+      R: Householder factors a token.
+      K: key width.
+      V: value width.
+      gated: whether there is a decay.
+    """
+    large = jnp.dtype(operand).itemsize > 2 or K > 128
     key_columns = power_of_two(K)
-    rows = 32 if wide or key_columns > 128 else 64
+    rows = 32 if large else 64
     chunk_size = rows // R
-    columns = min(power_of_two(V), 32 if wide or key_columns > 128 else 64)
+    columns = min(power_of_two(V), 32 if large else 64)
+    walk = Launch(warps=8 if large else 4, stages=2, columns=columns)
     return Tiling(
         chunk_size,
         rows,
         power_of_two(chunk_size),
         key_columns,
-        prepare=Launch(warps=4, stages=1),
-        walk=Launch(warps=4, stages=2, columns=columns),
-        errors=Launch(warps=4, stages=2, columns=columns),
-        walk_back=Launch(warps=4, stages=2, columns=columns),
-        gradients=Launch(warps=8, stages=2, columns=columns),
+        prepare=Launch(warps=4 if large else 2, stages=1),
+        walk=walk,
+        errors=walk,
+        walk_back=walk,
+        # Cotangents of gates need what is read and what is written apart: twice the registers.
+        gradients=Launch(
+            warps=8 if gated or large else 4, stages=3 if gated else 2, columns=columns
+        ),
     )
 
 
