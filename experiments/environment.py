@@ -10,15 +10,20 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 OLDEST_PYTHON = (3, 11)
+STAMP = "requirements.sha256"
 # Packages that stand beside the others, where only those who ask for them find them: with libtpu
 # among the others, every program would look for a TPU and complain that there is none.
-EXTRAS = {"tpu": "requirements-tpu.txt"}
+EXTRAS = {"tpu": "requirements-tpu.txt", "gpu": "requirements-gpu.txt"}
+# Those that the tests' own process shall find; Triton only a child finds, or every program of every
+# test would hold a branch for GPUs.
+ON_PATH = ("tpu",)
 
 
 def extra_folder(extra: str) -> Path:
@@ -32,29 +37,37 @@ def extra_requirement(extra: str) -> str:
     return " ".join(line for line in lines if not line.startswith("#"))
 
 
-def inside(extra: str | None = None) -> bool:
-    """Whether this process runs in the project's environment already, and finds the extra."""
-    return Path(sys.prefix).resolve() == VENV.resolve() and (
-        extra is None or str(extra_folder(extra)) in sys.path
+def inside(extras: Sequence[str] = ()) -> bool:
+    """Whether this process runs in the project's environment already, with the extras."""
+    return Path(sys.prefix).resolve() == VENV.resolve() and all(
+        _is_filled(extra) and (extra not in ON_PATH or str(extra_folder(extra)) in sys.path)
+        for extra in extras
     )
 
 
-def go_on_inside(module: str, extra: str | None = None) -> NoReturn:
+def _is_filled(extra: str) -> bool:
+    stamp = extra_folder(extra) / STAMP
+    return extra in EXTRAS and stamp.exists() and stamp.read_text() == _fingerprint(EXTRAS[extra])
+
+
+def go_on_inside(module: str, extras: Sequence[str] = ()) -> NoReturn:
     """Sets the environment up where needed, then runs ``python -m module`` in it.
 
     The arguments of this process are passed on, and its exit code is this one's.
 
     Args:
         module: what to run, seen from the project's root.
-        extra: one of `EXTRAS`, whose packages ``module`` shall find too.
+        extras: of `EXTRAS`, which ``module`` needs too.
     """
-    if extra not in (None, *EXTRAS):
-        _fail(f"--extra={extra} is not known; it may be one of {', '.join(EXTRAS)}")
+    for extra in extras:
+        if extra not in EXTRAS:
+            _fail(f"--extra={extra} is not known; it may be one of {', '.join(EXTRAS)}")
     python = Path(sys.executable) if inside() else _set_up()
     variables = dict(os.environ)
-    if extra is not None:
-        path = [str(_add(extra, python)), os.environ.get("PYTHONPATH", "")]
-        variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    folders = {extra: str(_add(extra, python)) for extra in extras}
+    path = [folders[extra] for extra in ON_PATH if extra in folders]
+    path.append(os.environ.get("PYTHONPATH", ""))
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [str(python), "-m", module, *sys.argv[1:]]
     sys.exit(subprocess.call(command, cwd=ROOT, env=variables))
 
@@ -62,14 +75,13 @@ def go_on_inside(module: str, extra: str | None = None) -> NoReturn:
 def _add(extra: str, python: Path) -> Path:
     """Fills the folder of an extra unless it holds these requirements; returns it."""
     folder, requirements = extra_folder(extra), ROOT / EXTRAS[extra]
-    stamp, wanted = folder / "requirements.sha256", _fingerprint(EXTRAS[extra])
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not _is_filled(extra):
         print(f"Setting up {folder} (once) ...", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
         options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(folder)]
         command = [str(python), "-m", "pip", "install", *options, "-r", str(requirements)]
         _run(command, f"the packages of {requirements.name}")
-        stamp.write_text(wanted)
+        (folder / STAMP).write_text(_fingerprint(EXTRAS[extra]))
     return folder
 
 
@@ -79,7 +91,7 @@ def _set_up() -> Path:
         found = ".".join(map(str, sys.version_info[:3]))
         _fail(f"Python 3.11 or newer is needed, this is {found} ({sys.executable})")
     python = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    stamp = VENV / "requirements.sha256"
+    stamp = VENV / STAMP
     wanted = _fingerprint("requirements.txt", "setup.cfg", "pyproject.toml")
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python

@@ -30,6 +30,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ALLOWED_SKIPS = (
     "needs a GPU",
     "needs libtpu",
+    "needs Triton",
 )
 
 _unexpected_skips: list[str] = []

@@ -1,8 +1,9 @@
 """The README's test command: ``python3 tests/run.py`` sets up ``.venv`` and runs pytest in it.
 
 All tests that are not marked slow run; ``--slow`` runs the slow ones instead. ``--extra=tpu`` adds
-the compiler for TPUs (package libtpu, 200 MB), without which the tests that need it skip. Anything
-else is passed on to pytest. Needs nothing but Python 3.11 or newer.
+the compiler for TPUs (package libtpu, 200 MB), ``--extra=gpu`` that of the GPU kernels (Triton, 200
+MB); without them the tests that need them skip. Anything else is passed on to pytest. Needs
+nothing but Python 3.11 or newer.
 """
 
 import sys
@@ -27,7 +28,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     extras = [a.removeprefix(EXTRA) for a in sys.argv[1:] if a.startswith(EXTRA)]
-    extra = extras[-1] if extras else None
-    if environment.inside(extra):
+    if environment.inside(extras):
         sys.exit(main())
-    environment.go_on_inside("tests.run", extra)
+    environment.go_on_inside("tests.run", extras)

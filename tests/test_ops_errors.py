@@ -102,7 +102,7 @@ CASES = {
     "unknown implementation": (
         inputs(implementation="cuda"),
         "implementation='cuda' is not available; it may be one of 'chunked', 'recurrent', "
-        "'associative', or None",
+        "'associative'",
     ),
     "unknown precision": (
         inputs(precision="tf32"),

@@ -109,14 +109,14 @@ def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, mon
     monkeypatch.setenv("PYTHONPATH", "elsewhere")
     for _ in range(2):
         with pytest.raises(SystemExit):
-            environment.go_on_inside("tests.run", "tpu")
+            environment.go_on_inside("tests.run", ["tpu"])
     assert [command[2] for command, _ in commands] == ["pip", "tests.run", "tests.run"]
     assert str(ROOT / "requirements-tpu.txt") in commands[0][0]
     for _, options in commands[1:]:
         assert options["env"]["PYTHONPATH"].split(os.pathsep) == [str(folder), "elsewhere"]
     (folder / "requirements.sha256").write_text("of other requirements")
     with pytest.raises(SystemExit):
-        environment.go_on_inside("tests.run", "tpu")
+        environment.go_on_inside("tests.run", ["tpu"])
     assert [command[2] for command, _ in commands[3:]] == ["pip", "tests.run"]
     with pytest.raises(SystemExit):
         environment.go_on_inside("experiments.quickstart")
@@ -125,9 +125,9 @@ def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, mon
 
 def test_an_unknown_extra_is_refused_before_anything_is_installed(commands, capsys):
     with pytest.raises(SystemExit) as stopped:
-        environment.go_on_inside("tests.run", "gpu")
+        environment.go_on_inside("tests.run", ["npu"])
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == "error: --extra=gpu is not known; it may be one of tpu\n"
+    assert capsys.readouterr().err == "error: --extra=npu is not known; it may be one of tpu, gpu\n"
     assert not commands
 
 

@@ -132,7 +132,7 @@ def check_chunk_size(chunk_size: Any, implementation: str | None) -> None:
         )
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; None picks one")
-    if implementation in ("recurrent", "associative"):
+    if implementation not in (None, "chunked"):
         raise ValueError(
             f"chunk_size={chunk_size} has no meaning for implementation={implementation!r}; "
             "leave it None, or name 'chunked'"

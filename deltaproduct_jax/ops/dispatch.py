@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import Settings, chunked, chunked_backward
 from deltaproduct_jax.ops.layout import Tokens
@@ -21,10 +22,13 @@ from deltaproduct_jax.ops.recurrent import recurrent
 from deltaproduct_jax.ops.tiling import default_chunk_size, default_span, tiling_for
 from deltaproduct_jax.ops.varying import mark_all_varying
 
-AVAILABLE = ("chunked", "recurrent", "associative")
+AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
 
 # A policy that saves the last two spares a rematerialised layer the second run of the scan.
 RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product_outputs")
+
+# The last stands for all others.
+PLATFORMS = ("cpu", "tpu", "cuda", "default")
 
 # Entries of the states of all heads from which on they leave the cache of a CPU core, and the plain
 # scan over tokens, which passes them once a token, falls behind.
@@ -32,15 +36,29 @@ CACHED_STATES = 2**17
 
 
 def select_implementation(
-    platform: str, *, B: int, T: int, R: int, Hv: int, K: int, V: int, differentiated: bool
+    platform: str,
+    *,
+    B: int,
+    T: int,
+    R: int,
+    Hv: int,
+    K: int,
+    V: int,
+    differentiated: bool,
+    H: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    chunk_size: int | None = None,
+    precision: str | None = None,
 ) -> str:
     """What ``implementation=None`` runs.
 
-    Under differentiation it is always "chunked": the recurrence would store several states per
-    token. Otherwise a single token runs "recurrent", and so does a CPU where its small steps were
-    measured to be faster (README.md has the figures): with states up to 16 x 16; and, while all
-    states together have fewer than 2^17 entries, with states below 64 x 64, or below 128 x 128 if
-    there are several factors a token. All else runs "chunked".
+    The kernel of the platform, where there is one that supports these, for
+    K and V wide enough, several tokens, and no ``chunk_size``. Else, under differentiation, always
+    "chunked": the recurrence would store several states per token. Otherwise a single token runs
+    "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
+    the figures): with states up to 16 x 16; and, while all states together have fewer than 2^17
+    entries, with states below 64 x 64, or below 128 x 128 if there are several factors a token. All
+    else runs "chunked".
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
@@ -51,10 +69,25 @@ def select_implementation(
       K: key width.
       V: value width.
       differentiated: whether this is the forward pass of a gradient.
+      H: key heads; None: as many as value heads.
+      dtype: of q, k and v.
+      chunk_size: as in `delta_product`.
+      precision: as in `delta_product`.
 
     Returns:
       The name of an implementation.
     """
+    request = {"B": B, "T": T, "R": R, "H": H or Hv, "Hv": Hv, "K": K, "V": V}
+    request |= {"dtype": jnp.dtype(dtype), "precision": precision}
+    for name, kernel in kernels.KERNELS.items():
+        if (
+            platform == kernel.platform
+            and chunk_size is None
+            and T > 1
+            and min(K, V) >= kernel.least_width
+            and kernels.reason_against(name, **request) is None
+        ):
+            return name
     if differentiated:
         return "chunked"
     if T <= 1 or (platform == "cpu" and _scan_is_faster(B * Hv, R, K * V)):
@@ -78,11 +111,30 @@ def dispatch(
     if T == 0:
         return jnp.zeros((B, 0, *v.shape[3:]), v.dtype), initial_state
     tokens, initial_state = mark_all_varying((Tokens(q, k, v, beta, g, resets), initial_state))
+    if implementation in kernels.KERNELS:
+        _check_kernel(implementation, tokens, precision)
     if implementation in ("recurrent", "associative"):
         run = recurrent if implementation == "recurrent" else associative
         return run(*tokens[:5], initial_state, tokens.resets, scale=scale, precision=precision)
     request = Request(scale, precision, chunk_size, implementation)
     return _with_own_backward(request, tokens, initial_state)
+
+
+def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
+    reason = kernels.reason_against(name, **_sizes(tokens), precision=precision)
+    if reason is not None:
+        raise ValueError(
+            f"implementation={name!r} cannot run this: {reason}; "
+            "'chunked' can, and None chooses by platform and shape"
+        )
+
+
+def _sizes(tokens: Tokens) -> dict:
+    """What `select_implementation` and kernels are asked with."""
+    B, T, R, H, K = tokens.k.shape
+    Hv, V = tokens.v.shape[-2:]
+    dtype = jnp.dtype(tokens.q.dtype)
+    return {"dtype": dtype, "B": B, "T": T, "R": R, "H": H, "Hv": Hv, "K": K, "V": V}
 
 
 class Request(NamedTuple):
@@ -93,17 +145,34 @@ class Request(NamedTuple):
     chunk_size: int | None
     implementation: str | None
 
+    def name(self, platform: str, tokens: Tokens, *, differentiated: bool) -> str:
+        """The implementation that runs on a platform."""
+        if self.implementation is not None:
+            return self.implementation
+        return select_implementation(
+            platform,
+            **_sizes(tokens),
+            differentiated=differentiated,
+            chunk_size=self.chunk_size,
+            precision=self.precision,
+        )
+
+    def span(self, tokens: Tokens) -> int:
+        """Tokens from one kept state to the next."""
+        _, T, R, _, K = tokens.k.shape
+        if self.chunk_size is not None:
+            return min(self.chunk_size, T)
+        return default_span(tokens.q.dtype, T=T, R=R, K=K, V=tokens.v.shape[-1])
+
     def settings(self, platform: str, tokens: Tokens) -> Settings:
         """How the chunked implementation runs on a platform."""
         B, T, R, _, K = tokens.k.shape
         Hv, V = tokens.v.shape[-2:]
-        dtype = tokens.q.dtype
+        dtype, span = tokens.q.dtype, self.span(tokens)
+        platform = platform if platform in ("cpu", "tpu") else "default"
+        chunk_size = span
         if self.chunk_size is None:
-            sizes = {"T": T, "R": R, "K": K, "V": V}
-            span = default_span(dtype, **sizes)
-            chunk_size = default_chunk_size(platform, dtype, **sizes)
-        else:
-            span = chunk_size = min(self.chunk_size, T)
+            chunk_size = default_chunk_size(platform, dtype, T=T, R=R, K=K, V=V)
         tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
         return Settings(
             self.scale,
@@ -114,38 +183,52 @@ class Request(NamedTuple):
             widen=platform == "cpu",
         )
 
+    def options(self, platform: str, tokens: Tokens) -> kernels.Options:
+        """How a kernel runs on a platform."""
+        spans = -(-tokens.k.shape[1] // self.span(tokens))
+        return kernels.Options(self.scale, self.precision, spans, interpret=platform == "cpu")
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_own_backward(request: Request, tokens: Tokens, initial_state):
     def choice(platform):
-        name = request.implementation
-        if name is None:
-            B, T, R = tokens.k.shape[:3]
-            Hv, K, V = initial_state.shape[1:]
-            sizes = {"B": B, "T": T, "R": R, "Hv": Hv, "K": K, "V": V}
-            name = select_implementation(platform, **sizes, differentiated=False)
-        if name == "chunked":
-            settings = request.settings(platform, tokens)
-            return functools.partial(_chunked, settings=settings)
-        return functools.partial(_recurrent, scale=request.scale, precision=request.precision)
+        name = request.name(platform, tokens, differentiated=False)
+        if name == "recurrent":
+            return functools.partial(_recurrent, scale=request.scale, precision=request.precision)
+        return _run(name, "forward", request, platform, tokens, keep_states=False)
 
-    return _by_platform(choice, tokens, initial_state)
-
-
-def _chunked(tokens: Tokens, initial_state, settings: Settings):
-    return chunked(tokens, initial_state, settings, keep_states=False)[:2]
+    return _by_platform(choice, tokens, initial_state)[:2]
 
 
 def _recurrent(tokens: Tokens, initial_state, scale, precision):
     *arrays, resets = tokens
-    return recurrent(*arrays, initial_state, resets, scale=scale, precision=precision)
+    return *recurrent(*arrays, initial_state, resets, scale=scale, precision=precision), None
+
+
+def _run(name: str, direction: str, request: Request, platform: str, tokens: Tokens, **keywords):
+    """The forward or backward pass of "chunked" or of a kernel; None where it cannot run."""
+    if name == "chunked":
+        run = chunked if direction == "forward" else chunked_backward
+        return functools.partial(run, settings=request.settings(platform, tokens), **keywords)
+    kernel = kernels.KERNELS[name]
+    if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
+        return None
+    run = getattr(kernels.load(name), direction)
+    return functools.partial(run, options=request.options(platform, tokens), **keywords)
 
 
 def _by_platform(choice, *operands):
-    """Runs ``choice(platform)``, a partial, for the platform that the program is lowered for."""
-    choices = {platform: choice(platform) for platform in ("cpu", "tpu", "default")}
+    """Runs ``choice(platform)``, a partial, for the platform that the program is lowered for.
+
+    Where it is None, lowering fails.
+    """
+    choices = {platform: choice(platform) for platform in PLATFORMS}
     others = choices.pop("default")
-    different = {platform: run for platform, run in choices.items() if not _same(run, others)}
+    different = {
+        platform: run
+        for platform, run in choices.items()
+        if run is not None and not (others is not None and _same(run, others))
+    }
     if not different:
         return others(*operands)
     return jax.lax.platform_dependent(*operands, default=others, **different)
@@ -162,8 +245,8 @@ def _forward(request: Request, tokens: Tokens, initial_state):
     tokens = named._replace(resets=tokens.resets)
 
     def choice(platform):
-        settings = request.settings(platform, tokens)
-        return functools.partial(chunked, settings=settings, keep_states=True)
+        name = request.name(platform, tokens, differentiated=True)
+        return _run(name, "forward", request, platform, tokens, keep_states=True)
 
     o, final_state, states = _by_platform(choice, tokens, initial_state)
     states = checkpoint_name(states, states_name)
@@ -172,10 +255,12 @@ def _forward(request: Request, tokens: Tokens, initial_state):
 
 
 def _backward(request: Request, residuals, cotangents):
+    tokens = residuals[0]
+
     def choice(platform):
-        return functools.partial(
-            chunked_backward, settings=request.settings(platform, residuals[0])
-        )
+        # What the forward pass ran: the states are its own.
+        name = request.name(platform, tokens, differentiated=True)
+        return _run(name, "backward", request, platform, tokens)
 
     return _by_platform(choice, *residuals, *cotangents)
 

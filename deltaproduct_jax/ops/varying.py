@@ -23,7 +23,12 @@ def mark_all_varying(tree):
 
 def zeros_varying_as(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Zeros of ``shape`` with the dtype and the mesh axes of ``like``."""
-    return mark_varying(jnp.zeros(shape, like.dtype), _axes(like))
+    return mark_varying_as(jnp.zeros(shape, like.dtype), like)
+
+
+def mark_varying_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x``, marked as varying over the mesh axes of ``like``."""
+    return mark_varying(x, _axes(like))
 
 
 def _axes(x: jax.Array) -> frozenset:

@@ -1,0 +1,80 @@
+"""Kernels written for one platform, reached only through `delta_product`.
+
+A kernel is a module of this folder, named in `KERNELS`, with three functions:
+
+``unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None``
+    Why it cannot run these, as the end of a sentence, or None.
+``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, states)``
+    As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.spans``, in float32, or None;
+    a kernel that keeps fewer leaves the rest zero.
+``backward(tokens, states, do, dfinal_state, options) -> (dtokens, dinitial_state)``
+    As `chunked_backward`, from the states that its own ``forward`` kept.
+
+The modules import packages that need not be there, so they are imported where they are used.
+"""
+
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    """Where a kernel stands.
+
+    Attributes:
+      module: its name in this folder.
+      package: the package that it cannot do without.
+      platform: what it is written for.
+      least_width: K and V from which on it is chosen where nobody names it.
+      interpreted: runs on a CPU too, slowly, when it is named.
+    """
+
+    module: str
+    package: str
+    platform: str
+    least_width: int
+    interpreted: bool
+
+
+KERNELS: dict[str, Kernel] = {
+    "triton": Kernel("triton_gpu", "jax_triton", "cuda", least_width=16, interpreted=False),
+}
+
+
+class Options(NamedTuple):
+    """What a kernel is told beside its arrays.
+
+    Attributes:
+      scale: multiplies q.
+      precision: "default", "high", "highest" or None, as in `delta_product`.
+      spans: how many states the residuals have room for.
+      interpret: run on a CPU.
+    """
+
+    scale: float
+    precision: str | None
+    spans: int
+    interpret: bool
+
+
+@functools.cache
+def is_installed(name: str) -> bool:
+    """Whether the package that a kernel needs is there, and imports."""
+    try:
+        importlib.import_module(KERNELS[name].package)
+    except (ImportError, AttributeError):  # jax-triton without JAX's own part for CUDA
+        return False
+    return True
+
+
+def load(name: str) -> ModuleType:
+    """The module of a kernel."""
+    return importlib.import_module(f"{__name__}.{KERNELS[name].module}")
+
+
+def reason_against(name: str, **request) -> str | None:
+    """Why a kernel cannot run what `unsupported` is asked for, or None."""
+    if not is_installed(name):
+        return f"package {KERNELS[name].package} is not installed, or does not import"
+    return load(name).unsupported(**request)

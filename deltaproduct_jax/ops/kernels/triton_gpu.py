@@ -1,0 +1,300 @@
+"""The GPU kernels: what is launched on which arrays, in pieces and in batches.
+
+The contract of `forward` and `backward` is that of `deltaproduct_jax.ops.kernels`; `step` is one
+token. The bodies are in `triton_kernels`, which needs Triton and is imported at the first launch.
+"""
+
+import dataclasses
+import functools
+import inspect
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deltaproduct_jax.ops.kernels import Options, triton_tiling
+from deltaproduct_jax.ops.kernels.triton_tiling import Launch
+from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.varying import mark_varying_as
+
+# What a program is compiled for where no GPU says, e.g. ahead of time: Hopper.
+COMPUTE_CAPABILITY = 90
+COMPUTE_CAPABILITY_VARIABLE = "DELTAPRODUCT_COMPUTE_CAPABILITY"
+
+# Of float32 products; products of bfloat16 and float16 are exact whatever it says.
+PRECISIONS = {None: "tf32x3", "default": "tf32", "high": "tf32x3", "highest": "ieee"}
+NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def unsupported(*, dtype, B: int, T: int, R: int, H: int, Hv: int, K: int, V: int, precision):
+    """Why the kernels cannot run these, or None."""
+    del T, H, precision
+    if jnp.dtype(dtype) not in (*NARROW, jnp.dtype(jnp.float32)):
+        return f"the dtype is {jnp.dtype(dtype)}; it takes bfloat16, float16 and float32"
+    for name, size, most in (("R", R, 8), ("K", K, 256), ("V", V, 512), ("B * Hv", B * Hv, 65535)):
+        if size > most:
+            return f"{name} is {size}; it takes at most {most}"
+    return None
+
+
+def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and states as `backward` needs them."""
+    options = options if keep_states else options._replace(spans=0)
+    o, final_state, states = _batched(_forward, options)(tokens, initial_state)
+    return o, final_state, states if keep_states else None
+
+
+def backward(tokens: Tokens, states: jax.Array, do, dfinal_state, options: Options):
+    """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    return _batched(_backward, options)(tokens, states, do, dfinal_state)
+
+
+def step(state, q, k, v, beta, g, *, scale: float):
+    """One token; shapes as in `deltaproduct_jax.ops.delta_product_step`."""
+    return _batched(_step, scale)(state, q, k, v, beta, g)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Sizes of one call, and what launches have in common."""
+
+    tokens: Tokens
+    options: Options
+
+    def __post_init__(self) -> None:
+        """What follows from the arrays."""
+        k, v = self.tokens.k, self.tokens.v
+        B, T, R, H, K = k.shape
+        HV, V = v.shape[-2:]
+        precision = self.options.precision
+        narrow = k.dtype in NARROW
+        # The dtype that products are made in; with narrow inputs only the series needs float32.
+        operand = k.dtype if narrow and precision in (None, "default") else jnp.dtype(jnp.float32)
+        gated = self.tokens.g is not None
+        tiling = triton_tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
+        N = -(-T // tiling.chunk_size)
+        pieces = triton_tiling.pieces_for(B * HV, N, tiling.walk, V=V)
+        gates = {
+            "HAS_G": gated,
+            "HAS_RESETS": self.tokens.resets is not None,
+        }
+        meta = {
+            **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
+            **{"BK": tiling.key_columns, "V": V, "C": tiling.chunk_size, "N": N},
+            **{"CP": tiling.token_rows, "M": tiling.update_rows, "STEPS": -(-N // pieces)},
+            **{"SPAN": -(-N // self.options.spans) if self.options.spans else 0},
+            **gates,
+            "DECAYS": any(gates.values()),
+            "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
+        }
+        for name, value in (
+            ("operand", operand),
+            ("tiling", tiling),
+            ("pieces", pieces),
+            ("meta", meta),
+        ):
+            object.__setattr__(self, name, value)
+
+    def matrices(self, rows: int, columns: int) -> jax.ShapeDtypeStruct:
+        """One matrix a chunk."""
+        B, HV, N = (self.meta[name] for name in ("B", "HV", "N"))
+        return jax.ShapeDtypeStruct((B, HV, N, rows, columns), self.operand)
+
+    def launch(self, name: str, arrays, outs, grid, *, zeroed=(), **more):
+        """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
+        launch = getattr(self.tiling, name)
+        meta = {**self.meta, "BV": launch.columns, **more}
+        return call(name, arrays, outs, grid, launch, zeroed=zeroed, meta=meta)
+
+
+def _prepare(c: _Call):
+    """X, scores and decays of every chunk."""
+    q, k, _, beta, *_ = c.tokens
+    CP, M, N = (c.meta[name] for name in ("CP", "M", "N"))
+    shape = (*c.matrices(1, 1).shape[:3], CP) if c.meta["DECAYS"] else (1,)
+    decays = jax.ShapeDtypeStruct(shape, jnp.float32)
+    outs = (c.matrices(M, M), c.matrices(CP, M), decays, decays)
+    grid = (N, c.meta["B"] * c.meta["HV"])
+    return c.launch("prepare", (q, k, beta, *_gates(c.tokens)), outs, grid)
+
+
+def _gates(tokens: Tokens):
+    """g and resets; kernels do not look at what stands for a missing one."""
+    g = tokens.beta if tokens.g is None else tokens.g
+    return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
+
+
+PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
+def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False, zeroed=(), **more):
+    """Launches a walk; where few heads leave a GPU idle, its pieces run side by side.
+
+    Then a first launch finds out what each piece does to any state, (A, B) in S -> A S + B.
+    """
+    B, HV, K, V = first.shape
+    columns = getattr(c.tiling, name).columns
+    parts = -(-V // columns)
+
+    def walk(start, summary: bool):
+        width = parts * columns + K if summary else V
+        states = jax.ShapeDtypeStruct((B, HV, c.pieces, K, width), jnp.float32)
+        here = [PLACEHOLDER if summary else out for out in outs]
+        here[STATES[name]] = states
+        grid = (parts + summary * -(-K // columns), c.pieces, B * HV)
+        options = {"SUMMARY": summary, "WIDTH": width, **more}
+        if summary:
+            options["SPAN"] = 0
+        return c.launch(
+            name, (*arrays, start), tuple(here), grid, zeroed=() if summary else zeroed, **options
+        )
+
+    if c.pieces > 1:
+        summary = walk(first, True)[STATES[name]]
+        first = _starts(summary, first, parts * columns, reverse)
+    results = list(walk(first, False))
+    results[STATES[name]] = results[STATES[name]][:, :, 0 if reverse else -1]
+    return results
+
+
+# Where the state after the last chunk, or before the first, stands among the results.
+STATES = {"walk": 1, "walk_back": 2}
+
+
+def _starts(summary, first, columns: int, reverse: bool):
+    """States [B, Hv, pieces, K, V] that pieces begin with."""
+    K, V = first.shape[-2:]
+    order = list(range(summary.shape[2]))[:: -1 if reverse else 1]
+    starts = [first]
+    for piece in order[:-1]:
+        A, B = summary[:, :, piece, :, columns : columns + K], summary[:, :, piece, :, :V]
+        starts.append(jnp.matmul(A, starts[-1], precision="highest") + B)
+    return jnp.stack(starts[:: -1 if reverse else 1], axis=2)
+
+
+def _forward(options: Options, tokens: Tokens, initial_state):
+    c = _Call(tokens, options)
+    B, _, _, HV, V = tokens.v.shape
+    H, K = tokens.k.shape[-2:]
+    o = jax.ShapeDtypeStruct((B, tokens.v.shape[1], HV, V), tokens.v.dtype)
+    states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
+    if not options.spans:
+        states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
+    spare = options.spans and -(-c.meta["N"] // c.meta["SPAN"]) < options.spans
+    arrays = (*tokens[:4], *_prepare(c))
+    zeroed = (2,) if spare or not options.spans else ()
+    return _in_pieces(c, "walk", arrays, initial_state, [o, None, states], zeroed=zeroed)
+
+
+def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
+    c = _Call(tokens, options)
+    q, k, v, beta, g, _ = tokens
+    B, T, R, HV, V = v.shape
+    H, K = k.shape[-2:]
+    N, span = c.meta["N"], c.meta["SPAN"]
+    prepared = _prepare(c)
+    x, _, into, out = prepared
+    updates = jax.ShapeDtypeStruct(v.shape, c.operand)
+    grid = (-(-V // c.tiling.errors.columns), -(-N // span), B * HV)
+    arrays = (k, v, beta, x, into, out, states)
+    e, before = c.launch("errors", arrays, (updates, c.matrices(K, V)), grid)
+
+    arrays = (q, k, beta, *prepared, do)
+    outs = [updates, c.matrices(K, V), None]
+    w, after, dinitial_state = _in_pieces(c, "walk_back", arrays, dfinal_state, outs, reverse=True)
+
+    # Of a value head; what a group of them shares is summed below.
+    of_keys = q.dtype if H == HV else jnp.float32
+    outs = (
+        jax.ShapeDtypeStruct((B, T, HV, K), of_keys),
+        jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct(beta.shape, beta.dtype),
+        *2 * (PLACEHOLDER if g is None else jax.ShapeDtypeStruct(g.shape, jnp.float32),),
+    )
+    arrays = (q, k, beta, *_gates(tokens), into, out, do, e, w, before, after)
+    dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, (N, B * HV))
+    if H != HV:
+        dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
+        dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
+    dg = None if g is None else sum(dgates).astype(g.dtype)
+    return Tokens(dq, dk, dv, dbeta, dg, None), dinitial_state
+
+
+def _step(scale: float, state, q, k, v, beta, g):
+    B, R, H, K = k.shape
+    HV, V = v.shape[-2:]
+    launch = triton_tiling.step_for(K=K, V=V)
+    meta = {"SCALE": scale, "R": R, "H": H, "HV": HV, "K": K, "V": V, "HAS_G": g is not None}
+    meta |= {"BK": triton_tiling.power_of_two(K), "BV": launch.columns}
+    arrays = (q, k, v, beta, beta if g is None else g, state)
+    outs = (
+        jax.ShapeDtypeStruct((B, HV, V), v.dtype),
+        jax.ShapeDtypeStruct(state.shape, state.dtype),
+    )
+    return call("step", arrays, outs, (-(-V // launch.columns), B * HV), launch, meta=meta)
+
+
+def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], zeroed=()):
+    """Launches a kernel through jax-triton, 0.3 or 0.4, with those of ``meta`` that it takes."""
+    import jax_triton
+
+    from deltaproduct_jax.ops.kernels import triton_kernels
+
+    kernel = getattr(triton_kernels, name)
+    keywords = inspect.signature(jax_triton.triton_call).parameters
+    results = jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        grid=grid,
+        name=f"delta_product_{name}",
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        compute_capability=_compute_capability(),
+        zeroed_outputs=tuple(zeroed),
+        **{"out_shape" if "out_shape" in keywords else "out_type": tuple(outs)},
+        **{key: value for key, value in meta.items() if key in kernel.arg_names},
+    )
+    return [mark_varying_as(x, arrays[0]) for x in results]
+
+
+def _compute_capability() -> int | None:
+    """None where a GPU says it."""
+    named = os.environ.get(COMPUTE_CAPABILITY_VARIABLE)
+    if named:
+        return int(named)
+    try:
+        jax.devices("cuda")
+    except RuntimeError:
+        return COMPUTE_CAPABILITY
+    return None
+
+
+def _batched(run, fixed):
+    """``run(fixed, ...)`` with a batching rule: a mapped axis joins the axis of sequences."""
+    mapped = jax.custom_batching.custom_vmap(functools.partial(run, fixed))
+
+    @mapped.def_vmap
+    def rule(axis_size, in_batched, *arguments):
+        def join(batched, x):
+            if not batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            axis = _sequence_axis(x.ndim - 1)
+            x = jnp.moveaxis(x, 0, axis)
+            return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+        def part(x):
+            axis = _sequence_axis(x.ndim)
+            x = x.reshape(*x.shape[:axis], axis_size, -1, *x.shape[axis + 1 :])
+            return jnp.moveaxis(x, axis, 0)
+
+        outs = _batched(run, fixed)(*jax.tree.map(join, tuple(in_batched), arguments))
+        return jax.tree.map(part, outs), jax.tree.map(lambda _: True, outs)
+
+    return mapped
+
+
+def _sequence_axis(rank: int) -> int:
+    """The first, but in arrays of kept states [spans, B, H, G, K, V]."""
+    return 1 if rank == 6 else 0

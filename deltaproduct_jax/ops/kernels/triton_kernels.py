@@ -1,0 +1,376 @@
+"""Bodies of the GPU kernels, in Triton. README.md has the equations and what each reads and writes.
+
+Every kernel works on chunks of C tokens, M >= C * R rows of updates (token-major), and one value
+head. In a chunk, with S the state before it, the errors e of the predictions solve
+
+    e + F (beta e) = r,   r = v - into * (k S),   F strictly lower: decays * (k k^T)
+
+so e = r - X (beta r) with X = F - F beta F + ..., and on the way back w = du - X^T (beta du).
+The identity part of either inverse is never rounded. `prepare` computes X once a chunk.
+
+Letters: C tokens of a chunk, CP the same rounded up to a size of `tl.arange`, M rows for updates, K
+and V widths of keys and values, BK the width K rounded up, BV the part of V that one program has, H
+and HV key and value heads, N chunks. Every array is contiguous in the layout of the public op, the
+axes T and R merged; arrays that only kernels see are ``[B, HV, N, ...]``.
+"""
+
+import triton
+import triton.language as tl
+
+from deltaproduct_jax.ops.kernels.triton_parts import (
+    chunk_decay,
+    head,
+    products,
+    put_tile,
+    square,
+    start,
+    strictly_lower_series,
+    sums,
+    tile,
+    token_decay,
+)
+
+
+@triton.jit
+def prepare(
+    q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr,
+    x_ptr, scores_ptr, into_ptr, out_ptr,
+    SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """X [M, M], scores [CP, M] and, token by token, the decays into and out of a chunk."""
+    n, pid = tl.program_id(0), tl.program_id(1)
+    b, hv, h = head(pid, H, HV)
+    chunk = pid.to(tl.int64) * N + n
+    dtype = x_ptr.dtype.element_ty
+    m, c, columns = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    tokens = tl.minimum(C, T - n * C)
+    row = b * T + n * C
+    k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
+    q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
+    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=m < tokens * R, other=0.0)
+    beta = beta.to(tl.float32)
+
+    starts = (m % R == 0) & (m < tokens * R)
+    of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
+    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
+    high, low, segments = of_m
+    c_high, c_low, c_segments = of_c
+
+    earlier = m[:, None] > m[None, :]
+    F = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    F *= products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
+    X = strictly_lower_series(F, beta, M, PRECISION)
+    pointers = square(x_ptr, chunk, m, m, M, M)
+    tl.store(pointers, X.to(dtype))
+
+    upto = c[:, None] >= (m // R)[None, :]
+    scores = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
+    pointers = square(scores_ptr, chunk, c, m, CP, M)
+    tl.store(pointers, scores.to(dtype))
+
+    if HAS_G or HAS_RESETS:
+        last = c == CP - 1
+        last_high = tl.sum(tl.where(last, c_high, 0.0), axis=0)
+        last_low = tl.sum(tl.where(last, c_low, 0.0), axis=0)
+        last_segment = tl.sum(tl.where(last, c_segments, 0), axis=0)
+        into = tl.where(c_segments == 0, tl.exp(c_high + c_low), 0.0)
+        out = tl.exp((last_high - c_high) + (last_low - c_low))
+        out = tl.where(c_segments == last_segment, out, 0.0)
+        tl.store(into_ptr + chunk * CP + c, into)
+        tl.store(out_ptr + chunk * CP + c, out)
+
+
+@triton.jit
+def walk(
+    q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, initial_ptr,
+    o_ptr, final_ptr, states_ptr,
+    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr, SUMMARY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
+
+    With SPAN > 0 the state before every SPAN chunks is kept. With SUMMARY there is no output, only
+    what the piece does to any state S, as WIDTH columns: S -> A S + B is kept as (B, A).
+    """
+    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, hv, h = head(pid, H, HV)
+    dtype = x_ptr.dtype.element_ty
+    m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    columns = part * BV + tl.arange(0, BV)
+    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    S = start(initial_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
+    for i in range(0, STEPS):
+        # The last piece may have fewer chunks: past them nothing is read, written or changed.
+        n = piece * STEPS + i
+        chunk = pid.to(tl.int64) * N + tl.minimum(n, N - 1)
+        tokens = tl.minimum(C, T - n * C)
+        row = b * T + n * C
+        updates = m < tokens * R
+        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+        v = tile(v_ptr, row * R, hv, m, columns, updates, HV, V).to(tl.float32)
+        beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+        X = tl.load(square(x_ptr, chunk, m, m, M, M))
+        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+        through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
+        if SPAN > 0:
+            pointers = square(states_ptr, ((n // SPAN) * B + b) * HV + hv, rows, columns, K, V)
+            inside = (rows < K)[:, None] & (columns < V)[None, :]
+            tl.store(pointers, S, mask=inside & (n % SPAN == 0) & (n < N))
+        narrow = S.to(dtype)
+        r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
+        e = r - tl.dot(X, (beta[:, None] * r).to(dtype), input_precision=PRECISION)
+        u = beta[:, None] * e
+        if not SUMMARY:
+            q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+            scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
+            into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
+            o = tl.dot(q, narrow, input_precision=PRECISION) * (SCALE * into_tokens)[:, None]
+            o = tl.dot(scores, u.to(dtype), o, input_precision=PRECISION)
+            put_tile(o_ptr, o, row, hv, c, columns, c < tokens, HV, V)
+        written = (out[:, None] * u).to(dtype)
+        S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
+    inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(square(final_ptr, index, rows, columns, K, WIDTH), S, mask=inside)
+
+
+@triton.jit
+def errors(
+    k_ptr, v_ptr, beta_ptr, x_ptr, into_ptr, out_ptr, states_ptr,
+    e_ptr, before_ptr,
+    B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every span on its own: the errors e again, and the state before each of its chunks."""
+    part, span, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, hv, h = head(pid, H, HV)
+    dtype = x_ptr.dtype.element_ty
+    m, rows = tl.arange(0, M), tl.arange(0, BK)
+    columns = part * BV + tl.arange(0, BV)
+    inside = (rows < K)[:, None] & (columns < V)[None, :]
+    pointers = square(states_ptr, (span * B + b) * HV + hv, rows, columns, K, V)
+    S = tl.load(pointers, mask=inside, other=0.0)
+    for i in range(0, SPAN):
+        # The last span may have fewer chunks: past them nothing is read or written.
+        n = span * SPAN + i
+        chunk = pid.to(tl.int64) * N + tl.minimum(n, N - 1)
+        row = (b * T + n * C) * R
+        updates = m < tl.minimum(C, T - n * C) * R
+        k = tile(k_ptr, row, h, m, rows, updates, H, K).to(dtype)
+        v = tile(v_ptr, row, hv, m, columns, updates, HV, V).to(tl.float32)
+        beta = tl.load(beta_ptr + (row + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+        X_pointers = square(x_ptr, chunk, m, m, M, M)
+        X = tl.load(X_pointers)
+        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+        through = chunk_decay(into_ptr, chunk, CP, DECAYS)
+        narrow = S.to(dtype)
+        before_pointers = square(before_ptr, chunk, rows, columns, K, V)
+        tl.store(before_pointers, narrow, mask=inside & (n < N))
+        r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
+        e = r - tl.dot(X, (beta[:, None] * r).to(dtype), input_precision=PRECISION)
+        put_tile(e_ptr, e, row, hv, m, columns, updates, HV, V)
+        written = ((out * beta)[:, None] * e).to(dtype)
+        S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
+
+
+@triton.jit
+def walk_back(
+    q_ptr, k_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, do_ptr, dfinal_ptr,
+    w_ptr, dafter_ptr, dinitial_ptr,
+    SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
+    DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
+
+    With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it.
+    """
+    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    b, hv, h = head(pid, H, HV)
+    dtype = x_ptr.dtype.element_ty
+    m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    columns = part * BV + tl.arange(0, BV)
+    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    dS = start(dfinal_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
+    for back in range(0, STEPS):
+        n = piece * STEPS + STEPS - 1 - back
+        chunk = pid.to(tl.int64) * N + tl.minimum(n, N - 1)
+        tokens = tl.minimum(C, T - n * C)
+        row = b * T + n * C
+        updates = m < tokens * R
+        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
+        beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+        X = tl.load(square(x_ptr, chunk, m, m, M, M))
+        scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
+        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+        into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
+        through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
+        narrow = dS.to(dtype)
+        du = out[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
+        du = tl.dot(tl.trans(scores), do, du, input_precision=PRECISION)
+        w = du - tl.dot(tl.trans(X), (beta[:, None] * du).to(dtype), input_precision=PRECISION)
+        if not SUMMARY:
+            inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
+            tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
+            put_tile(w_ptr, w, row * R, hv, m, columns, updates, HV, V)
+        into_do = ((SCALE * into_tokens)[:, None] * do.to(tl.float32)).to(dtype)
+        dS = tl.dot(tl.trans(q), into_do, through * dS, input_precision=PRECISION)
+        removed = ((-into * beta)[:, None] * w).to(dtype)
+        dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
+    inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
+    tl.store(square(dinitial_ptr, index, rows, columns, K, WIDTH), dS, mask=inside)
+
+
+@triton.jit
+def gradients(
+    q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr, into_ptr, out_ptr, do_ptr,
+    e_ptr, w_ptr, before_ptr, dafter_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_tokens_ptr, dg_updates_ptr,
+    SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head."""
+    n, pid = tl.program_id(0), tl.program_id(1)
+    b, hv, h = head(pid, H, HV)
+    chunk = pid.to(tl.int64) * N + n
+    dtype = before_ptr.dtype.element_ty
+    m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    tokens = tl.minimum(C, T - n * C)
+    row = b * T + n * C
+    updates = m < tokens * R
+    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+    into = token_decay(into_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
+    out = token_decay(out_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
+    through = chunk_decay(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
+    into_tokens = token_decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
+
+    do_e = tl.zeros([CP, M], tl.float32)
+    w_e = tl.zeros([M, M], tl.float32)
+    dq = tl.zeros([CP, BK], tl.float32)
+    dk = tl.zeros([M, BK], tl.float32)
+    if HAS_G:
+        dk_written = tl.zeros([M, BK], tl.float32)
+    dbeta = tl.zeros([M], tl.float32)
+    dthrough = tl.zeros([BK], tl.float32)
+    for part in range(0, tl.cdiv(V, BV)):
+        columns = part * BV + tl.arange(0, BV)
+        e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
+        w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
+        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
+        inside = (rows < K)[:, None] & (columns < V)[None, :]
+        before_pointers = square(before_ptr, chunk, rows, columns, K, V)
+        after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
+        before = tl.load(before_pointers, mask=inside, other=0.0)
+        after = tl.load(after_pointers, mask=inside, other=0.0)
+        do_e = tl.dot(do, tl.trans(e), do_e, input_precision=PRECISION)
+        w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
+        dq = tl.dot(do, tl.trans(before), dq, input_precision=PRECISION)
+        read = ((-into * beta)[:, None] * w.to(tl.float32)).to(dtype)
+        written = ((out * beta)[:, None] * e.to(tl.float32)).to(dtype)
+        dk = tl.dot(read, tl.trans(before), dk, input_precision=PRECISION)
+        if HAS_G:  # what is written decays differently
+            dk_written = tl.dot(written, tl.trans(after), dk_written, input_precision=PRECISION)
+        else:
+            dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
+        dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
+        dv = beta[:, None] * w.to(tl.float32)
+        put_tile(dv_ptr, dv, row * R, hv, m, columns, updates, HV, V)
+        if HAS_G:
+            dthrough += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
+    tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
+
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+    starts = (m % R == 0) & updates
+    of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
+    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
+    high, low, segments = of_m
+    c_high, c_low, c_segments = of_c
+    dq *= (SCALE * into_tokens)[:, None]
+    if HAS_G:
+        # Cotangents of the logarithms of the decays, summed over the tokens that each spans.
+        wide_k = k.to(tl.float32)
+        of_into = tl.sum(wide_k * dk, axis=1)
+        of_out = tl.sum(wide_k * dk_written, axis=1)
+        dk += dk_written
+        of_into_tokens = tl.sum(q.to(tl.float32) * dq, axis=1)
+        dg_tokens = tl.cumsum(of_into_tokens, 0, reverse=True) + through * tl.sum(dthrough, axis=0)
+        dg_updates = tl.cumsum(of_into, 0, reverse=True)
+        dg_updates += tl.sum(tl.where(m[:, None] > m[None, :], of_out[None, :], 0.0), axis=1)
+
+    upto = c[:, None] >= (m // R)[None, :]
+    dqk = products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
+    dqk *= do_e * (SCALE * beta)[None, :]
+    if HAS_G:
+        of_scores = dqk * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        # Sums over the rows from each on. Ones are exact in any dtype.
+        later = tl.where(c[:, None] <= c[None, :], 1.0, 0.0).to(dtype)
+        of_scores = tl.dot(later, of_scores.to(dtype), input_precision=PRECISION)
+        before_token = c[:, None] > (m // R)[None, :]
+        dg_tokens += tl.sum(tl.where(before_token, of_scores, 0.0), axis=1)
+        tl.store(dg_tokens_ptr + (row + c) * HV + hv, dg_tokens, mask=c < tokens)
+    narrow = dqk.to(dtype)
+    dq = tl.dot(narrow, k, dq, input_precision=PRECISION)
+    dk = tl.dot(tl.trans(narrow), q, dk, input_precision=PRECISION)
+    put_tile(dq_ptr, dq, row, hv, c, rows, c < tokens, HV, K)
+
+    earlier = m[:, None] > m[None, :]
+    dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
+    dkk *= -w_e * beta[:, None] * beta[None, :]
+    if HAS_G:
+        of_gram = dkk * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        later = tl.where(m[:, None] <= m[None, :], 1.0, 0.0).to(dtype)
+        of_gram = tl.dot(later, of_gram.to(dtype), input_precision=PRECISION)
+        dg_updates += tl.sum(tl.where(earlier, of_gram, 0.0), axis=1)
+        tl.store(dg_updates_ptr + (row + m // R) * HV + hv, dg_updates, mask=starts)
+    symmetric = (dkk + tl.trans(dkk)).to(dtype)
+    dk = tl.dot(symmetric, k, dk, input_precision=PRECISION)
+    put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)
+
+
+@triton.jit
+def step(
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, state_ptr,
+    o_ptr, next_ptr,
+    SCALE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_G: tl.constexpr,
+):  # fmt: skip
+    """One token: the state is read and written once."""
+    part, pid = tl.program_id(0), tl.program_id(1)
+    b, hv, h = head(pid, H, HV)
+    rows = tl.arange(0, BK)
+    columns = part * BV + tl.arange(0, BV)
+    inside = (rows < K)[:, None] & (columns < V)[None, :]
+    pointers = square(state_ptr, pid.to(tl.int64), rows, columns, K, V)
+    S = tl.load(pointers, mask=inside, other=0.0)
+    if HAS_G:
+        S *= tl.exp(tl.load(g_ptr + b * HV + hv).to(tl.float32))
+    for r in range(0, R):
+        update = b * R + r
+        k = tl.load(k_ptr + (update * H + h) * K + rows, mask=rows < K, other=0.0).to(tl.float32)
+        v_pointers = v_ptr + (update * HV + hv) * V + columns
+        v = tl.load(v_pointers, mask=columns < V, other=0.0).to(tl.float32)
+        beta = tl.load(beta_ptr + update * HV + hv).to(tl.float32)
+        error = v - tl.sum(k[:, None] * S, axis=0)
+        S += (beta * k)[:, None] * error[None, :]
+    q = tl.load(q_ptr + (b * H + h) * K + rows, mask=rows < K, other=0.0).to(tl.float32)
+    o = SCALE * tl.sum(q[:, None] * S, axis=0)
+    o = o.to(o_ptr.dtype.element_ty)
+    tl.store(o_ptr + (b * HV + hv) * V + columns, o, mask=columns < V)
+    pointers = square(next_ptr, pid.to(tl.int64), rows, columns, K, V)
+    tl.store(pointers, S, mask=inside)

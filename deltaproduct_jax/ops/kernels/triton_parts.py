@@ -1,0 +1,170 @@
+"""What the GPU kernels are made of, in Triton: tiles, products of decays, the triangular series.
+
+Letters as in triton_kernels.py.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def head(pid, H: tl.constexpr, HV: tl.constexpr):
+    """Sequence, value head and key head of a program, wide enough for any array."""
+    b = (pid // HV).to(tl.int64)
+    hv = pid % HV
+    return b, hv, hv // (HV // H)
+
+
+@triton.jit
+def tile(ptr, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows of one head of an array [rows, HEADS, WIDTH]; zeros where there is nothing."""
+    offsets = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
+    return tl.load(ptr + (row * HEADS + head) * WIDTH + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def put_tile(
+    ptr, x, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Writes what `tile` would read."""
+    offsets = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
+    base = ptr + (row * HEADS + head) * WIDTH
+    tl.store(base + offsets, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def square(ptr, index, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers into matrix ``index`` of an array [..., ROWS, COLUMNS]."""
+    return ptr + index * (ROWS * COLUMNS) + rows[:, None] * COLUMNS + columns[None, :]
+
+
+@triton.jit
+def sums(
+    g_ptr, resets_ptr, row, hv, token, starts, HV: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+):  # fmt: skip
+    """Sums of g from the start of the chunk, and how many segments have begun, at positions.
+
+    A sum has two float32 parts, of the 53 bits that it is made with: differences are then sums over
+    the tokens between to float32's last bit, whatever was summed before.
+    """
+    high = tl.zeros(token.shape, tl.float32)
+    low = tl.zeros(token.shape, tl.float32)
+    segments = tl.zeros(token.shape, tl.int32)
+    if HAS_G:
+        g = tl.load(g_ptr + (row + token) * HV + hv, mask=starts, other=0.0)
+        sums = tl.cumsum(g.to(tl.float64), 0)
+        high = sums.to(tl.float32)
+        low = (sums - high.to(tl.float64)).to(tl.float32)
+    if HAS_RESETS:
+        resets = tl.load(resets_ptr + row + token, mask=starts, other=0)
+        segments = tl.cumsum(resets.to(tl.int32), 0)
+    return high, low, segments
+
+
+@triton.jit
+def products(
+    high, low, segments, from_high, from_low, from_segments, mask, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+):  # fmt: skip
+    """Products of decays from columns to rows; 0 outside ``mask`` and across segments."""
+    if HAS_RESETS:
+        mask = mask & (segments[:, None] == from_segments[None, :])
+    products = tl.where(mask, 1.0, 0.0)
+    if HAS_G:
+        sums = (high[:, None] - from_high[None, :]) + (low[:, None] - from_low[None, :])
+        products = tl.where(mask, tl.exp(tl.where(mask, sums, 0.0)), 0.0)
+    return products
+
+
+@triton.jit
+def corner(A, ROW: tl.constexpr, COLUMN: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr):
+    """A quarter of every block of 2 SIZE on the diagonal of [M, M]: [M / 2 SIZE, SIZE, SIZE]."""
+    parts = tl.reshape(A, [M // SIZE, SIZE, M // SIZE, SIZE])
+    i = tl.arange(0, M // SIZE)
+    row, column = i[:, None, None, None], i[None, None, :, None]
+    keep = (row // 2 == column // 2) & (row % 2 == ROW) & (column % 2 == COLUMN)
+    rows = tl.sum(tl.where(keep, parts, 0.0), axis=2)
+    return tl.sum(tl.reshape(rows, [M // (2 * SIZE), 2, SIZE, SIZE]), axis=1)
+
+
+@triton.jit
+def doubled(X, F, beta, SIZE: tl.constexpr, M: tl.constexpr, PRECISION: tl.constexpr):
+    """X of blocks of twice the size, from those of blocks of SIZE on the diagonal."""
+    below = corner(F, 1, 0, SIZE, M)
+    above_X = corner(beta[:, None] * X, 0, 0, SIZE, M)
+    X_below = corner(X * beta[None, :], 1, 1, SIZE, M)
+    if M == 2 * SIZE:
+        # One product, which the compiler does better without an axis in front.
+        Y = tl.reshape(below, [SIZE, SIZE])
+        Y -= tl.dot(Y, tl.reshape(above_X, [SIZE, SIZE]), input_precision=PRECISION)
+        Y -= tl.dot(tl.reshape(X_below, [SIZE, SIZE]), Y, input_precision=PRECISION)
+        Y = tl.reshape(Y, [1, SIZE, SIZE])
+    else:
+        Y = below - tl.dot(below, above_X, input_precision=PRECISION)
+        Y -= tl.dot(X_below, Y, input_precision=PRECISION)
+    i = tl.arange(0, M // SIZE)
+    row, column = i[:, None, None, None], i[None, None, :, None]
+    place = (row // 2 == column // 2) & (row % 2 == 1) & (column % 2 == 0)
+    rows = tl.broadcast_to(Y[:, None, :, :], [M // (2 * SIZE), 2, SIZE, SIZE])
+    rows = tl.reshape(rows, [M // SIZE, SIZE, SIZE])
+    return X + tl.reshape(tl.where(place, rows[:, :, None, :], 0.0), [M, M])
+
+
+@triton.jit
+def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
+    """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta, for strictly lower F.
+
+    Blocks of 16 by substitution, then masked doubling: both without powers of F, which overflow
+    where keys agree and beta is near 2.
+    """
+    BLOCK: tl.constexpr = 16
+    BLOCKS: tl.constexpr = M // BLOCK
+    block = tl.arange(0, BLOCKS)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    blocks = tl.reshape(F, [BLOCKS, BLOCK, BLOCKS, BLOCK])
+    X = tl.sum(tl.where(same, blocks, 0.0), axis=2)
+    lower = X * tl.reshape(beta, [BLOCKS, BLOCK])[:, None, :]
+    row = tl.arange(0, BLOCK)[None, :, None]
+    for i in range(1, BLOCK):
+        coefficients = tl.sum(tl.where(row == i, lower, 0.0), axis=1)
+        update = tl.sum(coefficients[:, :, None] * X, axis=1)
+        X = tl.where(row == i, X - update[:, None, :], X)
+    X = tl.where(same, X[:, :, None, :], 0.0)
+    X = tl.reshape(X, [M, M])
+    if M > 16:
+        X = doubled(X, F, beta, 16, M, PRECISION)
+    if M > 32:
+        X = doubled(X, F, beta, 32, M, PRECISION)
+    return X
+
+
+@triton.jit
+def token_decay(ptr, chunk, index, CP: tl.constexpr, DECAYS: tl.constexpr):
+    """Decays from the start of the chunk or to its end, as ``ptr`` says, of tokens ``index``."""
+    decay = tl.full(index.shape, 1.0, tl.float32)
+    if DECAYS:
+        # Rows past the last token repeat it.
+        decay = tl.load(ptr + chunk * CP + tl.minimum(index, CP - 1))
+    return decay
+
+
+@triton.jit
+def chunk_decay(ptr, chunk, CP: tl.constexpr, DECAYS: tl.constexpr):
+    """Decay over all of the chunk."""
+    decay = tl.full([], 1.0, tl.float32)
+    if DECAYS:
+        decay = tl.load(ptr + chunk * CP + CP - 1)
+    return decay
+
+
+@triton.jit
+def start(ptr, index, part, rows, columns, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+           SUMMARY: tl.constexpr):  # fmt: skip
+    """The state that a walk begins with; of a summary zero, then, in further columns, identity."""
+    if SUMMARY:
+        return tl.where(rows[:, None] == (columns - tl.cdiv(V, BV) * BV)[None, :], 1.0, 0.0)
+    inside = (rows < K)[:, None] & (columns < V)[None, :]
+    return tl.load(square(ptr, index, rows, columns, K, V), mask=inside, other=0.0)

@@ -1,0 +1,108 @@
+"""How the GPU kernels cut their work: a pure function of dtype and sizes.
+
+README.md has the measurements that chose the numbers.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+# Programs of a walk that run at once on an H100 or H200: two on each of 132 multiprocessors.
+PROGRAMS_AT_ONCE = 264
+CHUNKS_IN_A_PIECE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How one kernel is launched.
+
+    Attributes:
+      warps: of 32 threads, in a program.
+      stages: of loads under way in a loop.
+      columns: of the value width that one program has, or takes at a time; a power of two.
+    """
+
+    warps: int
+    stages: int
+    columns: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """The cut of one shape.
+
+    Attributes:
+      chunk_size: tokens in a chunk.
+      update_rows: rows of a tile of updates: at least ``chunk_size`` times R; a power of two.
+      token_rows: rows of a tile of tokens: at least ``chunk_size``; a power of two from 16 up.
+      key_columns: columns of a tile of keys: at least K; a power of two from 16 up.
+    """
+
+    chunk_size: int
+    update_rows: int
+    token_rows: int
+    key_columns: int
+    prepare: Launch
+    walk: Launch
+    errors: Launch
+    walk_back: Launch
+    gradients: Launch
+
+
+def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Tiling:
+    """The cut of a shape.
+
+    Args:
+      operand: the dtype that products are made in.
+      R: Householder factors a token.
+      K: key width.
+      V: value width.
+      gated: whether there is a decay.
+    """
+    large = jnp.dtype(operand).itemsize > 2 or K > 128
+    key_columns = power_of_two(K)
+    rows = 32 if large else 64
+    chunk_size = rows // R
+    columns = min(power_of_two(V), 32 if large else 64)
+    walk = Launch(warps=8 if large else 4, stages=2, columns=columns)
+    return Tiling(
+        chunk_size,
+        rows,
+        power_of_two(chunk_size),
+        key_columns,
+        prepare=Launch(warps=4 if large else 2, stages=1),
+        walk=walk,
+        errors=walk,
+        walk_back=walk,
+        # Cotangents of gates need what is read and what is written apart: twice the registers.
+        gradients=Launch(
+            warps=8 if gated or large else 4, stages=3 if gated else 2, columns=columns
+        ),
+    )
+
+
+def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
+    """Into how many pieces a sequence is cut that run side by side.
+
+    Finding out what a piece does to any state costs more than walking through it, so only where at
+    least four of them fit on the GPU at once, and with some chunks each.
+
+    Args:
+      heads: value heads of all sequences.
+      chunks: in a sequence.
+      walk: how a walk over chunks is launched.
+      V: value width.
+    """
+    programs = heads * -(-V // walk.columns)
+    pieces = min(PROGRAMS_AT_ONCE // programs, chunks // CHUNKS_IN_A_PIECE)
+    return pieces if pieces >= 4 else 1
+
+
+def step_for(*, K: int, V: int) -> Launch:
+    """The cut for one token: a part of a state's columns to a program."""
+    return Launch(warps=1, stages=1, columns=min(power_of_two(V), max(16, 2048 // power_of_two(K))))
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size`` and 16, what products take."""
+    return max(16, 1 << (size - 1).bit_length())

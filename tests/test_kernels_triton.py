@@ -1,0 +1,80 @@
+"""The GPU kernels without a GPU: run by Triton's interpreter, and compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments import environment
+
+TESTS = Path(__file__).parent
+# Outputs and gradients: the design's bars for float32; for float16 a few units of its last bit.
+BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
+# Bytes a thread spilt by the hot kernels of a bfloat16 pass: the pointers of a loop, not its tiles.
+SPILT = 64
+
+if not environment.extra_folder("gpu").exists():
+    pytest.skip("needs Triton (tests/run.py --extra=gpu)", allow_module_level=True)
+
+
+def child(mode: str) -> dict:
+    """Runs triton_child.py in a process of its own: the interpreter is chosen at import."""
+    path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    variables |= {"XLA_FLAGS": "", "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
+    command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return child("interpret")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return child("compile")
+
+
+@pytest.mark.parametrize("dtype", BARS)
+def test_outputs_and_gradients_are_those_of_the_oracle(dtype, interpreted):
+    outputs_bar, gradients_bar = BARS[dtype]
+    cases = {name: e for name, e in interpreted["errors"].items() if name.endswith(dtype)}
+    assert len(cases) >= 3
+    over = {
+        (name, what): error
+        for name, errors in cases.items()
+        for what, error in errors.items()
+        if not error <= (gradients_bar if what.startswith("d") else outputs_bar)
+    }
+    assert not over
+
+
+def test_a_mapped_call_is_one_call_after_the_other(interpreted):
+    assert interpreted["vmap"] < 1e-5
+
+
+def test_one_token_is_that_of_the_oracle(interpreted):
+    assert max(interpreted["step"].values()) < 1e-6
+
+
+def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    assert {"prepare", "walk", "errors", "walk_back", "gradients"} == set(rows)
+    assert all(row["spilt_bytes"] <= SPILT for row in rows.values()), rows
+    assert all(
+        row["shared_bytes"] > 0 and row["programs_a_multiprocessor"] for row in rows.values()
+    )
+
+
+def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
+    lowered = compiled["lowered"]
+    # Two forward, four backward.
+    assert lowered["triton"] == lowered["None"] == 6
+    assert lowered["chunked"] == 0
+    assert lowered["on a CPU"] != "lowered"

@@ -1,0 +1,148 @@
+"""What test_kernels_triton.py runs apart, where Triton is found: prints one JSON object.
+
+``interpret``: errors against the oracle, kernels run by Triton's interpreter, which knows no
+bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("XLA_FLAGS", "")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import triton_interpreter
+from helpers import Case
+
+from deltaproduct_jax.ops import delta_product, kernels
+from deltaproduct_jax.ops.kernels import triton_gpu, triton_tiling
+from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.packing import starts_of_segments
+
+SMALL = {"B": 1, "H": 1, "K": 16, "V": 16}
+CASES = {
+    "gated": Case(T=20, **SMALL),
+    "ungated": Case(T=40, gate=None, **SMALL),
+    "packed, grouped, odd widths": Case(T=21, R=3, B=1, H=1, G=2, K=24, V=40, segments=True),
+    "five factors": Case(T=11, R=5, **SMALL),
+    "one token, eight factors": Case(T=1, R=8, **SMALL),
+    "strong decay": Case(T=20, gate="strong", **SMALL),
+    "strong decay now and then": Case(T=20, gate="every8", **SMALL),
+    "extreme decay": Case(T=20, gate="extreme", **SMALL),
+    "mixed decay, packed": Case(T=20, gate="mixed", segments=True, **SMALL),
+    "identical keys, beta 2": Case(T=40, gate=None, keys="identical", beta=(2, 2), **SMALL),
+    "in pieces": Case(T=70, **{**SMALL, "V": 40}),
+    "in pieces, packed": Case(T=40, segments=True, **SMALL),
+}
+NARROW = ("gated", "packed, grouped, odd widths", "mixed decay, packed")
+
+
+def inputs(case: Case, dtype: str):
+    arrays = helpers.cast(case.arrays(), dtype)
+    segment_ids = case.segment_ids()
+    resets = None if segment_ids is None else starts_of_segments(jnp.asarray(segment_ids))
+    tokens = (None if arrays[n] is None else jnp.asarray(arrays[n]) for n in helpers.ARGUMENTS[:5])
+    return arrays, segment_ids, Tokens(*tokens, resets), jnp.asarray(arrays["initial_state"])
+
+
+def run(tokens, state, cotangents, case):
+    options = kernels.Options(case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False)
+    *outputs, states = triton_gpu.forward(tokens, state, options, keep_states=True)
+    dtokens, dstate = triton_gpu.backward(tokens, states, *cotangents, options)
+    return outputs, [*dtokens[:5], dstate]
+
+
+def errors(case: Case, dtype: str) -> dict[str, float]:
+    arrays, segment_ids, tokens, state = inputs(case, dtype)
+    do, dstate = helpers.draw_cotangents(case.arrays())
+    cotangents = jnp.asarray(do, tokens.v.dtype), jnp.asarray(dstate, jnp.float32)
+    outputs, gradients = run(tokens, state, cotangents, case)
+    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
+    *want, dwant = oracle.delta_product(
+        **wide, segment_ids=segment_ids, cotangents=[np.asarray(c, np.float64) for c in cotangents]
+    )
+    found = dict(zip(("o", "final_state"), zip(outputs, want, strict=True), strict=True))
+    for name, x in zip(helpers.ARGUMENTS, gradients, strict=True):
+        if x is not None:
+            found["d" + name] = (x, dwant[name])
+    return {name: relative(*pair) for name, pair in found.items()}
+
+
+def relative(x, reference) -> float:
+    difference = np.linalg.norm(np.asarray(x, np.float64) - reference)
+    # What float32 cannot hold may be 0.
+    return float(max(difference - 1e-30, 0) / max(np.linalg.norm(reference), 1e-300))
+
+
+def interpret() -> dict:
+    triton_gpu.call = triton_interpreter.call
+    found = {}
+    for name, case in CASES.items():
+        if name.startswith("in pieces"):
+            triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 4
+        found[f"{name}, float32"] = errors(case, "float32")
+        if name in NARROW:
+            found[f"{name}, float16"] = errors(case, "float16")
+    return {"errors": found, "vmap": vmapped(), "step": one_token()}
+
+
+def vmapped() -> float:
+    """The largest difference between a mapped call and one call after the other."""
+    case = Case(T=5, **{**SMALL, "B": 2})
+    _, _, tokens, state = inputs(case, "float32")
+    cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(case.arrays()))
+
+    def one(q, state):
+        return run(tokens._replace(q=q), state, cotangents, case)
+
+    q, states = jnp.stack([tokens.q, 2 * tokens.q]), jnp.stack([state, -state])
+    together = jax.vmap(one, (0, 0))(q, states)
+    apart = [one(q[i], states[i]) for i in range(2)]
+    apart = jax.tree.map(lambda *x: jnp.stack(x), *apart)
+    differences = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), together, apart)
+    return float(max(jax.tree.leaves(differences)))
+
+
+def one_token() -> dict[str, float]:
+    case = Case(T=1, R=3, B=2, H=1, G=2, K=24, V=40)
+    arrays, _, tokens, state = inputs(case, "float32")
+    q, k, v, beta, g = (x[:, 0] for x in tokens[:5])
+    o, final_state = triton_gpu.step(state, q, k, v, beta, g, scale=case.K**-0.5)
+    want = oracle.delta_product(**arrays)
+    return {"o": relative(o, want[0][:, 0]), "final_state": relative(final_state, want[1])}
+
+
+def compile_for_cuda() -> dict:
+    from experiments import gpu_compile
+
+    config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
+    os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
+    rows = gpu_compile.compile_kernels(config, R=2, K=128)
+    shapes = [(1, 64, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+    def loss(q, k, v, beta, implementation):
+        return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
+
+    lowered = {}
+    for implementation in ("triton", None, "chunked"):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
+        traced = gradient.trace(*arrays, implementation)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        lowered[str(implementation)] = text.count("triton_kernel_call")
+    try:
+        traced = jax.jit(loss, static_argnums=4).trace(*arrays, "triton")
+        traced.lower(lowering_platforms=("cpu",))
+        lowered["on a CPU"] = "lowered"
+    except Exception as error:  # whatever it is, the user reads it
+        lowered["on a CPU"] = str(error)
+    return {"rows": rows, "lowered": lowered}
+
+
+if __name__ == "__main__":
+    print(json.dumps(interpret() if sys.argv[1] == "interpret" else compile_for_cuda()))

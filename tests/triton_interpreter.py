@@ -1,0 +1,85 @@
+"""Launches the project's Triton kernels in Triton's interpreter: no GPU, no torch.
+
+``TRITON_INTERPRET=1`` must be in the environment before Triton is imported. The interpreter asks
+its arguments for a pointer and a dtype, and for the little of torch's interface that `Tensor` has.
+"""
+
+import functools
+
+import jax
+import numpy as np
+
+# The interpreter keeps much in global variables, and JAX would call back from several threads.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+class _Dtype:
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@functools.cache
+def _dtype(name: str) -> _Dtype:
+    """One object a dtype: Triton remembers them by address."""
+    return _Dtype(name)
+
+
+class Tensor:
+    """A NumPy array that the interpreter takes for one of torch."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = np.ascontiguousarray(array)
+        self.dtype = _dtype(self.array.dtype.name)
+        self.shape = self.array.shape
+        self.device = "cpu"
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    def cpu(self):
+        return self
+
+    def size(self):
+        return self.shape
+
+    def stride(self):
+        return tuple(size // self.array.itemsize for size in self.array.strides)
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def new_empty(self, *_, **__):
+        return Tensor(self.array[:0])
+
+    def set_(self, storage, *_):
+        self.__init__(storage.array)
+
+    def copy_(self, other):
+        self.array[...] = other.array
+
+
+def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=()):
+    """Stands in for `triton_gpu.call`."""
+    from deltaproduct_jax.ops.kernels import triton_kernels
+
+    del launch
+    kernel = getattr(triton_kernels, name)
+
+    def run(*arrays):
+        inputs = [Tensor(np.array(x)) for x in arrays]
+        # What a kernel leaves unwritten must show.
+        results = [
+            Tensor(np.full(out.shape, 0 if i in zeroed else np.nan, out.dtype))
+            for i, out in enumerate(outs)
+        ]
+        constants = {key: value for key, value in meta.items() if key in kernel.arg_names}
+        kernel[grid](*inputs, *results, **constants)
+        return tuple(x.array for x in results)
+
+    return jax.pure_callback(run, tuple(outs), *arrays)
