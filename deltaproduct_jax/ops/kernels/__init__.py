@@ -38,7 +38,9 @@ class Kernel(NamedTuple):
     interpreted: bool
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {
+    "pallas_tpu": Kernel("pallas_tpu", "jax.experimental.pallas.tpu", "tpu", 64, interpreted=True),
+}
 
 
 class Options(NamedTuple):
