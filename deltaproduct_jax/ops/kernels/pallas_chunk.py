@@ -23,7 +23,7 @@ from deltaproduct_jax.ops.kernels.pallas_products import (
 
 
 class Chunk(NamedTuple):
-    """The inputs of a chunk in float32; segment numbers count the boundaries since the chunk began."""
+    """Inputs of a chunk in float32; segment numbers count the boundaries since it began."""
 
     q: jax.Array  # hCK
     k: jax.Array  # hMK
