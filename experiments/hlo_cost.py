@@ -127,7 +127,8 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             current = computations.setdefault(head["name"], {})
             entry = head["name"] if head["entry"] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            operands = [part.strip().lstrip("%") for part in match["operands"].split(",")]
+            listed = re.sub(r"/\*.*?\*/", "", match["operands"])
+            operands = [part.strip().lstrip("%") for part in listed.split(",")]
             current[match["name"]] = Instruction(
                 match["opcode"], operands, match["rest"], match["root"] is not None, match["type"]
             )

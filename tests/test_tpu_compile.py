@@ -55,12 +55,14 @@ def test_the_kernels_compile_and_are_all_there_is(generation, compiled):
     assert "error" not in found, found["error"]
     assert found["custom_calls"] == {"tpu_custom_call": 2}
     assert not found["loops"]
-    shape = KERNELS[generation].shape
+
+
+def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
+    """Inputs, cotangents, and a state a span, most of them once, a few on the way back again."""
+    found, shape = compiled["v4"], KERNELS["v4"].shape
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
-    # Inputs and their cotangents, once each, and q, k and v once more on the way back; the states
-    # written and read.
     least = found["argument_bytes"] + found["output_bytes"] + states
-    assert found["hbm_bytes"] < 2 * least
+    assert least < found["hbm_bytes"] < 1.5 * least
 
 
 def test_a_solver_would_be_seen(monkeypatch):
