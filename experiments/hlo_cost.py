@@ -16,6 +16,8 @@ import dataclasses
 import json
 import re
 
+from experiments.hlo_traffic import hbm_bytes
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -27,8 +29,8 @@ COLLECTIVES = (
 )
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s=]+) \(.*\{$")
 _INSTRUCTION = re.compile(
-    r"^\s+(?P<root>ROOT )?%?(?P<name>\S+) = .*? (?P<opcode>[a-z][\w-]*)\((?P<operands>[^)]*)\)"
-    r"(?P<rest>.*)$"
+    r"^\s+(?P<root>ROOT )?%?(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[a-z][\w-]*)"
+    r"\((?P<operands>[^)]*)\)(?P<rest>.*)$"
 )
 _PASSED_ON = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 
@@ -41,6 +43,7 @@ class Instruction:
     operands: list[str]
     rest: str
     is_root: bool
+    type: str
 
     def attribute(self, name: str) -> str | None:
         """The value of ``name=%value`` or ``name="value"``."""
@@ -61,12 +64,14 @@ class Instruction:
 class Cost:
     """Sums over a program.
 
-    Cycles (``schedule_cycles`` is None where no profile was asked for), how often each target of a
+    Cycles (``schedule_cycles`` is None where no profile was asked for), bytes read from HBM and
+    written to it (`hlo_traffic`), how often each target of a
     custom call is called and each kind of collective runs, and the trip count of every loop.
     """
 
     schedule_cycles: int | None = None
     model_cycles: int = 0
+    hbm_bytes: int = 0
     custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     loops: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -93,6 +98,7 @@ def cost(text: str) -> Cost:
             if schedule is not None:
                 total.schedule_cycles = (total.schedule_cycles or 0) + times * schedule
             total.model_cycles += times * (model or 0)
+            total.hbm_bytes += times * hbm_bytes(computations, computations[name], line)
             kind = line.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 total.collectives[kind] = total.collectives.get(kind, 0) + times
@@ -121,9 +127,10 @@ def _parse(text: str) -> tuple[dict[str, Computation], str]:
             current = computations.setdefault(head["name"], {})
             entry = head["name"] if head["entry"] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            operands = [part.strip().lstrip("%") for part in match["operands"].split(",")]
+            listed = re.sub(r"/\*.*?\*/", "", match["operands"])
+            operands = [part.strip().lstrip("%") for part in listed.split(",")]
             current[match["name"]] = Instruction(
-                match["opcode"], operands, match["rest"], match["root"] is not None
+                match["opcode"], operands, match["rest"], match["root"] is not None, match["type"]
             )
     if entry is None:
         raise ValueError("this text holds no compiled program: it has no ENTRY computation")

@@ -97,7 +97,17 @@ def _scan(*, chunk_size=None, **arrays):
     return delta_product(**arrays, implementation="recurrent")
 
 
-IMPLEMENTATIONS = {"chunked": _chunked, "scan": _scan, "interleaved": interleaved}
+def _pallas(*, chunk_size=None, **arrays):
+    del chunk_size
+    return delta_product(**arrays, implementation="pallas_tpu")
+
+
+IMPLEMENTATIONS = {
+    "chunked": _chunked,
+    "scan": _scan,
+    "interleaved": interleaved,
+    "pallas_tpu": _pallas,
+}
 
 
 def program(job: Job) -> tuple[Callable, tuple[Any, ...]]:
@@ -131,11 +141,13 @@ def compile_here(job: Job) -> dict[str, Any]:
     chip = topologies.get_topology_desc(GENERATIONS[job.generation].topology, platform="tpu")
     mesh = jax.sharding.Mesh(np.array(chip.devices[:1]), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    function, arguments = program(job)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
-    )
-    lowered = jax.jit(function).lower(*arguments)
+    # A Pallas kernel asks the mesh around it which TPU it is lowered for.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        function, arguments = program(job)
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+        )
+        lowered = jax.jit(function).lower(*arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

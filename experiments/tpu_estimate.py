@@ -14,11 +14,14 @@ two versions of the op on one chip, and no times:
   large shapes, and aborts on some programs and always on v4; then the table says so.
 * cost model: what the compiler chose its tiles by; it counts traffic and an overhead an operation,
   and knows no custom calls.
+* HBM: bytes that all operations read from it and write to it, a custom call each of its arrays
+  once; in brackets over arguments, outputs and a state for every 128 factors.
 * memory: temporary, arguments, outputs. What is kept on the chip is not counted.
 
 Microseconds are cycles at the clock in `tpu_compiler.GENERATIONS`, on v4 of one of the two cores of
-a chip, else of the chip. "chunked" and "scan" are ``implementation="chunked"`` and ``"recurrent"``
-of the op; "interleaved" is the published form, one factor a token in a sequence n_h times longer.
+a chip, else of the chip. "chunked", "pallas_tpu" and "scan" are ``implementation="chunked"``,
+``"pallas_tpu"`` and ``"recurrent"`` of the op; "interleaved" is the published form, one factor a
+token in a sequence n_h times longer.
 """
 
 import dataclasses
@@ -94,6 +97,9 @@ def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) 
             note = found["error"]
             (found,) = compile_apart([job], profile=False, timeout_s=config.timeout_s)
         names = {"generation": generation, "num_householder": n_h, "direction": direction}
+        # Of a state for every 128 factors, which the gradient cannot do without.
+        spans = -(-shape.T * shape.R // 128)
+        found["states_bytes"] = 4 * spans * shape.B * shape.H * shape.K * shape.V
         rows.append({**names, "implementation": implementation, "profile_error": note, **found})
     return rows
 
@@ -101,9 +107,9 @@ def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown; in brackets the ratio to the first row of the same program."""
     lines = [
-        "| chip | n_h | direction | implementation | schedule, us | cost model, us | temp MiB "
-        "| arguments MiB | outputs MiB | custom calls and collectives |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| chip | n_h | direction | implementation | schedule, us | cost model, us | HBM MiB "
+        "| temp MiB | arguments MiB | outputs MiB | custom calls and collectives |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     first: dict[tuple, dict] = {}
     for row in rows:
@@ -111,10 +117,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         reference = first.setdefault(tuple(names), row)
         cells = [*names, row["implementation"]]
         if "error" in row:
-            cells += [row["error"]] + [""] * 5
+            cells += [row["error"]] + [""] * 6
         else:
             times = [_microseconds(row, reference, name) for name in ("schedule", "model")]
-            cells += [row["profile_error"] or times[0], times[1]]
+            least = sum(row[f"{name}_bytes"] for name in ("argument", "output", "states"))
+            traffic = f"{row['hbm_bytes'] / 2**20:.1f} ({row['hbm_bytes'] / least:.2f})"
+            cells += [row["profile_error"] or times[0], times[1], traffic]
             cells += [f"{row[f'{n}_bytes'] / 2**20:.1f}" for n in ("temp", "argument", "output")]
             # Buffers that the compiler sets aside are custom calls to it.
             calls = {n: c for n, c in row["custom_calls"].items() if n != "AllocateBuffer"}

@@ -14,6 +14,8 @@ import oracle
 from deltaproduct_jax.ops import delta_product
 
 IMPLEMENTATIONS = ("recurrent", "associative", "chunked")
+# Kernels of other platforms, where a CPU interprets them.
+WITH_KERNELS = (*IMPLEMENTATIONS, "pallas_tpu")
 ARGUMENTS = ("q", "k", "v", "beta", "g", "initial_state")
 
 # (implementation, dtype) -> {"outputs" | "gradients": worst relative error}; printed at the end.

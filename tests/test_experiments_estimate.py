@@ -175,6 +175,7 @@ def figures(job, profile):
     return {
         "schedule_cycles": 3000 * factor if profile else None,
         "model_cycles": 6000 * factor,
+        "hbm_bytes": 8 << 20,
         "custom_calls": {"AllocateBuffer": 2, "Invert": 20},
         "collectives": {},
         "loops": {},
@@ -198,8 +199,10 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
     assert text.strip() == capsys.readouterr().out.strip()
     memory = "3.0 | 2.0 | 1.0 | 20 Invert |"
     name = "| v5e | 2 | forward | "
-    assert f"{name}interleaved | profiler aborted | 8.0 (1.00) | {memory}" in text
-    assert f"{name}chunked | 2.0 | 4.0 (0.50) | {memory}" in text
+    # 2 MiB of arguments, 1 of outputs, 4 of states, one for every 64 tokens.
+    traffic = "8.0 (1.14)"
+    assert f"{name}interleaved | profiler aborted | 8.0 (1.00) | {traffic} | {memory}" in text
+    assert f"{name}chunked | 2.0 | 4.0 (0.50) | {traffic} | {memory}" in text
     assert f"{name}scan | RESOURCE_EXHAUSTED: too large | " in text
     assert "jax 1, libtpu 2" in text
     record = json.loads((tmp_path / "estimate.json").read_text())

@@ -39,6 +39,11 @@ CASES = {
 # The cases that the two plain implementations run too.
 PLAIN = ("no token", "five factors", "grouped, ungated, packed", "all at once")
 
+# Those that a kernel runs, interpreted; KERNEL_HARD are of the hard ones below.
+KERNEL = ("no token", "one token", "five factors", "grouped, ungated, packed")
+KERNEL_NARROW = ("one short of a chunk", "all at once", "beta up to 1")
+KERNEL_HARD = ("beta 2, parallel keys", "g of all sizes")
+
 # The chunk size is the default one: with beta = 2 and agreeing keys the rounding of k_m . k_n
 # enters coherently, so the chunked form's error grows with the chunk (1e-5 near 64 updates).
 HARD = {
@@ -123,6 +128,21 @@ def test_precision_highest_keeps_normalised_keys_at_unit_length():
 @pytest.mark.parametrize("name", HARD)
 def test_hard_inputs(name):
     assert_within_bars(HARD[name], "chunked", "float32")
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_kernels_float32(name):
+    assert_within_bars(CASES[name], "pallas_tpu", "float32")
+
+
+@pytest.mark.parametrize("name", KERNEL_NARROW)
+def test_kernels_bfloat16(name):
+    assert_within_bars(CASES[name], "pallas_tpu", "bfloat16")
+
+
+@pytest.mark.parametrize("name", KERNEL_HARD)
+def test_kernels_hard_inputs(name):
+    assert_within_bars(HARD[name], "pallas_tpu", "float32")
 
 
 @pytest.mark.parametrize("implementation", ["recurrent", "associative"])

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import IMPLEMENTATIONS, Case, cast, draw_cotangents, relative_error, run
+from helpers import IMPLEMENTATIONS, WITH_KERNELS, Case, cast, draw_cotangents, relative_error, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +15,7 @@ ROUNDING = 3e-6
 T = 18
 CASE = Case(T=T, R=2, B=2, H=1, G=2, K=4, V=5)
 few = settings(max_examples=5, derandomize=True, deadline=None)
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+every_implementation = pytest.mark.parametrize("implementation", WITH_KERNELS)
 
 
 def inputs(case=CASE):

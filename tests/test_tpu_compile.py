@@ -19,6 +19,12 @@ JOBS = {
     for dtype in ("bfloat16", "float32")
     if (generation, dtype) != ("v6e", "float32")  # compiles for 10 seconds, and shares the cut
 }
+# The gradient holds both kernels. On v4 this is what its vector memory has to be planned for.
+KERNELS = {
+    **{name: Job(name, "pallas_tpu", BACKWARD, JOBS["v5e", FORWARD, "bfloat16"].shape)
+       for name in ("v5e", "v5p", "v6e")},
+    "v4": Job("v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16")),
+}  # fmt: skip
 # Large enough for its states, one every 32 tokens, not to fit on the chip, where memory is not
 # counted.
 LONG = Job("v5e", "chunked", BACKWARD, Shape(B=1, T=8192, H=2, K=128, V=128, R=4, dtype="bfloat16"))
@@ -28,7 +34,7 @@ SPAN = 32
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler says of every program, all compiled by one child process."""
-    jobs = {**JOBS, "long": LONG}
+    jobs = {**JOBS, **KERNELS, "long": LONG}
     figures = tpu_compiler.compile_apart(list(jobs.values()), profile=False, timeout_s=280)
     return dict(zip(jobs, figures, strict=True))
 
@@ -41,6 +47,22 @@ def test_the_chunked_form_compiles_without_a_solver(key, compiled):
     assert not solvers, "on a TPU a solve costs more than all the rest"
     assert not found["collectives"]
     assert found["model_cycles"] > 0
+
+
+@pytest.mark.parametrize("generation", KERNELS)
+def test_the_kernels_compile_and_are_all_there_is(generation, compiled):
+    found = compiled[generation]
+    assert "error" not in found, found["error"]
+    assert found["custom_calls"] == {"tpu_custom_call": 2}
+    assert not found["loops"]
+
+
+def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
+    """Inputs, cotangents, and a state a span, most of them once, a few on the way back again."""
+    found, shape = compiled["v4"], KERNELS["v4"].shape
+    states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
+    least = found["argument_bytes"] + found["output_bytes"] + states
+    assert least < found["hbm_bytes"] < 1.5 * least
 
 
 def test_a_solver_would_be_seen(monkeypatch):

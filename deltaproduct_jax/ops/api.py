@@ -15,7 +15,7 @@ from deltaproduct_jax.ops.recurrent import recurrent_step
 L2NORM_EPSILON = 1e-6
 
 FORWARD_MODE = (
-    "delta_product: the chunked implementation has its own backward pass and no forward-mode "
+    "delta_product: chunked and kernel implementations have a backward pass and no forward-mode "
     'derivative (jvp, jacfwd); name implementation="recurrent" or "associative" for that'
 )
 
@@ -62,9 +62,10 @@ def delta_product(
       chunk_size: tokens in a chunk of the chunked implementation; it changes speed and memory, not
         the result.
       implementation: "chunked" (matmuls within chunks, own backward pass), "recurrent" (a scan over
-        tokens), "associative" (a log-depth scan), or None for a choice by platform and shape, made
-        when the program is lowered; `select_implementation` tells which. Forward-mode
-        differentiation (jvp) needs "recurrent" or "associative".
+        tokens), "associative" (a log-depth scan), "pallas_tpu" (a kernel for TPU; on a CPU it is
+        interpreted, slowly), or None for a choice by platform and shape, made when the program is
+        lowered; `select_implementation` tells which. Forward-mode differentiation (jvp) needs
+        "recurrent" or "associative".
       precision: "default", "high" or "highest". None: true float32 products for float32 inputs;
         bfloat16 operands with float32 accumulation for bfloat16 inputs.
 
@@ -73,7 +74,8 @@ def delta_product(
       token [B, Hv, K, V] in float32 (float64 when q is float64).
 
     Raises:
-      ValueError: an argument has the wrong shape, dtype or value.
+      ValueError: an argument has the wrong shape, dtype or value, or the named kernel cannot run
+        these.
       TypeError: forward-mode differentiation of an implementation with its own backward pass.
 
     Example:

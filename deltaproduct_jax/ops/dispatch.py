@@ -52,8 +52,8 @@ def select_implementation(
 ) -> str:
     """What ``implementation=None`` runs.
 
-    The kernel of the platform, where there is one that supports these, for
-    K and V wide enough, several tokens, and no ``chunk_size``. Else, under differentiation, always
+    The kernel of the platform, where there is one that supports these ("pallas_tpu" on TPU), for
+    K and V from 64 on, several tokens, and no ``chunk_size``. Else, under differentiation, always
     "chunked": the recurrence would store several states per token. Otherwise a single token runs
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
     the figures): with states up to 16 x 16; and, while all states together have fewer than 2^17

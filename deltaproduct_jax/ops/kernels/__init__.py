@@ -37,8 +37,9 @@ class Kernel(NamedTuple):
     interpreted: bool
 
 
-KERNELS: dict[str, Kernel] = {
-    "triton": Kernel("triton_gpu", "jax_triton", "cuda", least_width=16, interpreted=False),
+KERNELS = {
+    "pallas_tpu": Kernel("pallas_tpu", "jax.experimental.pallas.tpu", "tpu", 64, interpreted=True),
+    "triton": Kernel("triton_gpu", "jax_triton", "cuda", 16, interpreted=False),
 }
 
 

@@ -1,0 +1,263 @@
+"""Where the TPU kernels find their arrays: blocks of HBM, scratch memory, heads before tokens.
+
+Arrays along T are read as they lie, [C, (R,) heads, width], since a transposed copy in HBM would
+double the traffic; heads come first once a block is in vector memory.
+
+Shape suffixes as in pallas_chunk.py; N spans of C tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk
+from deltaproduct_jax.ops.kernels.pallas_plan import Plan, plan_of
+from deltaproduct_jax.ops.kernels.pallas_products import Passes
+from deltaproduct_jax.ops.layout import Tokens, pad
+
+
+class Scratch(NamedTuple):
+    """References to vector memory, float32: a chunk of all heads of the block, and their state."""
+
+    q: Any  # hCK; its cotangent on the way back, as below
+    k: Any  # hMK
+    v: Any  # gMV
+    beta: Any  # g1M
+    g: Any  # g1C
+    o: Any  # gCV, or the cotangent of o
+    state: Any  # gKV, or its cotangent
+
+
+class Call(NamedTuple):
+    """What a kernel and its caller both know."""
+
+    plan: Plan
+    passes: Passes
+    scale: float
+    interpret: bool
+    reverse: bool
+    sizes: tuple[int, int, int, int, int, int]  # B, R, H, Hv, K, V
+    gated: bool
+    packed: bool
+    manual_axis_type: Any  # of the arrays, inside shard_map
+
+    @classmethod
+    def of(cls, tokens: Tokens, options: Options, *, reverse: bool) -> "Call":
+        """For the inputs of the op; ``reverse`` walks the spans from the last to the first."""
+        B, T, R, H, K = tokens.k.shape
+        Hv, V = tokens.v.shape[-2:]
+        dtype = tokens.q.dtype
+        return cls(
+            plan_of(dtype, spans=options.spans, T=T, R=R, H=H, Hv=Hv, K=K, V=V),
+            Passes.of(dtype, options.precision, options.interpret),
+            options.scale,
+            options.interpret,
+            reverse,
+            (B, R, H, Hv, K, V),
+            tokens.g is not None,
+            tokens.resets is not None,
+            jax.typeof(tokens.q).manual_axis_type,
+        )
+
+    @property
+    def value_heads(self) -> int:
+        """In a block."""
+        _, _, H, Hv, _, _ = self.sizes
+        return self.plan.heads * Hv // H
+
+    @property
+    def chunks(self) -> int:
+        """In a span."""
+        return self.plan.span // self.plan.chunk
+
+    def run(self, kernel, in_specs, operands, outs):
+        """The Pallas call; ``outs`` gives block, shape and dtype of every output."""
+        B, _, H, *_ = self.sizes
+        out_specs, out_shapes, dtypes = zip(*outs, strict=True)
+        return pl.pallas_call(
+            kernel,
+            grid=(B, H // self.plan.heads, self.plan.spans),
+            in_specs=[self._buffered(spec) for spec in in_specs],
+            out_specs=list(out_specs),
+            out_shape=[
+                jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=self.manual_axis_type)
+                for shape, dtype in zip(out_shapes, dtypes, strict=True)
+            ],
+            scratch_shapes=self.scratch(),
+            compiler_params=pltpu.CompilerParams(
+                dimension_semantics=("parallel", "parallel", "arbitrary"),
+                vmem_limit_bytes=self.plan.limit,
+            ),
+            interpret=self.interpret,
+            name="delta_product_backward" if self.reverse else "delta_product_forward",
+        )(*operands)
+
+    def scratch(self):
+        """Shapes of `Scratch`, and of the state before every chunk of a span where it is needed."""
+        _, R, _, _, K, V = self.sizes
+        C, h, g = self.plan.chunk, self.plan.heads, self.value_heads
+        M, state = C * R, (g, K, V)
+        shapes = [(h, C, K), (h, M, K), (g, M, V), (g, 1, M), (g, 1, C), (g, C, V), state]
+        if self.reverse and self.chunks > 1:
+            shapes.append((self.chunks, *state))
+        return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+
+    def _buffered(self, spec: pl.BlockSpec) -> pl.BlockSpec:
+        if self.plan.buffers == 2:
+            return spec
+        mode = pl.Buffered(self.plan.buffers)
+        return pl.BlockSpec(spec.block_shape, spec.index_map, pipeline_mode=mode)
+
+    def _span(self, n):
+        return self.plan.spans - 1 - n if self.reverse else n
+
+    def state_block(self) -> pl.BlockSpec:
+        """Of an array [B, Hv, K, V]."""
+        *_, K, V = self.sizes
+        return pl.BlockSpec((1, self.value_heads, K, V), lambda b, h, n: (b, h, 0, 0))
+
+    def states_block(self) -> pl.BlockSpec:
+        """Of an array [N, B, Hv, K, V]."""
+        *_, K, V = self.sizes
+        shape = (1, 1, self.value_heads, K, V)
+        return pl.BlockSpec(shape, lambda b, h, n: (self._span(n), b, h, 0, 0))
+
+    def tokens_block(self, rest: tuple[int, ...]) -> pl.BlockSpec:
+        """Of an array [B, T, *rest], where ``rest`` is ([R,] heads, width)."""
+        *factors, heads, width = rest
+        _, _, H, *_ = self.sizes
+        shape = (1, self.plan.span, *factors, heads * self.plan.heads // H, width)
+        middle = (0,) * len(factors)
+        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), *middle, h, 0))
+
+    def rows_block(self, length: int) -> pl.BlockSpec:
+        """Of an array [B, N, Hv, length]."""
+        shape = (1, 1, self.value_heads, length)
+        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), h, 0))
+
+    def segments_block(self, length: int) -> pl.BlockSpec:
+        """Of an array [B, N, 1, length], for all heads."""
+        return pl.BlockSpec((1, 1, 1, length), lambda b, h, n: (b, self._span(n), 0, 0))
+
+    def padded(self, x: jax.Array) -> jax.Array:
+        """Whole spans: zero keys and step sizes write nothing, and g = 0 decays nothing."""
+        return pad(x, self.plan.span)
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """beta or g, [B, T, (R,) Hv], as [B, N, Hv, updates or tokens of a span] in float32."""
+        x = self.padded(x.astype(jnp.float32))
+        x = x.reshape(x.shape[0], self.plan.spans, -1, x.shape[-1])
+        return jnp.swapaxes(x, -1, -2)
+
+    def from_rows(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """The inverse, padded still, in the dtype of ``like``."""
+        B, _, *rest = like.shape
+        return jnp.swapaxes(x, -1, -2).reshape(B, -1, *rest).astype(like.dtype)
+
+    def segments(self, resets: jax.Array, repeats: int) -> jax.Array:
+        """Boundaries since the chunk began, [B, N, 1, tokens or updates of a span]."""
+        resets = self.padded(resets)
+        B = resets.shape[0]
+        counts = jnp.cumsum(resets.reshape(B, -1, self.plan.chunk), axis=-1)
+        counts = jnp.repeat(counts.astype(jnp.float32), repeats, axis=-1)
+        return counts.reshape(B, self.plan.spans, 1, -1)
+
+    def inputs(self, tokens: Tokens):
+        """Blocks and operands that both kernels read."""
+        _, R, *_ = self.sizes
+        C = self.plan.span
+        arrays = [self.padded(x) for x in tokens[:3]]
+        specs = [self.tokens_block(x.shape[2:]) for x in arrays]
+        arrays.append(self.rows(tokens.beta))
+        specs.append(self.rows_block(C * R))
+        if self.gated:
+            arrays.append(self.rows(tokens.g))
+            specs.append(self.rows_block(C))
+        if self.packed:
+            arrays += [self.segments(tokens.resets, 1), self.segments(tokens.resets, R)]
+            specs += [self.segments_block(C), self.segments_block(C * R)]
+        return specs, arrays
+
+    def outputs(self, tokens: Tokens, keep_states: bool):
+        """Block, shape and dtype of every output of the forward kernel."""
+        B, _, _, Hv, K, V = self.sizes
+        N, C = self.plan.spans, self.plan.span
+        yield self.tokens_block((Hv, V)), (B, N * C, Hv, V), tokens.v.dtype
+        yield self.state_block(), (B, Hv, K, V), jnp.float32
+        if keep_states:
+            yield self.states_block(), (N, B, Hv, K, V), jnp.float32
+
+    def cotangents(self, tokens: Tokens):
+        """Block, shape and dtype of every output of the backward kernel."""
+        B, R, _, Hv, K, V = self.sizes
+        N, C = self.plan.spans, self.plan.span
+        for x in tokens[:3]:
+            yield self.tokens_block(x.shape[2:]), (B, N * C, *x.shape[2:]), x.dtype
+        for length in (C * R, C) if self.gated else (C * R,):
+            yield self.rows_block(length), (B, N, Hv, length), jnp.float32
+        yield self.state_block(), (B, Hv, K, V), jnp.float32
+
+    def load(self, ins, scratch: Scratch, i: int):
+        """Puts the i-th chunk of a span into scratch memory; returns its rows of segments."""
+        _, R, *_ = self.sizes
+        C = self.plan.chunk
+        tokens, updates = slice(i * C, (i + 1) * C), slice(i * C * R, (i + 1) * C * R)
+        for ref, block in zip((scratch.q, scratch.k, scratch.v), ins[:3], strict=True):
+            ref[...] = heads_first(block[0, tokens])
+        scratch.beta[...] = ins[3][0, 0, :, updates][:, None]
+        if self.gated:
+            scratch.g[...] = ins[4][0, 0, :, tokens][:, None]
+        if not self.packed:
+            return None, None
+        of_tokens, of_updates = ins[-2:]
+        return of_tokens[0, 0, :, tokens][None], of_updates[0, 0, :, updates][None]
+
+    def store(self, outs, scratch: Scratch, i: int):
+        """Writes the cotangents of the i-th chunk from where `load` put their primals."""
+        _, R, *_ = self.sizes
+        C = self.plan.chunk
+        tokens, updates = slice(i * C, (i + 1) * C), slice(i * C * R, (i + 1) * C * R)
+        for ref, block in zip((scratch.q, scratch.k, scratch.v), outs[:3], strict=True):
+            block[0, tokens] = tokens_first(ref[...], block)
+        outs[3][0, 0, :, updates] = scratch.beta[:, 0]
+        if self.gated:
+            outs[4][0, 0, :, tokens] = scratch.g[:, 0]
+
+    def over_groups(self, work):
+        """``work(keys, values)`` for the key and value heads of every group of the block.
+
+        A loop, so that one group takes the memory of the one before.
+        """
+        h = self.plan.together
+        g = h * self.value_heads // self.plan.heads
+        groups = self.plan.heads // h
+        if groups == 1:
+            work(slice(None), slice(None))
+        else:
+            jax.lax.fori_loop(0, groups, lambda j, _: work(pl.ds(j * h, h), pl.ds(j * g, g)), None)
+
+    def chunk_of(self, scratch: Scratch, segments, keys, values) -> Chunk:
+        """The loaded chunk of a group of heads."""
+        return Chunk(
+            scratch.q[keys],
+            scratch.k[keys],
+            scratch.v[values],
+            scratch.beta[values],
+            scratch.g[values] if self.gated else None,
+            *segments,
+        )
+
+
+def heads_first(x: jax.Array) -> jax.Array:
+    """[C, (R,) heads, width] as [heads, C * R, width] in float32."""
+    return jnp.swapaxes(x.astype(jnp.float32).reshape(-1, *x.shape[-2:]), 0, 1)
+
+
+def tokens_first(x: jax.Array, block) -> jax.Array:
+    """The inverse, in the dtype and the shape of a chunk of ``block``."""
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(-1, *block.shape[2:]).astype(block.dtype)

@@ -1,0 +1,170 @@
+"""The op for TPU: Pallas kernels that walk the chunks of a sequence with the state in VMEM.
+
+A `lax.scan` over chunks sends the state, the pseudo-values and the triangular inverse through HBM
+for every chunk; here they never leave the core. The grid is (sequence, block of heads, span); spans
+come one after the other, forwards, or backwards in the backward pass, and the state of all heads of
+the block, or its cotangent, stays in scratch memory. README.md beside this file has the schedule,
+its memory, and what was tried.
+
+Sources: the chunked form of ops/README.md. The TPU kernels of MaxText and Levanter for the gated
+delta rule, one factor a token, showed the gain of a state that stays in VMEM.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Scratch, heads_first, tokens_first
+from deltaproduct_jax.ops.kernels.pallas_chunk import (
+    chunk_backward,
+    errors,
+    next_state,
+    outputs,
+    prepare,
+)
+from deltaproduct_jax.ops.kernels.pallas_plan import plan_of
+from deltaproduct_jax.ops.layout import Tokens
+
+MOST_FACTORS = 8
+WIDEST_KEY, WIDEST_VALUE = 256, 512
+
+
+def unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None:
+    """Why the kernels cannot run these, or None; arguments as `delta_product` has them."""
+    del B, precision
+    if dtype == jnp.float64:
+        return "a TPU has no float64, which q is"
+    if R > MOST_FACTORS:
+        return f"R={R} must be at most {MOST_FACTORS}"
+    if K > WIDEST_KEY or V > WIDEST_VALUE:
+        return f"K={K} must be at most {WIDEST_KEY} and V={V} at most {WIDEST_VALUE}"
+    plan = plan_of(dtype, spans=-(-T * R // 128), T=T, R=R, H=H, Hv=Hv, K=K, V=V)
+    if plan.bytes > plan.limit:
+        return (
+            f"R={R}, H={H}, Hv={Hv}, K={K}, V={V} in {dtype.name} need "
+            f"{plan.bytes / 2**20:.0f} MiB of vector memory, "
+            f"and there are {plan.limit // 2**20} MiB"
+        )
+    return None
+
+
+def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
+    """Outputs, final state, and the state before every span or None; the contract of kernels."""
+    call = Call.of(tokens, options, reverse=False)
+    specs, operands = call.inputs(tokens)
+    o, final_state, *states = call.run(
+        functools.partial(_forward_kernel, call=call, keep_states=keep_states),
+        [*specs, call.state_block()],
+        [*operands, initial_state],
+        call.outputs(tokens, keep_states),
+    )
+    o = o[:, : tokens.q.shape[1]]
+    if not keep_states:
+        return o, final_state, None
+    B, _, _, H, _ = tokens.k.shape
+    missing = options.spans - call.plan.spans
+    states = jnp.pad(states[0], [(0, missing)] + [(0, 0)] * 4) if missing else states[0]
+    return o, final_state, states.reshape(options.spans, B, H, -1, *states.shape[-2:])
+
+
+def backward(tokens: Tokens, states: jax.Array, do, dfinal_state, options: Options):
+    """Cotangents of the inputs and of the initial state; the contract of kernels."""
+    call = Call.of(tokens, options, reverse=True)
+    specs, operands = call.inputs(tokens)
+    states = states[: call.plan.spans].reshape(-1, *dfinal_state.shape)
+    dq, dk, dv, dbeta, *dg, dinitial_state = call.run(
+        functools.partial(_backward_kernel, call=call),
+        [*specs, call.states_block(), call.tokens_block(do.shape[2:]), call.state_block()],
+        [*operands, states, call.padded(do), dfinal_state],
+        call.cotangents(tokens),
+    )
+    dbeta = call.from_rows(dbeta, tokens.beta)
+    dg = call.from_rows(dg[0], tokens.g) if dg else None
+    dtokens = Tokens(dq, dk, dv, dbeta, dg, None)
+    return jax.tree.map(lambda dx: dx[:, : tokens.q.shape[1]], dtokens), dinitial_state
+
+
+def _forward_kernel(*refs, call: Call, keep_states: bool):
+    count = 4 + call.gated + 2 * call.packed
+    inputs, (initial, o, final, *refs) = refs[:count], refs[count:]
+    scratch = Scratch(*refs[keep_states:])
+    passes, scale, C = call.passes, call.scale, call.plan.chunk
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        scratch.state[...] = initial[0]
+
+    if keep_states:
+        refs[0][0, 0] = scratch.state[...]
+    for i in range(call.chunks):
+        segments = call.load(inputs, scratch, i)
+
+        def work(keys, values, segments=segments):
+            x = call.chunk_of(scratch, segments, keys, values)
+            state = scratch.state[values]
+            p = prepare(x, scale, passes)
+            _, error = errors(x, p, state, passes)
+            scratch.state[values] = next_state(p, error, state, passes)
+            scratch.o[values] = outputs(p, error, state, scale, passes)
+
+        call.over_groups(work)
+        o[0, i * C : (i + 1) * C] = tokens_first(scratch.o[...], o)
+
+    @pl.when(pl.program_id(2) == call.plan.spans - 1)
+    def _():
+        final[0] = scratch.state[...]
+
+
+def _backward_kernel(*refs, call: Call):
+    count = 4 + call.gated + 2 * call.packed
+    inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
+    outs, refs = refs[: 5 + call.gated], refs[5 + call.gated :]
+    scratch, kept = Scratch(*refs[:7]), refs[7:]
+    C = call.plan.chunk
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        scratch.state[...] = dfinal[0]
+
+    if kept:
+        _states_again(inputs, states, scratch, kept[0], call)
+    for i in reversed(range(call.chunks)):
+        segments = call.load(inputs, scratch, i)
+        scratch.o[...] = heads_first(do[0, i * C : (i + 1) * C])
+
+        def work(keys, values, i=i, segments=segments):
+            x = call.chunk_of(scratch, segments, keys, values)
+            state = kept[0][i, values] if kept else states[0, 0, values]
+            dnext = scratch.state[values]
+            dx, scratch.state[values] = chunk_backward(
+                x, state, scratch.o[values], dnext, call.scale, call.passes
+            )
+            scratch.q[keys], scratch.k[keys], scratch.v[values], scratch.beta[values] = dx[:4]
+            if call.gated:
+                scratch.g[values] = dx[4]
+
+        call.over_groups(work)
+        call.store(outs, scratch, i)
+
+    @pl.when(pl.program_id(2) == call.plan.spans - 1)
+    def _():
+        outs[-1][0] = scratch.state[...]
+
+
+def _states_again(inputs, states, scratch: Scratch, kept, call: Call):
+    """The state before every chunk of a span, from that before the span."""
+    kept[0] = states[0, 0]
+    for i in range(call.chunks - 1):
+        segments = call.load(inputs, scratch, i)
+
+        def work(keys, values, i=i, segments=segments):
+            x = call.chunk_of(scratch, segments, keys, values)
+            state = kept[i, values]
+            p = prepare(x, call.scale, call.passes)
+            _, error = errors(x, p, state, call.passes)
+            kept[i + 1, values] = next_state(p, error, state, call.passes)
+
+        call.over_groups(work)

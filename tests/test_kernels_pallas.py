@@ -1,0 +1,149 @@
+"""The TPU kernel as a CPU interprets it: composition, planning, its own products and its errors.
+
+Its accuracy is a row of the matrix in test_ops_accuracy.py, and test_tpu_compile.py has the
+compiler for the chips.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case, cast, relative_error
+
+from deltaproduct_jax.ops import delta_product, select_implementation, sharded_delta_product
+from deltaproduct_jax.ops.kernels import pallas_plan
+from deltaproduct_jax.ops.kernels.pallas_products import Passes, unit_lower_inverse
+
+CASE = Case(T=20, R=2, B=2, H=2, G=2, K=8, V=4, segments=True)
+EXACT = Passes.of(jnp.dtype("float32"), None, interpret=True)
+NARROW = Passes.of(jnp.dtype("bfloat16"), None, interpret=True)
+
+
+def inputs(case=CASE):
+    arrays = {n: jnp.asarray(x) for n, x in cast(case.arrays(), "float32").items() if x is not None}
+    return arrays, case.segment_ids()
+
+
+def loss(arrays, ids, implementation, op=delta_product):
+    o, final = op(**arrays, segment_ids=ids, implementation=implementation)
+    return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(final))
+
+
+def assert_close(x, y, tolerance=1e-5):
+    assert jax.tree.structure(x) == jax.tree.structure(y)
+    for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True):
+        assert relative_error(a, b) <= tolerance
+
+
+def test_vmap_remat_and_jit():
+    arrays, ids = inputs()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
+
+    def gradient(implementation):
+        checkpointed = jax.checkpoint(functools.partial(loss, implementation=implementation))
+        return jax.jit(jax.vmap(jax.value_and_grad(checkpointed), in_axes=(0, None)))(stacked, ids)
+
+    assert_close(gradient("pallas_tpu"), gradient("chunked"))
+
+
+def test_over_a_mesh_with_the_sequence_axis(monkeypatch):
+    """JAX's interpreter does not follow the types of arrays inside shard_map: unchecked here."""
+    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+    arrays, ids = inputs(Case(T=32, R=2, B=2, H=2, K=8, V=4, segments=True))
+    axes = (jax.sharding.AxisType.Auto,) * 3
+    mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"), axis_types=axes)
+    op = functools.partial(
+        sharded_delta_product,
+        mesh=mesh,
+        batch_axis="data",
+        head_axis="tensor",
+        sequence_axis="sequence",
+    )
+    gradient = jax.jit(jax.value_and_grad(functools.partial(loss, op=op)), static_argnums=2)
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(arrays, ids, "chunked")
+    assert_close(gradient(arrays, ids, "pallas_tpu"), expected)
+
+
+def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
+    """As on a chip with little memory: one head after the other."""
+    case = Case(T=17, R=3, B=1, H=3, G=2, K=8, V=8)
+    arrays, _ = inputs(case)
+    expected = jax.value_and_grad(loss)(arrays, None, "chunked")
+    sizes = {"spans": 1, "T": 17, "R": 3, "H": 3, "Hv": 6, "K": 8, "V": 8}
+    plan = functools.partial(pallas_plan.plan_of, jnp.dtype("float32"), **sizes)
+    assert (plan().together, plan().buffers) == (3, 2)
+    least = pallas_plan.MOST_MEMORY
+    while plan().together > 1 or plan().buffers > 1:
+        least = int(0.99 * least)
+        monkeypatch.setattr(pallas_plan, "MOST_MEMORY", least)
+        assert plan().bytes <= least
+    assert_close(jax.value_and_grad(loss)(arrays, None, "pallas_tpu"), expected)
+
+
+@pytest.mark.parametrize("M", [16, 48, 128])
+def test_inverse_of_reflections_by_one_key(M):
+    """beta = 2 and identical keys: the powers of the strict part reach 1e27 at M = 64."""
+    lower = np.tril(np.full((M, M), 2.0), -1)[None]
+    got = unit_lower_inverse(jnp.asarray(lower, jnp.float32), EXACT)
+    assert relative_error(got, np.linalg.inv(np.eye(M) + lower)) < 1e-6
+    rng = np.random.default_rng(0)
+    lower = np.tril(rng.normal(size=(2, M, M)) / np.sqrt(M), -1)
+    got = unit_lower_inverse(jnp.asarray(lower, jnp.float32), NARROW)
+    assert relative_error(got, np.linalg.inv(np.eye(M) + lower)) < 1e-4
+
+
+def test_passes():
+    x, y = map(jnp.asarray, np.random.default_rng(0).normal(size=(2, 1, 64, 64)).astype(np.float32))
+    ones = jnp.tri(64)
+    products = {
+        "six": (EXACT("hmk,hkn->hmn", x, y), x.astype(np.float64) @ y, 0, 1e-6),
+        "three": (
+            NARROW.within_inverse("hmk,hkn->hmn", x, y),
+            x.astype(np.float64) @ y,
+            1e-7,
+            2e-5,
+        ),
+        "one": (NARROW("hmk,hkn->hmn", x, y), x.astype(np.float64) @ y, 1e-3, 4e-3),
+        "gates": (NARROW.over_gates("hmk,kn->hmn", x, ones), x.astype(np.float64) @ ones, 0, 2e-6),
+    }
+    for name, (got, want, least, most) in products.items():
+        assert least <= relative_error(got, want) <= most, name
+
+
+def test_it_is_chosen_on_a_tpu_where_it_can_run():
+    sizes = {"B": 1, "T": 64, "R": 2, "Hv": 4, "K": 64, "V": 64, "dtype": jnp.bfloat16}
+
+    def choice(platform="tpu", differentiated=True, **changes):
+        return select_implementation(platform, **sizes | changes, differentiated=differentiated)
+
+    assert choice() == choice(differentiated=False) == "pallas_tpu"
+    assert choice(dtype=jnp.float32, K=128, V=256, R=4) == "pallas_tpu"
+    assert choice("cuda") == choice("cpu") == "chunked"
+    assert choice(K=32) == choice(chunk_size=16) == choice(R=9) == "chunked"
+    assert choice(dtype=jnp.float64) == "chunked"
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("case", "dtype", "options", "text"),
+    [
+        (Case(T=3), "float64", {}, "cannot run this: a TPU has no float64, which q is; 'chunked'"),
+        (Case(T=3, R=9), "float32", {}, "cannot run this: R=9 must be at most 8"),
+        (Case(T=3, K=300), "float32", {}, "K=300 must be at most 256 and V=8 at most 512"),
+        (Case(T=3, H=300, V=256), "float32", {}, "MiB of vector memory, and there are 48 MiB"),
+        (Case(T=3), "float32", {"chunk_size": 2}, "chunk_size=2 has no meaning for"),
+    ],
+)
+def test_errors(case, dtype, options, text):
+    with jax.enable_x64(dtype == "float64"), pytest.raises(ValueError, match=re.escape(text)):
+        delta_product(**cast(case.arrays(), dtype), implementation="pallas_tpu", **options)
+
+
+def test_a_gpu_is_told_when_lowered():
+    arrays, ids = inputs()
+    lowered = jax.jit(functools.partial(loss, implementation="pallas_tpu")).trace(arrays, ids)
+    with pytest.raises(Exception, match="cuda"):
+        lowered.lower(lowering_platforms=("cuda",))
