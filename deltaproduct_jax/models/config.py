@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS, check_heads
+from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
+from deltaproduct_jax.layers.projection import check_heads
 from deltaproduct_jax.layers.xlstm import BLOCK
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS as BASELINE_IMPLEMENTATIONS
