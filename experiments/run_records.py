@@ -8,11 +8,12 @@ import csv
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models.config import DELTA_MIXERS, ModelConfig
 from deltaproduct_jax.training.records import CONFIG, RESULTS, read_json
 from experiments.sweep_grid import LIST, RUNS, parse_grid, read_list
 from experiments.sweep_records import spell
@@ -86,6 +87,7 @@ def read_records(source: Path) -> list[Record]:
         if (folder / RESULTS).exists():
             sections = read_json(folder / CONFIG).values()
             settings = {name: value for section in sections for name, value in section.items()}
+            settings |= _factors(settings)
             records.append(Record(folder.name, settings, read_json(folder / RESULTS)))
     if not records:
         raise ConfigError(
@@ -93,6 +95,14 @@ def read_records(source: Path) -> list[Record]:
             "results.csv, or a folder of run directories"
         )
     return records
+
+
+def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
+    """The factors a token where a run left them to its delta mixer, which fixes them."""
+    mixer = settings.get("mixer")
+    if mixer not in DELTA_MIXERS or settings.get("num_householder") is not None:
+        return {}
+    return {"num_householder": ModelConfig(mixer=mixer).factors_per_token}
 
 
 def _names(path: Path) -> list[str]:

@@ -28,7 +28,8 @@ def add_run(folder, name, settings, accuracy):
     run.mkdir(parents=True)
     config = {
         "task": {"group": settings["group"], "train_length": 2, "eval_lengths": [4, 8]},
-        "model": {"num_householder": settings["n_h"], "num_layers": 1, "chunk_size": None},
+        "model": {"num_householder": settings["n_h"], "num_layers": 1, "chunk_size": None}
+        | {"mixer": settings.get("mixer", "delta_product")},
         "train": {"seed": settings["seed"]},
     }
     (run / "config.json").write_text(json.dumps(config))
@@ -75,6 +76,15 @@ def test_curves_are_medians_over_seeds(source, tmp_path, capsys):
     assert draw(source, tmp_path / "out", "--preset=factors", "--length=4", "--name=four") == 0
     drawn = json.loads((tmp_path / "out" / "four.json").read_text())
     np.testing.assert_allclose(drawn["group = S3"]["n_h = 2"]["median"], np.linspace(1, 0.8, 5))
+
+
+def test_factors_left_to_the_mixer_count_as_what_they_were(tmp_path):
+    mixers = {"delta_net": "1", "gated_delta_product": "2", "gla": "none"}
+    for mixer in mixers:
+        settings = {"group": "S3", "n_h": None, "seed": 0, "mixer": mixer}
+        add_run(tmp_path, mixer, settings, 0.5)
+    records = run_records.read_records(tmp_path)
+    assert {r.value("mixer"): r.value("num_householder") for r in records} == mixers
 
 
 @pytest.mark.parametrize("band", [False, True])

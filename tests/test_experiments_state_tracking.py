@@ -320,7 +320,7 @@ MODEL_CHANGES = {
 MODEL_NEEDS = {
     "conv_size": ["--use_short_conv"],
     "hidden_ratio": ["--intermediate_size=none"],
-    "max_length": ["--mixer=transformer", "--implementation=none"],
+    "max_length": ["--mixer=transformer", "--implementation=none", "--qk_activation=auto"],
 }
 MODEL_BASE = [
     "--workdir=w", "--hidden_size=16", "--num_heads=2", "--head_dim=8", "--intermediate_size=16",

@@ -82,7 +82,7 @@ def test_the_layer_is_the_published_one(mixer, extended, x64):
         ".".join(path): np.asarray(leaf[...], float) for path, leaf in nnx.to_flat_state(params)
     }
     x = rng.normal(size=(1, 21, 16))
-    V = round(8 * config.expand_v)
+    V = round(8 * config.value_of("expand_v"))
     extra = {"v_first": rng.normal(size=(1, 21, 2, V))} if mixer == "rwkv7" else {}
     want = getattr(oracle_mixers, mixer)(
         names, x[0], 2, 8, V, 1e-3, extended, **{n: a[0] for n, a in extra.items()}
@@ -263,16 +263,18 @@ def test_every_field_that_a_mixer_has_reaches_it(mixer):
         assert program(dataclasses.replace(base, norm_eps=0.5)) != known
 
 
-NOT_DEFAULT = OWN | {
-    "num_householder": 1, "allow_neg_eigval": True, "qk_activation": "none", "beta_bias": 1.0,
-    "use_output_gate": False, "use_short_conv": True,
+# Given, be it what the field is anyway where a mixer has it.
+GIVEN = OWN | {
+    "num_householder": 1, "allow_neg_eigval": True, "qk_activation": "silu", "beta_bias": 1.0,
+    "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0, "conv_size": 4,
+    "max_length": 2048,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_field_that_a_mixer_lacks_is_one_clear_error(mixer):
-    assert NOT_DEFAULT.keys() == MIXERS_WITH.keys()
-    for name, value in NOT_DEFAULT.items():
+    assert GIVEN.keys() == MIXERS_WITH.keys()
+    for name, value in GIVEN.items():
         if mixer in MIXERS_WITH[name]:
             continue
         with pytest.raises(ConfigError) as caught:
@@ -288,6 +290,7 @@ def test_a_field_that_a_mixer_lacks_is_one_clear_error(mixer):
         ("transformer", {"head_dim": 5}, "head_dim=5 must be even"),
         ("mlstm", {"head_dim": 3}, "num_heads=2 times head_dim=3 must be a multiple of 4"),
         ("transformer", {"max_length": 0}, "max_length=0 is too small"),
+        ("delta_net", {"conv_size": 4}, "conv_size=4 means nothing without use_short_conv"),
         ("mamba2", {"num_v_heads": 3}, "num_v_heads=3 must be a positive multiple of num_heads=2"),
         ("gla", {"implementation": "associative"}, "implementation='associative' is not available"),
         ("gla", {"implementation": "recurrent", "chunk_size": 4}, "chunk_size=4 has no meaning"),

@@ -101,7 +101,7 @@ class SoftmaxAttention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
-        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
+        """Mixes whole sequences; see :class:`RecurrentMixer` for the arguments."""
         if not x.shape[1]:
             return x, self.init_state(x.shape[0]) if state is None else state
         mix = lambda x, ids, length: self._whole(x, state, ids, length)

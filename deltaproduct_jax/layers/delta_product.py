@@ -16,19 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.layers.initializers import (
-    INITIALIZERS,
-    conv_init,
-    decay_rate_init,
-    decay_step_init,
-    projection_init,
-)
+from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
+from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
-from deltaproduct_jax.layers.padding import compact, spread
-from deltaproduct_jax.layers.short_conv import ShortConv, segment_runs
+from deltaproduct_jax.layers.padding import only_counted
+from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -67,7 +63,7 @@ class TokenFactors(NamedTuple):
     g: jax.Array | None
 
 
-class GatedDeltaProduct(nnx.Module):
+class GatedDeltaProduct(RecurrentMixer):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` with a DeltaProduct state in every head.
 
     Args:
@@ -124,15 +120,15 @@ class GatedDeltaProduct(nnx.Module):
         rngs: nnx.Rngs,
     ):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        check_heads(num_heads, num_v_heads, head_dim, expand_v)
-        require_at_least("hidden_size", hidden_size, 1)
+        value_dim = check_sizes(
+            hidden_size, num_heads, head_dim, initializer, num_v_heads=num_v_heads,
+            expand_v=expand_v,
+        )  # fmt: skip
         require_at_least("num_householder", num_householder, 1)
-        require_at_least("conv_size", conv_size, 1)
         require_one_of("qk_activation", qk_activation, QK_ACTIVATIONS)
-        require_one_of("initializer", initializer, INITIALIZERS)
 
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
-        self.head_dim, self.value_dim = head_dim, round(head_dim * expand_v)
+        self.head_dim, self.value_dim = head_dim, value_dim
         self.num_householder = num_householder
         self.allow_neg_eigval = allow_neg_eigval
         self.use_forget_gate = use_forget_gate
@@ -143,49 +139,28 @@ class GatedDeltaProduct(nnx.Module):
         self.implementation, self.chunk_size = implementation, chunk_size
         self.dtype = jnp.dtype(dtype)
 
-        def project(
-            out_features: int, parts: int = 1, in_features: int = hidden_size
-        ) -> nnx.Linear:
-            init = projection_init(initializer, initializer_range, in_features, out_features, parts)
-            return nnx.Linear(
-                in_features,
-                out_features,
-                use_bias=False,
-                kernel_init=init,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
         R, Hv, V = num_householder, num_v_heads, self.value_dim
         widths = {"q": num_heads * head_dim, "k": R * num_heads * head_dim, "v": R * Hv * V}
-        self.q_proj = project(widths["q"])
-        self.k_proj = project(widths["k"], parts=R)
-        self.v_proj = project(widths["v"], parts=R)
-        self.b_proj = project(R * Hv, parts=R)
+        self.q_proj = project(hidden_size, widths["q"])
+        self.k_proj = project(hidden_size, widths["k"], parts=R)
+        self.v_proj = project(hidden_size, widths["v"], parts=R)
+        self.b_proj = project(hidden_size, R * Hv, parts=R)
         if beta_bias is not None:
             self.b_bias = nnx.Param(jnp.full((R * Hv,), beta_bias, param_dtype))
         if use_short_conv:
-            taps = conv_init(initializer, initializer_range, conv_size)
             for name, width in widths.items():
                 act = nnx.silu if name == "v" else QK_ACTIVATIONS[qk_activation]
-                conv = ShortConv(
-                    width,
-                    conv_size,
-                    activation=act,
-                    kernel_init=taps,
-                    param_dtype=param_dtype,
-                    rngs=rngs,
-                )
-                setattr(self, f"{name}_conv1d", conv)
+                setattr(self, f"{name}_conv1d", convolve(width, act))
         if use_forget_gate:
-            self.a_proj = project(Hv)
+            self.a_proj = project(hidden_size, Hv)
             self.A_log = nnx.Param(decay_rate_init(rngs.params(), (Hv,)))
             self.dt_bias = nnx.Param(decay_step_init(rngs.params(), (Hv,)))
         if use_output_gate:
-            self.g_proj = project(Hv * V)
+            self.g_proj = project(hidden_size, Hv * V)
         self.o_norm = RMSNorm(V, eps=norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.o_proj = project(hidden_size, in_features=Hv * V)
+        self.o_proj = project(Hv * V, hidden_size)
 
     def init_state(self, batch_size: int) -> DeltaProductState:
         """The state before the first token: all zero."""
@@ -198,70 +173,27 @@ class GatedDeltaProduct(nnx.Module):
             tails = [jnp.zeros((batch_size, 0, 0), self.dtype)] * 3
         return DeltaProductState(recurrent, *tails)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        state: DeltaProductState | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], DeltaProductState]:
-        """Mixes whole sequences.
-
-        Args:
-            x: inputs.
-            state: state of the tokens before; None for none. It continues each row's first segment.
-            segment_ids: sequence that each token belongs to; convolution and recurrence start anew
-                where it changes.
-            mask: False at padding, anywhere in a row. Padding is skipped: neither convolution nor
-                recurrence sees it, and its output is zero.
-
-        Returns:
-            The outputs, and the state after the last token of each row's last segment.
-        """
-        state = self.init_state(x.shape[0]) if state is None else state
-        if mask is not None:
-            x, segment_ids, length = compact(x, segment_ids, mask)
-        else:
-            length = None
+    def _mix(self, x, state, segment_ids, length):
         q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length)
-        if length is not None:
-            kept = jnp.arange(x.shape[1])[None] < length[:, None]
-            beta = jnp.where(kept[:, :, None, None], beta, 0)
-            g = None if g is None else jnp.where(kept[:, :, None], g, 0)
         o, recurrent = delta_product(
             q,
             k,
             v,
-            beta,
-            g,
+            only_counted(beta, length),
+            only_counted(g, length),
             initial_state=state.recurrent,
             segment_ids=segment_ids,
             use_qk_l2norm=True,
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
-        y = self._output(o, x)
-        if mask is not None:
-            y = spread(y, mask)
-        return y, DeltaProductState(recurrent, *tails)
+        return self._output(o, x), DeltaProductState(recurrent, *tails)
 
-    def step(
-        self, state: DeltaProductState, x: Float[Array, "B D"]
-    ) -> tuple[Float[Array, "B D"], DeltaProductState]:
-        """One token for every row: returns the outputs and the state after it."""
-        x = x[:, None]
+    def _token(self, x, state):
         q, k, v, beta, g, tails = self._inputs(x, state, None, None)
-        o, recurrent = delta_product_step(
-            state.recurrent,
-            q[:, 0],
-            k[:, 0],
-            v[:, 0],
-            beta[:, 0],
-            None if g is None else g[:, 0],
-            use_qk_l2norm=True,
-        )
-        return self._output(o[:, None], x)[:, 0], DeltaProductState(recurrent, *tails)
+        inputs = jax.tree.map(lambda a: a[:, 0], (q, k, v, beta, g))
+        o, recurrent = delta_product_step(state.recurrent, *inputs, use_qk_l2norm=True)
+        return self._output(o[:, None], x), DeltaProductState(recurrent, *tails)
 
     def token_factors(self, x: Float[Array, "B T D"]) -> TokenFactors:
         """Keys, step sizes and decays of the tokens of whole sequences, read from their start."""
@@ -284,7 +216,7 @@ class GatedDeltaProduct(nnx.Module):
             self.head_dim,
             self.value_dim,
         )
-        run = None if segment_ids is None else segment_runs(segment_ids)
+        run = segment_runs(segment_ids)
         mixed, tails = [], []
         for name, tail in (("q", state.q_conv), ("k", state.k_conv), ("v", state.v_conv)):
             u = getattr(self, f"{name}_proj")(x)
@@ -373,19 +305,3 @@ class DeltaProductCell(nnx.RNNCellBase):
     def num_feature_axes(self) -> int:
         """An input has one feature axis."""
         return 1
-
-
-def check_heads(num_heads: int, num_v_heads: int, head_dim: int, expand_v: float) -> None:
-    """Raises ConfigError unless the head sizes are positive and fit each other."""
-    require_at_least("num_heads", num_heads, 1)
-    require_at_least("head_dim", head_dim, 1)
-    if num_v_heads < num_heads or num_v_heads % num_heads:
-        raise ConfigError(
-            f"num_v_heads={num_v_heads} must be a positive multiple of num_heads={num_heads}"
-        )
-    value_dim = head_dim * expand_v
-    if round(value_dim) < 1 or abs(value_dim - round(value_dim)) > 1e-6:
-        raise ConfigError(
-            f"expand_v={expand_v} times head_dim={head_dim} is {value_dim}; the value width must "
-            "be a whole number of at least 1"
-        )

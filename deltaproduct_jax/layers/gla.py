@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
 
+from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
-from deltaproduct_jax.layers.padding import only_counted, without_padding
+from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import check_sizes, projections
 from deltaproduct_jax.ops.baselines import (
     extended_gate,
@@ -33,7 +33,7 @@ class GLAState(NamedTuple):
     recurrent: jax.Array
 
 
-class GatedLinearAttention(nnx.Module):
+class GatedLinearAttention(RecurrentMixer):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     Args:
@@ -93,40 +93,25 @@ class GatedLinearAttention(nnx.Module):
         shape = (batch_size, self.num_heads, self.head_dim, self.value_dim)
         return GLAState(jnp.zeros(shape, accumulator_dtype(self.dtype)))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        state: GLAState | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], GLAState]:
-        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
-        state = self.init_state(x.shape[0]) if state is None else state
+    def _mix(self, x, state, segment_ids, length):
+        q, k, v, g, negative = self._inputs(x)
+        o, recurrent = gated_linear_attention(
+            q,
+            only_counted(k, length),
+            v,
+            only_counted(g, length),
+            negative=only_counted(negative, length),
+            initial_state=state.recurrent,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            chunk_size=self.chunk_size,
+        )
+        return self._output(o, x), GLAState(recurrent)
 
-        def mix(x, segment_ids, length):
-            q, k, v, g, negative = self._inputs(x)
-            o, recurrent = gated_linear_attention(
-                q,
-                only_counted(k, length),
-                v,
-                only_counted(g, length),
-                negative=only_counted(negative, length),
-                initial_state=state.recurrent,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-                chunk_size=self.chunk_size,
-            )
-            return self._output(o, x), GLAState(recurrent)
-
-        return without_padding(mix, x, segment_ids, mask)
-
-    def step(self, state: GLAState, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], GLAState]:
-        """One token for every row: returns the outputs and the state after it."""
-        x = x[:, None]
+    def _token(self, x, state):
         q, k, v, g, negative = jax.tree.map(lambda a: a[:, 0], self._inputs(x))
         o, recurrent = gated_linear_attention_step(state.recurrent, q, k, v, g, negative=negative)
-        return self._output(o[:, None], x)[:, 0], GLAState(recurrent)
+        return self._output(o[:, None], x), GLAState(recurrent)
 
     def _inputs(self, x: jax.Array) -> tuple[jax.Array | None, ...]:
         """q, k, v, g and the sign of the op."""

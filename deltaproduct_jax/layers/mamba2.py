@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
 
-from deltaproduct_jax.errors import require_at_least
-from deltaproduct_jax.layers.initializers import conv_init, decay_step_init
+from deltaproduct_jax.layers.initializers import decay_step_init
+from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
-from deltaproduct_jax.layers.padding import only_counted, without_padding
-from deltaproduct_jax.layers.projection import check_sizes, projections
-from deltaproduct_jax.layers.short_conv import ShortConv, segment_runs
+from deltaproduct_jax.layers.padding import only_counted
+from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
     extended_gate,
     gated_linear_attention,
@@ -39,7 +38,7 @@ class Mamba2State(NamedTuple):
     conv: jax.Array
 
 
-class Mamba2(nnx.Module):
+class Mamba2(RecurrentMixer):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     The published layer in the words of the others: its state size is ``head_dim``, its head width
@@ -93,24 +92,17 @@ class Mamba2(nnx.Module):
             hidden_size, num_heads, head_dim, initializer, num_v_heads=num_v_heads,
             expand_v=expand_v,
         )  # fmt: skip
-        require_at_least("conv_size", conv_size, 1)
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self.allow_neg_eigval = allow_neg_eigval
         self.implementation, self.chunk_size = implementation, chunk_size
         self.dtype = jnp.dtype(dtype)
         project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
         keys, values = num_heads * head_dim, num_v_heads * value_dim
         self.z_proj = project(hidden_size, values)
         self.xbc_proj = project(hidden_size, values + 2 * keys)
-        self.xbc_conv1d = ShortConv(
-            values + 2 * keys,
-            conv_size,
-            activation=nnx.silu,
-            kernel_init=conv_init(initializer, initializer_range, conv_size),
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.xbc_conv1d = convolve(values + 2 * keys)
         self.dt_proj = project(hidden_size, num_v_heads)
         rate = jax.random.uniform(rngs.params(), (num_v_heads,), jnp.float32, 1.0, 16.0)
         self.A_log = nnx.Param(jnp.log(rate))
@@ -125,54 +117,36 @@ class Mamba2(nnx.Module):
         recurrent = jnp.zeros(shape, accumulator_dtype(self.dtype))
         return Mamba2State(recurrent, self.xbc_conv1d.init_state(batch_size, self.dtype))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        state: Mamba2State | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Mamba2State]:
-        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
-        state = self.init_state(x.shape[0]) if state is None else state
+    def _mix(self, x, state, segment_ids, length):
+        (q, k, v, g, negative), values, conv = self._inputs(x, state.conv, segment_ids, length)
+        o, recurrent = gated_linear_attention(
+            q,
+            only_counted(k, length),
+            v,
+            only_counted(g, length),
+            negative=only_counted(negative, length),
+            scale=1.0,
+            initial_state=state.recurrent,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            chunk_size=self.chunk_size,
+        )
+        return self._output(o, values, x), Mamba2State(recurrent, conv)
 
-        def mix(x, segment_ids, length):
-            (q, k, v, g, negative), values, conv = self._inputs(x, state.conv, segment_ids, length)
-            o, recurrent = gated_linear_attention(
-                q,
-                only_counted(k, length),
-                v,
-                only_counted(g, length),
-                negative=only_counted(negative, length),
-                scale=1.0,
-                initial_state=state.recurrent,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-                chunk_size=self.chunk_size,
-            )
-            return self._output(o, values, x), Mamba2State(recurrent, conv)
-
-        return without_padding(mix, x, segment_ids, mask)
-
-    def step(
-        self, state: Mamba2State, x: Float[Array, "B D"]
-    ) -> tuple[Float[Array, "B D"], Mamba2State]:
-        """One token for every row: returns the outputs and the state after it."""
-        x = x[:, None]
+    def _token(self, x, state):
         inputs, values, conv = self._inputs(x, state.conv, None, None)
         q, k, v, g, negative = jax.tree.map(lambda a: a[:, 0], inputs)
         o, recurrent = gated_linear_attention_step(
             state.recurrent, q, k, v, g, negative=negative, scale=1.0
         )
-        return self._output(o[:, None], values, x)[:, 0], Mamba2State(recurrent, conv)
+        return self._output(o[:, None], values, x), Mamba2State(recurrent, conv)
 
     def _inputs(self, x, conv, segment_ids, length):
         """Arguments of the op along T, the values before their step size, the conv's state."""
         B, T, _ = x.shape
         H, Hv, K, V = self.num_heads, self.num_v_heads, self.head_dim, self.value_dim
         wide = accumulator_dtype(self.dtype)
-        run = None if segment_ids is None else segment_runs(segment_ids)
-        xbc, conv = self.xbc_conv1d(self.xbc_proj(x), conv, run, length)
+        xbc, conv = self.xbc_conv1d(self.xbc_proj(x), conv, segment_runs(segment_ids), length)
         values = xbc[..., : Hv * V].reshape(B, T, Hv, V)
         keys = xbc[..., Hv * V :].reshape(B, T, 2, H, K)
         k, q = jnp.moveaxis(jnp.repeat(keys, Hv // H, axis=3), 2, 0)

@@ -1,14 +1,15 @@
-"""Linear maps of a mixer, all drawn and computed alike."""
+"""Linear maps and convolutions of a mixer, all drawn and computed alike."""
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from deltaproduct_jax.errors import require_at_least, require_one_of
-from deltaproduct_jax.layers.delta_product import check_heads
-from deltaproduct_jax.layers.initializers import INITIALIZERS, projection_init
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.layers.initializers import INITIALIZERS, conv_init, projection_init
+from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -19,25 +20,60 @@ def projections(
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> Callable[..., nnx.Linear]:
-    """A function ``(in_features, out_features, use_bias=False, wide=False)`` that makes them.
+    """A function ``(in_features, out_features, use_bias=, wide=, parts=)`` that makes linear maps.
 
-    ``wide`` ones compute in float32 at least, as gates do.
+    ``wide`` ones compute in float32 at least, as gates do; ``parts`` as in :func:`projection_init`.
     """
 
     def project(
-        in_features: int, out_features: int, use_bias: bool = False, wide: bool = False
+        in_features: int,
+        out_features: int,
+        use_bias: bool = False,
+        wide: bool = False,
+        parts: int = 1,
     ) -> nnx.Linear:
+        init = projection_init(initializer, initializer_range, in_features, out_features, parts)
         return nnx.Linear(
             in_features,
             out_features,
             use_bias=use_bias,
-            kernel_init=projection_init(initializer, initializer_range, in_features, out_features),
+            kernel_init=init,
             dtype=accumulator_dtype(dtype) if wide else jnp.dtype(dtype),
             param_dtype=param_dtype,
             rngs=rngs,
         )
 
     return project
+
+
+def convolutions(
+    initializer: str,
+    initializer_range: float,
+    conv_size: int,
+    param_dtype: DTypeLike,
+    rngs: nnx.Rngs,
+) -> Callable[..., ShortConv]:
+    """A function ``(channels, activation=silu)`` that makes short convolutions.
+
+    Raises:
+        ConfigError: ``conv_size`` is below 1.
+    """
+    require_at_least("conv_size", conv_size, 1)
+    taps = conv_init(initializer, initializer_range, conv_size)
+
+    def convolve(
+        channels: int, activation: Callable[[jax.Array], jax.Array] = nnx.silu
+    ) -> ShortConv:
+        return ShortConv(
+            channels,
+            conv_size,
+            activation=activation,
+            kernel_init=taps,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    return convolve
 
 
 def check_sizes(
@@ -58,3 +94,19 @@ def check_sizes(
     require_one_of("initializer", initializer, INITIALIZERS)
     check_heads(num_heads, num_heads if num_v_heads is None else num_v_heads, head_dim, expand_v)
     return round(head_dim * expand_v)
+
+
+def check_heads(num_heads: int, num_v_heads: int, head_dim: int, expand_v: float) -> None:
+    """Raises ConfigError unless the head sizes are positive and fit each other."""
+    require_at_least("num_heads", num_heads, 1)
+    require_at_least("head_dim", head_dim, 1)
+    if num_v_heads < num_heads or num_v_heads % num_heads:
+        raise ConfigError(
+            f"num_v_heads={num_v_heads} must be a positive multiple of num_heads={num_heads}"
+        )
+    value_dim = head_dim * expand_v
+    if round(value_dim) < 1 or abs(value_dim - round(value_dim)) > 1e-6:
+        raise ConfigError(
+            f"expand_v={expand_v} times head_dim={head_dim} is {value_dim}; the value width must "
+            "be a whole number of at least 1"
+        )

@@ -165,7 +165,7 @@ class RWKV7(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
         v_first: Float[Array, "B T H V"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RWKV7State]:
-        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the other arguments.
+        """Mixes whole sequences; see :class:`RecurrentMixer` for the other arguments.
 
         Args:
             x: inputs.

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -91,8 +92,8 @@ class ShortConv(nnx.Module):
         return self.activation(y).astype(u.dtype), state
 
 
-def segment_runs(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def segment_runs(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
     """Numbers the segments of each row 0, 1, 2, ...; an id that returns is a new segment."""
-    changed = segment_ids[:, 1:] != segment_ids[:, :-1]
-    first = jnp.zeros_like(segment_ids[:, :1], jnp.int32)
-    return jnp.concatenate([first, jnp.cumsum(changed.astype(jnp.int32), axis=1)], axis=1)
+    if segment_ids is None:
+        return None
+    return jnp.cumsum(starts_of_segments(segment_ids), axis=1, dtype=jnp.int32)

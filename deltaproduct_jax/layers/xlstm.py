@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.layers.initializers import conv_init, projection_init
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers.initializers import projection_init
+from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import HeadNorm
-from deltaproduct_jax.layers.padding import only_counted, without_padding
-from deltaproduct_jax.layers.projection import check_sizes, projections
-from deltaproduct_jax.layers.short_conv import ShortConv, segment_runs
+from deltaproduct_jax.layers.padding import only_counted
+from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
     MLSTMState,
     SLSTMState,
@@ -51,7 +51,7 @@ class MLSTMLayerState(NamedTuple):
     conv: jax.Array
 
 
-class MLSTM(nnx.Module):
+class MLSTM(RecurrentMixer):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``, the inner width ``num_heads * head_dim``.
 
     There is no extended range: with negative forget gates the normaliser could vanish.
@@ -91,7 +91,6 @@ class MLSTM(nnx.Module):
         rngs: nnx.Rngs,
     ):
         check_sizes(hidden_size, num_heads, head_dim, initializer)
-        require_at_least("conv_size", conv_size, 1)
         inner = num_heads * head_dim
         if inner % BLOCK:
             raise ConfigError(
@@ -102,16 +101,10 @@ class MLSTM(nnx.Module):
         self.implementation, self.chunk_size = implementation, chunk_size
         self.dtype = jnp.dtype(dtype)
         project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
         self.u_proj = project(hidden_size, inner)
         self.z_proj = project(hidden_size, inner)
-        self.conv1d = ShortConv(
-            inner,
-            conv_size,
-            activation=nnx.silu,
-            kernel_init=conv_init(initializer, initializer_range, conv_size),
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
+        self.conv1d = convolve(inner)
         draw = projection_init(initializer, initializer_range, BLOCK, BLOCK)
         blocks = lambda: nnx.Param(draw(rngs.params(), (inner // BLOCK, BLOCK, BLOCK), param_dtype))
         self.q_blocks, self.k_blocks, self.v_blocks = blocks(), blocks(), blocks()
@@ -133,48 +126,30 @@ class MLSTM(nnx.Module):
         recurrent = mlstm_init(batch_size, self.num_heads, K, K, self.dtype)
         return MLSTMLayerState(recurrent, self.conv1d.init_state(batch_size, self.dtype))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        state: MLSTMLayerState | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MLSTMLayerState]:
-        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
-        state = self.init_state(x.shape[0]) if state is None else state
+    def _mix(self, x, state, segment_ids, length):
+        (q, k, v, i, log_f), c, conv = self._inputs(x, state.conv, segment_ids, length)
+        o, recurrent = mlstm(
+            q,
+            k,
+            v,
+            only_counted(i, length, _CLOSED),
+            only_counted(log_f, length),
+            initial_state=state.recurrent,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            chunk_size=self.chunk_size,
+        )
+        return self._output(o, c, x), MLSTMLayerState(recurrent, conv)
 
-        def mix(x, segment_ids, length):
-            (q, k, v, i, log_f), c, conv = self._inputs(x, state.conv, segment_ids, length)
-            o, recurrent = mlstm(
-                q,
-                k,
-                v,
-                only_counted(i, length, _CLOSED),
-                only_counted(log_f, length),
-                initial_state=state.recurrent,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-                chunk_size=self.chunk_size,
-            )
-            return self._output(o, c, x), MLSTMLayerState(recurrent, conv)
-
-        return without_padding(mix, x, segment_ids, mask)
-
-    def step(
-        self, state: MLSTMLayerState, x: Float[Array, "B D"]
-    ) -> tuple[Float[Array, "B D"], MLSTMLayerState]:
-        """One token for every row: returns the outputs and the state after it."""
-        x = x[:, None]
+    def _token(self, x, state):
         inputs, c, conv = self._inputs(x, state.conv, None, None)
         o, recurrent = mlstm_step(state.recurrent, *(a[:, 0] for a in inputs))
-        return self._output(o[:, None], c, x)[:, 0], MLSTMLayerState(recurrent, conv)
+        return self._output(o[:, None], c, x), MLSTMLayerState(recurrent, conv)
 
     def _inputs(self, x, conv, segment_ids, length):
         """Arguments of the op along T, the convolved inputs, the convolution's state."""
-        run = None if segment_ids is None else segment_runs(segment_ids)
         u = self.u_proj(x)
-        c, conv = self.conv1d(u, conv, run, length)
+        c, conv = self.conv1d(u, conv, segment_runs(segment_ids), length)
 
         def blocks(u, weight):
             split = u.reshape(*u.shape[:2], -1, BLOCK)
@@ -192,7 +167,7 @@ class MLSTM(nnx.Module):
         return self.o_proj(o * nnx.silu(self.z_proj(x)))
 
 
-class SLSTM(nnx.Module):
+class SLSTM(RecurrentMixer):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` that reads its sequences token by token.
 
     Without a convolution, as in the formal-language runs of xLSTM. The input map is dense, because
@@ -245,35 +220,20 @@ class SLSTM(nnx.Module):
         """The state before the first token: no output, nothing in any cell."""
         return slstm_init(batch_size, self.num_heads, self.head_dim, self.dtype)
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        *,
-        state: SLSTMState | None = None,
-        segment_ids: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], SLSTMState]:
-        """Mixes whole sequences; see :class:`GatedDeltaProduct` for the arguments."""
+    def _mix(self, x, state, segment_ids, length):
+        counted = only_counted(jnp.ones(x.shape[:2], bool), length)
+        h, state = slstm(
+            self._inputs(x),
+            self.recurrent[...],
+            initial_state=state,
+            segment_ids=segment_ids,
+            mask=None if length is None else counted,
+        )
+        return self._output(h), state
 
-        def mix(x, segment_ids, length):
-            counted = only_counted(jnp.ones(x.shape[:2], bool), length)
-            h, after = slstm(
-                self._inputs(x),
-                self.recurrent[...],
-                initial_state=state,
-                segment_ids=segment_ids,
-                mask=None if length is None else counted,
-            )
-            return self._output(h), after
-
-        return without_padding(mix, x, segment_ids, mask)
-
-    def step(
-        self, state: SLSTMState, x: Float[Array, "B D"]
-    ) -> tuple[Float[Array, "B D"], SLSTMState]:
-        """One token for every row: returns the outputs and the state after it."""
-        h, state = slstm_step(state, self._inputs(x[:, None])[:, 0], self.recurrent[...])
-        return self._output(h[:, None])[:, 0], state
+    def _token(self, x, state):
+        h, state = slstm_step(state, self._inputs(x)[:, 0], self.recurrent[...])
+        return self._output(h[:, None]), state
 
     def _inputs(self, x: jax.Array) -> jax.Array:
         x = self.x_proj(x).reshape(*x.shape[:2], 4, self.num_heads, self.head_dim)

@@ -7,9 +7,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS, check_heads
+from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
+from deltaproduct_jax.layers.projection import check_heads
 from deltaproduct_jax.layers.xlstm import BLOCK
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS as BASELINE_IMPLEMENTATIONS
@@ -27,7 +28,7 @@ RIVALS: tuple[str, ...] = ("transformer", "mamba2", "gla", "mlstm", "slstm", "rw
 MIXERS: tuple[str, ...] = (*DELTA_MIXERS, *RIVALS)
 
 _LINEAR = (*DELTA_MIXERS, "mamba2", "gla", "rwkv7")  # the state turns by a matrix of the input
-# Fields that not every mixer has, with those that do; elsewhere they must keep their default.
+# Fields that not every mixer has, with those that do; elsewhere they must not be given.
 MIXERS_WITH: dict[str, tuple[str, ...]] = {
     "num_v_heads": (*DELTA_MIXERS, "mamba2"),
     "expand_v": (*_LINEAR, "transformer"),
@@ -42,7 +43,20 @@ MIXERS_WITH: dict[str, tuple[str, ...]] = {
     "implementation": (*_LINEAR, "mlstm"),
     "chunk_size": (*_LINEAR, "mlstm"),
 }
+# What such a field is where the mixer has it and none is given, unless that depends on the mixer.
+_DEFAULTS: dict[str, Any] = {
+    "expand_v": 1.0,
+    "qk_activation": "silu",
+    "use_output_gate": False,
+    "use_short_conv": False,
+    "conv_size": 4,
+    "max_length": 2048,
+}
+# Not None, since "none" is one of the values that the field may have.
+AUTO = "auto"
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+
+_OPTIONAL_SIZES = ("num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size")
 
 
 def _fields_absent(mixer: str) -> list[str]:
@@ -68,14 +82,16 @@ class ModelConfig:
     num_heads: int = setting(4, "heads H of queries and keys")
     num_v_heads: int | None = setting(None, "value heads, a multiple of num_heads; none: num_heads")
     head_dim: int = setting(32, "key width K of a head")
-    expand_v: float = setting(1.0, "value width over key width")
+    expand_v: float | None = setting(None, "value width over key width; none: 1")
     num_householder: int | None = setting(
         None, "Householder factors a token (the paper's n_h); none: 2, or the 1 of the delta_nets"
     )
     allow_neg_eigval: bool | None = setting(
         None, "eigenvalues in (-1, 1), not (0, 1); none: wherever the mixer can"
     )
-    qk_activation: str = setting("silu", "activation of q and k: silu (the paper's) or none")
+    qk_activation: str = setting(
+        AUTO, "activation of a delta mixer's q and k: silu (the paper's) or none; auto: silu"
+    )
     beta_bias: float | None = setting(
         None, "start of a learnt bias before beta's sigmoid; none: no bias, as in the paper"
     )
@@ -85,8 +101,10 @@ class ModelConfig:
     use_short_conv: bool | None = setting(
         None, "causal convolution on q, k and v of a delta mixer; none: no"
     )
-    conv_size: int = setting(4, "taps of the short convolution")
-    max_length: int = setting(2048, "tokens that the transformer's state holds for decoding")
+    conv_size: int | None = setting(None, "taps of the short convolution; none: 4")
+    max_length: int | None = setting(
+        None, "tokens that the transformer's state holds for decoding; none: 2048"
+    )
     intermediate_size: int | None = setting(
         512, "width of the SwiGLU's hidden layer; none: two thirds of hidden_ratio, up to next 256"
     )
@@ -106,7 +124,7 @@ class ModelConfig:
         """Checks every field against its range and against the others."""
         require_one_of("mixer", self.mixer, MIXERS)
         self._check_fields_of_mixer()
-        require_one_of("qk_activation", self.qk_activation, QK_ACTIVATIONS)
+        require_one_of("qk_activation", self.qk_activation, (*QK_ACTIVATIONS, AUTO))
         require_one_of("initializer", self.initializer, INITIALIZERS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("param_dtype", self.param_dtype, DTYPES)
@@ -116,20 +134,23 @@ class ModelConfig:
             checks.check_chunk_size(self.chunk_size, self.implementation)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        for name in ("vocab_size", "hidden_size", "num_layers", "conv_size", "max_length"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("intermediate_size", "num_v_heads", "num_householder"):
-            if getattr(self, name) is not None:
+        for name in ("vocab_size", "hidden_size", "num_layers", *_OPTIONAL_SIZES):
+            if name not in _OPTIONAL_SIZES or getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         for name in ("hidden_ratio", "norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         num_v_heads = self.num_heads if self.num_v_heads is None else self.num_v_heads
-        check_heads(self.num_heads, num_v_heads, self.head_dim, self.expand_v)
+        check_heads(self.num_heads, num_v_heads, self.head_dim, self.value_of("expand_v"))
         if self.mixer.endswith("delta_net") and self.num_householder not in (None, 1):
             raise ConfigError(
                 f"num_householder={self.num_householder} does not fit mixer={self.mixer!r}, which "
                 "has one factor a token; give num_householder=1 or a delta_product mixer"
+            )
+        if self.mixer in DELTA_MIXERS and self.conv_size is not None and not self.use_short_conv:
+            raise ConfigError(
+                f"conv_size={self.conv_size} means nothing without use_short_conv, got "
+                f"use_short_conv={self.use_short_conv}; set that too, or leave conv_size none"
             )
         if self.mixer == "transformer" and self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even for mixer='transformer'")
@@ -143,8 +164,10 @@ class ModelConfig:
     def without_use(cls, values: Mapping[str, Any]) -> list[str]:
         """Fields of a preset that mean nothing for the mixer among these values."""
         mixer = values.get("mixer", cls.mixer)
-        fixed = ["num_householder"] if mixer.endswith("delta_net") else []
-        return fixed + _fields_absent(mixer)
+        idle = ["num_householder"] if mixer.endswith("delta_net") else []
+        if mixer in DELTA_MIXERS and not values.get("use_short_conv"):
+            idle.append("conv_size")
+        return idle + _fields_absent(mixer)
 
     def _check_fields_of_mixer(self) -> None:
         """ConfigError if a field is set that the mixer does not have."""
@@ -158,6 +181,11 @@ class ModelConfig:
                 f"leave it {str(defaults[name]).lower()}, or take a mixer among "
                 f"{', '.join(MIXERS_WITH[name])}"
             )
+
+    def value_of(self, name: str) -> Any:
+        """A field as the mixer takes it: what it means where none, or "auto", is given."""
+        value = getattr(self, name)
+        return _DEFAULTS.get(name) if value in (None, AUTO) else value
 
     @property
     def factors_per_token(self) -> int:

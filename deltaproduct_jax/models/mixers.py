@@ -40,7 +40,7 @@ _RIVALS: dict[str, Callable[..., Mixer]] = {
 def make_mixer(config: ModelConfig, layer: int, rngs: nnx.Rngs) -> Mixer:
     """The mixer of block number ``layer``."""
     own = {
-        name: getattr(config, name)
+        name: config.value_of(name)
         for name, mixers in MIXERS_WITH.items()
         if config.mixer in mixers
     }
@@ -52,8 +52,6 @@ def make_mixer(config: ModelConfig, layer: int, rngs: nnx.Rngs) -> Mixer:
     else:
         own["num_householder"] = config.factors_per_token
         own["use_forget_gate"] = config.mixer.startswith("gated_")
-        for name in ("use_output_gate", "use_short_conv"):
-            own[name] = bool(own[name])
     if config.mixer == "rwkv7":
         own["value_residual"] = layer > 0
     shared: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Chunks of tokens, and the products of diagonal decays within one.
+"""Scans over tokens and over chunks of them, and the products of diagonal decays within a chunk.
 
 Shape suffixes: B batch, H heads, C tokens in a chunk, N sub-chunks of P tokens, K key width (of a
 decay: or 1, where one gate serves all key channels), V value width. "c" reads, "s" was written.
@@ -11,13 +11,15 @@ bounds between them.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.ops.precision import Matmul
+from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 DEFAULT_CHUNK = 64
 SUB_CHUNK = 16
@@ -34,6 +36,87 @@ class Decays(NamedTuple):
     into: jax.Array  # BHCK: from the start of the chunk to after token c
     out: jax.Array  # BHCK: from after token s to the end of the chunk
     through: jax.Array  # BHK: over the whole chunk
+
+
+def start(initial_state: jax.Array | None, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The state ``[B, H, K, V]`` before the first token: the given one, or zeros."""
+    if initial_state is not None:
+        return initial_state
+    return jnp.zeros((k.shape[0], *k.shape[2:], v.shape[-1]), accumulator_dtype(k.dtype))
+
+
+def resets_of(segment_ids: jax.Array | None) -> jax.Array | None:
+    """``[B, T]``, True at the first token of every segment but a row's first; None for none."""
+    return None if segment_ids is None else starts_of_segments(segment_ids)
+
+
+def scan_tokens(
+    step: Callable[..., tuple[jax.Array, Any]],
+    state: Any,
+    empty: Any,
+    inputs: Sequence[jax.Array | None],
+    segment_ids: jax.Array | None,
+) -> tuple[jax.Array, Any]:
+    """Applies ``step(state, *inputs of a token) -> (o, state)`` to one token after the other.
+
+    Args:
+        step: the recurrence.
+        state: arrays before the first token, ``[B, ...]`` each.
+        empty: what they are at the start of a later segment.
+        inputs: ``[B, T, ...]`` each, or None.
+        segment_ids: ``[B, T]``, or None.
+
+    Returns:
+        The outputs ``[B, T, ...]`` and the state after the last token.
+    """
+
+    def body(state, token):
+        inputs, reset = token
+        if reset is not None:
+            state = where_rows(reset, empty, state)
+        o, state = step(state, *inputs)
+        return state, o
+
+    along_T = (tuple(inputs), resets_of(segment_ids))
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), along_T)
+    state, o = jax.lax.scan(body, state, tokens)
+    return jnp.moveaxis(o, 0, 1), state
+
+
+def where_rows(use: jax.Array, these: Any, others: Any) -> Any:
+    """Arrays ``[B, ...]`` of ``these`` in the rows where ``use [B]``, else of ``others``."""
+    where = lambda a, b: jnp.where(use.reshape(-1, *[1] * (b.ndim - 1)), a, b)
+    return jax.tree.map(where, these, others)
+
+
+def scan_chunks(
+    body: Callable[..., tuple[jax.Array, jax.Array]],
+    state: jax.Array,
+    inputs: Sequence[jax.Array],
+    segment_ids: jax.Array | None,
+    chunk_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Applies ``body(state, (*inputs, resets) of a chunk) -> (state, o)`` to every chunk in turn.
+
+    What happens within a chunk is computed again for the backward pass, so that memory grows with
+    the number of chunks.
+
+    Args:
+        body: takes the inputs as ``[B, H, C, width]`` and the resets as ``[B, C]``, or None.
+        state: before the first token.
+        inputs: ``[B, T, H, width]`` each.
+        segment_ids: ``[B, T]``, or None.
+        chunk_size: tokens in a chunk; None for the default.
+
+    Returns:
+        The outputs ``[B, T, H, V]`` and the state after the last token.
+    """
+    T, resets = inputs[0].shape[1], resets_of(segment_ids)
+    C = chunk_length(chunk_size, T)
+    tokens = [split_heads(x, C) for x in inputs]
+    tokens.append(None if resets is None else split(resets, C))
+    state, o_NBHCV = jax.lax.scan(jax.checkpoint(body), state, tuple(tokens))
+    return join_heads(o_NBHCV, T), state
 
 
 def chunk_length(chunk_size: int | None, T: int) -> int:

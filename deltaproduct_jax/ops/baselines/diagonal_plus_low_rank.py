@@ -8,7 +8,8 @@ as in the WY form of the delta rule. Sources: RWKV-7 (Peng et al., 2025); the ch
 of DPLR in flash-linear-attention, derived anew.
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
@@ -16,7 +17,6 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.checks import check_scale
-from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
 
@@ -44,13 +44,8 @@ def diagonal_plus_low_rank(
         a: what the rank-one part reads the state with. RWKV-7's is the unit key.
         b: where the rank-one part writes. RWKV-7's is minus the key times its learning rate.
         g: log of the diagonal gate, at most 0.
-        scale: multiplies q; None for ``K**-0.5``.
-        initial_state: state before the first token, float32 (float64 with float64 inputs); None for
-            zeros. It continues each row's first segment.
-        segment_ids: sequence that each token belongs to; the state starts anew where it changes.
-        implementation: ``"recurrent"``, a scan over tokens; ``"chunked"``, matmuls within chunks
-            and a scan over them; None for the latter.
-        chunk_size: tokens in a chunk; None for 64.
+        scale, initial_state, segment_ids, implementation, chunk_size: as
+            :func:`gated_linear_attention` takes them.
 
     Returns:
         ``(o, final_state)``, in the dtype of ``v``, and in float32 at least.
@@ -61,14 +56,13 @@ def diagonal_plus_low_rank(
     check_options(implementation, chunk_size)
     _check(q, k, v, a, b, g, initial_state, "initial_state", segment_ids)
     scale = check_scale(scale, q.shape[-1])
-    B, T, H, K = q.shape
-    state = initial_state
-    if state is None:
-        state = jnp.zeros((B, H, K, v.shape[-1]), accumulator_dtype(q.dtype))
-    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    state = chunks.start(initial_state, k, v)
     if implementation == "recurrent":
-        return _recurrent(q, k, v, a, b, g, state, resets, scale)
-    return _chunked(q, k, v, a, b, g, state, resets, scale, chunks.chunk_length(chunk_size, T))
+        step = functools.partial(_step, scale=scale)
+        return chunks.scan_tokens(
+            step, state, jnp.zeros_like(state), (q, k, v, a, b, g), segment_ids
+        )
+    return _chunked(q, k, v, a, b, g, state, segment_ids, scale, chunk_size)
 
 
 def diagonal_plus_low_rank_step(
@@ -98,19 +92,6 @@ def _check(q, k, v, a, b, g, state, state_name, segment_ids, one_token=False) ->
     check_shapes(arrays, one_token)
 
 
-def _recurrent(q, k, v, a, b, g, state, resets, scale):
-    def body(state_BHKV, token):
-        *inputs, reset = token
-        if reset is not None:
-            state_BHKV = jnp.where(reset[:, None, None, None], 0, state_BHKV)
-        o, state_BHKV = _step(state_BHKV, *inputs, scale)
-        return state_BHKV, o
-
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, a, b, g, resets))
-    final_state, o_TBHV = jax.lax.scan(body, state, tokens)
-    return jnp.moveaxis(o_TBHV, 0, 1), final_state
-
-
 def _step(state_BHKV, q, k, v, a, b, g, scale):
     wide = accumulator_dtype(q.dtype)
     matmul = Matmul.wide(q.dtype, None)
@@ -122,15 +103,16 @@ def _step(state_BHKV, q, k, v, a, b, g, scale):
     return o_BHV.astype(v.dtype), state_BHKV
 
 
-def _chunked(q, k, v, a, b, g, state, resets, scale, C):
+def _chunked(q, k, v, a, b, g, state, segment_ids, scale, chunk_size):
     wide = accumulator_dtype(q.dtype)
     matmul, exact = Matmul.of(q.dtype, None), Matmul.wide(q.dtype, None)
+    resets = chunks.resets_of(segment_ids)
     if resets is not None:  # the first token of a segment has no state to read
         a = jnp.where(resets[:, :, None, None], 0, a)
 
-    @jax.checkpoint
     def body(state_BHKV, chunk):
         q, k, v, a, b, g, resets_BC = chunk
+        C = q.shape[2]
         decays = chunks.decays_of(g, resets_BC)
 
         # Token c reads with a the state before it, that is, after token c - 1.
@@ -156,7 +138,5 @@ def _chunked(q, k, v, a, b, g, state, resets, scale, C):
             next_BHKV += matmul("bhck,bhcv->bhkv", keys.astype(wide) * decays.out, values)
         return next_BHKV, (scale * o_BHCV).astype(v.dtype)
 
-    tokens = [chunks.split_heads(x, C) for x in (q, k, v, a, b, g.astype(wide))]
-    tokens.append(None if resets is None else chunks.split(resets, C))
-    state, o_NBHCV = jax.lax.scan(body, state, tuple(tokens))
-    return chunks.join_heads(o_NBHCV, q.shape[1]), state
+    inputs = (q, k, v, a, b, g.astype(wide))
+    return chunks.scan_chunks(body, state, inputs, segment_ids, chunk_size)

@@ -6,14 +6,14 @@ Sources: Mamba-2 (Dao and Gu, 2024), GLA (Yang et al., 2024), their chunked form
 negative gates are the extended range of Grazzi et al. (ICLR 2025).
 """
 
-import jax
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.checks import check_scale
-from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 Gate = Float[Array, "B T H"] | Float[Array, "B T H K"]
@@ -58,17 +58,16 @@ def gated_linear_attention(
     check_options(implementation, chunk_size)
     _check(q, k, v, g, negative, initial_state, "initial_state", segment_ids)
     scale = check_scale(scale, q.shape[-1])
-    B, T, H, K = q.shape
-    state = initial_state
-    if state is None:
-        state = jnp.zeros((B, H, K, v.shape[-1]), accumulator_dtype(q.dtype))
-    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    state = chunks.start(initial_state, k, v)
     if implementation == "recurrent":
-        return _recurrent(q, k, v, g, negative, state, resets, scale)
+        step = functools.partial(_step, scale=scale)
+        return chunks.scan_tokens(
+            step, state, jnp.zeros_like(state), (q, k, v, g, negative), segment_ids
+        )
     sign = None
     if negative is not None:
         q, k, sign = _fold_signs(q, k, negative)
-    o, state = _chunked(q, k, v, g, state, resets, scale, chunks.chunk_length(chunk_size, T))
+    o, state = _chunked(q, k, v, g, state, segment_ids, scale, chunk_size)
     return o, state if sign is None else state * sign.astype(state.dtype)
 
 
@@ -99,19 +98,6 @@ def _check(q, k, v, g, negative, state, state_name, segment_ids, one_token=False
         "segment_ids": (segment_ids, "B T"),
     }
     check_shapes(arrays, one_token)
-
-
-def _recurrent(q, k, v, g, negative, state, resets, scale):
-    def body(state_BHKV, token):
-        q, k, v, g, negative, reset = token
-        if reset is not None:
-            state_BHKV = jnp.where(reset[:, None, None, None], 0, state_BHKV)
-        o, state_BHKV = _step(state_BHKV, q, k, v, g, negative, scale)
-        return state_BHKV, o
-
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, g, negative, resets))
-    final_state, o_TBHV = jax.lax.scan(body, state, tokens)
-    return jnp.moveaxis(o_TBHV, 0, 1), final_state
 
 
 def _step(state_BHKV, q, k, v, g, negative, scale):
@@ -145,13 +131,12 @@ def _fold_signs(q, k, negative):
     return q * sign.astype(q.dtype), k * sign.astype(k.dtype), last[..., None]
 
 
-def _chunked(q, k, v, g, state, resets, scale, C):
+def _chunked(q, k, v, g, state, segment_ids, scale, chunk_size):
     wide = accumulator_dtype(q.dtype)
     matmul = Matmul.of(q.dtype, None)
     g = g.astype(wide)
     g = g[..., None] if g.ndim == 3 else g
 
-    @jax.checkpoint
     def body(state_BHKV, chunk):
         q_BHCK, k_BHCK, v_BHCV, g_BHCK, resets_BC = chunk
         decays = chunks.decays_of(g_BHCK, resets_BC)
@@ -164,7 +149,4 @@ def _chunked(q, k, v, g, state, resets, scale, C):
         state_BHKV += matmul("bhck,bhcv->bhkv", writes_BHCK, v_BHCV)
         return state_BHKV, o_BHCV.astype(v.dtype)
 
-    tokens = [chunks.split_heads(x, C) for x in (q, k, v, g)]
-    tokens.append(None if resets is None else chunks.split(resets, C))
-    state, o_NBHCV = jax.lax.scan(body, state, tuple(tokens))
-    return chunks.join_heads(o_NBHCV, q.shape[1]), state
+    return chunks.scan_chunks(body, state, (q, k, v, g), segment_ids, chunk_size)

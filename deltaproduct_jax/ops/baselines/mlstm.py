@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.baselines.gated_linear_attention import gated_linear_attention
-from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 _EPS = 1e-6
@@ -68,10 +68,7 @@ def mlstm(
         log_f: log of the forget gate, at most 0.
         initial_state: state before the first token; None for an empty one. It continues each row's
             first segment.
-        segment_ids: sequence that each token belongs to; the state starts anew where it changes.
-        implementation: ``"recurrent"``, a scan over tokens; ``"chunked"``, matmuls within chunks
-            and a scan over them; None for the latter.
-        chunk_size: tokens in a chunk; None for 64.
+        segment_ids, implementation, chunk_size: as :func:`gated_linear_attention` takes them.
 
     Returns:
         ``(o, final_state)``, in the dtype of ``v``, and in float32 at least.
@@ -83,15 +80,13 @@ def mlstm(
     _check(q, k, v, i, log_f, initial_state, "initial_state", segment_ids)
     B, _, H, K = q.shape
     wide = accumulator_dtype(q.dtype)
-    state = initial_state
-    if state is None:
-        state = mlstm_init(B, H, K, v.shape[-1], q.dtype)
+    empty = mlstm_init(B, H, K, v.shape[-1], q.dtype)
+    state = empty if initial_state is None else initial_state
     i, log_f = i.astype(wide), log_f.astype(wide)
-    resets = None if segment_ids is None else starts_of_segments(segment_ids)
     if implementation == "recurrent":
-        return _recurrent(q, k, v, i, log_f, state, resets)
+        return chunks.scan_tokens(_step, state, empty, (q, k, v, i, log_f), segment_ids)
 
-    m, m_before = _stabilizers(i, log_f, state.stabilizer, resets)
+    m, m_before = _stabilizers(i, log_f, state.stabilizer, chunks.resets_of(segment_ids))
     keys = (k.astype(wide) * (jnp.exp(i - m) * K**-0.5)[..., None]).astype(q.dtype)
     v_and_one = jnp.concatenate([v.astype(wide), jnp.ones((*v.shape[:3], 1), wide)], axis=-1)
     memory_and_normalizer = jnp.concatenate([state.memory, state.normalizer[..., None]], axis=-1)
@@ -137,20 +132,6 @@ def _check(q, k, v, i, log_f, state, state_name, segment_ids, one_token=False) -
         "segment_ids": (segment_ids, "B T"),
     }
     check_shapes(arrays, one_token)
-
-
-def _recurrent(q, k, v, i, log_f, state, resets):
-    def body(state, token):
-        *inputs, reset = token
-        if reset is not None:
-            clear = lambda x: jnp.where(reset.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
-            state = jax.tree.map(clear, state)
-        o, state = _step(state, *inputs)
-        return state, o
-
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, k, v, i, log_f, resets))
-    final_state, o_TBHV = jax.lax.scan(body, state, tokens)
-    return jnp.moveaxis(o_TBHV, 0, 1), final_state
 
 
 def _step(state: MLSTMState, q, k, v, i, log_f):

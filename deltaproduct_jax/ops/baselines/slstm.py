@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
+from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_shapes
-from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 # m before the first token: far below any gate, so that the first token alone sets the scale, and
@@ -72,23 +72,13 @@ def slstm(
     _check(x, recurrent, initial_state, "initial_state", segment_ids, mask)
     B, _, _, H, V = x.shape
     empty = slstm_init(B, H, V, x.dtype)
-    resets = None if segment_ids is None else starts_of_segments(segment_ids)
 
-    def choose(use_B, these, others):
-        where = lambda a, b: jnp.where(use_B[:, None, None], a, b)
-        return jax.tree.map(where, these, others)
-
-    def body(state, token):
-        x, reset, keep = token
-        if reset is not None:
-            state = choose(reset, empty, state)
+    def step(state, x, keep):
         h, after = _step(state, x, recurrent)
-        return after if keep is None else choose(keep, after, state), h
+        return h, after if keep is None else chunks.where_rows(keep, after, state)
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (x, resets, mask))
     state = empty if initial_state is None else initial_state
-    state, h_TBHV = jax.lax.scan(body, state, tokens)
-    return jnp.moveaxis(h_TBHV, 0, 1), state
+    return chunks.scan_tokens(step, state, empty, (x, mask), segment_ids)
 
 
 def slstm_step(

@@ -1,0 +1,65 @@
+"""What the recurrent mixers share: sequences with segments and padding, and one token at a time."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from deltaproduct_jax.layers.padding import without_padding
+
+
+class RecurrentMixer(nnx.Module):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]`` whose state is all that it keeps of the past.
+
+    A subclass has ``init_state(batch_size)``, and two methods for inputs without padding in front
+    of or between tokens, both returning outputs and state: ``_mix(x, state, segment_ids, length)``,
+    where the first ``length`` tokens ``[B]`` of a row count (None: all), and ``_token(x, state)``,
+    where T is 1.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        state: Any = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Mixes whole sequences.
+
+        Args:
+            x: inputs.
+            state: state of the tokens before; None for none. It continues each row's first segment.
+            segment_ids: sequence that each token belongs to; convolution and recurrence start anew
+                where it changes.
+            mask: False at padding, anywhere in a row. Padding is skipped: neither convolution nor
+                recurrence sees it, and its output is zero.
+
+        Returns:
+            The outputs, and the state after the last token of each row's last segment.
+        """
+        state = self.init_state(x.shape[0]) if state is None else state
+        mix = lambda x, segment_ids, length: self._mix(x, state, segment_ids, length)
+        return without_padding(mix, x, segment_ids, mask)
+
+    def step(self, state: Any, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Any]:
+        """One token for every row: returns the outputs and the state after it."""
+        y, state = self._token(x[:, None], state)
+        return y[:, 0], state
+
+    def init_state(self, batch_size: int) -> Any:
+        """The state before the first token."""
+        raise NotImplementedError
+
+    def _mix(
+        self,
+        x: jax.Array,
+        state: Any,
+        segment_ids: jax.Array | None,
+        length: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        raise NotImplementedError
+
+    def _token(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        raise NotImplementedError
