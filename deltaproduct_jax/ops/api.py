@@ -6,10 +6,9 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks
-from deltaproduct_jax.ops.dispatch import AVAILABLE, dispatch
+from deltaproduct_jax.ops.dispatch import AVAILABLE, dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
-from deltaproduct_jax.ops.recurrent import recurrent_step
 
 # Added to the sum of squares, inside the root, as the published layer does.
 L2NORM_EPSILON = 1e-6
@@ -158,7 +157,7 @@ def delta_product_step(
     scale = checks.check_scale(scale, q.shape[-1])
     if use_qk_l2norm:
         q, k = _l2_normalise(q), _l2_normalise(k)
-    return recurrent_step(state, q, k, v, beta, g, scale=scale, precision=None)
+    return step(state, q, k, v, beta, g, scale=scale)
 
 
 def _arrays(**arguments) -> dict[str, jax.Array | None]:

@@ -18,8 +18,9 @@ from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import Settings, chunked, chunked_backward
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import Matmul
-from deltaproduct_jax.ops.recurrent import recurrent
+from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.tiling import default_chunk_size, default_span, tiling_for
+from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
 AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
@@ -29,6 +30,9 @@ RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product
 
 # The last stands for all others.
 PLATFORMS = ("cpu", "tpu", "cuda", "default")
+
+# Of a token, from which on the kernel is faster than XLA (ops/kernels/README.md).
+LEAST_FACTORS_OF_STEP = 2
 
 # Entries of the states of all heads from which on they leave the cache of a CPU core, and the plain
 # scan over tokens, which passes them once a token, falls behind.
@@ -197,7 +201,7 @@ def _with_own_backward(request: Request, tokens: Tokens, initial_state):
             return functools.partial(_recurrent, scale=request.scale, precision=request.precision)
         return _run(name, "forward", request, platform, tokens, keep_states=False)
 
-    return _by_platform(choice, tokens, initial_state)[:2]
+    return _by_platform(request.implementation, choice, tokens, initial_state)[:2]
 
 
 def _recurrent(tokens: Tokens, initial_state, scale, precision):
@@ -217,17 +221,18 @@ def _run(name: str, direction: str, request: Request, platform: str, tokens: Tok
     return functools.partial(run, options=request.options(platform, tokens), **keywords)
 
 
-def _by_platform(choice, *operands):
-    """Runs ``choice(platform)``, a partial, for the platform that the program is lowered for.
-
-    Where it is None, lowering fails.
-    """
+def _by_platform(name, choice, *operands):
+    """Runs ``choice(platform)``, a partial, for the platform that the program is lowered for."""
     choices = {platform: choice(platform) for platform in PLATFORMS}
+    runs = {platform: run for platform, run in choices.items() if run is not None}
+    if len(runs) < len(choices):
+        text = f"implementation={name!r} runs on {', '.join(runs)} only; 'chunked' runs anywhere"
+        choices["default"] = unavailable(text, like=next(iter(runs.values())))
     others = choices.pop("default")
     different = {
         platform: run
         for platform, run in choices.items()
-        if run is not None and not (others is not None and _same(run, others))
+        if run is not None and not _same(run, others)
     }
     if not different:
         return others(*operands)
@@ -235,7 +240,7 @@ def _by_platform(choice, *operands):
 
 
 def _same(x: functools.partial, y: functools.partial) -> bool:
-    return x.func is y.func and x.keywords == y.keywords
+    return (x.func, x.args, x.keywords) == (y.func, y.args, y.keywords)
 
 
 def _forward(request: Request, tokens: Tokens, initial_state):
@@ -248,7 +253,7 @@ def _forward(request: Request, tokens: Tokens, initial_state):
         name = request.name(platform, tokens, differentiated=True)
         return _run(name, "forward", request, platform, tokens, keep_states=True)
 
-    o, final_state, states = _by_platform(choice, tokens, initial_state)
+    o, final_state, states = _by_platform(request.implementation, choice, tokens, initial_state)
     states = checkpoint_name(states, states_name)
     outputs = checkpoint_name((o, final_state), outputs_name)
     return outputs, (tokens, states)
@@ -262,7 +267,31 @@ def _backward(request: Request, residuals, cotangents):
         name = request.name(platform, tokens, differentiated=True)
         return _run(name, "backward", request, platform, tokens)
 
-    return _by_platform(choice, *residuals, *cotangents)
+    return _by_platform(request.implementation, choice, *residuals, *cotangents)
 
 
 _with_own_backward.defvjp(_forward, _backward)
+
+
+def step(state, q, k, v, beta, g, *, scale):
+    """One token, as `recurrent_step`; on CUDA by a kernel where it was measured to be faster."""
+    B, R, H, K = k.shape
+    Hv, V = v.shape[-2:]
+    sizes = {"dtype": q.dtype, "B": B, "T": 1, "R": R, "H": H, "Hv": Hv, "K": K, "V": V}
+    if R < LEAST_FACTORS_OF_STEP or kernels.reason_against("triton", **sizes, precision=None):
+        return recurrent_step(state, q, k, v, beta, g, scale=scale, precision=None)
+    return _step(scale, state, q, k, v, beta, g)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _step(scale, *arrays):
+    return jax.lax.platform_dependent(
+        *arrays,
+        cuda=functools.partial(kernels.load("triton").step, scale=scale),
+        default=functools.partial(recurrent_step, scale=scale, precision=None),
+    )
+
+
+@_step.defjvp
+def _step_jvp(scale, arrays, tangents):
+    return jax.jvp(functools.partial(recurrent_step, scale=scale, precision=None), arrays, tangents)

@@ -256,7 +256,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         **{"out_shape" if "out_shape" in keywords else "out_type": tuple(outs)},
         **{key: value for key, value in meta.items() if key in kernel.arg_names},
     )
-    return [mark_varying_as(x, arrays[0]) for x in results]
+    return tuple(mark_varying_as(x, arrays[0]) for x in results)
 
 
 def _compute_capability() -> int | None:
