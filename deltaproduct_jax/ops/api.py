@@ -66,7 +66,10 @@ def delta_product(
         when the program is lowered; `select_implementation` tells which. Forward-mode
         differentiation (jvp) needs "recurrent" or "associative".
       precision: "default", "high" or "highest". None: true float32 products for float32 inputs;
-        bfloat16 operands with float32 accumulation for bfloat16 inputs.
+        bfloat16 operands with float32 accumulation for bfloat16 inputs, float32 ones on a CPU. With
+        beta = 2 and keys that agree, outputs then err up to 1.5 times as much as a recurrence with
+        bfloat16 products (itself off by 5e-2 over 2048 tokens), gradients up to 2.3 times as much;
+        "highest" avoids that.
 
     Returns:
       ``(o, final_state)``: outputs [B, T, Hv, V] in the dtype of v, and the state after the last

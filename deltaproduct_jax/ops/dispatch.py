@@ -104,14 +104,17 @@ class Request(NamedTuple):
             chunk_size = default_chunk_size(platform, dtype, **sizes)
         else:
             span = chunk_size = min(self.chunk_size, T)
+        # A CPU has no bfloat16: it would convert whole arrays anew for every chunk, and round every
+        # operand only to widen it again.
+        is_cpu = platform == "cpu"
+        rule = Matmul.wide if is_cpu else Matmul.of
         tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
         return Settings(
             self.scale,
             tiling,
-            Matmul.of(dtype, self.precision),
+            rule(dtype, self.precision),
             *Matmul.of_inverse_and_gates(platform, dtype, self.precision),
-            # A CPU has no bfloat16: it would convert whole arrays anew for every chunk.
-            widen=platform == "cpu",
+            widen=is_cpu,
         )
 
 
