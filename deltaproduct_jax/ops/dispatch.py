@@ -177,14 +177,17 @@ class Request(NamedTuple):
         chunk_size = span
         if self.chunk_size is None:
             chunk_size = default_chunk_size(platform, dtype, T=T, R=R, K=K, V=V)
+        # A CPU has no bfloat16: it would convert whole arrays anew for every chunk, and round every
+        # operand only to widen it again.
+        is_cpu = platform == "cpu"
+        rule = Matmul.wide if is_cpu else Matmul.of
         tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
         return Settings(
             self.scale,
             tiling,
-            Matmul.of(dtype, self.precision),
+            rule(dtype, self.precision),
             *Matmul.of_inverse_and_gates(platform, dtype, self.precision),
-            # A CPU has no bfloat16: it would convert whole arrays anew for every chunk.
-            widen=platform == "cpu",
+            widen=is_cpu,
         )
 
     def options(self, platform: str, tokens: Tokens) -> kernels.Options:
