@@ -61,15 +61,15 @@ def delta_product(
       chunk_size: tokens in a chunk of the chunked implementation; it changes speed and memory, not
         the result.
       implementation: "chunked" (matmuls within chunks, own backward pass), "recurrent" (a scan over
-        tokens), "associative" (a log-depth scan), "pallas_tpu" (a kernel for TPU; on a CPU it is
-        interpreted, slowly), or None for a choice by platform and shape, made when the program is
-        lowered; `select_implementation` tells which. Forward-mode differentiation (jvp) needs
-        "recurrent" or "associative".
+        tokens), "associative" (a log-depth scan), "triton" (kernels for GPU), "pallas_tpu" (a
+        kernel for TPU; on a CPU it is interpreted, slowly), or None for a choice by platform and
+        shape, made when the program is lowered; `select_implementation` tells which. Forward-mode
+        differentiation (jvp) needs "recurrent" or "associative".
       precision: "default", "high" or "highest". None: true float32 products for float32 inputs;
-        bfloat16 operands with float32 accumulation for bfloat16 inputs, float32 ones on a CPU. With
-        beta = 2 and keys that agree, outputs then err up to 1.5 times as much as a recurrence with
-        bfloat16 products (itself off by 5e-2 over 2048 tokens), gradients up to 2.3 times as much;
-        "highest" avoids that.
+        bfloat16 operands with float32 accumulation for bfloat16 inputs, float32 ones on a CPU;
+        float32 for float16 inputs, but in the GPU kernels. With beta = 2 and keys that agree,
+        outputs then err up to 1.5 times as much as a recurrence with bfloat16 products (itself off
+        by 5e-2 over 2048 tokens), gradients up to 2.3 times as much; "highest" avoids that.
 
     Returns:
       ``(o, final_state)``: outputs [B, T, Hv, V] in the dtype of v, and the state after the last
