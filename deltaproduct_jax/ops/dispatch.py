@@ -62,7 +62,8 @@ def select_implementation(
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
     the figures): with states up to 16 x 16; and, while all states together have fewer than 2^17
     entries, with states below 64 x 64, or below 128 x 128 if there are several factors a token. All
-    else runs "chunked".
+    else runs "chunked"; so does what is lowered for a TPU on a machine without one, unless an
+    abstract mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for.
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
@@ -153,13 +154,15 @@ class Request(NamedTuple):
         """The implementation that runs on a platform."""
         if self.implementation is not None:
             return self.implementation
-        return select_implementation(
+        name = select_implementation(
             platform,
             **_sizes(tokens),
             differentiated=differentiated,
             chunk_size=self.chunk_size,
             precision=self.precision,
         )
+        unready = name in kernels.KERNELS and not kernels.load(name).is_ready()
+        return "chunked" if unready else name
 
     def span(self, tokens: Tokens) -> int:
         """Tokens from one kept state to the next."""

@@ -7,7 +7,7 @@ import functools
 
 import jax
 import jax.extend.core
-from jax.interpreters import mlir
+from jax.interpreters import batching, mlir
 
 from deltaproduct_jax.ops.varying import mark_varying_as
 
@@ -16,13 +16,21 @@ _unavailable_p.multiple_results = True
 _unavailable_p.def_abstract_eval(lambda *_, outs, text: list(outs))
 
 
-@_unavailable_p.def_impl
-def _fail(*_, outs, text):
+def _lower(ctx, *_, outs, text):
     del outs
-    raise ValueError(text)
+    raise ValueError(
+        f"{text}; this program is lowered for {', '.join(ctx.module_context.platforms)}"
+    )
 
 
-mlir.register_lowering(_unavailable_p, lambda ctx, *_, outs, text: _fail(outs=outs, text=text))
+def _batch(operands, axes, *, outs, text):
+    mapped = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    outs = tuple(jax.core.ShapedArray((mapped, *out.shape), out.dtype) for out in outs)
+    return _unavailable_p.bind(*operands, outs=outs, text=text), [0] * len(outs)
+
+
+mlir.register_lowering(_unavailable_p, _lower)
+batching.primitive_batchers[_unavailable_p] = _batch
 
 
 def unavailable(text: str, like):
