@@ -160,22 +160,28 @@ def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes speed.json, speed.md and speed.png."""
     parsed = flags.parse(argv, {"speed": SpeedConfig}, {"default": {}})
     config = SpeedConfig(**parsed.sections["speed"])
-    rows = []
-    for n_h in config.num_householder:
-        for direction in config.directions.split(","):
-            rows += measure(config, n_h, direction)
-            print(table(rows[-len(config.names) - bool(config.peer) :]), file=sys.stderr)
     title = (
         f"B={config.batch_size} T={config.length} H={config.num_heads} K=V={config.head_dim}, "
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
     )
     command_line = " ".join(["python -m experiments.op_speed", *argv])
-    record = {"command": command_line, "machine": machine(), "shape": title, "rows": rows}
-    write_file(parsed.workdir / "speed.json", json.dumps(record, indent=1).encode() + b"\n")
-    text = f"{title}; {record['machine']}\n\n{table(rows)}\n\nCommand: `{command_line}`\n"
-    write_file(parsed.workdir / "speed.md", text.encode())
-    plot(rows, parsed.workdir / "speed.png", title)
-    print(text)
+    record = {"command": command_line, "machine": machine(), "shape": title, "rows": []}
+    for n_h in config.num_householder:
+        for direction in config.directions.split(","):
+            rows = measure(config, n_h, direction)
+            print(table(rows), file=sys.stderr)
+            record["rows"] += rows
+            write(parsed.workdir, record)  # what is measured stays, whatever comes next
+    plot(record["rows"], parsed.workdir / "speed.png", title)
+    print((parsed.workdir / "speed.md").read_text())
+
+
+def write(workdir: Path, record: dict[str, Any]) -> None:
+    """speed.json and speed.md."""
+    write_file(workdir / "speed.json", json.dumps(record, indent=1).encode() + b"\n")
+    head = f"{record['shape']}; {record['machine']}"
+    text = f"{head}\n\n{table(record['rows'])}\n\nCommand: `{record['command']}`\n"
+    write_file(workdir / "speed.md", text.encode())
 
 
 if __name__ == "__main__":

@@ -130,7 +130,12 @@ def test_it_is_chosen_on_a_tpu_where_it_can_run():
 @pytest.mark.parametrize(
     ("case", "dtype", "options", "text"),
     [
-        (Case(T=3), "float64", {}, "cannot run this: a TPU has no float64, which q is; 'chunked'"),
+        (
+            Case(T=3),
+            "float64",
+            {},
+            "q is float64, and it takes bfloat16 and float32; 'chunked'",
+        ),
         (Case(T=3, R=9), "float32", {}, "cannot run this: R=9 must be at most 8"),
         (Case(T=3, K=300), "float32", {}, "K=300 must be at most 256 and V=8 at most 512"),
         (Case(T=3, H=300, V=256), "float32", {}, "MiB of vector memory, and there are 48 MiB"),

@@ -108,6 +108,14 @@ def test_bfloat16(name, implementation):
     assert_within_bars(affordable(CASES[name], implementation), implementation, "bfloat16")
 
 
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+def test_float16(implementation):
+    """Only inputs, outputs and gradients are rounded, to 2^-12 each."""
+    of_outputs, of_gradients = errors(CASES["all at once"], implementation, "float16")
+    assert max(of_outputs.values()) < 5e-4
+    assert max(of_gradients.values()) < 1e-3
+
+
 @pytest.mark.parametrize("name", ["one short of a chunk", "all at once"])
 def test_precision_highest_removes_the_rounding_of_bfloat16_operands(name):
     """What remains is the rounding of o and of the gradients themselves, 2^-9 each."""

@@ -264,7 +264,8 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
     assert choice("cpu", B=8) == "chunked"
     assert choice("cpu", B=1024, K=16, V=16) == "recurrent"
     assert choice("cpu", differentiated=True) == "chunked"
-    assert choice("tpu") == "chunked"
+    assert choice("tpu") == "pallas_tpu"
+    assert choice("tpu", V=32) == choice("tpu", chunk_size=16) == "chunked"
     assert choice("tpu", T=1) == "recurrent"
     arrays = inputs(Case(T=64, K=32, V=32, B=1))
 

@@ -66,7 +66,7 @@ CASES = {
     ),
     "integer q": (
         inputs(q=jnp.zeros((B, T, H, K), int)),
-        "q must have a dtype among bfloat16, float32, float64, got int32",
+        "q must have a dtype among bfloat16, float16, float32, float64, got int32",
     ),
     "mixed dtypes": (
         inputs(k=jnp.zeros((B, T, R, H, K), jnp.bfloat16)),

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import ml_dtypes
 import pytest
-from helpers import Case, errors
+from helpers import Case, errors, plain_bfloat16_error
 from test_ops_accuracy import assert_within_bars
 
 from deltaproduct_jax.ops import chunked, dispatch, tiling
@@ -20,20 +20,20 @@ CASES = {
 }
 
 
+def run_as(platform, monkeypatch):
+    """Makes a CPU cut sequences and round operands as another platform does."""
+    settings = dispatch.Request.settings
+
+    def elsewhere(self, _, tokens):
+        return settings(self, platform, tokens)
+
+    monkeypatch.setattr(dispatch.Request, "settings", elsewhere)
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["default", "tpu"])
 def as_elsewhere(request, monkeypatch):
-    """Makes a CPU cut sequences as another platform does."""
-    real = tiling_for, tiling.default_chunk_size
-
-    def cut(platform, *args, **kwargs):
-        return real[0](request.param, *args, **kwargs)
-
-    def size(platform, *args, **kwargs):
-        return real[1](request.param, *args, **kwargs)
-
-    jax.clear_caches()
-    monkeypatch.setattr(dispatch, "tiling_for", cut)
-    monkeypatch.setattr(dispatch, "default_chunk_size", size)
+    run_as(request.param, monkeypatch)
     yield
     jax.clear_caches()
 
@@ -45,6 +45,17 @@ def test_other_platforms_cuts(name, dtype, as_elsewhere):
     if dtype == "bfloat16" and name != "three factors, ungated":
         case = Case(T=256, B=1, gate="mild", K=16, V=16, beta=case.beta, l2norm=True)
     assert_within_bars(case, "chunked", dtype)
+
+
+@pytest.mark.parametrize("gate", ["slow", None])
+@pytest.mark.parametrize("keys", ["unit", "identical", "parallel"])
+def test_reflections_in_bfloat16_err_like_plain_products(keys, gate, as_elsewhere):
+    """Applied in one pass, the inverse would make errors of five to thirty times these."""
+    case = Case(T=192, B=1, H=1, K=32, V=32, beta=(2.0, 2.0), keys=keys, gate=gate, seed=1)
+    of_outputs, of_gradients = errors(case, "chunked", "bfloat16")
+    plain = plain_bfloat16_error(case)
+    assert max(of_outputs.values()) <= 2 * plain
+    assert max(of_gradients.values()) <= 3 * plain
 
 
 class ThreePasses(Matmul):
@@ -62,10 +73,11 @@ class ThreePasses(Matmul):
 
 @pytest.mark.parametrize("keys", ["unit", "parallel"])
 def test_three_passes_are_enough_with_bfloat16_inputs(keys, monkeypatch):
-    """The error against float64 is that of an exact inverse, whose use rounds it to bfloat16."""
+    """The error against float64 is that of an exact inverse, by which bfloat16 is multiplied."""
     case = Case(
         T=128, R=1, B=1, K=16, V=16, beta=(1.5, 2.0), keys=keys, gate="slow", chunk_size=128
     )
+    run_as("tpu", monkeypatch)
     exact = errors(case, "chunked", "bfloat16")
     real = chunked.unit_lower_inverse
     monkeypatch.setattr(

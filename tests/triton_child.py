@@ -19,7 +19,7 @@ import oracle
 import triton_interpreter
 from helpers import Case
 
-from deltaproduct_jax.ops import delta_product, kernels
+from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels import triton_gpu, triton_tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
@@ -129,7 +129,7 @@ def compile_for_cuda() -> dict:
     def loss(q, k, v, beta, implementation):
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
-    lowered = {}
+    lowered = {"step": lower_step()}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)
@@ -142,6 +142,22 @@ def compile_for_cuda() -> dict:
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
     return {"rows": rows, "lowered": lowered}
+
+
+def lower_step() -> list[int]:
+    """Calls of the kernel in one token with 1 and 2 factors, and in the derivative with 2."""
+    arrays = [jax.ShapeDtypeStruct((1, 2, 32, 32), jnp.float32)]
+    counts = []
+
+    def o(state, *token):
+        return jnp.sum(delta_product_step(state, *token)[0])
+
+    for R, function in ((1, o), (2, o), (2, jax.grad(o))):
+        shapes = [(1, 2, 32), (1, R, 2, 32), (1, R, 2, 32), (1, R, 2)]
+        token = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+        traced = jax.jit(function).trace(*arrays, *token)
+        counts.append(traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel"))
+    return counts
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 
 from deltaproduct_jax.ops.precision import PRECISIONS, accumulator_dtype
 
-DTYPES = ("bfloat16", "float32", "float64")
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 LAYOUT = {
     "q": ("B", "T", "H", "K"),

@@ -194,7 +194,8 @@ def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
 
     The errors are (I + L)^-1 (v - into (k S)). Several spans at once take them as from_v -
     from_state S, and weight the keys that write them beforehand: then only the product with S and
-    the update of S go chunk by chunk, at the price of one more rounding of bfloat16 operands.
+    the update of S go chunk by chunk, at the price of one more rounding of bfloat16 operands (on
+    the way back the same product is taken in two passes, or errors of dv and dbeta would grow).
     """
     matmul = settings.matmul
     into_NBHGM = jnp.broadcast_to(p.decays.into_update, x.beta.shape)
@@ -202,8 +203,8 @@ def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
 
     if settings.tiling.spans_at_once > 1:
         weighted_NBHGMM = p.inverse * into_NBHGM[..., None, :]
-        from_v_NBHGMV = matmul("...mn,...nv->...mv", p.inverse, x.v)
-        from_state_NBHGMK = matmul("...hgmn,...hnk->...hgmk", weighted_NBHGMM, x.k)
+        from_v_NBHGMV = matmul.in_two_passes("...mn,...nv->...mv", p.inverse, x.v)
+        from_state_NBHGMK = matmul.in_two_passes("...hgmn,...hnk->...hgmk", weighted_NBHGMM, x.k)
 
         def step(state_BHGKV, chunk):
             error_BHGMV, from_state_BHGMK, keys_out_BHGMK, through_BHG1V = chunk
@@ -221,7 +222,7 @@ def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
             v_BHGMV, k_BHMK, into_BHGM, inverse_BHGMM, out_BHGM, through_BHG1V = chunk
             key_state_BHGMV = matmul("...hmk,...hgkv->...hgmv", k_BHMK, state_BHGKV)
             rhs_BHGMV = v_BHGMV.astype(state_BHGKV.dtype) - into_BHGM[..., None] * key_state_BHGMV
-            error_BHGMV = matmul("...mn,...nv->...mv", inverse_BHGMM, rhs_BHGMV)
+            error_BHGMV = matmul.in_two_passes("...mn,...nv->...mv", inverse_BHGMM, rhs_BHGMV)
             left_BHGMV = out_BHGM[..., None] * error_BHGMV
             next_BHGKV = matmul("...hmk,...hgmv->...hgkv", k_BHMK, left_BHGMV)
             next_BHGKV += through_BHG1V * state_BHGKV
@@ -248,17 +249,16 @@ def _walk_back(x: Tokens, p: Prepared, do_NBHGCV, dnext_BHGKV, settings: Setting
 
     if settings.tiling.spans_at_once > 1:
         weighted_NBHGMM = p.inverse * out_NBHGM[..., :, None]
-        drhs_NBHGMV = matmul("...nm,...nv->...mv", p.inverse, derror_NBHGMV)
-        from_next_NBHGMK = matmul("...hgnm,...hnk->...hgmk", weighted_NBHGMM, x.k)
+        drhs_NBHGMV = matmul.in_two_passes("...nm,...nv->...mv", p.inverse, derror_NBHGMV)
+        from_next_NBHGMK = matmul.in_two_passes("...hgnm,...hnk->...hgmk", weighted_NBHGMM, x.k)
 
         def step(dnext_BHGKV, chunk):
             drhs_BHGMV, from_next_BHGMK, keys_into_BHGMK, dread_BHGKV, through_BHG1V = chunk
-            drhs_BHGMV += matmul("...mk,...kv->...mv", from_next_BHGMK, dnext_BHGKV)
+            drhs_BHGMV += matmul.in_two_passes("...mk,...kv->...mv", from_next_BHGMK, dnext_BHGKV)
             dstate_BHGKV = dread_BHGKV + through_BHG1V * dnext_BHGKV
             dstate_BHGKV -= matmul("...mk,...mv->...kv", keys_into_BHGMK, drhs_BHGMV)
             return dstate_BHGKV, (dnext_BHGKV, drhs_BHGMV)
 
-        from_next_NBHGMK = from_next_NBHGMK.astype(matmul.operand)
         own = (drhs_NBHGMV, from_next_NBHGMK, _weighted_keys(x, into_NBHGM, matmul))
     else:
 
@@ -267,7 +267,7 @@ def _walk_back(x: Tokens, p: Prepared, do_NBHGCV, dnext_BHGKV, settings: Setting
             dread_BHGKV, through_BHG1V = rest
             from_next_BHGMV = matmul("...hmk,...hgkv->...hgmv", k_BHMK, dnext_BHGKV)
             derror_BHGMV += out_BHGM[..., None] * from_next_BHGMV
-            drhs_BHGMV = matmul("...nm,...nv->...mv", inverse_BHGMM, derror_BHGMV)
+            drhs_BHGMV = matmul.in_two_passes("...nm,...nv->...mv", inverse_BHGMM, derror_BHGMV)
             dstate_BHGKV = dread_BHGKV + through_BHG1V * dnext_BHGKV
             reads_BHGMV = into_BHGM[..., None] * drhs_BHGMV
             dstate_BHGKV -= matmul("...hmk,...hgmv->...hgkv", k_BHMK, reads_BHGMV)
@@ -307,7 +307,7 @@ def _recompute(x: Tokens, states_NBHGKV, settings: Settings) -> Recomputed:
     matmul = settings.matmul
     key_state_NBHGMV = matmul("...hmk,...hgkv->...hgmv", x.k, states_NBHGKV)
     rhs_NBHGMV = x.v.astype(x.beta.dtype) - p.decays.into_update[..., None] * key_state_NBHGMV
-    error_NBHGMV = matmul("...mn,...nv->...mv", p.inverse, rhs_NBHGMV)
+    error_NBHGMV = matmul.in_two_passes("...mn,...nv->...mv", p.inverse, rhs_NBHGMV)
     return Recomputed(x, p, states_NBHGKV, key_state_NBHGMV, error_NBHGMV)
 
 

@@ -18,8 +18,9 @@ from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import Settings, chunked, chunked_backward
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import Matmul
-from deltaproduct_jax.ops.recurrent import recurrent
+from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.tiling import default_chunk_size, default_span, tiling_for
+from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
 AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
@@ -29,6 +30,9 @@ RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product
 
 # The last stands for all others.
 PLATFORMS = ("cpu", "tpu", "cuda", "default")
+
+# Of a token, from which on the kernel is faster than XLA (ops/kernels/README.md).
+LEAST_FACTORS_OF_STEP = 2
 
 # Entries of the states of all heads from which on they leave the cache of a CPU core, and the plain
 # scan over tokens, which passes them once a token, falls behind.
@@ -58,7 +62,8 @@ def select_implementation(
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
     the figures): with states up to 16 x 16; and, while all states together have fewer than 2^17
     entries, with states below 64 x 64, or below 128 x 128 if there are several factors a token. All
-    else runs "chunked".
+    else runs "chunked"; so does what is lowered for a TPU on a machine without one, unless an
+    abstract mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for.
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
@@ -149,13 +154,15 @@ class Request(NamedTuple):
         """The implementation that runs on a platform."""
         if self.implementation is not None:
             return self.implementation
-        return select_implementation(
+        name = select_implementation(
             platform,
             **_sizes(tokens),
             differentiated=differentiated,
             chunk_size=self.chunk_size,
             precision=self.precision,
         )
+        unready = name in kernels.KERNELS and not kernels.load(name).is_ready()
+        return "chunked" if unready else name
 
     def span(self, tokens: Tokens) -> int:
         """Tokens from one kept state to the next."""
@@ -173,14 +180,17 @@ class Request(NamedTuple):
         chunk_size = span
         if self.chunk_size is None:
             chunk_size = default_chunk_size(platform, dtype, T=T, R=R, K=K, V=V)
+        # A CPU has no bfloat16: it would convert whole arrays anew for every chunk, and round every
+        # operand only to widen it again.
+        is_cpu = platform == "cpu"
+        rule = Matmul.wide if is_cpu else Matmul.of
         tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
         return Settings(
             self.scale,
             tiling,
-            Matmul.of(dtype, self.precision),
+            rule(dtype, self.precision),
             *Matmul.of_inverse_and_gates(platform, dtype, self.precision),
-            # A CPU has no bfloat16: it would convert whole arrays anew for every chunk.
-            widen=platform == "cpu",
+            widen=is_cpu,
         )
 
     def options(self, platform: str, tokens: Tokens) -> kernels.Options:
@@ -197,7 +207,7 @@ def _with_own_backward(request: Request, tokens: Tokens, initial_state):
             return functools.partial(_recurrent, scale=request.scale, precision=request.precision)
         return _run(name, "forward", request, platform, tokens, keep_states=False)
 
-    return _by_platform(choice, tokens, initial_state)[:2]
+    return _by_platform(request.implementation, choice, tokens, initial_state)[:2]
 
 
 def _recurrent(tokens: Tokens, initial_state, scale, precision):
@@ -217,17 +227,18 @@ def _run(name: str, direction: str, request: Request, platform: str, tokens: Tok
     return functools.partial(run, options=request.options(platform, tokens), **keywords)
 
 
-def _by_platform(choice, *operands):
-    """Runs ``choice(platform)``, a partial, for the platform that the program is lowered for.
-
-    Where it is None, lowering fails.
-    """
+def _by_platform(name, choice, *operands):
+    """Runs ``choice(platform)``, a partial, for the platform that the program is lowered for."""
     choices = {platform: choice(platform) for platform in PLATFORMS}
+    runs = {platform: run for platform, run in choices.items() if run is not None}
+    if len(runs) < len(choices):
+        text = f"implementation={name!r} runs on {', '.join(runs)} only; 'chunked' runs anywhere"
+        choices["default"] = unavailable(text, like=next(iter(runs.values())))
     others = choices.pop("default")
     different = {
         platform: run
         for platform, run in choices.items()
-        if run is not None and not (others is not None and _same(run, others))
+        if run is not None and not _same(run, others)
     }
     if not different:
         return others(*operands)
@@ -235,7 +246,7 @@ def _by_platform(choice, *operands):
 
 
 def _same(x: functools.partial, y: functools.partial) -> bool:
-    return x.func is y.func and x.keywords == y.keywords
+    return (x.func, x.args, x.keywords) == (y.func, y.args, y.keywords)
 
 
 def _forward(request: Request, tokens: Tokens, initial_state):
@@ -248,7 +259,7 @@ def _forward(request: Request, tokens: Tokens, initial_state):
         name = request.name(platform, tokens, differentiated=True)
         return _run(name, "forward", request, platform, tokens, keep_states=True)
 
-    o, final_state, states = _by_platform(choice, tokens, initial_state)
+    o, final_state, states = _by_platform(request.implementation, choice, tokens, initial_state)
     states = checkpoint_name(states, states_name)
     outputs = checkpoint_name((o, final_state), outputs_name)
     return outputs, (tokens, states)
@@ -262,7 +273,31 @@ def _backward(request: Request, residuals, cotangents):
         name = request.name(platform, tokens, differentiated=True)
         return _run(name, "backward", request, platform, tokens)
 
-    return _by_platform(choice, *residuals, *cotangents)
+    return _by_platform(request.implementation, choice, *residuals, *cotangents)
 
 
 _with_own_backward.defvjp(_forward, _backward)
+
+
+def step(state, q, k, v, beta, g, *, scale):
+    """One token, as `recurrent_step`; on CUDA by a kernel where it was measured to be faster."""
+    B, R, H, K = k.shape
+    Hv, V = v.shape[-2:]
+    sizes = {"dtype": q.dtype, "B": B, "T": 1, "R": R, "H": H, "Hv": Hv, "K": K, "V": V}
+    if R < LEAST_FACTORS_OF_STEP or kernels.reason_against("triton", **sizes, precision=None):
+        return recurrent_step(state, q, k, v, beta, g, scale=scale, precision=None)
+    return _step(scale, state, q, k, v, beta, g)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _step(scale, *arrays):
+    return jax.lax.platform_dependent(
+        *arrays,
+        cuda=functools.partial(kernels.load("triton").step, scale=scale),
+        default=functools.partial(recurrent_step, scale=scale, precision=None),
+    )
+
+
+@_step.defjvp
+def _step_jvp(scale, arrays, tangents):
+    return jax.jvp(functools.partial(recurrent_step, scale=scale, precision=None), arrays, tangents)

@@ -56,9 +56,9 @@ class Matmul:
         """The rules of the triangular inverse and of sums of gates, for inputs of ``dtype``.
 
         A TPU multiplies float32 in passes over bfloat16 parts, six for the last bit and three for
-        an error of about 2^-16. With bfloat16 inputs the inverse and all that decays multiply are
-        rounded to 2^-9 right after: there three are enough. Elsewhere sums of gates are exact
-        whatever ``precision`` says.
+        an error of about 2^-16. With bfloat16 inputs the inverse is applied to 2^-17
+        (`in_two_passes`), and all that decays multiply is rounded to 2^-9: there three are enough.
+        Elsewhere sums of gates are exact whatever ``precision`` says.
         """
         if platform == "tpu" and jnp.dtype(dtype) == jnp.bfloat16 and precision is None:
             return cls.wide(dtype, "high"), cls.wide(dtype, "high")
@@ -73,3 +73,16 @@ class Matmul:
             precision=self.precision,
             preferred_element_type=accumulator_dtype(self.operand),
         )
+
+    def in_two_passes(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+        """The same with ``x`` to 2^-17: where operands are bfloat16, as a sum of two of them.
+
+        For the triangular inverse. With beta near 2 and keys that agree it turns errors of its own
+        entries into errors of the state that no later update takes back, while those of what it is
+        applied to act like errors of the values.
+        """
+        if self.operand != jnp.bfloat16:
+            return self(equation, x, y)
+        # Not a conversion there and back, which a compiler may leave out.
+        high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return self(equation, high, y) + self(equation, x - high, y)

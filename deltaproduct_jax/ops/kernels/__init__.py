@@ -1,9 +1,11 @@
 """Kernels written for one platform, reached only through `delta_product`.
 
-A kernel is a module of this folder, named in `KERNELS`, with three functions:
+A kernel is a module of this folder, named in `KERNELS`, with four functions:
 
 ``unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None``
     Why it cannot run these, as the end of a sentence, or None.
+``is_ready() -> bool``
+    Whether it can be lowered by what is known while tracing; if not, nobody chooses it.
 ``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, states)``
     As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.spans``, in float32, or None;
     a kernel that keeps fewer leaves the rest zero.

@@ -15,6 +15,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Scratch, heads_first, tokens_first
@@ -35,8 +36,8 @@ WIDEST_KEY, WIDEST_VALUE = 256, 512
 def unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None:
     """Why the kernels cannot run these, or None; arguments as `delta_product` has them."""
     del B, precision
-    if dtype == jnp.float64:
-        return "a TPU has no float64, which q is"
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"q is {jnp.dtype(dtype).name}, and it takes bfloat16 and float32"
     if R > MOST_FACTORS:
         return f"R={R} must be at most {MOST_FACTORS}"
     if K > WIDEST_KEY or V > WIDEST_VALUE:
@@ -49,6 +50,15 @@ def unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None:
             f"and there are {plan.limit // 2**20} MiB"
         )
     return None
+
+
+def is_ready() -> bool:
+    """Whether JAX knows the TPU that is traced for; else it lowers no kernel."""
+    try:
+        pltpu.get_tpu_info()
+    except ValueError:
+        return False
+    return True
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):

@@ -38,6 +38,11 @@ def unsupported(*, dtype, B: int, T: int, R: int, H: int, Hv: int, K: int, V: in
     return None
 
 
+def is_ready() -> bool:
+    """Always: where no GPU says what to compile for, it is Hopper."""
+    return True
+
+
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and states as `backward` needs them."""
     options = options if keep_states else options._replace(spans=0)
@@ -256,7 +261,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         **{"out_shape" if "out_shape" in keywords else "out_type": tuple(outs)},
         **{key: value for key, value in meta.items() if key in kernel.arg_names},
     )
-    return [mark_varying_as(x, arrays[0]) for x in results]
+    return tuple(mark_varying_as(x, arrays[0]) for x in results)
 
 
 def _compute_capability() -> int | None:

@@ -1,0 +1,52 @@
+"""What stands where an implementation has no code for a platform: an error when it is lowered.
+
+Tracing does not know the platform, and one program may be lowered for several.
+"""
+
+import functools
+
+import jax
+import jax.extend.core
+from jax.interpreters import batching, mlir
+
+from deltaproduct_jax.ops.varying import mark_varying_as
+
+_unavailable_p = jax.extend.core.Primitive("delta_product_unavailable")
+_unavailable_p.multiple_results = True
+_unavailable_p.def_abstract_eval(lambda *_, outs, text: list(outs))
+
+
+def _lower(ctx, *_, outs, text):
+    del outs
+    raise ValueError(
+        f"{text}; this program is lowered for {', '.join(ctx.module_context.platforms)}"
+    )
+
+
+def _batch(operands, axes, *, outs, text):
+    mapped = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    outs = tuple(jax.core.ShapedArray((mapped, *out.shape), out.dtype) for out in outs)
+    return _unavailable_p.bind(*operands, outs=outs, text=text), [0] * len(outs)
+
+
+mlir.register_lowering(_unavailable_p, _lower)
+batching.primitive_batchers[_unavailable_p] = _batch
+
+
+def unavailable(text: str, like):
+    """A function that takes and returns what ``like`` does, and cannot be lowered.
+
+    Args:
+      text: of the ValueError.
+      like: a function of arrays.
+    """
+
+    return functools.partial(_run, text, like)
+
+
+def _run(text, like, *operands):
+    shapes, tree = jax.tree.flatten(jax.eval_shape(like, *operands))
+    outs = tuple(jax.core.ShapedArray(x.shape, x.dtype) for x in shapes)
+    leaves = jax.tree.leaves(operands)
+    results = _unavailable_p.bind(*leaves, outs=outs, text=text)
+    return jax.tree.unflatten(tree, [mark_varying_as(x, leaves[0]) for x in results])
