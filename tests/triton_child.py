@@ -135,6 +135,11 @@ def compile_for_cuda() -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
+    os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = "89"
+    jax.clear_caches()
+    traced = gradient.trace(*arrays, None)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    lowered["on a small GPU"] = text.count("triton_kernel_call")
     try:
         traced = jax.jit(loss, static_argnums=4).trace(*arrays, "triton")
         traced.lower(lowering_platforms=("cpu",))

@@ -63,7 +63,8 @@ def select_implementation(
     the figures): with states up to 16 x 16; and, while all states together have fewer than 2^17
     entries, with states below 64 x 64, or below 128 x 128 if there are several factors a token. All
     else runs "chunked"; so does what is lowered for a TPU on a machine without one, unless an
-    abstract mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for.
+    abstract mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered
+    for a GPU with little shared memory (all but A100, H100, H200 and B200).
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.

@@ -20,6 +20,8 @@ from deltaproduct_jax.ops.varying import mark_varying_as
 
 # What a program is compiled for where no GPU says, e.g. ahead of time: Hopper.
 COMPUTE_CAPABILITY = 90
+# A100, H100 and H200, B200. Others have 100 KiB a multiprocessor, or have not been looked at.
+LARGE_SHARED_MEMORY = (80, 90, 100)
 COMPUTE_CAPABILITY_VARIABLE = "DELTAPRODUCT_COMPUTE_CAPABILITY"
 
 # Of float32 products; products of bfloat16 and float16 are exact whatever it says.
@@ -39,8 +41,8 @@ def unsupported(*, dtype, B: int, T: int, R: int, H: int, Hv: int, K: int, V: in
 
 
 def is_ready() -> bool:
-    """Always: where no GPU says what to compile for, it is Hopper."""
-    return True
+    """Whether the GPU has the shared memory, over 128 KiB, that tiles for 128 x 128 states take."""
+    return _compute_capability() in LARGE_SHARED_MEMORY
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
@@ -264,16 +266,14 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
     return tuple(mark_varying_as(x, arrays[0]) for x in results)
 
 
-def _compute_capability() -> int | None:
-    """None where a GPU says it."""
+def _compute_capability() -> int:
     named = os.environ.get(COMPUTE_CAPABILITY_VARIABLE)
     if named:
         return int(named)
     try:
-        jax.devices("cuda")
-    except RuntimeError:
+        return int(jax.devices("cuda")[0].compute_capability.replace(".", ""))
+    except RuntimeError:  # there is no GPU here
         return COMPUTE_CAPABILITY
-    return None
 
 
 def _batched(run, fixed):
