@@ -65,7 +65,8 @@ def delta_product(
         kernel for TPU; on a CPU it is interpreted, slowly), or None for a choice by platform and
         shape, made when the program is lowered; `select_implementation` tells which. Forward-mode
         differentiation (jvp) needs "recurrent" or "associative".
-      precision: "default", "high" or "highest". None: true float32 products for float32 inputs;
+      precision: "default", "high" or "highest". None: float32 products for float32 inputs (TF32 x 3
+        in the GPU kernels, where "highest" makes them exact);
         bfloat16 operands with float32 accumulation for bfloat16 inputs, float32 ones on a CPU;
         float32 for float16 inputs, but in the GPU kernels. With beta = 2 and keys that agree,
         outputs then err up to 1.5 times as much as a recurrence with bfloat16 products (itself off
