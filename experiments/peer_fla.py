@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,17 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
-from experiments.timing import FORWARD, Compiled, Shape, program
+from experiments.timing import FORWARD, Compiled, Results, Shape
 
 
-def compile_peer(
-    shape: Shape, arrays: Mapping[str, jax.Array], direction: str
-) -> tuple[Compiled, float]:
-    """The peer's program, compiled by a first run, and its worst error against float32 JAX.
+def compile_peer(shape: Shape, arrays: Mapping[str, jax.Array], direction: str) -> Compiled:
+    """The peer's program, compiled by a first run.
 
     Raises:
         ConfigError: torch, the package or a GPU is missing, or the peer refuses to run.
     """
+    run = _program(shape, arrays, direction)
+    began = time.perf_counter()
+    run()
+    return Compiled(run, time.perf_counter() - began, None)
+
+
+def peer_results(shape: Shape, arrays: Mapping[str, jax.Array], direction: str) -> Results:
+    """What the peer computes, arranged as our own program's results; raises as `compile_peer`."""
+    got = [x.detach().float().cpu().numpy() for x in _program(shape, arrays, direction)()]
+    if direction == FORWARD:
+        return tuple(got)
+    return {name: x.reshape(arrays[name].shape) for name, x in zip(arrays, got, strict=True)}
+
+
+def _program(
+    shape: Shape, arrays: Mapping[str, jax.Array], direction: str
+) -> Callable[[], tuple[Any, ...]]:
+    """One call of the peer, waited for: o and final state, or a gradient for each input."""
     try:
         import torch
         from fla.ops.gated_delta_product import chunk_gated_delta_product
@@ -40,9 +56,8 @@ def compile_peer(
         return tensor.to(torch.bfloat16) if x.dtype == jnp.bfloat16 else tensor
 
     inputs = {name: to_torch(name, x) for name, x in arrays.items()}
-    names = list(inputs)
 
-    def forward() -> tuple[Any, Any]:
+    def forward() -> tuple[Any, ...]:
         return chunk_gated_delta_product(
             **{"g": None, **inputs}, num_householder=shape.R, output_final_state=True
         )
@@ -57,25 +72,12 @@ def compile_peer(
     weights = [torch.cos(torch.arange(x.numel(), device="cuda")).view(x.shape) for x in forward()]
     call = forward if direction == FORWARD else backward
 
-    def run() -> Any:
-        result = call()
+    def run() -> tuple[Any, ...]:
+        try:
+            result = call()
+        except RuntimeError as error:  # it refuses some versions of Triton on some GPUs
+            raise ConfigError(f"peer=fla cannot run {direction} at {shape}: {error}") from error
         torch.cuda.synchronize()
         return result
 
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    try:
-        got = run()
-    except RuntimeError as error:  # it refuses some versions of Triton on some GPUs
-        raise ConfigError(f"peer=fla cannot run {direction} at {shape}: {error}") from error
-    compiled = Compiled(run, time.perf_counter() - began, None)
-
-    wide = {name: x.astype(jnp.float32) for name, x in arrays.items()}
-    want = jax.jit(program("chunked", direction))(wide)
-    want = list(want) if direction == FORWARD else [want[name] for name in names]
-    errors = []
-    for ours, theirs in zip(want, got, strict=True):
-        ours = np.asarray(ours, np.float64)
-        theirs = theirs.detach().float().cpu().numpy().reshape(ours.shape)
-        errors.append(float(np.linalg.norm(theirs - ours) / np.linalg.norm(ours)))
-    return compiled, max(errors)
+    return run

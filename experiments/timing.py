@@ -14,6 +14,8 @@ import numpy as np
 from deltaproduct_jax.ops import delta_product
 
 FORWARD, BACKWARD = "forward", "forward+backward"
+# (o, final_state), or the gradient of each input by name.
+Results = tuple[Any, ...] | dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,23 +126,16 @@ def time_in_turn(programs: Mapping[str, Compiled], repeats: int, budget_s: float
             entry.seconds.append(time.perf_counter() - start)
 
 
-def worst_error(shape: Shape, implementation: str | None, direction: str, tokens: int) -> float:
-    """Largest ``||x - ref|| / ||ref||`` over the results, against the recurrence in float64.
-
-    Args:
-        shape: the case; only its first ``tokens`` tokens are computed.
-        implementation: what to check.
-        direction: outputs, or gradients.
-        tokens: how many tokens are enough.
-    """
-    short = dataclasses.replace(shape, T=min(shape.T, tokens))
-    arrays = short.inputs()
-    got = jax.jit(program(implementation, direction))(arrays)
+def exact_results(arrays: Mapping[str, jax.Array], direction: str) -> Results:
+    """What `program` computes of these inputs, by the recurrence in float64."""
     with jax.enable_x64(True):
         wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
-        want = jax.jit(program("recurrent", direction))(wide)
-        errors = jax.tree.map(_error, jax.device_get(got), jax.device_get(want))
-    return max(jax.tree.leaves(errors))
+        return jax.device_get(jax.jit(program("recurrent", direction))(wide))
+
+
+def worst_error(got: Results, want: Results) -> float:
+    """Largest ``||x - ref|| / ||ref||`` over the results."""
+    return max(jax.tree.leaves(jax.tree.map(_error, jax.device_get(got), want)))
 
 
 def _error(x: np.ndarray, ref: np.ndarray) -> float:
