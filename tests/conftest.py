@@ -34,6 +34,7 @@ ALLOWED_SKIPS = (
 )
 
 _unexpected_skips: list[str] = []
+_of_processes: list[list] = []  # what other processes of this run measured
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +71,25 @@ def _note_skip(report):
 
 
 def pytest_sessionfinish(session):
-    if os.environ.get("CI") and _unexpected_skips and session.exitstatus == 0:
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:  # one of several processes: the first of them sums up
+        output["skips"], output["worst"] = _unexpected_skips, _worst_errors()
+    elif os.environ.get("CI") and _unexpected_skips and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """A process of pytest-xdist has ended, and says what it saw."""
+    output = getattr(node, "workeroutput", {})
+    _unexpected_skips.extend(s for s in output.get("skips", ()) if s not in _unexpected_skips)
+    _of_processes.extend(output.get("worst", ()))
+
+
+def _worst_errors() -> list[list]:
+    """Rows [implementation, dtype, errors] of what this process measured, as plain numbers."""
+    worst = getattr(sys.modules.get("helpers"), "WORST", {})
+    return [[*key, {n: float(x) for n, x in errors.items()}] for key, errors in worst.items()]
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -79,17 +97,22 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("skips that are not on the list in tests/conftest.py")
         for line in _unexpected_skips:
             terminalreporter.line(line)
-    worst = getattr(sys.modules.get("helpers"), "WORST", None)
-    if not worst:
+    together = {}
+    for implementation, dtype, errors in _worst_errors() + _of_processes:
+        row = together.setdefault((implementation, dtype), dict.fromkeys(errors, 0))
+        for name in ("outputs", "gradients"):
+            row[name] = max(row[name], errors[name])
+        row["cases"] += errors["cases"]
+    if not together:
         return
     terminalreporter.section("worst ||x - ref|| / ||ref|| against float64")
     terminalreporter.line(
         f"{'implementation':<16}{'dtype':<10}{'outputs':>9}{'gradients':>11}  cases"
     )
-    for (implementation, dtype), errors in sorted(worst.items()):
+    for (implementation, dtype), errors in sorted(together.items()):
         terminalreporter.line(
             f"{implementation:<16}{dtype:<10}{errors['outputs']:>9.1e}"
-            f"{errors['gradients']:>11.1e}{errors['cases']:>7}"
+            f"{errors['gradients']:>11.1e}{errors['cases']:>7.0f}"
         )
 
 
