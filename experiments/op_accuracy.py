@@ -13,6 +13,10 @@ are 1e-2 and 2e-2; on inputs without decay whose beta exceeds 1, where errors of
 out, both are scaled up to 4 times what the recurrence errs in o when it rounds the operands of its
 products to bfloat16, which the last column shows. The recurrence of the op itself computes in
 float32 and rounds only its results.
+
+A CPU multiplies bfloat16 inputs in float32. "chunked_as_gpu" and "chunked_as_tpu" cut the sequence
+and round operands as "chunked" does on those platforms, and run anywhere; bfloat16 inputs only.
+That a TPU makes a float32 product of bfloat16 passes is not part of it.
 """
 
 import dataclasses
@@ -28,7 +32,9 @@ import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops import delta_product
-from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.chunked import chunked, chunked_backward
+from deltaproduct_jax.ops.dispatch import AVAILABLE, Request
+from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import exact, flags
@@ -38,6 +44,8 @@ DTYPES = ("float32", "bfloat16")
 BARS = {"float32": (1e-5, 3e-5), "bfloat16": (1e-2, 2e-2)}
 OUTPUTS = ("o", "final_state")
 OVER_RECURRENCE, OVER_PLAIN_BFLOAT16 = 30, 4
+# Names of ours for "chunked" as another platform runs it, and the platform.
+ELSEWHERE = {"chunked_as_gpu": "cuda", "chunked_as_tpu": "tpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +114,8 @@ class AccuracyConfig:
     num_heads: int = setting(1, "heads H")
     num_householder: int = setting(2, "Householder factors a token")
     implementations: str = setting(
-        "recurrent,associative,chunked", "comma list; recurrent, which bars refer to, among them"
+        ",".join(("recurrent", "associative", "chunked", *ELSEWHERE)),
+        "comma list; recurrent, which bars refer to, among them",
     )
     dtypes: str = setting("float32,bfloat16", "comma list: of q, k and v; beta and g are float32")
     chunk_size: int | None = setting(None, "tokens in a chunk of chunked; none: the op's choice")
@@ -122,11 +131,11 @@ class AccuracyConfig:
         if self.chunk_size is not None:
             require_at_least("chunk_size", self.chunk_size, 1)
         for name in self.implementations.split(","):
-            require_one_of("implementations", name, AVAILABLE)
+            require_one_of("implementations", name, [*AVAILABLE, *ELSEWHERE])
         if "recurrent" not in self.implementations.split(","):
             raise ConfigError(
                 f"implementations={self.implementations!r} lacks 'recurrent', which the bars refer "
-                f"to; it may hold any of {list(AVAILABLE)}, and that one"
+                f"to; it may hold any of {[*AVAILABLE, *ELSEWHERE]}, and that one"
             )
         for name in self.dtypes.split(","):
             require_one_of("dtypes", name, DTYPES)
@@ -163,7 +172,9 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
             del drawn[index][0]["g"], wanted["g"]
         errors = {}
         for implementation in config.implementations.split(","):
-            size = config.chunk_size if implementation == "chunked" else None
+            if implementation in ELSEWHERE and dtype != "bfloat16":
+                continue
+            size = config.chunk_size if implementation.startswith("chunked") else None
             got = _run(*drawn[index], implementation=implementation, chunk_size=size)
             errors[implementation] = {n: _error(got[n], wanted[n]) for n in wanted}
         row = {"input": name, "dtype": dtype, "T": T, "K": K, "errors": errors}
@@ -179,6 +190,8 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
 def _run(arrays, do, dfinal, *, implementation, chunk_size):
     """Outputs and gradients by name."""
+    if implementation in ELSEWHERE:
+        return _run_as(ELSEWHERE[implementation], arrays, do, dfinal, chunk_size)
 
     def op(arrays):
         o, state = delta_product(**arrays, implementation=implementation, chunk_size=chunk_size)
@@ -186,6 +199,18 @@ def _run(arrays, do, dfinal, *, implementation, chunk_size):
 
     outputs, pullback = jax.vjp(op, arrays)
     return {**outputs, **pullback({"o": do, "final_state": dfinal})[0]}
+
+
+def _run_as(platform, arrays, do, dfinal, chunk_size):
+    """The two passes of "chunked", as ``platform`` runs them."""
+    tokens = Tokens(**{"g": None, **arrays}, resets=None)
+    request = Request(tokens.q.shape[-1] ** -0.5, None, chunk_size, "chunked")
+    settings = request.settings(platform, tokens)
+    no_state = jnp.zeros_like(dfinal)
+    o, final_state, states = chunked(tokens, no_state, settings, keep_states=True)
+    gradients, _ = chunked_backward(tokens, states, do, dfinal, settings)
+    named = {name: x for name, x in gradients._asdict().items() if x is not None}
+    return {"o": o, "final_state": final_state, **named}
 
 
 def _error(x: np.ndarray, reference: np.ndarray) -> float:

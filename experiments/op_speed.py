@@ -8,6 +8,9 @@ Each implementation, and the peer, is first held against the recurrence in float
 tokens, and refused where it is wrong. The programs then run in turn; the table shows median
 [min - max] of a call, compile time apart, the temporary memory that the compiler reports, and the
 ratio to the first implementation named.
+
+``--directions=step`` times decoding instead: `delta_product_step`, whatever ``--implementations``
+says, from token to token in one program; the table has the time of one token.
 """
 
 import dataclasses
@@ -30,9 +33,13 @@ from experiments.figures import save
 from experiments.timing import (
     BACKWARD,
     FORWARD,
+    STEP,
+    Compiled,
     Results,
     Shape,
+    by_token,
     compile_program,
+    decoding,
     exact_results,
     machine,
     program,
@@ -43,6 +50,7 @@ from experiments.timing import (
 # Larger errors than these mean a wrong result, not rounding (design: 1e-5 and 3e-5 in float32).
 ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-1}
 CHECKED_TOKENS = 256
+DECODED_TOKENS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +68,7 @@ class SpeedConfig:
         "recurrent,chunked,auto", "comma list; auto is implementation=None, ratios are to the first"
     )
     chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
-    directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
+    directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed; or step")
     repeats: int = setting(9, "timed rounds")
     budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
     peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU in bfloat16")
@@ -75,7 +83,7 @@ class SpeedConfig:
         for name in self.names:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])
         for direction in self.directions.split(","):
-            require_one_of("directions", direction, [FORWARD, BACKWARD])
+            require_one_of("directions", direction, [FORWARD, BACKWARD, STEP])
         require_one_of("peer", self.peer, [None, "fla"])
         if self.peer and self.dtype != "bfloat16":
             raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
@@ -90,29 +98,8 @@ def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any
     """One row an implementation at one shape."""
     sizes = (config.batch_size, config.length, config.num_heads, config.head_dim, config.head_dim)
     shape = Shape(*sizes, n_h, config.dtype, config.gated)
-    arrays = shape.inputs()
-    short = dataclasses.replace(shape, T=min(shape.T, CHECKED_TOKENS))
-    checked = short.inputs()
-    want = exact_results(checked, direction)
-    programs, errors = {}, {}
-
-    def check(name: str, got: Results) -> None:
-        errors[name] = worst_error(got, want)
-        if not errors[name] <= ERROR_LIMIT[config.dtype]:
-            raise ConfigError(
-                f"{name} is wrong at {short}: {direction} is off by {errors[name]:.1e}"
-            )
-
-    for name in config.names:
-        implementation = None if name == "auto" else name
-        function = program(implementation, direction, config.chunk_size)
-        check(name, jax.jit(function)(checked))
-        programs[name] = compile_program(function, arrays)
-    if config.peer:
-        from experiments.peer_fla import compile_peer, peer_results
-
-        check("fla", peer_results(short, checked, direction))
-        programs["fla"] = compile_peer(shape, arrays, direction)
+    prepare = _decoding if direction == STEP else _whole_sequences
+    programs, errors = prepare(config, shape, direction)
     time_in_turn(programs, config.repeats, config.budget_s)
     summaries = {name: entry.summary() for name, entry in programs.items()}
     first = next(iter(summaries.values()))["median_ms"]
@@ -129,11 +116,59 @@ def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any
     ]
 
 
+Programs = tuple[dict[str, Compiled], dict[str, float]]
+
+
+def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
+    """What is timed, by name, and its error."""
+    arrays = shape.inputs()
+    short = dataclasses.replace(shape, T=min(shape.T, CHECKED_TOKENS))
+    checked = short.inputs()
+    want = exact_results(checked, direction)
+    programs, errors = {}, {}
+    for name in config.names:
+        implementation = None if name == "auto" else name
+        function = program(implementation, direction, config.chunk_size)
+        errors[name] = _checked(name, short, jax.jit(function)(checked), want)
+        programs[name] = compile_program(function, arrays)
+    if config.peer:
+        from experiments.peer_fla import compile_peer, peer_results
+
+        errors["fla"] = _checked("fla", short, peer_results(short, checked, direction), want)
+        programs["fla"] = compile_peer(shape, arrays, direction)
+    return programs, errors
+
+
+def _decoding(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
+    """The same for one token after another, from a state of zeros."""
+    del direction
+    shape = dataclasses.replace(shape, T=DECODED_TOKENS)
+    arrays = shape.inputs()
+    want = exact_results(arrays, FORWARD)
+    tokens = by_token(arrays)
+    ours = compile_program(decoding, tokens, calls=DECODED_TOKENS)
+    programs, errors = {STEP: ours}, {STEP: _checked(STEP, shape, ours.run(), want)}
+    if config.peer:
+        from experiments.peer_fla import compile_peer_decoding, to_numpy
+
+        programs["fla"] = compile_peer_decoding(shape, tokens)
+        errors["fla"] = _checked("fla", shape, to_numpy(programs["fla"].run()), want)
+    return programs, errors
+
+
+def _checked(name: str, shape: Shape, got: Results, want: Results) -> float:
+    """The worst error, unless it is too large to be rounding."""
+    error = worst_error(got, want)
+    if not error <= ERROR_LIMIT[shape.dtype]:
+        raise ConfigError(f"{name} is wrong at {shape}: off by {error:.1e}")
+    return error
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
         "| n_h | direction | implementation | ms, median [min - max] | x faster | compile s "
-        f"| temp MiB | error, {CHECKED_TOKENS} tokens |",
+        "| temp MiB | error |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -193,7 +228,11 @@ def write(workdir: Path, record: dict[str, Any]) -> None:
     """speed.json and speed.md."""
     write_file(workdir / "speed.json", json.dumps(record, indent=1).encode() + b"\n")
     head = f"{record['shape']}; {record['machine']}"
-    text = f"{head}\n\n{table(record['rows'])}\n\nCommand: `{record['command']}`\n"
+    errors = (
+        f"Errors: the worst of the results, against float64, on the first {CHECKED_TOKENS} tokens "
+        f"at most ({DECODED_TOKENS} of decoding)."
+    )
+    text = f"{head}\n\n{table(record['rows'])}\n\n{errors}\n\nCommand: `{record['command']}`\n"
     write_file(workdir / "speed.md", text.encode())
 
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.ops import delta_product
+from deltaproduct_jax.ops import delta_product, delta_product_step
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
-FORWARD, BACKWARD = "forward", "forward+backward"
+FORWARD, BACKWARD, STEP = "forward", "forward+backward", "step"
 # (o, final_state), or the gradient of each input by name.
 Results = tuple[Any, ...] | dict[str, Any]
 
@@ -73,28 +74,57 @@ def program(implementation: str | None, direction: str, chunk_size: int | None =
     return forward if direction == FORWARD else jax.grad(loss)
 
 
+def decoding(arrays: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+    """Outputs and final state, token by token in one program, of what `by_token` returns."""
+    state, outputs = arrays["state"], []
+    for token in arrays["tokens"]:
+        o, state = delta_product_step(state, **token)
+        outputs.append(o)
+    return jnp.stack(outputs, axis=1), state
+
+
+def by_token(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The inputs cut into tokens, which lie by themselves in memory, and a state of zeros."""
+    B, T, _, H, V = arrays["v"].shape
+    state = jnp.zeros((B, H, arrays["k"].shape[-1], V), accumulator_dtype(arrays["q"].dtype))
+    tokens = [{name: x[:, t] for name, x in arrays.items()} for t in range(T)]
+    return {"state": state, "tokens": tokens}
+
+
 @dataclasses.dataclass
 class Compiled:
-    """A program compiled for its inputs, what that cost, and the times of its runs."""
+    """A program compiled for its inputs, what that cost, and the times of its runs.
+
+    Attributes:
+        run: runs it once and waits.
+        compile_seconds: what compiling took.
+        temp_bytes: temporary memory, where the compiler reports it.
+        calls: of the operation in one run; times in `summary` are those of one.
+        seconds: of each run.
+    """
 
     run: Callable[[], Any]
     compile_seconds: float
     temp_bytes: int | None
+    calls: int = 1
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
-        """Median and range of the runs in milliseconds, compile time and temporary memory."""
+        """Median and range of a call in milliseconds, compile time and temporary memory."""
+        per_call = 1e3 / self.calls
         return {
-            "median_ms": 1e3 * statistics.median(self.seconds),
-            "min_ms": 1e3 * min(self.seconds),
-            "max_ms": 1e3 * max(self.seconds),
+            "median_ms": per_call * statistics.median(self.seconds),
+            "min_ms": per_call * min(self.seconds),
+            "max_ms": per_call * max(self.seconds),
             "compile_s": self.compile_seconds,
             "temp_mib": None if self.temp_bytes is None else self.temp_bytes / 2**20,
         }
 
 
-def compile_program(function: Callable, arrays: Mapping[str, jax.Array]) -> Compiled:
-    """Compiles ``function(arrays)``."""
+def compile_program(
+    function: Callable, arrays: Mapping[str, jax.Array], calls: int = 1
+) -> Compiled:
+    """Compiles ``function(arrays)``, which calls what is timed ``calls`` times."""
     began = time.perf_counter()
     compiled = jax.jit(function).lower(arrays).compile()
     seconds = time.perf_counter() - began
@@ -103,6 +133,7 @@ def compile_program(function: Callable, arrays: Mapping[str, jax.Array]) -> Comp
         lambda: jax.block_until_ready(compiled(arrays)),
         seconds,
         None if memory is None else memory.temp_size_in_bytes,
+        calls,
     )
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import flags, op_scaling, op_speed, timing
+from experiments import flags, op_rule, op_scaling, op_speed, timing
 
 TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "--repeats=2"]
 
@@ -24,6 +24,17 @@ def test_speed_writes_table_json_and_plot(tmp_path, capsys):
             assert row["times_faster_than_first"] == 1
     assert (tmp_path / "speed.md").read_text().strip() == printed.strip()
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoding_is_timed_by_the_token(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    op_speed.command([f"--workdir={tmp_path}", *TINY, "--directions=step"])
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["implementation"] == "step"
+    assert 0 < row["worst_error"] < 1e-5
+    assert row["median_ms"] == pytest.approx(1000 / op_speed.DECODED_TOKENS)
+    assert op_speed.DECODED_TOKENS > 1
 
 
 def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
@@ -47,11 +58,12 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
         ("--peer=fla", "peer=fla refuses dtype='float32'; give dtype=bfloat16"),
         ("--dtype=int8", "dtype='int8' is not known"),
         ("--directions=backward", "directions='backward' is not known"),
+        ("--peer=fla --dtype=bfloat16 --directions=step", "peer=fla needs torch"),
         ("--length=0", "length=0 is too small"),
     ],
 )
 def test_errors_of_the_speed_benchmark(argument, text, tmp_path, capsys):
-    assert flags.run(op_speed.command, [f"--workdir={tmp_path}", argument]) != 0
+    assert flags.run(op_speed.command, [f"--workdir={tmp_path}", *argument.split()]) != 0
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
@@ -66,3 +78,25 @@ def test_scaling_writes_slopes_and_plot(tmp_path):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     power = [{"x": x, "y": 3 * x**1.5} for x in (1, 2, 5, 9)]
     assert op_scaling.slope(power, "x", "y") == pytest.approx(1.5)
+
+
+def test_the_rule_is_held_against_what_was_timed(tmp_path, capsys):
+    sizes = ["--states=2,8", "--head_dim=4", "--num_householder=1,2", "--length=160"]
+    op_rule.command([f"--workdir={tmp_path}", *sizes, "--repeats=2"])
+    assert (tmp_path / "rule.md").read_text().strip() == capsys.readouterr().out.strip()
+    rows = json.loads((tmp_path / "rule.json").read_text())["rows"]
+    sizes = [(row["B"] * row["Hv"], row["T"], row["R"]) for row in rows]
+    assert sizes == [(2, 160, 1), (2, 160, 2), (8, 128, 1), (8, 128, 2)]
+    for row in rows:
+        times = row["median_ms"]
+        assert row["picked"] == "recurrent"
+        assert row["scan_over_chunked"] == times["recurrent"] / times["chunked"]
+        assert row["picked_over_best"] == times["recurrent"] / min(times.values())
+
+
+def test_the_rule_names_where_it_picked_the_slower():
+    row = {"states": 2, "K": 8, "T": 4, "R": 1, "picked": "chunked", "scan_over_chunked": 0.5}
+    text = op_rule.table([{**row, "picked_over_best": 2.0}])
+    assert "| 2 | 8 | 4 | **0.50** |" in text
+    assert text.endswith("K = V = 8, n_h = 1: chunked takes 2.00 times as long as the other")
+    assert op_rule.table([{**row, "picked_over_best": 1.04}]).endswith("- nowhere")

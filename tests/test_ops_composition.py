@@ -259,10 +259,11 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
 
     assert choice("cpu") == "recurrent"
     assert choice("cpu", R=1) == "chunked"
-    assert choice("cpu", R=1, V=32) == "recurrent"
+    assert choice("cpu", R=1, K=16, V=32) == "recurrent"
+    assert choice("cpu", R=1, K=32, V=32) == "chunked"
     assert choice("cpu", K=128, V=128) == "chunked"
     assert choice("cpu", B=8) == "chunked"
-    assert choice("cpu", B=1024, K=16, V=16) == "recurrent"
+    assert choice("cpu", B=1024, K=32, V=32) == "recurrent"
     assert choice("cpu", differentiated=True) == "chunked"
     assert choice("tpu") == "pallas_tpu"
     assert choice("tpu", V=32) == choice("tpu", chunk_size=16) == "chunked"

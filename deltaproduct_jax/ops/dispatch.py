@@ -60,11 +60,11 @@ def select_implementation(
     K and V from 64 on, several tokens, and no ``chunk_size``. Else, under differentiation, always
     "chunked": the recurrence would store several states per token. Otherwise a single token runs
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
-    the figures): with states up to 16 x 16; and, while all states together have fewer than 2^17
-    entries, with states below 64 x 64, or below 128 x 128 if there are several factors a token. All
-    else runs "chunked"; so does what is lowered for a TPU on a machine without one, unless an
-    abstract mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered
-    for a GPU with little shared memory (all but A100, H100, H200 and B200).
+    the figures): with one factor a token and states below 32 x 32; with several and states below
+    64 x 64, or below 128 x 128 while all states together have fewer than 2^17 entries. All else
+    runs "chunked"; so does what is lowered for a TPU on a machine without one, unless an abstract
+    mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered for a GPU
+    with little shared memory (all but A100, H100, H200 and B200).
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
@@ -102,10 +102,9 @@ def select_implementation(
 
 
 def _scan_is_faster(states: int, R: int, entries: int) -> bool:
-    if entries <= 16 * 16:
-        return True
-    most = 64 * 64 if R == 1 else 128 * 128
-    return states * entries < CACHED_STATES and entries < most
+    if R == 1:
+        return entries < 32 * 32
+    return entries < 64 * 64 or (entries < 128 * 128 and states * entries < CACHED_STATES)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "precision", "implementation"))
