@@ -3,14 +3,17 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
+import numpy as np
 import pytest
-from helpers import Case, errors, plain_bfloat16_error
+from helpers import Case, errors, plain_bfloat16_error, relative_error
 from test_ops_accuracy import assert_within_bars
 
 from deltaproduct_jax.ops import chunked, dispatch, tiling
 from deltaproduct_jax.ops.precision import Matmul
 from deltaproduct_jax.ops.tiling import Tiling, default_span, tiling_for
+from deltaproduct_jax.ops.triangular import unit_lower_inverse
 
 CASES = {
     "all at once": Case(T=300, gate="mild", G=2, K=12, V=6, segments=True, l2norm=True),
@@ -83,7 +86,7 @@ def test_three_passes_are_enough_with_bfloat16_inputs(keys, monkeypatch):
     monkeypatch.setattr(
         chunked,
         "unit_lower_inverse",
-        lambda lower, matmul: real(lower, ThreePasses(**dataclasses.asdict(matmul))),
+        lambda lower, matmul, **kw: real(lower, ThreePasses(**dataclasses.asdict(matmul)), **kw),
     )
     jax.clear_caches()
     passes = errors(case, "chunked", "bfloat16")
@@ -91,6 +94,25 @@ def test_three_passes_are_enough_with_bfloat16_inputs(keys, monkeypatch):
     for of_exact, of_passes in zip(exact, passes, strict=True):
         for name, error in of_passes.items():
             assert error <= 1.1 * of_exact[name], name
+
+
+@pytest.mark.parametrize("M", [1, 8, 24, 32, 48, 128])
+def test_the_inverse_by_half_of_the_rows_is_the_inverse(M):
+    rng = np.random.default_rng(M)
+    lower = np.tril(rng.uniform(-1, 1, size=(2, 3, M, M)) / M**0.5, -1).astype(np.float32)
+    multiplied = []
+
+    class Counted(Matmul):
+        def __call__(self, equation, x, y):
+            multiplied.append(x.shape[-2])
+            return super().__call__(equation, x, y)
+
+    matmul = Counted(np.dtype(np.float32), jax.lax.Precision.HIGHEST)
+    got = unit_lower_inverse(jnp.asarray(lower), matmul, half_rows=True)
+    assert relative_error(got, np.linalg.inv(np.eye(M) + lower.astype(np.float64))) < 1e-6
+    halved = {32: [16] * 2, 128: [64] * 4}  # width 8 of 32; widths 8, 16 and 32 of 128
+    assert multiplied.count(M // 2) >= len(halved.get(M, []))
+    assert (M in multiplied) == (M > 4)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "default", "tpu"])

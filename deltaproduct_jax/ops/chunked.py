@@ -184,7 +184,9 @@ def _prepare(x: Tokens, settings: Settings) -> Prepared:
     qk_NBHCM = matmul("...ck,...mk->...cm", x.q, x.k)
     gram_NBHGMM = decays.between * kk_NBHMM[:, :, :, None]
     lower_NBHGMM = gram_NBHGMM * x.beta[..., None, :]
-    inverse_NBHGMM = unit_lower_inverse(lower_NBHGMM, settings.inverse_matmul)
+    inverse_NBHGMM = unit_lower_inverse(
+        lower_NBHGMM, settings.inverse_matmul, half_rows=settings.tiling.spans_at_once > 1
+    )
     scores_NBHGCM = settings.scale * decays.within * qk_NBHCM[:, :, :, None]
     return Prepared(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)
 
