@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
-from experiments.timing import FORWARD, STEP, Compiled, Results, Shape
+from experiments.timing import DECODING_ROUNDS, FORWARD, STEP, Compiled, Results, Shape
 
 # Runs before the launches of a decoding loop are recorded: what is compiled or allocated once.
 WARM_UP_RUNS = 3
@@ -63,7 +63,7 @@ def compile_peer_decoding(shape: Shape, arrays: Mapping[str, Any]) -> Compiled:
     @torch.no_grad()
     def decode() -> tuple[Any, ...]:
         state, outputs = start, []
-        for token in tokens:
+        for token in DECODING_ROUNDS * tokens:
             o, state = fused_recurrent_gated_delta_rule(
                 **token, initial_state=state, output_final_state=True
             )
@@ -87,7 +87,7 @@ def compile_peer_decoding(shape: Shape, arrays: Mapping[str, Any]) -> Compiled:
         return replay
 
     replay = _refusals_named(recorded, STEP, shape)()
-    return _compiled(_waited_for(replay, STEP, shape), calls=len(tokens))
+    return _compiled(_waited_for(replay, STEP, shape), calls=DECODING_ROUNDS * len(tokens))
 
 
 def to_numpy(results: tuple[Any, ...]) -> tuple[np.ndarray, ...]:

@@ -64,7 +64,7 @@ class Tensor:
         self.array[...] = other.array
 
 
-def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=()):
+def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=(), aliases=None):
     """Stands in for `triton_gpu.call`."""
     from deltaproduct_jax.ops.kernels import triton_kernels
 
@@ -78,6 +78,8 @@ def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=()):
             Tensor(np.full(out.shape, 0 if i in zeroed else np.nan, out.dtype))
             for i, out in enumerate(outs)
         ]
+        for taken, given in (aliases or {}).items():
+            results[given] = inputs[taken]
         constants = {key: value for key, value in meta.items() if key in kernel.arg_names}
         kernel[grid](*inputs, *results, **constants)
         return tuple(x.array for x in results)

@@ -139,6 +139,9 @@ def delta_product_step(
 ) -> tuple[Float[Array, "B Hv V"], Float[Array, "B Hv K V"]]:
     """One token of `delta_product`: the arguments without their axis T, the state first.
 
+    On a GPU the state is updated in place inside a loop or a `jax.jit` that donates it; otherwise
+    it is copied first, which takes about as long as the step.
+
     Args:
       state: [B, Hv, K, V], float32 (float64 when q is).
       q: query [B, H, K].

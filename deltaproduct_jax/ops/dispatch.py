@@ -31,9 +31,6 @@ RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product
 # The last stands for all others.
 PLATFORMS = ("cpu", "tpu", "cuda", "default")
 
-# Of a token, from which on the kernel is faster than XLA (ops/kernels/README.md).
-LEAST_FACTORS_OF_STEP = 2
-
 # Entries of the states of all heads from which on they leave the cache of a CPU core, and the plain
 # scan over tokens, which passes them once a token, falls behind.
 CACHED_STATES = 2**17
@@ -280,11 +277,11 @@ _with_own_backward.defvjp(_forward, _backward)
 
 
 def step(state, q, k, v, beta, g, *, scale):
-    """One token, as `recurrent_step`; on CUDA by a kernel where it was measured to be faster."""
+    """One token, as `recurrent_step`; on CUDA by a kernel."""
     B, R, H, K = k.shape
     Hv, V = v.shape[-2:]
     sizes = {"dtype": q.dtype, "B": B, "T": 1, "R": R, "H": H, "Hv": Hv, "K": K, "V": V}
-    if R < LEAST_FACTORS_OF_STEP or kernels.reason_against("triton", **sizes, precision=None):
+    if kernels.reason_against("triton", **sizes, precision=None):
         return recurrent_step(state, q, k, v, beta, g, scale=scale, precision=None)
     return _step(scale, state, q, k, v, beta, g)
 

@@ -240,11 +240,19 @@ def _step(scale: float, state, q, k, v, beta, g):
         jax.ShapeDtypeStruct((B, HV, V), v.dtype),
         jax.ShapeDtypeStruct(state.shape, state.dtype),
     )
-    return call("step", arrays, outs, (-(-V // launch.columns), B * HV), launch, meta=meta)
+    grid = (-(-V // launch.columns), B * HV)
+    # In place: a loop that carries the state would copy it once a token otherwise.
+    aliases = {5: 1}
+    return call("step", arrays, outs, grid, launch, meta=meta, aliases=aliases)
 
 
-def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], zeroed=()):
-    """Launches a kernel through jax-triton, 0.3 or 0.4, with those of ``meta`` that it takes."""
+def call(
+    name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], zeroed=(), aliases=None
+):
+    """Launches a kernel through jax-triton, 0.3 or 0.4, with those of ``meta`` that it takes.
+
+    ``aliases`` maps an input to the output that is written in its place.
+    """
     import jax_triton
 
     from deltaproduct_jax.ops.kernels import triton_kernels
@@ -260,6 +268,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         num_stages=launch.stages,
         compute_capability=_compute_capability(),
         zeroed_outputs=tuple(zeroed),
+        input_output_aliases=aliases or {},
         **{"out_shape" if "out_shape" in keywords else "out_type": tuple(outs)},
         **{key: value for key, value in meta.items() if key in kernel.arg_names},
     )
