@@ -178,7 +178,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         memory = "-" if row["temp_mib"] is None else f"{row['temp_mib']:.1f}"
         lines.append(
             f"| {row['num_householder']} | {row['direction']} | {row['implementation']} "
-            f"| {row['median_ms']:.2f} [{row['min_ms']:.2f} - {row['max_ms']:.2f}] "
+            f"| {row['median_ms']:.3g} [{row['min_ms']:.3g} - {row['max_ms']:.3g}] "
             f"| {row['times_faster_than_first']:.2f} | {row['compile_s']:.1f} | {memory} "
             f"| {row['worst_error']:.1e} |"
         )

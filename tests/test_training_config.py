@@ -44,6 +44,9 @@ def run_config(task: GroupTask | None = None, **train) -> RunConfig:
         ({"curriculum": (4, 0)}, "curriculum=0 is too small"),
         ({"curriculum": (4,), "curriculum_fraction": 1.0}, "curriculum_fraction=1.0 must be in"),
         ({"curriculum": (4, 64)}, "must not exceed train_length=32"),
+        ({"grow_from": 0}, "grow_from=0 is too small"),
+        ({"grow_from": 33}, "grow_from=33 must not exceed train_length=32"),
+        ({"grow_from": 3, "curriculum": (4,)}, "exclude each other"),
         ({"seed": -1}, "seed=-1 is too small"),
         ({"stop_accuracy": 1.5}, "stop_accuracy=1.5 must be in"),
         ({"select_length": 0}, "select_length=0 is too small"),
@@ -121,6 +124,22 @@ def test_curriculum_is_off_by_default_and_with_no_part_of_the_steps():
     assert {run_config(steps=9).length_at(step) for step in range(1, 10)} == {32}
     config = run_config(steps=9, curriculum=(4,), curriculum_fraction=0.0)
     assert {config.length_at(step) for step in range(1, 10)} == {32}
+
+
+def test_growth_counts_one_token_more_at_a_time():
+    task = GroupTask("S3", train_length=6)
+    config = run_config(task, steps=100, grow_from=3, curriculum_fraction=0.6)
+    counted = [config.counted_at(step) for step in range(1, 101)]
+    assert counted == [3] * 15 + [4] * 15 + [5] * 15 + [6] * 55
+    traced = jax.vmap(config.counted_at)(jnp.arange(1, 101))
+    assert traced.tolist() == counted
+    assert {config.length_at(step) for step in range(1, 101)} == {6}
+    assert run_config(steps=9, curriculum=(4,)).counted_at(1) == 4
+
+
+def test_growth_needs_an_answer_at_every_token():
+    with pytest.raises(ConfigError, match="grow_from=3 needs a task that has an answer at every"):
+        run_config(GroupTask("S3", train_length=32, repeat_elements=2), grow_from=3)
 
 
 def test_steps_with_an_evaluation_or_checkpoint_are_logged():

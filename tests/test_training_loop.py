@@ -107,6 +107,27 @@ def test_losses_by_hand(tmp_path):
     assert [row["length"] for row in rows] == [2, 2, 4, 4]
 
 
+def test_losses_of_a_growing_prefix_by_hand(tmp_path):
+    """Sequences have the full length; BOS and a prefix of the answers count."""
+    fields = {"steps": 4, "log_every": 1, "grow_from": 2, "curriculum_fraction": 0.75}
+    train(tmp_path, **fields)
+    config = run_config(**fields)
+    graphdef, params = initial(config)
+    optimizer = make_optimizer(config.train)
+    update = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config.train), 1))
+    state, losses = init_state(params, optimizer), []
+    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
+    for index, length in enumerate((2, 3, 4, 4)):
+        batch = draw(batch_key(data_key(config), "train", index), 8, 4)
+        batch = batch._replace(mask=batch.mask.at[:, 1 + length :].set(False))
+        state, metrics = update(state, batch)
+        losses.append(float(metrics["loss"]))
+    rows = rows_in(tmp_path)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["length"] for row in rows] == [2, 3, 4, 4]
+    assert rows[-1]["tokens"] == 4 * 8 * 4
+
+
 def test_test_scores_by_hand(finished):
     config = run_config()
     results = json.loads((finished / "results.json").read_text())

@@ -156,6 +156,11 @@ class FormalLanguageTask:
             )
 
     @property
+    def answers_every_token(self) -> bool:
+        """The last tokens alone have answers."""
+        return False
+
+    @property
     def vocab_size(self) -> int:
         """Token ids of the language, PAD included."""
         return LANGUAGES[self.language].vocab_size

@@ -108,6 +108,11 @@ class GroupTask:
         return self.pad_id + SPECIAL_TOKENS.index("BOS")
 
     @property
+    def answers_every_token(self) -> bool:
+        """Unless elements take several tokens."""
+        return self.merge_elements == self.repeat_elements == 1
+
+    @property
     def vocab_size(self) -> int:
         """Elements, the filler symbol if used, and the special tokens."""
         return self.pad_id + len(SPECIAL_TOKENS)

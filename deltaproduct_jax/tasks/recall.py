@@ -90,6 +90,11 @@ class RecallTask:
             )
 
     @property
+    def answers_every_token(self) -> bool:
+        """Queries alone have answers."""
+        return False
+
+    @property
     def vocab_size(self) -> int:
         """Token ids, as many as ``vocabulary``."""
         return self.vocabulary

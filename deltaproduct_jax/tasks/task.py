@@ -44,6 +44,10 @@ class Task(Protocol):
         """Token ids, special ones included; inputs and targets share them."""
 
     @property
+    def answers_every_token(self) -> bool:
+        """Whether an answer is wanted at every token, so that a prefix is a sequence of its own."""
+
+    @property
     def test_lengths(self) -> tuple[int, ...]:
         """Lengths at which a run is evaluated, ascending."""
 

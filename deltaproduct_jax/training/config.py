@@ -4,6 +4,9 @@ import dataclasses
 import hashlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import setting
@@ -33,7 +36,12 @@ class TrainConfig:
         (), "lengths trained one after another before the full one"
     )
     curriculum_fraction: float = setting(
-        0.5, "part of the steps that the curriculum's lengths share evenly"
+        0.5, "part of the steps that the curriculum's lengths share evenly, or that growth takes"
+    )
+    grow_from: int | None = setting(
+        None,
+        "tokens whose answers count at first, of sequences of the full length; one more at a time "
+        "until all do; none: all from the start",
     )
     seed: int = setting(0, "the seed that every other seed is derived from")
     log_every: int = setting(10, "steps between records")
@@ -67,8 +75,13 @@ class TrainConfig:
             raise ConfigError(f"stop_accuracy={self.stop_accuracy!r} must be in (0, 1]")
         for length in self.curriculum:
             require_at_least("curriculum", length, 1)
-        if self.select_length is not None:
-            require_at_least("select_length", self.select_length, 1)
+        for name in ("select_length", "grow_from"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+        if self.grow_from is not None and self.curriculum:
+            raise ConfigError(
+                f"grow_from={self.grow_from} and curriculum={self.curriculum} exclude each other"
+            )
         self._check_steps()
         _require_divisible(self, "batch_size", "accumulation_steps")
         _require_divisible(self, "eval_sequences", "eval_batch_size")
@@ -119,6 +132,7 @@ class RunConfig:
             )
         for length in self.train.curriculum:
             self.task.check_length("curriculum", length)
+        self._check_growth()
         self.task.check_length("select_length", self.select_length)
 
     @property
@@ -137,6 +151,29 @@ class RunConfig:
             if stage < len(curriculum):
                 return curriculum[stage]
         return self.task.train_length
+
+    def counted_at(self, step: int | jax.Array) -> int | jax.Array:
+        """Tokens of a sequence whose answers count at ``step`` (from 1), which may be traced."""
+        first, last = self.train.grow_from, self.task.train_length
+        if first is None:
+            return self.length_at(step)
+        wait = int(self.train.steps * self.train.curriculum_fraction) // (last - first + 1)
+        counted = first + (step - 1) // max(wait, 1)
+        return min(counted, last) if isinstance(counted, int) else jnp.minimum(counted, last)
+
+    def _check_growth(self) -> None:
+        first = self.train.grow_from
+        if first is None:
+            return
+        if first > self.task.train_length:
+            raise ConfigError(
+                f"grow_from={first} must not exceed train_length={self.task.train_length}"
+            )
+        if not self.task.answers_every_token:
+            raise ConfigError(
+                f"grow_from={first} needs a task that has an answer at every token; "
+                f"{type(self.task).__name__} has not, as it is set"
+            )
 
     def is_logged(self, step: int) -> bool:
         """Whether ``step`` has a record: every log_every, at evaluations, checkpoints, the end."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.errors import RunDirectoryError
@@ -138,6 +139,11 @@ class Trainer:
         def train_step(length: int, state: TrainState, key: jax.Array):
             # The key's index is the number of updates made: the data need no state of their own.
             batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
+            if train.grow_from is not None:
+                ahead = batch.mask.shape[1] - length  # what a task puts before a sequence
+                counted = ahead + config.counted_at(state.step + 1)
+                is_counted = jnp.arange(ahead + length)[None, :] < counted
+                batch = batch._replace(mask=batch.mask & is_counted)
             return update(state, batch)
 
         def eval_step(length: int, params: Params, key: jax.Array):
@@ -224,7 +230,7 @@ class Trainer:
         return {
             "step": step,
             **numbers,
-            "length": config.length_at(step),
+            "length": config.counted_at(step),
             "tokens": tokens + (rows[-1]["tokens"] if rows else 0),
             "tokens_per_second": tokens / self.stopwatch.lap(),
             "time": time.time(),
