@@ -58,10 +58,11 @@ def select_implementation(
     "chunked": the recurrence would store several states per token. Otherwise a single token runs
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
     the figures): with one factor a token and states below 32 x 32; with several and states below
-    64 x 64, or below 128 x 128 while all states together have fewer than 2^17 entries. All else
-    runs "chunked"; so does what is lowered for a TPU on a machine without one, unless an abstract
-    mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered for a GPU
-    with little shared memory (all but A100, H100, H200 and B200).
+    64 x 64; and with several and states below 128 x 128 while all states together have fewer than
+    2^17 entries, or, where R is no power of two, at least 2^21. All else runs "chunked"; so does
+    what is lowered for a TPU on a machine without one, unless an abstract mesh
+    (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered for a GPU with
+    little shared memory (all but A100, H100, H200 and B200).
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
@@ -101,7 +102,13 @@ def select_implementation(
 def _scan_is_faster(states: int, R: int, entries: int) -> bool:
     if R == 1:
         return entries < 32 * 32
-    return entries < 64 * 64 or (entries < 128 * 128 and states * entries < CACHED_STATES)
+    if not 64 * 64 <= entries < 128 * 128:
+        return entries < 64 * 64
+    # Other numbers of factors leave a quarter of a chunk's updates empty.
+    fills_chunks = R & (R - 1) == 0
+    return states * entries < CACHED_STATES or (
+        not fills_chunks and states * entries >= 16 * CACHED_STATES
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "precision", "implementation"))
