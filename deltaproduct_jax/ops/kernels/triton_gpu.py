@@ -241,9 +241,9 @@ def _step(scale: float, state, q, k, v, beta, g):
         jax.ShapeDtypeStruct(state.shape, state.dtype),
     )
     grid = (-(-V // launch.columns), B * HV)
-    # In place: a loop that carries the state would copy it once a token otherwise.
-    aliases = {5: 1}
-    return call("step", arrays, outs, grid, launch, meta=meta, aliases=aliases)
+    # The state in place: a loop that carries it would copy it once a token otherwise.
+    in_place = {len(arrays) - 1: len(outs) - 1}
+    return call("step", arrays, outs, grid, launch, meta=meta, aliases=in_place)
 
 
 def call(
