@@ -49,9 +49,7 @@ def test_vmap_remat_and_jit():
     assert_close(gradient("pallas_tpu"), gradient("chunked"))
 
 
-def test_over_a_mesh_with_the_sequence_axis(monkeypatch):
-    """JAX's interpreter does not follow the types of arrays inside shard_map: unchecked here."""
-    monkeypatch.setattr(jax, "shard_map", functools.partial(jax.shard_map, check_vma=False))
+def test_over_a_mesh_with_the_sequence_axis():
     arrays, ids = inputs(Case(T=32, R=2, B=2, H=2, K=8, V=4, segments=True))
     axes = (jax.sharding.AxisType.Auto,) * 3
     mesh = jax.make_mesh((2, 2, 2), ("data", "tensor", "sequence"), axis_types=axes)

@@ -79,6 +79,26 @@ def test_accumulated_step_is_the_step_of_the_whole_batch(accumulation_steps):
     np.testing.assert_allclose(*(moment["table"] for moment in moments), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_step_over_devices_is_the_step_of_the_whole_batch(parts):
+    """Devices count different numbers of positions."""
+    train = TrainConfig(batch_size=8, accumulation_steps=parts, clip_norm=0.5)
+    graphdef, params = split_model(Bigram(nnx.Rngs(0)))
+    optimizer, schedule = make_optimizer(train), make_schedule(train)
+    state, batch = init_state(params, optimizer), random_batch()
+    step = make_train_step(graphdef, optimizer, schedule, parts, axis_name=("data", "rest"))
+    mesh = jax.make_mesh((2, 2), ("data", "rest"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(("data", "rest"))
+    step = jax.shard_map(step, mesh=mesh, in_specs=(whole, cut), out_specs=(whole, whole))
+    after, metrics = jax.jit(step)(state, batch)
+    step = make_train_step(graphdef, optimizer, schedule, accumulation_steps=1)
+    expected, expected_metrics = jax.jit(step)(state, batch)
+    for name in expected_metrics:
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
+    moments = [optax.tree_utils.tree_get(state.opt_state, "mu") for state in (after, expected)]
+    np.testing.assert_allclose(*(moment["table"] for moment in moments), rtol=1e-5, atol=1e-8)
+
+
 def test_metrics_of_a_step():
     train = TrainConfig(steps=10, learning_rate=0.5, schedule="cosine")
     step, state = step_with(train, Bigram(nnx.Rngs(0)))

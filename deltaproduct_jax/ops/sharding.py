@@ -26,7 +26,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.api import delta_product
 from deltaproduct_jax.ops.dispatch import AVAILABLE
 from deltaproduct_jax.ops.packing import carry_state
@@ -139,6 +139,7 @@ def _over_mesh(arrays, mesh, axes, options):
         mesh=mesh,
         in_specs=(in_specs,),
         out_specs=(spec(("B", "T", "Hv", "V")), spec(checks.LAYOUT["initial_state"])),
+        check_vma=not _is_interpreted(options["implementation"], mesh),
     )(arrays)
 
 
@@ -228,6 +229,14 @@ def _along_explicit_axes(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     spec = [(names,) if isinstance(names, str) else names or () for names in spec]
     kept = (tuple(n for n in names if n in explicit) or None for names in spec)
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, PartitionSpec(*kept)))
+
+
+def _is_interpreted(implementation: str | None, mesh) -> bool:
+    """Whether a CPU runs a kernel: JAX's interpreter of kernels does not say what varies."""
+    kernel = kernels.KERNELS.get(implementation)
+    is_abstract = isinstance(mesh, AbstractMesh)
+    platform = jax.default_backend() if is_abstract else mesh.devices.flat[0].platform
+    return kernel is not None and kernel.interpreted and platform == "cpu"
 
 
 def _size(mesh, axis: tuple[str, ...]) -> int:

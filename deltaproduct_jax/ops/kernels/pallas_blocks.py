@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk
-from deltaproduct_jax.ops.kernels.pallas_plan import Plan, plan_of
+from deltaproduct_jax.ops.kernels.pallas_plan import Plan, plan_of, vector_memory
 from deltaproduct_jax.ops.kernels.pallas_products import Passes
 from deltaproduct_jax.ops.layout import Tokens, pad
 
@@ -90,7 +90,7 @@ class Call(NamedTuple):
             scratch_shapes=self.scratch(),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=self.plan.limit,
+                vmem_limit_bytes=vector_memory(),
             ),
             interpret=self.interpret,
             name="delta_product_backward" if self.reverse else "delta_product_forward",
@@ -135,22 +135,23 @@ class Call(NamedTuple):
         return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), *middle, h, 0))
 
     def rows_block(self, length: int) -> pl.BlockSpec:
-        """Of an array [B, N, Hv, length]."""
-        shape = (1, 1, self.value_heads, length)
-        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), h, 0))
+        """Of an array [B, N, chunks of a span, Hv, length]."""
+        shape = (1, 1, self.chunks, self.value_heads, length)
+        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), 0, h, 0))
 
     def segments_block(self, length: int) -> pl.BlockSpec:
-        """Of an array [B, N, 1, length], for all heads."""
-        return pl.BlockSpec((1, 1, 1, length), lambda b, h, n: (b, self._span(n), 0, 0))
+        """Of an array [B, N, chunks of a span, 1, length], for all heads."""
+        shape = (1, 1, self.chunks, 1, length)
+        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), 0, 0, 0))
 
     def padded(self, x: jax.Array) -> jax.Array:
         """Whole spans: zero keys and step sizes write nothing, and g = 0 decays nothing."""
         return pad(x, self.plan.span)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """beta or g, [B, T, (R,) Hv], as [B, N, Hv, updates or tokens of a span] in float32."""
+        """beta or g, [B, T, (R,) Hv], in float32 as `rows_block` has them: a row a chunk."""
         x = self.padded(x.astype(jnp.float32))
-        x = x.reshape(x.shape[0], self.plan.spans, -1, x.shape[-1])
+        x = x.reshape(x.shape[0], self.plan.spans, self.chunks, -1, x.shape[-1])
         return jnp.swapaxes(x, -1, -2)
 
     def from_rows(self, x: jax.Array, like: jax.Array) -> jax.Array:
@@ -159,17 +160,17 @@ class Call(NamedTuple):
         return jnp.swapaxes(x, -1, -2).reshape(B, -1, *rest).astype(like.dtype)
 
     def segments(self, resets: jax.Array, repeats: int) -> jax.Array:
-        """Boundaries since the chunk began, [B, N, 1, tokens or updates of a span]."""
+        """Boundaries since the chunk began, of tokens or updates, as `segments_block` has them."""
         resets = self.padded(resets)
         B = resets.shape[0]
         counts = jnp.cumsum(resets.reshape(B, -1, self.plan.chunk), axis=-1)
         counts = jnp.repeat(counts.astype(jnp.float32), repeats, axis=-1)
-        return counts.reshape(B, self.plan.spans, 1, -1)
+        return counts.reshape(B, self.plan.spans, self.chunks, 1, -1)
 
     def inputs(self, tokens: Tokens):
         """Blocks and operands that both kernels read."""
         _, R, *_ = self.sizes
-        C = self.plan.span
+        C = self.plan.chunk
         arrays = [self.padded(x) for x in tokens[:3]]
         specs = [self.tokens_block(x.shape[2:]) for x in arrays]
         arrays.append(self.rows(tokens.beta))
@@ -194,38 +195,43 @@ class Call(NamedTuple):
     def cotangents(self, tokens: Tokens):
         """Block, shape and dtype of every output of the backward kernel."""
         B, R, _, Hv, K, V = self.sizes
-        N, C = self.plan.spans, self.plan.span
+        N, C = self.plan.spans, self.plan.chunk
         for x in tokens[:3]:
-            yield self.tokens_block(x.shape[2:]), (B, N * C, *x.shape[2:]), x.dtype
+            shape = (B, N * self.plan.span, *x.shape[2:])
+            yield self.tokens_block(x.shape[2:]), shape, x.dtype
         for length in (C * R, C) if self.gated else (C * R,):
-            yield self.rows_block(length), (B, N, Hv, length), jnp.float32
+            yield self.rows_block(length), (B, N, self.chunks, Hv, length), jnp.float32
         yield self.state_block(), (B, Hv, K, V), jnp.float32
 
-    def load(self, ins, scratch: Scratch, i: int):
-        """Puts the i-th chunk of a span into scratch memory; returns its rows of segments."""
-        _, R, *_ = self.sizes
-        C = self.plan.chunk
-        tokens, updates = slice(i * C, (i + 1) * C), slice(i * C * R, (i + 1) * C * R)
-        for ref, block in zip((scratch.q, scratch.k, scratch.v), ins[:3], strict=True):
-            ref[...] = heads_first(block[0, tokens])
-        scratch.beta[...] = ins[3][0, 0, :, updates][:, None]
-        if self.gated:
-            scratch.g[...] = ins[4][0, 0, :, tokens][:, None]
-        if not self.packed:
-            return None, None
-        of_tokens, of_updates = ins[-2:]
-        return of_tokens[0, 0, :, tokens][None], of_updates[0, 0, :, updates][None]
+    def tokens_of(self, i):
+        """The tokens of the i-th chunk of a span."""
+        return pl.ds(i * self.plan.chunk, self.plan.chunk)
 
-    def store(self, outs, scratch: Scratch, i: int):
-        """Writes the cotangents of the i-th chunk from where `load` put their primals."""
-        _, R, *_ = self.sizes
-        C = self.plan.chunk
-        tokens, updates = slice(i * C, (i + 1) * C), slice(i * C * R, (i + 1) * C * R)
-        for ref, block in zip((scratch.q, scratch.k, scratch.v), outs[:3], strict=True):
-            block[0, tokens] = tokens_first(ref[...], block)
-        outs[3][0, 0, :, updates] = scratch.beta[:, 0]
+    def load(self, ins, scratch: Scratch, i):
+        """Puts the i-th chunk of a span into scratch memory; returns its rows of segments."""
+        for ref, block in zip((scratch.q, scratch.k, scratch.v), ins[:3], strict=True):
+            ref[...] = heads_first(block[0, self.tokens_of(i)])
+        scratch.beta[...] = ins[3][0, 0, i][:, None]
         if self.gated:
-            outs[4][0, 0, :, tokens] = scratch.g[:, 0]
+            scratch.g[...] = ins[4][0, 0, i][:, None]
+        return tuple(ref[0, 0, i][None] for ref in ins[-2:]) if self.packed else (None, None)
+
+    def store(self, outs, scratch: Scratch, i):
+        """Writes the cotangents of the i-th chunk from where `load` put their primals."""
+        for ref, block in zip((scratch.q, scratch.k, scratch.v), outs[:3], strict=True):
+            block[0, self.tokens_of(i)] = tokens_first(ref[...], block)
+        outs[3][0, 0, i] = scratch.beta[:, 0]
+        if self.gated:
+            outs[4][0, 0, i] = scratch.g[:, 0]
+
+    def over_chunks(self, work):
+        """``work(i)`` for the chunks of a span in order, or backwards; a loop, as below."""
+        last = self.chunks - 1
+        if last == 0:
+            work(0)
+        else:
+            order = (lambda i: last - i) if self.reverse else (lambda i: i)
+            jax.lax.fori_loop(0, last + 1, lambda i, _: work(order(i)), None)
 
     def over_groups(self, work):
         """``work(keys, values)`` for the key and value heads of every group of the block.

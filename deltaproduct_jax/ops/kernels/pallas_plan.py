@@ -1,5 +1,6 @@
 """How the TPU kernels cut a sequence and its heads, and what that takes of vector memory."""
 
+import itertools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ class Plan(NamedTuple):
       together: key heads that are worked on at once; divides ``heads``.
       buffers: of every input block; with 1 the next block is not fetched ahead.
       bytes: of vector memory, about.
-      limit: what the compiler may take of it.
+      limit: what there is for the plan.
     """
 
     span: int
@@ -44,41 +45,52 @@ class Plan(NamedTuple):
 def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: int) -> Plan:
     """The cut for at most ``spans`` spans: as many heads at once as the memory allows.
 
-    Inputs are fetched ahead unless that leaves room for no head. Where not even one fits then,
-    ``bytes`` is above ``limit``.
+    Chunks are cut shorter only where no head fits otherwise, and inputs are fetched ahead unless
+    that leaves room for no head. Where not even one fits then, ``bytes`` is above ``limit``.
     """
     span = round_up(-(-T // spans), BASE)
-    chunk = span
-    if dtype != jnp.bfloat16:
-        fits = [c for c in range(BASE, span + 1, BASE) if span % c == 0 and c * R <= WIDE_UPDATES]
-        chunk = max(fits, default=BASE)
     heads = HEADS_IN_BLOCK if H % HEADS_IN_BLOCK == 0 else H
-    each = Hv // H * _working_bytes(chunk, R, K, V)
     limit = vector_memory()
+    if memory := memory_of_core():
+        # On v4, whose 16 MiB fill up, the compiler reported up to 1.12 times what is counted here.
+        limit = min(limit, memory * 7 // 8)
     counts = [n for n in range(heads, 0, -1) if heads % n == 0]
-    for buffers, together in [(buffers, n) for buffers in (2, 1) for n in counts]:
+    cuts = itertools.product(_chunks(dtype, span, R), (2, 1), counts)
+    for chunk, buffers, together in cuts:
         needed = _fixed_bytes(dtype, span, chunk, heads, buffers, R, Hv // H, K, V)
-        needed += together * each
+        needed += together * (Hv // H) * _working_bytes(dtype, chunk, R, K, V)
         if needed <= limit:
             break
     return Plan(span, chunk, -(-T // span), heads, together, buffers, needed, limit)
 
 
-def vector_memory() -> int:
-    """Bytes that a kernel may take on the TPU that is traced for; interpreted, any number would do.
+def _chunks(dtype, span: int, R: int) -> list[int]:
+    """Lengths that a chunk may have, the best first."""
+    most = span if dtype == jnp.bfloat16 else max(WIDE_UPDATES // R, BASE)
+    return [c for c in range(span, 0, -BASE) if span % c == 0 and c <= most]
 
-    JAX lowers no kernel for a TPU of which it does not know the kind.
+
+def memory_of_core() -> int | None:
+    """Bytes of vector memory of the TPU that is traced for; None where JAX does not know which.
+
+    JAX lowers no kernel then; on a CPU, which interprets them, any number would do.
     """
     try:
-        return min(pltpu.get_tpu_info().vmem_capacity_bytes, MOST_MEMORY)
+        return pltpu.get_tpu_info().vmem_capacity_bytes
     except ValueError:
-        return MOST_MEMORY
+        return None
+
+
+def vector_memory() -> int:
+    """Bytes that the compiler may take for a kernel."""
+    return min(memory_of_core() or MOST_MEMORY, MOST_MEMORY)
 
 
 def _fixed_bytes(dtype, span, chunk, heads, buffers, R, G, K, V) -> int:
     """Of the backward kernel, the larger one: blocks, scratch, and what turning both around takes.
 
-    Fitted to what the compiler reported, over 8 heads of 128 x 128, on v4.
+    Fitted to what the compiler reported of 2 to 8 heads of 64 x 64 to 256 x 256, on v4, v5e and
+    v5p; on the last two the truth is down to half of it in bfloat16.
     """
     K, V, itemsize = round_up(K, 128), round_up(V, 128), jnp.dtype(dtype).itemsize
     per_token = K + R * K + G * R * V  # q, k and v, and their cotangents
@@ -86,14 +98,24 @@ def _fixed_bytes(dtype, span, chunk, heads, buffers, R, G, K, V) -> int:
     state = 4 * heads * G * K * V
     inputs, outputs = rows * (per_token + G * V) + 2 * state, rows * per_token + state
     kept = 0 if chunk == span else span // chunk
-    turned = 3 * 4 * chunk * heads * (per_token + G * V)
+    turned = _copies(dtype) * 3 * 4 * chunk * heads * (per_token + G * V)
     return buffers * inputs + 2 * outputs + turned + (1 + kept) * state
 
 
-def _working_bytes(chunk: int, R: int, K: int, V: int) -> int:
+def _working_bytes(dtype, chunk: int, R: int, K: int, V: int) -> int:
     """Of the float32 matrices of one value head that the backward pass holds at once."""
     M = chunk * R
-    return 4 * M * (6 * round_up(M, 128) + 4 * round_up(V, 128) + 2 * round_up(K, 128))
+    return (
+        _copies(dtype)
+        * 4
+        * M
+        * (8 * round_up(M, 128) + 5 * round_up(V, 128) + 3 * round_up(K, 128))
+    )
+
+
+def _copies(dtype) -> int:
+    """Of an operand: products of float32 split it into bfloat16 parts, kept beside it."""
+    return 1 if dtype == jnp.bfloat16 else 3
 
 
 def round_up(n: int, multiple: int) -> int:

@@ -15,7 +15,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Scratch, heads_first, tokens_first
@@ -26,7 +25,7 @@ from deltaproduct_jax.ops.kernels.pallas_chunk import (
     outputs,
     prepare,
 )
-from deltaproduct_jax.ops.kernels.pallas_plan import plan_of
+from deltaproduct_jax.ops.kernels.pallas_plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
 
 MOST_FACTORS = 8
@@ -54,11 +53,7 @@ def unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None:
 
 def is_ready() -> bool:
     """Whether JAX knows the TPU that is traced for; else it lowers no kernel."""
-    try:
-        pltpu.get_tpu_info()
-    except ValueError:
-        return False
-    return True
+    return memory_of_core() is not None
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
@@ -101,7 +96,7 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
     count = 4 + call.gated + 2 * call.packed
     inputs, (initial, o, final, *refs) = refs[:count], refs[count:]
     scratch = Scratch(*refs[keep_states:])
-    passes, scale, C = call.passes, call.scale, call.plan.chunk
+    passes, scale = call.passes, call.scale
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -109,10 +104,11 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
 
     if keep_states:
         refs[0][0, 0] = scratch.state[...]
-    for i in range(call.chunks):
+
+    def chunk(i):
         segments = call.load(inputs, scratch, i)
 
-        def work(keys, values, segments=segments):
+        def work(keys, values):
             x = call.chunk_of(scratch, segments, keys, values)
             state = scratch.state[values]
             p = prepare(x, scale, passes)
@@ -121,7 +117,9 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
             scratch.o[values] = outputs(p, error, state, scale, passes)
 
         call.over_groups(work)
-        o[0, i * C : (i + 1) * C] = tokens_first(scratch.o[...], o)
+        o[0, call.tokens_of(i)] = tokens_first(scratch.o[...], o)
+
+    call.over_chunks(chunk)
 
     @pl.when(pl.program_id(2) == call.plan.spans - 1)
     def _():
@@ -133,7 +131,6 @@ def _backward_kernel(*refs, call: Call):
     inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
     outs, refs = refs[: 5 + call.gated], refs[5 + call.gated :]
     scratch, kept = Scratch(*refs[:7]), refs[7:]
-    C = call.plan.chunk
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -141,11 +138,12 @@ def _backward_kernel(*refs, call: Call):
 
     if kept:
         _states_again(inputs, states, scratch, kept[0], call)
-    for i in reversed(range(call.chunks)):
-        segments = call.load(inputs, scratch, i)
-        scratch.o[...] = heads_first(do[0, i * C : (i + 1) * C])
 
-        def work(keys, values, i=i, segments=segments):
+    def chunk(i):
+        segments = call.load(inputs, scratch, i)
+        scratch.o[...] = heads_first(do[0, call.tokens_of(i)])
+
+        def work(keys, values):
             x = call.chunk_of(scratch, segments, keys, values)
             state = kept[0][i, values] if kept else states[0, 0, values]
             dnext = scratch.state[values]
@@ -159,6 +157,8 @@ def _backward_kernel(*refs, call: Call):
         call.over_groups(work)
         call.store(outs, scratch, i)
 
+    call.over_chunks(chunk)
+
     @pl.when(pl.program_id(2) == call.plan.spans - 1)
     def _():
         outs[-1][0] = scratch.state[...]
@@ -167,10 +167,11 @@ def _backward_kernel(*refs, call: Call):
 def _states_again(inputs, states, scratch: Scratch, kept, call: Call):
     """The state before every chunk of a span, from that before the span."""
     kept[0] = states[0, 0]
-    for i in range(call.chunks - 1):
+
+    def chunk(i, _):
         segments = call.load(inputs, scratch, i)
 
-        def work(keys, values, i=i, segments=segments):
+        def work(keys, values):
             x = call.chunk_of(scratch, segments, keys, values)
             state = kept[i, values]
             p = prepare(x, call.scale, call.passes)
@@ -178,3 +179,5 @@ def _states_again(inputs, states, scratch: Scratch, kept, call: Call):
             kept[i + 1, values] = next_state(p, error, state, call.passes)
 
         call.over_groups(work)
+
+    jax.lax.fori_loop(0, call.chunks - 1, chunk, None)
