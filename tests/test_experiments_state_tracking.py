@@ -244,6 +244,7 @@ CHANGES = {
     "clip_norm": 1e-3,
     "curriculum": (3,),
     "curriculum_fraction": 0.2,
+    "grow_from": 2,
     "seed": 1,
     "log_every": 1,
     "eval_every": 3,
@@ -278,6 +279,9 @@ def test_every_field_of_task_and_training_changes_the_run(name, lively, tmp_path
     base, fields = lively, {}
     if name == "filler":  # fills only what is repeated
         fields = {"repeat_elements": 2}
+        base = outcome(tmp_path / "base", **fields)
+    if name == "grow_from":  # of sequences of the full length
+        fields = {"curriculum": ()}
         base = outcome(tmp_path / "base", **fields)
     if name == "stop_accuracy":  # stops only what has learnt something
         fields = {"group": "Z2", "learning_rate": 0.2, "steps": 60}
