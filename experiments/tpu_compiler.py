@@ -198,7 +198,7 @@ def compile_apart(jobs: Sequence[Job], *, profile: bool, timeout_s: float) -> li
         child = subprocess.Popen(
             CHILD,
             cwd=ROOT,
-            env=_environment(folder if profile else None),
+            env=child_environment(folder if profile else None),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -220,7 +220,7 @@ def compile_apart(jobs: Sequence[Job], *, profile: bool, timeout_s: float) -> li
     return results + [{"error": ending}] * (len(jobs) - len(results))
 
 
-def _environment(profile_folder: str | None) -> dict[str, str]:
+def child_environment(profile_folder: str | None) -> dict[str, str]:
     """Of a child: its JAX runs on the CPU, and libtpu asks nobody about a TPU."""
     options = os.environ.get("LIBTPU_INIT_ARGS", "")
     if profile_folder is not None:

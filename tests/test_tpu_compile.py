@@ -1,8 +1,12 @@
 """The op compiles for TPUs, without a TPU: no solver inside, no more memory than promised."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
-from experiments import tpu_compiler
+from experiments import environment, tpu_compiler
 from experiments.timing import BACKWARD, FORWARD, Shape
 from experiments.tpu_compiler import Job
 
@@ -63,6 +67,44 @@ def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
     least = found["argument_bytes"] + found["output_bytes"] + states
     assert least < found["hbm_bytes"] < 1.5 * least
+
+
+PROGRAMS = ("step in shard_map", "step under jit", "transformed", "sequence")
+
+
+@pytest.fixture(scope="module")
+def around():
+    """Custom calls and collectives of programs that hold the op, by name."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tpu_programs", *PROGRAMS],
+        cwd=environment.ROOT,
+        env=tpu_compiler.child_environment(None),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(PROGRAMS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_a_training_step_on_256_chips_holds_the_kernels(around):
+    """In shard_map; XLA cannot cut a kernel by itself, and None then runs the chunked form."""
+    found = around["step in shard_map"]
+    assert found["tpu_custom_call"] == 2
+    assert set(found) & {"all-reduce", "all-gather", "collective-permute"} == {"all-reduce"}
+    found = around["step under jit"]
+    assert "tpu_custom_call" not in found
+    assert found["all-reduce"] > 0
+
+
+def test_the_kernels_compile_mapped_rematerialised_packed_with_grouped_heads(around):
+    assert around["transformed"]["tpu_custom_call"] == 2
+    assert "all-reduce" not in around["transformed"]
+
+
+def test_the_kernels_compile_along_a_cut_sequence(around):
+    assert around["sequence"]["tpu_custom_call"] == 2
+    assert around["sequence"]["collective-permute"] > 1
 
 
 def test_a_solver_would_be_seen(monkeypatch):

@@ -52,8 +52,15 @@ def unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None:
 
 
 def is_ready() -> bool:
-    """Whether JAX knows the TPU that is traced for; else it lowers no kernel."""
-    return memory_of_core() is not None
+    """Whether JAX will lower a kernel, as far as a trace can know.
+
+    It does for a TPU of which it knows the kind, and partitions none: where the mesh around has
+    axes of several devices that are not manual, as those of `jax.shard_map` are, XLA could not.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = jax.sharding.AxisType.Manual
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return memory_of_core() is not None and all(n == 1 or kind == manual for n, kind in axes)
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
