@@ -136,7 +136,7 @@ def test_it_is_chosen_on_a_tpu_where_it_can_run():
         ),
         (Case(T=3, R=9), "float32", {}, "cannot run this: R=9 must be at most 8"),
         (Case(T=3, K=300), "float32", {}, "K=300 must be at most 256 and V=8 at most 512"),
-        (Case(T=3, H=300, V=256), "float32", {}, "MiB of vector memory, and there are 48 MiB"),
+        (Case(T=3, H=300, V=256), "float32", {}, "MiB of vector memory, and there are 48.0 MiB"),
         (Case(T=3), "float32", {"chunk_size": 2}, "chunk_size=2 has no meaning for"),
     ],
 )

@@ -69,7 +69,7 @@ def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
     assert least < found["hbm_bytes"] < 1.5 * least
 
 
-PROGRAMS = ("step in shard_map", "step under jit", "transformed", "sequence")
+PROGRAMS = ("step in shard_map", "step under jit", "transformed", "newest", "sequence")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,10 @@ def test_a_training_step_on_256_chips_holds_the_kernels(around):
 def test_the_kernels_compile_mapped_rematerialised_packed_with_grouped_heads(around):
     assert around["transformed"]["tpu_custom_call"] == 2
     assert "all-reduce" not in around["transformed"]
+
+
+def test_the_kernels_compile_for_the_newest_chip(around):
+    assert around["newest"] == {"tpu_custom_call": 2}
 
 
 def test_the_kernels_compile_along_a_cut_sequence(around):

@@ -92,6 +92,12 @@ def transformed():
     return mesh, gradient, (arrays, ids)
 
 
+def newest():
+    """The gradient on the newest chip that the compiler knows; `tpu_compiler` has the others."""
+    mesh = mesh_of("tpu7x:2x2x1", (1,), ("data",))
+    return mesh, jax.grad(loss), op_inputs(mesh)
+
+
 def sequence():
     """The gradient of the op over four chips that share each row."""
     mesh = mesh_of("v5e:2x2", (1, 4), ("data", "sequence"))
@@ -106,6 +112,7 @@ PROGRAMS = {
     "step in shard_map": functools.partial(train_step, in_shard_map=True),
     "step under jit": functools.partial(train_step, in_shard_map=False),
     "transformed": transformed,
+    "newest": newest,
     "sequence": sequence,
 }
 

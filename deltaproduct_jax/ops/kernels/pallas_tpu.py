@@ -45,8 +45,8 @@ def unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None:
     if plan.bytes > plan.limit:
         return (
             f"R={R}, H={H}, Hv={Hv}, K={K}, V={V} in {dtype.name} need "
-            f"{plan.bytes / 2**20:.0f} MiB of vector memory, "
-            f"and there are {plan.limit // 2**20} MiB"
+            f"{plan.bytes / 2**20:.1f} MiB of vector memory, "
+            f"and there are {plan.limit / 2**20:.1f} MiB"
         )
     return None
 
