@@ -33,7 +33,6 @@ GROWN: dict[str, Any] = {
     "eval_every": 1000,
     "checkpoint_every": 1000,
 }
-SMALL = {"hidden_size": 64, "num_heads": 8, "head_dim": 8, "intermediate_size": 128}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Beta starts near 2 and q, k are linear, so that reflections are at hand from the first step;
@@ -58,26 +57,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         "clip_norm": 1.0,
     },
     "S4": GROWN
-    | SMALL
     | {
         "group": "S4",
         "train_length": 16,
+        "hidden_size": 64,
+        "num_heads": 8,
+        "head_dim": 4,
         "num_householder": 2,
-        "steps": 5000,
-        "learning_rate": 1e-3,
-        "end_learning_rate": 1e-6,
+        "intermediate_size": 128,
+        "steps": 10_000,
+        "learning_rate": 5e-4,
+        "end_learning_rate": 5e-7,
         "adam_eps": 1e-13,
         "select_length": 64,
     },
     "A5": GROWN
-    | SMALL
     | {
         "group": "A5",
         "train_length": 32,
+        "hidden_size": 128,
+        "num_heads": 8,
+        "head_dim": 16,
         "num_householder": 2,
-        "steps": 4000,
+        "intermediate_size": 256,
+        "steps": 5000,
         "learning_rate": 1e-3,
-        "end_learning_rate": 1e-6,
+        "end_learning_rate": 3e-6,
         "select_length": 128,
     },
     "S5": GROWN
@@ -92,7 +97,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 8000,
         "learning_rate": 1.5e-3,
         "end_learning_rate": 1.5e-6,
-        "adam_eps": 1e-13,  # 1e-8: two seeds of five right at four times the length; this: four
+        "adam_b2": 0.95,  # .999: three seeds of five right at four times the length; this: all
+        "adam_eps": 1e-13,
         "select_length": 64,
     },
     "paper": {
