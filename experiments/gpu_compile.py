@@ -28,6 +28,7 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.kernels import triton_gpu
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.tiling import default_span
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
@@ -111,7 +112,8 @@ def _lower(config: CompileConfig, R: int, K: int) -> None:
     g = array(B, T, H, dtype=jnp.float32) if config.gated else None
     tokens = Tokens(array(B, T, H, K), *2 * (array(B, T, R, H, K),), array(B, T, R, H), g, None)
     state = array(B, H, K, K, dtype=jnp.float32)
-    options = kernels.Options(K**-0.5, None, -(-T * R // 128), interpret=False)
+    spans = -(-T // default_span(dtype, T=T, R=R, K=K, V=K))
+    options = kernels.Options(K**-0.5, None, spans, interpret=False)
 
     def both(tokens, state, do):
         _, _, states = triton_gpu.forward(tokens, state, options, keep_states=True)
@@ -125,6 +127,8 @@ def _floors(name: str, arrays, grid, meta) -> dict[str, float]:
     size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in arrays)
     programs = grid[0] * grid[1] * (grid[2] if len(grid) > 2 else 1)
     steps = {"walk": "STEPS", "walk_back": "STEPS", "errors": "SPAN"}.get(name)
+    if name == "errors" and meta["NARROW"]:
+        steps = None
     products = _products(name, meta) * (meta[steps] if steps else 1) * programs
     return {
         "bytes": size,
@@ -140,12 +144,13 @@ def _products(name: str, meta) -> int:
     V = meta.get("BV", 0)
     if name == "prepare":  # grams, and the series in float32
         return M * M * K + C * M * K + M**3 // 2
+    X = (1 + meta["TWO"]) * M * M
     if name == "walk":
-        return 2 * M * K * V + M * M * V + (0 if meta["SUMMARY"] else C * K * V + C * M * V)
+        return 2 * M * K * V + X * V + (0 if meta["SUMMARY"] else C * K * V + C * M * V)
     if name == "errors":
-        return 2 * M * K * V + M * M * V
+        return (1 if meta["NARROW"] else 2) * M * K * V + X * V
     if name == "walk_back":
-        return 2 * M * K * V + M * M * V + C * K * V + C * M * V
+        return 2 * M * K * V + X * V + C * K * V + C * M * V
     V = meta["V"]  # gradients
     grams = (2 * C * M * K + M * M * K) * (2 if meta["HAS_G"] else 1)
     return C * M * V + M * M * V + C * K * V + 2 * M * K * V + grams

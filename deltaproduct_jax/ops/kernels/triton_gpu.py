@@ -82,6 +82,7 @@ class _Call:
         tiling = triton_tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
         N = -(-T // tiling.chunk_size)
         pieces = triton_tiling.pieces_for(B * HV, N, tiling.walk, V=V)
+        span = -(-N // self.options.spans) if self.options.spans else 0
         gates = {
             "HAS_G": gated,
             "HAS_RESETS": self.tokens.resets is not None,
@@ -90,7 +91,8 @@ class _Call:
             **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
             **{"BK": tiling.key_columns, "V": V, "C": tiling.chunk_size, "N": N},
             **{"CP": tiling.token_rows, "M": tiling.update_rows, "STEPS": -(-N // pieces)},
-            **{"SPAN": -(-N // self.options.spans) if self.options.spans else 0},
+            **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
+            "TWO": operand in NARROW,
             **gates,
             "DECAYS": any(gates.values()),
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
@@ -152,7 +154,7 @@ def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False, zeroe
         grid = (parts + summary * -(-K // columns), c.pieces, B * HV)
         options = {"SUMMARY": summary, "WIDTH": width, **more}
         if summary:
-            options["SPAN"] = 0
+            options |= {"SPAN": 0, "NARROW": False}
         return c.launch(
             name, (*arrays, start), tuple(here), grid, zeroed=() if summary else zeroed, **options
         )
@@ -188,9 +190,10 @@ def _forward(options: Options, tokens: Tokens, initial_state):
     states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
-    spare = options.spans and -(-c.meta["N"] // c.meta["SPAN"]) < options.spans
     arrays = (*tokens[:4], *_prepare(c))
-    zeroed = (2,) if spare or not options.spans else ()
+    N, span = c.meta["N"], c.meta["SPAN"]
+    filled = 2 * options.spans == N if c.meta["NARROW"] else span and -(-N // span) == options.spans
+    zeroed = () if filled else (2,)
     return _in_pieces(c, "walk", arrays, initial_state, [o, None, states], zeroed=zeroed)
 
 
@@ -199,13 +202,17 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
     q, k, v, beta, g, _ = tokens
     B, T, R, HV, V = v.shape
     H, K = k.shape[-2:]
-    N, span = c.meta["N"], c.meta["SPAN"]
+    N = c.meta["N"]
     prepared = _prepare(c)
     x, _, into, out = prepared
     updates = jax.ShapeDtypeStruct(v.shape, c.operand)
-    grid = (-(-V // c.tiling.errors.columns), -(-N // span), B * HV)
-    arrays = (k, v, beta, x, into, out, states)
-    e, before = c.launch("errors", arrays, (updates, c.matrices(K, V)), grid)
+    narrow = c.meta["NARROW"]
+    steps = N if narrow else -(-N // c.meta["SPAN"])
+    grid = (-(-V // c.tiling.errors.columns), steps, B * HV)
+    outs = (updates, PLACEHOLDER if narrow else c.matrices(K, V))
+    e, before = c.launch("errors", (k, v, beta, x, into, out, states), outs, grid)
+    if narrow:
+        before = states
 
     arrays = (q, k, beta, *prepared, do)
     outs = [updates, c.matrices(K, V), None]

@@ -19,8 +19,12 @@ import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton_parts import (
     chunk_decay,
+    gram,
     head,
+    kept_state,
+    less_series,
     products,
+    put_series,
     put_tile,
     square,
     start,
@@ -37,7 +41,8 @@ def prepare(
     x_ptr, scores_ptr, into_ptr, out_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
+    N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """X [M, M], scores [CP, M] and, token by token, the decays into and out of a chunk."""
     n, pid = tl.program_id(0), tl.program_id(1)
@@ -59,11 +64,10 @@ def prepare(
     c_high, c_low, c_segments = of_c
 
     earlier = m[:, None] > m[None, :]
-    F = tl.dot(k, tl.trans(k), input_precision=PRECISION)
+    F = gram(k, PRECISION)
     F *= products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     X = strictly_lower_series(F, beta, M, PRECISION)
-    pointers = square(x_ptr, chunk, m, m, M, M)
-    tl.store(pointers, X.to(dtype))
+    put_series(x_ptr, X, chunk, m, M, TWO)
 
     upto = c[:, None] >= (m // R)[None, :]
     scores = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -89,13 +93,13 @@ def walk(
     o_ptr, final_ptr, states_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr,
-    WIDTH: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr, SUMMARY: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
+    STEPS: tl.constexpr, WIDTH: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
-    With SPAN > 0 the state before every SPAN chunks is kept. With SUMMARY there is no output, only
+    With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is no output, only
     what the piece does to any state S, as WIDTH columns: S -> A S + B is kept as (B, A).
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -115,17 +119,21 @@ def walk(
         k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
         v = tile(v_ptr, row * R, hv, m, columns, updates, HV, V).to(tl.float32)
         beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        X = tl.load(square(x_ptr, chunk, m, m, M, M))
         into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
         out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
         through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
-        if SPAN > 0:
-            pointers = square(states_ptr, ((n // SPAN) * B + b) * HV + hv, rows, columns, K, V)
-            inside = (rows < K)[:, None] & (columns < V)[None, :]
-            tl.store(pointers, S, mask=inside & (n % SPAN == 0) & (n < N))
         narrow = S.to(dtype)
+        if SPAN > 0:
+            pointers = kept_state(
+                states_ptr, n, b, hv, rows, columns, B, HV, K, V, SPAN, NARROW, dtype
+            )
+            inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
+            if NARROW:
+                tl.store(pointers, narrow, mask=inside)
+            else:
+                tl.store(pointers, S, mask=inside & (n % SPAN == 0))
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
-        e = r - tl.dot(X, (beta[:, None] * r).to(dtype), input_precision=PRECISION)
+        e = less_series(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
         u = beta[:, None] * e
         if not SUMMARY:
             q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
@@ -146,40 +154,45 @@ def errors(
     e_ptr, before_ptr,
     B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, DECAYS: tl.constexpr,
+    SPAN: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every span on its own: the errors e again, and the state before each of its chunks."""
+    """The errors e again, and, where it was not kept, the state before each chunk.
+
+    Every span on its own, or every chunk, if NARROW.
+    """
+    STEPS: tl.constexpr = 1 if NARROW else SPAN
     part, span, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, rows = tl.arange(0, M), tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (columns < V)[None, :]
-    pointers = square(states_ptr, (span * B + b) * HV + hv, rows, columns, K, V)
+    pointers = kept_state(
+        states_ptr, span * STEPS, b, hv, rows, columns, B, HV, K, V, SPAN, NARROW, dtype
+    )
     S = tl.load(pointers, mask=inside, other=0.0)
-    for i in range(0, SPAN):
+    for i in range(0, STEPS):
         # The last span may have fewer chunks: past them nothing is read or written.
-        n = span * SPAN + i
+        n = span * STEPS + i
         chunk = pid.to(tl.int64) * N + tl.minimum(n, N - 1)
         row = (b * T + n * C) * R
         updates = m < tl.minimum(C, T - n * C) * R
         k = tile(k_ptr, row, h, m, rows, updates, H, K).to(dtype)
         v = tile(v_ptr, row, hv, m, columns, updates, HV, V).to(tl.float32)
         beta = tl.load(beta_ptr + (row + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        X_pointers = square(x_ptr, chunk, m, m, M, M)
-        X = tl.load(X_pointers)
         into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
-        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
-        through = chunk_decay(into_ptr, chunk, CP, DECAYS)
         narrow = S.to(dtype)
-        before_pointers = square(before_ptr, chunk, rows, columns, K, V)
-        tl.store(before_pointers, narrow, mask=inside & (n < N))
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
-        e = r - tl.dot(X, (beta[:, None] * r).to(dtype), input_precision=PRECISION)
+        e = less_series(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
         put_tile(e_ptr, e, row, hv, m, columns, updates, HV, V)
-        written = ((out * beta)[:, None] * e).to(dtype)
-        S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
+        if not NARROW:
+            before_pointers = square(before_ptr, chunk, rows, columns, K, V)
+            tl.store(before_pointers, narrow, mask=inside & (n < N))
+            out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
+            through = chunk_decay(into_ptr, chunk, CP, DECAYS)
+            written = ((out * beta)[:, None] * e).to(dtype)
+            S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
 
 
 @triton.jit
@@ -188,8 +201,8 @@ def walk_back(
     w_ptr, dafter_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STEPS: tl.constexpr, WIDTH: tl.constexpr,
-    DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
+    WIDTH: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
@@ -212,7 +225,6 @@ def walk_back(
         q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
         do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
         beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        X = tl.load(square(x_ptr, chunk, m, m, M, M))
         scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
         into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
         out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
@@ -221,7 +233,7 @@ def walk_back(
         narrow = dS.to(dtype)
         du = out[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(scores), do, du, input_precision=PRECISION)
-        w = du - tl.dot(tl.trans(X), (beta[:, None] * du).to(dtype), input_precision=PRECISION)
+        w = less_series(x_ptr, chunk, du, beta, m, M, TWO, True, PRECISION)
         if not SUMMARY:
             inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
             tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
@@ -239,16 +251,16 @@ def gradients(
     q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr, into_ptr, out_ptr, do_ptr,
     e_ptr, w_ptr, before_ptr, dafter_ptr,
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_tokens_ptr, dg_updates_ptr,
-    SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head."""
     n, pid = tl.program_id(0), tl.program_id(1)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
-    dtype = before_ptr.dtype.element_ty
+    dtype = dafter_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     tokens = tl.minimum(C, T - n * C)
     row = b * T + n * C
@@ -273,7 +285,12 @@ def gradients(
         w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
         do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
         inside = (rows < K)[:, None] & (columns < V)[None, :]
-        before_pointers = square(before_ptr, chunk, rows, columns, K, V)
+        if NARROW:
+            before_pointers = kept_state(
+                before_ptr, n, b, hv, rows, columns, B, HV, K, V, SPAN, True, dtype
+            )
+        else:
+            before_pointers = square(before_ptr, chunk, rows, columns, K, V)
         after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
         before = tl.load(before_pointers, mask=inside, other=0.0)
         after = tl.load(after_pointers, mask=inside, other=0.0)

@@ -41,6 +41,73 @@ def square(ptr, index, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 
 @triton.jit
+def put_series(x_ptr, X, chunk, m, M: tl.constexpr, TWO: tl.constexpr):
+    """Writes the X of a chunk: as it is, or as two terms, the second above the diagonal."""
+    dtype = x_ptr.dtype.element_ty
+    if TWO:
+        first = X.to(dtype).to(tl.float32)
+        X = first + tl.trans(X - first)
+    tl.store(square(x_ptr, chunk, m, m, M, M), X.to(dtype))
+
+
+@triton.jit
+def less_series(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
+                TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``y - X (beta y)``, or with X transposed, of the X of a chunk.
+
+    Rounded once, X errs with one sign along rows where keys agree and beta is near 2, and the state
+    never takes that back; hence two terms.
+    """
+    X = tl.load(square(x_ptr, chunk, m, m, M, M))
+    scaled = (beta[:, None] * y).to(X.dtype)
+    if TWO:
+        is_first = m[:, None] > m[None, :]
+        first = tl.where(is_first, X, 0.0)
+        second = tl.where(is_first, 0.0, X)
+        if TRANSPOSED:
+            first = tl.trans(first)
+        else:
+            second = tl.trans(second)
+        product = tl.dot(second, scaled, input_precision=PRECISION)
+        return y - tl.dot(first, scaled, product, input_precision=PRECISION)
+    if TRANSPOSED:
+        X = tl.trans(X)
+    return y - tl.dot(X, scaled, input_precision=PRECISION)
+
+
+@triton.jit
+def gram(k, PRECISION: tl.constexpr):
+    """``k k^T`` in float32, of float32 keys with hardly more error than its own rounding.
+
+    Where keys agree all entries have the same error, which adds up over the updates of a chunk and
+    over chunks. Products of numbers of 8 bits, and sums of them, are exact.
+    """
+    if k.dtype == tl.float32:
+        high = k.to(tl.bfloat16).to(tl.float32)
+        low = k - high
+        small = tl.dot(high, tl.trans(low), input_precision="ieee")
+        small = tl.dot(low, tl.trans(k), small, input_precision="ieee")
+        return tl.dot(high, tl.trans(high), input_precision="ieee") + small
+    return tl.dot(k, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
+def kept_state(states_ptr, n, b, hv, rows, columns, B: tl.constexpr, HV: tl.constexpr,
+               K: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr, NARROW: tl.constexpr,
+               dtype: tl.constexpr):  # fmt: skip
+    """Pointers to the kept state before chunk n.
+
+    A slot of the residuals holds a float32 state, that before the first chunk of a span, or, if
+    NARROW, the states before both of its chunks, rounded as products take them.
+    """
+    slot = ((n // SPAN) * B + b) * HV + hv
+    if NARROW:
+        states_ptr = states_ptr.to(tl.pointer_type(dtype), bitcast=True)
+        slot = 2 * slot + n % SPAN
+    return square(states_ptr, slot, rows, columns, K, V)
+
+
+@triton.jit
 def sums(
     g_ptr, resets_ptr, row, hv, token, starts, HV: tl.constexpr, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr,
