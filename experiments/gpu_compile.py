@@ -77,9 +77,9 @@ def compile_kernels(config: CompileConfig, R: int, K: int) -> list[dict[str, Any
         raise ConfigError(f"implementation triton cannot run R={R}, K=V={K}: {reason}")
     launches, call = [], triton_gpu.call
 
-    def record(name, arrays, outs, grid, launch, *, meta, zeroed=()):
+    def record(name, arrays, outs, grid, launch, *, meta):
         launches.append((name, [*arrays, *outs], grid, launch, meta))
-        return call(name, arrays, outs, grid, launch, meta=meta, zeroed=zeroed)
+        return call(name, arrays, outs, grid, launch, meta=meta)
 
     triton_gpu.call = record
     try:

@@ -58,19 +58,31 @@ def run(tokens, state, cotangents, case):
 
 
 def errors(case: Case, dtype: str) -> dict[str, float]:
+    """Of the kernels, by result, and under "recurrent" those of the plain recurrence."""
     arrays, segment_ids, tokens, state = inputs(case, dtype)
     do, dstate = helpers.draw_cotangents(case.arrays())
     cotangents = jnp.asarray(do, tokens.v.dtype), jnp.asarray(dstate, jnp.float32)
-    outputs, gradients = run(tokens, state, cotangents, case)
     wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
     *want, dwant = oracle.delta_product(
         **wide, segment_ids=segment_ids, cotangents=[np.asarray(c, np.float64) for c in cotangents]
     )
-    found = dict(zip(("o", "final_state"), zip(outputs, want, strict=True), strict=True))
-    for name, x in zip(helpers.ARGUMENTS, gradients, strict=True):
-        if x is not None:
-            found["d" + name] = (x, dwant[name])
-    return {name: relative(*pair) for name, pair in found.items()}
+
+    def of(outputs, gradients):
+        found = dict(zip(("o", "final_state"), zip(outputs, want, strict=True), strict=True))
+        for name, x in zip(helpers.ARGUMENTS, gradients, strict=True):
+            if x is not None:
+                found["d" + name] = (x, dwant[name])
+        return {name: relative(*pair) for name, pair in found.items()}
+
+    def plain(*arrays):
+        *tokens, state = arrays
+        return delta_product(
+            *tokens, initial_state=state, segment_ids=segment_ids, implementation="recurrent"
+        )
+
+    outputs, pullback = jax.vjp(plain, *tokens[:5], state)
+    recurrent = of(outputs, pullback(cotangents))
+    return {**of(*run(tokens, state, cotangents, case)), "recurrent": recurrent}
 
 
 def relative(x, reference) -> float:

@@ -64,7 +64,7 @@ class Tensor:
         self.array[...] = other.array
 
 
-def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=(), aliases=None):
+def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """Stands in for `triton_gpu.call`."""
     from deltaproduct_jax.ops.kernels import triton_kernels
 
@@ -75,8 +75,8 @@ def call(name: str, arrays, outs, grid, launch, *, meta, zeroed=(), aliases=None
         inputs = [Tensor(np.array(x)) for x in arrays]
         # What a kernel leaves unwritten must show.
         results = [
-            Tensor(np.full(out.shape, 0 if i in zeroed else np.nan, out.dtype))
-            for i, out in enumerate(outs)
+            Tensor(np.full(out.shape, np.nan, out.dtype))
+            for out in outs
         ]
         for taken, given in (aliases or {}).items():
             results[given] = inputs[taken]

@@ -110,11 +110,11 @@ class _Call:
         B, HV, N = (self.meta[name] for name in ("B", "HV", "N"))
         return jax.ShapeDtypeStruct((B, HV, N, rows, columns), self.operand)
 
-    def launch(self, name: str, arrays, outs, grid, *, zeroed=(), **more):
+    def launch(self, name: str, arrays, outs, grid, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
         launch = getattr(self.tiling, name)
         meta = {**self.meta, "BV": launch.columns, **more}
-        return call(name, arrays, outs, grid, launch, zeroed=zeroed, meta=meta)
+        return call(name, arrays, outs, grid, launch, meta=meta)
 
 
 def _prepare(c: _Call):
@@ -137,7 +137,7 @@ def _gates(tokens: Tokens):
 PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
-def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False, zeroed=(), **more):
+def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False):
     """Launches a walk; where few heads leave a GPU idle, its pieces run side by side.
 
     Then a first launch finds out what each piece does to any state, (A, B) in S -> A S + B.
@@ -152,12 +152,10 @@ def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False, zeroe
         here = [PLACEHOLDER if summary else out for out in outs]
         here[STATES[name]] = states
         grid = (parts + summary * -(-K // columns), c.pieces, B * HV)
-        options = {"SUMMARY": summary, "WIDTH": width, **more}
+        options = {"SUMMARY": summary, "WIDTH": width}
         if summary:
             options |= {"SPAN": 0, "NARROW": False}
-        return c.launch(
-            name, (*arrays, start), tuple(here), grid, zeroed=() if summary else zeroed, **options
-        )
+        return c.launch(name, (*arrays, start), tuple(here), grid, **options)
 
     if c.pieces > 1:
         summary = walk(first, True)[STATES[name]]
@@ -191,10 +189,10 @@ def _forward(options: Options, tokens: Tokens, initial_state):
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
     arrays = (*tokens[:4], *_prepare(c))
-    N, span = c.meta["N"], c.meta["SPAN"]
-    filled = 2 * options.spans == N if c.meta["NARROW"] else span and -(-N // span) == options.spans
-    zeroed = () if filled else (2,)
-    return _in_pieces(c, "walk", arrays, initial_state, [o, None, states], zeroed=zeroed)
+    o, final_state, states = _in_pieces(c, "walk", arrays, initial_state, [o, None, states])
+    if options.spans:
+        states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
+    return o, final_state, states
 
 
 def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
@@ -239,7 +237,7 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
 def _step(scale: float, state, q, k, v, beta, g):
     B, R, H, K = k.shape
     HV, V = v.shape[-2:]
-    launch = triton_tiling.step_for(K=K, V=V)
+    launch = triton_tiling.step_for(R=R, K=K, V=V)
     meta = {"SCALE": scale, "R": R, "H": H, "HV": HV, "K": K, "V": V, "HAS_G": g is not None}
     meta |= {"BK": triton_tiling.power_of_two(K), "BV": launch.columns}
     arrays = (q, k, v, beta, beta if g is None else g, state)
@@ -253,9 +251,7 @@ def _step(scale: float, state, q, k, v, beta, g):
     return call("step", arrays, outs, grid, launch, meta=meta, aliases=in_place)
 
 
-def call(
-    name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], zeroed=(), aliases=None
-):
+def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], aliases=None):
     """Launches a kernel through jax-triton, 0.3 or 0.4, with those of ``meta`` that it takes.
 
     ``aliases`` maps an input to the output that is written in its place.
@@ -274,7 +270,6 @@ def call(
         num_warps=launch.warps,
         num_stages=launch.stages,
         compute_capability=_compute_capability(),
-        zeroed_outputs=tuple(zeroed),
         input_output_aliases=aliases or {},
         **{"out_shape" if "out_shape" in keywords else "out_type": tuple(outs)},
         **{key: value for key, value in meta.items() if key in kernel.arg_names},

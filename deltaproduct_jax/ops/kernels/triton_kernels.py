@@ -130,6 +130,9 @@ def walk(
             inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
             if NARROW:
                 tl.store(pointers, narrow, mask=inside)
+                if N % SPAN or SPAN == 1:  # half a slot that holds nothing
+                    empty = inside & ((n == N - 1) | (SPAN == 1))
+                    tl.store(pointers + K * V, tl.zeros_like(narrow), mask=empty)
             else:
                 tl.store(pointers, S, mask=inside & (n % SPAN == 0))
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
@@ -270,15 +273,17 @@ def gradients(
     out = token_decay(out_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
     through = chunk_decay(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
     into_tokens = token_decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
 
     do_e = tl.zeros([CP, M], tl.float32)
     w_e = tl.zeros([M, M], tl.float32)
     dq = tl.zeros([CP, BK], tl.float32)
     dk = tl.zeros([M, BK], tl.float32)
-    if HAS_G:
-        dk_written = tl.zeros([M, BK], tl.float32)
     dbeta = tl.zeros([M], tl.float32)
-    dthrough = tl.zeros([BK], tl.float32)
+    # Cotangents of the logarithms of the decays into the chunk, out of it and through it.
+    of_into = tl.zeros([M], tl.float32)
+    of_out = tl.zeros([M], tl.float32)
+    of_through = tl.zeros([BK], tl.float32)
     for part in range(0, tl.cdiv(V, BV)):
         columns = part * BV + tl.arange(0, BV)
         e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
@@ -297,21 +302,20 @@ def gradients(
         do_e = tl.dot(do, tl.trans(e), do_e, input_precision=PRECISION)
         w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
         dq = tl.dot(do, tl.trans(before), dq, input_precision=PRECISION)
-        read = ((-into * beta)[:, None] * w.to(tl.float32)).to(dtype)
-        written = ((out * beta)[:, None] * e.to(tl.float32)).to(dtype)
-        dk = tl.dot(read, tl.trans(before), dk, input_precision=PRECISION)
-        if HAS_G:  # what is written decays differently
-            dk_written = tl.dot(written, tl.trans(after), dk_written, input_precision=PRECISION)
-        else:
-            dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
+        read = (-into * beta)[:, None] * w.to(tl.float32)
+        written = (out * beta)[:, None] * e.to(tl.float32)
+        dk = tl.dot(read.to(dtype), tl.trans(before), dk, input_precision=PRECISION)
+        dk = tl.dot(written.to(dtype), tl.trans(after), dk, input_precision=PRECISION)
         dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
         dv = beta[:, None] * w.to(tl.float32)
         put_tile(dv_ptr, dv, row * R, hv, m, columns, updates, HV, V)
         if HAS_G:
-            dthrough += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
+            # Not of the rows of dk, where what is read and what is written are one sum.
+            of_into += tl.sum(read * tl.dot(k, before, input_precision=PRECISION), axis=1)
+            of_out += tl.sum(written * tl.dot(k, after, input_precision=PRECISION), axis=1)
+            of_through += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
     tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
 
-    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     starts = (m % R == 0) & updates
     of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
@@ -320,13 +324,10 @@ def gradients(
     c_high, c_low, c_segments = of_c
     dq *= (SCALE * into_tokens)[:, None]
     if HAS_G:
-        # Cotangents of the logarithms of the decays, summed over the tokens that each spans.
-        wide_k = k.to(tl.float32)
-        of_into = tl.sum(wide_k * dk, axis=1)
-        of_out = tl.sum(wide_k * dk_written, axis=1)
-        dk += dk_written
+        # Each summed over the tokens that the decay spans.
         of_into_tokens = tl.sum(q.to(tl.float32) * dq, axis=1)
-        dg_tokens = tl.cumsum(of_into_tokens, 0, reverse=True) + through * tl.sum(dthrough, axis=0)
+        dg_tokens = tl.cumsum(of_into_tokens, 0, reverse=True)
+        dg_tokens += through * tl.sum(of_through, axis=0)
         dg_updates = tl.cumsum(of_into, 0, reverse=True)
         dg_updates += tl.sum(tl.where(m[:, None] > m[None, :], of_out[None, :], 0.0), axis=1)
 

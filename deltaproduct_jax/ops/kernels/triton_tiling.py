@@ -64,7 +64,10 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
     rows = 32 if large else 64
     chunk_size = rows // R
     columns = min(power_of_two(V), 32 if large else 64)
-    walk = Launch(warps=8 if large else 4, stages=2, columns=columns)
+    # With one factor a chunk has as many tokens as updates, and the shared memory for tiles of both
+    # leaves room for one program only: that one then looks further ahead.
+    alone = R == 1 and not large
+    walk = Launch(warps=8 if large else 4, stages=3 if alone else 2, columns=columns)
     return Tiling(
         chunk_size,
         rows,
@@ -72,11 +75,10 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
         key_columns,
         prepare=Launch(warps=4 if large else 2, stages=1),
         walk=walk,
-        errors=walk,
+        errors=dataclasses.replace(walk, stages=2),
         walk_back=walk,
-        # Cotangents of gates need what is read and what is written apart: twice the registers.
         gradients=Launch(
-            warps=8 if gated or large else 4, stages=3 if gated else 2, columns=columns
+            warps=8 if large else 4, stages=2, columns=min(columns, 32) if alone else columns
         ),
     )
 
@@ -98,9 +100,11 @@ def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
     return pieces if pieces >= 4 else 1
 
 
-def step_for(*, K: int, V: int) -> Launch:
+def step_for(*, R: int, K: int, V: int) -> Launch:
     """The cut for one token: a part of a state's columns to a program."""
-    return Launch(warps=1, stages=1, columns=min(power_of_two(V), max(16, 2048 // power_of_two(K))))
+    warps = 2 if R == 1 else 1
+    columns = max(16, 2048 * warps // power_of_two(K))
+    return Launch(warps=warps, stages=1, columns=min(power_of_two(V), columns))
 
 
 def power_of_two(size: int) -> int:
