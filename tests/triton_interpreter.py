@@ -74,10 +74,7 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     def run(*arrays):
         inputs = [Tensor(np.array(x)) for x in arrays]
         # What a kernel leaves unwritten must show.
-        results = [
-            Tensor(np.full(out.shape, np.nan, out.dtype))
-            for out in outs
-        ]
+        results = [Tensor(np.full(out.shape, np.nan, out.dtype)) for out in outs]
         for taken, given in (aliases or {}).items():
             results[given] = inputs[taken]
         constants = {key: value for key, value in meta.items() if key in kernel.arg_names}

@@ -5,8 +5,8 @@ head. In a chunk, with S the state before it, the errors e of the predictions so
 
     e + F (beta e) = r,   r = v - into * (k S),   F strictly lower: decays * (k k^T)
 
-so e = r - X (beta r) with X = F - F beta F + ..., and on the way back w = du - X^T (beta du).
-The identity part of either inverse is never rounded. `prepare` computes X once a chunk.
+so e = r - X r with X = F beta - (F beta)^2 + ..., and on the way back dr = de - X^T de, where
+de = beta du and u = beta e is what is written; w = dr / beta. `prepare` computes X once a chunk.
 
 Letters: C tokens of a chunk, CP the same rounded up to a size of `tl.arange`, M rows for updates, K
 and V widths of keys and values, BK the width K rounded up, BV the part of V that one program has, H
@@ -22,10 +22,10 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     gram,
     head,
     kept_state,
-    less_series,
     products,
     put_series,
     put_tile,
+    solved,
     square,
     start,
     strictly_lower_series,
@@ -99,8 +99,9 @@ def walk(
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
-    With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is no output, only
-    what the piece does to any state S, as WIDTH columns: S -> A S + B is kept as (B, A).
+    With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is
+    no output, only what the piece does to any state S, as WIDTH columns: S -> A S + B is kept as
+    (B, A).
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, hv, h = head(pid, H, HV)
@@ -136,7 +137,7 @@ def walk(
             else:
                 tl.store(pointers, S, mask=inside & (n % SPAN == 0))
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
-        e = less_series(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
+        e = solved(x_ptr, chunk, r, m, M, TWO, False, PRECISION)
         u = beta[:, None] * e
         if not SUMMARY:
             q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
@@ -187,7 +188,7 @@ def errors(
         into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
         narrow = S.to(dtype)
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
-        e = less_series(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
+        e = solved(x_ptr, chunk, r, m, M, TWO, False, PRECISION)
         put_tile(e_ptr, e, row, hv, m, columns, updates, HV, V)
         if not NARROW:
             before_pointers = square(before_ptr, chunk, rows, columns, K, V)
@@ -236,14 +237,17 @@ def walk_back(
         narrow = dS.to(dtype)
         du = out[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(scores), do, du, input_precision=PRECISION)
-        w = less_series(x_ptr, chunk, du, beta, m, M, TWO, True, PRECISION)
+        dr = solved(x_ptr, chunk, beta[:, None] * du, m, M, TWO, True, PRECISION)
         if not SUMMARY:
             inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
             tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
+            # dr = beta w, but w tells the gradient of a beta that is 0.
+            inverse = 1.0 / tl.where(beta == 0.0, 1.0, beta)
+            w = tl.where((beta == 0.0)[:, None], du, inverse[:, None] * dr)
             put_tile(w_ptr, w, row * R, hv, m, columns, updates, HV, V)
         into_do = ((SCALE * into_tokens)[:, None] * do.to(tl.float32)).to(dtype)
         dS = tl.dot(tl.trans(q), into_do, through * dS, input_precision=PRECISION)
-        removed = ((-into * beta)[:, None] * w).to(dtype)
+        removed = (-into[:, None] * dr).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
     tl.store(square(dinitial_ptr, index, rows, columns, K, WIDTH), dS, mask=inside)
@@ -273,17 +277,15 @@ def gradients(
     out = token_decay(out_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
     through = chunk_decay(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
     into_tokens = token_decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
-    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
 
     do_e = tl.zeros([CP, M], tl.float32)
     w_e = tl.zeros([M, M], tl.float32)
     dq = tl.zeros([CP, BK], tl.float32)
     dk = tl.zeros([M, BK], tl.float32)
+    if HAS_G:
+        dk_written = tl.zeros([M, BK], tl.float32)
     dbeta = tl.zeros([M], tl.float32)
-    # Cotangents of the logarithms of the decays into the chunk, out of it and through it.
-    of_into = tl.zeros([M], tl.float32)
-    of_out = tl.zeros([M], tl.float32)
-    of_through = tl.zeros([BK], tl.float32)
+    dthrough = tl.zeros([BK], tl.float32)
     for part in range(0, tl.cdiv(V, BV)):
         columns = part * BV + tl.arange(0, BV)
         e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
@@ -302,20 +304,21 @@ def gradients(
         do_e = tl.dot(do, tl.trans(e), do_e, input_precision=PRECISION)
         w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
         dq = tl.dot(do, tl.trans(before), dq, input_precision=PRECISION)
-        read = (-into * beta)[:, None] * w.to(tl.float32)
-        written = (out * beta)[:, None] * e.to(tl.float32)
-        dk = tl.dot(read.to(dtype), tl.trans(before), dk, input_precision=PRECISION)
-        dk = tl.dot(written.to(dtype), tl.trans(after), dk, input_precision=PRECISION)
+        read = ((-into * beta)[:, None] * w.to(tl.float32)).to(dtype)
+        written = ((out * beta)[:, None] * e.to(tl.float32)).to(dtype)
+        dk = tl.dot(read, tl.trans(before), dk, input_precision=PRECISION)
+        if HAS_G:  # what is written decays differently
+            dk_written = tl.dot(written, tl.trans(after), dk_written, input_precision=PRECISION)
+        else:
+            dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
         dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
         dv = beta[:, None] * w.to(tl.float32)
         put_tile(dv_ptr, dv, row * R, hv, m, columns, updates, HV, V)
         if HAS_G:
-            # Not of the rows of dk, where what is read and what is written are one sum.
-            of_into += tl.sum(read * tl.dot(k, before, input_precision=PRECISION), axis=1)
-            of_out += tl.sum(written * tl.dot(k, after, input_precision=PRECISION), axis=1)
-            of_through += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
+            dthrough += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
     tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
 
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     starts = (m % R == 0) & updates
     of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
@@ -324,10 +327,13 @@ def gradients(
     c_high, c_low, c_segments = of_c
     dq *= (SCALE * into_tokens)[:, None]
     if HAS_G:
-        # Each summed over the tokens that the decay spans.
+        # Cotangents of the logarithms of the decays, summed over the tokens that each spans.
+        wide_k = k.to(tl.float32)
+        of_into = tl.sum(wide_k * dk, axis=1)
+        of_out = tl.sum(wide_k * dk_written, axis=1)
+        dk += dk_written
         of_into_tokens = tl.sum(q.to(tl.float32) * dq, axis=1)
-        dg_tokens = tl.cumsum(of_into_tokens, 0, reverse=True)
-        dg_tokens += through * tl.sum(of_through, axis=0)
+        dg_tokens = tl.cumsum(of_into_tokens, 0, reverse=True) + through * tl.sum(dthrough, axis=0)
         dg_updates = tl.cumsum(of_into, 0, reverse=True)
         dg_updates += tl.sum(tl.where(m[:, None] > m[None, :], of_out[None, :], 0.0), axis=1)
 

@@ -51,15 +51,16 @@ def put_series(x_ptr, X, chunk, m, M: tl.constexpr, TWO: tl.constexpr):
 
 
 @triton.jit
-def less_series(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
-                TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """``y - X (beta y)``, or with X transposed, of the X of a chunk.
+def solved(x_ptr, chunk, y, m, M: tl.constexpr, TWO: tl.constexpr, TRANSPOSED: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    """``y - X y``, or with X transposed, of the X of a chunk.
 
-    Rounded once, X errs with one sign along rows where keys agree and beta is near 2, and the state
-    never takes that back; hence two terms.
+    y is rounded once, also where the identity takes it: that acts like an error of a value. X is
+    rounded to two terms: with one it errs with one sign along rows where keys agree and beta is
+    near 2, and the state never takes that back.
     """
     X = tl.load(square(x_ptr, chunk, m, m, M, M))
-    scaled = (beta[:, None] * y).to(X.dtype)
+    y = y.to(X.dtype)
     if TWO:
         is_first = m[:, None] > m[None, :]
         first = tl.where(is_first, X, 0.0)
@@ -68,11 +69,13 @@ def less_series(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
             first = tl.trans(first)
         else:
             second = tl.trans(second)
-        product = tl.dot(second, scaled, input_precision=PRECISION)
-        return y - tl.dot(first, scaled, product, input_precision=PRECISION)
-    if TRANSPOSED:
-        X = tl.trans(X)
-    return y - tl.dot(X, scaled, input_precision=PRECISION)
+        product = tl.dot(second, y, input_precision=PRECISION)
+        product = tl.dot(first, y, product, input_precision=PRECISION)
+    else:
+        if TRANSPOSED:
+            X = tl.trans(X)
+        product = tl.dot(X, y, input_precision=PRECISION)
+    return y.to(tl.float32) - product
 
 
 @triton.jit
@@ -182,7 +185,7 @@ def doubled(X, F, beta, SIZE: tl.constexpr, M: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
-    """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta, for strictly lower F.
+    """X = F beta - (F beta)^2 + ..., so that (I + F beta)^-1 = I - X, for strictly lower F.
 
     Blocks of 16 by substitution, then masked doubling: both without powers of F, which overflow
     where keys agree and beta is near 2.
@@ -205,7 +208,7 @@ def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
         X = doubled(X, F, beta, 16, M, PRECISION)
     if M > 32:
         X = doubled(X, F, beta, 32, M, PRECISION)
-    return X
+    return X * beta[None, :]
 
 
 @triton.jit

@@ -77,10 +77,15 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
         walk=walk,
         errors=dataclasses.replace(walk, stages=2),
         walk_back=walk,
-        gradients=Launch(
-            warps=8 if large else 4, stages=2, columns=min(columns, 32) if alone else columns
-        ),
+        gradients=_gradients(R, columns, gated=gated, large=large),
     )
+
+
+def _gradients(R: int, columns: int, *, gated: bool, large: bool) -> Launch:
+    # Cotangents of gates need what is read and what is written apart: twice the registers.
+    if gated or large:
+        return Launch(warps=8, stages=3 if gated else 2, columns=columns)
+    return Launch(warps=4, stages=2, columns=columns if R == 2 else min(columns, 32))
 
 
 def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
