@@ -5,8 +5,8 @@ head. In a chunk, with S the state before it, the errors e of the predictions so
 
     e + F (beta e) = r,   r = v - into * (k S),   F strictly lower: decays * (k k^T)
 
-so e = r - X r with X = F beta - (F beta)^2 + ..., and on the way back dr = de - X^T de, where
-de = beta du and u = beta e is what is written; w = dr / beta. `prepare` computes X once a chunk.
+so e = r - X (beta r) with X = F - F beta F + ..., and on the way back w = du - X^T (beta du).
+`prepare` computes X once a chunk.
 
 Letters: C tokens of a chunk, CP the same rounded up to a size of `tl.arange`, M rows for updates, K
 and V widths of keys and values, BK the width K rounded up, BV the part of V that one program has, H
@@ -137,7 +137,7 @@ def walk(
             else:
                 tl.store(pointers, S, mask=inside & (n % SPAN == 0))
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
-        e = solved(x_ptr, chunk, r, m, M, TWO, False, PRECISION)
+        e = solved(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
         u = beta[:, None] * e
         if not SUMMARY:
             q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
@@ -188,7 +188,7 @@ def errors(
         into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
         narrow = S.to(dtype)
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
-        e = solved(x_ptr, chunk, r, m, M, TWO, False, PRECISION)
+        e = solved(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
         put_tile(e_ptr, e, row, hv, m, columns, updates, HV, V)
         if not NARROW:
             before_pointers = square(before_ptr, chunk, rows, columns, K, V)
@@ -237,17 +237,14 @@ def walk_back(
         narrow = dS.to(dtype)
         du = out[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(scores), do, du, input_precision=PRECISION)
-        dr = solved(x_ptr, chunk, beta[:, None] * du, m, M, TWO, True, PRECISION)
+        w = solved(x_ptr, chunk, du, beta, m, M, TWO, True, PRECISION)
         if not SUMMARY:
             inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
             tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
-            # dr = beta w, but w tells the gradient of a beta that is 0.
-            inverse = 1.0 / tl.where(beta == 0.0, 1.0, beta)
-            w = tl.where((beta == 0.0)[:, None], du, inverse[:, None] * dr)
             put_tile(w_ptr, w, row * R, hv, m, columns, updates, HV, V)
         into_do = ((SCALE * into_tokens)[:, None] * do.to(tl.float32)).to(dtype)
         dS = tl.dot(tl.trans(q), into_do, through * dS, input_precision=PRECISION)
-        removed = (-into[:, None] * dr).to(dtype)
+        removed = ((-into * beta)[:, None] * w).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
     tl.store(square(dinitial_ptr, index, rows, columns, K, WIDTH), dS, mask=inside)

@@ -51,17 +51,20 @@ def put_series(x_ptr, X, chunk, m, M: tl.constexpr, TWO: tl.constexpr):
 
 
 @triton.jit
-def solved(x_ptr, chunk, y, m, M: tl.constexpr, TWO: tl.constexpr, TRANSPOSED: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
-    """``y - X y``, or with X transposed, of the X of a chunk.
+def solved(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
+           TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """``y - X (beta y)``, or with X transposed, of the X of a chunk.
 
-    y is rounded once, also where the identity takes it: that acts like an error of a value. X is
-    rounded to two terms: with one it errs with one sign along rows where keys agree and beta is
-    near 2, and the state never takes that back.
+    With narrow products beta y is rounded once, for the identity too: that acts like an error of a
+    value. X is rounded to two terms: with one it errs with one sign along rows where keys agree and
+    beta is near 2, and the state never takes that back.
     """
     X = tl.load(square(x_ptr, chunk, m, m, M, M))
-    y = y.to(X.dtype)
+    scaled = (beta[:, None] * y).to(X.dtype)
     if TWO:
+        is_zero = beta == 0.0
+        inverse = 1.0 / tl.where(is_zero, 1.0, beta)
+        y = tl.where(is_zero[:, None], y, inverse[:, None] * scaled.to(tl.float32))
         is_first = m[:, None] > m[None, :]
         first = tl.where(is_first, X, 0.0)
         second = tl.where(is_first, 0.0, X)
@@ -69,13 +72,11 @@ def solved(x_ptr, chunk, y, m, M: tl.constexpr, TWO: tl.constexpr, TRANSPOSED: t
             first = tl.trans(first)
         else:
             second = tl.trans(second)
-        product = tl.dot(second, y, input_precision=PRECISION)
-        product = tl.dot(first, y, product, input_precision=PRECISION)
-    else:
-        if TRANSPOSED:
-            X = tl.trans(X)
-        product = tl.dot(X, y, input_precision=PRECISION)
-    return y.to(tl.float32) - product
+        product = tl.dot(second, scaled, -y, input_precision=PRECISION)
+        return -tl.dot(first, scaled, product, input_precision=PRECISION)
+    if TRANSPOSED:
+        X = tl.trans(X)
+    return -tl.dot(X, scaled, -y, input_precision=PRECISION)
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def doubled(X, F, beta, SIZE: tl.constexpr, M: tl.constexpr, PRECISION: tl.const
 
 @triton.jit
 def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
-    """X = F beta - (F beta)^2 + ..., so that (I + F beta)^-1 = I - X, for strictly lower F.
+    """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta, for strictly lower F.
 
     Blocks of 16 by substitution, then masked doubling: both without powers of F, which overflow
     where keys agree and beta is near 2.
@@ -208,7 +209,7 @@ def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
         X = doubled(X, F, beta, 16, M, PRECISION)
     if M > 32:
         X = doubled(X, F, beta, 32, M, PRECISION)
-    return X * beta[None, :]
+    return X
 
 
 @triton.jit
