@@ -21,7 +21,7 @@ import multiprocessing
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.records import write_file
 from deltaproduct_jax.training.step import init_state, make_train_step, split_model
 from experiments import flags
-from experiments.peer_fla_model import PRECISIONS, check_peer, peer_rows
+from experiments.peer_fla_model import PRECISIONS, check_peer, one_line, peer_rows
 from experiments.timing import Compiled, machine, time_in_turn
 
 OURS = "deltaproduct_jax"
@@ -207,27 +207,29 @@ def measured(function: Callable[..., list[Row]], name: str, *arguments: Any) -> 
         return [{"implementation": name, "error": one_line(error)}]
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, short enough for a table."""
-    text = " ".join(str(error).split()).replace("|", "/")
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def measure(config: StepConfig, n_h: int, num_heads: int) -> list[Row]:
-    """The rows of one shape, ours first."""
+def measure(config: StepConfig, n_h: int, num_heads: int) -> Iterator[list[Row]]:
+    """The rows of one shape: ours, then the peer's."""
     model_config = config.model(n_h, num_heads)
-    rows = measured(our_rows, OURS, config, model_config)
+    ours = measured(our_rows, OURS, config, model_config)
+    yield _completed(ours, config, n_h, num_heads, ours[0])
     if config.peer:
         precisions = config.peer_precisions.split(",")
         arguments = (config.training, model_config, precisions, config.tokens())
         timing = (config.steps, config.repeats, config.budget_s)
-        rows += measured(peer_rows, config.peer, *arguments, *timing)
-    ours = rows[0].get("median_ms")
+        rows = measured(peer_rows, config.peer, *arguments, *timing)
+        yield _completed(rows, config, n_h, num_heads, ours[0])
+
+
+def _completed(
+    rows: list[Row], config: StepConfig, n_h: int, num_heads: int, ours: Row
+) -> list[Row]:
+    """The rows with their shape, tokens a second, and how much faster ours is."""
     for row in rows:
         row |= {"num_householder": n_h, "num_heads": num_heads}
-        if "median_ms" in row:
+        if "error" not in row:
             row["tokens_per_s"] = 1e3 * config.batch_size * config.length / row["median_ms"]
-            row["ours_times_faster"] = ours and row["median_ms"] / ours
+            known = "error" not in ours
+            row["ours_times_faster"] = row["median_ms"] / ours["median_ms"] if known else None
     return rows
 
 
@@ -242,7 +244,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines.append(f"| {row['num_householder']} | {row['num_heads']} | {row['implementation']} ")
         if "error" in row:
-            lines[-1] += "| " + "| ".join(8 * ["- "]) + "|"
+            lines[-1] += 8 * "| - " + "|"
             continue
         ratio = row["ours_times_faster"]
         lines[-1] += (
@@ -272,10 +274,10 @@ def command(argv: Sequence[str]) -> None:
         "rows": [],
     }
     for n_h, num_heads in config.models:
-        rows = measure(config, n_h, num_heads)
-        print(table(rows), file=sys.stderr)
-        record["rows"] += rows
-        write(parsed.workdir, record)  # what is measured stays, whatever comes next
+        for rows in measure(config, n_h, num_heads):
+            print(table(rows), file=sys.stderr)
+            record["rows"] += rows
+            write(parsed.workdir, record)  # what is measured stays, whatever comes next
     print((parsed.workdir / "step.md").read_text())
     failed = [r for r in record["rows"] if "error" in r and r["implementation"] == OURS]
     if failed:
