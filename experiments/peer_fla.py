@@ -44,7 +44,7 @@ def compile_peer_decoding(shape: Shape, arrays: Mapping[str, Any]) -> Compiled:
     Raises:
         ConfigError: as `compile_peer`.
     """
-    torch = _torch()
+    torch = load_torch()
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
     def as_updates(token: Mapping[str, jax.Array]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _compiled(run: Callable[[], Any], calls: int = 1) -> Compiled:
 def _waited_for(call: Callable[[], Any], direction: str, shape: Shape) -> Callable[[], Any]:
     def run() -> Any:
         result = call()
-        _torch().cuda.synchronize()
+        load_torch().cuda.synchronize()
         return result
 
     return _refusals_named(run, direction, shape)
@@ -122,7 +122,7 @@ def _refusals_named(call: Callable[[], Any], direction: str, shape: Shape) -> Ca
     return run
 
 
-def _torch() -> Any:
+def load_torch() -> Any:
     try:
         import torch
 
@@ -139,7 +139,7 @@ def _torch() -> Any:
 
 
 def _to_torch(x: jax.Array) -> Any:
-    torch = _torch()
+    torch = load_torch()
     tensor = torch.from_numpy(np.array(x, np.float32)).cuda()
     return tensor.to(torch.bfloat16) if x.dtype == jnp.bfloat16 else tensor
 
@@ -148,7 +148,7 @@ def _program(
     shape: Shape, arrays: Mapping[str, jax.Array], direction: str
 ) -> Callable[[], tuple[Any, ...]]:
     """One call of the peer: o and final state, or a gradient for each input."""
-    torch = _torch()
+    torch = load_torch()
     from fla.ops.gated_delta_product import chunk_gated_delta_product
 
     inputs = {name: _to_torch(x) for name, x in arrays.items()}

@@ -319,6 +319,7 @@ MODEL_CHANGES = {
     "param_dtype": "bfloat16",
     "implementation": "recurrent",
     "chunk_size": 4,
+    "remat": "blocks",
 }
 # Fields that act only together with another.
 MODEL_NEEDS = {

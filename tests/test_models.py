@@ -111,6 +111,35 @@ def test_packed_rows_and_padding():
     chex.assert_trees_all_close(run(model, padded, mask=mask)[:, 3:], run(model, ids), atol=2e-6)
 
 
+def loss_with(remat: str, mixer: str):
+    """A sum over packed rows, as a function of the parameters, and the parameters."""
+    config = dataclasses.replace(SMALL, mixer=mixer, remat=remat)
+    graphdef, params = nnx.split(SequenceModel(config, rngs=nnx.Rngs(0)))
+    rows = {"segment_ids": (jnp.arange(64) >= 40).astype(jnp.int32)[None].repeat(2, axis=0)}
+    ids = tokens(B=2, T=64)
+    return lambda p: jnp.sum(nnx.merge(graphdef, p)(ids, **rows) ** 2), params
+
+
+@pytest.mark.parametrize("mixer", ["delta_product", "rwkv7", "transformer"])
+def test_what_is_computed_anew_is_not_kept(mixer):
+    kept = {}
+    for remat in ("none", "products", "blocks"):
+        loss, params = loss_with(remat, mixer)
+        backward = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+        kept[remat] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(backward))
+    assert kept["blocks"] < kept["products"] < 0.7 * kept["none"]
+
+
+def test_what_is_computed_anew_changes_no_gradient():
+    def gradients(remat: str):
+        loss, params = loss_with(remat, "delta_product")
+        return jax.jit(jax.grad(loss))(params)
+
+    want = gradients("none")
+    for remat in ("products", "blocks"):
+        chex.assert_trees_all_close(gradients(remat), want, rtol=1e-4, atol=1e-4)
+
+
 def test_every_field_reaches_the_model():
     """A field that changed neither parameters, their draw, nor the outputs would be dead."""
     # Each value differs from SMALL's; the second entry makes the field matter.
@@ -126,7 +155,7 @@ def test_every_field_reaches_the_model():
         "hidden_ratio": (40.0, auto), "norm_eps": (1e-2, {}), "tie_embeddings": (True, {}),
         "initializer": ("fla", {}), "initializer_range": (0.1, fla), "dtype": ("bfloat16", {}),
         "param_dtype": ("bfloat16", {}), "implementation": ("associative", {}),
-        "chunk_size": (2, {"implementation": "chunked"}),
+        "chunk_size": (2, {"implementation": "chunked"}), "remat": ("products", {}),
     }  # fmt: skip
     assert set(changes) == {field.name for field in dataclasses.fields(ModelConfig)}
     ids = tokens()
@@ -150,6 +179,10 @@ def test_every_field_reaches_the_model():
             "num_householder=2 does not fit mixer='delta_net'",
         ),
         ({"dtype": "float16"}, "dtype='float16' is not known"),
+        (
+            {"remat": "all"},
+            "remat='all' is not known; it may be one of ['none', 'products', 'blocks']",
+        ),
         ({"hidden_size": 0}, "hidden_size=0 is too small; it must be at least 1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be greater than 0"),
         ({"num_v_heads": 3}, "num_v_heads=3 must be a positive multiple of num_heads=2"),

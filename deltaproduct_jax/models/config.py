@@ -55,6 +55,7 @@ _DEFAULTS: dict[str, Any] = {
 # Not None, since "none" is one of the values that the field may have.
 AUTO = "auto"
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
+REMAT: tuple[str, ...] = ("none", "products", "blocks")
 
 _OPTIONAL_SIZES = ("num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size")
 
@@ -115,6 +116,11 @@ class ModelConfig:
     initializer_range: float = setting(0.02, "standard deviation of normal draws")
     dtype: str = setting("float32", f"dtype of the computation, one of {', '.join(DTYPES)}")
     param_dtype: str = setting("float32", f"dtype of the parameters, one of {', '.join(DTYPES)}")
+    remat: str = setting(
+        "none",
+        "what a block computes anew for its gradient: none; all but its matrix products and the "
+        "op's results (products), in a fraction of the memory; or all (blocks), in the least",
+    )
     implementation: str | None = setting(
         None, "how the op is computed; none: by platform and shape, see delta_product"
     )
@@ -128,6 +134,7 @@ class ModelConfig:
         require_one_of("initializer", self.initializer, INITIALIZERS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("param_dtype", self.param_dtype, DTYPES)
+        require_one_of("remat", self.remat, REMAT)
         try:
             available = AVAILABLE if self.mixer in DELTA_MIXERS else BASELINE_IMPLEMENTATIONS
             checks.check_implementation(self.implementation, available)

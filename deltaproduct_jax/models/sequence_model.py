@@ -1,5 +1,7 @@
 """Embedding, blocks and head: tagger and language model in one."""
 
+from collections.abc import Callable
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -9,8 +11,20 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.rwkv7 import RWKV7
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import MixerState, make_mixer
+from deltaproduct_jax.ops import RESIDUAL_NAMES
 
 ModelState = list[MixerState]
+
+# What a rematerialised block keeps. All but matrix products and the op's own results is cheap to
+# compute anew from them, and most of what a block would keep: norms, convolutions, activations.
+_policies = jax.checkpoint_policies
+_KEPT = {
+    "products": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable,
+        _policies.save_only_these_names(*RESIDUAL_NAMES[1:]),
+    ),
+    "blocks": _policies.nothing_saveable,
+}
 
 
 class Block(nnx.Module):
@@ -139,10 +153,10 @@ class SequenceModel(nnx.Module):
         """As calling the model, from a state; returns the logits and the state after the tokens."""
         before = [None] * len(self.layers) if state is None else state
         x, after = self.embeddings(tokens), []
-        rows = {"segment_ids": segment_ids, "mask": mask}
-        first = self.layers[0].first_values(x, state=before[0], **rows)
+        first = self.layers[0].first_values(x, state=before[0], segment_ids=segment_ids, mask=mask)
+        run = _runner(self.config.remat)
         for layer, (block, entry) in enumerate(zip(self.layers, before, strict=True)):
-            x, entry = block(x, state=entry, v_first=first if layer else None, **rows)
+            x, entry = run(block, x, entry, segment_ids, mask, first if layer else None)
             after.append(entry)
         return self._head(x), after
 
@@ -160,6 +174,22 @@ class SequenceModel(nnx.Module):
     def _head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
         return self.embeddings.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+
+
+def _runner(remat: str) -> Callable[..., tuple[jax.Array, MixerState]]:
+    """Calls a block on whole sequences, and computes anew for its gradient what is not kept."""
+
+    def run(
+        block: Block,
+        x: jax.Array,
+        state: MixerState | None,
+        segment_ids: jax.Array | None,
+        mask: jax.Array | None,
+        v_first: jax.Array | None,
+    ) -> tuple[jax.Array, MixerState]:
+        return block(x, state=state, segment_ids=segment_ids, mask=mask, v_first=v_first)
+
+    return nnx.remat(run, policy=_KEPT[remat]) if remat in _KEPT else run
 
 
 def count_parameters(model: nnx.Module) -> dict[str, int]:
