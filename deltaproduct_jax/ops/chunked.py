@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.decays import Decays, decays_backward, decays_of
+from deltaproduct_jax.ops.gram import gram
 from deltaproduct_jax.ops.layout import (
     Tokens,
     flat,
@@ -180,7 +181,7 @@ def _prepare(x: Tokens, settings: Settings) -> Prepared:
     matmul = settings.matmul
     C, M = x.q.shape[-2], x.k.shape[-2]
     decays = decays_of(x.g, x.resets, C, M // C, settings.gate_matmul)
-    kk_NBHMM = matmul("...mk,...nk->...mn", x.k, x.k)
+    kk_NBHMM = gram(x.k, matmul)
     qk_NBHCM = matmul("...ck,...mk->...cm", x.q, x.k)
     gram_NBHGMM = decays.between * kk_NBHMM[:, :, :, None]
     lower_NBHGMM = gram_NBHGMM * x.beta[..., None, :]
