@@ -47,6 +47,7 @@ class Settings:
     inverse_matmul: Matmul
     gate_matmul: Matmul  # of sums of gates
     widen: bool  # inputs before the loop over chunks, outputs after it
+    refine: bool = False  # the inverse, by one step of Newton's
 
 
 class Prepared(NamedTuple):
@@ -186,7 +187,10 @@ def _prepare(x: Tokens, settings: Settings) -> Prepared:
     gram_NBHGMM = decays.between * kk_NBHMM[:, :, :, None]
     lower_NBHGMM = gram_NBHGMM * x.beta[..., None, :]
     inverse_NBHGMM = unit_lower_inverse(
-        lower_NBHGMM, settings.inverse_matmul, half_rows=settings.tiling.spans_at_once > 1
+        lower_NBHGMM,
+        settings.inverse_matmul,
+        half_rows=settings.tiling.spans_at_once > 1,
+        refine=settings.refine,
     )
     scores_NBHGCM = settings.scale * decays.within * qk_NBHCM[:, :, :, None]
     return Prepared(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)

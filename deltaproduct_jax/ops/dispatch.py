@@ -189,12 +189,14 @@ class Request(NamedTuple):
         is_cpu = platform == "cpu"
         rule = Matmul.wide if is_cpu else Matmul.of
         tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
+        matmul = rule(dtype, self.precision)
         return Settings(
             self.scale,
             tiling,
-            rule(dtype, self.precision),
+            matmul,
             *Matmul.of_inverse_and_gates(platform, dtype, self.precision),
             widen=is_cpu,
+            refine=not is_cpu and matmul.is_true_float32,
         )
 
     def options(self, platform: str, tokens: Tokens) -> kernels.Options:

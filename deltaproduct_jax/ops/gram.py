@@ -23,7 +23,7 @@ def gram(k: jax.Array, matmul: Matmul) -> jax.Array:
     products add up without any rounding, and a rest, whose own rounding is 2^-12 times smaller.
     Others are what ``matmul`` makes of them.
     """
-    if matmul.operand != jnp.float32 or matmul.precision != jax.lax.Precision.HIGHEST:
+    if not matmul.is_true_float32:
         return matmul("...mk,...nk->...mn", k, k)
     k = k.astype(jnp.float32)
     _, exponent = jnp.frexp(jnp.linalg.norm(k, axis=-1, keepdims=True))
