@@ -15,8 +15,8 @@ products to bfloat16, which the last column shows. The recurrence of the op itse
 float32 and rounds only its results.
 
 A CPU multiplies bfloat16 inputs in float32. "chunked_as_gpu" and "chunked_as_tpu" cut the sequence
-and round operands as "chunked" does on those platforms, and run anywhere; bfloat16 inputs only.
-That a TPU makes a float32 product of bfloat16 passes is not part of it.
+and round operands as "chunked" does on those platforms, and run anywhere. The order in which a GPU
+adds, and that a TPU makes a float32 product of bfloat16 passes, are not part of it.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import exact, flags
+from experiments.peer_jax import PACKAGES, peer_op
 from experiments.timing import machine
 
 DTYPES = ("float32", "bfloat16")
@@ -117,6 +118,9 @@ class AccuracyConfig:
         ",".join(("recurrent", "associative", "chunked", *ELSEWHERE)),
         "comma list; recurrent, which bars refer to, among them",
     )
+    peer: str | None = setting(
+        None, f"comma list of JAX packages to compare with: {', '.join(PACKAGES)}"
+    )
     dtypes: str = setting("float32,bfloat16", "comma list: of q, k and v; beta and g are float32")
     chunk_size: int | None = setting(None, "tokens in a chunk of chunked; none: the op's choice")
     seed: int = setting(0, "of the inputs")
@@ -137,8 +141,15 @@ class AccuracyConfig:
                 f"implementations={self.implementations!r} lacks 'recurrent', which the bars refer "
                 f"to; it may hold any of {[*AVAILABLE, *ELSEWHERE]}, and that one"
             )
+        for name in self.peers:
+            require_one_of("peer", name, PACKAGES)
         for name in self.dtypes.split(","):
             require_one_of("dtypes", name, DTYPES)
+
+    @property
+    def peers(self) -> list[str]:
+        """The peers, in order."""
+        return self.peer.split(",") if self.peer else []
 
 
 def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
@@ -171,9 +182,7 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
         if INPUTS[name].decay is None:
             del drawn[index][0]["g"], wanted["g"]
         errors = {}
-        for implementation in config.implementations.split(","):
-            if implementation in ELSEWHERE and dtype != "bfloat16":
-                continue
+        for implementation in [*config.implementations.split(","), *config.peers]:
             size = config.chunk_size if implementation.startswith("chunked") else None
             got = _run(*drawn[index], implementation=implementation, chunk_size=size)
             errors[implementation] = {n: _error(got[n], wanted[n]) for n in wanted}
@@ -193,8 +202,11 @@ def _run(arrays, do, dfinal, *, implementation, chunk_size):
     if implementation in ELSEWHERE:
         return _run_as(ELSEWHERE[implementation], arrays, do, dfinal, chunk_size)
 
+    own = functools.partial(delta_product, implementation=implementation, chunk_size=chunk_size)
+    call = peer_op(implementation) if implementation in PACKAGES else own
+
     def op(arrays):
-        o, state = delta_product(**arrays, implementation=implementation, chunk_size=chunk_size)
+        o, state = call(**arrays)
         return {"o": o, "final_state": state}
 
     outputs, pullback = jax.vjp(op, arrays)

@@ -31,6 +31,7 @@ from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
 from experiments.figures import save
+from experiments.peer_jax import PACKAGES, peer_op
 from experiments.timing import (
     BACKWARD,
     DECODING_ROUNDS,
@@ -73,7 +74,11 @@ class SpeedConfig:
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed; or step")
     repeats: int = setting(9, "timed rounds")
     budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
-    peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU in bfloat16")
+    peer: str | None = setting(
+        None,
+        "comma list of packages to time too: jla (jax-linear-attention), ejkernel, or fla "
+        "(flash-linear-attention, on a GPU in bfloat16)",
+    )
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -86,14 +91,22 @@ class SpeedConfig:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])
         for direction in self.directions.split(","):
             require_one_of("directions", direction, [FORWARD, BACKWARD, STEP])
-        require_one_of("peer", self.peer, [None, "fla"])
-        if self.peer and self.dtype != "bfloat16":
+        for name in self.peers:
+            require_one_of("peer", name, ["fla", *PACKAGES])
+        if "fla" in self.peers and self.dtype != "bfloat16":
             raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
+        if STEP in self.directions.split(",") and set(self.peers) - {"fla"}:
+            raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
 
     @property
     def names(self) -> list[str]:
         """The implementations, in order."""
         return self.implementations.split(",")
+
+    @property
+    def peers(self) -> list[str]:
+        """The peers, in order."""
+        return self.peer.split(",") if self.peer else []
 
 
 def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any]]:
@@ -128,12 +141,15 @@ def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Progr
     checked = short.inputs()
     want = exact_results(checked, direction)
     programs, errors = {}, {}
-    for name in config.names:
+    peers = [name for name in config.peers if name != "fla"]
+    for name in [*config.names, *peers]:
         implementation = None if name == "auto" else name
+        if name in peers:
+            implementation = peer_op(name)
         function = program(implementation, direction, config.chunk_size)
         errors[name] = _checked(name, short, jax.jit(function)(checked), want)
         programs[name] = compile_program(function, arrays)
-    if config.peer:
+    if "fla" in config.peers:
         from experiments.peer_fla import compile_peer, peer_results
 
         errors["fla"] = _checked("fla", short, peer_results(short, checked, direction), want)

@@ -56,10 +56,20 @@ class Shape:
         }
 
 
-def program(implementation: str | None, direction: str, chunk_size: int | None = None) -> Callable:
-    """The op, or the gradient of a sum over its outputs with respect to every input."""
+def program(
+    implementation: str | Callable | None, direction: str, chunk_size: int | None = None
+) -> Callable:
+    """The op, or the gradient of a sum over its outputs with respect to every input.
+
+    Args:
+        implementation: of the op; or another op, a function of the same arrays.
+        direction: `FORWARD` or `BACKWARD`.
+        chunk_size: of "chunked".
+    """
 
     def forward(arrays: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        if callable(implementation):
+            return implementation(**arrays)
         size = chunk_size if implementation in (None, "chunked") else None
         return delta_product(**arrays, implementation=implementation, chunk_size=size)
 

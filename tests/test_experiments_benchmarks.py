@@ -1,10 +1,13 @@
 """The benchmarks of the op: they check before they time, and write what they print."""
 
 import json
+import sys
+import types
 
 import pytest
 
-from experiments import flags, op_rule, op_scaling, op_speed, timing
+from deltaproduct_jax import delta_product
+from experiments import flags, op_rule, op_scaling, op_speed, peer_jax, timing
 
 TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "--repeats=2"]
 
@@ -50,11 +53,38 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", peer_jax.PACKAGES)
+def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
+    """Stand-ins with the peers' interfaces, made of our own op: layouts, gates and read-outs."""
+
+    def one_factor(query, key, value, beta, decay, *, use_qk_l2norm):
+        assert not use_qk_l2norm
+        step = (x[:, :, None] for x in (key, value, beta))
+        return delta_product(query, *step, decay)
+
+    def many_factors(q, k, v, g, beta, *, num_householder, output_final_state):
+        assert output_final_state
+        steps = (x.reshape(*q.shape[:2], num_householder, *x.shape[2:]) for x in (k, v, beta))
+        return delta_product(q, *steps, g)
+
+    stand_in = types.SimpleNamespace(gated_delta_rule=one_factor, gated_delta_product=many_factors)
+    monkeypatch.setitem(sys.modules, peer_jax.MODULES[name], stand_in)
+    arguments = [f"--workdir={tmp_path}", *TINY, f"--peer={name}", "--implementations=chunked"]
+    op_speed.command([*arguments, "--gated=false"])
+    op_speed.command(arguments)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["implementation"] for row in rows] == 2 * ["chunked", name]
+    assert max(row["worst_error"] for row in rows) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
         ("--implementations=recurrent,fast", "implementations='fast' is not known"),
         ("--peer=fla", "peer=fla refuses dtype='float32'; give dtype=bfloat16"),
+        ("--peer=fast", "peer='fast' is not known"),
+        ("--peer=jla", "peer=jla needs the package jax-linear-attention"),
+        ("--peer=jla --directions=step", "peer='jla' has no directions=step; only fla has"),
         ("--dtype=int8", "dtype='int8' is not known"),
         ("--directions=backward", "directions='backward' is not known"),
         ("--peer=fla --dtype=bfloat16 --directions=step", "peer=fla needs torch"),

@@ -1,6 +1,5 @@
 """What a caller reads when an argument is wrong: its name, what it got, what it may be."""
 
-import functools
 import re
 
 import jax
@@ -141,15 +140,26 @@ def test_step():
         delta_product_step(state[:, :1], **one)
 
 
-def test_forward_mode_names_the_remedy():
-    arrays = inputs()
-    for implementation in ("chunked", None):
-        with pytest.raises(TypeError, match='implementation="recurrent" or "associative"'):
-            jax.jvp(
-                functools.partial(delta_product, implementation=implementation),
-                tuple(arrays.values()),
-                tuple(arrays.values()),
-            )
+@pytest.mark.parametrize("implementation", ["chunked", None])
+@pytest.mark.parametrize("where", ["called plainly", "in jit", "around jit", "in a scan", "jacfwd"])
+def test_forward_mode_names_the_remedy(implementation, where):
+    arrays = tuple(inputs().values())
+
+    def op(*arrays):
+        return delta_product(*arrays, implementation=implementation)[0]
+
+    def in_a_scan(*arrays):
+        return jax.lax.scan(lambda c, _: (c + jnp.sum(op(*arrays)), None), 0.0, length=2)[0]
+
+    calls = {
+        "called plainly": lambda: jax.jvp(op, arrays, arrays),
+        "in jit": lambda: jax.jit(lambda *x: jax.jvp(op, x, x))(*arrays),
+        "around jit": lambda: jax.jvp(jax.jit(op), arrays, arrays),
+        "in a scan": lambda: jax.jvp(in_a_scan, arrays, arrays),
+        "jacfwd": lambda: jax.jacfwd(op)(*arrays),
+    }
+    with pytest.raises(TypeError, match='implementation="recurrent" or "associative"'):
+        calls[where]()
 
 
 def test_segment_ids_of_unknown_values():

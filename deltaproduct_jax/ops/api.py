@@ -13,11 +13,6 @@ from deltaproduct_jax.ops.precision import accumulator_dtype
 # Added to the sum of squares, inside the root, as the published layer does.
 L2NORM_EPSILON = 1e-6
 
-FORWARD_MODE = (
-    "delta_product: chunked and kernel implementations have a backward pass and no forward-mode "
-    'derivative (jvp, jacfwd); name implementation="recurrent" or "associative" for that'
-)
-
 
 def delta_product(
     q: Float[Array | np.ndarray, "B T H K"],
@@ -118,12 +113,7 @@ def delta_product(
         "precision": precision,
         "implementation": implementation,
     }
-    try:
-        return dispatch(q, k, v, beta, g, initial_state, resets, **options)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(FORWARD_MODE) from error
+    return dispatch(q, k, v, beta, g, initial_state, resets, **options)
 
 
 def delta_product_step(

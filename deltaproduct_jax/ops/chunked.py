@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.decays import Decays, decays_backward, decays_of
+from deltaproduct_jax.ops.gram import gram
 from deltaproduct_jax.ops.layout import (
     Tokens,
     flat,
@@ -46,6 +47,7 @@ class Settings:
     inverse_matmul: Matmul
     gate_matmul: Matmul  # of sums of gates
     widen: bool  # inputs before the loop over chunks, outputs after it
+    refine: bool = False  # the inverse, by one step of Newton's
 
 
 class Prepared(NamedTuple):
@@ -180,12 +182,15 @@ def _prepare(x: Tokens, settings: Settings) -> Prepared:
     matmul = settings.matmul
     C, M = x.q.shape[-2], x.k.shape[-2]
     decays = decays_of(x.g, x.resets, C, M // C, settings.gate_matmul)
-    kk_NBHMM = matmul("...mk,...nk->...mn", x.k, x.k)
+    kk_NBHMM = gram(x.k, matmul)
     qk_NBHCM = matmul("...ck,...mk->...cm", x.q, x.k)
     gram_NBHGMM = decays.between * kk_NBHMM[:, :, :, None]
     lower_NBHGMM = gram_NBHGMM * x.beta[..., None, :]
     inverse_NBHGMM = unit_lower_inverse(
-        lower_NBHGMM, settings.inverse_matmul, half_rows=settings.tiling.spans_at_once > 1
+        lower_NBHGMM,
+        settings.inverse_matmul,
+        half_rows=settings.tiling.spans_at_once > 1,
+        refine=settings.refine,
     )
     scores_NBHGCM = settings.scale * decays.within * qk_NBHCM[:, :, :, None]
     return Prepared(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)

@@ -19,6 +19,7 @@ from deltaproduct_jax.ops.chunked import Settings, chunked, chunked_backward
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import Matmul
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
+from deltaproduct_jax.ops.reverse_only import reverse_only
 from deltaproduct_jax.ops.tiling import default_chunk_size, default_span, tiling_for
 from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -126,7 +127,7 @@ def dispatch(
         run = recurrent if implementation == "recurrent" else associative
         return run(*tokens[:5], initial_state, tokens.resets, scale=scale, precision=precision)
     request = Request(scale, precision, chunk_size, implementation)
-    return _with_own_backward(request, tokens, initial_state)
+    return _with_own_backward(request, *reverse_only((tokens, initial_state)))
 
 
 def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
@@ -189,12 +190,14 @@ class Request(NamedTuple):
         is_cpu = platform == "cpu"
         rule = Matmul.wide if is_cpu else Matmul.of
         tiling = tiling_for(platform, span, chunk_size, B=B, T=T, R=R, Hv=Hv, K=K, V=V)
+        matmul = rule(dtype, self.precision)
         return Settings(
             self.scale,
             tiling,
-            rule(dtype, self.precision),
+            matmul,
             *Matmul.of_inverse_and_gates(platform, dtype, self.precision),
             widen=is_cpu,
+            refine=not is_cpu and matmul.is_true_float32,
         )
 
     def options(self, platform: str, tokens: Tokens) -> kernels.Options:

@@ -64,6 +64,11 @@ class Matmul:
             return cls.wide(dtype, "high"), cls.wide(dtype, "high")
         return cls.wide(dtype, precision), cls.wide(dtype, "highest")
 
+    @property
+    def is_true_float32(self) -> bool:
+        """Whether operands are float32 and nothing less is multiplied."""
+        return self.operand == jnp.float32 and self.precision == jax.lax.Precision.HIGHEST
+
     def __call__(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """``jnp.einsum(equation, x, y)`` under this rule."""
         return jnp.einsum(

@@ -15,7 +15,9 @@ from deltaproduct_jax.ops.precision import Matmul
 TILE_ROWS = 8
 
 
-def unit_lower_inverse(lower: jax.Array, matmul: Matmul, *, half_rows: bool = False) -> jax.Array:
+def unit_lower_inverse(
+    lower: jax.Array, matmul: Matmul, *, half_rows: bool = False, refine: bool = False
+) -> jax.Array:
     """(I + lower)^-1 by masked doubling.
 
     Once X holds the inverses of the diagonal blocks of width s, the blocks of width 2s follow from
@@ -30,6 +32,8 @@ def unit_lower_inverse(lower: jax.Array, matmul: Matmul, *, half_rows: bool = Fa
       half_rows: multiply only the rows that a level changes, half of them, where blocks are wide
         enough. Fewer products, but more copies, which a TPU's compiler expects to pay off only
         where the matrices stay in vector memory (README.md).
+      refine: take one step of Newton's, X <- X + X (I - (I + lower) X), of two products. It removes
+        what the levels rounded; where keys agree that adds up over all chunks (README.md).
 
     Returns:
       The inverse, [..., M, M].
@@ -52,6 +56,10 @@ def unit_lower_inverse(lower: jax.Array, matmul: Matmul, *, half_rows: bool = Fa
             correction = matmul("...ij,...jk->...ik", inverse, quarter)
             inverse = inverse - matmul("...ij,...jk->...ik", correction, inverse)
         width *= 2
+    if refine and M > 2:
+        left = jnp.broadcast_to(jnp.eye(M, dtype=lower.dtype), lower.shape) - inverse
+        left = left - matmul("...ij,...jk->...ik", lower, inverse)
+        inverse = inverse + matmul("...ij,...jk->...ik", inverse, left)
     return inverse
 
 

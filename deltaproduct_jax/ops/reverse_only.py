@@ -1,0 +1,49 @@
+"""Refuses forward-mode differentiation by name, under any jit, and lets reverse mode through.
+
+A `jax.custom_vjp` function refuses it too, but under a jit of the caller with a text of JAX's own,
+which names no remedy. So inputs pass through an identity whose tangents pass through a primitive:
+linear, and transposed as reverse mode asks of it, it raises where forward mode would lower it.
+"""
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from jax.interpreters import ad, batching, mlir
+
+TEXT = (
+    "delta_product: chunked and kernel implementations have a backward pass and no forward-mode "
+    'derivative (jvp, jacfwd); name implementation="recurrent" or "associative" for that'
+)
+
+
+def reverse_only(tree):
+    """The arrays of a tree, as they are; whoever pushes tangents through them meets a TypeError."""
+    return jax.tree.map(
+        lambda x: _identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+@jax.custom_jvp
+def _identity(x):
+    return x
+
+
+@_identity.defjvp
+def _identity_jvp(primals, tangents):
+    # The primal passes by, so that the gradient itself may be differentiated in either mode.
+    return primals[0], _tangent_p.bind(tangents[0])
+
+
+def _refuse(*_, **__):
+    raise TypeError(TEXT)
+
+
+_tangent_p = jax.extend.core.Primitive("delta_product_tangent")
+_tangent_p.def_impl(_refuse)
+_tangent_p.def_abstract_eval(lambda x: x)
+ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+batching.primitive_batchers[_tangent_p] = lambda operands, axes: (
+    _tangent_p.bind(*operands),
+    axes[0],
+)
+mlir.register_lowering(_tangent_p, _refuse)
