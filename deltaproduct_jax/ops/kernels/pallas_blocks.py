@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk
+from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk, Walked
 from deltaproduct_jax.ops.kernels.pallas_plan import Plan, plan_of, vector_memory
 from deltaproduct_jax.ops.kernels.pallas_products import Passes
 from deltaproduct_jax.ops.layout import Tokens, pad
@@ -44,6 +44,7 @@ class Call(NamedTuple):
     gated: bool
     packed: bool
     manual_axis_type: Any  # of the arrays, inside shard_map
+    slots: int  # for states
 
     @classmethod
     def of(cls, tokens: Tokens, options: Options, *, reverse: bool) -> "Call":
@@ -61,6 +62,7 @@ class Call(NamedTuple):
             tokens.g is not None,
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
+            options.spans,
         )
 
     @property
@@ -97,14 +99,24 @@ class Call(NamedTuple):
         )(*operands)
 
     def scratch(self):
-        """Shapes of `Scratch`, and of the state before every chunk of a span where it is needed."""
+        """Shapes of `Scratch`; and of `Walked`, a chunk each, where that is found ahead."""
         _, R, _, _, K, V = self.sizes
         C, h, g = self.plan.chunk, self.plan.heads, self.value_heads
         M, state = C * R, (g, K, V)
         shapes = [(h, C, K), (h, M, K), (g, M, V), (g, 1, M), (g, 1, C), (g, C, V), state]
         if self.reverse and self.chunks > 1:
-            shapes.append((self.chunks, *state))
+            shapes.append((self.chunks + 1, *state))
+            shapes += [(self.chunks, g, M, M), (self.chunks, g, M, V)]
+            shapes += [(self.chunks, g, M, V)] * self.gated
         return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
+
+    def scratch_of(self, refs):
+        """What `scratch` asked for; of `Walked` None where there is nothing."""
+        count = len(Scratch._fields)
+        scratch, kept = Scratch(*refs[:count]), refs[count:]
+        if not kept:
+            return scratch, None
+        return scratch, Walked(*kept, *[None] * (not self.gated))
 
     def _buffered(self, spec: pl.BlockSpec) -> pl.BlockSpec:
         if self.plan.buffers == 2:
@@ -121,7 +133,7 @@ class Call(NamedTuple):
         return pl.BlockSpec((1, self.value_heads, K, V), lambda b, h, n: (b, h, 0, 0))
 
     def states_block(self) -> pl.BlockSpec:
-        """Of an array [N, B, Hv, K, V]."""
+        """Of an array [N, B, Hv, K, V]; blocks of no span are neither read nor written."""
         *_, K, V = self.sizes
         shape = (1, 1, self.value_heads, K, V)
         return pl.BlockSpec(shape, lambda b, h, n: (self._span(n), b, h, 0, 0))
@@ -190,7 +202,7 @@ class Call(NamedTuple):
         yield self.tokens_block((Hv, V)), (B, N * C, Hv, V), tokens.v.dtype
         yield self.state_block(), (B, Hv, K, V), jnp.float32
         if keep_states:
-            yield self.states_block(), (N, B, Hv, K, V), jnp.float32
+            yield self.states_block(), (self.slots, B, Hv, K, V), jnp.float32
 
     def cotangents(self, tokens: Tokens):
         """Block, shape and dtype of every output of the backward kernel."""
@@ -207,10 +219,11 @@ class Call(NamedTuple):
         """The tokens of the i-th chunk of a span."""
         return pl.ds(i * self.plan.chunk, self.plan.chunk)
 
-    def load(self, ins, scratch: Scratch, i):
+    def load(self, ins, scratch: Scratch, i, *, queries=True, values=True):
         """Puts the i-th chunk of a span into scratch memory; returns its rows of segments."""
-        for ref, block in zip((scratch.q, scratch.k, scratch.v), ins[:3], strict=True):
-            ref[...] = heads_first(block[0, self.tokens_of(i)])
+        for ref, block, wanted in zip(scratch[:3], ins[:3], (queries, True, values), strict=True):
+            if wanted:
+                ref[...] = heads_first(block[0, self.tokens_of(i)])
         scratch.beta[...] = ins[3][0, 0, i][:, None]
         if self.gated:
             scratch.g[...] = ins[4][0, 0, i][:, None]

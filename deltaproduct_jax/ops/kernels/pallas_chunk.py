@@ -8,7 +8,7 @@ Shape suffixes: h key heads, g value heads (G per key head), C tokens, M = C * R
 width, V value width.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,44 +57,56 @@ class Prepared(NamedTuple):
     k: jax.Array  # gMK
 
 
-def prepare(x: Chunk, scale: float, passes: Passes) -> Prepared:
-    """Decays, scores, and the inverse of I + L."""
+class Walked(NamedTuple):
+    """What a walk over the chunks finds, and the way back needs again."""
+
+    state: Any  # gKV, before the chunk
+    inverse: Any  # gMM
+    error: Any  # gMV
+    key_state: Any  # gMV; of use only with gates, else it may be None
+
+
+def prepare(x: Chunk, scale: float, passes: Passes, inverse_gMM=None) -> Prepared:
+    """Decays, scores, and the inverse of I + L unless it is given."""
     G = x.v.shape[0] // x.q.shape[0]
     weights = _weights(x, passes)
     kk_hMM = passes("hmk,hnk->hmn", x.k, x.k)
     qk_hCM = passes("hck,hmk->hcm", x.q, x.k)
     gram_gMM = weights.between * _per_value_head(kk_hMM, G)
-    inverse_gMM = unit_lower_inverse(gram_gMM * x.beta, passes)
+    if inverse_gMM is None:
+        inverse_gMM = unit_lower_inverse(gram_gMM * x.beta, passes)
     scores_gCM = scale * weights.within * _per_value_head(qk_hCM, G)
     q_gCK, k_gMK = _per_value_head(x.q, G), _per_value_head(x.k, G)
     return Prepared(weights, gram_gMM, scores_gCM, inverse_gMM, column_of(x.beta), q_gCK, k_gMK)
 
 
-def errors(x: Chunk, p: Prepared, state_gKV, passes: Passes):
+def walk(x: Chunk, p: Prepared, state_gKV, passes: Passes) -> Walked:
     """What keys read from the state, and what values differ by from it at their update."""
     key_state_gMV = passes("gmk,gkv->gmv", p.k, state_gKV)
     rhs_gMV = x.v - _times(p.weights.into_update, key_state_gMV)
-    return key_state_gMV, passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
+    error_gMV = passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
+    return Walked(state_gKV, p.inverse, error_gMV, key_state_gMV)
 
 
-def next_state(p: Prepared, error_gMV, state_gKV, passes: Passes):
+def next_state(p: Prepared, walked: Walked, passes: Passes):
     """The state after the chunk."""
-    left_gMV = _times(p.weights.out, p.beta * error_gMV)
-    kept_gKV = _times(p.weights.through, state_gKV)
+    left_gMV = _times(p.weights.out, p.beta * walked.error)
+    kept_gKV = _times(p.weights.through, walked.state)
     return kept_gKV + passes("gmk,gmv->gkv", p.k, left_gMV)
 
 
-def outputs(p: Prepared, error_gMV, state_gKV, scale: float, passes: Passes):
+def outputs(p: Prepared, walked: Walked, scale: float, passes: Passes):
     """What the tokens read, gCV."""
-    read_gCV = _times(p.weights.into, passes("gck,gkv->gcv", p.q, state_gKV))
-    return scale * read_gCV + passes("gcm,gmv->gcv", p.scores, p.beta * error_gMV)
+    read_gCV = _times(p.weights.into, passes("gck,gkv->gcv", p.q, walked.state))
+    return scale * read_gCV + passes("gcm,gmv->gcv", p.scores, p.beta * walked.error)
 
 
-def chunk_backward(x: Chunk, state_gKV, do_gCV, dnext_gKV, scale: float, passes: Passes):
+def chunk_backward(
+    x: Chunk, p: Prepared, walked: Walked, do_gCV, dnext_gKV, scale: float, passes: Passes
+):
     """Cotangents ``(q, k, v, beta, g)`` as in `Chunk` (g or None), and of the state before it."""
-    p = prepare(x, scale, passes)
     w, h = p.weights, x.q.shape[0]
-    key_state_gMV, error_gMV = errors(x, p, state_gKV, passes)
+    state_gKV, _, error_gMV, key_state_gMV = walked
     written_gMV = p.beta * error_gMV
 
     from_next_gMV = _times(w.out, passes("gmk,gkv->gmv", p.k, dnext_gKV))

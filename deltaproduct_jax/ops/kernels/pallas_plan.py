@@ -48,14 +48,18 @@ def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: in
     Chunks are cut shorter only where no head fits otherwise, and inputs are fetched ahead unless
     that leaves room for no head. Where not even one fits then, ``bytes`` is above ``limit``.
     """
+    import os
     span = round_up(-(-T // spans), BASE)
+    F = int(os.environ.get("FF","1"))
+    most = span
+    if -(-T // span) % F == 0: span *= F
     heads = HEADS_IN_BLOCK if H % HEADS_IN_BLOCK == 0 else H
     limit = vector_memory()
     if memory := memory_of_core():
         # On v4, whose 16 MiB fill up, the compiler reported up to 1.12 times what is counted here.
         limit = min(limit, memory * 7 // 8)
     counts = [n for n in range(heads, 0, -1) if heads % n == 0]
-    cuts = itertools.product(_chunks(dtype, span, R), (2, 1), counts)
+    cuts = itertools.product(_chunks(dtype, span, R, most), (2, 1), counts)
     for chunk, buffers, together in cuts:
         needed = _fixed_bytes(dtype, span, chunk, heads, buffers, R, Hv // H, K, V)
         needed += together * (Hv // H) * _working_bytes(dtype, chunk, R, K, V)
@@ -64,9 +68,9 @@ def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: in
     return Plan(span, chunk, -(-T // span), heads, together, buffers, needed, limit)
 
 
-def _chunks(dtype, span: int, R: int) -> list[int]:
+def _chunks(dtype, span: int, R: int, most) -> list[int]:
     """Lengths that a chunk may have, the best first."""
-    most = span if dtype == jnp.bfloat16 else max(WIDE_UPDATES // R, BASE)
+    most = most if dtype == jnp.bfloat16 else max(WIDE_UPDATES // R, BASE)
     return [c for c in range(span, 0, -BASE) if span % c == 0 and c <= most]
 
 

@@ -19,11 +19,12 @@ from jax.experimental import pallas as pl
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Scratch, heads_first, tokens_first
 from deltaproduct_jax.ops.kernels.pallas_chunk import (
+    Walked,
     chunk_backward,
-    errors,
     next_state,
     outputs,
     prepare,
+    walk,
 )
 from deltaproduct_jax.ops.kernels.pallas_plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
@@ -77,16 +78,15 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     if not keep_states:
         return o, final_state, None
     B, _, _, H, _ = tokens.k.shape
-    missing = options.spans - call.plan.spans
-    states = jnp.pad(states[0], [(0, missing)] + [(0, 0)] * 4) if missing else states[0]
-    return o, final_state, states.reshape(options.spans, B, H, -1, *states.shape[-2:])
+    shape = (options.spans, B, H, -1, *states[0].shape[-2:])
+    return o, final_state, states[0].reshape(shape)
 
 
 def backward(tokens: Tokens, states: jax.Array, do, dfinal_state, options: Options):
     """Cotangents of the inputs and of the initial state; the contract of kernels."""
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
-    states = states[: call.plan.spans].reshape(-1, *dfinal_state.shape)
+    states = states.reshape(-1, *dfinal_state.shape)
     dq, dk, dv, dbeta, *dg, dinitial_state = call.run(
         functools.partial(_backward_kernel, call=call),
         [*specs, call.states_block(), call.tokens_block(do.shape[2:]), call.state_block()],
@@ -117,11 +117,10 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
 
         def work(keys, values):
             x = call.chunk_of(scratch, segments, keys, values)
-            state = scratch.state[values]
             p = prepare(x, scale, passes)
-            _, error = errors(x, p, state, passes)
-            scratch.state[values] = next_state(p, error, state, passes)
-            scratch.o[values] = outputs(p, error, state, scale, passes)
+            walked = walk(x, p, scratch.state[values], passes)
+            scratch.state[values] = next_state(p, walked, passes)
+            scratch.o[values] = outputs(p, walked, scale, passes)
 
         call.over_groups(work)
         o[0, call.tokens_of(i)] = tokens_first(scratch.o[...], o)
@@ -137,26 +136,31 @@ def _backward_kernel(*refs, call: Call):
     count = 4 + call.gated + 2 * call.packed
     inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
     outs, refs = refs[: 5 + call.gated], refs[5 + call.gated :]
-    scratch, kept = Scratch(*refs[:7]), refs[7:]
+    scratch, kept = call.scratch_of(refs)
+    passes, scale = call.passes, call.scale
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         scratch.state[...] = dfinal[0]
 
-    if kept:
-        _states_again(inputs, states, scratch, kept[0], call)
+    if kept is not None:
+        _walk_again(inputs, states, scratch, kept, call)
 
     def chunk(i):
-        segments = call.load(inputs, scratch, i)
+        segments = call.load(inputs, scratch, i, values=kept is None)
         scratch.o[...] = heads_first(do[0, call.tokens_of(i)])
 
         def work(keys, values):
             x = call.chunk_of(scratch, segments, keys, values)
-            state = kept[0][i, values] if kept else states[0, 0, values]
-            dnext = scratch.state[values]
-            dx, scratch.state[values] = chunk_backward(
-                x, state, scratch.o[values], dnext, call.scale, call.passes
-            )
+            if kept is None:
+                p = prepare(x, scale, passes)
+                walked = walk(x, p, states[0, 0, values], passes)
+            else:
+                walked = Walked(*(None if ref is None else ref[i, values] for ref in kept))
+                p = prepare(x, scale, passes, walked.inverse)
+            do, dnext = scratch.o[values], scratch.state[values]
+            dx, dstate = chunk_backward(x, p, walked, do, dnext, scale, passes)
+            scratch.state[values] = dstate
             scratch.q[keys], scratch.k[keys], scratch.v[values], scratch.beta[values] = dx[:4]
             if call.gated:
                 scratch.g[values] = dx[4]
@@ -171,20 +175,23 @@ def _backward_kernel(*refs, call: Call):
         outs[-1][0] = scratch.state[...]
 
 
-def _states_again(inputs, states, scratch: Scratch, kept, call: Call):
-    """The state before every chunk of a span, from that before the span."""
-    kept[0] = states[0, 0]
+def _walk_again(inputs, states, scratch: Scratch, kept: Walked, call: Call):
+    """Puts into ``kept`` what the chunks of a span need, from the state before the span."""
+    kept.state[0] = states[0, 0]
 
     def chunk(i, _):
-        segments = call.load(inputs, scratch, i)
+        segments = call.load(inputs, scratch, i, queries=False)
 
         def work(keys, values):
             x = call.chunk_of(scratch, segments, keys, values)
-            state = kept[i, values]
             p = prepare(x, call.scale, call.passes)
-            _, error = errors(x, p, state, call.passes)
-            kept[i + 1, values] = next_state(p, error, state, call.passes)
+            walked = walk(x, p, kept.state[i, values], call.passes)
+            for ref, value in zip(kept[1:], walked[1:], strict=True):
+                if ref is not None:
+                    ref[i, values] = value
+            # That after the last chunk is not needed: there is room for it.
+            kept.state[i + 1, values] = next_state(p, walked, call.passes)
 
         call.over_groups(work)
 
-    jax.lax.fori_loop(0, call.chunks - 1, chunk, None)
+    jax.lax.fori_loop(0, call.chunks, chunk, None)
