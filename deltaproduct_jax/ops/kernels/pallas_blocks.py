@@ -14,22 +14,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk, Walked
+from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk, joined, parted, prepare
 from deltaproduct_jax.ops.kernels.pallas_plan import Plan, plan_of, vector_memory
 from deltaproduct_jax.ops.kernels.pallas_products import Passes
 from deltaproduct_jax.ops.layout import Tokens, pad
 
 
 class Scratch(NamedTuple):
-    """References to vector memory, float32: a chunk of all heads of the block, and their state."""
+    """References to vector memory, float32: n chunks of all heads of the block, and their state.
 
-    q: Any  # hCK; its cotangent on the way back, as below
-    k: Any  # hMK
-    v: Any  # gMV
-    beta: Any  # g1M
-    g: Any  # g1C
-    o: Any  # gCV, or the cotangent of o
+    The chunks are those that are prepared side by side, or, on the way back, of a whole span.
+    """
+
+    q: Any  # nhCK; its cotangent on the way back, as below
+    k: Any  # nhMK
+    v: Any  # ngMV; on the way back the errors before the cotangent
+    beta: Any  # ng1M
+    g: Any  # ng1C
+    o: Any  # ngCV, or 1gCV: the cotangent of o
     state: Any  # gKV, or its cotangent
+
+
+class Kept(NamedTuple):
+    """What the way back needs of every chunk of a span, where that holds several."""
+
+    state: Any  # ngKV, before each of them and after the last
+    inverse: Any  # ngMM
 
 
 class Call(NamedTuple):
@@ -99,24 +109,15 @@ class Call(NamedTuple):
         )(*operands)
 
     def scratch(self):
-        """Shapes of `Scratch`; and of `Walked`, a chunk each, where that is found ahead."""
+        """Shapes of `Scratch`, and of `Kept` where it is needed."""
         _, R, _, _, K, V = self.sizes
         C, h, g = self.plan.chunk, self.plan.heads, self.value_heads
-        M, state = C * R, (g, K, V)
-        shapes = [(h, C, K), (h, M, K), (g, M, V), (g, 1, M), (g, 1, C), (g, C, V), state]
-        if self.reverse and self.chunks > 1:
-            shapes.append((self.chunks + 1, *state))
-            shapes += [(self.chunks, g, M, M), (self.chunks, g, M, V)]
-            shapes += [(self.chunks, g, M, V)] * self.gated
+        n, M, state = self.chunks if self.reverse else self.plan.joined, C * R, (g, K, V)
+        shapes = [(n, h, C, K), (n, h, M, K), (n, g, M, V), (n, g, 1, M), (n, g, 1, C)]
+        shapes += [(1 if self.reverse else n, g, C, V), state]
+        if self.reverse and n > 1:
+            shapes += [(n + 1, *state), (n, g, M, M)]
         return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
-
-    def scratch_of(self, refs):
-        """What `scratch` asked for; of `Walked` None where there is nothing."""
-        count = len(Scratch._fields)
-        scratch, kept = Scratch(*refs[:count]), refs[count:]
-        if not kept:
-            return scratch, None
-        return scratch, Walked(*kept, *[None] * (not self.gated))
 
     def _buffered(self, spec: pl.BlockSpec) -> pl.BlockSpec:
         if self.plan.buffers == 2:
@@ -219,32 +220,47 @@ class Call(NamedTuple):
         """The tokens of the i-th chunk of a span."""
         return pl.ds(i * self.plan.chunk, self.plan.chunk)
 
-    def load(self, ins, scratch: Scratch, i, *, queries=True, values=True):
-        """Puts the i-th chunk of a span into scratch memory; returns its rows of segments."""
-        for ref, block, wanted in zip(scratch[:3], ins[:3], (queries, True, values), strict=True):
-            if wanted:
-                ref[...] = heads_first(block[0, self.tokens_of(i)])
-        scratch.beta[...] = ins[3][0, 0, i][:, None]
-        if self.gated:
-            scratch.g[...] = ins[4][0, 0, i][:, None]
+    def load(self, ins, scratch: Scratch, first, at):
+        """Puts chunks of a span, as many as are joined, into scratch memory.
+
+        Args:
+          ins: blocks of the inputs.
+          scratch: where to.
+          first: the first of the chunks.
+          at: where in scratch memory it goes.
+
+        Returns:
+          The rows of segments of each of them.
+        """
+        for j in range(self.plan.joined):
+            i, to = first + j, at + j
+            for ref, block in zip(scratch[:3], ins[:3], strict=True):
+                ref[to] = heads_first(block[0, self.tokens_of(i)])
+            scratch.beta[to] = ins[3][0, 0, i][:, None]
+            if self.gated:
+                scratch.g[to] = ins[4][0, 0, i][:, None]
+        return [self.segments_of(ins, first + j) for j in range(self.plan.joined)]
+
+    def segments_of(self, ins, i):
+        """The rows of segments of the i-th chunk of a span."""
         return tuple(ref[0, 0, i][None] for ref in ins[-2:]) if self.packed else (None, None)
 
     def store(self, outs, scratch: Scratch, i):
-        """Writes the cotangents of the i-th chunk from where `load` put their primals."""
-        for ref, block in zip((scratch.q, scratch.k, scratch.v), outs[:3], strict=True):
-            block[0, self.tokens_of(i)] = tokens_first(ref[...], block)
-        outs[3][0, 0, i] = scratch.beta[:, 0]
+        """Writes the cotangents of the i-th chunk from where its primals were."""
+        for ref, block in zip(scratch[:3], outs[:3], strict=True):
+            block[0, self.tokens_of(i)] = tokens_first(ref[i], block)
+        outs[3][0, 0, i] = scratch.beta[i, :, 0]
         if self.gated:
-            outs[4][0, 0, i] = scratch.g[:, 0]
+            outs[4][0, 0, i] = scratch.g[i, :, 0]
 
-    def over_chunks(self, work):
-        """``work(i)`` for the chunks of a span in order, or backwards; a loop, as below."""
-        last = self.chunks - 1
+    def over_chunks(self, work, step: int = 1):
+        """``work(i)`` for every ``step``-th chunk of a span, or backwards; a loop, as below."""
+        last = self.chunks // step - 1
         if last == 0:
             work(0)
         else:
             order = (lambda i: last - i) if self.reverse else (lambda i: i)
-            jax.lax.fori_loop(0, last + 1, lambda i, _: work(order(i)), None)
+            jax.lax.fori_loop(0, last + 1, lambda i, _: work(order(i) * step), None)
 
     def over_groups(self, work):
         """``work(keys, values)`` for the key and value heads of every group of the block.
@@ -259,16 +275,24 @@ class Call(NamedTuple):
         else:
             jax.lax.fori_loop(0, groups, lambda j, _: work(pl.ds(j * h, h), pl.ds(j * g, g)), None)
 
-    def chunk_of(self, scratch: Scratch, segments, keys, values) -> Chunk:
-        """The loaded chunk of a group of heads."""
+    def chunk_of(self, scratch: Scratch, segments, i, keys, values) -> Chunk:
+        """The i-th chunk in scratch memory, of a group of heads."""
         return Chunk(
-            scratch.q[keys],
-            scratch.k[keys],
-            scratch.v[values],
-            scratch.beta[values],
-            scratch.g[values] if self.gated else None,
+            scratch.q[i, keys],
+            scratch.k[i, keys],
+            scratch.v[i, values],
+            scratch.beta[i, values],
+            scratch.g[i, values] if self.gated else None,
             *segments,
         )
+
+    def prepared(self, scratch: Scratch, segments, at, keys, values):
+        """The chunks that `load` loaded, each with what does not depend on the state."""
+        chunks = [
+            self.chunk_of(scratch, rows, at + j, keys, values) for j, rows in enumerate(segments)
+        ]
+        p = prepare(joined(chunks), self.scale, self.passes)
+        return zip(chunks, parted(p, len(chunks)), strict=True)
 
 
 def heads_first(x: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ Shape suffixes: h key heads, g value heads (G per key head), C tokens, M = C * R
 width, V value width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,20 @@ class Prepared(NamedTuple):
     k: jax.Array  # gMK
 
 
-class Walked(NamedTuple):
-    """What a walk over the chunks finds, and the way back needs again."""
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Several chunks as one of so many more heads: nothing here passes from one to the next."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return Chunk(*(None if xs[0] is None else jnp.concatenate(xs) for xs in zip(*chunks)))
 
-    state: Any  # gKV, before the chunk
-    inverse: Any  # gMM
-    error: Any  # gMV
-    key_state: Any  # gMV; of use only with gates, else it may be None
+
+def parted(p: Prepared, n: int) -> list[Prepared]:
+    """What `prepare` gave for n chunks joined, apart again."""
+
+    def part(i):
+        return lambda x: x[i * (x.shape[0] // n) : (i + 1) * (x.shape[0] // n)]
+
+    return [p] if n == 1 else [jax.tree.map(part(i), p) for i in range(n)]
 
 
 def prepare(x: Chunk, scale: float, passes: Passes, inverse_gMM=None) -> Prepared:
@@ -80,33 +88,35 @@ def prepare(x: Chunk, scale: float, passes: Passes, inverse_gMM=None) -> Prepare
     return Prepared(weights, gram_gMM, scores_gCM, inverse_gMM, column_of(x.beta), q_gCK, k_gMK)
 
 
-def walk(x: Chunk, p: Prepared, state_gKV, passes: Passes) -> Walked:
-    """What keys read from the state, and what values differ by from it at their update."""
-    key_state_gMV = passes("gmk,gkv->gmv", p.k, state_gKV)
+def read_by_keys(p: Prepared, state_gKV, passes: Passes):
+    """What keys read from the state, gMV, before the chunk changes it."""
+    return passes("gmk,gkv->gmv", p.k, state_gKV)
+
+
+def errors(x: Chunk, p: Prepared, key_state_gMV, passes: Passes):
+    """What values differ by from the state at their update, gMV."""
     rhs_gMV = x.v - _times(p.weights.into_update, key_state_gMV)
-    error_gMV = passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
-    return Walked(state_gKV, p.inverse, error_gMV, key_state_gMV)
+    return passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
 
 
-def next_state(p: Prepared, walked: Walked, passes: Passes):
+def next_state(p: Prepared, error_gMV, state_gKV, passes: Passes):
     """The state after the chunk."""
-    left_gMV = _times(p.weights.out, p.beta * walked.error)
-    kept_gKV = _times(p.weights.through, walked.state)
+    left_gMV = _times(p.weights.out, p.beta * error_gMV)
+    kept_gKV = _times(p.weights.through, state_gKV)
     return kept_gKV + passes("gmk,gmv->gkv", p.k, left_gMV)
 
 
-def outputs(p: Prepared, walked: Walked, scale: float, passes: Passes):
+def outputs(p: Prepared, error_gMV, state_gKV, scale: float, passes: Passes):
     """What the tokens read, gCV."""
-    read_gCV = _times(p.weights.into, passes("gck,gkv->gcv", p.q, walked.state))
-    return scale * read_gCV + passes("gcm,gmv->gcv", p.scores, p.beta * walked.error)
+    read_gCV = _times(p.weights.into, passes("gck,gkv->gcv", p.q, state_gKV))
+    return scale * read_gCV + passes("gcm,gmv->gcv", p.scores, p.beta * error_gMV)
 
 
 def chunk_backward(
-    x: Chunk, p: Prepared, walked: Walked, do_gCV, dnext_gKV, scale: float, passes: Passes
+    x: Chunk, p: Prepared, error_gMV, state_gKV, do_gCV, dnext_gKV, scale: float, passes: Passes
 ):
     """Cotangents ``(q, k, v, beta, g)`` as in `Chunk` (g or None), and of the state before it."""
     w, h = p.weights, x.q.shape[0]
-    state_gKV, _, error_gMV, key_state_gMV = walked
     written_gMV = p.beta * error_gMV
 
     from_next_gMV = _times(w.out, passes("gmk,gkv->gmv", p.k, dnext_gKV))
@@ -136,6 +146,7 @@ def chunk_backward(
     dbeta_g1M += jnp.sum(of_gram_gMM, axis=-2, keepdims=True)
     dg_g1C = None
     if x.g is not None:
+        key_state_gMV = read_by_keys(p, state_gKV, passes)
         through_gKV = _times(w.through, dnext_gKV * state_gKV)
         dg_g1C = _dg(
             do_written_gCM * p.scores,

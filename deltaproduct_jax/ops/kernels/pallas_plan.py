@@ -37,6 +37,7 @@ class Plan(NamedTuple):
     spans: int
     heads: int
     together: int
+    joined: int
     buffers: int
     bytes: int
     limit: int
@@ -65,7 +66,7 @@ def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: in
         needed += together * (Hv // H) * _working_bytes(dtype, chunk, R, K, V)
         if needed <= limit:
             break
-    return Plan(span, chunk, -(-T // span), heads, together, buffers, needed, limit)
+    return Plan(span, chunk, -(-T // span), heads, together, int(os.environ.get('JJ','1')), buffers, needed, limit)
 
 
 def _chunks(dtype, span: int, R: int, most) -> list[int]:

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Scratch, heads_first, tokens_first
+from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Kept, Scratch, heads_first, tokens_first
 from deltaproduct_jax.ops.kernels.pallas_chunk import (
-    Walked,
     chunk_backward,
+    errors,
     next_state,
     outputs,
     prepare,
-    walk,
+    read_by_keys,
 )
 from deltaproduct_jax.ops.kernels.pallas_plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
@@ -112,20 +112,21 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
     if keep_states:
         refs[0][0, 0] = scratch.state[...]
 
-    def chunk(i):
-        segments = call.load(inputs, scratch, i)
+    def side_by_side(first):
+        segments = call.load(inputs, scratch, first, 0)
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, keys, values)
-            p = prepare(x, scale, passes)
-            walked = walk(x, p, scratch.state[values], passes)
-            scratch.state[values] = next_state(p, walked, passes)
-            scratch.o[values] = outputs(p, walked, scale, passes)
+            for i, (x, p) in enumerate(call.prepared(scratch, segments, 0, keys, values)):
+                state = scratch.state[values]
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
+                scratch.state[values] = next_state(p, error, state, passes)
+                scratch.o[i, values] = outputs(p, error, state, scale, passes)
 
         call.over_groups(work)
-        o[0, call.tokens_of(i)] = tokens_first(scratch.o[...], o)
+        for i in range(call.plan.joined):
+            o[0, call.tokens_of(first + i)] = tokens_first(scratch.o[i], o)
 
-    call.over_chunks(chunk)
+    call.over_chunks(side_by_side, call.plan.joined)
 
     @pl.when(pl.program_id(2) == call.plan.spans - 1)
     def _():
@@ -136,34 +137,35 @@ def _backward_kernel(*refs, call: Call):
     count = 4 + call.gated + 2 * call.packed
     inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
     outs, refs = refs[: 5 + call.gated], refs[5 + call.gated :]
-    scratch, kept = call.scratch_of(refs)
+    scratch, kept = Scratch(*refs[:7]), Kept(*refs[7:]) if refs[7:] else None
     passes, scale = call.passes, call.scale
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         scratch.state[...] = dfinal[0]
 
-    if kept is not None:
+    if kept:
         _walk_again(inputs, states, scratch, kept, call)
 
     def chunk(i):
-        segments = call.load(inputs, scratch, i, values=kept is None)
-        scratch.o[...] = heads_first(do[0, call.tokens_of(i)])
+        segments = call.segments_of(inputs, i) if kept else call.load(inputs, scratch, 0, 0)[0]
+        scratch.o[0] = heads_first(do[0, call.tokens_of(i)])
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, keys, values)
-            if kept is None:
-                p = prepare(x, scale, passes)
-                walked = walk(x, p, states[0, 0, values], passes)
+            x = call.chunk_of(scratch, segments, i, keys, values)
+            if kept:
+                state, error = kept.state[i, values], x.v
+                p = prepare(x, scale, passes, kept.inverse[i, values])
             else:
-                walked = Walked(*(None if ref is None else ref[i, values] for ref in kept))
-                p = prepare(x, scale, passes, walked.inverse)
-            do, dnext = scratch.o[values], scratch.state[values]
-            dx, dstate = chunk_backward(x, p, walked, do, dnext, scale, passes)
+                state, p = states[0, 0, values], prepare(x, scale, passes)
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
+            do, dnext = scratch.o[0, values], scratch.state[values]
+            dx, dstate = chunk_backward(x, p, error, state, do, dnext, scale, passes)
             scratch.state[values] = dstate
-            scratch.q[keys], scratch.k[keys], scratch.v[values], scratch.beta[values] = dx[:4]
+            scratch.q[i, keys], scratch.k[i, keys] = dx[:2]
+            scratch.v[i, values], scratch.beta[i, values] = dx[2:4]
             if call.gated:
-                scratch.g[values] = dx[4]
+                scratch.g[i, values] = dx[4]
 
         call.over_groups(work)
         call.store(outs, scratch, i)
@@ -175,23 +177,26 @@ def _backward_kernel(*refs, call: Call):
         outs[-1][0] = scratch.state[...]
 
 
-def _walk_again(inputs, states, scratch: Scratch, kept: Walked, call: Call):
-    """Puts into ``kept`` what the chunks of a span need, from the state before the span."""
+def _walk_again(inputs, states, scratch: Scratch, kept: Kept, call: Call):
+    """Loads a span and finds what its chunks need on the way back; errors replace values."""
+    n, passes = call.plan.joined, call.passes
     kept.state[0] = states[0, 0]
 
-    def chunk(i, _):
-        segments = call.load(inputs, scratch, i, queries=False)
+    def side_by_side(first, _):
+        segments = call.load(inputs, scratch, first, first)
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, keys, values)
-            p = prepare(x, call.scale, call.passes)
-            walked = walk(x, p, kept.state[i, values], call.passes)
-            for ref, value in zip(kept[1:], walked[1:], strict=True):
-                if ref is not None:
-                    ref[i, values] = value
-            # That after the last chunk is not needed: there is room for it.
-            kept.state[i + 1, values] = next_state(p, walked, call.passes)
+            for i, (x, p) in enumerate(call.prepared(scratch, segments, first, keys, values), first):
+                state = kept.state[i, values]
+                kept.inverse[i, values] = p.inverse
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
+                scratch.v[i, values] = error
+                # Of no use after the last chunk: there is room for it.
+                kept.state[i + 1, values] = next_state(p, error, state, passes)
 
         call.over_groups(work)
 
-    jax.lax.fori_loop(0, call.chunks, chunk, None)
+    if n == call.chunks:
+        side_by_side(0, None)
+    else:
+        jax.lax.fori_loop(0, call.chunks // n, lambda j, _: side_by_side(j * n, None), None)
