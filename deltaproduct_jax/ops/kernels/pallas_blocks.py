@@ -40,7 +40,6 @@ class Kept(NamedTuple):
 
     state: Any  # ngKV, before each of them and after the last
     inverse: Any  # ngMM
-    key_state: Any = None  # ngMV, with gates
 
 
 class Call(NamedTuple):
@@ -117,7 +116,7 @@ class Call(NamedTuple):
         shapes = [(n, h, C, K), (n, h, M, K), (n, g, M, V), (n, g, 1, M), (n, g, 1, C)]
         shapes += [(1 if self.reverse else n, g, C, V), state]
         if self.reverse and n > 1:
-            shapes += [(n + 1, *state), (n, g, M, M), *[(n, g, M, V)] * self.gated]
+            shapes += [(n + 1, *state), (n, g, M, M)]
         return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
 
     def _buffered(self, spec: pl.BlockSpec) -> pl.BlockSpec:

@@ -88,18 +88,15 @@ def prepare(x: Chunk, scale: float, passes: Passes, inverse_gMM=None) -> Prepare
     return Prepared(weights, gram_gMM, scores_gCM, inverse_gMM, column_of(x.beta), q_gCK, k_gMK)
 
 
-class Found(NamedTuple):
-    """What depends on the state before a chunk."""
-
-    key_state: jax.Array | None  # gMV, what keys read from it; of use only with gates
-    error: jax.Array  # gMV, what values differ by from the state at their update
+def read_by_keys(p: Prepared, state_gKV, passes: Passes):
+    """What keys read from the state, gMV, before the chunk changes it."""
+    return passes("gmk,gkv->gmv", p.k, state_gKV)
 
 
-def read(x: Chunk, p: Prepared, state_gKV, passes: Passes) -> Found:
-    """What keys find in the state."""
-    key_state_gMV = passes("gmk,gkv->gmv", p.k, state_gKV)
+def errors(x: Chunk, p: Prepared, key_state_gMV, passes: Passes):
+    """What values differ by from the state at their update, gMV."""
     rhs_gMV = x.v - _times(p.weights.into_update, key_state_gMV)
-    return Found(key_state_gMV, passes("gmn,gnv->gmv", p.inverse, rhs_gMV))
+    return passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
 
 
 def next_state(p: Prepared, error_gMV, state_gKV, passes: Passes):
@@ -116,17 +113,10 @@ def outputs(p: Prepared, error_gMV, state_gKV, scale: float, passes: Passes):
 
 
 def chunk_backward(
-    x: Chunk,
-    p: Prepared,
-    found: Found,
-    state_gKV,
-    do_gCV,
-    dnext_gKV,
-    scale: float,
-    passes: Passes,
+    x: Chunk, p: Prepared, error_gMV, state_gKV, do_gCV, dnext_gKV, scale: float, passes: Passes
 ):
     """Cotangents ``(q, k, v, beta, g)`` as in `Chunk` (g or None), and of the state before it."""
-    (key_state_gMV, error_gMV), w, h = found, p.weights, x.q.shape[0]
+    w, h = p.weights, x.q.shape[0]
     written_gMV = p.beta * error_gMV
 
     from_next_gMV = _times(w.out, passes("gmk,gkv->gmv", p.k, dnext_gKV))
@@ -156,6 +146,7 @@ def chunk_backward(
     dbeta_g1M += jnp.sum(of_gram_gMM, axis=-2, keepdims=True)
     dg_g1C = None
     if x.g is not None:
+        key_state_gMV = read_by_keys(p, state_gKV, passes)
         through_gKV = _times(w.through, dnext_gKV * state_gKV)
         dg_g1C = _dg(
             do_written_gCM * p.scores,

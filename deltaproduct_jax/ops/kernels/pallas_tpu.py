@@ -19,12 +19,12 @@ from jax.experimental import pallas as pl
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Kept, Scratch, heads_first, tokens_first
 from deltaproduct_jax.ops.kernels.pallas_chunk import (
-    Found,
     chunk_backward,
+    errors,
     next_state,
     outputs,
     prepare,
-    read,
+    read_by_keys,
 )
 from deltaproduct_jax.ops.kernels.pallas_plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
@@ -118,7 +118,7 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
         def work(keys, values):
             for i, (x, p) in enumerate(call.prepared(scratch, segments, 0, keys, values)):
                 state = scratch.state[values]
-                _, error = read(x, p, state, passes)
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
                 scratch.state[values] = next_state(p, error, state, passes)
                 scratch.o[i, values] = outputs(p, error, state, scale, passes)
 
@@ -154,14 +154,13 @@ def _backward_kernel(*refs, call: Call):
         def work(keys, values):
             x = call.chunk_of(scratch, segments, i, keys, values)
             if kept:
-                state = kept.state[i, values]
-                found = Found(kept.key_state[i, values] if call.gated else None, x.v)
+                state, error = kept.state[i, values], x.v
                 p = prepare(x, scale, passes, kept.inverse[i, values])
             else:
                 state, p = states[0, 0, values], prepare(x, scale, passes)
-                found = read(x, p, state, passes)
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
             do, dnext = scratch.o[0, values], scratch.state[values]
-            dx, dstate = chunk_backward(x, p, found, state, do, dnext, scale, passes)
+            dx, dstate = chunk_backward(x, p, error, state, do, dnext, scale, passes)
             scratch.state[values] = dstate
             scratch.q[i, keys], scratch.k[i, keys] = dx[:2]
             scratch.v[i, values], scratch.beta[i, values] = dx[2:4]
@@ -190,10 +189,8 @@ def _walk_again(inputs, states, scratch: Scratch, kept: Kept, call: Call):
             for i, (x, p) in enumerate(call.prepared(scratch, segments, first, keys, values), first):
                 state = kept.state[i, values]
                 kept.inverse[i, values] = p.inverse
-                key_state, error = read(x, p, state, passes)
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
                 scratch.v[i, values] = error
-                if call.gated:
-                    kept.key_state[i, values] = key_state
                 # Of no use after the last chunk: there is room for it.
                 kept.state[i + 1, values] = next_state(p, error, state, passes)
 
