@@ -23,7 +23,7 @@ from deltaproduct_jax.ops.layout import Tokens, pad
 class Scratch(NamedTuple):
     """References to vector memory, float32: n chunks of all heads of the block, and their state.
 
-    The chunks are those that are prepared side by side, or, on the way back, of a whole span.
+    They are those that are prepared side by side; on the way back, a whole span where it is kept.
     """
 
     q: Any  # nhCK; its cotangent on the way back, as below
@@ -38,8 +38,8 @@ class Scratch(NamedTuple):
 class Kept(NamedTuple):
     """What the way back needs of every chunk of a span, where that holds several."""
 
-    state: Any  # ngKV, before each of them and after the last
-    inverse: Any  # ngMM
+    state: Any  # ngKV, before each of them; with the inverse also after the last
+    inverse: Any = None  # ngMM
 
 
 class Call(NamedTuple):
@@ -111,12 +111,15 @@ class Call(NamedTuple):
     def scratch(self):
         """Shapes of `Scratch`, and of `Kept` where it is needed."""
         _, R, _, _, K, V = self.sizes
-        C, h, g = self.plan.chunk, self.plan.heads, self.value_heads
-        n, M, state = self.chunks if self.reverse else self.plan.joined, C * R, (g, K, V)
+        plan, C, h, g = self.plan, self.plan.chunk, self.plan.heads, self.value_heads
+        M, state = C * R, (g, K, V)
+        n = self.chunks if self.reverse and plan.keeps else plan.joined
         shapes = [(n, h, C, K), (n, h, M, K), (n, g, M, V), (n, g, 1, M), (n, g, 1, C)]
         shapes += [(1 if self.reverse else n, g, C, V), state]
-        if self.reverse and n > 1:
-            shapes += [(n + 1, *state), (n, g, M, M)]
+        if self.reverse and self.chunks > 1:
+            shapes.append((self.chunks + plan.keeps, *state))
+        if self.reverse and plan.keeps:
+            shapes.append((n, g, M, M))
         return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
 
     def _buffered(self, spec: pl.BlockSpec) -> pl.BlockSpec:
@@ -245,13 +248,13 @@ class Call(NamedTuple):
         """The rows of segments of the i-th chunk of a span."""
         return tuple(ref[0, 0, i][None] for ref in ins[-2:]) if self.packed else (None, None)
 
-    def store(self, outs, scratch: Scratch, i):
-        """Writes the cotangents of the i-th chunk from where its primals were."""
+    def store(self, outs, scratch: Scratch, i, at):
+        """Writes the cotangents of the i-th chunk from where its primals were in scratch memory."""
         for ref, block in zip(scratch[:3], outs[:3], strict=True):
-            block[0, self.tokens_of(i)] = tokens_first(ref[i], block)
-        outs[3][0, 0, i] = scratch.beta[i, :, 0]
+            block[0, self.tokens_of(i)] = tokens_first(ref[at], block)
+        outs[3][0, 0, i] = scratch.beta[at, :, 0]
         if self.gated:
-            outs[4][0, 0, i] = scratch.g[i, :, 0]
+            outs[4][0, 0, i] = scratch.g[at, :, 0]
 
     def over_chunks(self, work, step: int = 1):
         """``work(i)`` for every ``step``-th chunk of a span, or backwards; a loop, as below."""
@@ -275,14 +278,14 @@ class Call(NamedTuple):
         else:
             jax.lax.fori_loop(0, groups, lambda j, _: work(pl.ds(j * h, h), pl.ds(j * g, g)), None)
 
-    def chunk_of(self, scratch: Scratch, segments, i, keys, values) -> Chunk:
-        """The i-th chunk in scratch memory, of a group of heads."""
+    def chunk_of(self, scratch: Scratch, segments, at, keys, values) -> Chunk:
+        """The chunk at a place in scratch memory, of a group of heads."""
         return Chunk(
-            scratch.q[i, keys],
-            scratch.k[i, keys],
-            scratch.v[i, values],
-            scratch.beta[i, values],
-            scratch.g[i, values] if self.gated else None,
+            scratch.q[at, keys],
+            scratch.k[at, keys],
+            scratch.v[at, values],
+            scratch.beta[at, values],
+            scratch.g[at, values] if self.gated else None,
             *segments,
         )
 

@@ -8,6 +8,7 @@ Shape suffixes: h key heads, g value heads (G per key head), C tokens, M = C * R
 width, V value width.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,16 +63,28 @@ def joined(chunks: Sequence[Chunk]) -> Chunk:
     """Several chunks as one of so many more heads: nothing here passes from one to the next."""
     if len(chunks) == 1:
         return chunks[0]
-    return Chunk(*(None if xs[0] is None else jnp.concatenate(xs) for xs in zip(*chunks)))
+    g = chunks[0].v.shape[0]
+    per_head = [x._replace(**_repeated(x, g)) for x in chunks]
+    return Chunk(
+        *(None if xs[0] is None else jnp.concatenate(xs) for xs in zip(*per_head, strict=True))
+    )
+
+
+def _repeated(x: Chunk, g: int) -> dict[str, jax.Array]:
+    if x.segment is None:
+        return {}
+    rows = {"segment": x.segment, "segment_of_update": x.segment_of_update}
+    return {name: jnp.broadcast_to(row, (g, *row.shape[1:])) for name, row in rows.items()}
 
 
 def parted(p: Prepared, n: int) -> list[Prepared]:
-    """What `prepare` gave for n chunks joined, apart again."""
+    """What `prepare` gave for n chunks joined, apart again; masks that all share stay whole."""
 
-    def part(i):
-        return lambda x: x[i * (x.shape[0] // n) : (i + 1) * (x.shape[0] // n)]
+    def part(i, x):
+        size = x.shape[0] // n
+        return x[i * size : (i + 1) * size] if size else x
 
-    return [p] if n == 1 else [jax.tree.map(part(i), p) for i in range(n)]
+    return [jax.tree.map(functools.partial(part, i), p) for i in range(n)] if n > 1 else [p]
 
 
 def prepare(x: Chunk, scale: float, passes: Passes, inverse_gMM=None) -> Prepared:

@@ -17,7 +17,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Kept, Scratch, heads_first, tokens_first
+from deltaproduct_jax.ops.kernels.pallas_blocks import (
+    Call,
+    Kept,
+    Scratch,
+    heads_first,
+    tokens_first,
+)
 from deltaproduct_jax.ops.kernels.pallas_chunk import (
     chunk_backward,
     errors,
@@ -148,27 +154,31 @@ def _backward_kernel(*refs, call: Call):
         _walk_again(inputs, states, scratch, kept, call)
 
     def chunk(i):
-        segments = call.segments_of(inputs, i) if kept else call.load(inputs, scratch, 0, 0)[0]
+        at = i if call.plan.keeps else 0
+        if call.plan.keeps:
+            segments = call.segments_of(inputs, i)
+        else:
+            (segments,) = call.load(inputs, scratch, i, at)
         scratch.o[0] = heads_first(do[0, call.tokens_of(i)])
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, i, keys, values)
-            if kept:
-                state, error = kept.state[i, values], x.v
-                p = prepare(x, scale, passes, kept.inverse[i, values])
+            x = call.chunk_of(scratch, segments, at, keys, values)
+            state = kept.state[i, values] if kept else states[0, 0, values]
+            if call.plan.keeps:
+                p, error = prepare(x, scale, passes, kept.inverse[i, values]), x.v
             else:
-                state, p = states[0, 0, values], prepare(x, scale, passes)
+                p = prepare(x, scale, passes)
                 error = errors(x, p, read_by_keys(p, state, passes), passes)
             do, dnext = scratch.o[0, values], scratch.state[values]
             dx, dstate = chunk_backward(x, p, error, state, do, dnext, scale, passes)
             scratch.state[values] = dstate
-            scratch.q[i, keys], scratch.k[i, keys] = dx[:2]
-            scratch.v[i, values], scratch.beta[i, values] = dx[2:4]
+            scratch.q[at, keys], scratch.k[at, keys] = dx[:2]
+            scratch.v[at, values], scratch.beta[at, values] = dx[2:4]
             if call.gated:
-                scratch.g[i, values] = dx[4]
+                scratch.g[at, values] = dx[4]
 
         call.over_groups(work)
-        call.store(outs, scratch, i)
+        call.store(outs, scratch, i, at)
 
     call.over_chunks(chunk)
 
@@ -178,25 +188,32 @@ def _backward_kernel(*refs, call: Call):
 
 
 def _walk_again(inputs, states, scratch: Scratch, kept: Kept, call: Call):
-    """Loads a span and finds what its chunks need on the way back; errors replace values."""
-    n, passes = call.plan.joined, call.passes
+    """Finds the state before every chunk of a span.
+
+    Where the plan keeps what it finds, the whole span is loaded, and errors replace its values.
+    """
+    joined, keeps, passes = call.plan.joined, call.plan.keeps, call.passes
     kept.state[0] = states[0, 0]
 
-    def side_by_side(first, _):
-        segments = call.load(inputs, scratch, first, first)
+    def side_by_side(first):
+        at = first if keeps else 0
+        segments = call.load(inputs, scratch, first, at)
 
         def work(keys, values):
-            for i, (x, p) in enumerate(call.prepared(scratch, segments, first, keys, values), first):
+            for j, (x, p) in enumerate(call.prepared(scratch, segments, at, keys, values)):
+                i = first + j
                 state = kept.state[i, values]
-                kept.inverse[i, values] = p.inverse
                 error = errors(x, p, read_by_keys(p, state, passes), passes)
-                scratch.v[i, values] = error
-                # Of no use after the last chunk: there is room for it.
+                if keeps:
+                    kept.inverse[i, values] = p.inverse
+                    scratch.v[i, values] = error
+                # Of no use after the last chunk: with ``keeps`` there is room for it.
                 kept.state[i + 1, values] = next_state(p, error, state, passes)
 
         call.over_groups(work)
 
-    if n == call.chunks:
-        side_by_side(0, None)
+    if joined == call.chunks:
+        side_by_side(0)
     else:
-        jax.lax.fori_loop(0, call.chunks // n, lambda j, _: side_by_side(j * n, None), None)
+        steps = call.chunks // joined if keeps else call.chunks - 1
+        jax.lax.fori_loop(0, steps, lambda n, _: side_by_side(n * joined), None)
