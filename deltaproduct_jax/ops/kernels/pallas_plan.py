@@ -50,9 +50,9 @@ def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: in
     """The cut for at most ``spans`` spans: as many heads at once as the memory allows.
 
     Spans are twice as long, for half of the states in HBM, where their number is even, and no work
-    is done twice, where neither costs a head. Chunks are cut shorter only where no head fits otherwise, and inputs are fetched
-    ahead unless that leaves room for no head. Where not even one fits then, ``bytes`` is above
-    ``limit``.
+    is done twice, where neither costs a head. Chunks are cut shorter only where no head fits
+    otherwise, and inputs are fetched ahead unless that leaves room for no head. Where not even one
+    fits then, ``bytes`` is above ``limit``.
     """
     least = round_up(-(-T // spans), BASE)
     spans = -(-T // least)

@@ -7,6 +7,7 @@ token. The bodies are in `triton_kernels`, which needs Triton and is imported at
 import dataclasses
 import functools
 import inspect
+import os
 from typing import Any
 
 import jax
