@@ -5,6 +5,7 @@ step before, and out when it changes or the grid ends. So each array counts once
 steps on one block, and blocks on which no step works count nothing.
 """
 
+import itertools
 import math
 
 import jax
@@ -26,21 +27,21 @@ def kernel_bytes(jaxpr: jax.extend.core.Jaxpr) -> dict[str, list[int]]:
         if equation.primitive.name == "pallas_call":
             mapping = equation.params["grid_mapping"]
             moved = [_bytes(block, mapping.grid) for block in mapping.block_mappings]
-            inside = {equation.params["name"]: moved}
+            parts = [{equation.params["name"]: moved}]
         else:
-            inside = {}
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                inside |= kernel_bytes(inner)
-        for name, moved in inside.items():
+            parts = map(kernel_bytes, jax.extend.core.jaxprs_in_params(equation.params))
+        for name, moved in itertools.chain.from_iterable(part.items() for part in parts):
             if found.setdefault(name, moved) != moved:
                 raise ValueError(f"several kernels named {name} move {found[name]} and {moved}")
     return found
 
 
 def _bytes(block, grid: tuple[int, ...]) -> int:
-    steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
-    index_map = jax.extend.core.jaxpr_as_fun(block.index_map_jaxpr)
-    indices = np.stack(np.broadcast_arrays(*jax.vmap(index_map)(*steps)), axis=-1)
-    runs = 1 + np.any(indices[1:] != indices[:-1], axis=-1).sum()
+    runs = 1
+    if grid:
+        steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
+        index_map = jax.extend.core.jaxpr_as_fun(block.index_map_jaxpr)
+        indices = np.stack(np.broadcast_arrays(*jax.vmap(index_map)(*steps)), axis=-1)
+        runs += np.any(indices[1:] != indices[:-1], axis=-1).sum()
     sizes = (getattr(size, "block_size", size) for size in block.block_shape)
     return int(runs) * math.prod(sizes) * block.array_aval.dtype.itemsize
