@@ -87,7 +87,7 @@ def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
 
 @pytest.mark.parametrize("case", [LONG, LONG_AND_PLAIN], ids=["gates and segments", "neither"])
 def test_a_state_every_second_span(case):
-    """Of 4 that there is room for; whatever lies in the others, NaN when interpreted, is not used."""
+    """Of 4 that there is room for; what lies in the others (NaN if interpreted) is not used."""
     arrays, ids = inputs(case)
     sizes = {"spans": 4, "T": case.T, "R": 4, "H": 1, "Hv": case.G, "K": 8, "V": 4}
     plan = pallas_plan.plan_of(jnp.dtype("float32"), **sizes)
