@@ -15,6 +15,8 @@ JAX. The sum is serial: copies that overlap with work are not taken off.
 import dataclasses
 import json
 import re
+import types
+from collections.abc import Mapping, Sequence
 
 from experiments.hlo_traffic import hbm_bytes
 
@@ -80,11 +82,12 @@ class Cost:
 Computation = dict[str, Instruction]
 
 
-def cost(text: str) -> Cost:
+def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyType({})) -> Cost:
     """Walks a compiled program.
 
     Args:
       text: what ``compiled.as_text()`` of JAX gives.
+      kernels: bytes that Pallas kernels move, as `kernel_traffic.kernel_bytes` gives them.
 
     Raises:
       ValueError: a loop whose trip count the text does not show.
@@ -98,7 +101,7 @@ def cost(text: str) -> Cost:
             if schedule is not None:
                 total.schedule_cycles = (total.schedule_cycles or 0) + times * schedule
             total.model_cycles += times * (model or 0)
-            total.hbm_bytes += times * hbm_bytes(computations, computations[name], line)
+            total.hbm_bytes += times * hbm_bytes(computations, computations[name], line, kernels)
             kind = line.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
                 total.collectives[kind] = total.collectives.get(kind, 0) + times

@@ -2,12 +2,15 @@
 
 Counted once for every operand and result that lies there: what the compiler put into vector memory
 has another memory space in its layout. A slice, or an update in place, counts by its own size, also
-inside a fusion. Padding that a layout adds is not counted, and a custom call is taken to read and
+inside a fusion. Padding that a layout adds is not counted. A Pallas kernel counts by the blocks
+that it moves, where these are known (`kernel_traffic`); any other custom call is taken to read and
 to write each of its arrays once.
 """
 
 import math
 import re
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Element types and their bits.
@@ -26,13 +29,29 @@ _NOTHING = {
 _BUFFERS = ("AllocateBuffer", "ConcatBitcast")
 
 
-def hbm_bytes(computations: dict[str, dict[str, Any]], computation: dict[str, Any], line) -> int:
-    """Bytes of one pass of an operation; lines as `hlo_cost` reads them."""
+def hbm_bytes(
+    computations: dict[str, dict[str, Any]],
+    computation: dict[str, Any],
+    line,
+    kernels: Mapping[str, Sequence[int]] = types.MappingProxyType({}),
+) -> int:
+    """Bytes of one pass of an operation.
+
+    Args:
+      computations: of the program, by name; lines as `hlo_cost` reads them.
+      computation: the one around the operation.
+      line: the operation.
+      kernels: what a Pallas kernel of a name moves of each operand and result.
+    """
     if line.opcode in _NOTHING or line.opcode.endswith("-done"):
         return 0
     if line.attribute("custom_call_target") in _BUFFERS:
         return 0
     operands = [computation[name] for name in line.operands if name in computation]
+    if line.opcode == "custom-call" and (moved := kernels.get(_kernel_name(line))):
+        types_of_arrays = [*(x.type for x in operands), *(x[0] for x in _ARRAY.finditer(line.type))]
+        pairs = zip(types_of_arrays, moved, strict=True)
+        return sum(n for text, n in pairs if _size(text))
     if line.opcode.endswith("-start"):
         # Of (destination, source, context), or of a part of the source.
         arrays = _ARRAY.finditer(line.type)
@@ -46,6 +65,12 @@ def hbm_bytes(computations: dict[str, dict[str, Any]], computation: dict[str, An
     if line.opcode == "fusion":
         return _of_fusion(computations[line.attribute("calls")])
     return _size(line.type) + sum(_size(x.type) for x in operands)
+
+
+def _kernel_name(line) -> str:
+    """Of a Pallas kernel, whose operation is named "a/path/NAME/pallas_call"."""
+    *_, name, last = ("", "", *(line.attribute("op_name") or "").split("/"))
+    return name if last == "pallas_call" else ""
 
 
 def _of_fusion(fused: dict[str, Any]) -> int:

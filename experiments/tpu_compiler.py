@@ -24,7 +24,7 @@ from jax.experimental import topologies
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops import delta_product
-from experiments import environment, hlo_cost
+from experiments import environment, hlo_cost, kernel_traffic
 from experiments.timing import FORWARD, Shape
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,14 +147,16 @@ def compile_here(job: Job) -> dict[str, Any]:
         arguments = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
         )
-        lowered = jax.jit(function).lower(*arguments)
+        traced = jax.jit(function).trace(*arguments)
+        kernels = kernel_traffic.kernel_bytes(traced.jaxpr.jaxpr)
+        lowered = traced.lower()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     memory = compiled.memory_analysis()
     return {
-        **dataclasses.asdict(hlo_cost.cost(compiled.as_text())),
+        **dataclasses.asdict(hlo_cost.cost(compiled.as_text(), kernels)),
         "temp_bytes": memory.temp_size_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "output_bytes": memory.output_size_in_bytes,

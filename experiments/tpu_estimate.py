@@ -14,8 +14,8 @@ two versions of the op on one chip, and no times:
   large shapes, and aborts on some programs and always on v4; then the table says so.
 * cost model: what the compiler chose its tiles by; it counts traffic and an overhead an operation,
   and knows no custom calls.
-* HBM: bytes that all operations read from it and write to it, a custom call each of its arrays
-  once; in brackets over arguments, outputs and a state for every 128 factors.
+* HBM: bytes that all operations read from it and write to it, the Pallas kernels by the blocks that
+  their grids move; in brackets over arguments, outputs and a state for every 128 factors.
 * memory: temporary, arguments, outputs. What is kept on the chip is not counted.
 
 Microseconds are cycles at the clock in `tpu_compiler.GENERATIONS`, on v4 of one of the two cores of
@@ -97,7 +97,7 @@ def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) 
             note = found["error"]
             (found,) = compile_apart([job], profile=False, timeout_s=config.timeout_s)
         names = {"generation": generation, "num_householder": n_h, "direction": direction}
-        # Of a state for every 128 factors, which the gradient cannot do without.
+        # Of a state for every 128 factors: a chunk of the kernel.
         spans = -(-shape.T * shape.R // 128)
         found["states_bytes"] = 4 * spans * shape.B * shape.H * shape.K * shape.V
         rows.append({**names, "implementation": implementation, "profile_error": note, **found})

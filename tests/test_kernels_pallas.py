@@ -4,6 +4,7 @@ Its accuracy is a row of the matrix in test_ops_accuracy.py, and test_tpu_compil
 compiler for the chips.
 """
 
+import dataclasses
 import functools
 import re
 
@@ -18,6 +19,8 @@ from deltaproduct_jax.ops.kernels import pallas_plan
 from deltaproduct_jax.ops.kernels.pallas_products import Passes, unit_lower_inverse
 
 CASE = Case(T=20, R=2, B=2, H=2, G=2, K=8, V=4, segments=True)
+LONG = Case(T=128, R=4, B=1, H=1, G=2, K=8, V=4, segments=True)
+LONG_AND_PLAIN = dataclasses.replace(LONG, gate=None, segments=False)
 EXACT = Passes.of(jnp.dtype("float32"), None, interpret=True)
 NARROW = Passes.of(jnp.dtype("bfloat16"), None, interpret=True)
 
@@ -74,11 +77,36 @@ def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
     plan = functools.partial(pallas_plan.plan_of, jnp.dtype("float32"), **sizes)
     assert (plan().together, plan().buffers) == (3, 2)
     least = pallas_plan.MOST_MEMORY
-    while plan().together > 1 or plan().buffers > 1:
+    assert plan().keeps
+    while plan().together > 1 or plan().buffers > 1 or plan().keeps:
         least = int(0.99 * least)
         monkeypatch.setattr(pallas_plan, "MOST_MEMORY", least)
         assert plan().bytes <= least
     assert_close(jax.value_and_grad(loss)(arrays, None, "pallas_tpu"), expected)
+
+
+@pytest.mark.parametrize("case", [LONG, LONG_AND_PLAIN], ids=["gates and segments", "neither"])
+def test_a_state_every_second_span(case):
+    """Of 4 that there is room for; what lies in the others (NaN if interpreted) is not used."""
+    arrays, ids = inputs(case)
+    sizes = {"spans": 4, "T": case.T, "R": 4, "H": 1, "Hv": case.G, "K": 8, "V": 4}
+    plan = pallas_plan.plan_of(jnp.dtype("float32"), **sizes)
+    assert (plan.spans, plan.span // plan.chunk, plan.joined) == (2, 4, 2)
+    _, pullback = jax.vjp(functools.partial(loss, ids=ids, implementation="pallas_tpu"), arrays)
+    kept = [x for x in jax.tree.leaves(pullback) if x.shape[:1] == (4,) and x.ndim == 6]
+    (states,) = kept
+    assert np.isfinite(states[:2]).all()
+    assert np.isnan(states[2:]).all()
+    expected = jax.grad(loss)(arrays, ids, "chunked")
+    assert_close(pullback(jnp.float32(1)), (expected,))
+
+
+@pytest.mark.parametrize(("spans", "expected"), [(1, 1), (2, 1), (3, 3), (6, 3), (65, 65)])
+def test_spans_are_paired_where_their_number_is_even(spans, expected):
+    sizes = {"T": 64 * spans, "R": 2, "H": 8, "Hv": 8, "K": 128, "V": 128}
+    plan = pallas_plan.plan_of(jnp.dtype("bfloat16"), spans=spans, **sizes)
+    assert plan.spans == expected
+    assert (plan.chunk, plan.together, plan.buffers) == (64, 8, 2)
 
 
 @pytest.mark.parametrize("M", [16, 48, 128])

@@ -29,6 +29,8 @@ KERNELS = {
        for name in ("v5e", "v5p", "v6e")},
     "v4": Job("v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16")),
 }  # fmt: skip
+# Large enough for its arrays not to fit on the chip.
+LARGE = Job("v5e", "pallas_tpu", BACKWARD, Shape(1, 32768, 4, 128, 128, 2, "bfloat16"))
 # Large enough for its states, one every 32 tokens, not to fit on the chip, where memory is not
 # counted.
 LONG = Job("v5e", "chunked", BACKWARD, Shape(B=1, T=8192, H=2, K=128, V=128, R=4, dtype="bfloat16"))
@@ -38,7 +40,7 @@ SPAN = 32
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler says of every program, all compiled by one child process."""
-    jobs = {**JOBS, **KERNELS, "long": LONG}
+    jobs = {**JOBS, **KERNELS, "large": LARGE, "long": LONG}
     figures = tpu_compiler.compile_apart(list(jobs.values()), profile=False, timeout_s=280)
     return dict(zip(jobs, figures, strict=True))
 
@@ -62,11 +64,15 @@ def test_the_kernels_compile_and_are_all_there_is(generation, compiled):
 
 
 def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
-    """Inputs, cotangents, and a state a span, most of them once, a few on the way back again."""
-    found, shape = compiled["v4"], KERNELS["v4"].shape
+    """Inputs twice, cotangents, and of the states, one a chunk, every second out and in again.
+
+    With all of them it would be 1.6 times inputs, outputs and one state a chunk.
+    """
+    found, shape = compiled["large"], LARGE.shape
+    assert found["custom_calls"] == {"tpu_custom_call": 2}
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
     least = found["argument_bytes"] + found["output_bytes"] + states
-    assert least < found["hbm_bytes"] < 1.5 * least
+    assert 1.25 * least < found["hbm_bytes"] < 1.45 * least
 
 
 PROGRAMS = ("step in shard_map", "step under jit", "transformed", "newest", "sequence")

@@ -8,7 +8,8 @@ A kernel is a module of this folder, named in `KERNELS`, with four functions:
     Whether it can be lowered by what is known while tracing; if not, nobody chooses it.
 ``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, states)``
     As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.spans``, in float32, or None;
-    a kernel that keeps fewer leaves the rest zero.
+    a kernel that keeps fewer need not write the rest, which may hold anything, NaN included: only
+    its own ``backward`` reads them.
 ``backward(tokens, states, do, dfinal_state, options) -> (dtokens, dinitial_state)``
     As `chunked_backward`, from the states that its own ``forward`` kept.
 

@@ -14,22 +14,32 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk
+from deltaproduct_jax.ops.kernels.pallas_chunk import Chunk, joined, parted, prepare
 from deltaproduct_jax.ops.kernels.pallas_plan import Plan, plan_of, vector_memory
 from deltaproduct_jax.ops.kernels.pallas_products import Passes
 from deltaproduct_jax.ops.layout import Tokens, pad
 
 
 class Scratch(NamedTuple):
-    """References to vector memory, float32: a chunk of all heads of the block, and their state."""
+    """References to vector memory, float32: n chunks of all heads of the block, and their state.
 
-    q: Any  # hCK; its cotangent on the way back, as below
-    k: Any  # hMK
-    v: Any  # gMV
-    beta: Any  # g1M
-    g: Any  # g1C
-    o: Any  # gCV, or the cotangent of o
+    They are those that are prepared side by side; on the way back, a whole span where it is kept.
+    """
+
+    q: Any  # nhCK; its cotangent on the way back, as below
+    k: Any  # nhMK
+    v: Any  # ngMV; on the way back the errors before the cotangent
+    beta: Any  # ng1M
+    g: Any  # ng1C
+    o: Any  # ngCV, or 1gCV: the cotangent of o
     state: Any  # gKV, or its cotangent
+
+
+class Kept(NamedTuple):
+    """What the way back needs of every chunk of a span, where that holds several."""
+
+    state: Any  # ngKV, before each of them; with the inverse also after the last
+    inverse: Any = None  # ngMM
 
 
 class Call(NamedTuple):
@@ -44,6 +54,7 @@ class Call(NamedTuple):
     gated: bool
     packed: bool
     manual_axis_type: Any  # of the arrays, inside shard_map
+    slots: int  # for states
 
     @classmethod
     def of(cls, tokens: Tokens, options: Options, *, reverse: bool) -> "Call":
@@ -61,6 +72,7 @@ class Call(NamedTuple):
             tokens.g is not None,
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
+            options.spans,
         )
 
     @property
@@ -97,13 +109,17 @@ class Call(NamedTuple):
         )(*operands)
 
     def scratch(self):
-        """Shapes of `Scratch`, and of the state before every chunk of a span where it is needed."""
+        """Shapes of `Scratch`, and of `Kept` where it is needed."""
         _, R, _, _, K, V = self.sizes
-        C, h, g = self.plan.chunk, self.plan.heads, self.value_heads
+        plan, C, h, g = self.plan, self.plan.chunk, self.plan.heads, self.value_heads
         M, state = C * R, (g, K, V)
-        shapes = [(h, C, K), (h, M, K), (g, M, V), (g, 1, M), (g, 1, C), (g, C, V), state]
+        n = self.chunks if self.reverse and plan.keeps else plan.joined
+        shapes = [(n, h, C, K), (n, h, M, K), (n, g, M, V), (n, g, 1, M), (n, g, 1, C)]
+        shapes += [(1 if self.reverse else n, g, C, V), state]
         if self.reverse and self.chunks > 1:
-            shapes.append((self.chunks, *state))
+            shapes.append((self.chunks + plan.keeps, *state))
+        if self.reverse and plan.keeps:
+            shapes.append((n, g, M, M))
         return [pltpu.VMEM(shape, jnp.float32) for shape in shapes]
 
     def _buffered(self, spec: pl.BlockSpec) -> pl.BlockSpec:
@@ -121,7 +137,7 @@ class Call(NamedTuple):
         return pl.BlockSpec((1, self.value_heads, K, V), lambda b, h, n: (b, h, 0, 0))
 
     def states_block(self) -> pl.BlockSpec:
-        """Of an array [N, B, Hv, K, V]."""
+        """Of an array [N, B, Hv, K, V]; blocks of no span are neither read nor written."""
         *_, K, V = self.sizes
         shape = (1, 1, self.value_heads, K, V)
         return pl.BlockSpec(shape, lambda b, h, n: (self._span(n), b, h, 0, 0))
@@ -190,7 +206,7 @@ class Call(NamedTuple):
         yield self.tokens_block((Hv, V)), (B, N * C, Hv, V), tokens.v.dtype
         yield self.state_block(), (B, Hv, K, V), jnp.float32
         if keep_states:
-            yield self.states_block(), (N, B, Hv, K, V), jnp.float32
+            yield self.states_block(), (self.slots, B, Hv, K, V), jnp.float32
 
     def cotangents(self, tokens: Tokens):
         """Block, shape and dtype of every output of the backward kernel."""
@@ -207,31 +223,47 @@ class Call(NamedTuple):
         """The tokens of the i-th chunk of a span."""
         return pl.ds(i * self.plan.chunk, self.plan.chunk)
 
-    def load(self, ins, scratch: Scratch, i):
-        """Puts the i-th chunk of a span into scratch memory; returns its rows of segments."""
-        for ref, block in zip((scratch.q, scratch.k, scratch.v), ins[:3], strict=True):
-            ref[...] = heads_first(block[0, self.tokens_of(i)])
-        scratch.beta[...] = ins[3][0, 0, i][:, None]
-        if self.gated:
-            scratch.g[...] = ins[4][0, 0, i][:, None]
+    def load(self, ins, scratch: Scratch, first, at):
+        """Puts chunks of a span, as many as are joined, into scratch memory.
+
+        Args:
+          ins: blocks of the inputs.
+          scratch: where to.
+          first: the first of the chunks.
+          at: where in scratch memory it goes.
+
+        Returns:
+          The rows of segments of each of them.
+        """
+        for j in range(self.plan.joined):
+            i, to = first + j, at + j
+            for ref, block in zip(scratch[:3], ins[:3], strict=True):
+                ref[to] = heads_first(block[0, self.tokens_of(i)])
+            scratch.beta[to] = ins[3][0, 0, i][:, None]
+            if self.gated:
+                scratch.g[to] = ins[4][0, 0, i][:, None]
+        return [self.segments_of(ins, first + j) for j in range(self.plan.joined)]
+
+    def segments_of(self, ins, i):
+        """The rows of segments of the i-th chunk of a span."""
         return tuple(ref[0, 0, i][None] for ref in ins[-2:]) if self.packed else (None, None)
 
-    def store(self, outs, scratch: Scratch, i):
-        """Writes the cotangents of the i-th chunk from where `load` put their primals."""
-        for ref, block in zip((scratch.q, scratch.k, scratch.v), outs[:3], strict=True):
-            block[0, self.tokens_of(i)] = tokens_first(ref[...], block)
-        outs[3][0, 0, i] = scratch.beta[:, 0]
+    def store(self, outs, scratch: Scratch, i, at):
+        """Writes the cotangents of the i-th chunk from where its primals were in scratch memory."""
+        for ref, block in zip(scratch[:3], outs[:3], strict=True):
+            block[0, self.tokens_of(i)] = tokens_first(ref[at], block)
+        outs[3][0, 0, i] = scratch.beta[at, :, 0]
         if self.gated:
-            outs[4][0, 0, i] = scratch.g[:, 0]
+            outs[4][0, 0, i] = scratch.g[at, :, 0]
 
-    def over_chunks(self, work):
-        """``work(i)`` for the chunks of a span in order, or backwards; a loop, as below."""
-        last = self.chunks - 1
+    def over_chunks(self, work, step: int = 1):
+        """``work(i)`` for every ``step``-th chunk of a span, or backwards; a loop, as below."""
+        last = self.chunks // step - 1
         if last == 0:
             work(0)
         else:
             order = (lambda i: last - i) if self.reverse else (lambda i: i)
-            jax.lax.fori_loop(0, last + 1, lambda i, _: work(order(i)), None)
+            jax.lax.fori_loop(0, last + 1, lambda i, _: work(order(i) * step), None)
 
     def over_groups(self, work):
         """``work(keys, values)`` for the key and value heads of every group of the block.
@@ -246,16 +278,24 @@ class Call(NamedTuple):
         else:
             jax.lax.fori_loop(0, groups, lambda j, _: work(pl.ds(j * h, h), pl.ds(j * g, g)), None)
 
-    def chunk_of(self, scratch: Scratch, segments, keys, values) -> Chunk:
-        """The loaded chunk of a group of heads."""
+    def chunk_of(self, scratch: Scratch, segments, at, keys, values) -> Chunk:
+        """The chunk at a place in scratch memory, of a group of heads."""
         return Chunk(
-            scratch.q[keys],
-            scratch.k[keys],
-            scratch.v[values],
-            scratch.beta[values],
-            scratch.g[values] if self.gated else None,
+            scratch.q[at, keys],
+            scratch.k[at, keys],
+            scratch.v[at, values],
+            scratch.beta[at, values],
+            scratch.g[at, values] if self.gated else None,
             *segments,
         )
+
+    def prepared(self, scratch: Scratch, segments, at, keys, values):
+        """The chunks that `load` loaded, each with what does not depend on the state."""
+        chunks = [
+            self.chunk_of(scratch, rows, at + j, keys, values) for j, rows in enumerate(segments)
+        ]
+        p = prepare(joined(chunks), self.scale, self.passes)
+        return zip(chunks, parted(p, len(chunks)), strict=True)
 
 
 def heads_first(x: jax.Array) -> jax.Array:

@@ -8,6 +8,8 @@ Shape suffixes: h key heads, g value heads (G per key head), C tokens, M = C * R
 width, V value width.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -57,24 +59,57 @@ class Prepared(NamedTuple):
     k: jax.Array  # gMK
 
 
-def prepare(x: Chunk, scale: float, passes: Passes) -> Prepared:
-    """Decays, scores, and the inverse of I + L."""
+def joined(chunks: Sequence[Chunk]) -> Chunk:
+    """Several chunks as one of so many more heads: nothing here passes from one to the next."""
+    if len(chunks) == 1:
+        return chunks[0]
+    g = chunks[0].v.shape[0]
+    per_head = [x._replace(**_repeated(x, g)) for x in chunks]
+    return Chunk(
+        *(None if xs[0] is None else jnp.concatenate(xs) for xs in zip(*per_head, strict=True))
+    )
+
+
+def _repeated(x: Chunk, g: int) -> dict[str, jax.Array]:
+    if x.segment is None:
+        return {}
+    rows = {"segment": x.segment, "segment_of_update": x.segment_of_update}
+    return {name: jnp.broadcast_to(row, (g, *row.shape[1:])) for name, row in rows.items()}
+
+
+def parted(p: Prepared, n: int) -> list[Prepared]:
+    """What `prepare` gave for n chunks joined, apart again; masks that all share stay whole."""
+
+    def part(i, x):
+        size = x.shape[0] // n
+        return x[i * size : (i + 1) * size] if size else x
+
+    return [jax.tree.map(functools.partial(part, i), p) for i in range(n)] if n > 1 else [p]
+
+
+def prepare(x: Chunk, scale: float, passes: Passes, inverse_gMM=None) -> Prepared:
+    """Decays, scores, and the inverse of I + L unless it is given."""
     G = x.v.shape[0] // x.q.shape[0]
     weights = _weights(x, passes)
     kk_hMM = passes("hmk,hnk->hmn", x.k, x.k)
     qk_hCM = passes("hck,hmk->hcm", x.q, x.k)
     gram_gMM = weights.between * _per_value_head(kk_hMM, G)
-    inverse_gMM = unit_lower_inverse(gram_gMM * x.beta, passes)
+    if inverse_gMM is None:
+        inverse_gMM = unit_lower_inverse(gram_gMM * x.beta, passes)
     scores_gCM = scale * weights.within * _per_value_head(qk_hCM, G)
     q_gCK, k_gMK = _per_value_head(x.q, G), _per_value_head(x.k, G)
     return Prepared(weights, gram_gMM, scores_gCM, inverse_gMM, column_of(x.beta), q_gCK, k_gMK)
 
 
-def errors(x: Chunk, p: Prepared, state_gKV, passes: Passes):
-    """What keys read from the state, and what values differ by from it at their update."""
-    key_state_gMV = passes("gmk,gkv->gmv", p.k, state_gKV)
+def read_by_keys(p: Prepared, state_gKV, passes: Passes):
+    """What keys read from the state, gMV, before the chunk changes it."""
+    return passes("gmk,gkv->gmv", p.k, state_gKV)
+
+
+def errors(x: Chunk, p: Prepared, key_state_gMV, passes: Passes):
+    """What values differ by from the state at their update, gMV."""
     rhs_gMV = x.v - _times(p.weights.into_update, key_state_gMV)
-    return key_state_gMV, passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
+    return passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
 
 
 def next_state(p: Prepared, error_gMV, state_gKV, passes: Passes):
@@ -90,11 +125,11 @@ def outputs(p: Prepared, error_gMV, state_gKV, scale: float, passes: Passes):
     return scale * read_gCV + passes("gcm,gmv->gcv", p.scores, p.beta * error_gMV)
 
 
-def chunk_backward(x: Chunk, state_gKV, do_gCV, dnext_gKV, scale: float, passes: Passes):
+def chunk_backward(
+    x: Chunk, p: Prepared, error_gMV, state_gKV, do_gCV, dnext_gKV, scale: float, passes: Passes
+):
     """Cotangents ``(q, k, v, beta, g)`` as in `Chunk` (g or None), and of the state before it."""
-    p = prepare(x, scale, passes)
     w, h = p.weights, x.q.shape[0]
-    key_state_gMV, error_gMV = errors(x, p, state_gKV, passes)
     written_gMV = p.beta * error_gMV
 
     from_next_gMV = _times(w.out, passes("gmk,gkv->gmv", p.k, dnext_gKV))
@@ -124,6 +159,7 @@ def chunk_backward(x: Chunk, state_gKV, do_gCV, dnext_gKV, scale: float, passes:
     dbeta_g1M += jnp.sum(of_gram_gMM, axis=-2, keepdims=True)
     dg_g1C = None
     if x.g is not None:
+        key_state_gMV = read_by_keys(p, state_gKV, passes)
         through_gKV = _times(w.through, dnext_gKV * state_gKV)
         dg_g1C = _dg(
             do_written_gCM * p.scores,

@@ -22,11 +22,13 @@ class Plan(NamedTuple):
     """How the sequence and the heads are cut.
 
     Attributes:
-      span: tokens of a program.
+      span: tokens of a program, from one kept state to the next.
       chunk: tokens in a chunk; divides ``span``.
       spans: how many programs walk a sequence.
       heads: key heads in a block.
       together: key heads that are worked on at once; divides ``heads``.
+      keeps: on the way back, what walking a span again finds is kept; else only its states are.
+      joined: chunks of a span that are prepared at once; divides their number.
       buffers: of every input block; with 1 the next block is not fetched ahead.
       bytes: of vector memory, about.
       limit: what there is for the plan.
@@ -37,6 +39,8 @@ class Plan(NamedTuple):
     spans: int
     heads: int
     together: int
+    keeps: bool
+    joined: int
     buffers: int
     bytes: int
     limit: int
@@ -45,23 +49,31 @@ class Plan(NamedTuple):
 def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: int) -> Plan:
     """The cut for at most ``spans`` spans: as many heads at once as the memory allows.
 
-    Chunks are cut shorter only where no head fits otherwise, and inputs are fetched ahead unless
-    that leaves room for no head. Where not even one fits then, ``bytes`` is above ``limit``.
+    Spans are twice as long, for half of the states in HBM, where their number is even, and no work
+    is done twice, where neither costs a head. Chunks are cut shorter only where no head fits
+    otherwise, and inputs are fetched ahead unless that leaves room for no head. Where not even one
+    fits then, ``bytes`` is above ``limit``.
     """
-    span = round_up(-(-T // spans), BASE)
+    least = round_up(-(-T // spans), BASE)
+    spans = -(-T // least)
     heads = HEADS_IN_BLOCK if H % HEADS_IN_BLOCK == 0 else H
     limit = vector_memory()
     if memory := memory_of_core():
         # On v4, whose 16 MiB fill up, the compiler reported up to 1.12 times what is counted here.
         limit = min(limit, memory * 7 // 8)
     counts = [n for n in range(heads, 0, -1) if heads % n == 0]
-    cuts = itertools.product(_chunks(dtype, span, R), (2, 1), counts)
-    for chunk, buffers, together in cuts:
-        needed = _fixed_bytes(dtype, span, chunk, heads, buffers, R, Hv // H, K, V)
+    lengths = [(2, True), (1, True), (1, False)][spans % 2 :]
+    cuts = itertools.product(_chunks(dtype, least, R), (2, 1), counts, lengths)
+    for chunk, buffers, together, (length, keeps) in cuts:
+        span = length * least
+        keeps &= span > chunk
+        needed = _fixed_bytes(dtype, span, chunk, keeps, heads, buffers, R, Hv // H, K, V)
         needed += together * (Hv // H) * _working_bytes(dtype, chunk, R, K, V)
         if needed <= limit:
             break
-    return Plan(span, chunk, -(-T // span), heads, together, buffers, needed, limit)
+    joined = 2 if keeps and span // chunk % 2 == 0 else 1
+    spans //= length
+    return Plan(span, chunk, spans, heads, together, keeps, joined, buffers, needed, limit)
 
 
 def _chunks(dtype, span: int, R: int) -> list[int]:
@@ -86,7 +98,7 @@ def vector_memory() -> int:
     return min(memory_of_core() or MOST_MEMORY, MOST_MEMORY)
 
 
-def _fixed_bytes(dtype, span, chunk, heads, buffers, R, G, K, V) -> int:
+def _fixed_bytes(dtype, span, chunk, keeps, heads, buffers, R, G, K, V) -> int:
     """Of the backward kernel, the larger one: blocks, scratch, and what turning both around takes.
 
     Fitted to what the compiler reported of 2 to 8 heads of 64 x 64 to 256 x 256, on v4, v5e and
@@ -97,9 +109,12 @@ def _fixed_bytes(dtype, span, chunk, heads, buffers, R, G, K, V) -> int:
     rows = span * round_up(heads, 32 // itemsize) * itemsize
     state = 4 * heads * G * K * V
     inputs, outputs = rows * (per_token + G * V) + 2 * state, rows * per_token + state
-    kept = 0 if chunk == span else span // chunk
     turned = _copies(dtype) * 3 * 4 * chunk * heads * (per_token + G * V)
-    return buffers * inputs + 2 * outputs + turned + (1 + kept) * state
+    kept = 0 if chunk == span else span // chunk * state
+    if keeps:
+        turned += 4 * (span - chunk) * heads * per_token
+        kept += state + 4 * span * R * heads * G * round_up(chunk * R, 128)
+    return buffers * inputs + 2 * outputs + turned + state + kept
 
 
 def _working_bytes(dtype, chunk: int, R: int, K: int, V: int) -> int:

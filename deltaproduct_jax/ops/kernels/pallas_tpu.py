@@ -17,13 +17,20 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.pallas_blocks import Call, Scratch, heads_first, tokens_first
+from deltaproduct_jax.ops.kernels.pallas_blocks import (
+    Call,
+    Kept,
+    Scratch,
+    heads_first,
+    tokens_first,
+)
 from deltaproduct_jax.ops.kernels.pallas_chunk import (
     chunk_backward,
     errors,
     next_state,
     outputs,
     prepare,
+    read_by_keys,
 )
 from deltaproduct_jax.ops.kernels.pallas_plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
@@ -77,16 +84,15 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     if not keep_states:
         return o, final_state, None
     B, _, _, H, _ = tokens.k.shape
-    missing = options.spans - call.plan.spans
-    states = jnp.pad(states[0], [(0, missing)] + [(0, 0)] * 4) if missing else states[0]
-    return o, final_state, states.reshape(options.spans, B, H, -1, *states.shape[-2:])
+    shape = (options.spans, B, H, -1, *states[0].shape[-2:])
+    return o, final_state, states[0].reshape(shape)
 
 
 def backward(tokens: Tokens, states: jax.Array, do, dfinal_state, options: Options):
     """Cotangents of the inputs and of the initial state; the contract of kernels."""
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
-    states = states[: call.plan.spans].reshape(-1, *dfinal_state.shape)
+    states = states.reshape(-1, *dfinal_state.shape)
     dq, dk, dv, dbeta, *dg, dinitial_state = call.run(
         functools.partial(_backward_kernel, call=call),
         [*specs, call.states_block(), call.tokens_block(do.shape[2:]), call.state_block()],
@@ -112,21 +118,21 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
     if keep_states:
         refs[0][0, 0] = scratch.state[...]
 
-    def chunk(i):
-        segments = call.load(inputs, scratch, i)
+    def side_by_side(first):
+        segments = call.load(inputs, scratch, first, 0)
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, keys, values)
-            state = scratch.state[values]
-            p = prepare(x, scale, passes)
-            _, error = errors(x, p, state, passes)
-            scratch.state[values] = next_state(p, error, state, passes)
-            scratch.o[values] = outputs(p, error, state, scale, passes)
+            for i, (x, p) in enumerate(call.prepared(scratch, segments, 0, keys, values)):
+                state = scratch.state[values]
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
+                scratch.state[values] = next_state(p, error, state, passes)
+                scratch.o[i, values] = outputs(p, error, state, scale, passes)
 
         call.over_groups(work)
-        o[0, call.tokens_of(i)] = tokens_first(scratch.o[...], o)
+        for i in range(call.plan.joined):
+            o[0, call.tokens_of(first + i)] = tokens_first(scratch.o[i], o)
 
-    call.over_chunks(chunk)
+    call.over_chunks(side_by_side, call.plan.joined)
 
     @pl.when(pl.program_id(2) == call.plan.spans - 1)
     def _():
@@ -137,32 +143,42 @@ def _backward_kernel(*refs, call: Call):
     count = 4 + call.gated + 2 * call.packed
     inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
     outs, refs = refs[: 5 + call.gated], refs[5 + call.gated :]
-    scratch, kept = Scratch(*refs[:7]), refs[7:]
+    scratch, kept = Scratch(*refs[:7]), Kept(*refs[7:]) if refs[7:] else None
+    passes, scale = call.passes, call.scale
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         scratch.state[...] = dfinal[0]
 
     if kept:
-        _states_again(inputs, states, scratch, kept[0], call)
+        _walk_again(inputs, states, scratch, kept, call)
 
     def chunk(i):
-        segments = call.load(inputs, scratch, i)
-        scratch.o[...] = heads_first(do[0, call.tokens_of(i)])
+        at = i if call.plan.keeps else 0
+        if call.plan.keeps:
+            segments = call.segments_of(inputs, i)
+        else:
+            (segments,) = call.load(inputs, scratch, i, at)
+        scratch.o[0] = heads_first(do[0, call.tokens_of(i)])
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, keys, values)
-            state = kept[0][i, values] if kept else states[0, 0, values]
-            dnext = scratch.state[values]
-            dx, scratch.state[values] = chunk_backward(
-                x, state, scratch.o[values], dnext, call.scale, call.passes
-            )
-            scratch.q[keys], scratch.k[keys], scratch.v[values], scratch.beta[values] = dx[:4]
+            x = call.chunk_of(scratch, segments, at, keys, values)
+            state = kept.state[i, values] if kept else states[0, 0, values]
+            if call.plan.keeps:
+                p, error = prepare(x, scale, passes, kept.inverse[i, values]), x.v
+            else:
+                p = prepare(x, scale, passes)
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
+            do, dnext = scratch.o[0, values], scratch.state[values]
+            dx, dstate = chunk_backward(x, p, error, state, do, dnext, scale, passes)
+            scratch.state[values] = dstate
+            scratch.q[at, keys], scratch.k[at, keys] = dx[:2]
+            scratch.v[at, values], scratch.beta[at, values] = dx[2:4]
             if call.gated:
-                scratch.g[values] = dx[4]
+                scratch.g[at, values] = dx[4]
 
         call.over_groups(work)
-        call.store(outs, scratch, i)
+        call.store(outs, scratch, i, at)
 
     call.over_chunks(chunk)
 
@@ -171,20 +187,33 @@ def _backward_kernel(*refs, call: Call):
         outs[-1][0] = scratch.state[...]
 
 
-def _states_again(inputs, states, scratch: Scratch, kept, call: Call):
-    """The state before every chunk of a span, from that before the span."""
-    kept[0] = states[0, 0]
+def _walk_again(inputs, states, scratch: Scratch, kept: Kept, call: Call):
+    """Finds the state before every chunk of a span.
 
-    def chunk(i, _):
-        segments = call.load(inputs, scratch, i)
+    Where the plan keeps what it finds, the whole span is loaded, and errors replace its values.
+    """
+    joined, keeps, passes = call.plan.joined, call.plan.keeps, call.passes
+    kept.state[0] = states[0, 0]
+
+    def side_by_side(first):
+        at = first if keeps else 0
+        segments = call.load(inputs, scratch, first, at)
 
         def work(keys, values):
-            x = call.chunk_of(scratch, segments, keys, values)
-            state = kept[i, values]
-            p = prepare(x, call.scale, call.passes)
-            _, error = errors(x, p, state, call.passes)
-            kept[i + 1, values] = next_state(p, error, state, call.passes)
+            for j, (x, p) in enumerate(call.prepared(scratch, segments, at, keys, values)):
+                i = first + j
+                state = kept.state[i, values]
+                error = errors(x, p, read_by_keys(p, state, passes), passes)
+                if keeps:
+                    kept.inverse[i, values] = p.inverse
+                    scratch.v[i, values] = error
+                # Of no use after the last chunk: with ``keeps`` there is room for it.
+                kept.state[i + 1, values] = next_state(p, error, state, passes)
 
         call.over_groups(work)
 
-    jax.lax.fori_loop(0, call.chunks - 1, chunk, None)
+    if joined == call.chunks:
+        side_by_side(0)
+    else:
+        steps = call.chunks // joined if keeps else call.chunks - 1
+        jax.lax.fori_loop(0, steps, lambda n, _: side_by_side(n * joined), None)
