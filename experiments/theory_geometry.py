@@ -15,8 +15,9 @@ of the transitions. ``geometry.json`` holds for every head what the picture show
 - ``off_angle``: largest angle, in turns, from an eigenvalue to the nearest root of unity that the
   group's orders allow; with E the exponent of the group, guessing gives 1 / (2 E) at most;
 - ``as_constructed``: share of the letters, the identity left out, with the eigenvalues that the
-  construction gives them, none farther than ``CLOSE`` from its own. A representation conjugate to
-  the construction's (all turns taken k times, or times the sign for permutations) serves as well.
+  construction gives them, none farther than ``CLOSE`` from its own. A relative of its
+  representation serves as well: all turns taken k times, times the sign for permutations, or with
+  the determinant as one more direction, in which reflections turn by a half.
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ def exponent(group: str) -> int:
 
 
 def spectra(group: str) -> list[np.ndarray]:
-    """Eigenvalues ``[G, d]`` of every element in the construction's and conjugate representations.
+    """Eigenvalues ``[G, d]`` of every element in the construction's and related representations.
 
     Empty where the catalogue has no construction of the group in one layer.
     """
@@ -94,10 +95,12 @@ def spectra(group: str) -> list[np.ndarray]:
     E = exponent(group)
     values = np.linalg.eigvals(matrices)
     found = [values**k for k in range(1, E) if np.gcd(k, E) == 1]
+    signs = np.linalg.det(matrices)[:, None]
+    found.append(np.concatenate([values, signs], axis=-1))
     if kind == "permutations":
         # The sign turns all but the one direction that every permutation fixes.
         order = np.argsort(np.abs(values - 1), axis=-1)
-        found.append(np.linalg.det(matrices)[:, None] * np.take_along_axis(values, order, 1)[:, 1:])
+        found.append(signs * np.take_along_axis(values, order, 1)[:, 1:])
     return found
 
 

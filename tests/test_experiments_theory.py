@@ -124,8 +124,23 @@ def test_geometry_of_constructions(tmp_path, capsys):
             assert head["smallest_beta"] == 2
             assert head["off_circle"] < 1e-6
             assert head["off_angle"] < 1e-6
+            assert head["as_constructed"] == 1
     assert (tmp_path / "geometry.png").read_bytes().startswith(b"\x89PNG")
-    assert "| plane_Z5 | Z5 | 1 | 2 |" in capsys.readouterr().out
+    assert "| plane_Z5 | Z5 | all 2 | 2 |" in capsys.readouterr().out
+
+
+def test_eigenvalues_like_the_constructions():
+    turn = np.exp(2j * np.pi / 3)
+    # S3 in space, where its swaps turn by a half.
+    half, third = [-1, -1, 1, 1], [turn, turn.conjugate(), 1, 1]
+    orders = [theory_geometry.finite_group("S3").table[x, x] for x in range(6)]
+    values = np.array([[1, 1, 1, 1], *(half if orders[x] == 0 else third for x in range(1, 6))])
+    share = lambda values: theory_geometry.share_as_constructed(values, "S3", range(6))
+    assert share(values) == 1
+    values[1] = np.exp(0.2j) * values[1]
+    assert share(values) == pytest.approx(0.8)
+    assert share(np.ones((6, 4))) == 0  # no head that does nothing
+    assert theory_geometry.share_as_constructed(values, "Z7", range(6)) is None
 
 
 @pytest.mark.parametrize(
