@@ -13,8 +13,12 @@ wrong. ``results.json`` is a list with an entry a construction, dtype and implem
 - ``deviation``: largest distance of the direction of the logits from that in exact arithmetic;
 - ``curve``: deviation and errors so far, over length.
 
+- ``made_by``: the command and the machine.
+
 ``theory.md`` is the table and ``theory.png`` draws the curves. What ``results.json`` of the
-directory holds already, with the same length, words, piece and seed, is not run again.
+directory holds already, of the same device, length, words, piece and seed, is not run again. With
+``--rows_from`` nothing is run: the rows of other directories are put together with this one's, and
+of rows that differ in nothing but in how far they read, the one that read furthest is kept.
 """
 
 import dataclasses
@@ -22,7 +26,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +52,7 @@ PRESETS = {
     "quick": {"constructions": ("permutations_S3", "plane_Z5"), "length": 2000, "words": 2},
 }
 POINTS_A_DECADE = 4
-MOST_UNITS = 2**23  # of a SwiGLU, of all tokens of a piece: 32 MiB in float32
+CASE = ("construction", "dtype", "implementation", "device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +64,12 @@ class TheoryConfig:
     implementations: tuple[str, ...] = setting(("chunked",), f"some of {', '.join(AVAILABLE)}")
     length: int = setting(1_000_000, "tokens of a word after BOS")
     words: int = setting(8, "words read side by side")
-    piece: int = setting(
-        1000, "tokens read at once, fewer where a lookup is large; the state is passed on"
-    )
+    piece: int = setting(1000, "tokens read at once; the state is passed on")
     budget_s: float = setting(300.0, "seconds after which no further piece of a run begins")
     seed: int = setting(0, "draws the words")
+    rows_from: tuple[str, ...] = setting(
+        (), "results.json files whose rows are put beside those of this directory; nothing is run"
+    )
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -125,7 +130,17 @@ def judge(logits: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
 def run(
     construction: Construction, dtype: str, implementation: str, config: TheoryConfig
 ) -> dict[str, Any]:
-    """Reads words until the end, the budget, or half of the answers being wrong."""
+    """Reads words until the end, the budget, or half of the answers being wrong.
+
+    Products of float32 are in float32, which on a GPU or TPU is not what JAX does unasked.
+    """
+    with jax.default_matmul_precision("highest" if dtype == "float32" else None):
+        return _run(construction, dtype, implementation, config)
+
+
+def _run(
+    construction: Construction, dtype: str, implementation: str, config: TheoryConfig
+) -> dict[str, Any]:
     model = construction.model(dtype, implementation)
     # Split once: walking through the module at every piece would take as long as reading it.
     graph, params = nnx.split(model)
@@ -141,10 +156,9 @@ def run(
         raise FloatingPointError(f"{construction.name} in {dtype} answers BOS wrongly")
     at, key = jnp.zeros(config.words, jnp.int32), jax.random.key(config.seed)
     tokens, errors, length, margin, curve = 0, 0, None, np.inf, []
-    piece = min(config.piece, max(1, MOST_UNITS // (config.words * model.config.mlp_width)))
     began = time.monotonic()
     while tokens < config.length and (not tokens or time.monotonic() - began < config.budget_s):
-        T = min(piece, config.length - tokens)
+        T = min(config.piece, config.length - tokens)
         state, at, found = read(params, state, at, jax.random.fold_in(key, tokens), T)
         wrong, margins, deviations = map(np.asarray, found)
         at_fault = np.flatnonzero(wrong.any(0))
@@ -163,6 +177,7 @@ def run(
         "num_householder": construction.config.factors_per_token,
         "dtype": dtype,
         "implementation": implementation,
+        "device": device(),
         "letters": len(construction.letters),
         "units": construction.config.mlp_width,
         **{name: getattr(config, name) for name in ("words", "piece", "seed")},
@@ -177,6 +192,11 @@ def run(
     }
 
 
+def device() -> str:
+    """What the rows of this process are made on."""
+    return jax.devices()[0].device_kind
+
+
 def thinned(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A few points a decade, each with the largest deviation since the one before; and the last."""
     kept, largest, due = [], 0.0, 0.0
@@ -189,17 +209,20 @@ def thinned(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
+    """The rows as Markdown, and below them the commands that made them."""
     names = (
         "construction", "group", "letters", "num_layers", "num_householder", "dtype",
-        "implementation", "length", "length_read", "errors", "min_margin", "deviation",
+        "implementation", "length", "length_read", "errors", "min_margin", "deviation", "device",
     )  # fmt: skip
-    lines = [names, ["---"] * len(names)]
+    made_by = list(dict.fromkeys(row["made_by"] for row in rows))
+    lines = [(*names, "made by"), ["---"] * (len(names) + 1)]
     for row in rows:
         margin = "-" if row["min_margin"] is None else f"{row['min_margin']:.4f}"
         shown = {**row, "min_margin": margin, "deviation": f"{row['deviation']:.1e}"}
-        lines.append([f"{shown[n]:,}" if isinstance(shown[n], int) else shown[n] for n in names])
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+        cells = [f"{shown[n]:,}" if isinstance(shown[n], int) else shown[n] for n in names]
+        lines.append([*cells, made_by.index(row["made_by"]) + 1])
+    text = "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return text + "\n\n" + "\n".join(f"{n}. {made}" for n, made in enumerate(made_by, 1))
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -230,17 +253,30 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def finished_rows(path: Path, config: TheoryConfig) -> list[dict[str, Any]]:
-    """Rows of a results.json that were run as ``config`` says; ConfigError if it is no list."""
-    if not path.exists():
-        return []
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.json; ConfigError if it is no list of them."""
     try:
         rows = json.loads(path.read_text())
-        same = {name: getattr(config, name) for name in ("words", "piece", "seed")}
-        same["length_wanted"] = config.length
-        return [row for row in rows if same.items() <= row.items()]
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a list of results: {error}") from error
+        for row in rows:
+            [row[name] for name in (*CASE, "length_read", "made_by")]
+        return rows
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not a list of results: {error!r}") from error
+
+
+def case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells a row from others."""
+    return tuple(row[name] for name in CASE)
+
+
+def put_together(paths: Sequence[Path]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Of each case the row that read furthest, the later one if they are even."""
+    kept: dict[tuple[str, ...], dict[str, Any]] = {}
+    for row in itertools.chain.from_iterable(rows_of(path) for path in paths):
+        before = kept.get(case_of(row))
+        if before is None or row["length_read"] >= before["length_read"]:
+            kept[case_of(row)] = row
+    return kept
 
 
 def command(argv: Sequence[str]) -> None:
@@ -248,24 +284,42 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"theory": TheoryConfig}, PRESETS)
     config = TheoryConfig(**parsed.sections["theory"])
     path = parsed.workdir / "results.json"
-    wanted = itertools.product(config.constructions, config.dtypes, config.implementations)
-    case_of = lambda row: (row["construction"], row["dtype"], row["implementation"])
-    done = {case_of(row): row for row in finished_rows(path, config)}
-    for case in wanted:
-        if case not in done:
-            name, dtype, implementation = case
-            done[case] = run(construct(name), dtype, implementation, config)
-            print(json.dumps(done[case]), file=sys.stderr, flush=True)
-            write_file(path, json.dumps(list(done.values()), indent=1).encode() + b"\n")
-            jax.clear_caches()
-    order = list(CATALOGUE)
-    rows = sorted(done.values(), key=lambda row: order.index(row["construction"]))
+    own = [path] if path.exists() else []
+    if config.rows_from:
+        done = put_together([*own, *map(Path, config.rows_from)])
+    else:
+        done = run_missing(config, put_together(own), path, argv)
+    order = {name: index for index, name in enumerate(CATALOGUE)}
+    rows = sorted(done.values(), key=lambda row: order[row["construction"]])
     write_file(path, json.dumps(rows, indent=1).encode() + b"\n")
-    command_line = " ".join(["python -m experiments.theory", *argv])
-    text = f"{table(rows)}\n\nCommand: `{command_line}` on {machine()}\n"
+    text = table(rows) + "\n"
     write_file(parsed.workdir / "theory.md", text.encode())
     draw(rows, parsed.workdir / "theory.png")
     print(text)
+
+
+def run_missing(
+    config: TheoryConfig,
+    done: dict[tuple[str, ...], dict[str, Any]],
+    path: Path,
+    argv: Sequence[str],
+) -> dict[tuple[str, ...], dict[str, Any]]:
+    """Runs what ``config`` wants and ``done`` has not, writing every row at once."""
+    same = {name: getattr(config, name) for name in ("words", "piece", "seed")}
+    same["length_wanted"] = config.length
+    said = [word for word in argv if not word.startswith("--workdir")]
+    made_by = f"`{' '.join(['python -m experiments.theory', *said])}` on {machine()}"
+    wanted = itertools.product(config.constructions, config.dtypes, config.implementations)
+    for name, dtype, implementation in wanted:
+        case, made = (name, dtype, implementation, device()), construct(name)
+        same["units"] = made.config.mlp_width  # so that rows of other tables are made anew
+        if case in done and same.items() <= done[case].items():
+            continue
+        done[case] = run(made, dtype, implementation, config) | {"made_by": made_by}
+        print(json.dumps(done[case]), file=sys.stderr, flush=True)
+        write_file(path, json.dumps(list(done.values()), indent=1).encode() + b"\n")
+        jax.clear_caches()
+    return done
 
 
 if __name__ == "__main__":

@@ -13,7 +13,11 @@ of the transitions. ``geometry.json`` holds for every head what the picture show
   are one reflection;
 - ``off_circle``: largest distance of an eigenvalue from the unit circle;
 - ``off_angle``: largest angle, in turns, from an eigenvalue to the nearest root of unity that the
-  group's orders allow; with E the exponent of the group, guessing gives 1 / (2 E) at most.
+  group's orders allow; with E the exponent of the group, guessing gives 1 / (2 E) at most;
+- ``as_constructed``: share of the letters, the identity left out, with the eigenvalues that the
+  construction gives them, none farther than ``CLOSE`` from its own. A relative of its
+  representation serves as well: all turns taken k times, times the sign for permutations, or with
+  the determinant as one more direction, in which reflections turn by a half.
 """
 
 import dataclasses
@@ -33,6 +37,7 @@ from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.finite_groups import finite_group
 from deltaproduct_jax.theory import CATALOGUE, construct
+from deltaproduct_jax.theory.one_layer import representation
 from deltaproduct_jax.training.loop import restore_best
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
@@ -45,6 +50,10 @@ ONE_LAYER = tuple(
     if name.split("_")[0] in ("permutations", "cube", "icosahedron", "plane")
 )
 COMPONENTS = 0.95
+CLOSE = 0.1
+# Group -> kind of the one-layer construction with the fewest factors.
+KINDS = {"cube": "solid", "icosahedron": "solid"}
+CONSTRUCTED = {name.split("_")[1]: name.split("_")[0] for name in ONE_LAYER}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +83,45 @@ def exponent(group: str) -> int:
     return count
 
 
+def spectra(group: str) -> list[np.ndarray]:
+    """Eigenvalues ``[G, d]`` of every element in the construction's and related representations.
+
+    Empty where the catalogue has no construction of the group in one layer.
+    """
+    if group not in CONSTRUCTED:
+        return []
+    kind = CONSTRUCTED[group]
+    matrices = representation(group, KINDS.get(kind, kind))[0]
+    E = exponent(group)
+    values = np.linalg.eigvals(matrices)
+    found = [values**k for k in range(1, E) if np.gcd(k, E) == 1]
+    signs = np.linalg.det(matrices)[:, None]
+    found.append(np.concatenate([values, signs], axis=-1))
+    if kind == "permutations":
+        # The sign turns all but the one direction that every permutation fixes.
+        order = np.argsort(np.abs(values - 1), axis=-1)
+        found.append(signs * np.take_along_axis(values, order, 1)[:, 1:])
+    return found
+
+
+def share_as_constructed(values: np.ndarray, group: str, letters: Sequence[int]) -> float | None:
+    """``as_constructed`` of a head with eigenvalues ``[L, K]``; None without a construction."""
+    shares = []
+    for wanted in spectra(group):
+        width = max(values.shape[1], wanted.shape[1])
+        ours, theirs = (_by_turn(each, width) for each in (values, wanted[list(letters)]))
+        off = np.abs(ours - theirs).max(-1)
+        shares.append(float((off <= CLOSE)[np.array(letters) != 0].mean()))
+    return max(shares, default=None)
+
+
+def _by_turn(values: np.ndarray, width: int) -> np.ndarray:
+    """Eigenvalues and ones up to ``width``, conjugates folded on each other, by their angle."""
+    values = np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=1)
+    values = values.real + 1j * np.abs(values.imag)
+    return np.take_along_axis(values, np.argsort(np.angle(values), axis=-1), axis=-1)
+
+
 def describe(
     name: str, group: str, model: SequenceModel, letters: Sequence[int], bos: int
 ) -> dict[str, Any]:
@@ -90,13 +138,14 @@ def describe(
         about_zero = np.array(head["explained_about_zero"])
         head["dimensions"] = int(np.searchsorted(about_zero, COMPONENTS) + 1)
         head["off_circle"] = float(np.abs(np.abs(values) - 1).max())
+        head["as_constructed"] = share_as_constructed(values, group, letters)
         head["off_angle"] = float(np.abs(turns - np.round(turns)).max() / E)
     return {"name": name, "group": group, "exponent": E, "heads": heads}
 
 
 def draw(models: Sequence[dict[str, Any]], path: Path) -> None:
     """Draws a row a model, all of its heads together."""
-    figure = Figure(figsize=(11, 3.1 * len(models)), layout="constrained")
+    figure = Figure(figsize=(11, 2.4 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
     rows = figure.subplots(len(models), 3, squeeze=False)
     for (betas, components, plane), model in zip(rows, models, strict=True):
@@ -126,12 +175,16 @@ def draw(models: Sequence[dict[str, Any]], path: Path) -> None:
 
 def table(models: Sequence[dict[str, Any]]) -> str:
     """A line a head, as Markdown."""
-    names = ("smallest_beta", "dimensions", "off_circle", "off_angle")
-    lines = [["model", "group", "head", *names], ["---"] * 7]
+    names = ("smallest_beta", "dimensions", "off_circle", "off_angle", "as_constructed")
+    lines = [["model", "group", "head", *names], ["---"] * 8]
     for model in models:
-        for index, head in enumerate(model["heads"]):
-            numbers = ["-" if head[n] is None else f"{head[n]:.3g}" for n in names]
-            lines.append([model["name"], model["group"], str(index), *numbers])
+        rows = []
+        for head in model["heads"]:
+            rows.append(["-" if head[n] is None else f"{head[n]:.3g}" for n in names])
+        alike = all(row == rows[0] for row in rows)  # as a construction's are
+        for index, row in enumerate(rows[:1] if alike else rows):
+            heads = f"all {len(rows)}" if alike and len(rows) > 1 else str(index)
+            lines.append([model["name"], model["group"], heads, *row])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

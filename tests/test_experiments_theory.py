@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ def test_results_and_going_on(tmp_path, capsys, monkeypatch):
     (row,) = json.loads((tmp_path / "results.json").read_text())
     assert {
         "construction": "permutations_S3", "group": "S3", "num_layers": 1, "num_householder": 2,
-        "dtype": "float32", "length": 40, "length_read": 40, "errors": 0,
+        "dtype": "float32", "device": "cpu", "length": 40, "length_read": 40, "errors": 0,
     }.items() <= row.items()  # fmt: skip
     assert row["min_margin"] == pytest.approx(0.5, abs=1e-5)
     assert row["deviation"] < 1e-6
@@ -35,6 +36,9 @@ def test_results_and_going_on(tmp_path, capsys, monkeypatch):
     assert len(rows) == 2
     assert "| permutations_S3 | S3 |" in (tmp_path / "theory.md").read_text()
     assert "| bfloat16 |" in capsys.readouterr().out
+    said = " ".join(["python -m experiments.theory", *QUICK])
+    assert rows[1]["made_by"].startswith(f"`{said}` on {jax.device_count()} x cpu, host with ")
+    assert f"\n2. {rows[1]['made_by']}\n" in (tmp_path / "theory.md").read_text()
 
 
 def test_wrong_answers_are_counted():
@@ -83,6 +87,26 @@ def test_errors_are_one_line(argument, says, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_of_other_directories(tmp_path, capsys):
+    short, long, other = (tmp_path / name for name in ("short", "long", "other"))
+    argv = [f"--workdir={short}", *QUICK, "--dtypes=float32"]
+    assert flags.run(theory.command, argv) == 0
+    (row,) = json.loads((short / "results.json").read_text())
+    further = row | {"length_read": 80, "made_by": "a longer run"}
+    elsewhere = row | {"length_read": 20, "device": "a GPU"}
+    for path, rows in ((long, [further]), (other, [elsewhere, row])):
+        path.mkdir()
+        (path / "results.json").write_text(json.dumps(rows))
+    files = ",".join(str(path / "results.json") for path in (other, long))
+    assert flags.run(theory.command, [f"--workdir={short}", f"--rows_from={files}"]) == 0
+    assert json.loads((short / "results.json").read_text()) == [further, elsewhere]
+    assert "1. a longer run\n2. `python -m" in (short / "theory.md").read_text()
+    capsys.readouterr()
+    (other / "results.json").write_text(json.dumps([{"construction": "permutations_S3"}]))
+    assert flags.run(theory.command, [f"--workdir={short}", f"--rows_from={files}"]) == 2
+    assert "is not a list of results: KeyError('dtype')" in capsys.readouterr().err
+
+
 def test_a_broken_record_is_one_line(tmp_path, capsys):
     (tmp_path / "results.json").write_text("{")
     assert flags.run(theory.command, [f"--workdir={tmp_path}", *QUICK]) == 2
@@ -100,8 +124,23 @@ def test_geometry_of_constructions(tmp_path, capsys):
             assert head["smallest_beta"] == 2
             assert head["off_circle"] < 1e-6
             assert head["off_angle"] < 1e-6
+            assert head["as_constructed"] == 1
     assert (tmp_path / "geometry.png").read_bytes().startswith(b"\x89PNG")
-    assert "| plane_Z5 | Z5 | 1 | 2 |" in capsys.readouterr().out
+    assert "| plane_Z5 | Z5 | all 2 | 2 |" in capsys.readouterr().out
+
+
+def test_eigenvalues_like_the_constructions():
+    turn = np.exp(2j * np.pi / 3)
+    # S3 in space, where its swaps turn by a half.
+    half, third = [-1, -1, 1, 1], [turn, turn.conjugate(), 1, 1]
+    orders = [theory_geometry.finite_group("S3").table[x, x] for x in range(6)]
+    values = np.array([[1, 1, 1, 1], *(half if orders[x] == 0 else third for x in range(1, 6))])
+    share = lambda values: theory_geometry.share_as_constructed(values, "S3", range(6))
+    assert share(values) == 1
+    values[1] = np.exp(0.2j) * values[1]
+    assert share(values) == pytest.approx(0.8)
+    assert share(np.ones((6, 4))) == 0  # no head that does nothing
+    assert theory_geometry.share_as_constructed(values, "Z7", range(6)) is None
 
 
 @pytest.mark.parametrize(

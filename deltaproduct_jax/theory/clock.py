@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deltaproduct_jax.theory.program import Program
+from deltaproduct_jax.theory.program import Program, Table
 from deltaproduct_jax.theory.reflections import completion, factors
 from deltaproduct_jax.theory.representations import plane_rotation
 
@@ -84,7 +84,7 @@ class Clock:
         products = phases @ phases.T
         others = products[~np.eye(self.period, dtype=bool)]
         ticks = {"clock": np.eye(self.period)}
-        program.lookup(layer, {"phase": phases}, products[0, 0], others.max(), ticks)
+        program.lookup(layer, Table({"phase": phases}, products[0, 0], others.max(), ticks))
 
     def _alternate(self, program: Program, letters: np.ndarray) -> None:
         """A first layer that has the key of the even or odd token for the second."""
@@ -94,7 +94,7 @@ class Clock:
         program.read(0, one, "token", np.ones((1, 1, 1)), 1)
         program.orbit(0, one, "parity", np.ones(1), [], 1)
         keys = np.array([factors(turn, 1)[0][0] for turn in hand.turns])
-        program.lookup(0, {"parity": np.array([[1.0], [-1.0]])}, 1, -1, {"turn": keys})
+        program.lookup(0, Table({"parity": np.array([[1.0], [-1.0]])}, 1, -1, {"turn": keys}))
         program.factors_of_feature(1, slice(0, self.num_heads), "turn", None, hand.copies)
 
 

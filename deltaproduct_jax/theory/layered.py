@@ -15,8 +15,10 @@ from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory.clock import make_clock
 from deltaproduct_jax.theory.construction import Construction
 from deltaproduct_jax.theory.one_layer import finished, representation
-from deltaproduct_jax.theory.program import Program
+from deltaproduct_jax.theory.program import Program, Table
 from deltaproduct_jax.theory.reflections import completion, factors, product
+
+Word = tuple[int, ...]
 
 
 def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> Construction:
@@ -69,7 +71,7 @@ def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> C
     parity = np.array([[(-1.0) ** p] for _, p in cases])
     queries = np.array([power(p) for _, p in cases]).reshape(len(cases), -1)
     outputs = {"key": np.array(keys), "query": queries}
-    program.lookup(0, {"token": token, "parity": parity}, 2, 1, outputs)
+    program.lookup(0, Table({"token": token, "parity": parity}, 2, 1, outputs))
 
     program.factors_of_feature(1, heads, "key", None, copies)
     program.read_by_feature(1, heads, "query", d, copies)
@@ -84,8 +86,11 @@ def by_blocks(
 
     Blocks of ``m`` tokens: the state's factors are those of the block before, spread over the ``m``
     tokens of the present one, and the query applies what is missing. So the layers are a clock
-    modulo ``P = 2 m``, a buffer of ``P`` tokens with a lookup of about ``2 m |letters|^(2 m)``
-    units, and the state. With one factor a token the clock takes two layers.
+    modulo ``P = 2 m``, a buffer of ``P`` tokens with two lookups, and the state. Keys depend on the
+    block before alone, and the query of a block's last token, with which nothing is missing, on the
+    present block alone. So about ``2 m |letters|^m`` units suffice for keys and ``2 |letters|^(2 m
+    - 1)`` for queries, where one table of all would take ``2 |letters|^(2 m)``. With one factor a
+    token the clock takes two layers.
 
     Args:
         name: of the construction.
@@ -99,7 +104,7 @@ def by_blocks(
     L, m = len(letters), block_length(d - 1, R)
     P, empty, V = 2 * m, len(letters), len(letters) + 1
     clock = make_clock(P, R)
-    cases = list(block_cases(m, L))
+    of_keys, of_queries = list(key_cases(m, L)), list(query_cases(m, L))
     pads = completion(int(copies * start @ start))
     program = Program(
         vocab_size=task.vocab_size,
@@ -114,7 +119,7 @@ def by_blocks(
         head_dim=max(copies * d + len(pads), P, clock.head_dim),
         value_dim=V,
         num_householder=R,
-        units=max(len(cases), P),
+        units=max(len(of_keys) + len(of_queries), P),
         energy_bos=1 + len(clock.hands) + clock.num_layers - 1 + P,
     )  # fmt: skip
     clock.write(program, letters)
@@ -122,30 +127,23 @@ def by_blocks(
     codes = {int(letter): code for code, letter in enumerate(letters)}
     program.buffer(last - 1, "clock", codes, empty, "slots")
 
-    where, slots = np.zeros((len(cases), P)), np.zeros((len(cases), P, V))
-    keys, beta = np.zeros((len(cases), R, d)), np.zeros((len(cases), R))
-    queries = np.zeros((len(cases), d, d))
     acts = [matrices[letter].T for letter in letters]
-    for unit, (position, before, now) in enumerate(cases):
-        tokens = [*(before or [empty] * m), *now]
-        where[unit, position] = 1
-        for age, code in enumerate(reversed(tokens)):
-            slots[unit, (position - age) % P, code] = 1
-        keys[unit], beta[unit], queries[unit] = _turn(acts, before, now, m, R, d)
-    # A unit late in its block looks at more slots; all are to be on by the same amount.
-    missing = P + 1 - where.sum(1) - slots.sum((1, 2))
-    where *= 1 + missing[:, None]
-    program.lookup(
-        last - 1,
-        {"clock": where, "slots": slots.reshape(len(cases), -1)},
-        P + 1,
-        P,
-        {
-            "key": keys.reshape(len(cases), -1),
-            "beta": beta - 1,
-            "query": queries.reshape(len(cases), -1),
-        },
-    )
+    keys, beta = np.zeros((len(of_keys), R, d)), np.zeros((len(of_keys), R))
+    for unit, (position, before) in enumerate(of_keys):
+        first = (position - 1) % m * R
+        made = factors(_product(acts, before or (), d), m * R)
+        keys[unit], beta[unit] = (part[first : first + R] for part in made)
+    queries = np.zeros((len(of_queries), d, d))
+    for unit, (_, before, now) in enumerate(of_queries):
+        made = factors(_product(acts, before or (), d), m * R)
+        rest = product(*(part[len(now) * R :] for part in made))
+        queries[unit] = _product(acts, now, d) @ rest
+    tables = [
+        Table(_seen(of_keys, m, empty), P + 1, P, {"key": keys, "beta": beta - 1}),
+        Table(_seen(of_queries, m, empty), P + 1, P, {"query": queries}),
+    ]
+    flat = lambda rows: {name: row.reshape(len(row), -1) for name, row in rows.items()}
+    program.lookup(last - 1, *(table._replace(outputs=flat(table.outputs)) for table in tables))
     heads = slice(0, d)
     program.factors_of_feature(last, heads, "key", "beta", copies)
     program.read_by_feature(last, heads, "query", d, copies)
@@ -163,32 +161,47 @@ def block_length(needed: int, num_householder: int) -> int:
     return 3 if m == 2 and num_householder > 1 else m
 
 
-def block_cases(m: int, L: int) -> Iterator[tuple[int, tuple[int, ...] | None, tuple[int, ...]]]:
-    """What a lookup must tell apart: position modulo 2 m, the block before (None in the first
-    block), and the present block's letters so far."""
+def key_cases(m: int, L: int) -> Iterator[tuple[int, Word | None]]:
+    """What keys depend on: position modulo 2 m and the block before, None in the first block."""
+    for position in range(2 * m):
+        for before in itertools.product(range(L), repeat=m):
+            yield position, before
+        if 1 <= position <= m:
+            yield position, None
+
+
+def query_cases(m: int, L: int) -> Iterator[tuple[int, Word | None, Word]]:
+    """What a query depends on: position, the block before, and the present block's letters so far.
+
+    The block before is ``()`` at a block's last token, where it does not matter.
+    """
     for position in range(2 * m):
         offset = (position - 1) % m
-        blocks: list[tuple[int, ...] | None] = list(itertools.product(range(L), repeat=m))
-        for before in [*blocks, None] if 1 <= position <= m else blocks:
+        befores: list[Word | None] = list(itertools.product(range(L), repeat=m))
+        befores += [None] if 1 <= position <= m else []
+        for before in befores if offset < m - 1 else [()]:
             for now in itertools.product(range(L), repeat=offset + 1):
                 yield position, before, now
 
 
-def _turn(
-    acts: Sequence[np.ndarray],
-    before: tuple[int, ...] | None,
-    now: tuple[int, ...],
-    m: int,
-    R: int,
-    d: int,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Keys and betas of a token, and what the query must apply to the state after it."""
-    block = np.eye(d)
-    for letter in before or ():
-        block = acts[letter] @ block
-    keys, beta = factors(block, m * R)
-    mine, rest = slice((len(now) - 1) * R, len(now) * R), slice(len(now) * R, None)
-    missing = product(keys[rest], beta[rest])
-    for letter in now:
-        missing = acts[letter] @ missing
-    return keys[mine], beta[mine], missing
+def _seen(cases: Sequence[tuple], m: int, empty: int) -> dict[str, np.ndarray]:
+    """Rows of the features "clock" ``[U, P]`` and "slots" ``[U, P * V]`` that single cases out."""
+    P, V = 2 * m, empty + 1
+    where, slots = np.zeros((len(cases), P)), np.zeros((len(cases), P, V))
+    for unit, (position, before, *now) in enumerate(cases):
+        age = (position - 1) % m + 1  # of the last token of the block before
+        blocks = [(age, [empty] * m if before is None else before), *((0, word) for word in now)]
+        for first, word in blocks:
+            for code_age, code in enumerate(reversed(word), first):
+                slots[unit, (position - code_age) % P, code] = 1
+        # Units look at more slots or fewer; all are to be on by the same amount.
+        where[unit, position] = P + 1 - slots[unit].sum()
+    return {"clock": where, "slots": slots.reshape(len(cases), -1)}
+
+
+def _product(acts: Sequence[np.ndarray], word: Word, d: int) -> np.ndarray:
+    """What the letters of a word do to a state, one after the other."""
+    found = np.eye(d)
+    for letter in word:
+        found = acts[letter] @ found
+    return found

@@ -16,7 +16,7 @@ from 16.7 up and 0 from -104 down. Dimension key: that of the README; ``S`` situ
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,28 @@ SURE = 1000.0  # logits of beta and of the gate
 TINY = 2.0**-30  # values of an orbit
 STEEP = 4096.0  # gates of a lookup
 LOUD = 1024  # square sum after BOS, of which features with rounding errors are a small part
+
+
+class Table(NamedTuple):
+    """What a lookup tells apart and writes.
+
+    Attributes:
+        cases: feature -> ``[U, width]``; the sum of the products with the features, in units, is
+            ``match`` at the unit that is to be on and at most ``nearest`` at the others.
+        match: see ``cases``.
+        nearest: see ``cases``.
+        outputs: feature -> ``[U, width]``, what the unit puts there.
+    """
+
+    cases: Mapping[str, np.ndarray]
+    match: float
+    nearest: float
+    outputs: Mapping[str, np.ndarray]
+
+    @property
+    def units(self) -> int:
+        """How many cases there are."""
+        return len(next(iter(self.cases.values())))
 
 
 class Program:
@@ -257,40 +279,32 @@ class Program:
         self._output(layer, slice(0, P), heads, feature, 0, gain)
         self.energy, self.energy_bos = self.energy + P, self.energy_bos + P
 
-    def lookup(
-        self,
-        layer: int,
-        cases: Mapping[str, np.ndarray],
-        match: float,
-        nearest: float,
-        outputs: Mapping[str, np.ndarray],
-    ) -> None:
-        """Units of a block's SwiGLU, one of which is on at every letter and none at BOS.
+    def lookup(self, layer: int, *tables: Table) -> None:
+        """Units of a block's SwiGLU: of each table one is on at every letter, and none at BOS.
 
         Args:
             layer: which block.
-            cases: feature -> ``[U, width]``; the sum of the products with the features, in units,
-                is ``match`` at the unit that is to be on and at most ``nearest`` at the others.
-            match: see ``cases``.
-            nearest: see ``cases``.
-            outputs: feature -> ``[U, width]``, what the unit puts there.
+            tables: stand beside each other, and write different features or add up.
         """
-        U = len(next(iter(cases.values())))
         path, size = f"layers.{layer}.mlp", self.config.mlp_width
         gate = self._param(f"{path}.gate_proj.kernel", (self.D, size))
         up = self._param(f"{path}.up_proj.kernel", (self.D, size))
         down = self._param(f"{path}.down_proj.kernel", (size, self.D))
-        for feature, rows in cases.items():
-            gate[self.at[feature], :U] += STEEP * rows.T
-        tokens = np.zeros((self.vocab_size, 1))
-        tokens[self.letters] = (match + nearest) / 2
-        tokens[self.bos] = 2 * match
-        gate[self.at["token"], :U] -= STEEP * tokens
-        up[self.at["token"].start + self.letters, :U] += 1
-        on = STEEP * (match - nearest) / 2 * self.D / self.energy
-        for feature, values in outputs.items():
-            down[:U, self.at[feature]] += UNIT / on * values
-            self.energy += float((values[0] ** 2).sum())
+        first, energy = 0, self.energy
+        for table in tables:
+            units = slice(first, first + table.units)
+            for feature, rows in table.cases.items():
+                gate[self.at[feature], units] += STEEP * rows.T
+            tokens = np.zeros((self.vocab_size, 1))
+            tokens[self.letters] = (table.match + table.nearest) / 2
+            tokens[self.bos] = 2 * table.match
+            gate[self.at["token"], units] -= STEEP * tokens
+            up[self.at["token"].start + self.letters, units] += 1
+            on = STEEP * (table.match - table.nearest) / 2 * self.D / energy
+            for feature, values in table.outputs.items():
+                down[units, self.at[feature]] += UNIT / on * values
+                self.energy += float((values[0] ** 2).sum())
+            first = units.stop
 
     def gate(self, layer: int, resets: Sequence[int]) -> None:
         """Forgets everything before a reset, and nothing before any other token."""
