@@ -68,6 +68,12 @@ def test_one_token_is_that_of_the_oracle(interpreted):
     assert max(interpreted["step"].values()) < 1e-6
 
 
+def test_every_launch_of_a_kernel_is_timed(interpreted):
+    chosen, variant = interpreted["launches"]
+    assert (chosen["chosen"], variant["chosen"], variant["warps"]) == (True, False, 4)
+    assert 0 < variant["floor_ms"] < variant["ms"] <= variant["most_ms"]
+
+
 def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
     rows = {row["kernel"]: row for row in compiled["rows"]}
     assert {"prepare", "walk", "errors", "walk_back", "gradients"} == set(rows)

@@ -100,7 +100,7 @@ def interpret() -> dict:
         found[f"{name}, float32"] = errors(case, "float32")
         if name in NARROW:
             found[f"{name}, float16"] = errors(case, "float16")
-    return {"errors": found, "vmap": vmapped(), "step": one_token()}
+    return {"errors": found, "vmap": vmapped(), "step": one_token(), "launches": timed()}
 
 
 def vmapped() -> float:
@@ -118,6 +118,15 @@ def vmapped() -> float:
     apart = jax.tree.map(lambda *x: jnp.stack(x), *apart)
     differences = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), together, apart)
     return float(max(jax.tree.leaves(differences)))
+
+
+def timed() -> list[dict]:
+    """What gpu_launches says of a walk."""
+    from experiments import gpu_launches
+
+    sizes = {"batch_size": 1, "length": 8, "num_heads": 1, "head_dim": (16,), "dtype": "float32"}
+    config = gpu_launches.LaunchesConfig(**sizes, variants=("4:1:16",), repeats=1)
+    return gpu_launches.rows_of(config, 2, 16, "walk")
 
 
 def one_token() -> dict[str, float]:
