@@ -143,6 +143,7 @@ class AccuracyConfig:
             )
         for name in self.peers:
             require_one_of("peer", name, PACKAGES)
+            peer_op(name)  # an error now, not after the first rows
         for name in self.dtypes.split(","):
             require_one_of("dtypes", name, DTYPES)
 

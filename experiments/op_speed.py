@@ -97,6 +97,8 @@ class SpeedConfig:
             raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
         if STEP in self.directions.split(",") and set(self.peers) - {"fla"}:
             raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
+        for name in set(self.peers) - {"fla"}:
+            peer_op(name)  # an error now, not after the first rows
 
     @property
     def names(self) -> list[str]:

@@ -271,10 +271,14 @@ def lively(tmp_path_factory, compiled_once):
         return outcome(tmp_path_factory.mktemp("lively"))
 
 
-RUN_FIELDS = [*dataclasses.fields(GroupTask), *dataclasses.fields(TrainConfig)]
+RUN_FIELDS = [f.name for f in (*dataclasses.fields(GroupTask), *dataclasses.fields(TrainConfig))]
+TWICE = ("filler", "grow_from", "stop_accuracy")  # a run of their own to compare with
 
 
-@pytest.mark.parametrize("name", [field.name for field in RUN_FIELDS])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in TWICE else []) for n in RUN_FIELDS],
+)
 def test_every_field_of_task_and_training_changes_the_run(name, lively, tmp_path):
     base, fields = lively, {}
     if name == "filler":  # fills only what is repeated

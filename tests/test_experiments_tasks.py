@@ -127,6 +127,7 @@ def test_a_saved_config_runs_again_to_the_same_curve(name, run_of, tmp_path):
     assert results_in(tmp_path) == results_in(first)
 
 
+SLOW = ("vocabulary", "power", "filler")
 BRACKETS = {"language": "modular_arithmetic_brackets", "eval_lengths": "8"}
 # Experiment, field of its task, another value, and what else the field needs to act.
 CHANGES = [
@@ -152,7 +153,14 @@ def test_every_field_of_the_tasks_has_its_change():
         assert changed == {field.name for field in dataclasses.fields(task)}
 
 
-@pytest.mark.parametrize(("name", "field", "value", "needs"), CHANGES)
+@pytest.mark.parametrize(
+    ("name", "field", "value", "needs"),
+    [
+        # Two runs, or with another vocabulary or generator compiled anew.
+        pytest.param(*c, marks=[pytest.mark.slow] if c[3] or c[1] in SLOW else [])
+        for c in CHANGES
+    ],
+)
 def test_every_field_of_the_tasks_changes_the_run(name, field, value, needs, run_of):
     base = EXPERIMENTS[name][1] | needs
     before, after = run_of(name, base), run_of(name, base | {field: value})

@@ -168,7 +168,15 @@ def read_in_plain_jax(x):
     return params, read(params, x)
 
 
-@pytest.mark.parametrize("read", [read_in_plain_jax, read_in_linen, read_in_equinox, read_in_haiku])
+# The examples above call the layer from each of them; the cell is a layer's step.
+@pytest.mark.parametrize(
+    "read",
+    [
+        read_in_plain_jax,
+        read_in_equinox,
+        *(pytest.param(read, marks=pytest.mark.slow) for read in (read_in_linen, read_in_haiku)),
+    ],
+)
 def test_the_cell_reads_token_by_token(read):
     x = jax.random.normal(jax.random.key(1), (2, 6, 16))
     params, y = read(x)

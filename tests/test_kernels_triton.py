@@ -18,6 +18,8 @@ REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
 OVER_RECURRENCE = 30
 # Bytes a thread spilt by the hot kernels of a bfloat16 pass: the pointers of a loop, not its tiles.
 SPILT = 64
+# What XLA compiles for the CPU here is run once.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 if not environment.extra_folder("gpu").exists():
     pytest.skip("needs Triton (tests/run.py --extra=gpu)", allow_module_level=True)
@@ -27,7 +29,7 @@ def child(mode: str) -> dict:
     """Runs triton_child.py in a process of its own: the interpreter is chosen at import."""
     path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
-    variables |= {"XLA_FLAGS": "", "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
+    variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
     command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode]
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]

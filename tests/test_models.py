@@ -56,7 +56,11 @@ def test_state_tracking_models_have_the_published_sizes():
 
 @pytest.mark.parametrize(
     ("d", "H", "n_h", "want"),
-    [(768, 8, 1, 213_802_752), (736, 6, 2, 214_095_072), (1024, 6, 3, 392_392_704)],
+    [
+        pytest.param(768, 8, 1, 213_802_752, marks=pytest.mark.slow),
+        (736, 6, 2, 214_095_072),
+        pytest.param(1024, 6, 3, 392_392_704, marks=pytest.mark.slow),
+    ],
 )
 def test_language_models_have_the_published_sizes(d, H, n_h, want):
     config = ModelConfig(
