@@ -149,8 +149,9 @@ def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Progr
         if name in peers:
             implementation = peer_op(name)
         function = program(implementation, direction, config.chunk_size)
-        errors[name] = _checked(name, short, jax.jit(function)(checked), want)
+        # First, as the check may compile the same program.
         programs[name] = compile_program(function, arrays)
+        errors[name] = _checked(name, short, jax.jit(function)(checked), want)
     if "fla" in config.peers:
         from experiments.peer_fla import compile_peer, peer_results
 
