@@ -9,6 +9,7 @@ from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.dispatch import AVAILABLE, dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
 
 # Added to the sum of squares, inside the root, as the published layer does.
 L2NORM_EPSILON = 1e-6
@@ -113,7 +114,13 @@ def delta_product(
         "precision": precision,
         "implementation": implementation,
     }
-    return dispatch(q, k, v, beta, g, initial_state, resets, **options)
+    try:
+        return dispatch(q, k, v, beta, g, initial_state, resets, **options)
+    except TypeError as error:
+        # jacfwd maps tangents, which `reverse_only` cannot tell from a mapped gradient; JAX can.
+        if "forward-mode" not in str(error) or str(error) == NO_FORWARD_MODE:
+            raise
+        raise TypeError(NO_FORWARD_MODE) from error
 
 
 def delta_product_step(

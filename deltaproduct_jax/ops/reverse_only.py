@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
-TEXT = (
+NO_FORWARD_MODE = (
     "delta_product: chunked and kernel implementations have a backward pass and no forward-mode "
     'derivative (jvp, jacfwd); name implementation="recurrent" or "associative" for that'
 )
@@ -35,7 +35,7 @@ def _identity_jvp(primals, tangents):
 
 
 def _refuse(*_, **__):
-    raise TypeError(TEXT)
+    raise TypeError(NO_FORWARD_MODE)
 
 
 _tangent_p = jax.extend.core.Primitive("delta_product_tangent")
