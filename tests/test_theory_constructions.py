@@ -193,8 +193,9 @@ def test_clocks_return_after_their_period_only():
         assert clock.num_layers == layers
         at = np.concatenate([hand.positions(2 * period) for hand in clock.hands], axis=1)
         np.testing.assert_allclose(at[:period], at[period:], atol=1e-12)
+        assert (np.abs(at) == 1).all()
         others = (at[:period] @ at[:period].T)[~np.eye(period, dtype=bool)]
-        assert others.max() < len(clock.hands) - 0.2
+        assert others.max() == clock.num_heads - 2
 
 
 def test_a_lookup_has_no_more_cases_than_the_theorem_says():
