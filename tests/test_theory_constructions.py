@@ -198,6 +198,19 @@ def test_clocks_return_after_their_period_only():
         assert others.max() == clock.num_heads - 2
 
 
+@pytest.mark.parametrize("name", ["three_layers_S3", "four_layers_S4"])
+def test_a_clock_whose_state_has_lost_length_goes_on(name):
+    made = construct(name)
+    tokens, wanted = words(made, 40)
+    model = made.model(implementation="recurrent")
+    read = jax.jit(lambda model, x, state: model.forward(x, state=state))
+    _, state = model.forward(jnp.asarray(tokens[:, :1]))
+    clock = made.config.num_layers - 3
+    state[clock].recurrent = 0.7 * state[clock].recurrent
+    logits, _ = read(model, jnp.asarray(tokens[:, 1:]), state)
+    assert (np.asarray(logits).argmax(-1) == wanted[:, 1:]).all()
+
+
 def test_a_lookup_has_no_more_cases_than_the_theorem_says():
     for m, L in ((1, 3), (2, 2), (3, 2)):
         keys, queries = list(key_cases(m, L)), list(query_cases(m, L))
