@@ -259,7 +259,8 @@ def command(argv: Sequence[str]) -> None:
         model, task = restore_best(config, Path(run)), config.task
         name = f"trained: {Path(run).name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))
-    write_file(parsed.workdir / "geometry.json", json.dumps(models).encode() + b"\n")
+    short = json.loads(json.dumps(models), parse_float=lambda number: float(f"{float(number):.6g}"))
+    write_file(parsed.workdir / "geometry.json", json.dumps(short).encode() + b"\n")
     command_line = " ".join(["python -m experiments.theory_geometry", *argv])
     text = f"{table(models)}\n\nCommand: `{command_line}`\n"
     write_file(parsed.workdir / "geometry.md", text.encode())

@@ -206,7 +206,7 @@ def test_a_clock_whose_state_has_lost_length_goes_on(name):
     read = jax.jit(lambda model, x, state: model.forward(x, state=state))
     _, state = model.forward(jnp.asarray(tokens[:, :1]))
     clock = made.config.num_layers - 3
-    state[clock].recurrent = 0.7 * state[clock].recurrent
+    state[clock] = state[clock]._replace(recurrent=0.7 * state[clock].recurrent)
     logits, _ = read(model, jnp.asarray(tokens[:, 1:]), state)
     assert (np.asarray(logits).argmax(-1) == wanted[:, 1:]).all()
 
