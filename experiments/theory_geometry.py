@@ -17,7 +17,11 @@ of the transitions. ``geometry.json`` holds for every head what the picture show
 - ``as_constructed``: share of the letters, the identity left out, with the eigenvalues that the
   construction gives them, none farther than ``CLOSE`` from its own. A relative of its
   representation serves as well: all turns taken k times, times the sign for permutations, or with
-  the determinant as one more direction, in which reflections turn by a half.
+  the determinant as one more direction, in which reflections turn by a half;
+- ``off_copy``: whether the head holds a copy of the construction's representation R, in any
+  directions: the smallest root mean square over letters of ``|A T - T R^T|`` for a matrix ``T [K,
+  d]`` of norm 1, with A the letter's transition. 0 is a copy. Signs of permutations, outer
+  automorphisms of An and, for Zm, turns taken k times are copies as well.
 """
 
 import dataclasses
@@ -31,13 +35,18 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from deltaproduct_jax.analysis.householder_geometry import factors_of_tokens, geometry
+from deltaproduct_jax.analysis.householder_geometry import (
+    factors_of_tokens,
+    geometry,
+    transitions,
+)
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.finite_groups import finite_group
 from deltaproduct_jax.theory import CATALOGUE, construct
 from deltaproduct_jax.theory.one_layer import representation
+from deltaproduct_jax.theory.representations import permutation_matrices
 from deltaproduct_jax.training.loop import restore_best
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
@@ -122,14 +131,51 @@ def _by_turn(values: np.ndarray, width: int) -> np.ndarray:
     return np.take_along_axis(values, np.argsort(np.angle(values), axis=-1), axis=-1)
 
 
+def copies(group: str) -> list[np.ndarray]:
+    """The construction's representation and relatives, each ``[G, d, d]``; [] without one."""
+    if group not in CONSTRUCTED:
+        return []
+    kind = CONSTRUCTED[group]
+    matrices = representation(group, KINDS.get(kind, kind))[0]
+    if kind == "plane":
+        powers = [k for k in range(1, exponent(group)) if np.gcd(k, exponent(group)) == 1]
+        return [np.linalg.matrix_power(matrices, k) for k in powers if k == 1 or group[0] == "Z"]
+    permutations = permutation_matrices(group)
+    if kind == "permutations":
+        # All permutations fix the vector of ones.
+        rest = np.linalg.svd(np.ones((1, matrices.shape[-1])))[2][1:]
+        matrices = rest @ matrices @ rest.T
+    if group[0] == "S":
+        return [matrices, matrices * np.linalg.det(permutations)[:, None, None]]
+    swap = np.eye(permutations.shape[-1])
+    swap[[0, 1]] = swap[[1, 0]]
+    moved = (swap @ permutations @ swap)[:, None] == permutations
+    return [matrices, matrices[moved.all((2, 3)).argmax(1)]]
+
+
+def off_copy(acts: np.ndarray, group: str, letters: Sequence[int]) -> float | None:
+    """``off_copy`` of a head with transitions ``[L, K, K]``; None without a construction."""
+    K, found = acts.shape[-1], []
+    for matrices in copies(group):
+        d = matrices.shape[-1]
+        # What a letter does to T, its columns one after the other; see the module's text for R^T.
+        rows = [
+            np.kron(np.eye(d), act) - np.kron(matrices[letter], np.eye(K))
+            for act, letter in zip(acts, letters, strict=True)
+        ]
+        smallest = np.linalg.svd(np.concatenate(rows), compute_uv=False)[-1]
+        found.append(float(smallest / np.sqrt(len(letters))))
+    return min(found, default=None)
+
+
 def describe(
     name: str, group: str, model: SequenceModel, letters: Sequence[int], bos: int
 ) -> dict[str, Any]:
     """What the module's text lists, of one model."""
     factors = factors_of_tokens(model, letters, before=bos)
-    heads = geometry(factors)["heads"]
+    heads, acts = geometry(factors)["heads"], transitions(factors)
     E = exponent(group)
-    for head in heads:
+    for index, head in enumerate(heads):
         beta = np.array(head["beta"])
         values = np.array(head["eigenvalues"]) @ [1, 1j]
         turns = np.angle(values) / (2 * np.pi) * E
@@ -139,34 +185,45 @@ def describe(
         head["dimensions"] = int(np.searchsorted(about_zero, COMPONENTS) + 1)
         head["off_circle"] = float(np.abs(np.abs(values) - 1).max())
         head["as_constructed"] = share_as_constructed(values, group, letters)
+        head["off_copy"] = off_copy(acts[:, index], group, letters)
         head["off_angle"] = float(np.abs(turns - np.round(turns)).max() / E)
     return {"name": name, "group": group, "exponent": E, "heads": heads}
 
 
 def draw(models: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws a row a model, all of its heads together."""
-    figure = Figure(figsize=(11, 2.4 * len(models)), layout="constrained")
+    """Draws a row a model; heads that hold a copy in colours, in front of the others in grey."""
+    figure = Figure(figsize=(11, 2.6 * len(models)), layout="constrained")
     FigureCanvasAgg(figure)
-    rows = figure.subplots(len(models), 3, squeeze=False)
+    rows = figure.subplots(len(models), 3, squeeze=False, width_ratios=(1.3, 1.3, 1))
     for (betas, components, plane), model in zip(rows, models, strict=True):
-        heads = model["heads"]
-        labels = [f"head {index}" for index in range(len(heads))]
+        off = [head["off_copy"] for head in model["heads"]]
+        order = sorted(range(len(off)), key=lambda index: -(off[index] or 0))
+        heads, styles = [model["heads"][index] for index in order], []
+        for index in order:
+            # Colours by rank, so that none is the grey of the others.
+            rank, copies_it = len(off) - 1 - len(styles), (off[index] or 0) <= CLOSE
+            label = f"head {index}" + (f": {off[index]:.1g} off a copy" if off[index] else "")
+            color = f"C{rank}" if copies_it else "0.75"
+            styles.append({"color": color, "label": label if copies_it else "other heads"})
         every = [np.ravel(head["beta"]) for head in heads]
-        betas.hist(every, bins=np.linspace(0, 2, 41), stacked=True, label=labels)
+        colors = [style["color"] for style in styles]
+        betas.hist(every, bins=np.linspace(0, 2, 41), stacked=True, color=colors)
         betas.set(title=model["name"], xlabel="beta", ylabel="factors of all letters")
-        betas.legend(fontsize="small")
         angle = np.linspace(0, 2 * np.pi, 200)
         plane.plot(np.cos(angle), np.sin(angle), color="grey", linewidth=0.8)
-        roots = np.exp(2j * np.pi * np.arange(model["exponent"]) / model["exponent"])
-        plane.plot(roots.real, roots.imag, "k+", markersize=12, label="roots of unity")
-        for label, head in zip(labels, heads, strict=True):
+        for style, head in zip(styles, heads, strict=True):
             curve = head["explained_about_zero"][:10]
-            components.plot(range(1, len(curve) + 1), curve, "o-", markersize=3, label=label)
+            components.plot(range(1, len(curve) + 1), curve, "o-", markersize=3, **style)
             values = np.array(head["eigenvalues"])
-            plane.scatter(values[..., 0], values[..., 1], s=14, alpha=0.5)
+            plane.scatter(values[..., 0], values[..., 1], s=14, color=style["color"])
+        wanted = np.unique(np.round(np.ravel(spectra(model["group"])[:1]), 6))
+        plane.plot(wanted.real, wanted.imag, "k+", markersize=12)
+        labelled = dict(zip(*components.get_legend_handles_labels()[::-1], strict=True))
+        components.legend(labelled.values(), labelled, fontsize="small", loc="lower right")
         components.axhline(COMPONENTS, color="grey", linestyle="--", linewidth=0.8)
-        components.set(xlabel="principal components of the keys, about zero", ylim=(0, 1.05))
-        plane.set(xlabel="Re", ylabel="Im", title=f"eigenvalues, {model['group']}")
+        components.set(xlabel="principal components of the keys, about zero")
+        components.set(xlim=(0.7, 10.3), ylim=(0, 1.05), ylabel="part of their squares")
+        plane.set(xlabel="Re", ylabel="Im", title=f"eigenvalues (+: {model['group']} constructed)")
         plane.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal")
         for axes in (betas, components, plane):
             axes.grid(alpha=0.3)
@@ -176,7 +233,8 @@ def draw(models: Sequence[dict[str, Any]], path: Path) -> None:
 def table(models: Sequence[dict[str, Any]]) -> str:
     """A line a head, as Markdown."""
     names = ("smallest_beta", "dimensions", "off_circle", "off_angle", "as_constructed")
-    lines = [["model", "group", "head", *names], ["---"] * 8]
+    names += ("off_copy",)
+    lines = [["model", "group", "head", *names], ["---"] * (3 + len(names))]
     for model in models:
         rows = []
         for head in model["heads"]:
@@ -201,7 +259,8 @@ def command(argv: Sequence[str]) -> None:
         model, task = restore_best(config, Path(run)), config.task
         name = f"trained: {Path(run).name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))
-    write_file(parsed.workdir / "geometry.json", json.dumps(models).encode() + b"\n")
+    short = json.loads(json.dumps(models), parse_float=lambda number: float(f"{float(number):.6g}"))
+    write_file(parsed.workdir / "geometry.json", json.dumps(short).encode() + b"\n")
     command_line = " ".join(["python -m experiments.theory_geometry", *argv])
     text = f"{table(models)}\n\nCommand: `{command_line}`\n"
     write_file(parsed.workdir / "geometry.md", text.encode())

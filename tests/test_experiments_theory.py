@@ -125,6 +125,7 @@ def test_geometry_of_constructions(tmp_path, capsys):
             assert head["off_circle"] < 1e-6
             assert head["off_angle"] < 1e-6
             assert head["as_constructed"] == 1
+            assert head["off_copy"] < 1e-6
     assert (tmp_path / "geometry.png").read_bytes().startswith(b"\x89PNG")
     assert "| plane_Z5 | Z5 | all 2 | 2 |" in capsys.readouterr().out
 
@@ -141,6 +142,23 @@ def test_eigenvalues_like_the_constructions():
     assert share(values) == pytest.approx(0.8)
     assert share(np.ones((6, 4))) == 0  # no head that does nothing
     assert theory_geometry.share_as_constructed(values, "Z7", range(6)) is None
+
+
+@pytest.mark.parametrize("group", ["S3", "S4", "A5", "Z5", "D5"])
+def test_copies_of_the_constructions(group):
+    letters = range(len(theory_geometry.finite_group(group).table))
+    found = theory_geometry.copies(group)
+    turned = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
+    for matrices in found:
+        acts = np.tile(np.eye(4), (len(letters), 1, 1))
+        d = matrices.shape[-1]
+        acts[:, :d, :d] = matrices.swapaxes(1, 2)
+        acts = turned @ acts @ turned.T
+        assert theory_geometry.off_copy(acts, group, letters) < 1e-9
+        assert theory_geometry.off_copy(acts[::-1], group, letters) > 0.3
+    if group == "A5":  # the automorphism is no mere change of basis
+        assert np.abs(np.trace(found[0] - found[1], axis1=1, axis2=2)).max() > 2
+    assert theory_geometry.off_copy(turned[None], "Z7", [0]) is None
 
 
 @pytest.mark.parametrize(

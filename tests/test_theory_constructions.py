@@ -193,8 +193,24 @@ def test_clocks_return_after_their_period_only():
         assert clock.num_layers == layers
         at = np.concatenate([hand.positions(2 * period) for hand in clock.hands], axis=1)
         np.testing.assert_allclose(at[:period], at[period:], atol=1e-12)
+        assert (np.abs(at) == 1).all()
         others = (at[:period] @ at[:period].T)[~np.eye(period, dtype=bool)]
-        assert others.max() < len(clock.hands) - 0.2
+        assert others.max() == clock.num_heads - 2
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("three_layers_S3", marks=pytest.mark.slow), "four_layers_S4"]
+)
+def test_a_clock_whose_state_has_lost_length_goes_on(name):
+    made = construct(name)
+    tokens, wanted = words(made, 40)
+    model = made.model(implementation="recurrent")
+    read = jax.jit(lambda model, x, state: model.forward(x, state=state))
+    _, state = model.forward(jnp.asarray(tokens[:, :1]))
+    clock = made.config.num_layers - 3
+    state[clock] = state[clock]._replace(recurrent=0.7 * state[clock].recurrent)
+    logits, _ = read(model, jnp.asarray(tokens[:, 1:]), state)
+    assert (np.asarray(logits).argmax(-1) == wanted[:, 1:]).all()
 
 
 def test_a_lookup_has_no_more_cases_than_the_theorem_says():

@@ -120,7 +120,7 @@ def by_blocks(
         value_dim=V,
         num_householder=R,
         units=max(len(of_keys) + len(of_queries), P),
-        energy_bos=1 + len(clock.hands) + clock.num_layers - 1 + P,
+        energy_bos=1 + clock.energy + P,
     )  # fmt: skip
     clock.write(program, letters)
     last = clock.num_layers + 1

@@ -6,7 +6,7 @@ vector). Three things are built from them:
 - an **orbit**: heads that share a state ``k v^T`` of rank one. BOS writes ``k``, the tokens'
   factors move it through its orbit, and head ``h`` reads coordinate ``h``. The output norm would
   leave only the sign of one number, but far below the root of its epsilon it is linear, and so
-  ``v`` is `TINY`.
+  ``v`` is `TINY`. Where signs are what is wanted, ``v`` is `LARGE`.
 - a **buffer**: a head a slot, overwritten exactly by ``beta = 1``.
 - a **lookup**: a unit of the SwiGLU a case. ``silu`` is exactly 0 well below 0, so that a unit
   whose case it is not adds nothing, and an error in the features does not reach the outputs.
@@ -146,35 +146,39 @@ class Program:
         copies: int,
         *,
         at: int = 0,
+        signs: bool = False,
         resets: Mapping[int, np.ndarray] | None = None,
     ) -> None:
         """Heads that write, keep and read a vector; what moves it, `factors` writes.
 
         Args:
             layer: which block.
-            heads: a head a coordinate.
+            heads: a head a coordinate, or whatever `read` has it read.
             feature: where the heads put the coordinates, from its coordinate ``at`` on.
             start: ``[d]``, what BOS writes.
             pads: further coordinates of the key, which no letter moves.
             copies: times that every coordinate stands in a key.
             at: see ``feature``.
+            signs: of what is read only the sign is put down, a unit of it.
             resets: letter -> vector ``[d]`` of the length of ``start`` that it writes like BOS.
         """
-        d = len(start)
         k = np.zeros((self.vocab_size, self.R, self.H, self.K))
         b, v = np.zeros(k.shape[:-1]), np.zeros((*k.shape[:-1], self.V))
         for token, vector in {self.bos: start, **(resets or {})}.items():
             key = np.concatenate([np.tile(vector, copies), pads])
             k[token, 0, heads, : len(key)] = LARGE * key
             b[token, 1:, heads] = -SURE
-            v[token, 0, heads, 0] = 2 * TINY  # silu halves what is this small
+            v[token, 0, heads, 0] = LARGE if signs else 2 * TINY  # silu halves what is this small
         for name, rows in {"k": k, "b": b, "v": v}.items():
             self.put(layer, name, "token", rows)
         length = np.sqrt(copies * start @ start + np.dot(pads, pads))
         read = TINY * np.sqrt(copies / self.K) / length / np.sqrt(self.config.norm_eps)
-        gain = UNIT / np.linalg.norm(start) / read
-        self._output(layer, heads, slice(0, 1), feature, at, gain * np.eye(d)[:, None])
-        self.energy, self.energy_bos = self.energy + 1, self.energy_bos + 1
+        # The norm makes sqrt(V) of the one entry that is not 0, if it is not tiny.
+        gain = UNIT / np.sqrt(self.V) if signs else UNIT / np.linalg.norm(start) / read
+        num_heads = heads.stop - heads.start
+        self._output(layer, heads, slice(0, 1), feature, at, gain * np.eye(num_heads)[:, None])
+        written = num_heads if signs else 1
+        self.energy, self.energy_bos = self.energy + written, self.energy_bos + written
 
     def factors(
         self,
