@@ -37,6 +37,21 @@ _unexpected_skips: list[str] = []
 _of_processes: list[list] = []  # what other processes of this run measured
 
 
+# Files of one to three minutes. Begun last, one would keep a process when the other has nothing left.
+LONGEST = (
+    "test_tpu_compile.py",
+    "test_kernels_triton.py",
+    "test_kernels_pallas.py",
+    "test_ops_sharding.py",
+    "test_experiments_state_tracking.py",
+    "test_interoperation.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion_of_dtypes(request):
     """For the op, whose float32 parts must be so on purpose; Flax and Optax rely on promotion."""

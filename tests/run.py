@@ -24,8 +24,10 @@ def main() -> int:
     arguments = sys.argv[1:]
     chosen = "slow" if "--slow" in arguments else "not slow"
     rest = [a for a in arguments if a != "--slow" and not a.startswith(EXTRA)]
-    # By file, so that what a file's tests share is made once; two, as CI has cores.
-    shared = ["-n2", "--dist=loadfile"] if not rest and (os.cpu_count() or 1) > 1 else []
+    # By file, so that what a file's tests share is made once, in the order of conftest.py; two, as
+    # CI has cores.
+    split = ["-n2", "--dist=loadfile", "--no-loadscope-reorder"]
+    shared = split if not rest and (os.cpu_count() or 1) > 1 else []
     return pytest.main(["-m", chosen, "--durations=10", *shared, *rest])
 
 
