@@ -37,7 +37,7 @@ _unexpected_skips: list[str] = []
 _of_processes: list[list] = []  # what other processes of this run measured
 
 
-# Files of one to three minutes. Begun last, one would keep a process when the other has nothing left.
+# Files of one to three minutes: begun last, one would keep a process when the other has no more.
 LONGEST = (
     "test_tpu_compile.py",
     "test_kernels_triton.py",
@@ -49,7 +49,8 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    order = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(autouse=True)
