@@ -117,7 +117,9 @@ def rows_of(config: LaunchesConfig, R: int, K: int, kernel: str) -> list[dict[st
         }
         try:
             row["ms"], row["most_ms"] = measure(call, config.repeats)
-        except Exception as error:  # most often too little shared memory
+        except Exception as error:  # most often too little shared memory for a variant
+            if launch is None:
+                raise
             row["error"] = str(error).splitlines()[0][:100]
         rows.append(row)
     return rows
