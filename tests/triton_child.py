@@ -28,7 +28,7 @@ SMALL = {"B": 1, "H": 1, "K": 16, "V": 16}
 CASES = {
     "gated": Case(T=20, **SMALL),
     "ungated": Case(T=40, gate=None, **SMALL),
-    "packed, grouped, odd widths": Case(T=21, R=3, B=1, H=1, G=2, K=24, V=40, segments=True),
+    "packed, grouped, odd widths": Case(T=21, R=3, B=1, H=1, G=2, K=72, V=40, segments=True),
     "five factors": Case(T=11, R=5, **SMALL),
     "one token, eight factors": Case(T=1, R=8, **SMALL),
     "strong decay": Case(T=20, gate="strong", **SMALL),

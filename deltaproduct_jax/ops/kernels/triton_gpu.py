@@ -216,21 +216,23 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
     outs = [updates, c.matrices(K, V), None]
     w, after, dinitial_state = _in_pieces(c, "walk_back", arrays, dfinal_state, outs, reverse=True)
 
-    # Of a value head; what a group of them shares is summed below.
+    # Of a value head; what a group of them shares is summed below, as are the parts of K.
+    parts = -(-K // c.tiling.gradient_keys)
     of_keys = q.dtype if H == HV else jnp.float32
     outs = (
         jax.ShapeDtypeStruct((B, T, HV, K), of_keys),
         jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct(beta.shape, beta.dtype),
-        *2 * (PLACEHOLDER if g is None else jax.ShapeDtypeStruct(g.shape, jnp.float32),),
+        *2 * (PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),),
     )
     arrays = (q, k, beta, *_gates(tokens), into, out, do, e, w, before, after)
-    dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, (N, B * HV))
+    grid, keys = (parts, N, B * HV), {"BK": c.tiling.gradient_keys}
+    dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, grid, **keys)
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
-    dg = None if g is None else sum(dgates).astype(g.dtype)
+    dg = None if g is None else jnp.sum(sum(dgates), axis=0).astype(g.dtype)
     return Tokens(dq, dk, dv, dbeta, dg, None), dinitial_state
 
 

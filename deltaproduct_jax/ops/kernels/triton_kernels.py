@@ -149,7 +149,8 @@ def walk(
         written = (out[:, None] * u).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(square(final_ptr, index, rows, columns, K, WIDTH), S, mask=inside)
+    row = (index * K + rows)[:, None] * WIDTH
+    tl.store(final_ptr + row + columns[None, :], S, mask=inside)
 
 
 @triton.jit
@@ -247,7 +248,8 @@ def walk_back(
         removed = ((-into * beta)[:, None] * w).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
     inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
-    tl.store(square(dinitial_ptr, index, rows, columns, K, WIDTH), dS, mask=inside)
+    row = (index * K + rows)[:, None] * WIDTH
+    tl.store(dinitial_ptr + row + columns[None, :], dS, mask=inside)
 
 
 @triton.jit
@@ -260,12 +262,18 @@ def gradients(
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
     NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head."""
-    n, pid = tl.program_id(0), tl.program_id(1)
+    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
+
+    A program has BK columns of the keys, and all that is a sum over them is added up afterwards:
+    the cotangents of g are ``[parts, ...]``. The products over values, which every part needs, are
+    made again: with all of K in one program, registers do not suffice.
+    """
+    part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts = tl.num_programs(0)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
     dtype = dafter_ptr.dtype.element_ty
-    m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    m, c, rows = tl.arange(0, M), tl.arange(0, CP), part * BK + tl.arange(0, BK)
     tokens = tl.minimum(C, T - n * C)
     row = b * T + n * C
     updates = m < tokens * R
@@ -283,8 +291,8 @@ def gradients(
         dk_written = tl.zeros([M, BK], tl.float32)
     dbeta = tl.zeros([M], tl.float32)
     dthrough = tl.zeros([BK], tl.float32)
-    for part in range(0, tl.cdiv(V, BV)):
-        columns = part * BV + tl.arange(0, BV)
+    for values in range(0, tl.cdiv(V, BV)):
+        columns = values * BV + tl.arange(0, BV)
         e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
         w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
         do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
@@ -310,10 +318,11 @@ def gradients(
             dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
         dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
         dv = beta[:, None] * w.to(tl.float32)
-        put_tile(dv_ptr, dv, row * R, hv, m, columns, updates, HV, V)
+        here = updates & (values % parts == part)  # each part of the keys writes its share
+        put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
         if HAS_G:
             dthrough += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
-    tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
+    tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates & (part == 0))
 
     k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
@@ -344,7 +353,8 @@ def gradients(
         of_scores = tl.dot(later, of_scores.to(dtype), input_precision=PRECISION)
         before_token = c[:, None] > (m // R)[None, :]
         dg_tokens += tl.sum(tl.where(before_token, of_scores, 0.0), axis=1)
-        tl.store(dg_tokens_ptr + (row + c) * HV + hv, dg_tokens, mask=c < tokens)
+        dg_row = part.to(tl.int64) * B * T + row
+        tl.store(dg_tokens_ptr + (dg_row + c) * HV + hv, dg_tokens, mask=c < tokens)
     narrow = dqk.to(dtype)
     dq = tl.dot(narrow, k, dq, input_precision=PRECISION)
     dk = tl.dot(tl.trans(narrow), q, dk, input_precision=PRECISION)
@@ -358,7 +368,7 @@ def gradients(
         later = tl.where(m[:, None] <= m[None, :], 1.0, 0.0).to(dtype)
         of_gram = tl.dot(later, of_gram.to(dtype), input_precision=PRECISION)
         dg_updates += tl.sum(tl.where(earlier, of_gram, 0.0), axis=1)
-        tl.store(dg_updates_ptr + (row + m // R) * HV + hv, dg_updates, mask=starts)
+        tl.store(dg_updates_ptr + (dg_row + m // R) * HV + hv, dg_updates, mask=starts)
     symmetric = (dkk + tl.trans(dkk)).to(dtype)
     dk = tl.dot(symmetric, k, dk, input_precision=PRECISION)
     put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)

@@ -18,7 +18,7 @@ def head(pid, H: tl.constexpr, HV: tl.constexpr):
 @triton.jit
 def tile(ptr, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Rows of one head of an array [rows, HEADS, WIDTH]; zeros where there is nothing."""
-    offsets = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    offsets = rows[:, None].to(tl.int64) * (HEADS * WIDTH) + columns[None, :]
     mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
     return tl.load(ptr + (row * HEADS + head) * WIDTH + offsets, mask=mask, other=0.0)
 
@@ -28,7 +28,7 @@ def put_tile(
     ptr, x, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Writes what `tile` would read."""
-    offsets = rows[:, None] * (HEADS * WIDTH) + columns[None, :]
+    offsets = rows[:, None].to(tl.int64) * (HEADS * WIDTH) + columns[None, :]
     mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
     base = ptr + (row * HEADS + head) * WIDTH
     tl.store(base + offsets, x.to(ptr.dtype.element_ty), mask=mask)
@@ -37,7 +37,7 @@ def put_tile(
 @triton.jit
 def square(ptr, index, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers into matrix ``index`` of an array [..., ROWS, COLUMNS]."""
-    return ptr + index * (ROWS * COLUMNS) + rows[:, None] * COLUMNS + columns[None, :]
+    return ptr + index * (ROWS * COLUMNS) + rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]
 
 
 @triton.jit

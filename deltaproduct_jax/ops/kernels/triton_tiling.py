@@ -36,12 +36,14 @@ class Tiling:
       update_rows: rows of a tile of updates: at least ``chunk_size`` times R; a power of two.
       token_rows: rows of a tile of tokens: at least ``chunk_size``; a power of two from 16 up.
       key_columns: columns of a tile of keys: at least K; a power of two from 16 up.
+      gradient_keys: those that one program of `gradients` has.
     """
 
     chunk_size: int
     update_rows: int
     token_rows: int
     key_columns: int
+    gradient_keys: int
     prepare: Launch
     walk: Launch
     errors: Launch
@@ -73,6 +75,7 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
         rows,
         power_of_two(chunk_size),
         key_columns,
+        min(key_columns, 64),
         prepare=Launch(warps=4 if large else 2, stages=1),
         walk=walk,
         errors=dataclasses.replace(walk, stages=2),
