@@ -42,6 +42,8 @@ _tangent_p = jax.extend.core.Primitive("delta_product_tangent")
 _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(lambda x: x)
 ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+# A tangent of this tangent comes of forward mode alone, and JAX would name a primitive of its own.
+ad.primitive_jvps[_tangent_p] = _refuse
 batching.primitive_batchers[_tangent_p] = lambda operands, axes: (
     _tangent_p.bind(*operands),
     axes[0],
