@@ -88,10 +88,11 @@ def plot(by_length: Sequence[dict], by_factors: Sequence[dict], path: Path) -> N
             axes = panels[row, column]
             axes.plot([r[x] for r in rows], [r[y] for r in rows], "o-")
             if x == "T":
-                axes.set(xscale="log", yscale="log", title=f"slope {slope(rows, x, y):.2f}")
+                axes.set(xscale="log", yscale="log")
             else:
                 axes.set(ylim=(0, None))
-            axes.set(xlabel=label, ylabel=unit)
+            title = f"slope in log-log {slope(rows, x, y):.2f}"
+            axes.set(xlabel=label, ylabel=unit, title=title)
             axes.grid(alpha=0.3)
     save(figure, path)
 

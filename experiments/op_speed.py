@@ -63,7 +63,8 @@ class SpeedConfig:
     batch_size: int = setting(1, "sequences B")
     length: int = setting(2048, "tokens T")
     num_heads: int = setting(4, "heads H")
-    head_dim: int = setting(64, "key width K and value width V")
+    head_dim: int = setting(64, "key width K")
+    value_dim: int | None = setting(None, "value width V; none: head_dim")
     num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
@@ -84,6 +85,8 @@ class SpeedConfig:
         """Checks every field."""
         for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
+        if self.value_dim is not None:
+            require_at_least("value_dim", self.value_dim, 1)
         for n_h in self.num_householder:
             require_at_least("num_householder", n_h, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
@@ -101,6 +104,11 @@ class SpeedConfig:
             peer_op(name)  # an error now, not after the first rows
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """K and V."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
     def names(self) -> list[str]:
         """The implementations, in order."""
         return self.implementations.split(",")
@@ -113,7 +121,7 @@ class SpeedConfig:
 
 def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any]]:
     """One row an implementation at one shape."""
-    sizes = (config.batch_size, config.length, config.num_heads, config.head_dim, config.head_dim)
+    sizes = (config.batch_size, config.length, config.num_heads, *config.widths)
     shape = Shape(*sizes, n_h, config.dtype, config.gated)
     prepare = _decoding if direction == STEP else _whole_sequences
     programs, errors = prepare(config, shape, direction)
@@ -230,8 +238,10 @@ def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes speed.json, speed.md and speed.png."""
     parsed = flags.parse(argv, {"speed": SpeedConfig}, {"default": {}})
     config = SpeedConfig(**parsed.sections["speed"])
+    K, V = config.widths
     title = (
-        f"B={config.batch_size} T={config.length} H={config.num_heads} K=V={config.head_dim}, "
+        f"B={config.batch_size} T={config.length} H={config.num_heads} "
+        f"{f'K=V={K}' if K == V else f'K={K} V={V}'}, "
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
     )
     command_line = " ".join(["python -m experiments.op_speed", *argv])

@@ -86,7 +86,7 @@ def main() -> None:
         json.dumps(
             {
                 "state": int(4 * heads * SIZES["K"] * SIZES["V"]),
-                "map": int(4 * heads * SIZES["K"] * (SIZES["K"] + SIZES["V"])),
+                "map": int(4 * heads * SIZES["K"] ** 2),
                 "forward": collectives(jax.jit(forward).lower(arrays, ids).compile().as_text()),
                 "gradient": collectives(
                     jax.jit(backward).lower(arrays, ids, cotangents).compile().as_text()

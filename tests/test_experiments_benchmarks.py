@@ -13,10 +13,11 @@ TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "
 
 
 def test_speed_writes_table_json_and_plot(tmp_path, capsys):
-    op_speed.command([f"--workdir={tmp_path}", *TINY])
+    op_speed.command([f"--workdir={tmp_path}", *TINY, "--value_dim=6"])
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "speed.json").read_text())
     assert len(record["rows"]) == 2 * 3  # directions, implementations
+    assert record["shape"] == "B=1 T=12 H=2 K=4 V=6, float32, gated"
     for row in record["rows"]:
         assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
         assert row["worst_error"] < 1e-5

@@ -52,6 +52,14 @@ def test_vmap_remat_and_jit():
     assert_close(gradient("pallas_tpu"), gradient("chunked"))
 
 
+@pytest.mark.parametrize("second", [jax.jacfwd, jax.jacrev])
+def test_a_second_derivative_names_the_remedy(second):
+    arrays, ids = inputs()
+    gradient = jax.jit(jax.grad(lambda v: loss({**arrays, "v": v}, ids, "pallas_tpu")))
+    with pytest.raises(TypeError, match='name implementation="chunked" for second derivatives'):
+        second(gradient)(arrays["v"])
+
+
 def test_over_a_mesh_with_the_sequence_axis():
     arrays, ids = inputs(Case(T=32, R=2, B=2, H=2, K=8, V=4, segments=True))
     axes = (jax.sharding.AxisType.Auto,) * 3

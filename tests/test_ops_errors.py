@@ -141,7 +141,10 @@ def test_step():
 
 
 @pytest.mark.parametrize("implementation", ["chunked", None])
-@pytest.mark.parametrize("where", ["called plainly", "in jit", "around jit", "in a scan", "jacfwd"])
+@pytest.mark.parametrize(
+    "where",
+    ["called plainly", "in jit", "around jit", "in a scan", "jacfwd", "twice", "reverse over it"],
+)
 def test_forward_mode_names_the_remedy(implementation, where):
     arrays = tuple(inputs().values())
 
@@ -151,12 +154,17 @@ def test_forward_mode_names_the_remedy(implementation, where):
     def in_a_scan(*arrays):
         return jax.lax.scan(lambda c, _: (c + jnp.sum(op(*arrays)), None), 0.0, length=2)[0]
 
+    def pushed(*arrays):
+        return jax.jvp(op, arrays, arrays)[1]
+
     calls = {
         "called plainly": lambda: jax.jvp(op, arrays, arrays),
         "in jit": lambda: jax.jit(lambda *x: jax.jvp(op, x, x))(*arrays),
         "around jit": lambda: jax.jvp(jax.jit(op), arrays, arrays),
         "in a scan": lambda: jax.jvp(in_a_scan, arrays, arrays),
         "jacfwd": lambda: jax.jacfwd(op)(*arrays),
+        "twice": lambda: jax.jvp(pushed, arrays, arrays),
+        "reverse over it": lambda: jax.grad(lambda *x: jnp.sum(pushed(*x)))(*arrays),
     }
     with pytest.raises(TypeError, match='implementation="recurrent" or "associative"'):
         calls[where]()

@@ -231,13 +231,13 @@ def test_a_pod_of_256_sends_nothing_larger_than_states(platform):
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, the compiler for TPUs (tests/run.py --extra=tpu)")
     found = pod(platform, 16)
-    assert found["map"] == 4 * 2 * 2 * 32 * (32 + 64)  # float32, B = 2 and Hv = 2 of a device
+    assert found["state"] == 4 * 2 * 2 * 32 * 64  # float32, B = 2 and Hv = 2 of a device
     for program in RUNS:
-        assert max(size for _, size in found[program]) <= found["map"]
+        assert max(size for _, size in found[program]) <= found["state"]
     # Four rounds over 16 devices, the last without maps, and the step from after to before; ids.
     counts = {name: collections.Counter(map(tuple, found[name])) for name in RUNS}
     permute, reduce, ids = "collective-permute", "all-reduce", 4 * 2
-    one = {(permute, found["map"]): 3, (permute, found["state"]): 2, (reduce, found["state"]): 1}
+    one = {(permute, found["map"]): 3, (permute, found["state"]): 5, (reduce, found["state"]): 1}
     assert counts["forward"] == {**one, (permute, ids): 1}
     assert counts["gradient"] == {**{key: 2 * n for key, n in one.items()}, (permute, ids): 1}
 

@@ -19,7 +19,7 @@ from deltaproduct_jax.ops.chunked import Settings, chunked, chunked_backward
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import Matmul
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
-from deltaproduct_jax.ops.reverse_only import reverse_only
+from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.tiling import default_chunk_size, default_span, tiling_for
 from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -230,7 +230,7 @@ def _run(name: str, direction: str, request: Request, platform: str, tokens: Tok
     kernel = kernels.KERNELS[name]
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
-    run = getattr(kernels.load(name), direction)
+    run = differentiated_once(getattr(kernels.load(name), direction))
     return functools.partial(run, options=request.options(platform, tokens), **keywords)
 
 

@@ -3,7 +3,12 @@
 A `jax.custom_vjp` function refuses it too, but under a jit of the caller with a text of JAX's own,
 which names no remedy. So inputs pass through an identity whose tangents pass through a primitive:
 linear, and transposed as reverse mode asks of it, it raises where forward mode would lower it.
+
+Kernels, which JAX cannot differentiate, refuse a second derivative in the same way.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.extend.core
@@ -14,6 +19,10 @@ NO_FORWARD_MODE = (
     "delta_product: chunked and kernel implementations have a backward pass and no forward-mode "
     'derivative (jvp, jacfwd); name implementation="recurrent" or "associative" for that'
 )
+NO_SECOND_DERIVATIVE = (
+    "delta_product: kernels have a backward pass that cannot be differentiated again; name "
+    'implementation="chunked" for second derivatives'
+)
 
 
 def reverse_only(tree):
@@ -21,6 +30,24 @@ def reverse_only(tree):
     return jax.tree.map(
         lambda x: _identity(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
+
+
+@functools.cache
+def differentiated_once(run: Callable) -> Callable:
+    """``run(*arrays, **options)``, a pass of a kernel; whoever differentiates it is told so."""
+
+    def refusing(*arrays, **options):
+        @jax.custom_jvp
+        def kernel(*arrays):
+            return run(*arrays, **options)
+
+        @kernel.defjvp
+        def _refuse_again(*_):
+            raise TypeError(NO_SECOND_DERIVATIVE)
+
+        return kernel(*arrays)
+
+    return refusing
 
 
 @jax.custom_jvp
@@ -42,6 +69,8 @@ _tangent_p = jax.extend.core.Primitive("delta_product_tangent")
 _tangent_p.def_impl(_refuse)
 _tangent_p.def_abstract_eval(lambda x: x)
 ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+# A tangent of this tangent comes of forward mode alone, and JAX would name a primitive of its own.
+ad.primitive_jvps[_tangent_p] = _refuse
 batching.primitive_batchers[_tangent_p] = lambda operands, axes: (
     _tangent_p.bind(*operands),
     axes[0],

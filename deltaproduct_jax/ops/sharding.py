@@ -12,8 +12,8 @@ of V + K and one of V, both forward and backward, as all that depends on keys al
 keys, the triangular inverse) is computed once. It is as exact: P is a product of factors of norm at
 most 1 for unit keys and beta in [0, 2], built as the op builds any state.
 
-Nothing larger than ``[F | P]`` is ever sent, whatever T is, and the backward pass, which is JAX's
-own transposition of this, sends its cotangents the same way back.
+F and P are sent apart, so that nothing is larger than a state if K is at most V, whatever T is; and
+the backward pass, JAX's own transposition of this, sends its cotangents the same way back.
 
 Shape suffixes: B batch, T tokens, Hv value heads, K key width, V value width, W = V + K.
 """
@@ -61,9 +61,9 @@ def sharded_delta_product(
 
     The result is that of one device to rounding; in bfloat16, outputs behind the first piece of a
     row are rounded once more, states are not. Every array argument has its gradient. Over n devices
-    of ``sequence_axis`` the forward pass sends ceil(log2 n) arrays of at most
-    [B, Hv, K, V + K] of one device's B and Hv, in float32 (float64 when q is), one of
-    [B, Hv, K, V], and the sum that gives everybody ``final_state``.
+    of ``sequence_axis`` the forward pass sends ceil(log2 n) + 1 arrays [B, Hv, K, V] and one fewer
+    than ceil(log2 n) of [B, Hv, K, K], with one device's B and Hv, in float32 (float64 when q is),
+    and the sum that gives everybody ``final_state``.
 
     Args:
       q, k, v, beta, g, scale, initial_state, segment_ids, use_qk_l2norm: as in `delta_product`,
@@ -204,14 +204,15 @@ def _compose(end_BHvKW, V: int, axis_name, matmul: Matmul):
     already knows its state.
     """
     size, shift = jax.lax.axis_size(axis_name), 1
+    state_BHvKV, map_BHvKK = end_BHvKW[..., :V], end_BHvKW[..., V:]
     while shift < size:
-        # The last round needs no map, only states.
-        width = V if 2 * shift >= size else end_BHvKW.shape[-1]
-        earlier = _from_before(end_BHvKW[..., :width], axis_name, shift)
-        moved = matmul("bhkl,bhlv->bhkv", end_BHvKW[..., V:], earlier)
-        end_BHvKW = moved + jnp.pad(end_BHvKW[..., :V], ((0, 0),) * 3 + ((0, width - V),))
+        earlier_BHvKV = _from_before(state_BHvKV, axis_name, shift)
+        state_BHvKV += matmul("bhkl,bhlv->bhkv", map_BHvKK, earlier_BHvKV)
+        if 2 * shift < size:  # the last round needs no map, only states
+            earlier_BHvKK = _from_before(map_BHvKK, axis_name, shift)
+            map_BHvKK = matmul("bhkl,bhlm->bhkm", map_BHvKK, earlier_BHvKK)
         shift *= 2
-    return end_BHvKW[..., :V]
+    return state_BHvKV
 
 
 def _from_before(x: jax.Array, axis_name, shift: int) -> jax.Array:
