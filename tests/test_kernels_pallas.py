@@ -6,6 +6,7 @@ compiler for the chips.
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from helpers import Case, cast, relative_error
 
 from deltaproduct_jax.ops import delta_product, select_implementation, sharded_delta_product
-from deltaproduct_jax.ops.kernels import pallas_plan
+from deltaproduct_jax.ops.kernels import pallas_plan, pallas_tpu
 from deltaproduct_jax.ops.kernels.pallas_products import Passes, unit_lower_inverse
 
 CASE = Case(T=12, R=2, B=1, H=1, G=2, K=8, V=4, segments=True)
@@ -108,6 +109,38 @@ def test_spans_are_paired_where_their_number_is_even(spans, expected):
     plan = pallas_plan.plan_of(jnp.dtype("bfloat16"), spans=spans, **sizes)
     assert plan.spans == expected
     assert (plan.chunk, plan.together, plan.buffers) == (64, 8, 2)
+
+
+# Of a core, in MiB: v4; v5p and TPU7x; v5e and v6e.
+@pytest.mark.parametrize("memory", [16, 64, 128])
+def test_vector_memory_is_that_of_the_chip(memory, monkeypatch):
+    monkeypatch.setattr(pallas_plan, "memory_of_core", lambda: memory * 2**20)
+    dtypes, widths = [jnp.dtype("bfloat16"), jnp.dtype("float32")], (64, 128, 192, 256)
+    for dtype, R, K, V in itertools.product(dtypes, (1, 2, 3, 4), widths, widths):
+        sizes = {"T": 4096, "R": R, "H": 8, "Hv": 8, "K": K, "V": V}
+        plan = pallas_plan.plan_of(dtype, spans=32 * R, **sizes)
+        allowed = pallas_plan.vector_memory(plan)
+        assert plan.limit <= allowed <= memory * 2**20
+        fits = pallas_tpu.unsupported(dtype=dtype, B=1, precision=None, **sizes) is None
+        assert fits == (plan.bytes <= plan.limit)
+        assert fits or memory == 16
+    # What 48 MiB are too few for, the whole of a large chip holds.
+    sizes = {"T": 4096, "R": 2, "H": 8, "Hv": 16, "K": 256, "V": 256}
+    plan = pallas_plan.plan_of(dtypes[1], spans=64, **sizes)
+    assert (plan.bytes <= plan.limit) == (memory == 128)
+    assert (pallas_plan.vector_memory(plan) > pallas_plan.MOST_MEMORY) == (memory > 16)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_chip_has_no_memory_for_is_an_error(monkeypatch):
+    monkeypatch.setattr(pallas_plan, "memory_of_core", lambda: 16 * 2**20)
+    arrays = cast(Case(T=128, R=1, B=1, H=8, K=128, V=128).arrays(), "float32")
+    text = "in float32 need 14.1 MiB of vector memory, and there are 14.0 MiB; 'chunked' can"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        delta_product(**arrays, implementation="pallas_tpu")
+    sizes = {"B": 1, "T": 128, "R": 1, "Hv": 8, "K": 128, "V": 128, "differentiated": True}
+    assert select_implementation("tpu", **sizes) == "chunked"
+    assert select_implementation("tpu", **sizes, dtype="bfloat16") == "pallas_tpu"
 
 
 @pytest.mark.parametrize("M", [16, 48, 128])

@@ -102,7 +102,7 @@ class Call(NamedTuple):
             scratch_shapes=self.scratch(),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=vector_memory(),
+                vmem_limit_bytes=vector_memory(self.plan),
             ),
             interpret=self.interpret,
             name="delta_product_backward" if self.reverse else "delta_product_forward",
