@@ -89,18 +89,32 @@ def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
 
 @pytest.mark.parametrize("case", [LONG, LONG_AND_PLAIN], ids=["gates and segments", "neither"])
 def test_a_state_every_second_span(case):
-    """Of 4 that there is room for; what lies in the others (NaN if interpreted) is not used."""
+    """Nothing but these is kept: an array that a kernel does not fill holds NaN if interpreted."""
     arrays, ids = inputs(case)
     sizes = {"spans": 4, "T": case.T, "R": 4, "H": 1, "Hv": case.G, "K": 8, "V": 4}
     plan = pallas_plan.plan_of(jnp.dtype("float32"), **sizes)
     assert (plan.spans, plan.span // plan.chunk, plan.joined) == (2, 4, 2)
-    _, pullback = jax.vjp(functools.partial(loss, ids=ids, implementation="pallas_tpu"), arrays)
-    kept = [x for x in jax.tree.leaves(pullback) if x.shape[:1] == (4,) and x.ndim == 6]
-    (states,) = kept
-    assert np.isfinite(states[:2]).all()
-    assert np.isnan(states[2:]).all()
+    with jax.debug_nans(True):
+        _, pullback = jax.vjp(functools.partial(loss, ids=ids, implementation="pallas_tpu"), arrays)
+    (states,) = (x for x in jax.tree.leaves(pullback) if x.ndim == 6)
+    assert states.shape[0] == 2
+    assert np.isfinite(states).all()
     expected = jax.jit(jax.grad(loss), static_argnums=2)(arrays, ids, "chunked")
     assert_close(pullback(jnp.float32(1)), (expected,))
+
+
+def test_other_platforms_keep_as_many_states_as_the_kernel(monkeypatch):
+    """As on a TPU, where None may run the kernel, and a program may still be lowered for a CPU."""
+    case = Case(T=200, R=2, B=1, H=1, K=64, V=64)
+    arrays, _ = inputs(case)
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(arrays, None, "chunked")
+    monkeypatch.setattr(pallas_tpu, "is_ready", lambda: True)
+    jax.clear_caches()
+    got, pullback = jax.vjp(functools.partial(loss, ids=None, implementation=None), arrays)
+    (states,) = (x for x in jax.tree.leaves(pullback) if x.ndim == 6)
+    assert states.shape[0] == 2
+    assert_close((got, *pullback(jnp.float32(1))), expected)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(("spans", "expected"), [(1, 1), (2, 1), (3, 3), (6, 3), (65, 65)])

@@ -72,7 +72,7 @@ class Call(NamedTuple):
             tokens.g is not None,
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
-            options.spans,
+            options.slots or options.spans,
         )
 
     @property
