@@ -6,6 +6,7 @@ compiler for the chips.
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -15,7 +16,7 @@ import pytest
 from helpers import Case, cast, relative_error
 
 from deltaproduct_jax.ops import delta_product, select_implementation, sharded_delta_product
-from deltaproduct_jax.ops.kernels import pallas_plan
+from deltaproduct_jax.ops.kernels import pallas_plan, pallas_tpu
 from deltaproduct_jax.ops.kernels.pallas_products import Passes, unit_lower_inverse
 
 CASE = Case(T=12, R=2, B=1, H=1, G=2, K=8, V=4, segments=True)
@@ -96,18 +97,32 @@ def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
 
 @pytest.mark.parametrize("case", [LONG, LONG_AND_PLAIN], ids=["gates and segments", "neither"])
 def test_a_state_every_second_span(case):
-    """Of 4 that there is room for; what lies in the others (NaN if interpreted) is not used."""
+    """Nothing but these is kept: an array that a kernel does not fill holds NaN if interpreted."""
     arrays, ids = inputs(case)
     sizes = {"spans": 4, "T": case.T, "R": 4, "H": 1, "Hv": case.G, "K": 8, "V": 4}
     plan = pallas_plan.plan_of(jnp.dtype("float32"), **sizes)
     assert (plan.spans, plan.span // plan.chunk, plan.joined) == (2, 4, 2)
-    _, pullback = jax.vjp(functools.partial(loss, ids=ids, implementation="pallas_tpu"), arrays)
-    kept = [x for x in jax.tree.leaves(pullback) if x.shape[:1] == (4,) and x.ndim == 6]
-    (states,) = kept
-    assert np.isfinite(states[:2]).all()
-    assert np.isnan(states[2:]).all()
+    with jax.debug_nans(True):
+        _, pullback = jax.vjp(functools.partial(loss, ids=ids, implementation="pallas_tpu"), arrays)
+    (states,) = (x for x in jax.tree.leaves(pullback) if x.ndim == 6)
+    assert states.shape[0] == 2
+    assert np.isfinite(states).all()
     expected = jax.jit(jax.grad(loss), static_argnums=2)(arrays, ids, "chunked")
     assert_close(pullback(jnp.float32(1)), (expected,))
+
+
+def test_other_platforms_keep_as_many_states_as_the_kernel(monkeypatch):
+    """As on a TPU, where None may run the kernel, and a program may still be lowered for a CPU."""
+    case = Case(T=200, R=2, B=1, H=1, K=64, V=64)
+    arrays, _ = inputs(case)
+    expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(arrays, None, "chunked")
+    monkeypatch.setattr(pallas_tpu, "is_ready", lambda: True)
+    jax.clear_caches()
+    got, pullback = jax.vjp(functools.partial(loss, ids=None, implementation=None), arrays)
+    (states,) = (x for x in jax.tree.leaves(pullback) if x.ndim == 6)
+    assert states.shape[0] == 2
+    assert_close((got, *pullback(jnp.float32(1))), expected)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize(("spans", "expected"), [(1, 1), (2, 1), (3, 3), (6, 3), (65, 65)])
@@ -116,6 +131,38 @@ def test_spans_are_paired_where_their_number_is_even(spans, expected):
     plan = pallas_plan.plan_of(jnp.dtype("bfloat16"), spans=spans, **sizes)
     assert plan.spans == expected
     assert (plan.chunk, plan.together, plan.buffers) == (64, 8, 2)
+
+
+# Of a core, in MiB: v4; v5p and TPU7x; v5e and v6e.
+@pytest.mark.parametrize("memory", [16, 64, 128])
+def test_vector_memory_is_that_of_the_chip(memory, monkeypatch):
+    monkeypatch.setattr(pallas_plan, "memory_of_core", lambda: memory * 2**20)
+    dtypes, widths = [jnp.dtype("bfloat16"), jnp.dtype("float32")], (64, 128, 192, 256)
+    for dtype, R, K, V in itertools.product(dtypes, (1, 2, 3, 4), widths, widths):
+        sizes = {"T": 4096, "R": R, "H": 8, "Hv": 8, "K": K, "V": V}
+        plan = pallas_plan.plan_of(dtype, spans=32 * R, **sizes)
+        allowed = pallas_plan.vector_memory(plan)
+        assert plan.limit <= allowed <= memory * 2**20
+        fits = pallas_tpu.unsupported(dtype=dtype, B=1, precision=None, **sizes) is None
+        assert fits == (plan.bytes <= plan.limit)
+        assert fits or memory == 16
+    # What 48 MiB are too few for, the whole of a large chip holds.
+    sizes = {"T": 4096, "R": 2, "H": 8, "Hv": 16, "K": 256, "V": 256}
+    plan = pallas_plan.plan_of(dtypes[1], spans=64, **sizes)
+    assert (plan.bytes <= plan.limit) == (memory == 128)
+    assert (pallas_plan.vector_memory(plan) > pallas_plan.MOST_MEMORY) == (memory > 16)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_chip_has_no_memory_for_is_an_error(monkeypatch):
+    monkeypatch.setattr(pallas_plan, "memory_of_core", lambda: 16 * 2**20)
+    arrays = cast(Case(T=128, R=1, B=1, H=8, K=128, V=128).arrays(), "float32")
+    text = "in float32 need 14.1 MiB of vector memory, and there are 14.0 MiB; 'chunked' can"
+    with pytest.raises(ValueError, match=re.escape(text)):
+        delta_product(**arrays, implementation="pallas_tpu")
+    sizes = {"B": 1, "T": 128, "R": 1, "Hv": 8, "K": 128, "V": 128, "differentiated": True}
+    assert select_implementation("tpu", **sizes) == "chunked"
+    assert select_implementation("tpu", **sizes, dtype="bfloat16") == "pallas_tpu"
 
 
 @pytest.mark.parametrize("M", [16, 48, 128])

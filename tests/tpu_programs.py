@@ -1,7 +1,7 @@
 """Compiles programs around the TPU kernel for TPUs that are not there; a program of its own.
 
-``python -m tests.tpu_programs NAME ...`` prints one JSON object a name: how often each custom call
-and each collective stands in the compiled program. libtpu reads its environment once, when it is
+``python -m tests.tpu_programs NAME ...`` prints one JSON object a name: how often each custom call,
+collective and loop stands in the compiled program. libtpu reads its environment once, when it is
 loaded, hence the program; `tests/test_tpu_compile.py` has the names.
 """
 
@@ -10,6 +10,7 @@ import functools
 import json
 import re
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,36 @@ MODEL = ModelConfig(
 SIZES = {"B": 2, "T": 512, "R": 2, "H": 2, "Hv": 4, "K": 64, "V": 128}
 
 
+class Gradient(NamedTuple):
+    """Of the op on one chip: grouped heads, an initial state."""
+
+    topology: str
+    dtype: str
+    R: int
+    K: int
+    V: int
+    gated: bool = True
+    packed: bool = True
+    T: int = 64
+    H: int = 1
+
+
+# Both dtypes on every generation; in each dtype every R, the widest K and V, and padded ones.
+GRADIENTS = {
+    "v4 bfloat16": Gradient("v4:2x2x1", "bfloat16", 3, 100, 72, gated=False),
+    "v4 float32": Gradient("v4:2x2x1", "float32", 4, 64, 128, gated=False, packed=False),
+    "v5e bfloat16": Gradient("v5e:2x2", "bfloat16", 4, 256, 256, packed=False),
+    "v5e float32": Gradient("v5e:2x2", "float32", 1, 192, 64),
+    # 55 MiB of the 64 that there are: more than a kernel takes where it can do with less.
+    "v5p bfloat16": Gradient("v5p:2x2x1", "bfloat16", 1, 256, 256, T=128, H=8),
+    "v5p float32": Gradient("v5p:2x2x1", "float32", 2, 128, 256, packed=False),
+    "v6e bfloat16": Gradient("v6e:2x2", "bfloat16", 2, 64, 64, gated=False, packed=False),
+    "v6e float32": Gradient("v6e:2x2", "float32", 3, 256, 256),
+    "newest bfloat16": Gradient("tpu7x:2x2x1", "bfloat16", 2, 192, 128),
+    "newest float32": Gradient("tpu7x:2x2x1", "float32", 4, 100, 136, gated=False),
+}
+
+
 def mesh_of(topology: str, shape: tuple[int, ...], names: tuple[str, ...]) -> jax.sharding.Mesh:
     devices = topologies.get_topology_desc(topology, platform="tpu").devices
     return jax.sharding.Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), names)
@@ -51,16 +82,22 @@ def abstract(tree, mesh, spec=WHOLE):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def op_inputs(mesh, spec=WHOLE, stacked: tuple[int, ...] = ()):
-    """Of the op: q, k and v in bfloat16, ids of segments apart."""
+def op_inputs(
+    mesh,
+    spec=WHOLE,
+    stacked: tuple[int, ...] = (),
+    sizes=SIZES,
+    dtype="bfloat16",
+    names=("q", "k", "v", "beta", "g"),
+):
+    """Of the op: q, k and v in ``dtype``, ids of segments apart."""
 
     def argument(name):
-        shape = stacked + tuple(SIZES[letter] for letter in LAYOUT[name])
-        return jnp.zeros(shape, jnp.bfloat16 if name in "qkv" else jnp.float32)
+        shape = stacked + tuple(sizes[letter] for letter in LAYOUT[name])
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype if name in "qkv" else "float32"))
 
-    arrays = jax.eval_shape(lambda: {n: argument(n) for n in ("q", "k", "v", "beta", "g")})
-    ids = jax.ShapeDtypeStruct((SIZES["B"], SIZES["T"]), jnp.int32)
-    return abstract(arrays, mesh, spec), abstract(ids, mesh, spec)
+    ids = jax.ShapeDtypeStruct((sizes["B"], sizes["T"]), jnp.int32)
+    return abstract({n: argument(n) for n in names}, mesh, spec), abstract(ids, mesh, spec)
 
 
 def loss(arrays, ids, op=delta_product):
@@ -92,10 +129,13 @@ def transformed():
     return mesh, gradient, (arrays, ids)
 
 
-def newest():
-    """The gradient on the newest chip that the compiler knows; `tpu_compiler` has the others."""
-    mesh = mesh_of("tpu7x:2x2x1", (1,), ("data",))
-    return mesh, jax.grad(loss), op_inputs(mesh)
+def gradient(case: Gradient):
+    """Of every array; both kernels are in it."""
+    mesh = mesh_of(case.topology, (1,), ("data",))
+    sizes = {"B": 1, "Hv": 2 * case.H} | {x: getattr(case, x) for x in "TRHKV"}
+    names = ["q", "k", "v", "beta", "initial_state", *["g"] * case.gated]
+    arrays, ids = op_inputs(mesh, sizes=sizes, dtype=case.dtype, names=names)
+    return mesh, jax.grad(loss), (arrays, ids if case.packed else None)
 
 
 def sequence():
@@ -112,8 +152,8 @@ PROGRAMS = {
     "step in shard_map": functools.partial(train_step, in_shard_map=True),
     "step under jit": functools.partial(train_step, in_shard_map=False),
     "transformed": transformed,
-    "newest": newest,
     "sequence": sequence,
+    **{name: functools.partial(gradient, case) for name, case in GRADIENTS.items()},
 }
 
 
@@ -125,7 +165,7 @@ def main() -> None:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             text = jax.jit(function).lower(*arguments).compile().as_text()
         calls = re.findall(r'custom_call_target="(\w+)"', text)
-        sent = re.findall(r" (all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text)
+        sent = re.findall(r" (all-\w+|collective-permute|reduce-scatter|while)(?:-start)?\(", text)
         print(json.dumps(collections.Counter(calls + sent)), flush=True)
 
 

@@ -170,17 +170,25 @@ class Request(NamedTuple):
         return "chunked" if unready else name
 
     def span(self, tokens: Tokens) -> int:
-        """Tokens from one kept state to the next."""
+        """Tokens from one kept state to the next, unless a kernel keeps fewer."""
         _, T, R, _, K = tokens.k.shape
         if self.chunk_size is not None:
             return min(self.chunk_size, T)
         return default_span(tokens.q.dtype, T=T, R=R, K=K, V=tokens.v.shape[-1])
 
+    def kept_span(self, tokens: Tokens) -> int:
+        """Tokens from one kept state to the next: the residuals are the same on all platforms."""
+        span = self.span(tokens)
+        names = {self.name(platform, tokens, differentiated=True) for platform in PLATFORMS}
+        chosen = names & kernels.KERNELS.keys()
+        # With kernels of two platforms each has to do with room for a state a span.
+        return kernels.load(*chosen).kept_span(span, **_sizes(tokens)) if len(chosen) == 1 else span
+
     def settings(self, platform: str, tokens: Tokens) -> Settings:
         """How the chunked implementation runs on a platform."""
         B, T, R, _, K = tokens.k.shape
         Hv, V = tokens.v.shape[-2:]
-        dtype, span = tokens.q.dtype, self.span(tokens)
+        dtype, span = tokens.q.dtype, self.kept_span(tokens)
         platform = platform if platform in ("cpu", "tpu") else "default"
         chunk_size = span
         if self.chunk_size is None:
@@ -202,8 +210,9 @@ class Request(NamedTuple):
 
     def options(self, platform: str, tokens: Tokens) -> kernels.Options:
         """How a kernel runs on a platform."""
-        spans = -(-tokens.k.shape[1] // self.span(tokens))
-        return kernels.Options(self.scale, self.precision, spans, interpret=platform == "cpu")
+        T, is_cpu = tokens.k.shape[1], platform == "cpu"
+        spans, slots = -(-T // self.span(tokens)), -(-T // self.kept_span(tokens))
+        return kernels.Options(self.scale, self.precision, spans, interpret=is_cpu, slots=slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

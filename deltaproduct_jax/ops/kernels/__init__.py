@@ -1,15 +1,17 @@
 """Kernels written for one platform, reached only through `delta_product`.
 
-A kernel is a module of this folder, named in `KERNELS`, with four functions:
+A kernel is a module of this folder, named in `KERNELS`, with five functions:
 
 ``unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None``
     Why it cannot run these, as the end of a sentence, or None.
 ``is_ready() -> bool``
     Whether it can be lowered by what is known while tracing; if not, nobody chooses it.
+``kept_span(span, *, dtype, B, T, R, H, Hv, K, V) -> int``
+    Tokens from one state that it keeps to the next, where the op would keep one every ``span``.
 ``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, states)``
-    As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.spans``, in float32, or None;
-    a kernel that keeps fewer need not write the rest, which may hold anything, NaN included: only
-    its own ``backward`` reads them.
+    As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.slots``, in float32, or None.
+    That is one for each of its own spans, except on a machine that is ready for kernels of two
+    platforms: slots left over then may hold anything, and only its own ``backward`` reads them.
 ``backward(tokens, states, do, dfinal_state, options) -> (dtokens, dinitial_state)``
     As `chunked_backward`, from the states that its own ``forward`` kept.
 
@@ -52,14 +54,16 @@ class Options(NamedTuple):
     Attributes:
       scale: multiplies q.
       precision: "default", "high", "highest" or None, as in `delta_product`.
-      spans: how many states the residuals have room for.
+      spans: how many pieces of about 128 updates a sequence has.
       interpret: run on a CPU.
+      slots: how many states the residuals have room for; None: ``spans``.
     """
 
     scale: float
     precision: str | None
     spans: int
     interpret: bool
+    slots: int | None = None
 
 
 @functools.cache

@@ -72,7 +72,7 @@ class Call(NamedTuple):
             tokens.g is not None,
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
-            options.spans,
+            options.slots or options.spans,
         )
 
     @property
@@ -102,7 +102,7 @@ class Call(NamedTuple):
             scratch_shapes=self.scratch(),
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=vector_memory(),
+                vmem_limit_bytes=vector_memory(self.plan),
             ),
             interpret=self.interpret,
             name="delta_product_backward" if self.reverse else "delta_product_forward",

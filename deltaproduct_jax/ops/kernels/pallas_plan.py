@@ -13,8 +13,8 @@ from deltaproduct_jax.ops.kernels.pallas_products import BASE
 WIDE_UPDATES = 32
 # A block of heads is this many key heads, the rows of a register, or all of them.
 HEADS_IN_BLOCK = 8
-# What a kernel takes at most of a core's vector memory, which is 16 MiB on v4, 64 on v5p and 128 on
-# v5e and v6e: the rest is for what the compiler prefetches.
+# What a kernel takes of a core's vector memory, which is 16 MiB on v4, 64 on v5p and TPU7x and 128
+# on v5e and v6e: the rest is for what the compiler prefetches. More only where no cut fits in this.
 MOST_MEMORY = 48 * 2**20
 
 
@@ -52,19 +52,16 @@ def plan_of(dtype, *, spans: int, T: int, R: int, H: int, Hv: int, K: int, V: in
     Spans are twice as long, for half of the states in HBM, where their number is even, and no work
     is done twice, where neither costs a head. Chunks are cut shorter only where no head fits
     otherwise, and inputs are fetched ahead unless that leaves room for no head. Where not even one
-    fits then, ``bytes`` is above ``limit``.
+    fits then, nearly all memory of the core is taken; if that is too little, ``bytes`` is above
+    ``limit``.
     """
     least = round_up(-(-T // spans), BASE)
     spans = -(-T // least)
     heads = HEADS_IN_BLOCK if H % HEADS_IN_BLOCK == 0 else H
-    limit = vector_memory()
-    if memory := memory_of_core():
-        # On v4, whose 16 MiB fill up, the compiler reported up to 1.12 times what is counted here.
-        limit = min(limit, memory * 7 // 8)
     counts = [n for n in range(heads, 0, -1) if heads % n == 0]
     lengths = [(2, True), (1, True), (1, False)][spans % 2 :]
-    cuts = itertools.product(_chunks(dtype, least, R), (2, 1), counts, lengths)
-    for chunk, buffers, together, (length, keeps) in cuts:
+    cuts = itertools.product(_limits(), _chunks(dtype, least, R), (2, 1), counts, lengths)
+    for limit, chunk, buffers, together, (length, keeps) in cuts:
         span = length * least
         keeps &= span > chunk
         needed = _fixed_bytes(dtype, span, chunk, keeps, heads, buffers, R, Hv // H, K, V)
@@ -93,9 +90,19 @@ def memory_of_core() -> int | None:
         return None
 
 
-def vector_memory() -> int:
+def _limits() -> list[int]:
+    """Bytes that a plan may take, and those where it finds no cut for so few."""
+    memory = memory_of_core()
+    if memory is None:
+        return [MOST_MEMORY]
+    # On v4, whose 16 MiB fill up, the compiler reported up to 1.12 times what is counted here.
+    most = memory * 7 // 8
+    return [MOST_MEMORY, most] if most > MOST_MEMORY else [most]
+
+
+def vector_memory(plan: Plan) -> int:
     """Bytes that the compiler may take for a kernel."""
-    return min(memory_of_core() or MOST_MEMORY, MOST_MEMORY)
+    return min(memory_of_core() or MOST_MEMORY, max(plan.limit, MOST_MEMORY))
 
 
 def _fixed_bytes(dtype, span, chunk, keeps, heads, buffers, R, G, K, V) -> int:

@@ -70,6 +70,12 @@ def is_ready() -> bool:
     return memory_of_core() is not None and all(n == 1 or kind == manual for n, kind in axes)
 
 
+def kept_span(span: int, *, dtype, B, T, **sizes) -> int:
+    """Tokens of a program, from one kept state to the next."""
+    del B
+    return plan_of(dtype, spans=-(-T // span), T=T, **sizes).span
+
+
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs, final state, and the state before every span or None; the contract of kernels."""
     call = Call.of(tokens, options, reverse=False)
@@ -84,7 +90,7 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     if not keep_states:
         return o, final_state, None
     B, _, _, H, _ = tokens.k.shape
-    shape = (options.spans, B, H, -1, *states[0].shape[-2:])
+    shape = (-1, B, H, call.value_heads // call.plan.heads, *states[0].shape[-2:])
     return o, final_state, states[0].reshape(shape)
 
 
