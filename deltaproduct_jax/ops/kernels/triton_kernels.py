@@ -143,8 +143,14 @@ def walk(
             q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
             scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
             into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
-            o = tl.dot(q, narrow, input_precision=PRECISION) * (SCALE * into_tokens)[:, None]
-            o = tl.dot(scores, u.to(dtype), o, input_precision=PRECISION)
+            if CP < 64:
+                o = tl.dot(tl.trans(narrow), tl.trans(q), input_precision=PRECISION)
+                o *= (SCALE * into_tokens)[None, :]
+                o = tl.dot(tl.trans(u.to(dtype)), tl.trans(scores), o, input_precision=PRECISION)
+                o = tl.trans(o)
+            else:
+                o = tl.dot(q, narrow, input_precision=PRECISION) * (SCALE * into_tokens)[:, None]
+                o = tl.dot(scores, u.to(dtype), o, input_precision=PRECISION)
             put_tile(o_ptr, o, row, hv, c, columns, c < tokens, HV, V)
         written = (out[:, None] * u).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)

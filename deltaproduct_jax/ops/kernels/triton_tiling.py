@@ -65,30 +65,31 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
     key_columns = power_of_two(K)
     rows = 32 if large else 64
     chunk_size = rows // R
-    columns = min(power_of_two(V), 32 if large else 64)
+    width = power_of_two(V)
+    columns = min(width, 32 if large else 64)
     # With one factor a chunk has as many tokens as updates, and the shared memory for tiles of both
-    # leaves room for one program only: that one then looks further ahead.
+    # leaves room for one program only: that one then looks further ahead, or not at all.
     alone = R == 1 and not large
     walk = Launch(warps=8 if large else 4, stages=3 if alone else 2, columns=columns)
+    walk_back = dataclasses.replace(walk, stages=1 if alone else 2)
+    wide = gated and R < 3 and not large
+    errors = dataclasses.replace(walk, stages=2, columns=min(width, 128) if wide else columns)
+    # Cotangents of gates need what is read and what is written apart, and more registers.
+    gradients = Launch(
+        warps=4, stages=2 if large else 3, columns=min(columns, 32) if gated else columns
+    )
     return Tiling(
         chunk_size,
         rows,
         power_of_two(chunk_size),
         key_columns,
-        min(key_columns, 64),
-        prepare=Launch(warps=4 if large else 2, stages=1),
+        min(key_columns, 128 if large else 64),
+        prepare=Launch(warps=4 if large or (alone and gated) else 2, stages=1),
         walk=walk,
-        errors=dataclasses.replace(walk, stages=2),
-        walk_back=walk,
-        gradients=_gradients(R, columns, gated=gated, large=large),
+        errors=errors,
+        walk_back=walk_back,
+        gradients=gradients,
     )
-
-
-def _gradients(R: int, columns: int, *, gated: bool, large: bool) -> Launch:
-    # Cotangents of gates need what is read and what is written apart: twice the registers.
-    if gated or large:
-        return Launch(warps=8, stages=3 if gated else 2, columns=columns)
-    return Launch(warps=4, stages=2, columns=columns if R == 2 else min(columns, 32))
 
 
 def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
