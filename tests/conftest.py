@@ -39,14 +39,16 @@ _unexpected_skips: list[str] = []
 _of_processes: list[list] = []  # what other processes of this run measured
 
 
-# Files of one to three minutes: begun last, one would keep a process when the other has no more.
+# Begun last, one of these would keep a process when the other has no more.
 LONGEST = (
     "test_tpu_compile.py",
+    "test_ops_accuracy.py",
     "test_kernels_triton.py",
-    "test_kernels_pallas.py",
-    "test_ops_sharding.py",
     "test_experiments_state_tracking.py",
+    "test_mixers.py",
+    "test_ops_sharding.py",
     "test_interoperation.py",
+    "test_training_kill.py",
 )
 
 

@@ -43,7 +43,6 @@ PLAIN = ("no token", "five factors", "grouped, ungated, packed", "all at once")
 OPTIMISED = (
     ("all at once", "float32"),
     ("beta 2, parallel keys", "float32"),
-    ("g of all sizes", "float32"),
     ("one short of a chunk", "float64"),
     ("all at once", "bfloat16"),
 )
