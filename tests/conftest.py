@@ -1,16 +1,18 @@
 """Strict settings for every test, shape checking of the package, and the end of a run."""
 
+import gc
 import importlib.metadata
 import os
 import sys
 
 # Before JAX is imported: several devices, so that sharding tests run on any machine, and little
 # optimisation, since a run spends most of its time compiling. The accuracy of the chunked form is
-# tested fully optimised, as people run it (helpers.py).
+# tested fully optimised too, as people run it (test_ops_accuracy.py; all of it with --slow).
 xla_flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
-    # Halves the time again; later versions refuse to start with a flag that they do not know.
-    xla_flags.append("--xla_cpu_use_fusion_emitters=false")
+    # Halves the time again, and small programs gain nothing by being compiled in 32 parts; later
+    # versions refuse to start with a flag that they do not know.
+    xla_flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join([*xla_flags, os.environ.get("XLA_FLAGS", "")])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -37,20 +39,28 @@ _unexpected_skips: list[str] = []
 _of_processes: list[list] = []  # what other processes of this run measured
 
 
-# Files of one to three minutes: begun last, one would keep a process when the other has no more.
+# Begun last, one of these would keep a process when the other has no more.
 LONGEST = (
     "test_tpu_compile.py",
+    "test_ops_accuracy.py",
     "test_kernels_triton.py",
-    "test_kernels_pallas.py",
-    "test_ops_sharding.py",
     "test_experiments_state_tracking.py",
+    "test_mixers.py",
+    "test_ops_sharding.py",
     "test_interoperation.py",
+    "test_training_kill.py",
 )
 
 
 def pytest_collection_modifyitems(items):
     order = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+def pytest_collection_finish():
+    """A tenth of the time would go into searching what tracing allocates for cycles."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(autouse=True)

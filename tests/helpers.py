@@ -165,8 +165,11 @@ def relative_error(x, reference):
     return difference / max(np.linalg.norm(reference), 1e-30)
 
 
-def errors(case: Case, implementation, dtype, **overrides):
-    """Relative errors against the oracle: of o and final_state, and of each gradient, by name."""
+def errors(case: Case, implementation, dtype, *, optimised=False, **overrides):
+    """Relative errors against the oracle: of o and final_state, and of each gradient, by name.
+
+    ``optimised`` compiles the op as people run it, which takes three times as long.
+    """
     arrays = cast(case.arrays(), dtype)
     do, dfinal = draw_cotangents(arrays)
     # Both sides get the same cotangent, so it is rounded to the dtype of the output first.
@@ -183,8 +186,6 @@ def errors(case: Case, implementation, dtype, **overrides):
         cotangents=cotangents,
     )
     options = {**options_of(case, implementation), **overrides}
-    # What people run by default is tested as they run it.
-    optimised = implementation == "chunked"
     outputs, gradients = run(
         arrays, cotangents, segment_ids=segment_ids, optimised=optimised, **options
     )

@@ -1,5 +1,6 @@
 """The op, the layer and the cell in plain JAX, Flax, Equinox and Haiku, and in jax.export."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -45,15 +46,25 @@ def leaves(tree):
 NAMES = [name for name in vars(make_cell().mixer) if not name.startswith("_")]
 
 
+@functools.cache
+def reference():
+    """A layer's state and one program for all libraries: outputs, gradients of their squares."""
+    graph, state = nnx.split(GatedDeltaProduct(16, **SIZES, rngs=nnx.Rngs(5)))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 16))
+
+    def loss(state):
+        y, _ = nnx.merge(graph, state)(x)
+        return jnp.sum(y**2), y
+
+    return state, jax.jit(jax.grad(loss, has_aux=True))
+
+
 def expected_of(params):
     """Outputs of the layer with the given parameters, and the gradients of the sum of squares."""
-    layer = GatedDeltaProduct(16, **SIZES, rngs=nnx.Rngs(5))
-    graph, state = nnx.split(layer)
+    state, program = reference()
     own = {name: params[name] for name in leaves(state)}
-    state = jax.tree.unflatten(jax.tree.structure(state), own.values())
-    x = jax.random.normal(jax.random.key(1), (2, 6, 16))
-    apply = jax.jit(lambda state: nnx.merge(graph, state)(x)[0])
-    return apply(state), leaves(jax.grad(lambda state: jnp.sum(apply(state) ** 2))(state))
+    gradients, y = program(jax.tree.unflatten(jax.tree.structure(state), own.values()))
+    return y, leaves(gradients)
 
 
 def test_the_readme_has_an_example_of_each():

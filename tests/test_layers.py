@@ -258,6 +258,9 @@ def test_swiglu_width_is_the_references():
 def test_errors_name_the_argument(arguments, text):
     with pytest.raises(ConfigError, match=text.replace("(", r"\(")):
         make_layer("plain", **arguments)
+
+
+def test_a_carry_of_ones_is_refused():
     with pytest.raises(ConfigError, match="carry_init"):
         DeltaProductCell(4, num_heads=1, head_dim=4, rngs=nnx.Rngs(0)).initialize_carry(
             (1, 4), carry_init=nnx.initializers.ones

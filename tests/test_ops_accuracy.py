@@ -41,6 +41,14 @@ CASES = {
 # The cases that the two plain implementations run too.
 PLAIN = ("no token", "five factors", "grouped, ungated, packed", "all at once")
 
+# What people run by default is tested as they run it: fully optimised, the rest when --slow.
+OPTIMISED = (
+    ("all at once", "float32"),
+    ("beta 2, parallel keys", "float32"),
+    ("one short of a chunk", "float64"),
+    ("all at once", "bfloat16"),
+)
+
 # Those that a kernel runs, interpreted; KERNEL_HARD are of the hard ones below.
 KERNEL = ("no token", "one token", "five factors", "grouped, ungated, packed")
 KERNEL_NARROW = ("one short of a chunk", "all at once", "beta up to 1")
@@ -112,6 +120,22 @@ def test_bfloat16(name, implementation):
     assert_within_bars(affordable(CASES[name], implementation), implementation, "bfloat16")
 
 
+ALSO_OPTIMISED = [
+    pytest.param(name, dtype, marks=[] if (name, dtype) in OPTIMISED else pytest.mark.slow)
+    for names, dtype in (
+        ((*CASES, *HARD), "float32"),
+        (("all at once", "one short of a chunk"), "float64"),
+        (("one short of a chunk", "all at once", "beta up to 1"), "bfloat16"),
+    )
+    for name in names
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), ALSO_OPTIMISED)
+def test_chunked_fully_optimised(name, dtype):
+    assert_within_bars({**CASES, **HARD}[name], "chunked", dtype, optimised=True)
+
+
 @pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
 def test_float16(implementation):
     """Only inputs, outputs and gradients are rounded, to 2^-12 each."""
@@ -172,4 +196,4 @@ def test_long_sequence():
 @pytest.mark.parametrize("gate", [None, "slow"])
 def test_very_long_sequence(gate):
     case = Case(T=65536, R=2, B=1, H=1, K=8, V=8, gate=gate, beta=(2.0, 2.0))
-    assert_within_bars(case, "chunked", "float32")
+    assert_within_bars(case, "chunked", "float32", optimised=True)

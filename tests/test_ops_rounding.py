@@ -72,5 +72,6 @@ def test_agreeing_keys_on_other_platforms(keys, monkeypatch):
     """With products of keys that are merely float32, identical keys are over the bar."""
     run_as("default", monkeypatch)
     case = Case(T=512, B=1, H=1, K=64, V=64, beta=(2.0, 2.0), keys=keys, gate=None)
-    assert_within_bars(case, "chunked", "float32")
+    # Nor may an optimisation take back what is added to them.
+    assert_within_bars(case, "chunked", "float32", optimised=True)
     jax.clear_caches()

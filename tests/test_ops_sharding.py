@@ -226,7 +226,8 @@ def pod(platform, sequence):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+# A TPU's compiler takes longest of all; test_tpu_compile.py has a cut sequence on four chips.
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("tpu", marks=pytest.mark.slow)])
 def test_a_pod_of_256_sends_nothing_larger_than_states(platform):
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, the compiler for TPUs (tests/run.py --extra=tpu)")

@@ -41,13 +41,14 @@ def as_elsewhere(request, monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_other_platforms_cuts(name, dtype, as_elsewhere):
+def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
     case = CASES[name]
     if dtype == "bfloat16" and name != "three factors, ungated":
         case = Case(T=256, B=1, gate="mild", K=16, V=16, beta=case.beta, l2norm=True)
-    assert_within_bars(case, "chunked", dtype)
+    assert_within_bars(case, "chunked", dtype, optimised=optimised)
 
 
 @pytest.mark.parametrize("gate", ["slow", None])
