@@ -4,7 +4,8 @@
         --variants=4:2:64,4:3:32,8:2:64
 
 times every kernel of a forward and a backward pass as the tiling launches it, then by each of the
-variants. A variant is warps:stages:columns; the kernel `prepare` has neither stages nor columns.
+variants. A variant is warps:stages:columns, or, for `gradients`, warps:stages:columns:keys; the
+kernel `prepare` has neither stages nor columns.
 Inputs are random numbers of the right shapes, which no kernel's time depends on. Needs a GPU.
 """
 
@@ -35,7 +36,9 @@ class LaunchesConfig(PassConfig):
 
     head_dim: tuple[int, ...] = setting((128,), "key width K and value width V, in turn")
     kernels: tuple[str, ...] = setting(KERNELS, "which")
-    variants: tuple[str, ...] = setting((), "warps:stages:columns, beside what the tiling says")
+    variants: tuple[str, ...] = setting(
+        (), "warps:stages:columns[:keys], beside what the tiling says"
+    )
     repeats: int = setting(10, "calls a measurement; the least and the most of three are shown")
 
     def __post_init__(self) -> None:
@@ -49,17 +52,19 @@ class LaunchesConfig(PassConfig):
 
 
 def as_launch(text: str) -> Launch:
-    """Of warps:stages:columns.
+    """Of warps:stages:columns, or warps:stages:columns:keys.
 
     Raises:
         ConfigError: it is something else.
     """
     parts = text.split(":")
     sizes = [int(part) for part in parts if part.isdecimal()]
-    if len(parts) != 3 or len(sizes) != 3 or any(n < 1 or n & (n - 1) for n in sizes[::2]):
+    powers = sizes[:1] + sizes[2:]
+    is_launch = len(sizes) == len(parts) in (3, 4)
+    if not is_launch or any(n < 1 or n & (n - 1) for n in powers):
         raise ConfigError(
-            f"variants={text!r} is not warps:stages:columns, such as 4:2:64; warps and columns are "
-            "powers of two"
+            f"variants={text!r} is not warps:stages:columns or warps:stages:columns:keys, such as "
+            "4:2:64; all but the stages are powers of two"
         )
     return Launch(*sizes)
 
@@ -127,11 +132,12 @@ def rows_of(config: LaunchesConfig, R: int, K: int, kernel: str) -> list[dict[st
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = ["n_h", "K = V", "kernel", "warps", "stages", "columns", "ms", "floor, of an H100"]
+    head = ["n_h", "K = V", "kernel", "warps", "stages", "columns", "keys", "ms"]
+    head += ["floor, of an H100"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["num_householder"], r["head_dim"], r["kernel"] + " (chosen)" * r["chosen"]]
-        cells += [r["warps"], r["stages"], r["columns"] or "-"]
+        cells += [r["warps"], r["stages"], r["columns"] or "-", r["keys"] or "-"]
         if "error" in r:
             cells += [r["error"], f"{r['floor_ms']:.2f}"]
         else:

@@ -11,8 +11,10 @@ What exceeds the project's bars is marked and listed. In float32 they are 1e-5 f
 gradient, or 30 times what the plain recurrence errs in float32, if that is more. In bfloat16 they
 are 1e-2 and 2e-2; on inputs without decay whose beta exceeds 1, where errors of the state never die
 out, both are scaled up to 4 times what the recurrence errs in o when it rounds the operands of its
-products to bfloat16, which the last column shows. The recurrence of the op itself computes in
-float32 and rounds only its results.
+products to bfloat16, which the last column shows. In float16 they are an eighth of bfloat16's, in
+float64 1e-13 and 1e-12, or 30 times what the recurrence errs. The recurrence of the op itself
+computes in float32 at least and rounds only its results. The kernels do not take float64; on a CPU
+"pallas_tpu" is interpreted, slowly, and "triton" runs on a GPU alone.
 
 A CPU multiplies bfloat16 inputs in float32. "chunked_as_gpu" and "chunked_as_tpu" cut the sequence
 and round operands as "chunked" does on those platforms, and run anywhere. The order in which a GPU
@@ -41,10 +43,17 @@ from experiments import exact, flags
 from experiments.peer_jax import PACKAGES, peer_op
 from experiments.timing import machine
 
-DTYPES = ("float32", "bfloat16")
-BARS = {"float32": (1e-5, 3e-5), "bfloat16": (1e-2, 2e-2)}
+BARS = {
+    "float64": (1e-13, 1e-12),
+    "float32": (1e-5, 3e-5),
+    "float16": (1.25e-3, 2.5e-3),
+    "bfloat16": (1e-2, 2e-2),
+}
+NARROW = ("float16", "bfloat16")
 OUTPUTS = ("o", "final_state")
 OVER_RECURRENCE, OVER_PLAIN_BFLOAT16 = 30, 4
+# Those that take float64.
+WIDE = ("recurrent", "associative", "chunked")
 # Names of ours for "chunked" as another platform runs it, and the platform.
 ELSEWHERE = {"chunked_as_gpu": "cuda", "chunked_as_tpu": "tpu"}
 
@@ -121,7 +130,10 @@ class AccuracyConfig:
     peer: str | None = setting(
         None, f"comma list of JAX packages to compare with: {', '.join(PACKAGES)}"
     )
-    dtypes: str = setting("float32,bfloat16", "comma list: of q, k and v; beta and g are float32")
+    dtypes: str = setting(
+        "float32,bfloat16",
+        f"comma list of {', '.join(BARS)}: q, k and v; beta and g are float32 at least",
+    )
     chunk_size: int | None = setting(None, "tokens in a chunk of chunked; none: the op's choice")
     seed: int = setting(0, "of the inputs")
 
@@ -145,7 +157,7 @@ class AccuracyConfig:
             require_one_of("peer", name, PACKAGES)
             peer_op(name)  # an error now, not after the first rows
         for name in self.dtypes.split(","):
-            require_one_of("dtypes", name, DTYPES)
+            require_one_of("dtypes", name, BARS)
 
     @property
     def peers(self) -> list[str]:
@@ -169,8 +181,9 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
         arrays = INPUTS[name].arrays(rng, 1, T, R, H, K)
         do, dfinal = rng.normal(size=(1, T, H, K)), rng.normal(size=(1, H, K, K))
         narrow = jnp.dtype(dtype)
-        arrays = {n: x.astype(narrow if n in "qkv" else np.float32) for n, x in arrays.items()}
-        drawn.append((arrays, do.astype(narrow), dfinal.astype(np.float32)))
+        wide = np.promote_types(narrow, np.float32)
+        arrays = {n: x.astype(narrow if n in "qkv" else wide) for n, x in arrays.items()}
+        drawn.append((arrays, do.astype(narrow), dfinal.astype(wide)))
     stacked = jax.tree.map(
         lambda *rows: np.concatenate([np.asarray(row, np.float64) for row in rows]), *drawn
     )
@@ -184,8 +197,11 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
             del drawn[index][0]["g"], wanted["g"]
         errors = {}
         for implementation in [*config.implementations.split(","), *config.peers]:
+            if dtype == "float64" and implementation not in WIDE:
+                continue
             size = config.chunk_size if implementation.startswith("chunked") else None
-            got = _run(*drawn[index], implementation=implementation, chunk_size=size)
+            with jax.enable_x64(dtype == "float64"):
+                got = _run(*drawn[index], implementation=implementation, chunk_size=size)
             errors[implementation] = {n: _error(got[n], wanted[n]) for n in wanted}
         row = {"input": name, "dtype": dtype, "T": T, "K": K, "errors": errors}
         rows.append({**row, "plain_bfloat16": _error(plain[here], wanted["o"])})
@@ -234,14 +250,15 @@ def _error(x: np.ndarray, reference: np.ndarray) -> float:
 def over_the_bars(row: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
     """By implementation and result: the error and the bar that it exceeds, where it does."""
     of_o, of_gradient = BARS[row["dtype"]]
-    if row["dtype"] == "bfloat16" and not INPUTS[row["input"]].forgets:
-        factor = max(1.0, OVER_PLAIN_BFLOAT16 * row["plain_bfloat16"] / of_o)
+    if row["dtype"] in NARROW and not INPUTS[row["input"]].forgets:
+        of_plain = OVER_PLAIN_BFLOAT16 * row["plain_bfloat16"]
+        factor = max(1.0, of_plain / BARS["bfloat16"][0])
         of_o, of_gradient = factor * of_o, factor * of_gradient
     found: dict[str, dict[str, tuple[float, float]]] = {}
     for implementation, errors in row["errors"].items():
         for name, error in errors.items():
             bar = of_o if name in OUTPUTS else of_gradient
-            if row["dtype"] == "float32":
+            if row["dtype"] not in NARROW:
                 bar = max(bar, OVER_RECURRENCE * row["errors"]["recurrent"][name])
             if not error <= bar:  # so written, a NaN is over every bar
                 found.setdefault(implementation, {})[name] = (error, bar)

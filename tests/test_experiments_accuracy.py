@@ -71,6 +71,9 @@ def row(dtype, chunked, recurrent=1e-7, name="random", plain=0.0):
         (("float32", {"o": 9e-6, "k": 4e-5}), {"k": 3e-5}),
         (("float32", {"o": 2e-5, "k": 4e-5}, 2e-6), {}),  # 30 times the recurrence
         (("float32", {"o": float("nan"), "k": 0.0}), {"o": 1e-5}),
+        (("float64", {"o": 9e-14, "k": 2e-12}, 1e-16), {"k": 1e-12}),
+        (("float16", {"o": 1.2e-3, "k": 3e-3}), {"k": 2.5e-3}),
+        (("float16", {"o": 5.1e-3, "k": 9e-3}, 0.0, "beta 2, ungated", 1e-2), {"o": 5e-3}),
         (("bfloat16", {"o": 9e-3, "k": 3e-2}), {"k": 2e-2}),
         (("bfloat16", {"o": 9e-3, "k": 3e-2}, 0.0, "random", 1.0), {"k": 2e-2}),
         (("bfloat16", {"o": 2e-2, "k": 3e-2}, 0.0, "beta 2, ungated", 1e-2), {}),
@@ -126,7 +129,7 @@ def test_accuracy_writes_table_and_json(tmp_path, capsys):
         ("--implementations=recurrent,fast", "implementations='fast' is not known"),
         ("--peer=fast", "peer='fast' is not known"),
         ("--peer=ejkernel", "peer=ejkernel needs the package ejkernel"),
-        ("--dtypes=float64", "dtypes='float64' is not known"),
+        ("--dtypes=float8", "dtypes='float8' is not known"),
         ("--head_dim=1", "head_dim=1 is too small"),
         ("--chunk_size=0", "chunk_size=0 is too small"),
         ("--seed=-1", "seed=-1 is too small"),

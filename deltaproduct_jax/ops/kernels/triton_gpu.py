@@ -223,7 +223,8 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
     w, after, dinitial_state = _in_pieces(c, "walk_back", arrays, dfinal_state, outs, reverse=True)
 
     # Of a value head; what a group of them shares is summed below, as are the parts of K.
-    parts = -(-K // c.tiling.gradient_keys)
+    keys = c.tiling.gradients.keys or c.tiling.key_columns
+    parts = -(-K // keys)
     of_keys = q.dtype if H == HV else jnp.float32
     outs = (
         jax.ShapeDtypeStruct((B, T, HV, K), of_keys),
@@ -233,8 +234,8 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
         *2 * (PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),),
     )
     arrays = (q, k, beta, *_gates(tokens), into, out, do, e, w, before, after)
-    grid, keys = (parts, N, B * HV), {"BK": c.tiling.gradient_keys}
-    dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, grid, **keys)
+    grid = (parts, N, B * HV)
+    dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, grid, BK=keys)
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)

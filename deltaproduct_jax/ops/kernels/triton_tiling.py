@@ -20,11 +20,13 @@ class Launch:
       warps: of 32 threads, in a program.
       stages: of loads under way in a loop.
       columns: of the value width that one program has, or takes at a time; a power of two.
+      keys: of the key width that one program has; a power of two; 0 means all.
     """
 
     warps: int
     stages: int
     columns: int = 0
+    keys: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +38,12 @@ class Tiling:
       update_rows: rows of a tile of updates: at least ``chunk_size`` times R; a power of two.
       token_rows: rows of a tile of tokens: at least ``chunk_size``; a power of two from 16 up.
       key_columns: columns of a tile of keys: at least K; a power of two from 16 up.
-      gradient_keys: those that one program of `gradients` has.
     """
 
     chunk_size: int
     update_rows: int
     token_rows: int
     key_columns: int
-    gradient_keys: int
     prepare: Launch
     walk: Launch
     errors: Launch
@@ -76,14 +76,16 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
     errors = dataclasses.replace(walk, stages=2, columns=min(width, 128) if wide else columns)
     # Cotangents of gates need what is read and what is written apart, and more registers.
     gradients = Launch(
-        warps=4, stages=2 if large else 3, columns=min(columns, 32) if gated else columns
+        warps=4,
+        stages=2 if large else 3,
+        columns=min(columns, 32) if gated else columns,
+        keys=min(key_columns, 128 if large else 64),
     )
     return Tiling(
         chunk_size,
         rows,
         power_of_two(chunk_size),
         key_columns,
-        min(key_columns, 128 if large else 64),
         prepare=Launch(warps=4 if large or (alone and gated) else 2, stages=1),
         walk=walk,
         errors=errors,
