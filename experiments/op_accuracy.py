@@ -13,8 +13,8 @@ are 1e-2 and 2e-2; on inputs without decay whose beta exceeds 1, where errors of
 out, both are scaled up to 4 times what the recurrence errs in o when it rounds the operands of its
 products to bfloat16, which the last column shows. In float16 they are an eighth of bfloat16's, in
 float64 1e-13 and 1e-12, or 30 times what the recurrence errs. The recurrence of the op itself
-computes in float32 at least and rounds only its results. The kernels do not take float64; on a CPU
-"pallas_tpu" is interpreted, slowly, and "triton" runs on a GPU alone.
+computes in float32 at least and rounds only its results. What an implementation does not take has
+no column. On a CPU "pallas_tpu" is interpreted; "triton" runs on a GPU alone.
 
 A CPU multiplies bfloat16 inputs in float32. "chunked_as_gpu" and "chunked_as_tpu" cut the sequence
 and round operands as "chunked" does on those platforms, and run anywhere. The order in which a GPU
@@ -52,8 +52,9 @@ BARS = {
 NARROW = ("float16", "bfloat16")
 OUTPUTS = ("o", "final_state")
 OVER_RECURRENCE, OVER_PLAIN_BFLOAT16 = 30, 4
-# Those that take float64.
-WIDE = ("recurrent", "associative", "chunked")
+# What those take that do not take every dtype.
+TAKEN = {"pallas_tpu": ("float32", "bfloat16"), "triton": ("float32", "float16", "bfloat16")}
+TAKEN |= dict.fromkeys(("chunked_as_gpu", "chunked_as_tpu", *PACKAGES), TAKEN["triton"])
 # Names of ours for "chunked" as another platform runs it, and the platform.
 ELSEWHERE = {"chunked_as_gpu": "cuda", "chunked_as_tpu": "tpu"}
 
@@ -197,7 +198,7 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
             del drawn[index][0]["g"], wanted["g"]
         errors = {}
         for implementation in [*config.implementations.split(","), *config.peers]:
-            if dtype == "float64" and implementation not in WIDE:
+            if dtype not in TAKEN.get(implementation, BARS):
                 continue
             size = config.chunk_size if implementation.startswith("chunked") else None
             with jax.enable_x64(dtype == "float64"):
@@ -266,36 +267,29 @@ def over_the_bars(row: dict[str, Any]) -> dict[str, dict[str, tuple[float, float
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown, and below them what exceeds the bars."""
-    by_input: dict[str, dict[str, dict]] = {}
-    for row in rows:
-        by_input.setdefault(row["input"], {})[row["dtype"]] = row
-    first = next(iter(by_input.values()))
-    columns = [(name, dtype) for dtype, row in first.items() for name in row["errors"]]
-    header = ["input: o / worst gradient / dg", "T", "K = V", *map(" ".join, columns)]
-    lines = [header, ["---"] * len(header)]
-    listed = []
-    if "bfloat16" in first:
-        lines[0] = [*header, "o with bfloat16 products"]
-        lines[1] = ["---"] * len(lines[0])
-    for name, by_dtype in by_input.items():
-        over = {dtype: over_the_bars(row) for dtype, row in by_dtype.items()}
-        some = next(iter(by_dtype.values()))
-        cells = [name, str(some["T"]), str(some["K"])]
-        for implementation, dtype in columns:
-            cell = _cell(by_dtype[dtype]["errors"][implementation])
-            cells.append(f"**{cell}**" if implementation in over[dtype] else cell)
-            if found := over[dtype].get(implementation):
+    """The rows as Markdown, a table a dtype, and below them what exceeds the bars."""
+    blocks, listed = [], []
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        of_dtype = [row for row in rows if row["dtype"] == dtype]
+        names = list(of_dtype[0]["errors"])
+        plain = ["o with bfloat16 products"] * (dtype == "bfloat16")
+        lines = [[f"{dtype}: o / worst gradient / dg", "T", "K = V", *names, *plain]]
+        lines.append(["---"] * len(lines[0]))
+        for row in of_dtype:
+            over, cells = over_the_bars(row), [row["input"], str(row["T"]), str(row["K"])]
+            for name in names:
+                cell = _cell(row["errors"][name])
+                cells.append(f"**{cell}**" if name in over else cell)
+            cells += [f"{row['plain_bfloat16']:.1e}"] * len(plain)
+            lines.append(cells)
+            for name, found in over.items():
                 what = ", ".join(
                     f"{n} {error:.1e} ({bar:.1e})" for n, (error, bar) in found.items()
                 )
-                listed.append(f"- {name}, {implementation} {dtype}: {what}")
-        if "bfloat16" in by_dtype:
-            cells.append(f"{by_dtype['bfloat16']['plain_bfloat16']:.1e}")
-        lines.append(cells)
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+                listed.append(f"- {row['input']}, {name} {dtype}: {what}")
+        blocks.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
     heading = "Over the bars, which stand in brackets (q, k, v, beta, g: their gradients):"
-    return "\n".join([text, "", heading, "", *(listed or ["- nothing"])])
+    return "\n\n".join([*blocks, heading, "\n".join(listed or ["- nothing"])])
 
 
 def _cell(errors: dict[str, float]) -> str:

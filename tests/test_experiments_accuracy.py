@@ -90,7 +90,7 @@ def test_the_table_marks_what_is_over_the_bars():
     rows = [row("float32", {"o": 2e-5, "g": 1e-6}), row("bfloat16", {"o": 1e-3, "k": 2e-3})]
     rows[0]["errors"]["recurrent"]["g"] = 1e-9
     text = op_accuracy.table(rows)
-    assert "| **2.0e-05 / 1.0e-06 / 1.0e-06** | " in text
+    assert "| **2.0e-05 / 1.0e-06 / 1.0e-06** |\n" in text
     assert "| 1.0e-03 / 2.0e-03 / - | " in text
     assert text.endswith("- random, chunked float32: o 2.0e-05 (1.0e-05)")
     assert op_accuracy.table(rows[1:]).endswith("- nothing")

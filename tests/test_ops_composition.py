@@ -270,10 +270,9 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
 
     assert choice("cpu") == "recurrent"
     assert choice("cpu", R=1) == "chunked"
-    assert choice("cpu", R=1, K=16, V=32) == "recurrent"
-    assert choice("cpu", R=1, K=32, V=32) == "chunked"
-    assert choice("cpu", K=128, V=128) == "chunked"
-    assert choice("cpu", B=8) == choice("cpu", B=8, R=3) == choice("cpu", B=128) == "chunked"
+    assert choice("cpu", R=1, K=32, V=64) == "recurrent"
+    assert choice("cpu", K=128, V=128) == choice("cpu", K=128, V=128, R=3) == "chunked"
+    assert choice("cpu", B=8) == choice("cpu", K=128, V=64) == "recurrent"
     assert choice("cpu", B=128, R=3) == "recurrent"
     assert choice("cpu", B=1024, K=32, V=32) == "recurrent"
     assert choice("cpu", differentiated=True) == "chunked"

@@ -32,10 +32,6 @@ RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product
 # The last stands for all others.
 PLATFORMS = ("cpu", "tpu", "cuda", "default")
 
-# Entries of the states of all heads from which on they leave the cache of a CPU core, and the plain
-# scan over tokens, which passes them once a token, falls behind.
-CACHED_STATES = 2**17
-
 
 def select_implementation(
     platform: str,
@@ -58,9 +54,8 @@ def select_implementation(
     K and V from 64 on, several tokens, and no ``chunk_size``. Else, under differentiation, always
     "chunked": the recurrence would store several states per token. Otherwise a single token runs
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
-    the figures): with one factor a token and states below 32 x 32; with several and states below
-    64 x 64; and with several and states below 128 x 128 while all states together have fewer than
-    2^17 entries, or, where R is no power of two, at least 2^21. All else runs "chunked"; so does
+    the figures): with one factor a token and states below 64 x 64, with several and states below
+    128 x 128. All else runs "chunked"; so does
     what is lowered for a TPU on a machine without one, unless an abstract mesh
     (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered for a GPU with
     little shared memory (all but A100, H100, H200 and B200).
@@ -95,21 +90,13 @@ def select_implementation(
             return name
     if differentiated:
         return "chunked"
-    if T <= 1 or (platform == "cpu" and _scan_is_faster(B * Hv, R, K * V)):
+    if T <= 1 or (platform == "cpu" and _scan_is_faster(R, K * V)):
         return "recurrent"
     return "chunked"
 
 
-def _scan_is_faster(states: int, R: int, entries: int) -> bool:
-    if R == 1:
-        return entries < 32 * 32
-    if not 64 * 64 <= entries < 128 * 128:
-        return entries < 64 * 64
-    # Other numbers of factors leave a quarter of a chunk's updates empty.
-    fills_chunks = R & (R - 1) == 0
-    return states * entries < CACHED_STATES or (
-        not fills_chunks and states * entries >= 16 * CACHED_STATES
-    )
+def _scan_is_faster(R: int, entries: int) -> bool:
+    return entries < (64 * 64 if R == 1 else 128 * 128)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "precision", "implementation"))
