@@ -20,8 +20,9 @@ of the transitions. ``geometry.json`` holds for every head what the picture show
   the determinant as one more direction, in which reflections turn by a half;
 - ``off_copy``: whether the head holds a copy of the construction's representation R, in any
   directions: the smallest root mean square over letters of ``|A T - T R^T|`` for a matrix ``T [K,
-  d]`` of norm 1, with A the letter's transition. 0 is a copy. Signs of permutations, outer
-  automorphisms of An and, for Zm, turns taken k times are copies as well.
+  d]`` of norm 1, with A the letter's transition. 0 is a copy. Permutations times their signs, outer
+  automorphisms of An, for Zm turns taken k times, and for S5 how it permutes its six subgroups of
+  order 5 are copies as well; ``copy_of`` names the closest.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.finite_groups import finite_group
 from deltaproduct_jax.theory import CATALOGUE, construct
 from deltaproduct_jax.theory.one_layer import representation
-from deltaproduct_jax.theory.representations import permutation_matrices
+from deltaproduct_jax.theory.representations import permutation_matrices, subgroup_matrices
 from deltaproduct_jax.training.loop import restore_best
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
@@ -131,41 +132,51 @@ def _by_turn(values: np.ndarray, width: int) -> np.ndarray:
     return np.take_along_axis(values, np.argsort(np.angle(values), axis=-1), axis=-1)
 
 
-def copies(group: str) -> list[np.ndarray]:
-    """The construction's representation and relatives, each ``[G, d, d]``; [] without one."""
+def copies(group: str) -> dict[str, np.ndarray]:
+    """The construction's representation and relatives, each ``[G, d, d]``; {} without one."""
     if group not in CONSTRUCTED:
-        return []
+        return {}
     kind = CONSTRUCTED[group]
     matrices = representation(group, KINDS.get(kind, kind))[0]
     if kind == "plane":
-        powers = [k for k in range(1, exponent(group)) if np.gcd(k, exponent(group)) == 1]
-        return [np.linalg.matrix_power(matrices, k) for k in powers if k == 1 or group[0] == "Z"]
+        # Further turns are mirror images of these; powers of Dm's mirrors are no copies.
+        half = exponent(group) // 2 if group[0] == "Z" else 1
+        powers = [k for k in range(1, half + 1) if np.gcd(k, exponent(group)) == 1]
+        return {f"turns x {k}": np.linalg.matrix_power(matrices, k) for k in powers}
     permutations = permutation_matrices(group)
-    if kind == "permutations":
-        # All permutations fix the vector of ones.
-        rest = np.linalg.svd(np.ones((1, matrices.shape[-1])))[2][1:]
-        matrices = rest @ matrices @ rest.T
+    found = {"itself": matrices if kind != "permutations" else without_ones(matrices)}
+    if group == "S5":
+        found["on six points"] = without_ones(subgroup_matrices(group, 5))
     if group[0] == "S":
-        return [matrices, matrices * np.linalg.det(permutations)[:, None, None]]
+        signs = np.linalg.det(permutations)[:, None, None]
+        return found | {f"{name}, signed": signs * made for name, made in found.items()}
     swap = np.eye(permutations.shape[-1])
     swap[[0, 1]] = swap[[1, 0]]
     moved = (swap @ permutations @ swap)[:, None] == permutations
-    return [matrices, matrices[moved.all((2, 3)).argmax(1)]]
+    return found | {"letters renamed": matrices[moved.all((2, 3)).argmax(1)]}
 
 
-def off_copy(acts: np.ndarray, group: str, letters: Sequence[int]) -> float | None:
-    """``off_copy`` of a head with transitions ``[L, K, K]``; None without a construction."""
+def without_ones(permutations: np.ndarray) -> np.ndarray:
+    """Permutations ``[G, n, n]`` on what is orthogonal to the vector of ones, which they fix."""
+    rest = np.linalg.svd(np.ones((1, permutations.shape[-1])))[2][1:]
+    return rest @ permutations @ rest.T
+
+
+def closest_copy(
+    acts: np.ndarray, group: str, letters: Sequence[int]
+) -> tuple[float | None, str | None]:
+    """``off_copy`` of a head with transitions ``[L, K, K]`` and of what; None, None without one."""
     K, found = acts.shape[-1], []
-    for matrices in copies(group):
+    for name, matrices in copies(group).items():
         d = matrices.shape[-1]
         # What a letter does to T, its columns one after the other; see the module's text for R^T.
-        rows = [
-            np.kron(np.eye(d), act) - np.kron(matrices[letter], np.eye(K))
-            for act, letter in zip(acts, letters, strict=True)
-        ]
-        smallest = np.linalg.svd(np.concatenate(rows), compute_uv=False)[-1]
-        found.append(float(smallest / np.sqrt(len(letters))))
-    return min(found, default=None)
+        square = np.zeros((K * d, K * d))
+        for act, letter in zip(acts, letters, strict=True):
+            row = np.kron(np.eye(d), act) - np.kron(matrices[letter], np.eye(K))
+            square += row.T @ row
+        smallest = max(np.linalg.eigvalsh(square)[0], 0.0)
+        found.append((float(np.sqrt(smallest / len(letters))), name))
+    return min(found, default=(None, None))
 
 
 def describe(
@@ -185,7 +196,7 @@ def describe(
         head["dimensions"] = int(np.searchsorted(about_zero, COMPONENTS) + 1)
         head["off_circle"] = float(np.abs(np.abs(values) - 1).max())
         head["as_constructed"] = share_as_constructed(values, group, letters)
-        head["off_copy"] = off_copy(acts[:, index], group, letters)
+        head["off_copy"], head["copy_of"] = closest_copy(acts[:, index], group, letters)
         head["off_angle"] = float(np.abs(turns - np.round(turns)).max() / E)
     return {"name": name, "group": group, "exponent": E, "heads": heads}
 
@@ -202,7 +213,11 @@ def draw(models: Sequence[dict[str, Any]], path: Path) -> None:
         for index in order:
             # Colours by rank, so that none is the grey of the others.
             rank, copies_it = len(off) - 1 - len(styles), (off[index] or 0) <= CLOSE
-            label = f"head {index}" + (f": {off[index]:.1g} off a copy" if off[index] else "")
+            label = f"head {index}"
+            if off[index] is not None:
+                label += f": {off[index]:.1g} off a copy"
+            if copies_it and model["heads"][index]["copy_of"] not in (None, "itself"):
+                label += f" ({model['heads'][index]['copy_of']})"
             color = f"C{rank}" if copies_it else "0.75"
             styles.append({"color": color, "label": label if copies_it else "other heads"})
         every = [np.ravel(head["beta"]) for head in heads]
@@ -234,11 +249,13 @@ def table(models: Sequence[dict[str, Any]]) -> str:
     """A line a head, as Markdown."""
     names = ("smallest_beta", "dimensions", "off_circle", "off_angle", "as_constructed")
     names += ("off_copy",)
-    lines = [["model", "group", "head", *names], ["---"] * (3 + len(names))]
+    lines = [["model", "group", "head", *names, "copy_of"], ["---"] * (4 + len(names))]
     for model in models:
         rows = []
         for head in model["heads"]:
-            rows.append(["-" if head[n] is None else f"{head[n]:.3g}" for n in names])
+            row = ["-" if head[n] is None else f"{head[n]:.3g}" for n in names]
+            is_copy = head["off_copy"] is not None and head["off_copy"] <= CLOSE
+            rows.append([*row, head["copy_of"] if is_copy else "-"])
         alike = all(row == rows[0] for row in rows)  # as a construction's are
         for index, row in enumerate(rows[:1] if alike else rows):
             heads = f"all {len(rows)}" if alike and len(rows) > 1 else str(index)

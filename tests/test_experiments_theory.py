@@ -144,21 +144,28 @@ def test_eigenvalues_like_the_constructions():
     assert theory_geometry.share_as_constructed(values, "Z7", range(6)) is None
 
 
-@pytest.mark.parametrize("group", ["S3", "S4", "A5", "Z5", "D5"])
+@pytest.mark.parametrize("group", ["S3", "S4", "A5", "S5", "Z5", "D5"])
 def test_copies_of_the_constructions(group):
     letters = range(len(theory_geometry.finite_group(group).table))
+    if group == "S5":
+        letters = letters[:: len(letters) // 24]
     found = theory_geometry.copies(group)
-    turned = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]
-    for matrices in found:
-        acts = np.tile(np.eye(4), (len(letters), 1, 1))
+    turned = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
+    for name, matrices in found.items():
+        acts = np.tile(np.eye(6), (len(letters), 1, 1))
         d = matrices.shape[-1]
-        acts[:, :d, :d] = matrices.swapaxes(1, 2)
+        acts[:, :d, :d] = matrices[letters].swapaxes(1, 2)
         acts = turned @ acts @ turned.T
-        assert theory_geometry.off_copy(acts, group, letters) < 1e-9
-        assert theory_geometry.off_copy(acts[::-1], group, letters) > 0.3
+        off, copied = theory_geometry.closest_copy(acts, group, letters)
+        assert off < 1e-6
+        assert copied == name or group == "S3"  # whose signs only mirror it
+        assert theory_geometry.closest_copy(acts[::-1], group, letters)[0] > 0.3
     if group == "A5":  # the automorphism is no mere change of basis
-        assert np.abs(np.trace(found[0] - found[1], axis1=1, axis2=2)).max() > 2
-    assert theory_geometry.off_copy(turned[None], "Z7", [0]) is None
+        traces = np.trace(found["itself"] - found["letters renamed"], axis1=1, axis2=2)
+        assert np.abs(traces).max() > 2
+    if group == "S5":  # a swap of two letters exchanges all six points in pairs
+        assert np.round(np.trace(found["on six points"], axis1=1, axis2=2)).tolist()[1] == -1
+    assert theory_geometry.closest_copy(turned[None], "Z7", [0]) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,30 @@ def permutation_matrices(group: str) -> np.ndarray:
     return matrices if match[1] == "S" else matrices[np.linalg.det(matrices) > 0]
 
 
+def subgroup_matrices(group: str, p: int) -> np.ndarray:
+    """``[G, n, n]``: how conjugation permutes the n subgroups of the prime order ``p``.
+
+    S5 has six of order 5, on which it acts as PGL(2, 5) on the projective line.
+    """
+    table = finite_group(group).table
+    every = np.arange(len(table))
+    powers = [np.zeros_like(every)]  # element 0 is the identity
+    for _ in range(p):
+        powers.append(table[powers[-1], every])
+    of_order = every[(powers[p] == 0) & (every != 0)]
+    subgroups = sorted(
+        {frozenset([0, *(int(power[g]) for power in powers[1:p])]) for g in of_order}, key=sorted
+    )
+    inverse = (table == 0).argmax(1)
+    matrices = np.zeros((len(table), len(subgroups), len(subgroups)))
+    for column, subgroup in enumerate(subgroups):
+        member = min(subgroup - {0})
+        moved = table[table[every, member], inverse]
+        for row, image in enumerate(subgroups):
+            matrices[np.isin(moved, list(image)), row, column] = 1
+    return matrices
+
+
 def plane_matrices(group: str) -> np.ndarray:
     """``[G, 2, 2]``, the rotations and reflections of the plane that are Zm or Dm.
 
