@@ -3,8 +3,9 @@
     python -m experiments.gpu_compile --workdir=runs/gpu_compile
 
 compiles every kernel of a forward and a backward pass ahead of time for one compute capability and
-reads registers a thread, bytes spilt to local memory, shared memory, and how many programs fit on a
-multiprocessor at once. Beside them stand two floors of each kernel: the bytes of the arrays that it
+reads registers a thread, bytes spilt to local memory, how many instructions in loops store or load
+what was spilt (most is put by before a loop for after it), shared memory, and how many programs fit
+on a multiprocessor at once. Beside them stand two floors of each kernel: the bytes of the arrays it
 reads and writes, each counted once, and the floating-point operations of its products, as times at
 the bandwidth and peak of an H100 (gpu_kernels.py). Nothing is run. Needs jax-triton, Triton and
 jax-cuda13-plugin.
@@ -93,28 +94,51 @@ def _compiled(name: str, arrays, launch, meta, compute_capability: int) -> dict[
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(tool), "-res-usage", str(binary)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        def dump(what: str) -> str:
+            command = [str(tool), what, str(binary)]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        text, machine_code = dump("-res-usage"), dump("-sass")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     shared, threads = compiled.metadata.shared, 32 * launch.warps
     fit = (REGISTERS // (usage["REG"] * threads), SHARED // max(shared, 1), THREADS // threads)
     return {
         "registers": usage["REG"],
         "spilt_bytes": usage["STACK"] + usage["LOCAL"],
+        "spills_in_loops": spills_in_loops(machine_code),
         "shared_bytes": shared,
         "programs_a_multiprocessor": min(fit),
     }
 
 
+def spills_in_loops(machine_code: str) -> int:
+    """Stores to local memory and loads from it between a jump back and where it leads."""
+    found = re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?);", machine_code)
+    code = [(int(address, 16), text) for address, text in found]
+    loops = []
+    for address, text in code:
+        jump = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        # The last instruction jumps to itself.
+        if jump and int(jump[1], 16) < address:
+            loops.append((int(jump[1], 16), address))
+    spills = [address for address, text in code if re.search(r"\b(STL|LDL)\b", text)]
+    return sum(any(first <= spill <= last for first, last in loops) for spill in spills)
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = ["n_h", "K = V", "kernel", "programs", "warps", "registers", "spilt B", "shared KiB"]
-    head += ["at once", "MB", "GFLOP", "floor ms, bytes", "floor ms, products"]
+    head = ["n_h", "K = V", "kernel", "programs", "warps", "registers", "spilt B", "in loops"]
+    head += ["shared KiB", "at once", "MB", "GFLOP", "floor ms, bytes", "floor ms, products"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for r in rows:
         cells = [r["num_householder"], r["head_dim"], r["kernel"], "x".join(map(str, r["grid"]))]
-        cells += [r["warps"], r["registers"], r["spilt_bytes"], f"{r['shared_bytes'] / 1024:.0f}"]
-        cells += [r["programs_a_multiprocessor"], f"{r['bytes'] / 1e6:.0f}"]
+        cells += [r["warps"], r["registers"], r["spilt_bytes"], r["spills_in_loops"]]
+        cells += [
+            f"{r['shared_bytes'] / 1024:.0f}",
+            r["programs_a_multiprocessor"],
+            f"{r['bytes'] / 1e6:.0f}",
+        ]
         cells += [f"{r['operations'] / 1e9:.0f}", f"{r['floor_bytes_ms']:.2f}"]
         cells += [f"{r['floor_operations_ms']:.2f}"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")

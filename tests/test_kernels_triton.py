@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import environment
+from experiments.gpu_compile import spills_in_loops
 
 TESTS = Path(__file__).parent
 # Outputs and gradients: the design's bars for float32, or 30 times what the plain recurrence errs;
@@ -16,7 +17,7 @@ TESTS = Path(__file__).parent
 BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
 REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
 OVER_RECURRENCE = 30
-# Bytes a thread spilt by the hot kernels of a bfloat16 pass: the pointers of a loop, not its tiles.
+# Bytes a thread spilt by the kernels of a bfloat16 pass: pointers for after a loop, not its tiles.
 SPILT = 64
 # What XLA compiles for the CPU here is run once.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -80,6 +81,17 @@ def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compil
     rows = {row["kernel"]: row for row in compiled["rows"]}
     assert {"prepare", "walk", "errors", "walk_back", "gradients"} == set(rows)
     assert all(row["spilt_bytes"] <= SPILT for row in rows.values()), rows
+    assert not any(row["spills_in_loops"] for row in rows.values()), rows
+
+
+def test_spills_in_loops_are_told_from_others():
+    code = ["STL [R1], R2", "LDL R3, [R1]", "@P0 BRA 0x0010", "LDL R4, [R1]", "BRA 0x0040"]
+    text = "\n".join(f"  /*{16 * i:04x}*/  {line} ;  /* 0x00 */" for i, line in enumerate(code))
+    assert spills_in_loops(text) == 1
+
+
+def test_every_kernel_fits_a_multiprocessor(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
     assert all(
         row["shared_bytes"] > 0 and row["programs_a_multiprocessor"] for row in rows.values()
     )

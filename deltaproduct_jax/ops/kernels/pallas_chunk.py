@@ -109,7 +109,7 @@ def read_by_keys(p: Prepared, state_gKV, passes: Passes):
 def errors(x: Chunk, p: Prepared, key_state_gMV, passes: Passes):
     """What values differ by from the state at their update, gMV."""
     rhs_gMV = x.v - _times(p.weights.into_update, key_state_gMV)
-    return passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
+    return passes.in_two_passes("gmn,gnv->gmv", p.inverse, rhs_gMV)
 
 
 def next_state(p: Prepared, error_gMV, state_gKV, passes: Passes):
@@ -134,7 +134,7 @@ def chunk_backward(
 
     from_next_gMV = _times(w.out, passes("gmk,gkv->gmv", p.k, dnext_gKV))
     dwritten_gMV = passes("gcm,gcv->gmv", p.scores, do_gCV) + from_next_gMV
-    drhs_gMV = passes("gnm,gnv->gmv", p.inverse, p.beta * dwritten_gMV)
+    drhs_gMV = passes.in_two_passes("gnm,gnv->gmv", p.inverse, p.beta * dwritten_gMV)
     dlower_gMM = -passes("gmv,gnv->gmn", drhs_gMV, error_gMV)
     do_written_gCM = passes("gcv,gmv->gcm", do_gCV, written_gMV)
 

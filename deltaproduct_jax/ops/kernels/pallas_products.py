@@ -44,6 +44,17 @@ class Passes(NamedTuple):
         """A large product, in float32."""
         return self._product(equation, x, y, self.large)
 
+    def in_two_passes(self, equation: str, inverse: jax.Array, y: jax.Array) -> jax.Array:
+        """A large product with the triangular inverse, of which one pass takes two terms.
+
+        Rounded once it errs with one sign along the rows where keys agree, and with beta near 2 the
+        state never takes that back; an error of y is one of a value, which is forgotten.
+        """
+        if self.large != 1:
+            return self(equation, inverse, y)
+        high, low = _split(inverse)
+        return self(equation, high, y) + self(equation, low, y)
+
     def within_inverse(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """A product of parts of the triangular inverse."""
         return self._product(equation, x, y, self.inverse)

@@ -68,10 +68,10 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
     width = power_of_two(V)
     columns = min(width, 32 if large else 64)
     # With one factor a chunk has as many tokens as updates, and the shared memory for tiles of both
-    # leaves room for one program only: that one then looks further ahead, or not at all.
+    # leaves room for one program only: that one then looks further ahead.
     alone = R == 1 and not large
     walk = Launch(warps=8 if large else 4, stages=3 if alone else 2, columns=columns)
-    walk_back = dataclasses.replace(walk, stages=1 if alone else 2)
+    walk_back = dataclasses.replace(walk, stages=1 if alone and gated else walk.stages)
     wide = gated and R < 3 and not large
     errors = dataclasses.replace(walk, stages=2, columns=min(width, 128) if wide else columns)
     # Cotangents of gates need what is read and what is written apart, and more registers.
