@@ -269,8 +269,11 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
 
     from deltaproduct_jax.ops.kernels import triton_kernels
 
-    kernel = getattr(triton_kernels, name)
     keywords = inspect.signature(jax_triton.triton_call).parameters
+    keyword = "out_shape" if "out_shape" in keywords else "out_type"
+    # 0.4 gives a kernel one pointer for an input and the output in its place.
+    is_one_pointer = aliases and keyword == "out_type"
+    kernel = getattr(triton_kernels, name + "_in_place" * bool(is_one_pointer))
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -280,7 +283,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         num_stages=launch.stages,
         compute_capability=_compute_capability(),
         input_output_aliases=aliases or {},
-        **{"out_shape" if "out_shape" in keywords else "out_type": tuple(outs)},
+        **{keyword: tuple(outs)},
         **{key: value for key, value in meta.items() if key in kernel.arg_names},
     )
     return tuple(mark_varying_as(x, arrays[0]) for x in results)

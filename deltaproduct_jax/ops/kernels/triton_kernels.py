@@ -33,7 +33,8 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     tile,
     token_decay,
 )
-from deltaproduct_jax.ops.kernels.triton_step import step as step  # found here by its name
+from deltaproduct_jax.ops.kernels.triton_step import step as step  # found here by their names
+from deltaproduct_jax.ops.kernels.triton_step import step_in_place as step_in_place
 
 
 @triton.jit

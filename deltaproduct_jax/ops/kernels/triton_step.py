@@ -37,3 +37,17 @@ def step(
     tl.store(o_ptr + (b * HV + hv) * V + columns, o, mask=columns < V)
     pointers = square(next_ptr, pid.to(tl.int64), rows, columns, K, V)
     tl.store(pointers, S, mask=inside)
+
+
+@triton.jit
+def step_in_place(
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, state_ptr,
+    o_ptr,
+    SCALE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_G: tl.constexpr,
+):  # fmt: skip
+    """`step` where one pointer stands for the state and what takes its place."""
+    step(
+        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, state_ptr, o_ptr, state_ptr,
+        SCALE, R, H, HV, K, BK, V, BV, HAS_G,
+    )  # fmt: skip
