@@ -65,6 +65,7 @@ class SpeedConfig:
     batch_size: int = setting(1, "sequences B")
     length: int = setting(2048, "tokens T")
     num_heads: int = setting(4, "heads H")
+    num_value_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
     head_dim: int = setting(64, "key width K")
     value_dim: int | None = setting(None, "value width V; none: head_dim")
     num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
@@ -87,8 +88,14 @@ class SpeedConfig:
         """Checks every field."""
         for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
-        if self.value_dim is not None:
-            require_at_least("value_dim", self.value_dim, 1)
+        for name in ("value_dim", "num_value_heads"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+        if self.value_heads % self.num_heads:
+            raise ConfigError(
+                f"num_value_heads={self.num_value_heads} must be a multiple of num_heads="
+                f"{self.num_heads}"
+            )
         for n_h in self.num_householder:
             require_at_least("num_householder", n_h, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
@@ -102,6 +109,11 @@ class SpeedConfig:
             raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
         if STEP in self.directions.split(",") and set(self.peers) - {"fla"}:
             raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
+        if self.peers and self.value_heads != self.num_heads:
+            raise ConfigError(
+                f"num_value_heads={self.num_value_heads} with peer={self.peer!r}: peers are timed "
+                f"with as many as num_heads={self.num_heads}"
+            )
         for name in set(self.peers) - {"fla"}:
             peer_op(name)  # an error now, not after the first rows
 
@@ -109,6 +121,11 @@ class SpeedConfig:
     def widths(self) -> tuple[int, int]:
         """K and V."""
         return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def value_heads(self) -> int:
+        """Hv."""
+        return self.num_heads if self.num_value_heads is None else self.num_value_heads
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +141,7 @@ class SpeedConfig:
 def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any]]:
     """One row an implementation at one shape."""
     sizes = (config.batch_size, config.length, config.num_heads, *config.widths)
-    shape = Shape(*sizes, n_h, config.dtype, config.gated)
+    shape = Shape(*sizes, n_h, config.dtype, config.gated, config.value_heads)
     prepare = _decoding if direction == STEP else _whole_sequences
     programs, errors = prepare(config, shape, direction)
     time_in_turn(programs, config.repeats, config.budget_s)
@@ -244,6 +261,7 @@ def command(argv: Sequence[str]) -> None:
     K, V = config.widths
     title = (
         f"B={config.batch_size} T={config.length} H={config.num_heads} "
+        f"{'' if config.value_heads == config.num_heads else f'Hv={config.value_heads} '}"
         f"{f'K=V={K}' if K == V else f'K={K} V={V}'}, "
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
     )

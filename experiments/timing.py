@@ -21,7 +21,7 @@ Results = tuple[Any, ...] | dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes of one call of the op, by the letters of the dimension key."""
+    """Sizes of one call of the op, by the letters of the dimension key; Hv none: H."""
 
     B: int
     T: int
@@ -31,11 +31,13 @@ class Shape:
     R: int
     dtype: str = "float32"
     gated: bool = True
+    Hv: int | None = None
 
     def inputs(self, seed: int = 0) -> dict[str, jax.Array]:
         """q, k, v, beta and g: unit queries and keys, beta in (0, 2), g mostly mild."""
         keys = jax.random.split(jax.random.key(seed), 5)
         B, T, H, K, V, R = self.B, self.T, self.H, self.K, self.V, self.R
+        Hv = self.Hv or H
 
         def unit(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
             x = jax.random.normal(key, shape)
@@ -44,11 +46,11 @@ class Shape:
         arrays = {
             "q": unit(keys[0], (B, T, H, K)),
             "k": unit(keys[1], (B, T, R, H, K)),
-            "v": jax.random.normal(keys[2], (B, T, R, H, V)),
-            "beta": 2 * jax.nn.sigmoid(jax.random.normal(keys[3], (B, T, R, H))),
+            "v": jax.random.normal(keys[2], (B, T, R, Hv, V)),
+            "beta": 2 * jax.nn.sigmoid(jax.random.normal(keys[3], (B, T, R, Hv))),
         }
         if self.gated:
-            arrays["g"] = jax.nn.log_sigmoid(2 + jax.random.normal(keys[4], (B, T, H)))
+            arrays["g"] = jax.nn.log_sigmoid(2 + jax.random.normal(keys[4], (B, T, Hv)))
         dtype = jnp.dtype(self.dtype)
         return {
             name: x.astype(dtype if name in "qkv" else jnp.promote_types(dtype, jnp.float32))
