@@ -129,8 +129,9 @@ def test_a_save_that_really_fails_is_one_line(tmp_path):
 def test_killed_at_random_moments(tmp_path, seed):
     fields = {"steps": 400, "log_every": 5, "eval_every": 20, "checkpoint_every": 7, "seed": seed}
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
+    began = time.time()
     finish(undisturbed, **fields)
-    chance = random.Random(seed)
+    whole, chance = time.time() - began, random.Random(seed)
     kills = torn_saves = 0
 
     def saving() -> bool:
@@ -139,7 +140,7 @@ def test_killed_at_random_moments(tmp_path, seed):
     while kills < 30:
         lines, end = (
             lines_in(killed) + chance.randrange(1, 8),
-            time.time() + chance.uniform(0.5, 14),
+            time.time() + chance.uniform(0.05, 0.5) * whole,
         )
         moments = [
             lambda: lines_in(killed) > 0 and saving(),  # in the middle of a save
