@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Case, cast, relative_error
+from helpers import Case, cast, errors, plain_bfloat16_error, relative_error
 
 from deltaproduct_jax.ops import delta_product, select_implementation, sharded_delta_product
 from deltaproduct_jax.ops.kernels import pallas_plan, pallas_tpu
@@ -176,6 +176,16 @@ def test_inverse_of_reflections_by_one_key(M):
     lower = np.tril(rng.normal(size=(2, M, M)) / np.sqrt(M), -1)
     got = inverse(jnp.asarray(lower, jnp.float32), NARROW)
     assert relative_error(got, np.linalg.inv(np.eye(M) + lower)) < 1e-4
+
+
+@pytest.mark.parametrize(("keys", "gate"), [("identical", "slow"), ("parallel", None)])
+def test_reflections_in_bfloat16_err_like_plain_products(keys, gate):
+    """Rounded to one term, the inverse makes errors of three to twenty times these."""
+    case = Case(T=192, B=1, H=1, K=32, V=32, beta=(2.0, 2.0), keys=keys, gate=gate, seed=1)
+    of_outputs, of_gradients = errors(case, "pallas_tpu", "bfloat16")
+    plain = plain_bfloat16_error(case)
+    assert max(of_outputs.values()) <= 2 * plain
+    assert max(of_gradients.values()) <= 3 * plain
 
 
 def test_passes():

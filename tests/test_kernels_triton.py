@@ -67,8 +67,13 @@ def test_a_mapped_call_is_one_call_after_the_other(interpreted):
     assert interpreted["vmap"] < 1e-5
 
 
-def test_one_token_is_that_of_the_oracle(interpreted):
-    assert max(interpreted["step"].values()) < 1e-6
+@pytest.mark.parametrize("name", ["step", "step_in_place"])
+def test_one_token_is_that_of_the_oracle(name, interpreted):
+    assert max(interpreted[name].values()) < 1e-6
+
+
+def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
+    assert compiled["lowered"]["versions"] == ["step", "step_in_place"]
 
 
 def test_every_launch_of_a_kernel_is_timed(interpreted):

@@ -125,9 +125,7 @@ def loss_with(remat: str, mixer: str):
     return lambda p: jnp.sum(nnx.merge(graphdef, p)(ids, **rows) ** 2), params
 
 
-@pytest.mark.parametrize(
-    "mixer", ["delta_product", pytest.param("rwkv7", marks=pytest.mark.slow), "transformer"]
-)
+@pytest.mark.parametrize("mixer", ["delta_product", "rwkv7", "transformer"])
 def test_what_is_computed_anew_is_not_kept(mixer):
     kept = {}
     for remat in ("none", "products", "blocks"):

@@ -41,7 +41,12 @@ def as_elsewhere(request, monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize("optimised", [False, pytest.param(True, marks=pytest.mark.slow)])
+ALSO_OPTIMISED = pytest.mark.parametrize(
+    "optimised", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+
+
+@ALSO_OPTIMISED
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
@@ -51,12 +56,13 @@ def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
     assert_within_bars(case, "chunked", dtype, optimised=optimised)
 
 
+@ALSO_OPTIMISED
 @pytest.mark.parametrize("gate", ["slow", None])
 @pytest.mark.parametrize("keys", ["unit", "identical", "parallel"])
-def test_reflections_in_bfloat16_err_like_plain_products(keys, gate, as_elsewhere):
+def test_reflections_in_bfloat16_err_like_plain_products(keys, gate, optimised, as_elsewhere):
     """Applied in one pass, the inverse would make errors of five to thirty times these."""
     case = Case(T=192, B=1, H=1, K=32, V=32, beta=(2.0, 2.0), keys=keys, gate=gate, seed=1)
-    of_outputs, of_gradients = errors(case, "chunked", "bfloat16")
+    of_outputs, of_gradients = errors(case, "chunked", "bfloat16", optimised=optimised)
     plain = plain_bfloat16_error(case)
     assert max(of_outputs.values()) <= 2 * plain
     assert max(of_gradients.values()) <= 3 * plain
@@ -75,14 +81,15 @@ class ThreePasses(Matmul):
         return product(equation, a, c) + product(equation, a, d) + product(equation, b, c)
 
 
+@ALSO_OPTIMISED
 @pytest.mark.parametrize("keys", ["unit", "parallel"])
-def test_three_passes_are_enough_with_bfloat16_inputs(keys, monkeypatch):
+def test_three_passes_are_enough_with_bfloat16_inputs(keys, optimised, monkeypatch):
     """The error against float64 is that of an exact inverse, by which bfloat16 is multiplied."""
     case = Case(
         T=128, R=1, B=1, K=16, V=16, beta=(1.5, 2.0), keys=keys, gate="slow", chunk_size=128
     )
     run_as("tpu", monkeypatch)
-    exact = errors(case, "chunked", "bfloat16")
+    exact = errors(case, "chunked", "bfloat16", optimised=optimised)
     real = chunked.unit_lower_inverse
     monkeypatch.setattr(
         chunked,
@@ -90,7 +97,7 @@ def test_three_passes_are_enough_with_bfloat16_inputs(keys, monkeypatch):
         lambda lower, matmul, **kw: real(lower, ThreePasses(**dataclasses.asdict(matmul)), **kw),
     )
     jax.clear_caches()
-    passes = errors(case, "chunked", "bfloat16")
+    passes = errors(case, "chunked", "bfloat16", optimised=optimised)
     jax.clear_caches()
     for of_exact, of_passes in zip(exact, passes, strict=True):
         for name, error in of_passes.items():

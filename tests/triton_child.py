@@ -100,7 +100,9 @@ def interpret() -> dict:
         found[f"{name}, float32"] = errors(case, "float32")
         if name in NARROW:
             found[f"{name}, float16"] = errors(case, "float16")
-    return {"errors": found, "vmap": vmapped(), "step": one_token(), "launches": timed()}
+    return {"errors": found, "vmap": vmapped(), "launches": timed()} | {
+        name: one_token(name) for name in ("step", "step_in_place")
+    }
 
 
 def vmapped() -> float:
@@ -129,10 +131,11 @@ def timed() -> list[dict]:
     return gpu_launches.rows_of(config, 2, 16, "walk")
 
 
-def one_token() -> dict[str, float]:
+def one_token(name: str = "step") -> dict[str, float]:
     case = Case(T=1, R=3, B=2, H=1, G=2, K=24, V=40)
     arrays, _, tokens, state = inputs(case, "float32")
     q, k, v, beta, g = (x[:, 0] for x in tokens[:5])
+    triton_gpu.call = lambda _, *args, **named: triton_interpreter.call(name, *args, **named)
     o, final_state = triton_gpu.step(state, q, k, v, beta, g, scale=case.K**-0.5)
     want = oracle.delta_product(**arrays)
     return {"o": relative(o, want[0][:, 0]), "final_state": relative(final_state, want[1])}
@@ -150,7 +153,7 @@ def compile_for_cuda() -> dict:
     def loss(q, k, v, beta, implementation):
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
-    lowered = {"step": lower_step()}
+    lowered = {"step": lower_step(), "versions": kernels_by_version()}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)
@@ -168,6 +171,27 @@ def compile_for_cuda() -> dict:
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
     return {"rows": rows, "lowered": lowered}
+
+
+def kernels_by_version() -> list[str]:
+    """The kernel of one token that is launched through jax-triton 0.3 and through 0.4."""
+    import jax_triton
+
+    launched, real = [], jax_triton.triton_call
+
+    def by_shape(*_, kernel, out_shape, **__):
+        launched.append(kernel.fn.__name__)
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in out_shape)
+
+    def by_type(*arrays, kernel, out_type, **named):
+        return by_shape(*arrays, kernel=kernel, out_shape=out_type, **named)
+
+    shapes = [(1, 2, 32, 32), (1, 2, 32), (1, 1, 2, 32), (1, 1, 2, 32), (1, 1, 2)]
+    arrays = [jnp.zeros(shape) for shape in shapes]
+    for jax_triton.triton_call in (by_shape, by_type):
+        triton_gpu.step(*arrays, None, scale=1.0)
+    jax_triton.triton_call = real
+    return launched
 
 
 def lower_step() -> list[int]:

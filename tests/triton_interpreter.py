@@ -65,7 +65,9 @@ class Tensor:
 
 
 def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
-    """Stands in for `triton_gpu.call`."""
+    """Stands in for `triton_gpu.call`; a kernel "..._in_place" has no pointer of its own for what
+    takes an input's place, as jax-triton 0.4 has it.
+    """
     from deltaproduct_jax.ops.kernels import triton_kernels
 
     del launch
@@ -78,7 +80,9 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
         for taken, given in (aliases or {}).items():
             results[given] = inputs[taken]
         constants = {key: value for key, value in meta.items() if key in kernel.arg_names}
-        kernel[grid](*inputs, *results, **constants)
+        in_place = (aliases or {}).values() if name.endswith("_in_place") else ()
+        given = [x for index, x in enumerate(results) if index not in in_place]
+        kernel[grid](*inputs, *given, **constants)
         return tuple(x.array for x in results)
 
     return jax.pure_callback(run, tuple(outs), *arrays)

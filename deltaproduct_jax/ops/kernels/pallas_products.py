@@ -52,7 +52,7 @@ class Passes(NamedTuple):
         """
         if self.large != 1:
             return self(equation, inverse, y)
-        high, low = _split(inverse)
+        high, low = self._split(inverse)
         return self(equation, high, y) + self(equation, low, y)
 
     def within_inverse(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -63,32 +63,32 @@ class Passes(NamedTuple):
         """A sum of the entries of ``x`` that ``ones``, zeros and ones, picks."""
         if self.gates == 6:
             return _einsum(equation, x, ones, jax.lax.Precision.HIGHEST)
-        high, low = _split(x)
+        high, low = self._split(x)
         return _einsum(equation, high, ones) + _einsum(equation, low, ones)
 
     def _product(self, equation, x, y, passes):
         if passes == 6:
             return _einsum(equation, x, y, jax.lax.Precision.HIGHEST)
         if passes == 3:
-            (x, small_x), (y, small_y) = _split(x), _split(y)
+            (x, small_x), (y, small_y) = self._split(x), self._split(y)
             small = _einsum(equation, x, small_y) + _einsum(equation, small_x, y)
             return _einsum(equation, x, y) + small
         if self.rounds:
-            x, y = _rounded(x), _rounded(y)
+            x, y = self._rounded(x), self._rounded(y)
         return _einsum(equation, x, y)
+
+    def _rounded(self, x):
+        if self.rounds:  # XLA takes a conversion there and back as none
+            return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+        return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+    def _split(self, x):
+        high = self._rounded(x)
+        return high, x - high
 
 
 def _einsum(equation, x, y, precision=jax.lax.Precision.DEFAULT):
     return jnp.einsum(equation, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _rounded(x):
-    return x.astype(jnp.bfloat16).astype(jnp.float32)
-
-
-def _split(x):
-    high = _rounded(x)
-    return high, x - high
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
