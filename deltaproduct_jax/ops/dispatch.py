@@ -55,10 +55,9 @@ def select_implementation(
     "chunked": the recurrence would store several states per token. Otherwise a single token runs
     "recurrent", and so does a CPU where its small steps were measured to be faster (README.md has
     the figures): with one factor a token and states below 64 x 64, with several and states below
-    128 x 128. All else runs "chunked"; so does
-    what is lowered for a TPU on a machine without one, unless an abstract mesh
-    (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is lowered for a GPU with
-    little shared memory (all but A100, H100, H200 and B200).
+    128 x 128. All else runs "chunked"; so does what is lowered for a TPU on a machine without one,
+    unless an abstract mesh (`jax.sharding.use_abstract_mesh`) says which TPU it is for, and what is
+    lowered for a GPU with little shared memory (all but A100, H100, H200 and B200).
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.

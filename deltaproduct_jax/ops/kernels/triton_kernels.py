@@ -230,7 +230,7 @@ def walk_back(
     dS = start(dfinal_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
     for back in range(0, STEPS):
         n = piece * STEPS + STEPS - 1 - back
-        # Without a bound where none is needed, which spares two registers.
+        # Without a bound where none is needed, which spares registers.
         chunk = pid.to(tl.int64) * N + (tl.minimum(n, N - 1) if N % STEPS else n)
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
