@@ -124,12 +124,13 @@ class _Call:
 
 
 def _prepare(c: _Call):
-    """X, scores and decays of every chunk."""
+    """X, scores, decays and sums of g of every chunk."""
     q, k, _, beta, *_ = c.tokens
     CP, M, N = (c.meta[name] for name in ("CP", "M", "N"))
-    shape = (*c.matrices(1, 1).shape[:3], CP) if c.meta["DECAYS"] else (1,)
-    decays = jax.ShapeDtypeStruct(shape, jnp.float32)
-    outs = (c.matrices(M, M), c.matrices(CP, M), decays, decays)
+    chunks = c.matrices(1, 1).shape[:3]
+    decays = jax.ShapeDtypeStruct((*chunks, CP) if c.meta["DECAYS"] else (1,), jnp.float32)
+    sums = jax.ShapeDtypeStruct((*chunks, 3, CP) if c.meta["DECAYS"] else (1,), jnp.float32)
+    outs = (c.matrices(M, M), c.matrices(CP, M), decays, decays, sums)
     grid = (N, c.meta["B"] * c.meta["HV"])
     return c.launch("prepare", (q, k, beta, *_gates(c.tokens)), outs, grid)
 
@@ -194,7 +195,7 @@ def _forward(options: Options, tokens: Tokens, initial_state):
     states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
-    arrays = (*tokens[:4], *_prepare(c))
+    arrays = (*tokens[:4], *_prepare(c)[:-1])
     o, final_state, states = _in_pieces(c, "walk", arrays, initial_state, [o, None, states])
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
@@ -207,7 +208,7 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
     B, T, R, HV, V = v.shape
     H, K = k.shape[-2:]
     N = c.meta["N"]
-    prepared = _prepare(c)
+    *prepared, sums = _prepare(c)
     x, _, into, out = prepared
     updates = jax.ShapeDtypeStruct(v.shape, c.operand)
     narrow = c.meta["NARROW"]
@@ -233,7 +234,7 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
         jax.ShapeDtypeStruct(beta.shape, beta.dtype),
         *2 * (PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),),
     )
-    arrays = (q, k, beta, *_gates(tokens), into, out, do, e, w, before, after)
+    arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
     dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, grid, BK=keys)
     if H != HV:

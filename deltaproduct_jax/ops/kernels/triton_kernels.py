@@ -22,8 +22,10 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     gram,
     head,
     kept_state,
+    kept_sums,
     products,
     put_series,
+    put_sums,
     put_tile,
     solved,
     square,
@@ -40,7 +42,7 @@ from deltaproduct_jax.ops.kernels.triton_step import step_in_place as step_in_pl
 @triton.jit
 def prepare(
     q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr,
-    x_ptr, scores_ptr, into_ptr, out_ptr,
+    x_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
@@ -87,6 +89,7 @@ def prepare(
         out = tl.where(c_segments == last_segment, out, 0.0)
         tl.store(into_ptr + chunk * CP + c, into)
         tl.store(out_ptr + chunk * CP + c, out)
+        put_sums(sums_ptr, chunk, c, CP, c_high, c_low, c_segments)
 
 
 @triton.jit
@@ -263,7 +266,7 @@ def walk_back(
 
 @triton.jit
 def gradients(
-    q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr, into_ptr, out_ptr, do_ptr,
+    q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
     e_ptr, w_ptr, before_ptr, dafter_ptr,
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_tokens_ptr, dg_updates_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
@@ -297,9 +300,11 @@ def gradients(
     dq = tl.zeros([CP, BK], tl.float32)
     dk = tl.zeros([M, BK], tl.float32)
     if HAS_G:
-        dk_written = tl.zeros([M, BK], tl.float32)
+        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     dbeta = tl.zeros([M], tl.float32)
-    dthrough = tl.zeros([BK], tl.float32)
+    of_into = tl.zeros([M], tl.float32)
+    of_out = tl.zeros([M], tl.float32)
+    of_through = tl.zeros([BK], tl.float32)
     for values in range(0, tl.cdiv(V, BV)):
         columns = values * BV + tl.arange(0, BV)
         e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
@@ -321,49 +326,41 @@ def gradients(
         read = ((-into * beta)[:, None] * w.to(tl.float32)).to(dtype)
         written = ((out * beta)[:, None] * e.to(tl.float32)).to(dtype)
         dk = tl.dot(read, tl.trans(before), dk, input_precision=PRECISION)
-        if HAS_G:  # what is written decays differently
-            dk_written = tl.dot(written, tl.trans(after), dk_written, input_precision=PRECISION)
-        else:
-            dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
+        dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
         dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
         dv = beta[:, None] * w.to(tl.float32)
         here = updates & (values % parts == part)  # each part of the keys writes its share
         put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
-        if HAS_G:
-            dthrough += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
+        if HAS_G:  # what is read and what is written decay differently
+            k_before = tl.dot(k, before, input_precision=PRECISION)
+            of_into += tl.sum(read.to(tl.float32) * k_before, axis=1)
+            k_after = tl.dot(k, after, input_precision=PRECISION)
+            of_out += tl.sum(written.to(tl.float32) * k_after, axis=1)
+            of_through += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
     tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates & (part == 0))
 
-    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    if not HAS_G:
+        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
-    starts = (m % R == 0) & updates
-    of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
-    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
-    high, low, segments = of_m
-    c_high, c_low, c_segments = of_c
+    high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
+    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
     dq *= (SCALE * into_tokens)[:, None]
+    # Cotangents of the logarithms of the decays: each term of a product counts for all tokens that
+    # it spans, so a term counts from one token on and no longer from another on.
     if HAS_G:
-        # Cotangents of the logarithms of the decays, summed over the tokens that each spans.
-        wide_k = k.to(tl.float32)
-        of_into = tl.sum(wide_k * dk, axis=1)
-        of_out = tl.sum(wide_k * dk_written, axis=1)
-        dk += dk_written
-        of_into_tokens = tl.sum(q.to(tl.float32) * dq, axis=1)
-        dg_tokens = tl.cumsum(of_into_tokens, 0, reverse=True) + through * tl.sum(dthrough, axis=0)
-        dg_updates = tl.cumsum(of_into, 0, reverse=True)
-        dg_updates += tl.sum(tl.where(m[:, None] > m[None, :], of_out[None, :], 0.0), axis=1)
+        of_tokens = tl.sum(q.to(tl.float32) * dq, axis=1)
+        # What is written at the last token spans none.
+        of_out = tl.where(m // R < tokens - 1, of_out, 0.0)
 
     upto = c[:, None] >= (m // R)[None, :]
     dqk = products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     dqk *= do_e * (SCALE * beta)[None, :]
     if HAS_G:
+        spans = c[:, None] > (m // R)[None, :]
         of_scores = dqk * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        # Sums over the rows from each on. Ones are exact in any dtype.
-        later = tl.where(c[:, None] <= c[None, :], 1.0, 0.0).to(dtype)
-        of_scores = tl.dot(later, of_scores.to(dtype), input_precision=PRECISION)
-        before_token = c[:, None] > (m // R)[None, :]
-        dg_tokens += tl.sum(tl.where(before_token, of_scores, 0.0), axis=1)
-        dg_row = part.to(tl.int64) * B * T + row
-        tl.store(dg_tokens_ptr + (dg_row + c) * HV + hv, dg_tokens, mask=c < tokens)
+        of_scores = tl.where(spans, of_scores, 0.0)
+        of_tokens += tl.sum(of_scores, axis=1)
+        of_updates = of_into - of_out - tl.sum(of_scores, axis=0)
     narrow = dqk.to(dtype)
     dq = tl.dot(narrow, k, dq, input_precision=PRECISION)
     dk = tl.dot(tl.trans(narrow), q, dk, input_precision=PRECISION)
@@ -373,11 +370,18 @@ def gradients(
     dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     dkk *= -w_e * beta[:, None] * beta[None, :]
     if HAS_G:
+        spans = (m // R)[:, None] > (m // R)[None, :]
         of_gram = dkk * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        later = tl.where(m[:, None] <= m[None, :], 1.0, 0.0).to(dtype)
-        of_gram = tl.dot(later, of_gram.to(dtype), input_precision=PRECISION)
-        dg_updates += tl.sum(tl.where(earlier, of_gram, 0.0), axis=1)
-        tl.store(dg_updates_ptr + (dg_row + m // R) * HV + hv, dg_updates, mask=starts)
+        of_gram = tl.where(spans, of_gram, 0.0)
+        of_updates += tl.sum(of_gram, axis=1) - tl.sum(of_gram, axis=0)
+        # In float64, as large terms that span nothing of what follows are taken away again.
+        of_chunk = tl.sum(of_out.to(tl.float64), axis=0) + through * tl.sum(of_through, axis=0)
+        dg_tokens = tl.cumsum(of_tokens, 0, reverse=True)
+        dg_updates = tl.cumsum(of_updates.to(tl.float64), 0, reverse=True) + of_chunk
+        dg_row = part.to(tl.int64) * B * T + row
+        tl.store(dg_tokens_ptr + (dg_row + c) * HV + hv, dg_tokens, mask=c < tokens)
+        pointers = dg_updates_ptr + (dg_row + m // R) * HV + hv
+        tl.store(pointers, dg_updates.to(tl.float32), mask=(m % R == 0) & updates)
     symmetric = (dkk + tl.trans(dkk)).to(dtype)
     dk = tl.dot(symmetric, k, dk, input_precision=PRECISION)
     put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)

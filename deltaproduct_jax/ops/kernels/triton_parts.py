@@ -232,6 +232,30 @@ def chunk_decay(ptr, chunk, CP: tl.constexpr, DECAYS: tl.constexpr):
 
 
 @triton.jit
+def put_sums(ptr, chunk, c, CP: tl.constexpr, high, low, segments):
+    """Keeps what `sums` returned, token by token, for the cotangents."""
+    ptr += chunk * (3 * CP) + c
+    tl.store(ptr, high)
+    tl.store(ptr + CP, low)
+    tl.store(ptr + 2 * CP, segments.to(tl.float32))
+
+
+@triton.jit
+def kept_sums(ptr, chunk, index, CP: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr):
+    """What `put_sums` kept, of tokens ``index``."""
+    high = tl.zeros(index.shape, tl.float32)
+    low = tl.zeros(index.shape, tl.float32)
+    segments = tl.zeros(index.shape, tl.float32)
+    ptr += chunk * (3 * CP) + tl.minimum(index, CP - 1)  # rows past the last token repeat it
+    if HAS_G:
+        high = tl.load(ptr)
+        low = tl.load(ptr + CP)
+    if HAS_RESETS:
+        segments = tl.load(ptr + 2 * CP)
+    return high, low, segments
+
+
+@triton.jit
 def start(ptr, index, part, rows, columns, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
            SUMMARY: tl.constexpr):  # fmt: skip
     """The state that a walk begins with; of a summary zero, then, in further columns, identity."""
