@@ -232,15 +232,15 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
         jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct(beta.shape, beta.dtype),
-        *2 * (PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),),
+        PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),
     )
     arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
-    dq, dk, dv, dbeta, *dgates = c.launch("gradients", arrays, outs, grid, BK=keys)
+    dq, dk, dv, dbeta, dg = c.launch("gradients", arrays, outs, grid, BK=keys)
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
-    dg = None if g is None else jnp.sum(sum(dgates), axis=0).astype(g.dtype)
+    dg = None if g is None else jnp.sum(dg, axis=0).astype(g.dtype)
     return Tokens(dq, dk, dv, dbeta, dg, None), dinitial_state
 
 

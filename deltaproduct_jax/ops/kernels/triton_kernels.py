@@ -24,6 +24,7 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     kept_state,
     kept_sums,
     products,
+    products_down,
     put_series,
     put_sums,
     put_tile,
@@ -268,7 +269,7 @@ def walk_back(
 def gradients(
     q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
     e_ptr, w_ptr, before_ptr, dafter_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_tokens_ptr, dg_updates_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
@@ -295,9 +296,11 @@ def gradients(
     through = chunk_decay(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
     into_tokens = token_decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
 
-    do_e = tl.zeros([CP, M], tl.float32)
+    # Tokens are columns in what is made here: chunks of few tokens have too few rows for the
+    # products of a whole warp group.
+    e_do = tl.zeros([M, CP], tl.float32)
     w_e = tl.zeros([M, M], tl.float32)
-    dq = tl.zeros([CP, BK], tl.float32)
+    dq = tl.zeros([BK, CP], tl.float32)
     dk = tl.zeros([M, BK], tl.float32)
     if HAS_G:
         k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
@@ -320,22 +323,22 @@ def gradients(
         after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
         before = tl.load(before_pointers, mask=inside, other=0.0)
         after = tl.load(after_pointers, mask=inside, other=0.0)
-        do_e = tl.dot(do, tl.trans(e), do_e, input_precision=PRECISION)
+        e_do = tl.dot(e, tl.trans(do), e_do, input_precision=PRECISION)
         w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
-        dq = tl.dot(do, tl.trans(before), dq, input_precision=PRECISION)
-        read = ((-into * beta)[:, None] * w.to(tl.float32)).to(dtype)
-        written = ((out * beta)[:, None] * e.to(tl.float32)).to(dtype)
-        dk = tl.dot(read, tl.trans(before), dk, input_precision=PRECISION)
-        dk = tl.dot(written, tl.trans(after), dk, input_precision=PRECISION)
+        dq = tl.dot(before, tl.trans(do), dq, input_precision=PRECISION)
+        read = (-into * beta)[:, None] * w.to(tl.float32)
+        written = (out * beta)[:, None] * e.to(tl.float32)
+        dk = tl.dot(read.to(dtype), tl.trans(before), dk, input_precision=PRECISION)
+        dk = tl.dot(written.to(dtype), tl.trans(after), dk, input_precision=PRECISION)
         dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
         dv = beta[:, None] * w.to(tl.float32)
         here = updates & (values % parts == part)  # each part of the keys writes its share
         put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
         if HAS_G:  # what is read and what is written decay differently
             k_before = tl.dot(k, before, input_precision=PRECISION)
-            of_into += tl.sum(read.to(tl.float32) * k_before, axis=1)
+            of_into += tl.sum(read * k_before, axis=1)
             k_after = tl.dot(k, after, input_precision=PRECISION)
-            of_out += tl.sum(written.to(tl.float32) * k_after, axis=1)
+            of_out += tl.sum(written * k_after, axis=1)
             of_through += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
     tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates & (part == 0))
 
@@ -344,44 +347,39 @@ def gradients(
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
     c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
-    dq *= (SCALE * into_tokens)[:, None]
-    # Cotangents of the logarithms of the decays: each term of a product counts for all tokens that
-    # it spans, so a term counts from one token on and no longer from another on.
-    if HAS_G:
-        of_tokens = tl.sum(q.to(tl.float32) * dq, axis=1)
-        # What is written at the last token spans none.
-        of_out = tl.where(m // R < tokens - 1, of_out, 0.0)
+    dq *= (SCALE * into_tokens)[None, :]
 
-    upto = c[:, None] >= (m // R)[None, :]
-    dqk = products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
-    dqk *= do_e * (SCALE * beta)[None, :]
+    upto = c[None, :] >= (m // R)[:, None]
+    dqk = products_down(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
+    dqk *= e_do * (SCALE * beta)[:, None]
     if HAS_G:
-        spans = c[:, None] > (m // R)[None, :]
-        of_scores = dqk * tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        of_scores = tl.where(spans, of_scores, 0.0)
-        of_tokens += tl.sum(of_scores, axis=1)
-        of_updates = of_into - of_out - tl.sum(of_scores, axis=0)
+        # Cotangents of the logarithms of the decays. A term counts for the tokens that it spans:
+        # from one on, and no longer from another on. So it is added at the one and taken away at
+        # the other, and what would cancel there, as it spans none, is left out.
+        of_tokens = tl.sum(tl.trans(q).to(tl.float32) * dq, axis=0)
+        of_scores = dqk * tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        of_scores = tl.where(c[None, :] > (m // R)[:, None], of_scores, 0.0)
+        of_tokens += tl.sum(of_scores, axis=0)
+        of_updates = of_into - tl.sum(of_scores, axis=1)
     narrow = dqk.to(dtype)
-    dq = tl.dot(narrow, k, dq, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(narrow), q, dk, input_precision=PRECISION)
-    put_tile(dq_ptr, dq, row, hv, c, rows, c < tokens, HV, K)
+    dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
+    dk = tl.dot(narrow, q, dk, input_precision=PRECISION)
+    put_tile(dq_ptr, tl.trans(dq), row, hv, c, rows, c < tokens, HV, K)
 
     earlier = m[:, None] > m[None, :]
     dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     dkk *= -w_e * beta[:, None] * beta[None, :]
     if HAS_G:
-        spans = (m // R)[:, None] > (m // R)[None, :]
         of_gram = dkk * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        of_gram = tl.where(spans, of_gram, 0.0)
+        of_gram = tl.where((m // R)[:, None] > (m // R)[None, :], of_gram, 0.0)
         of_updates += tl.sum(of_gram, axis=1) - tl.sum(of_gram, axis=0)
-        # In float64, as large terms that span nothing of what follows are taken away again.
-        of_chunk = tl.sum(of_out.to(tl.float64), axis=0) + through * tl.sum(of_through, axis=0)
-        dg_tokens = tl.cumsum(of_tokens, 0, reverse=True)
-        dg_updates = tl.cumsum(of_updates.to(tl.float64), 0, reverse=True) + of_chunk
-        dg_row = part.to(tl.int64) * B * T + row
-        tl.store(dg_tokens_ptr + (dg_row + c) * HV + hv, dg_tokens, mask=c < tokens)
-        pointers = dg_updates_ptr + (dg_row + m // R) * HV + hv
-        tl.store(pointers, dg_updates.to(tl.float32), mask=(m % R == 0) & updates)
+        later = (m // R)[:, None] >= c[None, :]
+        dg = tl.sum(tl.where(later, of_updates[:, None], of_out[:, None]), axis=0)
+        later = c[:, None] >= c[None, :]
+        dg += tl.sum(tl.where(later, of_tokens[:, None], 0.0), axis=0)
+        dg += through * tl.sum(of_through, axis=0)
+        pointers = dg_ptr + (part.to(tl.int64) * B * T + row + c) * HV + hv
+        tl.store(pointers, dg, mask=c < tokens)
     symmetric = (dkk + tl.trans(dkk)).to(dtype)
     dk = tl.dot(symmetric, k, dk, input_precision=PRECISION)
     put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)

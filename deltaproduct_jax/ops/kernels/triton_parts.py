@@ -151,6 +151,21 @@ def products(
 
 
 @triton.jit
+def products_down(
+    high, low, segments, from_high, from_low, from_segments, mask, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr,
+):  # fmt: skip
+    """The same from rows to columns."""
+    if HAS_RESETS:
+        mask = mask & (segments[None, :] == from_segments[:, None])
+    products = tl.where(mask, 1.0, 0.0)
+    if HAS_G:
+        sums = (high[None, :] - from_high[:, None]) + (low[None, :] - from_low[:, None])
+        products = tl.where(mask, tl.exp(tl.where(mask, sums, 0.0)), 0.0)
+    return products
+
+
+@triton.jit
 def corner(A, ROW: tl.constexpr, COLUMN: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr):
     """A quarter of every block of 2 SIZE on the diagonal of [M, M]: [M / 2 SIZE, SIZE, SIZE]."""
     parts = tl.reshape(A, [M // SIZE, SIZE, M // SIZE, SIZE])
