@@ -301,12 +301,8 @@ def gradients(
     e_do = tl.zeros([M, CP], tl.float32)
     w_e = tl.zeros([M, M], tl.float32)
     dq = tl.zeros([BK, CP], tl.float32)
-    dk = tl.zeros([M, BK], tl.float32)
-    if HAS_G:
-        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-    dbeta = tl.zeros([M], tl.float32)
-    of_into = tl.zeros([M], tl.float32)
-    of_out = tl.zeros([M], tl.float32)
+    dk_read = tl.zeros([M, BK], tl.float32)
+    dk_written = tl.zeros([M, BK], tl.float32)
     of_through = tl.zeros([BK], tl.float32)
     for values in range(0, tl.cdiv(V, BV)):
         columns = values * BV + tl.arange(0, BV)
@@ -326,28 +322,27 @@ def gradients(
         e_do = tl.dot(e, tl.trans(do), e_do, input_precision=PRECISION)
         w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
         dq = tl.dot(before, tl.trans(do), dq, input_precision=PRECISION)
-        read = (-into * beta)[:, None] * w.to(tl.float32)
-        written = (out * beta)[:, None] * e.to(tl.float32)
-        dk = tl.dot(read.to(dtype), tl.trans(before), dk, input_precision=PRECISION)
-        dk = tl.dot(written.to(dtype), tl.trans(after), dk, input_precision=PRECISION)
-        dbeta += tl.sum(e.to(tl.float32) * w.to(tl.float32), axis=1)
+        dk_read = tl.dot(w, tl.trans(before), dk_read, input_precision=PRECISION)
+        dk_written = tl.dot(e, tl.trans(after), dk_written, input_precision=PRECISION)
         dv = beta[:, None] * w.to(tl.float32)
         here = updates & (values % parts == part)  # each part of the keys writes its share
         put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
-        if HAS_G:  # what is read and what is written decay differently
-            k_before = tl.dot(k, before, input_precision=PRECISION)
-            of_into += tl.sum(read * k_before, axis=1)
-            k_after = tl.dot(k, after, input_precision=PRECISION)
-            of_out += tl.sum(written * k_after, axis=1)
+        if HAS_G:
             of_through += tl.sum(before.to(tl.float32) * after.to(tl.float32), axis=1)
-    tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates & (part == 0))
 
-    if not HAS_G:
-        k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
+    tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates & (part == 0))
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+    dq *= (SCALE * into_tokens)[None, :]
+    dk_read *= (-into * beta)[:, None]
+    dk_written *= (out * beta)[:, None]
+    if HAS_G:  # what is read and what is written decay differently
+        of_into = tl.sum(k.to(tl.float32) * dk_read, axis=1)
+        of_out = tl.sum(k.to(tl.float32) * dk_written, axis=1)
+    dk = dk_read + dk_written
     high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
     c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
-    dq *= (SCALE * into_tokens)[None, :]
 
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products_down(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
