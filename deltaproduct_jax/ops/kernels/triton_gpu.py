@@ -209,7 +209,7 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
     H, K = k.shape[-2:]
     N = c.meta["N"]
     *prepared, sums = _prepare(c)
-    x, scores, into, out = prepared
+    x, _, into, out = prepared
     updates = jax.ShapeDtypeStruct(v.shape, c.operand)
     narrow = c.meta["NARROW"]
     steps = N if narrow else -(-N // c.meta["SPAN"])
@@ -234,7 +234,7 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
         jax.ShapeDtypeStruct(beta.shape, beta.dtype),
         PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),
     )
-    arrays = (q, k, beta, scores, into, out, sums, do, e, w, before, after)
+    arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
     dq, dk, dv, dbeta, dg = c.launch("gradients", arrays, outs, grid, BK=keys)
     if H != HV:

@@ -267,13 +267,13 @@ def walk_back(
 
 @triton.jit
 def gradients(
-    q_ptr, k_ptr, beta_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
+    q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
     e_ptr, w_ptr, before_ptr, dafter_ptr,
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
-    NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
+    SPAN: tl.constexpr, NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
 
@@ -303,8 +303,7 @@ def gradients(
     dq = tl.zeros([BK, CP], tl.float32)
     dk_read = tl.zeros([M, BK], tl.float32)
     dk_written = tl.zeros([M, BK], tl.float32)
-    if HAS_G:
-        before_after = tl.zeros([BK, BK], tl.float32)
+    before_after = tl.zeros([BK, BV], tl.float32)
     for values in range(0, tl.cdiv(V, BV)):
         columns = values * BV + tl.arange(0, BV)
         e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
@@ -329,43 +328,39 @@ def gradients(
         here = updates & (values % parts == part)  # each part of the keys writes its share
         put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
         if HAS_G:
-            before_after = tl.dot(
-                before, tl.trans(after), before_after, input_precision=PRECISION
-            )
+            before_after += before.to(tl.float32) * after.to(tl.float32)
+
+    # All that is left to load is asked for at once: few programs are there to wait beside this one.
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
 
     if part == 0:
         dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
         tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
-    if HAS_G:
-        in_part = tl.arange(0, BK)
-        of_through = tl.where(in_part[:, None] == in_part[None, :], before_after, 0.0)
-        of_through = through * tl.sum(tl.sum(of_through, axis=1), axis=0)
-    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     dq *= (SCALE * into_tokens)[None, :]
     dk_read *= (-into * beta)[:, None]
     dk_written *= (out * beta)[:, None]
     if HAS_G:
         # Cotangents of the logarithms of the decays. A term counts for the tokens that it spans:
         # from one on, and no longer from another on. So it is added at the one and taken away at
-        # the other, and what would cancel there, as it spans none, is left out. What is a product
-        # of keys is the work of one part of them.
+        # the other, and what would cancel there, as it spans none, is left out.
+        of_chunk = through * tl.sum(tl.sum(before_after, axis=1), axis=0)
         of_tokens = tl.sum(tl.trans(q).to(tl.float32) * dq, axis=0)
         of_updates = tl.sum(k.to(tl.float32) * dk_read, axis=1)
         of_out = tl.sum(k.to(tl.float32) * dk_written, axis=1)
-        if part == 0:
-            scores = tl.load(square(scores_ptr, chunk, c, m, CP, M)).to(tl.float32)
-            of_scores = beta[:, None] * e_do * tl.trans(scores)
-            of_scores = tl.where(c[None, :] > (m // R)[:, None], of_scores, 0.0)
-            of_tokens += tl.sum(of_scores, axis=0)
-            of_updates -= tl.sum(of_scores, axis=1)
     dk = dk_read + dk_written
-    high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
-    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
 
+    # Of sums of g one term does for narrow products: it errs less than they do.
+    high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, not TWO, HAS_G, HAS_RESETS)
+    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, not TWO, HAS_G, HAS_RESETS)
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products_down(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]
+    if HAS_G:
+        of_scores = dqk * tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        of_scores = tl.where(c[None, :] > (m // R)[:, None], of_scores, 0.0)
+        of_tokens += tl.sum(of_scores, axis=0)
+        of_updates -= tl.sum(of_scores, axis=1)
     narrow = dqk.to(dtype)
     dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
     dk = tl.dot(narrow, q, dk, input_precision=PRECISION)
@@ -375,18 +370,13 @@ def gradients(
     dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     dkk *= -w_e * beta[:, None] * beta[None, :]
     if HAS_G:
-        if part == parts - 1:
-            all_keys = tl.zeros([M, M], tl.float32)
-            for other in range(0, tl.cdiv(K, BK)):
-                columns = other * BK + tl.arange(0, BK)
-                keys = tile(k_ptr, row * R, h, m, columns, updates, H, K).to(dtype)
-                all_keys = tl.dot(keys, tl.trans(keys), all_keys, input_precision=PRECISION)
-            of_gram = tl.where((m // R)[:, None] > (m // R)[None, :], dkk * all_keys, 0.0)
-            of_updates += tl.sum(of_gram, axis=1) - tl.sum(of_gram, axis=0)
+        of_gram = dkk * tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        of_gram = tl.where((m // R)[:, None] > (m // R)[None, :], of_gram, 0.0)
+        of_updates += tl.sum(of_gram, axis=1) - tl.sum(of_gram, axis=0)
         later = (m // R)[:, None] >= c[None, :]
         dg = tl.sum(tl.where(later, of_updates[:, None], of_out[:, None]), axis=0)
         later = c[:, None] >= c[None, :]
-        dg += tl.sum(tl.where(later, of_tokens[:, None], 0.0), axis=0) + of_through
+        dg += tl.sum(tl.where(later, of_tokens[:, None], 0.0), axis=0) + of_chunk
         pointers = dg_ptr + (part.to(tl.int64) * B * T + row + c) * HV + hv
         tl.store(pointers, dg, mask=c < tokens)
     narrow = dkk.to(dtype)
