@@ -96,6 +96,7 @@ def _trace(config: PassConfig, R: int, K: int) -> None:
     state = array(B, H, K, K, dtype=jnp.float32)
     spans = -(-T // default_span(dtype, T=T, R=R, K=K, V=K))
     options = kernels.Options(K**-0.5, None, spans, interpret=False)
+    options = options._replace(more=bool(triton_gpu.kept_more(tokens, options)))
 
     def both(tokens, state, do):
         _, _, states = triton_gpu.forward(tokens, state, options, keep_states=True)

@@ -3,7 +3,8 @@
 The choice by platform is made when the program is lowered, not by the machine that traces it, and
 it stands inside the custom_vjp: whatever runs, the residuals are the same, namely the inputs and
 the state before every span of chunks, under the names in `RESIDUAL_NAMES` for policies of
-`jax.checkpoint`.
+`jax.checkpoint`. Where one kernel alone may run beside "chunked", it says how many states there are
+and what is kept beside them, which all else leaves empty.
 """
 
 import functools
@@ -22,7 +23,7 @@ from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.tiling import default_chunk_size, default_span, tiling_for
 from deltaproduct_jax.ops.unavailable import unavailable
-from deltaproduct_jax.ops.varying import mark_all_varying
+from deltaproduct_jax.ops.varying import mark_all_varying, mark_varying_as
 
 AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
 
@@ -164,11 +165,22 @@ class Request(NamedTuple):
 
     def kept_span(self, tokens: Tokens) -> int:
         """Tokens from one kept state to the next: the residuals are the same on all platforms."""
-        span = self.span(tokens)
+        span, name = self.span(tokens), self.only_kernel(tokens)
+        return span if name is None else kernels.load(name).kept_span(span, **_sizes(tokens))
+
+    def only_kernel(self, tokens: Tokens) -> str | None:
+        """The kernel that may run; None too if there are kernels of two platforms.
+
+        Then each has to do with room for a state a span.
+        """
         names = {self.name(platform, tokens, differentiated=True) for platform in PLATFORMS}
         chosen = names & kernels.KERNELS.keys()
-        # With kernels of two platforms each has to do with room for a state a span.
-        return kernels.load(*chosen).kept_span(span, **_sizes(tokens)) if len(chosen) == 1 else span
+        return next(iter(chosen)) if len(chosen) == 1 else None
+
+    def kept_more(self, tokens: Tokens) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What is kept beside states."""
+        name = self.only_kernel(tokens)
+        return () if name is None else kernels.load(name).kept_more(tokens, self._options(tokens))
 
     def settings(self, platform: str, tokens: Tokens) -> Settings:
         """How the chunked implementation runs on a platform."""
@@ -196,9 +208,14 @@ class Request(NamedTuple):
 
     def options(self, platform: str, tokens: Tokens) -> kernels.Options:
         """How a kernel runs on a platform."""
-        T, is_cpu = tokens.k.shape[1], platform == "cpu"
+        options = self._options(tokens)
+        more = bool(self.kept_more(tokens))
+        return options._replace(interpret=platform == "cpu", more=more)
+
+    def _options(self, tokens: Tokens) -> kernels.Options:
+        T = tokens.k.shape[1]
         spans, slots = -(-T // self.span(tokens)), -(-T // self.kept_span(tokens))
-        return kernels.Options(self.scale, self.precision, spans, interpret=is_cpu, slots=slots)
+        return kernels.Options(self.scale, self.precision, spans, interpret=False, slots=slots)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -220,13 +237,31 @@ def _recurrent(tokens: Tokens, initial_state, scale, precision):
 def _run(name: str, direction: str, request: Request, platform: str, tokens: Tokens, **keywords):
     """The forward or backward pass of "chunked" or of a kernel; None where it cannot run."""
     if name == "chunked":
-        run = chunked if direction == "forward" else chunked_backward
-        return functools.partial(run, settings=request.settings(platform, tokens), **keywords)
+        keywords["settings"] = request.settings(platform, tokens)
+        if direction == "backward":
+            return functools.partial(_chunked_backward, **keywords)
+        more = request.kept_more(tokens) if keywords["keep_states"] else ()
+        return functools.partial(_chunked, more=more, **keywords)
     kernel = kernels.KERNELS[name]
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
     run = differentiated_once(getattr(kernels.load(name), direction))
     return functools.partial(run, options=request.options(platform, tokens), **keywords)
+
+
+def _chunked(tokens: Tokens, initial_state, *, more, **keywords):
+    """`chunked`, with room for what it does not keep."""
+    o, final_state, states = chunked(tokens, initial_state, **keywords)
+    if more:
+        empty = [mark_varying_as(jnp.zeros(x.shape, x.dtype), o) for x in more]
+        states = states, tuple(empty)
+    return o, final_state, states
+
+
+def _chunked_backward(tokens: Tokens, states, do, dfinal_state, **keywords):
+    """`chunked_backward`; it needs states alone."""
+    states = states[0] if isinstance(states, tuple) else states
+    return chunked_backward(tokens, states, do, dfinal_state, **keywords)
 
 
 def _by_platform(name, choice, *operands):

@@ -1,6 +1,6 @@
 """Kernels written for one platform, reached only through `delta_product`.
 
-A kernel is a module of this folder, named in `KERNELS`, with five functions:
+A kernel is a module of this folder, named in `KERNELS`, with six functions:
 
 ``unsupported(*, dtype, B, T, R, H, Hv, K, V, precision) -> str | None``
     Why it cannot run these, as the end of a sentence, or None.
@@ -8,12 +8,15 @@ A kernel is a module of this folder, named in `KERNELS`, with five functions:
     Whether it can be lowered by what is known while tracing; if not, nobody chooses it.
 ``kept_span(span, *, dtype, B, T, R, H, Hv, K, V) -> int``
     Tokens from one state that it keeps to the next, where the op would keep one every ``span``.
+``kept_more(tokens, options) -> tuple[jax.ShapeDtypeStruct, ...]``
+    What it keeps beside states, if it alone says what the residuals are; () if nothing.
 ``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, states)``
     As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.slots``, in float32, or None.
     That is one for each of its own spans, except on a machine that is ready for kernels of two
     platforms: slots left over then may hold anything, and only its own ``backward`` reads them.
+    With ``options.more`` it is that and a tuple of what ``kept_more`` names.
 ``backward(tokens, states, do, dfinal_state, options) -> (dtokens, dinitial_state)``
-    As `chunked_backward`, from the states that its own ``forward`` kept.
+    As `chunked_backward`, from what its own ``forward`` kept.
 
 The modules import packages that need not be there, so they are imported where they are used.
 """
@@ -57,6 +60,7 @@ class Options(NamedTuple):
       spans: how many pieces of about 128 updates a sequence has.
       interpret: run on a CPU.
       slots: how many states the residuals have room for; None: ``spans``.
+      more: whether they have room for what the kernel keeps beside states.
     """
 
     scale: float
@@ -64,6 +68,7 @@ class Options(NamedTuple):
     spans: int
     interpret: bool
     slots: int | None = None
+    more: bool = False
 
 
 @functools.cache

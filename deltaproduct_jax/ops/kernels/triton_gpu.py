@@ -51,9 +51,19 @@ def kept_span(span: int, **sizes) -> int:
     return span
 
 
+def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What `prepare` makes, where that is small beside the states; else it is made again."""
+    c = _Call(tokens, options)
+    more = c.prepared()
+    bytes_of = lambda x: x.size * x.dtype.itemsize
+    B, HV, K, V = (c.meta[name] for name in ("B", "HV", "K", "V"))
+    states = options.spans * B * HV * K * V * 4
+    return more if 2 * sum(map(bytes_of, more)) <= states else ()
+
+
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and states as `backward` needs them."""
-    options = options if keep_states else options._replace(spans=0)
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    options = options if keep_states else options._replace(spans=0, more=False)
     o, final_state, states = _batched(_forward, options)(tokens, initial_state)
     return o, final_state, states if keep_states else None
 
@@ -116,6 +126,15 @@ class _Call:
         B, HV, N = (self.meta[name] for name in ("B", "HV", "N"))
         return jax.ShapeDtypeStruct((B, HV, N, rows, columns), self.operand)
 
+    def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
+        CP, M = self.meta["CP"], self.meta["M"]
+        matrices = self.matrices(M, M), self.matrices(CP, M)
+        chunks = matrices[0].shape[:3]
+        decays = jax.ShapeDtypeStruct((*chunks, CP), jnp.float32)
+        sums = jax.ShapeDtypeStruct((*chunks, 3, CP), jnp.float32)
+        return (*matrices, decays, decays, sums) if self.meta["DECAYS"] else matrices
+
     def launch(self, name: str, arrays, outs, grid, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
         launch = getattr(self.tiling, name)
@@ -123,15 +142,16 @@ class _Call:
         return call(name, arrays, outs, grid, launch, meta=meta)
 
 
+# X, scores, decays from the start of a chunk and to its end, sums of g.
+PREPARED = 5
+PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
 def _prepare(c: _Call):
     """X, scores, decays and sums of g of every chunk."""
     q, k, _, beta, *_ = c.tokens
-    CP, M, N = (c.meta[name] for name in ("CP", "M", "N"))
-    chunks = c.matrices(1, 1).shape[:3]
-    decays = jax.ShapeDtypeStruct((*chunks, CP) if c.meta["DECAYS"] else (1,), jnp.float32)
-    sums = jax.ShapeDtypeStruct((*chunks, 3, CP) if c.meta["DECAYS"] else (1,), jnp.float32)
-    outs = (c.matrices(M, M), c.matrices(CP, M), decays, decays, sums)
-    grid = (N, c.meta["B"] * c.meta["HV"])
+    outs = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
+    grid = (c.meta["N"], c.meta["B"] * c.meta["HV"])
     return c.launch("prepare", (q, k, beta, *_gates(c.tokens)), outs, grid)
 
 
@@ -139,9 +159,6 @@ def _gates(tokens: Tokens):
     """g and resets; kernels do not look at what stands for a missing one."""
     g = tokens.beta if tokens.g is None else tokens.g
     return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
-
-
-PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False):
@@ -195,10 +212,13 @@ def _forward(options: Options, tokens: Tokens, initial_state):
     states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
-    arrays = (*tokens[:4], *_prepare(c)[:-1])
+    prepared = _prepare(c)
+    arrays = (*tokens[:4], *prepared[:-1])
     o, final_state, states = _in_pieces(c, "walk", arrays, initial_state, [o, None, states])
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
+    if options.more:
+        states = states, prepared[: len(c.prepared())]
     return o, final_state, states
 
 
@@ -208,7 +228,13 @@ def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
     B, T, R, HV, V = v.shape
     H, K = k.shape[-2:]
     N = c.meta["N"]
-    *prepared, sums = _prepare(c)
+    if options.more:
+        states, kept = states
+        missing = PREPARED - len(kept)
+        prepared = (*kept, *missing * (jnp.zeros(1, jnp.float32),))
+    else:
+        prepared = _prepare(c)
+    *prepared, sums = prepared
     x, _, into, out = prepared
     updates = jax.ShapeDtypeStruct(v.shape, c.operand)
     narrow = c.meta["NARROW"]

@@ -273,7 +273,8 @@ def gradients(
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
-    SPAN: tl.constexpr, NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
+    SPAN: tl.constexpr, NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
 
@@ -334,9 +335,6 @@ def gradients(
     k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
 
-    if part == 0:
-        dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
-        tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
     dq *= (SCALE * into_tokens)[None, :]
     dk_read *= (-into * beta)[:, None]
     dk_written *= (out * beta)[:, None]
@@ -379,6 +377,9 @@ def gradients(
         dg += tl.sum(tl.where(later, of_tokens[:, None], 0.0), axis=0) + of_chunk
         pointers = dg_ptr + (part.to(tl.int64) * B * T + row + c) * HV + hv
         tl.store(pointers, dg, mask=c < tokens)
+    if part == 0:
+        dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
+        tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
     narrow = dkk.to(dtype)
     dk = tl.dot(narrow, k, dk, input_precision=PRECISION)
     dk = tl.dot(tl.trans(narrow), k, dk, input_precision=PRECISION)
