@@ -107,5 +107,8 @@ def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     # Two forward, four backward.
     assert lowered["triton"] == lowered["None"] == 6
     assert lowered["chunked"] == lowered["on a small GPU"] == 0
+    # What `prepare` makes is kept.
+    assert lowered["wide"] == 5
+    assert lowered["on a CPU instead"] < 1e-6
     assert lowered["step"] == [1, 1, 0]
     assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]

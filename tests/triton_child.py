@@ -156,7 +156,7 @@ def compile_for_cuda() -> dict:
     def loss(q, k, v, beta, implementation):
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
-    lowered = {"step": lower_step(), "versions": kernels_by_version()}
+    lowered = {"step": lower_step(), "versions": kernels_by_version(), **lower_wide(loss)}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)
@@ -174,6 +174,29 @@ def compile_for_cuda() -> dict:
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
     return {"rows": rows, "lowered": lowered}
+
+
+def lower_wide(loss) -> dict:
+    """A gradient with large states, traced where the kernels say what is kept for it.
+
+    How many kernels it holds when lowered for CUDA, and how much it differs on a CPU, which is
+    where it runs here, from one that has never heard of them.
+    """
+    shapes = [(1, 64, 1, 128), (1, 64, 2, 1, 128), (1, 64, 2, 1, 128), (1, 64, 2, 1)]
+    draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape)
+    arrays = [draw(i, shape) / shape[-1] ** 0.5 for i, shape in enumerate(shapes)]
+
+    def gradient(implementation, **policy):
+        run = jax.checkpoint(lambda *arrays: loss(*arrays, implementation), **policy)
+        return jax.jit(jax.grad(run, argnums=(0, 1, 2, 3)))
+
+    narrow = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays]
+    everything = jax.checkpoint_policies.everything_saveable
+    traced = gradient(None, policy=everything).trace(*narrow)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    got, want = (gradient(name)(*arrays) for name in (None, "chunked"))
+    differences = [relative(x, np.asarray(y, np.float64)) for x, y in zip(got, want, strict=True)]
+    return {"wide": text.count("triton_kernel_call"), "on a CPU instead": max(differences)}
 
 
 def kernels_by_version() -> list[str]:
