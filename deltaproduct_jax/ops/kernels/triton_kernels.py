@@ -272,9 +272,8 @@ def gradients(
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
-    SPAN: tl.constexpr, NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
 
@@ -348,9 +347,8 @@ def gradients(
         of_out = tl.sum(k.to(tl.float32) * dk_written, axis=1)
     dk = dk_read + dk_written
 
-    # Of sums of g one term does for narrow products: it errs less than they do.
-    high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, not TWO, HAS_G, HAS_RESETS)
-    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, not TWO, HAS_G, HAS_RESETS)
+    high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
+    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products_down(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]

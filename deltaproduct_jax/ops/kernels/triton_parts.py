@@ -256,17 +256,15 @@ def put_sums(ptr, chunk, c, CP: tl.constexpr, high, low, segments):
 
 
 @triton.jit
-def kept_sums(ptr, chunk, index, CP: tl.constexpr, WITH_LOW: tl.constexpr, HAS_G: tl.constexpr,
-              HAS_RESETS: tl.constexpr):  # fmt: skip
-    """What `put_sums` kept, of tokens ``index``; the low part is 0 unless it is wanted."""
+def kept_sums(ptr, chunk, index, CP: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr):
+    """What `put_sums` kept, of tokens ``index``."""
     high = tl.zeros(index.shape, tl.float32)
     low = tl.zeros(index.shape, tl.float32)
     segments = tl.zeros(index.shape, tl.float32)
     ptr += chunk * (3 * CP) + tl.minimum(index, CP - 1)  # rows past the last token repeat it
     if HAS_G:
         high = tl.load(ptr)
-        if WITH_LOW:
-            low = tl.load(ptr + CP)
+        low = tl.load(ptr + CP)
     if HAS_RESETS:
         segments = tl.load(ptr + 2 * CP)
     return high, low, segments

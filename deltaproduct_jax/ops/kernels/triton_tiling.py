@@ -74,12 +74,13 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
     walk_back = dataclasses.replace(walk, stages=1 if alone and gated else walk.stages)
     wide = gated and R < 3 and not large
     errors = dataclasses.replace(walk, stages=2, columns=min(width, 128) if wide else columns)
-    # Cotangents of gates need what is read and what is written apart, and more registers.
+    # Cotangents of gates need more registers, and so do operands of float32.
+    wide_operand = jnp.dtype(operand).itemsize > 2
     gradients = Launch(
         warps=4,
         stages=2 if large else 3,
-        columns=min(columns, 32) if gated else columns,
-        keys=min(key_columns, 128 if large else 64),
+        columns=min(columns, 16 if wide_operand else 32 if gated else columns),
+        keys=min(key_columns, 64 if not large or (wide_operand and gated) else 128),
     )
     return Tiling(
         chunk_size,
