@@ -7,7 +7,7 @@ import types
 import pytest
 
 from deltaproduct_jax import delta_product
-from experiments import flags, op_rule, op_scaling, op_speed, peer_jax, timing
+from experiments import flags, op_rule, op_scaling, op_sharding, op_speed, peer_jax, timing
 
 TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "--repeats=2"]
 
@@ -109,6 +109,54 @@ def test_scaling_writes_slopes_and_plot(tmp_path):
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     power = [{"x": x, "y": 3 * x**1.5} for x in (1, 2, 5, 9)]
     assert op_scaling.slope(power, "x", "y") == pytest.approx(1.5)
+
+
+SPREAD = ["--length=8", "--num_heads=2", "--head_dim=4", "--repeats=2", "--directions=forward"]
+
+
+def test_the_op_is_spread_along_each_axis_and_beside_one_device(tmp_path, capsys):
+    op_sharding.command([f"--workdir={tmp_path}", *SPREAD])
+    record = json.loads((tmp_path / "sharding.json").read_text())
+    assert [row["axis"] for row in record["rows"]] == ["one device", "batch", "head", "sequence"]
+    assert all(0 < row["worst_error"] < 1e-5 for row in record["rows"])
+    assert record["rows"][0]["times_faster"] == 1
+    assert (tmp_path / "sharding.md").read_text().strip() == capsys.readouterr().out.strip()
+    arrays = op_sharding.ShardingConfig(batch_size=4).shape(2).inputs()
+    shards = {
+        axis: {name: x.sharding.shard_shape(x.shape) for name, x in placed.items()}
+        for axis in op_sharding.AXES
+        for placed in [op_sharding.spread(arrays, axis, 2)]
+    }
+    for axis, name, index in (("batch", "q", 0), ("head", "k", 3), ("sequence", "g", 1)):
+        whole = arrays[name].shape
+        assert shards[axis][name] == (*whole[:index], whole[index] // 2, *whole[index + 1 :])
+
+
+def test_what_is_wrong_over_devices_is_not_timed(tmp_path, monkeypatch, capsys):
+    right = op_sharding.sharded_delta_product
+
+    def wrong(*arrays, **named):
+        o, state = right(*arrays, **named)
+        return (o * 1.01, state) if named.get("head_axis") else (o, state)
+
+    monkeypatch.setattr(op_sharding, "sharded_delta_product", wrong)
+    assert flags.run(op_sharding.command, [f"--workdir={tmp_path}", *SPREAD]) != 0
+    assert "error: head is wrong at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--devices=4096", "devices=4096 are asked for, and there are"),
+        ("--batch_size=3", "batch_size=3 must be a multiple of devices=2"),
+        ("--axes=time", "axes='time' is not known; it may be one of"),
+    ],
+)
+def test_errors_of_the_sharding_benchmark(argument, text, tmp_path, capsys):
+    size = ["--batch_size=4096", "--num_heads=4096", "--length=4096"] * ("devices" in argument)
+    assert flags.run(op_sharding.command, [f"--workdir={tmp_path}", *size, argument]) != 0
+    assert text in capsys.readouterr().err
 
 
 def test_the_rule_is_held_against_what_was_timed(tmp_path, capsys):
