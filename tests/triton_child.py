@@ -4,6 +4,7 @@
 bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -150,6 +151,12 @@ def compile_for_cuda() -> dict:
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
+    wide = dataclasses.replace(config, dtype="float32", gated=False)
+    every = gpu_compile.launches
+    gpu_compile.launches = lambda *sizes: [c for c in every(*sizes) if c.name == "prepare"]
+    rows += [
+        row | {"kernel": "prepare, float32"} for row in gpu_compile.compile_kernels(wide, 2, 128)
+    ]
     shapes = [(1, 64, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton_parts import (
     chunk_decay,
-    gram,
+    exact_gram,
     head,
     kept_state,
     kept_sums,
@@ -69,7 +69,10 @@ def prepare(
     c_high, c_low, c_segments = of_c
 
     earlier = m[:, None] > m[None, :]
-    F = gram(k, PRECISION)
+    if dtype == tl.float32:
+        F = exact_gram(k_ptr, row * R, h, m, m < tokens * R, M, H, K, BK)
+    else:
+        F = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     F *= products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     X = strictly_lower_series(F, beta, M, PRECISION)
     put_series(x_ptr, X, chunk, m, M, TWO)

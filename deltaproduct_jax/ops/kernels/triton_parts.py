@@ -80,19 +80,26 @@ def solved(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
 
 
 @triton.jit
-def gram(k, PRECISION: tl.constexpr):
-    """``k k^T`` in float32, of float32 keys with hardly more error than its own rounding.
+def exact_gram(k_ptr, row, head, m, rows_valid, M: tl.constexpr, HEADS: tl.constexpr,
+               K: tl.constexpr, BK: tl.constexpr):  # fmt: skip
+    """``k k^T`` of float32 keys with hardly more error than its own rounding.
 
     Where keys agree all entries have the same error, which adds up over the updates of a chunk and
-    over chunks. Products of numbers of 8 bits, and sums of them, are exact.
+    over chunks. Products of numbers of 8 bits, and sums of them, are exact. A few columns at a
+    time: the compiler unrolls such products, and with all keys its registers do not suffice.
     """
-    if k.dtype == tl.float32:
+    STEP: tl.constexpr = 16
+    large = tl.zeros([M, M], tl.float32)
+    small = tl.zeros([M, M], tl.float32)
+    for part in range(0, BK // STEP):
+        columns = part * STEP + tl.arange(0, STEP)
+        k = tile(k_ptr, row, head, m, columns, rows_valid, HEADS, K).to(tl.float32)
         high = k.to(tl.bfloat16).to(tl.float32)
         low = k - high
-        small = tl.dot(high, tl.trans(low), input_precision="ieee")
+        small = tl.dot(high, tl.trans(low), small, input_precision="ieee")
         small = tl.dot(low, tl.trans(k), small, input_precision="ieee")
-        return tl.dot(high, tl.trans(high), input_precision="ieee") + small
-    return tl.dot(k, tl.trans(k), input_precision=PRECISION)
+        large = tl.dot(high, tl.trans(high), large, input_precision="ieee")
+    return large + small
 
 
 @triton.jit
