@@ -19,7 +19,6 @@ import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton_parts import (
     chunk_decay,
-    exact_gram,
     head,
     kept_state,
     kept_sums,
@@ -35,6 +34,7 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     sums,
     tile,
     token_decay,
+    wide_products,
 )
 from deltaproduct_jax.ops.kernels.triton_step import step as step  # found here by their names
 from deltaproduct_jax.ops.kernels.triton_step import step_in_place as step_in_place
@@ -57,8 +57,12 @@ def prepare(
     m, c, columns = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     tokens = tl.minimum(C, T - n * C)
     row = b * T + n * C
-    k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
-    q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
+    if dtype == tl.float32:
+        F, scores = wide_products(q_ptr, k_ptr, row, h, m, c, tokens, R, H, K, BK, M, CP, PRECISION)
+    else:
+        k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
+        q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
+        F = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=m < tokens * R, other=0.0)
     beta = beta.to(tl.float32)
 
@@ -69,16 +73,14 @@ def prepare(
     c_high, c_low, c_segments = of_c
 
     earlier = m[:, None] > m[None, :]
-    if dtype == tl.float32:
-        F = exact_gram(k_ptr, row * R, h, m, m < tokens * R, M, H, K, BK)
-    else:
-        F = tl.dot(k, tl.trans(k), input_precision=PRECISION)
     F *= products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     X = strictly_lower_series(F, beta, M, PRECISION)
     put_series(x_ptr, X, chunk, m, M, TWO)
 
     upto = c[:, None] >= (m // R)[None, :]
-    scores = SCALE * tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if dtype != tl.float32:
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    scores *= SCALE
     scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     pointers = square(scores_ptr, chunk, c, m, CP, M)
     tl.store(pointers, scores.to(dtype))

@@ -80,26 +80,31 @@ def solved(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
 
 
 @triton.jit
-def exact_gram(k_ptr, row, head, m, rows_valid, M: tl.constexpr, HEADS: tl.constexpr,
-               K: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """``k k^T`` of float32 keys with hardly more error than its own rounding.
+def wide_products(
+    q_ptr, k_ptr, row, h, m, c, tokens, R: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
+    BK: tl.constexpr, M: tl.constexpr, CP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``k k^T`` and ``q k^T`` of float32, the first with hardly more error than its own rounding.
 
     Where keys agree all entries have the same error, which adds up over the updates of a chunk and
     over chunks. Products of numbers of 8 bits, and sums of them, are exact. A few columns at a
-    time: the compiler unrolls such products, and with all keys its registers do not suffice.
+    time: the compiler unrolls such products, and with all columns its registers do not suffice.
     """
     STEP: tl.constexpr = 16
     large = tl.zeros([M, M], tl.float32)
     small = tl.zeros([M, M], tl.float32)
+    scores = tl.zeros([CP, M], tl.float32)
     for part in range(0, BK // STEP):
         columns = part * STEP + tl.arange(0, STEP)
-        k = tile(k_ptr, row, head, m, columns, rows_valid, HEADS, K).to(tl.float32)
+        k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(tl.float32)
+        q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(tl.float32)
         high = k.to(tl.bfloat16).to(tl.float32)
         low = k - high
         small = tl.dot(high, tl.trans(low), small, input_precision="ieee")
         small = tl.dot(low, tl.trans(k), small, input_precision="ieee")
         large = tl.dot(high, tl.trans(high), large, input_precision="ieee")
-    return large + small
+        scores = tl.dot(q, tl.trans(k), scores, input_precision=PRECISION)
+    return large + small, scores
 
 
 @triton.jit
