@@ -24,6 +24,8 @@ COMPUTE_CAPABILITY = 90
 LARGE_SHARED_MEMORY = (80, 90, 100)
 COMPUTE_CAPABILITY_VARIABLE = "DELTAPRODUCT_COMPUTE_CAPABILITY"
 
+# What is kept beside states has at most this share of their bytes.
+BESIDE_STATES = 0.6
 # Of float32 products; products of bfloat16 and float16 are exact whatever it says.
 PRECISIONS = {None: "tf32x3", "default": "tf32", "high": "tf32x3", "highest": "ieee"}
 NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
@@ -58,7 +60,7 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
     bytes_of = lambda x: x.size * x.dtype.itemsize
     B, HV, K, V = (c.meta[name] for name in ("B", "HV", "K", "V"))
     states = options.spans * B * HV * K * V * 4
-    return more if 2 * sum(map(bytes_of, more)) <= states else ()
+    return more if sum(map(bytes_of, more)) <= BESIDE_STATES * states else ()
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
