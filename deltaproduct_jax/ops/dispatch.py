@@ -237,11 +237,10 @@ def _recurrent(tokens: Tokens, initial_state, scale, precision):
 def _run(name: str, direction: str, request: Request, platform: str, tokens: Tokens, **keywords):
     """The forward or backward pass of "chunked" or of a kernel; None where it cannot run."""
     if name == "chunked":
-        keywords["settings"] = request.settings(platform, tokens)
+        settings, more = request.settings(platform, tokens), request.kept_more(tokens)
         if direction == "backward":
-            return functools.partial(_chunked_backward, **keywords)
-        more = request.kept_more(tokens) if keywords["keep_states"] else ()
-        return functools.partial(_chunked, more=more, **keywords)
+            return functools.partial(_chunked_backward, settings=settings)
+        return functools.partial(_chunked, settings=settings, more=more, **keywords)
     kernel = kernels.KERNELS[name]
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
@@ -249,19 +248,18 @@ def _run(name: str, direction: str, request: Request, platform: str, tokens: Tok
     return functools.partial(run, options=request.options(platform, tokens), **keywords)
 
 
-def _chunked(tokens: Tokens, initial_state, *, more, **keywords):
-    """`chunked`, with room for what it does not keep."""
-    o, final_state, states = chunked(tokens, initial_state, **keywords)
-    if more:
-        empty = [mark_varying_as(jnp.zeros(x.shape, x.dtype), o) for x in more]
-        states = states, tuple(empty)
-    return o, final_state, states
+def _chunked(tokens: Tokens, initial_state, *, settings, more, keep_states):
+    """`chunked` by the contract of kernels, with room for what it does not keep."""
+    results = chunked(tokens, initial_state, settings, keep_states=keep_states)
+    o, final_state, states = results
+    if not keep_states:
+        return results
+    empty = (mark_varying_as(jnp.zeros(x.shape, x.dtype), o) for x in more)
+    return o, final_state, (states, *empty)
 
 
-def _chunked_backward(tokens: Tokens, states, do, dfinal_state, **keywords):
-    """`chunked_backward`; it needs states alone."""
-    states = states[0] if isinstance(states, tuple) else states
-    return chunked_backward(tokens, states, do, dfinal_state, **keywords)
+def _chunked_backward(tokens: Tokens, kept, do, dfinal_state, *, settings):
+    return chunked_backward(tokens, kept[0], do, dfinal_state, settings)
 
 
 def _by_platform(name, choice, *operands):
@@ -296,10 +294,10 @@ def _forward(request: Request, tokens: Tokens, initial_state):
         name = request.name(platform, tokens, differentiated=True)
         return _run(name, "forward", request, platform, tokens, keep_states=True)
 
-    o, final_state, states = _by_platform(request.implementation, choice, tokens, initial_state)
-    states = checkpoint_name(states, states_name)
+    o, final_state, kept = _by_platform(request.implementation, choice, tokens, initial_state)
+    kept = checkpoint_name(kept, states_name)
     outputs = checkpoint_name((o, final_state), outputs_name)
-    return outputs, (tokens, states)
+    return outputs, (tokens, kept)
 
 
 def _backward(request: Request, residuals, cotangents):

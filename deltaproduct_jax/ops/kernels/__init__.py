@@ -10,12 +10,12 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     Tokens from one state that it keeps to the next, where the op would keep one every ``span``.
 ``kept_more(tokens, options) -> tuple[jax.ShapeDtypeStruct, ...]``
     What it keeps beside states, if it alone says what the residuals are; () if nothing.
-``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, states)``
-    As `chunked`. ``states`` is [N, B, H, G, K, V] with N = ``options.slots``, in float32, or None.
-    That is one for each of its own spans, except on a machine that is ready for kernels of two
-    platforms: slots left over then may hold anything, and only its own ``backward`` reads them.
-    With ``options.more`` it is that and a tuple of what ``kept_more`` names.
-``backward(tokens, states, do, dfinal_state, options) -> (dtokens, dinitial_state)``
+``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, kept)``
+    As `chunked`, but that ``kept`` is None or ``(states, *more)``. States are [N, B, H, G, K, V]
+    with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
+    is ready for kernels of two platforms; slots left over then may hold anything. With
+    ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
+``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state)``
     As `chunked_backward`, from what its own ``forward`` kept.
 
 The modules import packages that need not be there, so they are imported where they are used.

@@ -83,7 +83,7 @@ def kept_more(tokens: Tokens, options: Options) -> tuple:
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs, final state, and the state before every span or None; the contract of kernels."""
+    """Outputs, final state, and (states before every span,) or None; the contract of kernels."""
     call = Call.of(tokens, options, reverse=False)
     specs, operands = call.inputs(tokens)
     o, final_state, *states = call.run(
@@ -97,13 +97,14 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
         return o, final_state, None
     B, _, _, H, _ = tokens.k.shape
     shape = (-1, B, H, call.value_heads // call.plan.heads, *states[0].shape[-2:])
-    return o, final_state, states[0].reshape(shape)
+    return o, final_state, (states[0].reshape(shape),)
 
 
-def backward(tokens: Tokens, states: jax.Array, do, dfinal_state, options: Options):
+def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the inputs and of the initial state; the contract of kernels."""
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
+    (states,) = kept
     states = states.reshape(-1, *dfinal_state.shape)
     dq, dk, dv, dbeta, *dg, dinitial_state = call.run(
         functools.partial(_backward_kernel, call=call),

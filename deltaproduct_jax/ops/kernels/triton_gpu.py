@@ -66,13 +66,13 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     options = options if keep_states else options._replace(spans=0, more=False)
-    o, final_state, states = _batched(_forward, options)(tokens, initial_state)
-    return o, final_state, states if keep_states else None
+    o, final_state, kept = _batched(_forward, options)(tokens, initial_state)
+    return o, final_state, kept if keep_states else None
 
 
-def backward(tokens: Tokens, states: jax.Array, do, dfinal_state, options: Options):
+def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
-    return _batched(_backward, options)(tokens, states, do, dfinal_state)
+    return _batched(_backward, options)(tokens, kept, do, dfinal_state)
 
 
 def step(state, q, k, v, beta, g, *, scale: float):
@@ -219,23 +219,21 @@ def _forward(options: Options, tokens: Tokens, initial_state):
     o, final_state, states = _in_pieces(c, "walk", arrays, initial_state, [o, None, states])
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
-    if options.more:
-        states = states, prepared[: len(c.prepared())]
-    return o, final_state, states
+    more = prepared[: len(c.prepared())] if options.more else ()
+    return o, final_state, (states, *more)
 
 
-def _backward(options: Options, tokens: Tokens, states, do, dfinal_state):
+def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
     c = _Call(tokens, options)
+    states, *prepared = kept
     q, k, v, beta, g, _ = tokens
     B, T, R, HV, V = v.shape
     H, K = k.shape[-2:]
     N = c.meta["N"]
-    if options.more:
-        states, kept = states
-        missing = PREPARED - len(kept)
-        prepared = (*kept, *missing * (jnp.zeros(1, jnp.float32),))
-    else:
+    if not prepared:
         prepared = _prepare(c)
+    missing = PREPARED - len(prepared)
+    prepared = (*prepared, *missing * (jnp.zeros(1, jnp.float32),))
     *prepared, sums = prepared
     x, _, into, out = prepared
     updates = jax.ShapeDtypeStruct(v.shape, c.operand)
