@@ -23,7 +23,6 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     kept_state,
     kept_sums,
     products,
-    products_down,
     put_series,
     put_sums,
     put_tile,
@@ -355,7 +354,7 @@ def gradients(
     high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
     c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
     upto = c[None, :] >= (m // R)[:, None]
-    dqk = products_down(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
+    dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]
     if HAS_G:
         of_scores = dqk * tl.dot(k, tl.trans(q), input_precision=PRECISION)

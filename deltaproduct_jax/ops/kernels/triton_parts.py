@@ -152,27 +152,15 @@ def products(
     high, low, segments, from_high, from_low, from_segments, mask, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
-    """Products of decays from columns to rows; 0 outside ``mask`` and across segments."""
+    """Products of decays from columns to rows; 0 outside ``mask`` and across segments.
+
+    With both sums of the opposite sign: from rows to columns.
+    """
     if HAS_RESETS:
         mask = mask & (segments[:, None] == from_segments[None, :])
     products = tl.where(mask, 1.0, 0.0)
     if HAS_G:
         sums = (high[:, None] - from_high[None, :]) + (low[:, None] - from_low[None, :])
-        products = tl.where(mask, tl.exp(tl.where(mask, sums, 0.0)), 0.0)
-    return products
-
-
-@triton.jit
-def products_down(
-    high, low, segments, from_high, from_low, from_segments, mask, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr,
-):  # fmt: skip
-    """The same from rows to columns."""
-    if HAS_RESETS:
-        mask = mask & (segments[None, :] == from_segments[:, None])
-    products = tl.where(mask, 1.0, 0.0)
-    if HAS_G:
-        sums = (high[None, :] - from_high[:, None]) + (low[None, :] - from_low[:, None])
         products = tl.where(mask, tl.exp(tl.where(mask, sums, 0.0)), 0.0)
     return products
 
