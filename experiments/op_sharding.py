@@ -30,17 +30,18 @@ from deltaproduct_jax.ops.dispatch import AVAILABLE
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import flags
-from experiments.op_speed import CHECKED_TOKENS, ERROR_LIMIT
 from experiments.timing import (
     BACKWARD,
+    CHECKED_TOKENS,
+    ERROR_LIMIT,
     FORWARD,
     Shape,
+    checked_error,
     compile_program,
     exact_results,
     machine,
     program,
     time_in_turn,
-    worst_error,
 )
 
 # The axes of a mesh, and where they stand in the inputs.
@@ -126,8 +127,10 @@ def measure(config: ShardingConfig, n_h: int, direction: str) -> list[dict[str, 
     """One row a way of spreading the op, that on one device first."""
     shape = config.shape(n_h)
     arrays = shape.inputs()
-    tokens = min(shape.T, CHECKED_TOKENS // config.devices * config.devices)
-    checked = dataclasses.replace(shape, B=min(shape.B, config.devices), T=tokens).inputs()
+    # As few as can be spread.
+    tokens = min(shape.T, max(1, CHECKED_TOKENS // config.devices) * config.devices)
+    short = dataclasses.replace(shape, B=min(shape.B, config.devices), T=tokens)
+    checked = short.inputs()
     want = exact_results(checked, direction)
     programs, errors = {}, {}
     for axis in (ALONE, *config.axes):
@@ -137,9 +140,7 @@ def measure(config: ShardingConfig, n_h: int, direction: str) -> list[dict[str, 
             place = functools.partial(spread, axis=axis, devices=config.devices)
         function = program(op, direction)
         programs[axis] = compile_program(function, place(arrays))
-        errors[axis] = worst_error(jax.jit(function)(place(checked)), want)
-        if not errors[axis] <= ERROR_LIMIT[config.dtype]:
-            raise ConfigError(f"{axis} is wrong at {shape}: off by {errors[axis]:.1e}")
+        errors[axis] = checked_error(axis, short, jax.jit(function)(place(checked)), want)
     time_in_turn(programs, config.repeats, config.budget_s)
     rows = []
     for axis, entry in programs.items():

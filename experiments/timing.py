@@ -11,9 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops import delta_product, delta_product_step
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
+# Larger errors than these mean a wrong result, not rounding (design: 1e-5 and 3e-5 in float32).
+ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-1}
+# What is timed is first held against float64 on so many tokens at most.
+CHECKED_TOKENS = 256
 FORWARD, BACKWARD, STEP = "forward", "forward+backward", "step"
 # (o, final_state), or the gradient of each input by name.
 Results = tuple[Any, ...] | dict[str, Any]
@@ -189,6 +194,14 @@ def exact_results(arrays: Mapping[str, jax.Array], direction: str) -> Results:
 def worst_error(got: Results, want: Results) -> float:
     """Largest ``||x - ref|| / ||ref||`` over the results."""
     return max(jax.tree.leaves(jax.tree.map(_error, jax.device_get(got), want)))
+
+
+def checked_error(name: str, shape: Shape, got: Results, want: Results) -> float:
+    """The worst error; a ConfigError that names who is wrong if it is too large to be rounding."""
+    error = worst_error(got, want)
+    if not error <= ERROR_LIMIT[shape.dtype]:
+        raise ConfigError(f"{name} is wrong at {shape}: off by {error:.1e}")
+    return error
 
 
 def _error(x: np.ndarray, ref: np.ndarray) -> float:
