@@ -18,7 +18,7 @@ BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
 REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
 OVER_RECURRENCE = 30
 # Bytes a thread spilt by the kernels of a bfloat16 pass: pointers for after a loop, not its tiles.
-SPILT = 64
+SPILT = 16
 # What XLA compiles for the CPU here is run once.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 

@@ -40,7 +40,13 @@ CASES = {
     "in pieces": Case(T=70, **{**SMALL, "V": 40}),
     "in pieces, packed": Case(T=40, segments=True, **SMALL),
 }
-NARROW = ("gated", "identical keys, beta 2", "packed, grouped, odd widths", "mixed decay, packed")
+NARROW = (
+    "gated",
+    "identical keys, beta 2",
+    "packed, grouped, odd widths",
+    "mixed decay, packed",
+    "extreme decay",
+)
 
 
 def inputs(case: Case, dtype: str):
