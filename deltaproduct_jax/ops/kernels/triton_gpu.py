@@ -7,8 +7,9 @@ token. The bodies are in `triton_kernels`, which needs Triton and is imported at
 import dataclasses
 import functools
 import inspect
+import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,25 +55,53 @@ def kept_span(span: int, **sizes) -> int:
 
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What `prepare` makes, where that is small beside the states; else it is made again."""
+    """What `prepare` makes, and maps of pieces, where small beside the states."""
+    return sum(_kept_more(tokens, options).values(), ())
+
+
+def _kept_more(tokens: Tokens, options: Options) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The same by name; what is not kept is made again."""
     c = _Call(tokens, options)
-    more = c.prepared()
-    bytes_of = lambda x: x.size * x.dtype.itemsize
-    B, HV, K, V = (c.meta[name] for name in ("B", "HV", "K", "V"))
-    states = options.spans * B * HV * K * V * 4
-    return more if sum(map(bytes_of, more)) <= BESIDE_STATES * states else ()
+    room = BESIDE_STATES * options.spans * 4 * math.prod(c.of_pieces().shape) / c.pieces
+    more = {}
+    for name, arrays in (("prepared", c.prepared()), ("maps", (c.maps(),))):
+        size = sum(x.size * x.dtype.itemsize for x in arrays)
+        if size <= room and (name != "maps" or c.pieces > 1):
+            more[name] = arrays
+            room -= size
+    return more
+
+
+class _Fixed(NamedTuple):
+    """Of one call, whatever axes are mapped over it.
+
+    Attributes:
+      options: what the kernels are told.
+      more: names of what is kept beside states.
+      pieces: of a sequence, in the call as it is written: as many maps are kept. More sequences
+        are cut into fewer pieces, or none, and then maps are made again.
+    """
+
+    options: Options
+    more: tuple[str, ...]
+    pieces: int
+
+
+def _fixed(tokens: Tokens, options: Options) -> _Fixed:
+    more = tuple(_kept_more(tokens, options)) if options.more else ()
+    return _Fixed(options, more, _Call(tokens, options).pieces)
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     options = options if keep_states else options._replace(spans=0, more=False)
-    o, final_state, kept = _batched(_forward, options)(tokens, initial_state)
+    o, final_state, kept = _batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
-    return _batched(_backward, options)(tokens, kept, do, dfinal_state)
+    return _batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
 def step(state, q, k, v, beta, g, *, scale: float):
@@ -128,6 +157,16 @@ class _Call:
         B, HV, N = (self.meta[name] for name in ("B", "HV", "N"))
         return jax.ShapeDtypeStruct((B, HV, N, rows, columns), self.operand)
 
+    def of_pieces(self) -> jax.ShapeDtypeStruct:
+        """A state a piece."""
+        B, HV, K, V = (self.meta[name] for name in ("B", "HV", "K", "V"))
+        return jax.ShapeDtypeStruct((B, HV, self.pieces, K, V), jnp.float32)
+
+    def maps(self) -> jax.ShapeDtypeStruct:
+        """What each piece does to any state, but for what it adds."""
+        *pieces, K, _ = self.of_pieces().shape
+        return jax.ShapeDtypeStruct((*pieces, K, K), jnp.float32)
+
     def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
         CP, M = self.meta["CP"], self.meta["M"]
@@ -163,50 +202,39 @@ def _gates(tokens: Tokens):
     return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
 
 
-def _in_pieces(c: _Call, name: str, arrays, first, outs, *, reverse=False):
-    """Launches a walk; where few heads leave a GPU idle, its pieces run side by side.
-
-    Then a first launch finds out what each piece does to any state, (A, B) in S -> A S + B.
-    """
-    B, HV, K, V = first.shape
-    columns = getattr(c.tiling, name).columns
+def _walk(c: _Call, arrays, start, *outs):
+    """Outputs, states after pieces and kept states; of a summary, without ``outs``, and maps."""
+    B, HV, K, V = (c.meta[name] for name in ("B", "HV", "K", "V"))
+    columns = c.tiling.walk.columns
     parts = -(-V // columns)
-
-    def walk(start, summary: bool):
-        width = parts * columns + K if summary else V
-        states = jax.ShapeDtypeStruct((B, HV, c.pieces, K, width), jnp.float32)
-        here = [PLACEHOLDER if summary else out for out in outs]
-        here[STATES[name]] = states
-        grid = (parts + summary * -(-K // columns), c.pieces, B * HV)
-        options = {"SUMMARY": summary, "WIDTH": width}
-        if summary:
-            options |= {"SPAN": 0, "NARROW": False}
-        return c.launch(name, (*arrays, start), tuple(here), grid, **options)
-
-    if c.pieces > 1:
-        summary = walk(first, True)[STATES[name]]
-        first = _starts(summary, first, parts * columns, reverse)
-    results = list(walk(first, False))
-    results[STATES[name]] = results[STATES[name]][:, :, 0 if reverse else -1]
-    return results
+    o, states = outs or (PLACEHOLDER, PLACEHOLDER)
+    maps = PLACEHOLDER if outs else c.maps()
+    grid = (parts + (0 if outs else -(-K // columns)), c.pieces, B * HV)
+    more = {"SUMMARY": False} if outs else {"SUMMARY": True, "SPAN": 0, "NARROW": False}
+    return c.launch("walk", (*arrays, start), (o, c.of_pieces(), states, maps), grid, **more)
 
 
-# Where the state after the last chunk, or before the first, stands among the results.
-STATES = {"walk": 1, "walk_back": 2}
+def _walk_back(c: _Call, arrays, start, *outs):
+    """Cotangents of what is written, of states after chunks, and of states before pieces.
+
+    Only the last of a summary, without ``outs``.
+    """
+    w, after = outs or (PLACEHOLDER, PLACEHOLDER)
+    grid = (-(-c.meta["V"] // c.tiling.walk_back.columns), c.pieces, c.meta["B"] * c.meta["HV"])
+    results = w, after, c.of_pieces()
+    return c.launch("walk_back", (*arrays, start), results, grid, SUMMARY=not outs)
 
 
-def _starts(summary, first, columns: int, reverse: bool):
-    """States [B, Hv, pieces, K, V] that pieces begin with."""
-    K, V = first.shape[-2:]
-    order = list(range(summary.shape[2]))[:: -1 if reverse else 1]
-    starts = [first]
-    for piece in order[:-1]:
-        A, B = summary[:, :, piece, :, columns : columns + K], summary[:, :, piece, :, :V]
-        starts.append(jnp.matmul(A, starts[-1], precision="highest") + B)
-    return jnp.stack(starts[:: -1 if reverse else 1], axis=2)
+def _composed(c: _Call, first, maps, ends, *, reverse: bool):
+    """States [B, Hv, pieces, K, V] that pieces begin with, or cotangents, if ``reverse``."""
+    launch = c.tiling.compose
+    grid = (-(-c.meta["V"] // launch.columns), c.meta["B"] * c.meta["HV"])
+    more = {"ROWS": launch.keys, "PIECES": c.pieces, "REVERSE": reverse}
+    return c.launch("compose", (first, maps, ends), (c.of_pieces(),), grid, **more)[0]
 
 
-def _forward(options: Options, tokens: Tokens, initial_state):
+def _forward(fixed: _Fixed, tokens: Tokens, initial_state):
+    options = fixed.options
     c = _Call(tokens, options)
     B, _, _, HV, V = tokens.v.shape
     H, K = tokens.k.shape[-2:]
@@ -216,22 +244,32 @@ def _forward(options: Options, tokens: Tokens, initial_state):
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
     prepared = _prepare(c)
     arrays = (*tokens[:4], *prepared[:-1])
-    o, final_state, states = _in_pieces(c, "walk", arrays, initial_state, [o, None, states])
+    # Where few heads leave a GPU idle, a first launch finds what each piece does to any state.
+    starts, maps = initial_state, None
+    if c.pieces > 1:
+        _, ends, _, maps = _walk(c, arrays, initial_state)
+        starts = _composed(c, initial_state, maps, ends, reverse=False)
+    o, after_pieces, states, _ = _walk(c, arrays, starts, o, states)
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
-    more = prepared[: len(c.prepared())] if options.more else ()
-    return o, final_state, (states, *more)
+    more = ()
+    if "prepared" in fixed.more:
+        more += prepared[: len(c.prepared())]
+    if "maps" in fixed.more:
+        shape = (B, HV, fixed.pieces, K, K)
+        more += (maps if fixed.pieces == c.pieces else jnp.zeros(shape, jnp.float32),)
+    return o, after_pieces[:, :, -1], (states, *more)
 
 
-def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
-    c = _Call(tokens, options)
-    states, *prepared = kept
+def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
+    c = _Call(tokens, fixed.options)
+    states, *more = kept
     q, k, v, beta, g, _ = tokens
     B, T, R, HV, V = v.shape
     H, K = k.shape[-2:]
     N = c.meta["N"]
-    if not prepared:
-        prepared = _prepare(c)
+    maps = more.pop() if "maps" in fixed.more else None
+    prepared = more if "prepared" in fixed.more else _prepare(c)
     missing = PREPARED - len(prepared)
     prepared = (*prepared, *missing * (jnp.zeros(1, jnp.float32),))
     *prepared, sums = prepared
@@ -246,8 +284,13 @@ def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
         before = states
 
     arrays = (q, k, beta, *prepared, do)
-    outs = [updates, c.matrices(K, V), None]
-    w, after, dinitial_state = _in_pieces(c, "walk_back", arrays, dfinal_state, outs, reverse=True)
+    starts = dfinal_state
+    if c.pieces > 1:
+        if maps is None or fixed.pieces != c.pieces:
+            *_, maps = _walk(c, (q, k, v, beta, *prepared), dfinal_state)  # whatever it begins with
+        *_, ends = _walk_back(c, arrays, dfinal_state)
+        starts = _composed(c, dfinal_state, maps, ends, reverse=True)
+    w, after, before_pieces = _walk_back(c, arrays, starts, updates, c.matrices(K, V))
 
     # Of a value head; what a group of them shares is summed below, as are the parts of K.
     keys = c.tiling.gradients.keys or c.tiling.key_columns
@@ -267,7 +310,7 @@ def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
     dg = None if g is None else jnp.sum(dg, axis=0).astype(g.dtype)
-    return Tokens(dq, dk, dv, dbeta, dg, None), dinitial_state
+    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
 
 
 def _step(scale: float, state, q, k, v, beta, g):

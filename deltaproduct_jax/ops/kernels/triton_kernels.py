@@ -28,14 +28,15 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     put_tile,
     solved,
     square,
-    start,
     strictly_lower_series,
     sums,
     tile,
     token_decay,
     wide_products,
 )
-from deltaproduct_jax.ops.kernels.triton_step import step as step  # found here by their names
+from deltaproduct_jax.ops.kernels.triton_pieces import compose as compose  # found by their names
+from deltaproduct_jax.ops.kernels.triton_pieces import is_asked_for, start
+from deltaproduct_jax.ops.kernels.triton_step import step as step
 from deltaproduct_jax.ops.kernels.triton_step import step_in_place as step_in_place
 
 
@@ -100,26 +101,27 @@ def prepare(
 @triton.jit
 def walk(
     q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr,
+    o_ptr, final_ptr, states_ptr, maps_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
-    STEPS: tl.constexpr, WIDTH: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
-    NARROW: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr, NARROW: tl.constexpr,
+    SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
     With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is
-    no output, only what the piece does to any state S, as WIDTH columns: S -> A S + B is kept as
-    (B, A).
+    no output, only what the piece does to any state, S -> A S + B: B stands among the final states,
+    A, which further programs find, among the maps.
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if SUMMARY and not is_asked_for(part, piece, 0, V, BV):
+        return
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
-    index = pid.to(tl.int64) * tl.num_programs(1) + piece
-    S = start(initial_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
+    S = start(initial_ptr, pid, piece, 0, rows, columns, K, V, BV, SUMMARY)
     for i in range(0, STEPS):
         # The last piece may have fewer chunks: past them nothing is read, written or changed.
         n = piece * STEPS + i
@@ -164,9 +166,13 @@ def walk(
             put_tile(o_ptr, o, row, hv, c, columns, c < tokens, HV, V)
         written = (out[:, None] * u).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
-    inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
-    row = (index * K + rows)[:, None] * WIDTH
-    tl.store(final_ptr + row + columns[None, :], S, mask=inside)
+    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    inside = (rows < K)[:, None] & (columns < V)[None, :]
+    tl.store(square(final_ptr, index, rows, columns, K, V), S, mask=inside)
+    if SUMMARY:
+        columns -= tl.cdiv(V, BV) * BV
+        inside = (rows < K)[:, None] & (columns >= 0)[None, :] & (columns < K)[None, :]
+        tl.store(square(maps_ptr, index, rows, columns, K, K), S, mask=inside)
 
 
 @triton.jit
@@ -223,19 +229,22 @@ def walk_back(
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
-    WIDTH: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
-    With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it.
+    With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it, but for
+    its map, which is that of `walk` transposed.
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    last = tl.num_programs(1) - 1
+    if SUMMARY and not is_asked_for(part, piece, last, V, BV):
+        return
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
-    index = pid.to(tl.int64) * tl.num_programs(1) + piece
-    dS = start(dfinal_ptr, index, part, rows, columns, K, V, BV, SUMMARY)
+    dS = start(dfinal_ptr, pid, piece, last, rows, columns, K, V, BV, SUMMARY)
     for back in range(0, STEPS):
         n = piece * STEPS + STEPS - 1 - back
         # Without a bound where none is needed, which spares registers.
@@ -264,9 +273,9 @@ def walk_back(
         dS = tl.dot(tl.trans(q), into_do, through * dS, input_precision=PRECISION)
         removed = ((-into * beta)[:, None] * w).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
-    inside = (rows < K)[:, None] & (columns < WIDTH)[None, :]
-    row = (index * K + rows)[:, None] * WIDTH
-    tl.store(dinitial_ptr + row + columns[None, :], dS, mask=inside)
+    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    inside = (rows < K)[:, None] & (columns < V)[None, :]
+    tl.store(square(dinitial_ptr, index, rows, columns, K, V), dS, mask=inside)
 
 
 @triton.jit

@@ -268,13 +268,3 @@ def kept_sums(ptr, chunk, index, CP: tl.constexpr, HAS_G: tl.constexpr, HAS_RESE
     if HAS_RESETS:
         segments = tl.load(ptr + 2 * CP)
     return high, low, segments
-
-
-@triton.jit
-def start(ptr, index, part, rows, columns, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-           SUMMARY: tl.constexpr):  # fmt: skip
-    """The state that a walk begins with; of a summary zero, then, in further columns, identity."""
-    if SUMMARY:
-        return tl.where(rows[:, None] == (columns - tl.cdiv(V, BV) * BV)[None, :], 1.0, 0.0)
-    inside = (rows < K)[:, None] & (columns < V)[None, :]
-    return tl.load(square(ptr, index, rows, columns, K, V), mask=inside, other=0.0)

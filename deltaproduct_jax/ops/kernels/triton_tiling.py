@@ -20,7 +20,7 @@ class Launch:
       warps: of 32 threads, in a program.
       stages: of loads under way in a loop.
       columns: of the value width that one program has, or takes at a time; a power of two.
-      keys: of the key width that one program has; a power of two; 0 means all.
+      keys: of the key width that one program has, or takes at a time; a power of two; 0 means all.
     """
 
     warps: int
@@ -49,6 +49,7 @@ class Tiling:
     errors: Launch
     walk_back: Launch
     gradients: Launch
+    compose: Launch
 
 
 def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Tiling:
@@ -92,6 +93,7 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
         errors=errors,
         walk_back=walk_back,
         gradients=gradients,
+        compose=Launch(4, 1, min(width, 32), keys=min(key_columns, 4096 // key_columns)),
     )
 
 
