@@ -153,8 +153,9 @@ def command(argv: Sequence[str]) -> None:
     rows = []
     for R in config.num_householder:
         for K in config.head_dim:
-            rows += compile_kernels(config, R, K)
-            print(table(rows[-5:]), file=sys.stderr)
+            of_shape = compile_kernels(config, R, K)
+            print(table(of_shape), file=sys.stderr)
+            rows += of_shape
     import triton
 
     shape = f"{config.described()}; compute capability {config.compute_capability}, "

@@ -85,7 +85,7 @@ def test_every_launch_of_a_kernel_is_timed(interpreted):
 def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
     rows = {row["kernel"]: row for row in compiled["rows"]}
     names = {"prepare", "walk", "errors", "walk_back", "gradients", "prepare, float32"}
-    assert names == set(rows)
+    assert names | {"walk (summary)", "walk_back (summary)", "compose"} == set(rows)
     assert all(row["spilt_bytes"] <= SPILT for row in rows.values()), rows
     assert not any(row["spills_in_loops"] for row in rows.values()), rows
 

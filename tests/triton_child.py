@@ -158,12 +158,16 @@ def compile_for_cuda() -> dict:
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
-    wide = dataclasses.replace(config, dtype="float32", gated=False)
     every = gpu_compile.launches
-    gpu_compile.launches = lambda *sizes: [c for c in every(*sizes) if c.name == "prepare"]
-    rows += [
-        row | {"kernel": "prepare, float32"} for row in gpu_compile.compile_kernels(wide, 2, 128)
-    ]
+
+    def some(chosen, **sizes):
+        gpu_compile.launches = lambda *shape: list(filter(chosen, every(*shape)))
+        return gpu_compile.compile_kernels(dataclasses.replace(config, **sizes), 2, 128)
+
+    of_pieces = lambda call: call.name == "compose" or call.meta.get("SUMMARY")
+    rows += some(of_pieces, batch_size=1, length=32768)
+    [wide] = some(lambda call: call.name == "prepare", dtype="float32", gated=False)
+    rows.append(wide | {"kernel": "prepare, float32"})
     shapes = [(1, 64, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2)]
     arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
