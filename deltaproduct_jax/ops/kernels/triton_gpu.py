@@ -203,7 +203,10 @@ def _gates(tokens: Tokens):
 
 
 def _walk(c: _Call, arrays, start, *outs):
-    """Outputs, states after pieces and kept states; of a summary, without ``outs``, and maps."""
+    """Outputs, states after pieces, kept states and maps.
+
+    Without ``outs`` a summary, of which only the states, ends of pieces, and the maps matter.
+    """
     B, HV, K, V = (c.meta[name] for name in ("B", "HV", "K", "V"))
     columns = c.tiling.walk.columns
     parts = -(-V // columns)
@@ -217,7 +220,7 @@ def _walk(c: _Call, arrays, start, *outs):
 def _walk_back(c: _Call, arrays, start, *outs):
     """Cotangents of what is written, of states after chunks, and of states before pieces.
 
-    Only the last of a summary, without ``outs``.
+    Without ``outs`` a summary, of which only the last matter.
     """
     w, after = outs or (PLACEHOLDER, PLACEHOLDER)
     grid = (-(-c.meta["V"] // c.tiling.walk_back.columns), c.pieces, c.meta["B"] * c.meta["HV"])
