@@ -108,7 +108,6 @@ def interpret() -> dict:
     for name, case in CASES.items():
         if name.startswith("in pieces"):
             triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 4
-            triton_gpu.BESIDE_STATES = 9  # there is room for maps, few as the chunks are
         found[f"{name}, float32"] = errors(case, "float32")
         if name in NARROW:
             found[f"{name}, float16"] = errors(case, "float16")

@@ -25,7 +25,7 @@ COMPUTE_CAPABILITY = 90
 LARGE_SHARED_MEMORY = (80, 90, 100)
 COMPUTE_CAPABILITY_VARIABLE = "DELTAPRODUCT_COMPUTE_CAPABILITY"
 
-# What is kept beside states has at most this share of their bytes.
+# What `prepare` makes is kept beside states where it has at most this share of their bytes.
 BESIDE_STATES = 0.6
 # Of float32 products; products of bfloat16 and float16 are exact whatever it says.
 PRECISIONS = {None: "tf32x3", "default": "tf32", "high": "tf32x3", "highest": "ieee"}
@@ -55,20 +55,19 @@ def kept_span(span: int, **sizes) -> int:
 
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
-    """What `prepare` makes, and maps of pieces, where small beside the states."""
+    """What `prepare` makes, where that is small beside the states, and maps of pieces."""
     return sum(_kept_more(tokens, options).values(), ())
 
 
 def _kept_more(tokens: Tokens, options: Options) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
     """The same by name; what is not kept is made again."""
     c = _Call(tokens, options)
-    room = BESIDE_STATES * options.spans * 4 * math.prod(c.of_pieces().shape) / c.pieces
     more = {}
-    for name, arrays in (("prepared", c.prepared()), ("maps", (c.maps(),))):
-        size = sum(x.size * x.dtype.itemsize for x in arrays)
-        if size <= room and (name != "maps" or c.pieces > 1):
-            more[name] = arrays
-            room -= size
+    states = options.spans * 4 * math.prod(c.of_pieces().shape) // c.pieces
+    if sum(x.size * x.dtype.itemsize for x in c.prepared()) <= BESIDE_STATES * states:
+        more["prepared"] = c.prepared()
+    if c.pieces > 1:  # then they are few: a GPU runs all at once
+        more["maps"] = (c.maps(),)
     return more
 
 
