@@ -1,11 +1,10 @@
-"""The GPU kernels: what is launched on which arrays, in pieces and in batches.
+"""The GPU kernels: what is launched on which arrays, in pieces.
 
 The contract of `forward` and `backward` is that of `deltaproduct_jax.ops.kernels`; `step` is one
 token. The bodies are in `triton_kernels`, which needs Triton and is imported at the first launch.
 """
 
 import dataclasses
-import functools
 import inspect
 import math
 import os
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options, triton_tiling
+from deltaproduct_jax.ops.kernels.triton_batching import batched
 from deltaproduct_jax.ops.kernels.triton_tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.varying import mark_varying_as
@@ -94,18 +94,18 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     options = options if keep_states else options._replace(spans=0, more=False)
-    o, final_state, kept = _batched(_forward, _fixed(tokens, options))(tokens, initial_state)
+    o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
-    return _batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
+    return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
 def step(state, q, k, v, beta, g, *, scale: float):
     """One token; shapes as in `deltaproduct_jax.ops.delta_product_step`."""
-    return _batched(_step, scale)(state, q, k, v, beta, g)
+    return batched(_step, scale)(state, q, k, v, beta, g)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -369,32 +369,3 @@ def _compute_capability() -> int:
         return int(jax.devices("cuda")[0].compute_capability.replace(".", ""))
     except RuntimeError:  # there is no GPU here
         return COMPUTE_CAPABILITY
-
-
-def _batched(run, fixed):
-    """``run(fixed, ...)`` with a batching rule: a mapped axis joins the axis of sequences."""
-    mapped = jax.custom_batching.custom_vmap(functools.partial(run, fixed))
-
-    @mapped.def_vmap
-    def rule(axis_size, in_batched, *arguments):
-        def join(batched, x):
-            if not batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            axis = _sequence_axis(x.ndim - 1)
-            x = jnp.moveaxis(x, 0, axis)
-            return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-        def part(x):
-            axis = _sequence_axis(x.ndim)
-            x = x.reshape(*x.shape[:axis], axis_size, -1, *x.shape[axis + 1 :])
-            return jnp.moveaxis(x, axis, 0)
-
-        outs = _batched(run, fixed)(*jax.tree.map(join, tuple(in_batched), arguments))
-        return jax.tree.map(part, outs), jax.tree.map(lambda _: True, outs)
-
-    return mapped
-
-
-def _sequence_axis(rank: int) -> int:
-    """The first, but in arrays of kept states [spans, B, H, G, K, V]."""
-    return 1 if rank == 6 else 0
