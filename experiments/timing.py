@@ -1,10 +1,12 @@
 """What the benchmarks of the op share: inputs, programs, fair timing, and errors in float64."""
 
+import contextlib
 import dataclasses
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -209,7 +211,11 @@ def _error(x: np.ndarray, ref: np.ndarray) -> float:
 
 
 def machine() -> str:
-    """Device kind, cores of the host and JAX version, for the record."""
+    """Device kind, cores of the host and versions of what compiles for it, for the record."""
     devices = jax.devices()
     kind = f"{len(devices)} x {devices[0].device_kind}"
-    return f"{kind}, host with {os.cpu_count()} cores, jax {jax.__version__}"
+    described = f"{kind}, host with {os.cpu_count()} cores, jax {jax.__version__}"
+    for name in ("jax-triton", "triton") if devices[0].platform == "gpu" else ():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            described += f", {name} {metadata.version(name)}"
+    return described

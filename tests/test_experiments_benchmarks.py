@@ -40,6 +40,24 @@ def test_decoding_is_timed_by_the_token(tmp_path, monkeypatch):
     assert row["median_ms"] == pytest.approx(1000 / 128)
 
 
+def test_the_record_names_what_gpu_kernels_are_compiled_with(monkeypatch):
+    """Versions of what is installed; of what is not, nothing."""
+
+    def version(name):
+        if name != "triton":
+            raise timing.metadata.PackageNotFoundError
+        return "9.8"
+
+    monkeypatch.setattr(timing.metadata, "version", version)
+    assert "triton" not in timing.machine()
+    gpu = types.SimpleNamespace(device_kind="GPU", platform="gpu")
+    monkeypatch.setattr(timing.jax, "devices", lambda: [gpu, gpu])
+    described = timing.machine()
+    assert described.startswith("2 x GPU, host with ")
+    assert described.endswith(", triton 9.8")
+    assert "jax-triton" not in described
+
+
 def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
     right = timing.delta_product
 
