@@ -1,6 +1,7 @@
 """What a pass of the GPU kernels launches, without launching it, and what each cannot go below."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.tiling import default_span
 from deltaproduct_jax.settings import setting
 
+# Where q and scores stand among the arrays of a walk, whose summary has no output.
+UNREAD = (0, 5)
 # Of an H100: bytes and bfloat16 operations a second.
 BANDWIDTH, PEAK = 3.35e12, 989e12
 
@@ -106,9 +109,18 @@ def _trace(config: PassConfig, R: int, K: int) -> None:
 
 
 def floors(name: str, arrays, grid, meta) -> dict[str, float]:
-    """Bytes and operations, in all programs, and the two times that they cannot go below."""
-    size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in arrays)
-    programs = grid[0] * grid[1] * (grid[2] if len(grid) > 2 else 1)
+    """Bytes and operations, in all programs, and the two times that they cannot go below.
+
+    A summary's bytes are those of all pieces, though it has nothing to do with the last.
+    """
+    is_summary = meta.get("SUMMARY", False)
+    unread = UNREAD if name == "walk" and is_summary else ()
+    read = [x for index, x in enumerate(arrays) if index not in unread]
+    size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in read)
+    programs = math.prod(grid)
+    if is_summary:  # nothing of the last piece, and no map of the first
+        ends = -(-meta["V"] // meta["BV"])
+        programs = (ends * (grid[1] - 1) + (grid[0] - ends) * (grid[1] - 2)) * grid[2]
     steps = {"walk": "STEPS", "walk_back": "STEPS", "errors": "SPAN"}.get(name)
     if name == "errors" and meta["NARROW"]:
         steps = None
@@ -127,6 +139,8 @@ def _products(name: str, meta) -> int:
     V = meta.get("BV", 0)
     if name == "prepare":  # grams, and the series in float32
         return M * M * K + C * M * K + M**3 // 2
+    if name == "compose":
+        return (meta["PIECES"] - 2) * K * K * V
     X = (1 + meta["TWO"]) * M * M
     if name == "walk":
         return 2 * M * K * V + X * V + (0 if meta["SUMMARY"] else C * K * V + C * M * V)
