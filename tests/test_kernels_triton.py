@@ -63,6 +63,15 @@ def test_outputs_and_gradients_are_those_of_the_oracle(dtype, interpreted):
     assert not over
 
 
+def test_sequences_are_cut_into_pieces_where_a_case_says_so(interpreted):
+    pieces = interpreted["pieces"]
+    mapped = pieces.pop("vmap")
+    assert sum("in pieces" in name for name in pieces) == 3
+    for name, counts in pieces.items():
+        assert counts == [5 if "in pieces" in name else 1], name
+    assert mapped == [4, 5]  # of the mapped call and of the others
+
+
 def test_a_mapped_call_is_one_call_after_the_other(interpreted):
     assert interpreted["vmap"] < 1e-5
 
@@ -70,6 +79,10 @@ def test_a_mapped_call_is_one_call_after_the_other(interpreted):
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
 def test_one_token_is_that_of_the_oracle(name, interpreted):
     assert max(interpreted[name].values()) < 1e-6
+
+
+def test_what_is_kept_is_written_in_whole(interpreted):
+    assert interpreted["kept"] == {"states": True, "X": True, "scores": True, "maps": True}
 
 
 def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
@@ -88,6 +101,14 @@ def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compil
     assert names | {"walk (summary)", "walk_back (summary)", "compose"} == set(rows)
     assert all(row["spilt_bytes"] <= SPILT for row in rows.values()), rows
     assert not any(row["spills_in_loops"] for row in rows.values()), rows
+
+
+def test_products_of_pieces_are_counted_where_they_are_made(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    # 8 pieces of 16 heads: 7 ends, 6 maps, both of 128 columns; 64 rows, 128 chunks a piece.
+    of_chunk = 2 * 64 * 128 * 128 + 2 * 64 * 64 * 128
+    assert rows["walk (summary)"]["operations"] == 2 * 16 * 128 * (7 + 6) * of_chunk
+    assert rows["compose"]["operations"] == 2 * 16 * 6 * 128**3
 
 
 def test_spills_in_loops_are_told_from_others():
@@ -110,6 +131,8 @@ def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     assert lowered["chunked"] == lowered["on a small GPU"] == 0
     # What `prepare` makes is kept.
     assert lowered["wide"] == 5
+    # In pieces three more for each pass, of which one finds maps for both.
+    assert lowered["in pieces"] == 9
     assert lowered["on a CPU instead"] < 1e-6
     assert lowered["step"] == [1, 1, 0]
     assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]

@@ -4,6 +4,7 @@
 bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,8 +38,8 @@ CASES = {
     "extreme decay": Case(T=20, gate="extreme", **SMALL),
     "mixed decay, packed": Case(T=20, gate="mixed", segments=True, **SMALL),
     "identical keys, beta 2": Case(T=40, gate=None, keys="identical", beta=(2, 2), **SMALL),
-    "in pieces": Case(T=70, B=1, H=1, K=72, V=40),
-    "in pieces, packed": Case(T=40, segments=True, **SMALL),
+    "in pieces": Case(T=140, B=1, H=1, K=72, V=40),
+    "in pieces, packed": Case(T=75, segments=True, **SMALL),
 }
 NARROW = (
     "gated",
@@ -104,20 +105,37 @@ def relative(x, reference) -> float:
 
 def interpret() -> dict:
     triton_gpu.call = triton_interpreter.call
-    found = {}
+    found, pieces = {}, {}
     for name, case in CASES.items():
         if name.startswith("in pieces"):
-            triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 4
-        found[f"{name}, float32"] = errors(case, "float32")
-        if name in NARROW:
-            found[f"{name}, float16"] = errors(case, "float16")
-    return {"errors": found, "vmap": vmapped(), "launches": timed()} | {
-        name: one_token(name) for name in ("step", "step_in_place")
-    }
+            triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 10
+        for dtype in ("float32", "float16") if name in NARROW else ("float32",):
+            with counted_pieces() as pieces[f"{name}, {dtype}"]:
+                found[f"{name}, {dtype}"] = errors(case, dtype)
+    with counted_pieces() as pieces["vmap"]:
+        mapped = vmapped()
+    found = {"errors": found, "pieces": pieces, "vmap": mapped, "kept": kept(), "launches": timed()}
+    return found | {name: one_token(name) for name in ("step", "step_in_place")}
+
+
+@contextlib.contextmanager
+def counted_pieces():
+    """Numbers of pieces that sequences are cut into meanwhile, each once."""
+    counts, real = [], triton_tiling.pieces_for
+
+    def counted(*args, **sizes):
+        pieces = real(*args, **sizes)
+        counts[:] = sorted({*counts, pieces})
+        return pieces
+
+    triton_tiling.pieces_for = counted
+    yield counts
+    triton_tiling.pieces_for = real
 
 
 def vmapped() -> float:
-    """How far a mapped call, of too many sequences for pieces, is from one after the other."""
+    """How far a mapped call, of sequences in 4 pieces, is from one after the other, in 5."""
+    triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 8
     case = Case(T=70, **SMALL)
     _, _, tokens, state = inputs(case, "float32")
     cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(case.arrays()))
@@ -130,6 +148,17 @@ def vmapped() -> float:
     apart = [one(q[i], states[i]) for i in range(2)]
     apart = jax.tree.map(lambda *x: jnp.stack(x), *apart)
     return max(jax.tree.leaves(jax.tree.map(relative, together, apart)))
+
+
+def kept() -> dict[str, bool]:
+    """Whether kernels write all of what is kept; what they leave is NaN in the interpreter."""
+    triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 8
+    case = Case(T=128, B=1, H=1, K=128, V=128, gate=None)
+    _, _, tokens, state = inputs(case, "float16")
+    options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=True)
+    *_, arrays = triton_gpu.forward(tokens, state, options, keep_states=True)
+    names = ("states", "X", "scores", "maps")
+    return {n: bool(jnp.all(jnp.isfinite(x))) for n, x in zip(names, arrays, strict=True)}
 
 
 def timed() -> list[dict]:
@@ -196,8 +225,8 @@ def compile_for_cuda() -> dict:
 def lower_wide(loss) -> dict:
     """A gradient with large states, traced where the kernels say what is kept for it.
 
-    How many kernels it holds when lowered for CUDA, and how much it differs on a CPU, which is
-    where it runs here, from one that has never heard of them.
+    How many kernels it holds when lowered for CUDA, also where one sequence is cut into pieces, and
+    how much it differs on a CPU, where it runs here, from one that has never heard of them.
     """
     shapes = [(1, 64, 1, 128), (1, 64, 2, 1, 128), (1, 64, 2, 1, 128), (1, 64, 2, 1)]
     draw = lambda i, shape: jax.random.normal(jax.random.key(i), shape)
@@ -207,13 +236,15 @@ def lower_wide(loss) -> dict:
         run = jax.checkpoint(lambda *arrays: loss(*arrays, implementation), **policy)
         return jax.jit(jax.grad(run, argnums=(0, 1, 2, 3)))
 
-    narrow = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in arrays]
-    everything = jax.checkpoint_policies.everything_saveable
-    traced = gradient(None, policy=everything).trace(*narrow)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    def count(T: int) -> int:
+        narrow = [jax.ShapeDtypeStruct((1, T, *x.shape[2:]), jnp.bfloat16) for x in arrays]
+        everything = jax.checkpoint_policies.everything_saveable
+        traced = gradient(None, policy=everything).trace(*narrow)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call")
+
     got, want = (gradient(name)(*arrays) for name in (None, "chunked"))
     differences = [relative(x, np.asarray(y, np.float64)) for x, y in zip(got, want, strict=True)]
-    return {"wide": text.count("triton_kernel_call"), "on a CPU instead": max(differences)}
+    return {"wide": count(64), "in pieces": count(2048), "on a CPU instead": max(differences)}
 
 
 def kernels_by_version() -> list[str]:

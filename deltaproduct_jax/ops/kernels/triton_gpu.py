@@ -67,7 +67,7 @@ def _kept_more(tokens: Tokens, options: Options) -> dict[str, tuple[jax.ShapeDty
     if sum(x.size * x.dtype.itemsize for x in c.prepared()) <= BESIDE_STATES * states:
         more["prepared"] = c.prepared()
     if c.pieces > 1:  # then they are few: a GPU runs all at once
-        more["maps"] = (c.maps(),)
+        more["maps"] = (c.maps(c.pieces),)
     return more
 
 
@@ -161,10 +161,10 @@ class _Call:
         B, HV, K, V = (self.meta[name] for name in ("B", "HV", "K", "V"))
         return jax.ShapeDtypeStruct((B, HV, self.pieces, K, V), jnp.float32)
 
-    def maps(self) -> jax.ShapeDtypeStruct:
-        """What each piece does to any state, but for what it adds."""
-        *pieces, K, _ = self.of_pieces().shape
-        return jax.ShapeDtypeStruct((*pieces, K, K), jnp.float32)
+    def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
+        """What each of ``pieces`` does to any state, but for what it adds; of both ends nothing."""
+        B, HV, K = (self.meta[name] for name in ("B", "HV", "K"))
+        return jax.ShapeDtypeStruct((B, HV, pieces - 2, K, K), jnp.float32)
 
     def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
@@ -206,12 +206,11 @@ def _walk(c: _Call, arrays, start, *outs):
 
     Without ``outs`` a summary, of which only the states, ends of pieces, and the maps matter.
     """
-    B, HV, K, V = (c.meta[name] for name in ("B", "HV", "K", "V"))
     columns = c.tiling.walk.columns
-    parts = -(-V // columns)
+    for_ends, for_maps = (-(-c.meta[name] // columns) for name in ("V", "K"))
     o, states = outs or (PLACEHOLDER, PLACEHOLDER)
-    maps = PLACEHOLDER if outs else c.maps()
-    grid = (parts + (0 if outs else -(-K // columns)), c.pieces, B * HV)
+    maps = PLACEHOLDER if outs else c.maps(c.pieces)
+    grid = (for_ends + (0 if outs else for_maps), c.pieces, c.meta["B"] * c.meta["HV"])
     more = {"SUMMARY": False} if outs else {"SUMMARY": True, "SPAN": 0, "NARROW": False}
     return c.launch("walk", (*arrays, start), (o, c.of_pieces(), states, maps), grid, **more)
 
@@ -258,8 +257,8 @@ def _forward(fixed: _Fixed, tokens: Tokens, initial_state):
     if "prepared" in fixed.more:
         more += prepared[: len(c.prepared())]
     if "maps" in fixed.more:
-        shape = (B, HV, fixed.pieces, K, K)
-        more += (maps if fixed.pieces == c.pieces else jnp.zeros(shape, jnp.float32),)
+        empty = c.maps(fixed.pieces)
+        more += (maps if fixed.pieces == c.pieces else jnp.zeros(empty.shape, empty.dtype),)
     return o, after_pieces[:, :, -1], (states, *more)
 
 

@@ -172,6 +172,7 @@ def walk(
     if SUMMARY:
         columns -= tl.cdiv(V, BV) * BV
         inside = (rows < K)[:, None] & (columns >= 0)[None, :] & (columns < K)[None, :]
+        index = pid.to(tl.int64) * (tl.num_programs(1) - 2) + piece - 1
         tl.store(square(maps_ptr, index, rows, columns, K, K), S, mask=inside)
 
 

@@ -1,8 +1,9 @@
 """A sequence in pieces that GPU kernels walk through side by side, in Triton.
 
 What a piece does to any state is S -> A S + B, and on the way back dS -> A^T dS + B'. A summary
-finds the Bs, beginning with nothing, and the maps A, beginning with the identity; the piece from
-which a walk sets out has its true beginning. `compose` makes of them what every piece begins with.
+finds the ends B, beginning with nothing, and the maps A, beginning with the identity; the piece
+from which a walk sets out has its true beginning. `compose` makes of them what every piece begins
+with. The first and the last piece need no map: the P - 2 between are ``[..., K, K]``.
 Letters as in triton_kernels.py.
 """
 
@@ -34,8 +35,8 @@ def is_asked_for(part, piece, first, V: tl.constexpr, BV: tl.constexpr):
     Not the end of the last piece, nor the maps of both ends.
     """
     last = tl.num_programs(1) - 1 - first
-    is_map = part >= tl.cdiv(V, BV)
-    return (piece != last) & ((piece != first) | (not is_map))
+    is_end = part < tl.cdiv(V, BV)
+    return (piece != last) & (is_end | (piece != first))
 
 
 @triton.jit
@@ -53,9 +54,11 @@ def compose(
     rows, some = tl.arange(0, BK), tl.arange(0, ROWS)
     columns = part * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (columns < V)[None, :]
-    index = pid.to(tl.int64) * PIECES + (PIECES - 1 if REVERSE else 0)
+    sequence = pid.to(tl.int64)
+    index = sequence * PIECES + (PIECES - 1 if REVERSE else 0)
+    map_index = sequence * (PIECES - 2) + (PIECES - 3 if REVERSE else 0)
     following: tl.constexpr = -1 if REVERSE else 1
-    S = tl.load(square(first_ptr, pid.to(tl.int64), rows, columns, K, V), mask=inside, other=0.0)
+    S = tl.load(square(first_ptr, sequence, rows, columns, K, V), mask=inside, other=0.0)
     tl.store(square(starts_ptr, index, rows, columns, K, V), S, mask=inside)
     S = tl.load(square(ends_ptr, index, rows, columns, K, V), mask=inside, other=0.0)
     index += following
@@ -64,11 +67,11 @@ def compose(
         for block in range(0, BK // ROWS):
             here = block * ROWS + some
             if REVERSE:
-                pointers = square(maps_ptr, index, rows, here, K, K)
+                pointers = square(maps_ptr, map_index, rows, here, K, K)
                 A = tl.load(pointers, mask=(rows < K)[:, None] & (here < K)[None, :], other=0.0)
                 A = tl.trans(A)
             else:
-                pointers = square(maps_ptr, index, here, rows, K, K)
+                pointers = square(maps_ptr, map_index, here, rows, K, K)
                 A = tl.load(pointers, mask=(here < K)[:, None] & (rows < K)[None, :], other=0.0)
             within = (here < K)[:, None] & (columns < V)[None, :]
             B = tl.load(square(ends_ptr, index, here, columns, K, V), mask=within, other=0.0)
@@ -76,5 +79,6 @@ def compose(
             pointers = square(starts_ptr, index + following, here, columns, K, V)
             tl.store(pointers, B, mask=within)
         index += following
+        map_index += following
         tl.debug_barrier()  # all threads wrote what each of them reads now
         S = tl.load(square(starts_ptr, index, rows, columns, K, V), mask=inside, other=0.0)

@@ -93,7 +93,13 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
         errors=errors,
         walk_back=walk_back,
         gradients=gradients,
-        compose=Launch(4, 1, min(width, 32), keys=min(key_columns, 4096 // key_columns)),
+        # A map takes as many registers as fit: 4096 numbers of float32 at a time.
+        compose=Launch(
+            warps=4,
+            stages=1,
+            columns=min(width, 32),
+            keys=min(key_columns, 4096 // key_columns),
+        ),
     )
 
 
