@@ -1,5 +1,6 @@
 """What the recurrent mixers share: sequences with segments and padding, and one token at a time."""
 
+import abc
 from typing import Any
 
 import jax
@@ -48,10 +49,11 @@ class RecurrentMixer(nnx.Module):
         y, state = self._token(x[:, None], state)
         return y[:, 0], state
 
+    @abc.abstractmethod
     def init_state(self, batch_size: int) -> Any:
         """The state before the first token."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _mix(
         self,
         x: jax.Array,
@@ -59,7 +61,8 @@ class RecurrentMixer(nnx.Module):
         segment_ids: jax.Array | None,
         length: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
-        raise NotImplementedError
+        """Outputs and the state after each row's first ``length`` tokens."""
 
+    @abc.abstractmethod
     def _token(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        raise NotImplementedError
+        """Outputs and the state after it of one token, where T is 1."""
