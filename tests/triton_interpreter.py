@@ -5,6 +5,8 @@ its arguments for a pointer and a dtype, and for the little of torch's interface
 """
 
 import functools
+import re
+import types
 
 import jax
 import numpy as np
@@ -64,13 +66,23 @@ class Tensor:
         self.array[...] = other.array
 
 
+def _inline_asm(self, code, *_):
+    """What the interpreter lacks: the only assembly in the kernels reads a program id."""
+    axis = "xyz".index(re.fullmatch(r"mov.u32 \$0, %ctaid.([xyz]);", code)[1])
+    program_id = self.create_get_program_id(axis)
+    return types.SimpleNamespace(get_result=lambda _: program_id)
+
+
 def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """Stands in for `triton_gpu.call`; a kernel "..._in_place" has no pointer of its own for what
     takes an input's place, as jax-triton 0.4 has it.
     """
+    from triton.runtime.interpreter import InterpreterBuilder
+
     from deltaproduct_jax.ops.kernels import triton_kernels
 
     del launch
+    InterpreterBuilder.create_inline_asm = _inline_asm
     kernel = getattr(triton_kernels, name)
 
     def run(*arrays):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options, triton_tiling
 from deltaproduct_jax.ops.kernels.triton_batching import batched
@@ -136,7 +137,8 @@ class _Call:
         meta = {
             **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
             **{"BK": tiling.key_columns, "V": V, "C": tiling.chunk_size, "N": N},
-            **{"CP": tiling.token_rows, "M": tiling.update_rows, "STEPS": -(-N // pieces)},
+            **{"CP": tiling.token_rows, "M": tiling.update_rows},
+            **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
             "TWO": operand in NARROW,
             **gates,
@@ -166,13 +168,18 @@ class _Call:
         B, HV, K = (self.meta[name] for name in ("B", "HV", "K"))
         return jax.ShapeDtypeStruct((B, HV, pieces - 2, K, K), jnp.float32)
 
+    def of_decays(self, parts: int) -> jax.ShapeDtypeStruct:
+        """Terms of the cotangent of g, by chunk and part of K, as `gradients` writes them."""
+        B, HV, N, M, CP = (self.meta[name] for name in ("B", "HV", "N", "M", "CP"))
+        return jax.ShapeDtypeStruct((B, HV, N, parts, 2 * M + CP), jnp.float32)
+
     def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
         CP, M = self.meta["CP"], self.meta["M"]
         matrices = self.matrices(M, M), self.matrices(CP, M)
         chunks = matrices[0].shape[:3]
-        decays = jax.ShapeDtypeStruct((*chunks, CP), jnp.float32)
-        sums = jax.ShapeDtypeStruct((*chunks, 3, CP), jnp.float32)
+        decays = jax.ShapeDtypeStruct((*chunks, M), jnp.float32)
+        sums = jax.ShapeDtypeStruct((*chunks, 3, M), jnp.float32)
         return (*matrices, decays, decays, sums) if self.meta["DECAYS"] else matrices
 
     def launch(self, name: str, arrays, outs, grid, **more):
@@ -230,7 +237,7 @@ def _composed(c: _Call, first, maps, ends, *, reverse: bool):
     """States [B, Hv, pieces, K, V] that pieces begin with, or cotangents, if ``reverse``."""
     launch = c.tiling.compose
     grid = (-(-c.meta["V"] // launch.columns), c.meta["B"] * c.meta["HV"])
-    more = {"ROWS": launch.keys, "PIECES": c.pieces, "REVERSE": reverse}
+    more = {"ROWS": launch.keys, "REVERSE": reverse}
     return c.launch("compose", (first, maps, ends), (c.of_pieces(),), grid, **more)[0]
 
 
@@ -302,16 +309,27 @@ def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
         jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct(beta.shape, beta.dtype),
-        PLACEHOLDER if g is None else jax.ShapeDtypeStruct((parts, *g.shape), jnp.float32),
+        PLACEHOLDER if g is None else c.of_decays(parts),
     )
     arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
-    dq, dk, dv, dbeta, dg = c.launch("gradients", arrays, outs, grid, BK=keys)
+    dq, dk, dv, dbeta, of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
-    dg = None if g is None else jnp.sum(dg, axis=0).astype(g.dtype)
+    dg = None if g is None else _summed(c, of_decays).astype(g.dtype)
     return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
+
+
+def _summed(c: _Call, terms) -> jax.Array:
+    """The cotangent of g [B, T, Hv]: each term counts for the tokens that it spans."""
+    C, CP, M, R, T = (c.meta[name] for name in ("C", "CP", "M", "R", "T"))
+    token = np.arange(C)[:, None]
+    of_row = np.arange(M) // R
+    pairs = np.stack([of_row >= token, of_row < token], axis=-1).reshape(C, 2 * M)
+    spans = np.concatenate([pairs, np.arange(CP) >= token], axis=1).astype(np.float32)
+    dg = jnp.einsum("bhnpi,ci->bnch", terms, spans, precision=jax.lax.Precision.HIGHEST)
+    return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
 
 
 def _step(scale: float, state, q, k, v, beta, g):

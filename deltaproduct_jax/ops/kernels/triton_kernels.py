@@ -17,25 +17,25 @@ axes T and R merged; arrays that only kernels see are ``[B, HV, N, ...]``.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton_gradients import gradients as gradients  # by their names
 from deltaproduct_jax.ops.kernels.triton_parts import (
     chunk_decay,
     head,
     kept_state,
-    kept_sums,
     products,
     put_series,
     put_sums,
     put_tile,
+    row_decay,
     solved,
     square,
     strictly_lower_series,
     sums,
     tile,
-    token_decay,
     wide_products,
 )
-from deltaproduct_jax.ops.kernels.triton_pieces import compose as compose  # found by their names
-from deltaproduct_jax.ops.kernels.triton_pieces import is_asked_for, start
+from deltaproduct_jax.ops.kernels.triton_pieces import compose as compose
+from deltaproduct_jax.ops.kernels.triton_pieces import is_asked_for, program_id_again, start
 from deltaproduct_jax.ops.kernels.triton_step import step as step
 from deltaproduct_jax.ops.kernels.triton_step import step_in_place as step_in_place
 
@@ -86,16 +86,17 @@ def prepare(
     tl.store(pointers, scores.to(dtype))
 
     if HAS_G or HAS_RESETS:
-        last = c == CP - 1
-        last_high = tl.sum(tl.where(last, c_high, 0.0), axis=0)
-        last_low = tl.sum(tl.where(last, c_low, 0.0), axis=0)
-        last_segment = tl.sum(tl.where(last, c_segments, 0), axis=0)
-        into = tl.where(c_segments == 0, tl.exp(c_high + c_low), 0.0)
-        out = tl.exp((last_high - c_high) + (last_low - c_low))
-        out = tl.where(c_segments == last_segment, out, 0.0)
-        tl.store(into_ptr + chunk * CP + c, into)
-        tl.store(out_ptr + chunk * CP + c, out)
-        put_sums(sums_ptr, chunk, c, CP, c_high, c_low, c_segments)
+        # Of rows, one token's alike; those past the last token are as the last.
+        last = m == M - 1
+        last_high = tl.sum(tl.where(last, high, 0.0), axis=0)
+        last_low = tl.sum(tl.where(last, low, 0.0), axis=0)
+        last_segment = tl.sum(tl.where(last, segments, 0), axis=0)
+        into = tl.where(segments == 0, tl.exp(high + low), 0.0)
+        out = tl.exp((last_high - high) + (last_low - low))
+        out = tl.where(segments == last_segment, out, 0.0)
+        tl.store(into_ptr + chunk * M + m, into)
+        tl.store(out_ptr + chunk * M + m, out)
+        put_sums(sums_ptr, chunk, m, M, high, low, segments)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def walk(
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
-    STEPS: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr, NARROW: tl.constexpr,
+    STEPS: tl.constexpr, PIECES: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr, NARROW: tl.constexpr,
     SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
@@ -114,14 +115,16 @@ def walk(
     no output, only what the piece does to any state, S -> A S + B: B stands among the final states,
     A, which further programs find, among the maps.
     """
-    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, pid = tl.program_id(0), tl.program_id(2)
+    piece = tl.program_id(1)
     if SUMMARY and not is_asked_for(part, piece, 0, V, BV):
         return
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    first = tl.minimum(c * R, M - 1)  # rows of tokens
     columns = part * BV + tl.arange(0, BV)
-    S = start(initial_ptr, pid, piece, 0, rows, columns, K, V, BV, SUMMARY)
+    S = start(initial_ptr, pid, piece, 0, rows, columns, K, V, BV, PIECES, SUMMARY)
     for i in range(0, STEPS):
         # The last piece may have fewer chunks: past them nothing is read, written or changed.
         n = piece * STEPS + i
@@ -132,9 +135,8 @@ def walk(
         k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
         v = tile(v_ptr, row * R, hv, m, columns, updates, HV, V).to(tl.float32)
         beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
-        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
-        through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
+        out = row_decay(out_ptr, chunk, m, M, DECAYS)
+        through = tl.where(n < N, chunk_decay(into_ptr, chunk, M, DECAYS), 1.0)
         narrow = S.to(dtype)
         if SPAN > 0:
             pointers = kept_state(
@@ -148,13 +150,14 @@ def walk(
                     tl.store(pointers + K * V, tl.zeros_like(narrow), mask=empty)
             else:
                 tl.store(pointers, S, mask=inside & (n % SPAN == 0))
+        into = row_decay(into_ptr, chunk, m, M, DECAYS)
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         e = solved(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
         u = beta[:, None] * e
         if not SUMMARY:
             q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
             scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
-            into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
+            into_tokens = row_decay(into_ptr, chunk, first, M, DECAYS)
             if CP < 64:
                 o = tl.dot(tl.trans(narrow), tl.trans(q), input_precision=PRECISION)
                 o *= (SCALE * into_tokens)[None, :]
@@ -166,13 +169,16 @@ def walk(
             put_tile(o_ptr, o, row, hv, c, columns, c < tokens, HV, V)
         written = (out[:, None] * u).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
-    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    # Anew, so that no register holds what only the end needs: the loop has use for all.
+    part, piece, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
+    columns = part * BV + tl.arange(0, BV)
+    index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     tl.store(square(final_ptr, index, rows, columns, K, V), S, mask=inside)
     if SUMMARY:
         columns -= tl.cdiv(V, BV) * BV
         inside = (rows < K)[:, None] & (columns >= 0)[None, :] & (columns < K)[None, :]
-        index = pid.to(tl.int64) * (tl.num_programs(1) - 2) + piece - 1
+        index = pid.to(tl.int64) * (PIECES - 2) + piece - 1
         tl.store(square(maps_ptr, index, rows, columns, K, K), S, mask=inside)
 
 
@@ -209,7 +215,7 @@ def errors(
         k = tile(k_ptr, row, h, m, rows, updates, H, K).to(dtype)
         v = tile(v_ptr, row, hv, m, columns, updates, HV, V).to(tl.float32)
         beta = tl.load(beta_ptr + (row + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
+        into = row_decay(into_ptr, chunk, m, M, DECAYS)
         narrow = S.to(dtype)
         r = v - into[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         e = solved(x_ptr, chunk, r, beta, m, M, TWO, False, PRECISION)
@@ -217,8 +223,8 @@ def errors(
         if not NARROW:
             before_pointers = square(before_ptr, chunk, rows, columns, K, V)
             tl.store(before_pointers, narrow, mask=inside & (n < N))
-            out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
-            through = chunk_decay(into_ptr, chunk, CP, DECAYS)
+            out = row_decay(out_ptr, chunk, m, M, DECAYS)
+            through = chunk_decay(into_ptr, chunk, M, DECAYS)
             written = ((out * beta)[:, None] * e).to(dtype)
             S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
 
@@ -229,7 +235,7 @@ def walk_back(
     w_ptr, dafter_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
     DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
@@ -237,15 +243,17 @@ def walk_back(
     With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it, but for
     its map, which is that of `walk` transposed.
     """
-    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    last = tl.num_programs(1) - 1
+    part, pid = tl.program_id(0), tl.program_id(2)
+    piece = tl.program_id(1)
+    last = PIECES - 1
     if SUMMARY and not is_asked_for(part, piece, last, V, BV):
         return
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
+    first = tl.minimum(c * R, M - 1)  # rows of tokens
     columns = part * BV + tl.arange(0, BV)
-    dS = start(dfinal_ptr, pid, piece, last, rows, columns, K, V, BV, SUMMARY)
+    dS = start(dfinal_ptr, pid, piece, last, rows, columns, K, V, BV, PIECES, SUMMARY)
     for back in range(0, STEPS):
         n = piece * STEPS + STEPS - 1 - back
         # Without a bound where none is needed, which spares registers.
@@ -253,146 +261,31 @@ def walk_back(
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
         updates = m < tokens * R
+        beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
         k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
         q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
         do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
-        beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
         scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
-        into = token_decay(into_ptr, chunk, m // R, CP, DECAYS)
-        out = token_decay(out_ptr, chunk, m // R, CP, DECAYS)
-        into_tokens = token_decay(into_ptr, chunk, c, CP, DECAYS)
-        through = tl.where(n < N, chunk_decay(into_ptr, chunk, CP, DECAYS), 1.0)
+        into = row_decay(into_ptr, chunk, m, M, DECAYS)
+        out = row_decay(out_ptr, chunk, m, M, DECAYS)
+        into_tokens = row_decay(into_ptr, chunk, first, M, DECAYS)
+        through = tl.where(n < N, chunk_decay(into_ptr, chunk, M, DECAYS), 1.0)
         narrow = dS.to(dtype)
+        if not SUMMARY:
+            inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
+            tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
         du = out[:, None] * tl.dot(k, narrow, input_precision=PRECISION)
         du = tl.dot(tl.trans(scores), do, du, input_precision=PRECISION)
         w = solved(x_ptr, chunk, du, beta, m, M, TWO, True, PRECISION)
         if not SUMMARY:
-            inside = (rows < K)[:, None] & (columns < V)[None, :] & (n < N)
-            tl.store(square(dafter_ptr, chunk, rows, columns, K, V), narrow, mask=inside)
             put_tile(w_ptr, w, row * R, hv, m, columns, updates, HV, V)
         into_do = ((SCALE * into_tokens)[:, None] * do.to(tl.float32)).to(dtype)
         dS = tl.dot(tl.trans(q), into_do, through * dS, input_precision=PRECISION)
         removed = ((-into * beta)[:, None] * w).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
-    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    # Anew, so that no register holds what only the end needs: the loop has use for all.
+    part, piece, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
+    columns = part * BV + tl.arange(0, BV)
+    index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     tl.store(square(dinitial_ptr, index, rows, columns, K, V), dS, mask=inside)
-
-
-@triton.jit
-def gradients(
-    q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
-    e_ptr, w_ptr, before_ptr, dafter_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr,
-    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
-    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
-    NARROW: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
-
-    A program has BK columns of the keys, and all that is a sum over them is added up afterwards:
-    the cotangents of g are ``[parts, ...]``. The products over values, which every part needs, are
-    made again: with all of K in one program, registers do not suffice.
-    """
-    part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    parts = tl.num_programs(0)
-    b, hv, h = head(pid, H, HV)
-    chunk = pid.to(tl.int64) * N + n
-    dtype = dafter_ptr.dtype.element_ty
-    m, c, rows = tl.arange(0, M), tl.arange(0, CP), part * BK + tl.arange(0, BK)
-    tokens = tl.minimum(C, T - n * C)
-    row = b * T + n * C
-    updates = m < tokens * R
-    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
-    into = token_decay(into_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
-    out = token_decay(out_ptr, chunk, m // R, CP, HAS_G or HAS_RESETS)
-    through = chunk_decay(into_ptr, chunk, CP, HAS_G or HAS_RESETS)
-    into_tokens = token_decay(into_ptr, chunk, c, CP, HAS_G or HAS_RESETS)
-
-    # Tokens are columns in what is made here: chunks of few tokens have too few rows for the
-    # products of a whole warp group.
-    e_do = tl.zeros([M, CP], tl.float32)
-    w_e = tl.zeros([M, M], tl.float32)
-    dq = tl.zeros([BK, CP], tl.float32)
-    dk_read = tl.zeros([M, BK], tl.float32)
-    dk_written = tl.zeros([M, BK], tl.float32)
-    before_after = tl.zeros([BK, BV], tl.float32)
-    for values in range(0, tl.cdiv(V, BV)):
-        columns = values * BV + tl.arange(0, BV)
-        e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
-        w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
-        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
-        inside = (rows < K)[:, None] & (columns < V)[None, :]
-        if NARROW:
-            before_pointers = kept_state(
-                before_ptr, n, b, hv, rows, columns, B, HV, K, V, SPAN, True, dtype
-            )
-        else:
-            before_pointers = square(before_ptr, chunk, rows, columns, K, V)
-        after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
-        before = tl.load(before_pointers, mask=inside, other=0.0)
-        after = tl.load(after_pointers, mask=inside, other=0.0)
-        e_do = tl.dot(e, tl.trans(do), e_do, input_precision=PRECISION)
-        w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
-        dq = tl.dot(before, tl.trans(do), dq, input_precision=PRECISION)
-        dk_read = tl.dot(w, tl.trans(before), dk_read, input_precision=PRECISION)
-        dk_written = tl.dot(e, tl.trans(after), dk_written, input_precision=PRECISION)
-        dv = beta[:, None] * w.to(tl.float32)
-        here = updates & (values % parts == part)  # each part of the keys writes its share
-        put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
-        if HAS_G:
-            before_after += before.to(tl.float32) * after.to(tl.float32)
-
-    # All that is left to load is asked for at once: few programs are there to wait beside this one.
-    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
-
-    dq *= (SCALE * into_tokens)[None, :]
-    dk_read *= (-into * beta)[:, None]
-    dk_written *= (out * beta)[:, None]
-    if HAS_G:
-        # Cotangents of the logarithms of the decays. A term counts for the tokens that it spans:
-        # from one on, and no longer from another on. So it is added at the one and taken away at
-        # the other, and what would cancel there, as it spans none, is left out.
-        of_chunk = through * tl.sum(tl.sum(before_after, axis=1), axis=0)
-        of_tokens = tl.sum(tl.trans(q).to(tl.float32) * dq, axis=0)
-        of_updates = tl.sum(k.to(tl.float32) * dk_read, axis=1)
-        of_out = tl.sum(k.to(tl.float32) * dk_written, axis=1)
-    dk = dk_read + dk_written
-
-    high, low, segments = kept_sums(sums_ptr, chunk, m // R, CP, HAS_G, HAS_RESETS)
-    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, c, CP, HAS_G, HAS_RESETS)
-    upto = c[None, :] >= (m // R)[:, None]
-    dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
-    dqk *= e_do * (SCALE * beta)[:, None]
-    if HAS_G:
-        of_scores = dqk * tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        of_scores = tl.where(c[None, :] > (m // R)[:, None], of_scores, 0.0)
-        of_tokens += tl.sum(of_scores, axis=0)
-        of_updates -= tl.sum(of_scores, axis=1)
-    narrow = dqk.to(dtype)
-    dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
-    dk = tl.dot(narrow, q, dk, input_precision=PRECISION)
-    put_tile(dq_ptr, tl.trans(dq), row, hv, c, rows, c < tokens, HV, K)
-
-    earlier = m[:, None] > m[None, :]
-    dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
-    dkk *= -w_e * beta[:, None] * beta[None, :]
-    if HAS_G:
-        of_gram = dkk * tl.dot(k, tl.trans(k), input_precision=PRECISION)
-        of_gram = tl.where((m // R)[:, None] > (m // R)[None, :], of_gram, 0.0)
-        of_updates += tl.sum(of_gram, axis=1) - tl.sum(of_gram, axis=0)
-        later = (m // R)[:, None] >= c[None, :]
-        dg = tl.sum(tl.where(later, of_updates[:, None], of_out[:, None]), axis=0)
-        later = c[:, None] >= c[None, :]
-        dg += tl.sum(tl.where(later, of_tokens[:, None], 0.0), axis=0) + of_chunk
-        pointers = dg_ptr + (part.to(tl.int64) * B * T + row + c) * HV + hv
-        tl.store(pointers, dg, mask=c < tokens)
-    if part == 0:
-        dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
-        tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
-    narrow = dkk.to(dtype)
-    dk = tl.dot(narrow, k, dk, input_precision=PRECISION)
-    dk = tl.dot(tl.trans(narrow), k, dk, input_precision=PRECISION)
-    put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)

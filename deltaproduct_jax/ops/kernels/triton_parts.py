@@ -228,43 +228,42 @@ def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def token_decay(ptr, chunk, index, CP: tl.constexpr, DECAYS: tl.constexpr):
-    """Decays from the start of the chunk or to its end, as ``ptr`` says, of tokens ``index``."""
-    decay = tl.full(index.shape, 1.0, tl.float32)
+def row_decay(ptr, chunk, rows, M: tl.constexpr, DECAYS: tl.constexpr):
+    """Decays from the start of the chunk or to its end, as ``ptr`` says, of rows of updates."""
+    decay = tl.full(rows.shape, 1.0, tl.float32)
     if DECAYS:
-        # Rows past the last token repeat it.
-        decay = tl.load(ptr + chunk * CP + tl.minimum(index, CP - 1))
+        decay = tl.load(ptr + chunk * M + rows)
     return decay
 
 
 @triton.jit
-def chunk_decay(ptr, chunk, CP: tl.constexpr, DECAYS: tl.constexpr):
+def chunk_decay(ptr, chunk, M: tl.constexpr, DECAYS: tl.constexpr):
     """Decay over all of the chunk."""
     decay = tl.full([], 1.0, tl.float32)
     if DECAYS:
-        decay = tl.load(ptr + chunk * CP + CP - 1)
+        decay = tl.load(ptr + chunk * M + M - 1)
     return decay
 
 
 @triton.jit
-def put_sums(ptr, chunk, c, CP: tl.constexpr, high, low, segments):
-    """Keeps what `sums` returned, token by token, for the cotangents."""
-    ptr += chunk * (3 * CP) + c
+def put_sums(ptr, chunk, m, M: tl.constexpr, high, low, segments):
+    """Keeps what `sums` returned, row by row, for the cotangents."""
+    ptr += chunk * (3 * M) + m
     tl.store(ptr, high)
-    tl.store(ptr + CP, low)
-    tl.store(ptr + 2 * CP, segments.to(tl.float32))
+    tl.store(ptr + M, low)
+    tl.store(ptr + 2 * M, segments.to(tl.float32))
 
 
 @triton.jit
-def kept_sums(ptr, chunk, index, CP: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr):
-    """What `put_sums` kept, of tokens ``index``."""
-    high = tl.zeros(index.shape, tl.float32)
-    low = tl.zeros(index.shape, tl.float32)
-    segments = tl.zeros(index.shape, tl.float32)
-    ptr += chunk * (3 * CP) + tl.minimum(index, CP - 1)  # rows past the last token repeat it
+def kept_sums(ptr, chunk, rows, M: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr):
+    """What `put_sums` kept, of ``rows``."""
+    high = tl.zeros(rows.shape, tl.float32)
+    low = tl.zeros(rows.shape, tl.float32)
+    segments = tl.zeros(rows.shape, tl.float32)
+    ptr += chunk * (3 * M) + rows
     if HAS_G:
         high = tl.load(ptr)
-        low = tl.load(ptr + CP)
+        low = tl.load(ptr + M)
     if HAS_RESETS:
-        segments = tl.load(ptr + 2 * CP)
+        segments = tl.load(ptr + 2 * M)
     return high, low, segments

@@ -16,7 +16,7 @@ from deltaproduct_jax.ops.kernels.triton_parts import square
 @triton.jit
 def start(
     ptr, pid, piece, first, rows, columns, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    SUMMARY: tl.constexpr,
+    PIECES: tl.constexpr, SUMMARY: tl.constexpr,
 ):  # fmt: skip
     """The state that a piece begins with; of a summary zero, then, in further columns, identity."""
     inside = (rows < K)[:, None] & (columns < V)[None, :]
@@ -24,8 +24,16 @@ def start(
         inside = inside & (piece == first)
         S = tl.load(square(ptr, pid.to(tl.int64), rows, columns, K, V), mask=inside, other=0.0)
         return S + tl.where(rows[:, None] == (columns - tl.cdiv(V, BV) * BV)[None, :], 1.0, 0.0)
-    index = pid.to(tl.int64) * tl.num_programs(1) + piece
+    index = pid.to(tl.int64) * PIECES + piece
     return tl.load(square(ptr, index, rows, columns, K, V), mask=inside, other=0.0)
+
+
+@triton.jit
+def program_id_again(AXIS: tl.constexpr):
+    """`tl.program_id` of axis "x", "y" or "z", read anew where it stands."""
+    nothing = tl.full([], 0, tl.int32)
+    code: tl.constexpr = "mov.u32 $0, %ctaid." + AXIS + ";"
+    return tl.inline_asm_elementwise(code, "=r,r", [nothing], tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit

@@ -1,0 +1,156 @@
+"""The GPU kernel of the cotangents of the inputs, in Triton. Letters as in triton_kernels.py."""
+
+import triton
+import triton.language as tl
+
+from deltaproduct_jax.ops.kernels.triton_parts import (
+    chunk_decay,
+    head,
+    kept_state,
+    kept_sums,
+    products,
+    put_tile,
+    row_decay,
+    square,
+    tile,
+)
+
+
+@triton.jit
+def gradients(
+    q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
+    e_ptr, w_ptr, before_ptr, dafter_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, of_decays_ptr,
+    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, DECAYS: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
+
+    A program has BK columns of the keys, and all that is a sum over them is added up afterwards.
+    The products over values, which every part needs, are made again: with all of K in one program,
+    registers do not suffice.
+
+    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP]``: for every row of updates what
+    counts from its token on and what counts after it, and for every token what counts from it on.
+    """
+    part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    PARTS: tl.constexpr = (K + BK - 1) // BK
+    b, hv, h = head(pid, H, HV)
+    chunk = pid.to(tl.int64) * N + n
+    dtype = dafter_ptr.dtype.element_ty
+    m, c, rows = tl.arange(0, M), tl.arange(0, CP), part * BK + tl.arange(0, BK)
+    tokens = tl.minimum(C, T - n * C)
+    row = b * T + n * C
+    updates = m < tokens * R
+    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+
+    # Tokens are columns in what is made here: chunks of few tokens have too few rows for the
+    # products of a whole warp group.
+    e_do = tl.zeros([M, CP], tl.float32)
+    w_e = tl.zeros([M, M], tl.float32)
+    dq = tl.zeros([BK, CP], tl.float32)
+    dk_read = tl.zeros([M, BK], tl.float32)
+    dk_written = tl.zeros([M, BK], tl.float32)
+    before_after = tl.zeros([BK, BV], tl.float32)
+    for values in range(0, tl.cdiv(V, BV)):
+        columns = values * BV + tl.arange(0, BV)
+        e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
+        w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
+        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
+        inside = (rows < K)[:, None] & (columns < V)[None, :]
+        if NARROW:
+            before_pointers = kept_state(
+                before_ptr, n, b, hv, rows, columns, B, HV, K, V, SPAN, True, dtype
+            )
+        else:
+            before_pointers = square(before_ptr, chunk, rows, columns, K, V)
+        after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
+        before = tl.load(before_pointers, mask=inside, other=0.0)
+        after = tl.load(after_pointers, mask=inside, other=0.0)
+        e_do = tl.dot(e, tl.trans(do), e_do, input_precision=PRECISION)
+        w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
+        dq = tl.dot(before, tl.trans(do), dq, input_precision=PRECISION)
+        dk_read = tl.dot(w, tl.trans(before), dk_read, input_precision=PRECISION)
+        dk_written = tl.dot(e, tl.trans(after), dk_written, input_precision=PRECISION)
+        dv = beta[:, None] * w.to(tl.float32)
+        here = updates & (values % PARTS == part)  # each part of the keys writes its share
+        put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
+        if HAS_G:
+            before_after += before.to(tl.float32) * after.to(tl.float32)
+
+    if HAS_G:
+        of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
+    # What is left is loaded where it is needed, behind barriers that the compiler moves no load
+    # over: asked for at once it takes more registers than there are.
+    first = tl.minimum(c * R, M - 1)  # rows of tokens
+    if HAS_G:
+        of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
+        of_chunk *= chunk_decay(into_ptr, chunk, M, DECAYS)
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+    into = row_decay(into_ptr, chunk, m, M, DECAYS)
+    out = row_decay(out_ptr, chunk, m, M, DECAYS)
+    dq *= (SCALE * row_decay(into_ptr, chunk, first, M, DECAYS))[None, :]
+    dk_read *= (-into * beta)[:, None]
+    dk_written *= (out * beta)[:, None]
+    if HAS_G:
+        # Cotangents of the logarithms of the decays. A term counts for the tokens that it spans:
+        # from one on, and no longer from another on. So it is added at the one and taken away at
+        # the other, and what would cancel there, as it spans none, is left out. Sums of terms over
+        # rows or columns of products of keys are sums over the keys that these make of keys.
+        of_updates = tl.sum(k.to(tl.float32) * dk_read, axis=1)
+        of_out = tl.sum(k.to(tl.float32) * dk_written, axis=1)
+    dk = dk_read + dk_written
+
+    high, low, segments = kept_sums(sums_ptr, chunk, m, M, HAS_G, HAS_RESETS)
+    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, first, M, HAS_G, HAS_RESETS)
+    upto = c[None, :] >= (m // R)[:, None]
+    dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
+    dqk *= e_do * (SCALE * beta)[:, None]
+    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+    if HAS_G:
+        spans = c[None, :] > (m // R)[:, None]
+        narrow = tl.where(spans, dqk, 0.0).to(dtype)
+        dqk = tl.where(spans, 0.0, dqk)
+        dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
+        of_tokens = tl.sum(tl.trans(q).to(tl.float32) * dq, axis=0)
+        some = tl.dot(narrow, q, input_precision=PRECISION)
+        of_updates -= tl.sum(k.to(tl.float32) * some, axis=1)
+        dk += some
+    narrow = dqk.to(dtype)
+    dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
+    dk = tl.dot(narrow, q, dk, input_precision=PRECISION)
+    put_tile(dq_ptr, tl.trans(dq), row, hv, c, rows, c < tokens, HV, K)
+
+    if part == 0:
+        dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
+        tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
+    tl.debug_barrier()
+    high, low, segments = kept_sums(sums_ptr, chunk, m, M, HAS_G, HAS_RESETS)
+    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+    earlier = m[:, None] > m[None, :]
+    dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
+    dkk *= -w_e * beta[:, None] * beta[None, :]
+    if HAS_G:
+        spans = (m // R)[:, None] > (m // R)[None, :]
+        narrow = tl.where(spans, dkk, 0.0).to(dtype)
+        dkk = tl.where(spans, 0.0, dkk)
+        some = tl.dot(narrow, k, input_precision=PRECISION)
+        of_updates += tl.sum(k.to(tl.float32) * some, axis=1)
+        dk += some
+        some = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
+        of_updates -= tl.sum(k.to(tl.float32) * some, axis=1)
+        dk += some
+        of_tokens += tl.where(c == CP - 1, of_chunk, 0.0)  # it counts for every token
+        pointers = of_decays_ptr + (chunk * PARTS + part) * (2 * M + CP)
+        pairs = pointers + 2 * m[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(pairs, tl.join(of_updates, of_out))
+        tl.store(pointers + 2 * M + c, of_tokens)
+    if not HAS_G or R > 1:  # of one token
+        narrow = dkk.to(dtype)
+        dk = tl.dot(narrow, k, dk, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(narrow), k, dk, input_precision=PRECISION)
+    put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)
