@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import os
 import statistics
 import time
@@ -83,14 +84,20 @@ def program(
         return delta_product(**arrays, implementation=implementation, chunk_size=size)
 
     def loss(arrays: Mapping[str, jax.Array]) -> jax.Array:
-        o, state = forward(arrays)
-        # Weights that differ from entry to entry, so that no cotangent is a constant.
-        weights = [
-            jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in (o, state)
-        ]
-        return sum(jnp.sum(x * w) for x, w in zip((o, state), weights, strict=True))
+        outputs = forward(arrays)
+        return sum(jnp.sum(x * cotangent(x.shape)) for x in outputs)
 
     return forward if direction == FORWARD else jax.grad(loss)
+
+
+def cotangent(shape: tuple[int, ...]) -> jax.Array:
+    """Weights in (-1, 1) that differ from entry to entry; float32, but bfloat16 holds them too.
+
+    They take next to no time to make: on a GPU a cosine of every entry took a tenth of a gradient.
+    """
+    index = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+    high_bits = (index * jnp.uint32(0x9E3779B1)) >> 24  # Fibonacci hashing
+    return (high_bits.astype(jnp.float32) - 127.5) / 128
 
 
 # Decoding goes over its tokens again and again: each has arrays of its own, and handing hundreds of

@@ -110,16 +110,25 @@ def gradients(
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]
+    tl.debug_barrier()
     q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     if HAS_G:
         spans = c[None, :] > (m // R)[:, None]
         narrow = tl.where(spans, dqk, 0.0).to(dtype)
-        dqk = tl.where(spans, 0.0, dqk)
+        if R == 1:  # what spans nothing is one number a row
+            own = tl.sum(tl.where(c[None, :] == m[:, None], dqk, 0.0), axis=1)
+        else:
+            dqk = tl.where(spans, 0.0, dqk)
         dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
         of_tokens = tl.sum(tl.trans(q).to(tl.float32) * dq, axis=0)
+        of_tokens += tl.where(c == CP - 1, of_chunk, 0.0)  # it counts for every token
+        of_decays_ptr += (chunk * PARTS + part) * (2 * M + CP)
+        tl.store(of_decays_ptr + 2 * M + c, of_tokens)
         some = tl.dot(narrow, q, input_precision=PRECISION)
         of_updates -= tl.sum(k.to(tl.float32) * some, axis=1)
         dk += some
+        if R == 1:
+            dqk = tl.where(c[None, :] == m[:, None], own[:, None], 0.0)
     narrow = dqk.to(dtype)
     dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
     dk = tl.dot(narrow, q, dk, input_precision=PRECISION)
@@ -144,11 +153,8 @@ def gradients(
         some = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
         of_updates -= tl.sum(k.to(tl.float32) * some, axis=1)
         dk += some
-        of_tokens += tl.where(c == CP - 1, of_chunk, 0.0)  # it counts for every token
-        pointers = of_decays_ptr + (chunk * PARTS + part) * (2 * M + CP)
-        pairs = pointers + 2 * m[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(pairs, tl.join(of_updates, of_out))
-        tl.store(pointers + 2 * M + c, of_tokens)
+        pairs = 2 * m[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(of_decays_ptr + pairs, tl.join(of_updates, of_out))
     if not HAS_G or R > 1:  # of one token
         narrow = dkk.to(dtype)
         dk = tl.dot(narrow, k, dk, input_precision=PRECISION)

@@ -68,9 +68,7 @@ def prepare(
 
     starts = (m % R == 0) & (m < tokens * R)
     of_m = sums(g_ptr, resets_ptr, row, hv, m // R, starts, HV, HAS_G, HAS_RESETS)
-    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
     high, low, segments = of_m
-    c_high, c_low, c_segments = of_c
 
     earlier = m[:, None] > m[None, :]
     F *= products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
@@ -78,7 +76,13 @@ def prepare(
     put_series(x_ptr, X, chunk, m, M, TWO)
 
     upto = c[:, None] >= (m // R)[None, :]
+    of_c = sums(g_ptr, resets_ptr, row, hv, c, c < tokens, HV, HAS_G, HAS_RESETS)
+    c_high, c_low, c_segments = of_c
     if dtype != tl.float32:
+        if R == 1:  # as many tokens as updates: no registers keep both tiles while X is found
+            tl.debug_barrier()
+            k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
+            q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     scores *= SCALE
     scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
@@ -106,8 +110,8 @@ def walk(
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
-    STEPS: tl.constexpr, PIECES: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr, NARROW: tl.constexpr,
-    SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    STEPS: tl.constexpr, PIECES: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
@@ -115,8 +119,7 @@ def walk(
     no output, only what the piece does to any state, S -> A S + B: B stands among the final states,
     A, which further programs find, among the maps.
     """
-    part, pid = tl.program_id(0), tl.program_id(2)
-    piece = tl.program_id(1)
+    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if SUMMARY and not is_asked_for(part, piece, 0, V, BV):
         return
     b, hv, h = head(pid, H, HV)
@@ -235,16 +238,15 @@ def walk_back(
     w_ptr, dafter_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr, PIECES: tl.constexpr,
-    DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
+    PIECES: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
     With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it, but for
     its map, which is that of `walk` transposed.
     """
-    part, pid = tl.program_id(0), tl.program_id(2)
-    piece = tl.program_id(1)
+    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     last = PIECES - 1
     if SUMMARY and not is_asked_for(part, piece, last, V, BV):
         return

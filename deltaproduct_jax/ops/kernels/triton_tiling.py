@@ -72,7 +72,6 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
     # leaves room for one program only: that one then looks further ahead.
     alone = R == 1 and not large
     walk = Launch(warps=8 if large else 4, stages=3 if alone else 2, columns=columns)
-    walk_back = dataclasses.replace(walk, stages=1 if alone and gated else walk.stages)
     wide = gated and R < 3 and not large
     errors = dataclasses.replace(walk, stages=2, columns=min(width, 128) if wide else columns)
     # Cotangents of gates need more registers, and so do operands of float32.
@@ -91,7 +90,7 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
         prepare=Launch(warps=4 if large or (alone and gated) else 2, stages=1),
         walk=walk,
         errors=errors,
-        walk_back=walk_back,
+        walk_back=walk,
         gradients=gradients,
         # A map takes as many registers as fit: 4096 numbers of float32 at a time.
         compose=Launch(
