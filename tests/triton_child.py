@@ -186,6 +186,12 @@ def compile_for_cuda() -> dict:
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
+    # Whole passes, in pieces: every kernel, with one, two and three factors, with gates and without.
+    passes = []
+    for R in (1, 2, 3):
+        for gated in (True, False):
+            one = dataclasses.replace(config, batch_size=1, length=32768, gated=gated)
+            passes += [r | {"gated": gated} for r in gpu_compile.compile_kernels(one, R=R, K=128)]
     every = gpu_compile.launches
 
     def some(chosen, **sizes):
@@ -219,7 +225,7 @@ def compile_for_cuda() -> dict:
         lowered["on a CPU"] = "lowered"
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
-    return {"rows": rows, "lowered": lowered}
+    return {"rows": rows, "passes": passes, "lowered": lowered}
 
 
 def lower_wide(loss) -> dict:
