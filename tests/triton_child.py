@@ -186,7 +186,7 @@ def compile_for_cuda() -> dict:
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
-    # Whole passes, in pieces: every kernel, with one, two and three factors, with gates and without.
+    # Every kernel of whole passes in pieces.
     passes = []
     for R in (1, 2, 3):
         for gated in (True, False):

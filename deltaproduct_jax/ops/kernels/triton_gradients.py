@@ -81,15 +81,15 @@ def gradients(
         if HAS_G:
             before_after += before.to(tl.float32) * after.to(tl.float32)
 
-    if HAS_G:
-        of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
-    # What is left is loaded where it is needed, behind barriers that the compiler moves no load
-    # over: asked for at once it takes more registers than there are.
+    # With gates what is left is loaded where it is needed, behind barriers that the compiler moves
+    # no load over: asked for at once, as without gates, it takes more registers than there are.
     first = tl.minimum(c * R, M - 1)  # rows of tokens
     if HAS_G:
         of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
         of_chunk *= chunk_decay(into_ptr, chunk, M, DECAYS)
     k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
+    if not HAS_G:
+        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
     into = row_decay(into_ptr, chunk, m, M, DECAYS)
     out = row_decay(out_ptr, chunk, m, M, DECAYS)
@@ -110,9 +110,9 @@ def gradients(
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]
-    tl.debug_barrier()
-    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
     if HAS_G:
+        tl.debug_barrier()
+        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
         spans = c[None, :] > (m // R)[:, None]
         narrow = tl.where(spans, dqk, 0.0).to(dtype)
         if R == 1:  # what spans nothing is one number a row
@@ -137,9 +137,11 @@ def gradients(
     if part == 0:
         dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
         tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
-    tl.debug_barrier()
-    high, low, segments = kept_sums(sums_ptr, chunk, m, M, HAS_G, HAS_RESETS)
-    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+    if HAS_G:
+        tl.debug_barrier()
+        high, low, segments = kept_sums(sums_ptr, chunk, m, M, HAS_G, HAS_RESETS)
+        beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0)
+        beta = beta.to(tl.float32)
     earlier = m[:, None] > m[None, :]
     dkk = products(high, low, segments, high, low, segments, earlier, HAS_G, HAS_RESETS)
     dkk *= -w_e * beta[:, None] * beta[None, :]
