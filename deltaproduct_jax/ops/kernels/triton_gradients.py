@@ -83,7 +83,7 @@ def gradients(
 
     # With gates what is left is loaded where it is needed, behind barriers that the compiler moves
     # no load over: asked for at once, as without gates, it takes more registers than there are.
-    first = tl.minimum(c * R, M - 1)  # rows of tokens
+    begins = tl.minimum(c * R, M - 1)  # the row that a token begins with
     if HAS_G:
         of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
         of_chunk *= chunk_decay(into_ptr, chunk, M, DECAYS)
@@ -93,7 +93,7 @@ def gradients(
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
     into = row_decay(into_ptr, chunk, m, M, DECAYS)
     out = row_decay(out_ptr, chunk, m, M, DECAYS)
-    dq *= (SCALE * row_decay(into_ptr, chunk, first, M, DECAYS))[None, :]
+    dq *= (SCALE * row_decay(into_ptr, chunk, begins, M, DECAYS))[None, :]
     dk_read *= (-into * beta)[:, None]
     dk_written *= (out * beta)[:, None]
     if HAS_G:
@@ -106,7 +106,7 @@ def gradients(
     dk = dk_read + dk_written
 
     high, low, segments = kept_sums(sums_ptr, chunk, m, M, HAS_G, HAS_RESETS)
-    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, first, M, HAS_G, HAS_RESETS)
+    c_high, c_low, c_segments = kept_sums(sums_ptr, chunk, begins, M, HAS_G, HAS_RESETS)
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]

@@ -125,7 +125,7 @@ def walk(
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
-    first = tl.minimum(c * R, M - 1)  # rows of tokens
+    begins = tl.minimum(c * R, M - 1)  # the row that a token begins with
     columns = part * BV + tl.arange(0, BV)
     S = start(initial_ptr, pid, piece, 0, rows, columns, K, V, BV, PIECES, SUMMARY)
     for i in range(0, STEPS):
@@ -160,7 +160,7 @@ def walk(
         if not SUMMARY:
             q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
             scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
-            into_tokens = row_decay(into_ptr, chunk, first, M, DECAYS)
+            into_tokens = row_decay(into_ptr, chunk, begins, M, DECAYS)
             if CP < 64:
                 o = tl.dot(tl.trans(narrow), tl.trans(q), input_precision=PRECISION)
                 o *= (SCALE * into_tokens)[None, :]
@@ -253,7 +253,7 @@ def walk_back(
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), tl.arange(0, BK)
-    first = tl.minimum(c * R, M - 1)  # rows of tokens
+    begins = tl.minimum(c * R, M - 1)  # the row that a token begins with
     columns = part * BV + tl.arange(0, BV)
     dS = start(dfinal_ptr, pid, piece, last, rows, columns, K, V, BV, PIECES, SUMMARY)
     for back in range(0, STEPS):
@@ -270,7 +270,7 @@ def walk_back(
         scores = tl.load(square(scores_ptr, chunk, c, m, CP, M))
         into = row_decay(into_ptr, chunk, m, M, DECAYS)
         out = row_decay(out_ptr, chunk, m, M, DECAYS)
-        into_tokens = row_decay(into_ptr, chunk, first, M, DECAYS)
+        into_tokens = row_decay(into_ptr, chunk, begins, M, DECAYS)
         through = tl.where(n < N, chunk_decay(into_ptr, chunk, M, DECAYS), 1.0)
         narrow = dS.to(dtype)
         if not SUMMARY:
