@@ -149,5 +149,9 @@ def _products(name: str, meta) -> int:
     if name == "walk_back":
         return 2 * M * K * V + X * V + C * K * V + C * M * V
     V = meta["V"]  # gradients
-    grams = (2 * C * M * K + M * M * K) * (2 if meta["HAS_G"] else 1)
+    # With gates what spans tokens is made first; of one update a token the keys have nothing else.
+    of_scores, of_keys = 2 * C * M * K, 2 * M * M * K
+    grams = of_scores + of_keys
+    if meta["HAS_G"]:
+        grams += of_scores + (of_keys if meta["R"] > 1 else 0)
     return C * M * V + M * M * V + C * K * V + 2 * M * K * V + grams
