@@ -118,6 +118,14 @@ def test_products_of_pieces_are_counted_where_they_are_made(compiled):
     assert rows["compose"]["operations"] == 2 * 16 * 6 * 128**3
 
 
+def test_products_of_the_gradient_are_counted_as_they_are_made(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    # 32 tokens, 64 rows, 64 of 128 keys, 128 values; what spans tokens apart from what does not.
+    over_values = (32 * 64 + 64 * 64 + 32 * 64 + 2 * 64 * 64) * 128
+    over_keys = 4 * 32 * 64 * 64 + 4 * 64 * 64 * 64
+    assert rows["gradients"]["operations"] == 2 * 2 * 128 * 128 * (over_values + over_keys)
+
+
 def test_spills_in_loops_are_told_from_others():
     code = ["STL [R1], R2", "LDL R3, [R1]", "@P0 BRA 0x0010", "LDL R4, [R1]", "BRA 0x0040"]
     text = "\n".join(f"  /*{16 * i:04x}*/  {line} ;  /* 0x00 */" for i, line in enumerate(code))
