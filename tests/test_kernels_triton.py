@@ -17,8 +17,6 @@ TESTS = Path(__file__).parent
 BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
 REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
 OVER_RECURRENCE = 30
-# Bytes a thread that kernels of a bfloat16 pass put by outside of loops; the others none.
-SPILT = {("gradients", 1, True): 32}
 # What XLA compiles for the CPU here is run once.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -106,8 +104,7 @@ def test_the_kernels_of_whole_passes_spill_nothing(compiled):
     rows = compiled["passes"]
     assert len(rows) == 6 * 8
     spilt = {(r["kernel"], r["num_householder"], r["gated"]): r["spilt_bytes"] for r in rows}
-    assert all(size <= SPILT.get(kernel, 0) for kernel, size in spilt.items()), spilt
-    assert not any(row["spills_in_loops"] for row in rows)
+    assert not any(spilt.values()), spilt
 
 
 def test_products_of_pieces_are_counted_where_they_are_made(compiled):

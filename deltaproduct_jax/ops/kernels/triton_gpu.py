@@ -171,7 +171,7 @@ class _Call:
     def of_decays(self, parts: int) -> jax.ShapeDtypeStruct:
         """Terms of the cotangent of g, by chunk and part of K, as `gradients` writes them."""
         B, HV, N, M, CP = (self.meta[name] for name in ("B", "HV", "N", "M", "CP"))
-        return jax.ShapeDtypeStruct((B, HV, N, parts, 2 * M + CP), jnp.float32)
+        return jax.ShapeDtypeStruct((B, HV, N, parts, 2 * M + CP + 1), jnp.float32)
 
     def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
@@ -327,7 +327,8 @@ def _summed(c: _Call, terms) -> jax.Array:
     token = np.arange(C)[:, None]
     of_row = np.arange(M) // R
     pairs = np.stack([of_row >= token, of_row < token], axis=-1).reshape(C, 2 * M)
-    spans = np.concatenate([pairs, np.arange(CP) >= token], axis=1).astype(np.float32)
+    of_all = np.ones((C, 1), bool)
+    spans = np.concatenate([pairs, np.arange(CP) >= token, of_all], axis=1).astype(np.float32)
     dg = jnp.einsum("bhnpi,ci->bnch", terms, spans, precision=jax.lax.Precision.HIGHEST)
     return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
 

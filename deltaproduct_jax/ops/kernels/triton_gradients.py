@@ -14,6 +14,14 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     square,
     tile,
 )
+from deltaproduct_jax.ops.kernels.triton_pieces import program_id_again
+
+
+@triton.jit
+def put_diagonal(ptr, x, row, hv, m, updates, R: tl.constexpr, HV: tl.constexpr):
+    """Writes the diagonal of [M, M], a number an update."""
+    diagonal = tl.sum(tl.where(m[:, None] == m[None, :], x, 0.0), axis=1)
+    tl.store(ptr + (row * R + m) * HV + hv, diagonal, mask=updates)
 
 
 @triton.jit
@@ -33,11 +41,14 @@ def gradients(
     The products over values, which every part needs, are made again: with all of K in one program,
     registers do not suffice.
 
-    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP]``: for every row of updates what
-    counts from its token on and what counts after it, and for every token what counts from it on.
+    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP + 1]``: for every row of updates
+    what counts from its token on and what counts after it, for every token what counts from it on,
+    and what counts for all of them.
     """
     part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     PARTS: tl.constexpr = (K + BK - 1) // BK
+    ALL_K: tl.constexpr = K % BK == 0
+    ALL_V: tl.constexpr = V % BV == 0
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
     dtype = dafter_ptr.dtype.element_ty
@@ -54,13 +65,12 @@ def gradients(
     dq = tl.zeros([BK, CP], tl.float32)
     dk_read = tl.zeros([M, BK], tl.float32)
     dk_written = tl.zeros([M, BK], tl.float32)
-    before_after = tl.zeros([BK, BV], tl.float32)
+    before_after = tl.zeros([BK, BV // 8], tl.float32)
     for values in range(0, tl.cdiv(V, BV)):
         columns = values * BV + tl.arange(0, BV)
-        e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V)
-        w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V)
-        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V).to(dtype)
-        inside = (rows < K)[:, None] & (columns < V)[None, :]
+        e = tile(e_ptr, row * R, hv, m, columns, updates, HV, V, ALL_V)
+        w = tile(w_ptr, row * R, hv, m, columns, updates, HV, V, ALL_V)
+        do = tile(do_ptr, row, hv, c, columns, c < tokens, HV, V, ALL_V).to(dtype)
         if NARROW:
             before_pointers = kept_state(
                 before_ptr, n, b, hv, rows, columns, B, HV, K, V, SPAN, True, dtype
@@ -68,8 +78,12 @@ def gradients(
         else:
             before_pointers = square(before_ptr, chunk, rows, columns, K, V)
         after_pointers = square(dafter_ptr, chunk, rows, columns, K, V)
-        before = tl.load(before_pointers, mask=inside, other=0.0)
-        after = tl.load(after_pointers, mask=inside, other=0.0)
+        if ALL_K and ALL_V:
+            before, after = tl.load(before_pointers), tl.load(after_pointers)
+        else:
+            inside = (rows < K)[:, None] & (columns < V)[None, :]
+            before = tl.load(before_pointers, mask=inside, other=0.0)
+            after = tl.load(after_pointers, mask=inside, other=0.0)
         e_do = tl.dot(e, tl.trans(do), e_do, input_precision=PRECISION)
         w_e = tl.dot(w, tl.trans(e), w_e, input_precision=PRECISION)
         dq = tl.dot(before, tl.trans(do), dq, input_precision=PRECISION)
@@ -77,19 +91,28 @@ def gradients(
         dk_written = tl.dot(e, tl.trans(after), dk_written, input_precision=PRECISION)
         dv = beta[:, None] * w.to(tl.float32)
         here = updates & (values % PARTS == part)  # each part of the keys writes its share
-        put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V)
+        put_tile(dv_ptr, dv, row * R, hv, m, columns, here, HV, V, ALL_V)
         if HAS_G:
-            before_after += before.to(tl.float32) * after.to(tl.float32)
+            # Sums over eight columns, which a thread has anyway: an eighth of the registers.
+            both = before.to(tl.float32) * after.to(tl.float32)
+            before_after += tl.sum(tl.reshape(both, [BK, BV // 8, 8]), axis=2)
 
-    # With gates what is left is loaded where it is needed, behind barriers that the compiler moves
-    # no load over: asked for at once, as without gates, it takes more registers than there are.
+    # What registers hold through this last part decides whether they suffice: with gates nearly all
+    # are taken. So it reads the program's ids anew, stores as soon as it can, and loads in two
+    # steps, behind a barrier that the compiler moves no load over.
     begins = tl.minimum(c * R, M - 1)  # the row that a token begins with
     if HAS_G:
+        part, n, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
+        b, hv, h = head(pid, H, HV)
+        chunk = pid.to(tl.int64) * N + n
+        row = b * T + n * C
         of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
         of_chunk *= chunk_decay(into_ptr, chunk, M, DECAYS)
-    k = tile(k_ptr, row * R, h, m, rows, updates, H, K).to(dtype)
-    if not HAS_G:
-        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
+        of_decays_ptr += (chunk * PARTS + part) * (2 * M + CP + 1)
+        tl.store(of_decays_ptr + 2 * M + CP, of_chunk)
+    if R == 1 and part == 0:
+        put_diagonal(dbeta_ptr, w_e, row, hv, m, updates, R, HV)
+    k = tile(k_ptr, row * R, h, m, rows, updates, H, K, ALL_K).to(dtype)
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
     into = row_decay(into_ptr, chunk, m, M, DECAYS)
     out = row_decay(out_ptr, chunk, m, M, DECAYS)
@@ -110,33 +133,28 @@ def gradients(
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]
+    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K, ALL_K).to(dtype)
     if HAS_G:
-        tl.debug_barrier()
-        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K).to(dtype)
         spans = c[None, :] > (m // R)[:, None]
-        narrow = tl.where(spans, dqk, 0.0).to(dtype)
+        spanning = tl.where(spans, dqk, 0.0).to(dtype)
         if R == 1:  # what spans nothing is one number a row
             own = tl.sum(tl.where(c[None, :] == m[:, None], dqk, 0.0), axis=1)
         else:
             dqk = tl.where(spans, 0.0, dqk)
-        dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
+        dq = tl.dot(tl.trans(k), spanning, dq, input_precision=PRECISION)
         of_tokens = tl.sum(tl.trans(q).to(tl.float32) * dq, axis=0)
-        of_tokens += tl.where(c == CP - 1, of_chunk, 0.0)  # it counts for every token
-        of_decays_ptr += (chunk * PARTS + part) * (2 * M + CP)
         tl.store(of_decays_ptr + 2 * M + c, of_tokens)
-        some = tl.dot(narrow, q, input_precision=PRECISION)
-        of_updates -= tl.sum(k.to(tl.float32) * some, axis=1)
-        dk += some
         if R == 1:
             dqk = tl.where(c[None, :] == m[:, None], own[:, None], 0.0)
     narrow = dqk.to(dtype)
     dq = tl.dot(tl.trans(k), narrow, dq, input_precision=PRECISION)
+    put_tile(dq_ptr, tl.trans(dq), row, hv, c, rows, c < tokens, HV, K, ALL_K)
+    if HAS_G:
+        some = tl.dot(spanning, q, input_precision=PRECISION)
     dk = tl.dot(narrow, q, dk, input_precision=PRECISION)
-    put_tile(dq_ptr, tl.trans(dq), row, hv, c, rows, c < tokens, HV, K)
 
-    if part == 0:
-        dbeta = tl.sum(tl.where(m[:, None] == m[None, :], w_e, 0.0), axis=1)
-        tl.store(dbeta_ptr + (row * R + m) * HV + hv, dbeta, mask=updates)
+    if R > 1 and part == 0:
+        put_diagonal(dbeta_ptr, w_e, row, hv, m, updates, R, HV)
     if HAS_G:
         tl.debug_barrier()
         high, low, segments = kept_sums(sums_ptr, chunk, m, M, HAS_G, HAS_RESETS)
@@ -147,13 +165,13 @@ def gradients(
     dkk *= -w_e * beta[:, None] * beta[None, :]
     if HAS_G:
         spans = (m // R)[:, None] > (m // R)[None, :]
-        narrow = tl.where(spans, dkk, 0.0).to(dtype)
+        spanning = tl.where(spans, dkk, 0.0).to(dtype)
         dkk = tl.where(spans, 0.0, dkk)
-        some = tl.dot(narrow, k, input_precision=PRECISION)
-        of_updates += tl.sum(k.to(tl.float32) * some, axis=1)
-        dk += some
-        some = tl.dot(tl.trans(narrow), k, input_precision=PRECISION)
+        some = tl.dot(tl.trans(spanning), k, some, input_precision=PRECISION)
         of_updates -= tl.sum(k.to(tl.float32) * some, axis=1)
+        dk += some
+        some = tl.dot(spanning, k, input_precision=PRECISION)
+        of_updates += tl.sum(k.to(tl.float32) * some, axis=1)
         dk += some
         pairs = 2 * m[:, None] + tl.arange(0, 2)[None, :]
         tl.store(of_decays_ptr + pairs, tl.join(of_updates, of_out))
@@ -161,4 +179,4 @@ def gradients(
         narrow = dkk.to(dtype)
         dk = tl.dot(narrow, k, dk, input_precision=PRECISION)
         dk = tl.dot(tl.trans(narrow), k, dk, input_precision=PRECISION)
-    put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K)
+    put_tile(dk_ptr, dk, row * R, hv, m, rows, updates, HV, K, ALL_K)

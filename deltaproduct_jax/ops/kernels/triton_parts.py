@@ -16,20 +16,31 @@ def head(pid, H: tl.constexpr, HV: tl.constexpr):
 
 
 @triton.jit
-def tile(ptr, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows of one head of an array [rows, HEADS, WIDTH]; zeros where there is nothing."""
+def tile(
+    ptr, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
+    """Rows of one head of an array [rows, HEADS, WIDTH]; zeros where there is nothing.
+
+    WHOLE: no column is past WIDTH.
+    """
     offsets = rows[:, None].to(tl.int64) * (HEADS * WIDTH) + columns[None, :]
-    mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
+    mask = rows_valid[:, None]
+    if not WHOLE:
+        mask = mask & (columns < WIDTH)[None, :]
     return tl.load(ptr + (row * HEADS + head) * WIDTH + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
 def put_tile(
-    ptr, x, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr
-):
+    ptr, x, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):  # fmt: skip
     """Writes what `tile` would read."""
     offsets = rows[:, None].to(tl.int64) * (HEADS * WIDTH) + columns[None, :]
-    mask = rows_valid[:, None] & (columns < WIDTH)[None, :]
+    mask = rows_valid[:, None]
+    if not WHOLE:
+        mask = mask & (columns < WIDTH)[None, :]
     base = ptr + (row * HEADS + head) * WIDTH
     tl.store(base + offsets, x.to(ptr.dtype.element_ty), mask=mask)
 
