@@ -37,6 +37,7 @@ from deltaproduct_jax.ops import delta_product
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
 from deltaproduct_jax.ops.dispatch import AVAILABLE, Request
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.precision import PRECISIONS
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.training.records import write_file
 from experiments import exact, flags
@@ -136,6 +137,9 @@ class AccuracyConfig:
         f"comma list of {', '.join(BARS)}: q, k and v; beta and g are float32 at least",
     )
     chunk_size: int | None = setting(None, "tokens in a chunk of chunked; none: the op's choice")
+    precision: str | None = setting(
+        None, f"of our products: {', '.join(PRECISIONS)}; none: what the op does by itself"
+    )
     seed: int = setting(0, "of the inputs")
 
     def __post_init__(self) -> None:
@@ -147,6 +151,7 @@ class AccuracyConfig:
         require_at_least("seed", self.seed, 0)
         if self.chunk_size is not None:
             require_at_least("chunk_size", self.chunk_size, 1)
+        require_one_of("precision", self.precision, [None, *PRECISIONS])
         for name in self.implementations.split(","):
             require_one_of("implementations", name, [*AVAILABLE, *ELSEWHERE])
         if "recurrent" not in self.implementations.split(","):
@@ -201,8 +206,9 @@ def measure(config: AccuracyConfig, is_long: bool) -> list[dict[str, Any]]:
             if dtype not in TAKEN.get(implementation, BARS):
                 continue
             size = config.chunk_size if implementation.startswith("chunked") else None
+            how = {"implementation": implementation, "chunk_size": size}
             with jax.enable_x64(dtype == "float64"):
-                got = _run(*drawn[index], implementation=implementation, chunk_size=size)
+                got = _run(*drawn[index], **how, precision=config.precision)
             errors[implementation] = {n: _error(got[n], wanted[n]) for n in wanted}
         row = {"input": name, "dtype": dtype, "T": T, "K": K, "errors": errors}
         rows.append({**row, "plain_bfloat16": _error(plain[here], wanted["o"])})
@@ -214,13 +220,14 @@ def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     return x.astype(jnp.bfloat16).astype(np.float64)
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
-def _run(arrays, do, dfinal, *, implementation, chunk_size):
+@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size", "precision"))
+def _run(arrays, do, dfinal, *, implementation, chunk_size, precision):
     """Outputs and gradients by name."""
     if implementation in ELSEWHERE:
-        return _run_as(ELSEWHERE[implementation], arrays, do, dfinal, chunk_size)
+        return _run_as(ELSEWHERE[implementation], arrays, do, dfinal, chunk_size, precision)
 
-    own = functools.partial(delta_product, implementation=implementation, chunk_size=chunk_size)
+    how = {"implementation": implementation, "chunk_size": chunk_size, "precision": precision}
+    own = functools.partial(delta_product, **how)
     call = peer_op(implementation) if implementation in PACKAGES else own
 
     def op(arrays):
@@ -231,10 +238,10 @@ def _run(arrays, do, dfinal, *, implementation, chunk_size):
     return {**outputs, **pullback({"o": do, "final_state": dfinal})[0]}
 
 
-def _run_as(platform, arrays, do, dfinal, chunk_size):
+def _run_as(platform, arrays, do, dfinal, chunk_size, precision):
     """The two passes of "chunked", as ``platform`` runs them."""
     tokens = Tokens(**{"g": None, **arrays}, resets=None)
-    request = Request(tokens.q.shape[-1] ** -0.5, None, chunk_size, "chunked")
+    request = Request(tokens.q.shape[-1] ** -0.5, precision, chunk_size, "chunked")
     settings = request.settings(platform, tokens)
     no_state = jnp.zeros_like(dfinal)
     o, final_state, states = chunked(tokens, no_state, settings, keep_states=True)
