@@ -97,9 +97,9 @@ def gradients(
             both = before.to(tl.float32) * after.to(tl.float32)
             before_after += tl.sum(tl.reshape(both, [BK, BV // 8, 8]), axis=2)
 
-    # What registers hold through this last part decides whether they suffice: with gates nearly all
-    # are taken. So it reads the program's ids anew, stores as soon as it can, and loads in two
-    # steps, behind a barrier that the compiler moves no load over.
+    # What registers hold through this last part decides whether they suffice. With gates, which
+    # need more, it reads the program's ids anew, stores what it can at once, and loads a second
+    # time what it had before, behind a barrier that the compiler moves no load over.
     begins = tl.minimum(c * R, M - 1)  # the row that a token begins with
     if HAS_G:
         part, n, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
@@ -113,6 +113,8 @@ def gradients(
     if R == 1 and part == 0:
         put_diagonal(dbeta_ptr, w_e, row, hv, m, updates, R, HV)
     k = tile(k_ptr, row * R, h, m, rows, updates, H, K, ALL_K).to(dtype)
+    if not HAS_G:
+        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K, ALL_K).to(dtype)
     beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
     into = row_decay(into_ptr, chunk, m, M, DECAYS)
     out = row_decay(out_ptr, chunk, m, M, DECAYS)
@@ -133,8 +135,8 @@ def gradients(
     upto = c[None, :] >= (m // R)[:, None]
     dqk = products(-high, -low, segments, -c_high, -c_low, c_segments, upto, HAS_G, HAS_RESETS)
     dqk *= e_do * (SCALE * beta)[:, None]
-    q = tile(q_ptr, row, h, c, rows, c < tokens, H, K, ALL_K).to(dtype)
     if HAS_G:
+        q = tile(q_ptr, row, h, c, rows, c < tokens, H, K, ALL_K).to(dtype)
         spans = c[None, :] > (m // R)[:, None]
         spanning = tl.where(spans, dqk, 0.0).to(dtype)
         if R == 1:  # what spans nothing is one number a row
