@@ -168,10 +168,13 @@ class _Call:
         B, HV, K = (self.meta[name] for name in ("B", "HV", "K"))
         return jax.ShapeDtypeStruct((B, HV, pieces - 2, K, K), jnp.float32)
 
-    def of_decays(self, parts: int) -> jax.ShapeDtypeStruct:
+    def of_decays(self, parts: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """Terms of the cotangent of g, by chunk and part of K, as `gradients` writes them."""
         B, HV, N, M, CP = (self.meta[name] for name in ("B", "HV", "N", "M", "CP"))
-        return jax.ShapeDtypeStruct((B, HV, N, parts, 2 * M + CP + 1), jnp.float32)
+        sizes = (B, HV, N, parts)
+        return tuple(
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*sizes, 2 * M + CP), sizes)
+        )
 
     def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
@@ -309,27 +312,31 @@ def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
         jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
         jax.ShapeDtypeStruct(v.shape, v.dtype),
         jax.ShapeDtypeStruct(beta.shape, beta.dtype),
-        PLACEHOLDER if g is None else c.of_decays(parts),
+        *(2 * (PLACEHOLDER,) if g is None else c.of_decays(parts)),
     )
     arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
-    dq, dk, dv, dbeta, of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
+    dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
-    dg = None if g is None else _summed(c, of_decays).astype(g.dtype)
+    dg = None if g is None else _summed(c, *of_decays, into[..., -1]).astype(g.dtype)
     return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
 
 
-def _summed(c: _Call, terms) -> jax.Array:
-    """The cotangent of g [B, T, Hv]: each term counts for the tokens that it spans."""
+def _summed(c: _Call, terms, of_chunks, through) -> jax.Array:
+    """The cotangent of g [B, T, Hv]: each term counts for the tokens that it spans.
+
+    ``through`` [B, Hv, N] is the decay over each chunk, which ``of_chunks`` still lacks.
+    """
     C, CP, M, R, T = (c.meta[name] for name in ("C", "CP", "M", "R", "T"))
     token = np.arange(C)[:, None]
     of_row = np.arange(M) // R
     pairs = np.stack([of_row >= token, of_row < token], axis=-1).reshape(C, 2 * M)
-    of_all = np.ones((C, 1), bool)
-    spans = np.concatenate([pairs, np.arange(CP) >= token, of_all], axis=1).astype(np.float32)
+    spans = np.concatenate([pairs, np.arange(CP) >= token], axis=1).astype(np.float32)
     dg = jnp.einsum("bhnpi,ci->bnch", terms, spans, precision=jax.lax.Precision.HIGHEST)
+    of_all = through * jnp.sum(of_chunks, axis=-1)
+    dg += jnp.swapaxes(of_all, 1, 2)[:, :, None]
     return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
 
 

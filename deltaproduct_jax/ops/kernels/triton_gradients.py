@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton_parts import (
-    chunk_decay,
     head,
     kept_state,
     kept_sums,
@@ -28,7 +27,7 @@ def put_diagonal(ptr, x, row, hv, m, updates, R: tl.constexpr, HV: tl.constexpr)
 def gradients(
     q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
     e_ptr, w_ptr, before_ptr, dafter_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, of_decays_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, of_decays_ptr, of_chunks_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
@@ -41,9 +40,9 @@ def gradients(
     The products over values, which every part needs, are made again: with all of K in one program,
     registers do not suffice.
 
-    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP + 1]``: for every row of updates
-    what counts from its token on and what counts after it, for every token what counts from it on,
-    and what counts for all of them.
+    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP]``: for every row of updates what
+    counts from its token on and what counts after it, and for every token what counts from it on.
+    What counts for all of a chunk, but for the decay over it, is ``[B, HV, N, parts]``.
     """
     part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     PARTS: tl.constexpr = (K + BK - 1) // BK
@@ -107,9 +106,8 @@ def gradients(
         chunk = pid.to(tl.int64) * N + n
         row = b * T + n * C
         of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
-        of_chunk *= chunk_decay(into_ptr, chunk, M, DECAYS)
-        of_decays_ptr += (chunk * PARTS + part) * (2 * M + CP + 1)
-        tl.store(of_decays_ptr + 2 * M + CP, of_chunk)
+        tl.store(of_chunks_ptr + chunk * PARTS + part, of_chunk)
+        of_decays_ptr += (chunk * PARTS + part) * (2 * M + CP)
     if R == 1 and part == 0:
         put_diagonal(dbeta_ptr, w_e, row, hv, m, updates, R, HV)
     k = tile(k_ptr, row * R, h, m, rows, updates, H, K, ALL_K).to(dtype)
