@@ -122,6 +122,17 @@ def test_accuracy_writes_table_and_json(tmp_path, capsys):
         assert f"| {entry['input']} | 9 | 4 | " in printed
 
 
+def test_full_precision_rounds_no_operand(tmp_path):
+    arguments = [f"--workdir={tmp_path}", *TINY, "--dtypes=bfloat16"]
+    arguments += ["--implementations=recurrent,chunked_as_gpu"]
+    worst = {}
+    for precision in ("default", "highest"):
+        op_accuracy.command([*arguments, f"--precision={precision}"])
+        rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+        worst[precision] = max(r["errors"]["chunked_as_gpu"]["final_state"] for r in rows)
+    assert worst["highest"] < 1e-4 < 1e-3 < worst["default"]
+
+
 @pytest.mark.parametrize(
     ("argument", "text"),
     [
@@ -132,6 +143,7 @@ def test_accuracy_writes_table_and_json(tmp_path, capsys):
         ("--dtypes=float8", "dtypes='float8' is not known"),
         ("--head_dim=1", "head_dim=1 is too small"),
         ("--chunk_size=0", "chunk_size=0 is too small"),
+        ("--precision=best", "precision='best' is not known"),
         ("--seed=-1", "seed=-1 is too small"),
     ],
 )
