@@ -31,6 +31,8 @@ CASES = {
     "gated": Case(T=20, **SMALL),
     "ungated": Case(T=40, gate=None, **SMALL),
     "packed, grouped, odd widths": Case(T=21, R=3, B=1, H=1, G=2, K=72, V=40, segments=True),
+    "one factor": Case(T=70, R=1, segments=True, **SMALL),
+    "one factor, ungated": Case(T=35, R=1, gate=None, **SMALL),
     "five factors": Case(T=11, R=5, **SMALL),
     "one token, eight factors": Case(T=1, R=8, **SMALL),
     "strong decay": Case(T=20, gate="strong", **SMALL),
@@ -43,6 +45,7 @@ CASES = {
 }
 NARROW = (
     "gated",
+    "one factor",
     "identical keys, beta 2",
     "packed, grouped, odd widths",
     "mixed decay, packed",
