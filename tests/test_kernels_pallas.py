@@ -189,18 +189,15 @@ def test_reflections_in_bfloat16_err_like_plain_products(keys, gate):
 
 
 def test_passes():
-    x, y = map(jnp.asarray, np.random.default_rng(0).normal(size=(2, 1, 64, 64)).astype(np.float32))
-    ones = jnp.tri(64)
+    x, y = np.random.default_rng(0).normal(size=(2, 1, 64, 64)).astype(np.float32)
+    ones = np.tri(64, dtype=np.float32)
+    exact, sums = (x.astype(np.float64) @ other for other in (y, ones))
+    x, y, ones = map(jnp.asarray, (x, y, ones))
     products = {
-        "six": (EXACT("hmk,hkn->hmn", x, y), x.astype(np.float64) @ y, 0, 1e-6),
-        "three": (
-            NARROW.within_inverse("hmk,hkn->hmn", x, y),
-            x.astype(np.float64) @ y,
-            1e-7,
-            2e-5,
-        ),
-        "one": (NARROW("hmk,hkn->hmn", x, y), x.astype(np.float64) @ y, 1e-3, 4e-3),
-        "gates": (NARROW.over_gates("hmk,kn->hmn", x, ones), x.astype(np.float64) @ ones, 0, 2e-6),
+        "six": (EXACT("hmk,hkn->hmn", x, y), exact, 0, 1e-6),
+        "three": (NARROW.within_inverse("hmk,hkn->hmn", x, y), exact, 1e-7, 2e-5),
+        "one": (NARROW("hmk,hkn->hmn", x, y), exact, 1e-3, 4e-3),
+        "gates": (NARROW.over_gates("hmk,kn->hmn", x, ones), sums, 0, 2e-6),
     }
     for name, (got, want, least, most) in products.items():
         assert least <= relative_error(got, want) <= most, name
