@@ -6,6 +6,7 @@ bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUD
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -189,18 +190,19 @@ def compile_for_cuda() -> dict:
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
-    # Every kernel of whole passes in pieces.
-    passes = []
-    for R in (1, 2, 3):
-        for gated in (True, False):
-            one = dataclasses.replace(config, batch_size=1, length=32768, gated=gated)
-            passes += [r | {"gated": gated} for r in gpu_compile.compile_kernels(one, R=R, K=128)]
     every = gpu_compile.launches
 
-    def some(chosen, **sizes):
+    def some(chosen, R=2, **sizes):
         gpu_compile.launches = lambda *shape: list(filter(chosen, every(*shape)))
-        return gpu_compile.compile_kernels(dataclasses.replace(config, **sizes), 2, 128)
+        return gpu_compile.compile_kernels(dataclasses.replace(config, **sizes), R, 128)
 
+    # Passes in pieces, and of whole ones the kernels that know of pieces.
+    passes = []
+    is_walk = lambda call: call.name in ("walk", "walk_back")
+    for R, gated in itertools.product((1, 2, 3), (True, False)):
+        found = some(lambda call: True, R, batch_size=1, length=32768, gated=gated)
+        found += [r | {"kernel": r["kernel"] + ", whole"} for r in some(is_walk, R, gated=gated)]
+        passes += [r | {"gated": gated} for r in found]
     of_pieces = lambda call: call.name == "compose" or call.meta.get("SUMMARY")
     rows += some(of_pieces, batch_size=1, length=32768)
     [wide] = some(lambda call: call.name == "prepare", dtype="float32", gated=False)

@@ -8,12 +8,12 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     kept_state,
     kept_sums,
     products,
+    program_id_again,
     put_tile,
     row_decay,
     square,
     tile,
 )
-from deltaproduct_jax.ops.kernels.triton_pieces import program_id_again
 
 
 @triton.jit
@@ -24,38 +24,24 @@ def put_diagonal(ptr, x, row, hv, m, updates, R: tl.constexpr, HV: tl.constexpr)
 
 
 @triton.jit
-def gradients(
-    q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
-    e_ptr, w_ptr, before_ptr, dafter_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, of_decays_ptr, of_chunks_ptr,
-    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
-    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
-    NARROW: tl.constexpr, DECAYS: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def over_values(
+    e_ptr, w_ptr, do_ptr, before_ptr, dafter_ptr, dv_ptr, beta, part, n, b, hv, chunk, row, tokens,
+    B: tl.constexpr, R: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, HAS_G: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
+    """Products over the values of a chunk that the cotangents of q, k and beta are made of.
 
-    A program has BK columns of the keys, and all that is a sum over them is added up afterwards.
-    The products over values, which every part needs, are made again: with all of K in one program,
-    registers do not suffice.
-
-    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP]``: for every row of updates what
-    counts from its token on and what counts after it, and for every token what counts from it on.
-    What counts for all of a chunk, but for the decay over it, is ``[B, HV, N, parts]``.
+    Of errors e, written w, cotangents do and states before and after, all of them unscaled: e do,
+    w e, do and states, w and states, e and cotangents of states, and states and their cotangents
+    entry by entry, added up by eights. Writes this part's share of dv.
     """
-    part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     PARTS: tl.constexpr = (K + BK - 1) // BK
     ALL_K: tl.constexpr = K % BK == 0
     ALL_V: tl.constexpr = V % BV == 0
-    b, hv, h = head(pid, H, HV)
-    chunk = pid.to(tl.int64) * N + n
     dtype = dafter_ptr.dtype.element_ty
     m, c, rows = tl.arange(0, M), tl.arange(0, CP), part * BK + tl.arange(0, BK)
-    tokens = tl.minimum(C, T - n * C)
-    row = b * T + n * C
     updates = m < tokens * R
-    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
 
     # Tokens are columns in what is made here: chunks of few tokens have too few rows for the
     # products of a whole warp group.
@@ -95,6 +81,46 @@ def gradients(
             # Sums over eight columns, which a thread has anyway: an eighth of the registers.
             both = before.to(tl.float32) * after.to(tl.float32)
             before_after += tl.sum(tl.reshape(both, [BK, BV // 8, 8]), axis=2)
+    return e_do, w_e, dq, dk_read, dk_written, before_after
+
+
+@triton.jit
+def gradients(
+    q_ptr, k_ptr, beta_ptr, into_ptr, out_ptr, sums_ptr, do_ptr,
+    e_ptr, w_ptr, before_ptr, dafter_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, of_decays_ptr, of_chunks_ptr,
+    SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
+    NARROW: tl.constexpr, DECAYS: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
+
+    A program has BK columns of the keys, and all that is a sum over them is added up afterwards.
+    The products over values, which every part needs, are made again: with all of K in one program,
+    registers do not suffice.
+
+    Of g only the terms are found, ``[B, HV, N, parts, 2 M + CP]``: for every row of updates what
+    counts from its token on and what counts after it, and for every token what counts from it on.
+    What counts for all of a chunk, but for the decay over it, is ``[B, HV, N, parts]``.
+    """
+    part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    PARTS: tl.constexpr = (K + BK - 1) // BK
+    ALL_K: tl.constexpr = K % BK == 0
+    b, hv, h = head(pid, H, HV)
+    chunk = pid.to(tl.int64) * N + n
+    dtype = dafter_ptr.dtype.element_ty
+    m, c, rows = tl.arange(0, M), tl.arange(0, CP), part * BK + tl.arange(0, BK)
+    tokens = tl.minimum(C, T - n * C)
+    row = b * T + n * C
+    updates = m < tokens * R
+    beta = tl.load(beta_ptr + (row * R + m) * HV + hv, mask=updates, other=0.0).to(tl.float32)
+
+    e_do, w_e, dq, dk_read, dk_written, before_after = over_values(
+        e_ptr, w_ptr, do_ptr, before_ptr, dafter_ptr, dv_ptr, beta, part, n, b, hv, chunk, row,
+        tokens, B, R, HV, K, BK, V, BV, CP, M, SPAN, NARROW, HAS_G, PRECISION,
+    )  # fmt: skip
 
     # What registers hold through this last part decides whether they suffice. With gates, which
     # need more, it reads the program's ids anew, stores what it can at once, and loads a second
@@ -108,6 +134,7 @@ def gradients(
         of_chunk = tl.sum(tl.sum(before_after, axis=1), axis=0)
         tl.store(of_chunks_ptr + chunk * PARTS + part, of_chunk)
         of_decays_ptr += (chunk * PARTS + part) * (2 * M + CP)
+    # With one factor here, else further down: with one, or with two, the other way spills.
     if R == 1 and part == 0:
         put_diagonal(dbeta_ptr, w_e, row, hv, m, updates, R, HV)
     k = tile(k_ptr, row * R, h, m, rows, updates, H, K, ALL_K).to(dtype)

@@ -23,6 +23,7 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     head,
     kept_state,
     products,
+    program_id_again,
     put_series,
     put_sums,
     put_tile,
@@ -35,7 +36,7 @@ from deltaproduct_jax.ops.kernels.triton_parts import (
     wide_products,
 )
 from deltaproduct_jax.ops.kernels.triton_pieces import compose as compose
-from deltaproduct_jax.ops.kernels.triton_pieces import is_asked_for, program_id_again, start
+from deltaproduct_jax.ops.kernels.triton_pieces import is_asked_for, start
 from deltaproduct_jax.ops.kernels.triton_step import step as step
 from deltaproduct_jax.ops.kernels.triton_step import step_in_place as step_in_place
 
@@ -49,7 +50,7 @@ def prepare(
     N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X [M, M], scores [CP, M] and, token by token, the decays into and out of a chunk."""
+    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk."""
     n, pid = tl.program_id(0), tl.program_id(1)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n

@@ -29,14 +29,6 @@ def start(
 
 
 @triton.jit
-def program_id_again(AXIS: tl.constexpr):
-    """`tl.program_id` of axis "x", "y" or "z", read anew where it stands."""
-    nothing = tl.full([], 0, tl.int32)
-    code: tl.constexpr = "mov.u32 $0, %ctaid." + AXIS + ";"
-    return tl.inline_asm_elementwise(code, "=r,r", [nothing], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def is_asked_for(part, piece, first, V: tl.constexpr, BV: tl.constexpr):
     """Whether `compose` reads what this program of a summary finds.
 
