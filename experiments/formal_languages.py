@@ -16,8 +16,8 @@ from typing import Any
 
 from deltaproduct_jax.tasks.formal_languages import FormalLanguageTask
 from deltaproduct_jax.training.config import RunConfig
-from experiments.figures import plot_ranges
-from experiments.run_task import Row, TaskExperiment
+from experiments.lib.figures.plots import plot_ranges
+from experiments.lib.task_experiment import Row, TaskExperiment
 
 # One of the learning rates that the paper tries (1e-2, 1e-3, 5e-4, 1e-4); it reports the best.
 PAPER = {

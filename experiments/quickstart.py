@@ -16,14 +16,15 @@ from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from experiments import environment
+    from experiments.lib import environment
 
     if not environment.inside():
         environment.go_on_inside("experiments.quickstart")
 
 from deltaproduct_jax.training.loop import train
-from experiments import flags, state_tracking
-from experiments.figures import plot_cumulative
+from experiments import state_tracking
+from experiments.lib import flags
+from experiments.lib.figures.plots import plot_cumulative
 
 NUM_HOUSEHOLDERS = (1, 2)
 WORKDIR = "runs/quickstart"

@@ -17,8 +17,8 @@ from typing import Any
 
 from deltaproduct_jax.tasks.recall import RecallTask
 from deltaproduct_jax.training.config import RunConfig
-from experiments.figures import plot_recall
-from experiments.run_task import Row, TaskExperiment
+from experiments.lib.figures.plots import plot_recall
+from experiments.lib.task_experiment import Row, TaskExperiment
 
 PASSES = 64  # over the published 100,000 training sequences; here each is drawn only once
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.config import RunConfig
-from experiments.figures import plot_cumulative
-from experiments.run_task import Row, TaskExperiment
+from experiments.lib.figures.plots import plot_cumulative
+from experiments.lib.task_experiment import Row, TaskExperiment
 
 # What the presets of single groups share: q, k and beta as in "default", and a loss that counts a
 # prefix, longer by a token at a time. experiments/README.md has every seed and what was tried.

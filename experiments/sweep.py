@@ -28,11 +28,11 @@ import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import setting
-from experiments import flags
-from experiments.sweep_grid import claim, read_list
-from experiments.sweep_launchers import LocalLauncher, SubmititLauncher
-from experiments.sweep_records import CSV, Row, RunFolder, has_parquet, write_tables
-from experiments.sweep_view import Entry, View
+from experiments.lib import flags
+from experiments.lib.sweeps.grid import claim, read_list
+from experiments.lib.sweeps.launchers import LocalLauncher, SubmititLauncher
+from experiments.lib.sweeps.records import CSV, Row, RunFolder, has_parquet, write_tables
+from experiments.lib.sweeps.view import Entry, View
 
 LAUNCHERS = ("local", "slurm", "none")
 POLL_S = 0.1

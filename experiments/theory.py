@@ -38,14 +38,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.files import write_file
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.ops.dispatch import AVAILABLE
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.theory import CATALOGUE, Construction, construct
-from deltaproduct_jax.training.records import write_file
-from experiments import flags
-from experiments.figures import save
-from experiments.timing import machine
+from experiments.lib import flags
+from experiments.lib.bench.timing import machine
+from experiments.lib.figures.plots import save
 
 PRESETS = {
     "default": {},

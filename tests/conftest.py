@@ -4,10 +4,11 @@ import gc
 import importlib.metadata
 import os
 import sys
+from pathlib import Path
 
 # Before JAX is imported: several devices, so that sharding tests run on any machine, and little
 # optimisation, since a run spends most of its time compiling. The accuracy of the chunked form is
-# tested fully optimised too, as people run it (test_ops_accuracy.py; all of it with --slow).
+# tested fully optimised too, as people run it (ops/test_accuracy.py; all of it with --slow).
 xla_flags = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):
     # Halves the time again, and small programs gain nothing by being compiled in 32 parts; later
@@ -39,22 +40,24 @@ _unexpected_skips: list[str] = []
 _of_processes: list[list] = []  # what other processes of this run measured
 
 
+TESTS = Path(__file__).parent
+
 # Begun last, one of these would keep a process when the other has no more.
 LONGEST = (
-    "test_tpu_compile.py",
-    "test_ops_accuracy.py",
-    "test_kernels_triton.py",
-    "test_experiments_state_tracking.py",
-    "test_mixers.py",
-    "test_ops_sharding.py",
-    "test_interoperation.py",
-    "test_training_kill.py",
+    "ops/kernels/test_tpu_compile.py",
+    "ops/test_accuracy.py",
+    "ops/kernels/test_triton.py",
+    "experiments/test_state_tracking.py",
+    "layers/test_mixers.py",
+    "ops/test_sharding.py",
+    "layers/test_interoperation.py",
+    "training/test_kill.py",
 )
 
 
 def pytest_collection_modifyitems(items):
-    order = {name: i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path.name, len(order)))
+    order = {TESTS / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_collection_finish():
@@ -66,7 +69,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def strict_promotion_of_dtypes(request):
     """For the op, whose float32 parts must be so on purpose; Flax and Optax rely on promotion."""
-    if not request.path.name.startswith("test_ops_"):
+    if request.path.parent.name != "ops":
         yield
         return
     with jax.numpy_dtype_promotion("strict"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from experiments import environment
+from experiments.lib import environment
 
 EXTRA = "--extra="
 

@@ -15,12 +15,14 @@ PACKAGE = ROOT / "deltaproduct_jax"
 ALLOWED = {
     "errors": set(),
     "settings": set(),
+    "files": {"errors"},
+    "compilers": {"errors"},
     "ops": {"errors"},
     "tasks": {"errors", "settings"},
     "layers": {"errors", "ops"},
     "models": {"errors", "settings", "ops", "layers"},
     "theory": {"errors", "models", "tasks"},
-    "training": {"errors", "settings", "ops", "layers", "models", "tasks"},
+    "training": {"errors", "settings", "files", "ops", "layers", "models", "tasks"},
     "analysis": {"errors", "ops", "layers", "models"},
     "interop": {"errors", "ops", "layers", "models"},
 }

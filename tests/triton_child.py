@@ -23,7 +23,8 @@ import triton_interpreter
 from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
-from deltaproduct_jax.ops.kernels import triton_gpu, triton_tiling
+from deltaproduct_jax.ops.kernels.triton import passes as triton_gpu
+from deltaproduct_jax.ops.kernels.triton import tiling as triton_tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -167,7 +168,7 @@ def kept() -> dict[str, bool]:
 
 def timed() -> list[dict]:
     """What gpu_launches says of a walk."""
-    from experiments import gpu_launches
+    from experiments.hardware import gpu_launches
 
     sizes = {"batch_size": 1, "length": 8, "num_heads": 1, "head_dim": (16,), "dtype": "float32"}
     config = gpu_launches.LaunchesConfig(**sizes, variants=("4:1:16",), repeats=1)
@@ -185,7 +186,7 @@ def one_token(name: str = "step") -> dict[str, float]:
 
 
 def compile_for_cuda() -> dict:
-    from experiments import gpu_compile
+    from experiments.hardware import gpu_compile
 
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)

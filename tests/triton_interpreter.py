@@ -79,7 +79,7 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from deltaproduct_jax.ops.kernels import triton_kernels
+    from deltaproduct_jax.ops.kernels.triton import kernels as triton_kernels
 
     del launch
     InterpreterBuilder.create_inline_asm = _inline_asm

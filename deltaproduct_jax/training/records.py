@@ -12,84 +12,20 @@ results.json       the outcome; a run that has it is finished
 Whole files appear at once or not at all; a line that a kill has torn is cut off on resume.
 """
 
-import contextlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.files import errors_as_one_line, read_json, sync, to_json, write_file
 from deltaproduct_jax.training import events
 from deltaproduct_jax.training.config import RunConfig
 
 CONFIG, RUN, METRICS, RESULTS = "config.json", "run.json", "metrics.jsonl", "results.json"
 CHECKPOINTS = "checkpoints"
 Row = dict[str, Any]
-
-
-def write_file(path: Path, data: bytes, *, append: bool = False) -> None:
-    """The one door through which a run writes its own files; only process 0 passes.
-
-    A whole file is written beside its place, synced, and renamed into it; an appended line is
-    handed to the operating system, where it outlives the process.
-
-    Raises:
-        RunDirectoryError: no space left, read-only, not permitted, and so on.
-    """
-    if jax.process_index() != 0:
-        return
-    with _errors(path, "written"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if append:
-            _put(path, data, "ab")
-            return
-        temporary = path.with_name(f".{path.name}.tmp")
-        _put(temporary, data, "wb")
-        os.replace(temporary, path)
-        sync(path.parent)
-
-
-def _put(path: Path, data: bytes, mode: str) -> None:
-    with open(path, mode) as file:
-        file.write(data)
-        file.flush()
-        if "a" not in mode:
-            os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Waits until a file, or the list of a directory, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _errors(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RunDirectoryError(f"{path} cannot be {what}: {reason}") from error
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; RunDirectoryError if it cannot be read or is not JSON."""
-    with _errors(path, "read"):
-        data = path.read_bytes()
-    try:
-        return json.loads(data)
-    except ValueError as error:
-        raise RunDirectoryError(f"{path} is not valid JSON: {error}") from error
-
-
-def _to_json(value: Any) -> bytes:
-    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
 
 
 class RunRecords:
@@ -116,7 +52,7 @@ class RunRecords:
                     f"{self.directory} has {name} but no {CONFIG}, so it cannot be told which run "
                     "it holds; give another workdir"
                 )
-        write_file(path, _to_json(config))
+        write_file(path, to_json(config))
 
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run, None before its end."""
@@ -125,13 +61,13 @@ class RunRecords:
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Ends the run."""
-        write_file(self.directory / RESULTS, _to_json(results))
+        write_file(self.directory / RESULTS, to_json(results))
 
     def add_start(self, start: dict[str, Any]) -> None:
         """Adds how and where the run was started, or resumed."""
         path = self.directory / RUN
         starts = read_json(path)["starts"] if path.exists() else []
-        write_file(path, _to_json({"starts": [*starts, start]}))
+        write_file(path, to_json({"starts": [*starts, start]}))
 
     def cut_back(self, step: int) -> None:
         """Forgets everything recorded after ``step``, a torn last line included."""
@@ -146,7 +82,7 @@ class RunRecords:
         write_file(path, b"".join(_line(row) for row in self.rows))
         for stale in self.directory.glob("events.*"):
             if stale.name != events.FILE_NAME:
-                with _errors(stale, "removed"):
+                with errors_as_one_line(stale, "removed"):
                     stale.unlink()
         content = events.header() + b"".join(events.encode(row) for row in self.rows)
         write_file(self.directory / events.FILE_NAME, content)
@@ -160,7 +96,7 @@ class RunRecords:
     def sync(self) -> None:
         """Waits until the rows are on the disk: a checkpoint must never be ahead of them."""
         if jax.process_index() == 0:
-            with _errors(self.directory / METRICS, "written"):
+            with errors_as_one_line(self.directory / METRICS, "written"):
                 sync(self.directory / METRICS)
 
 
@@ -172,7 +108,7 @@ def _read_rows(path: Path, last_step: int) -> list[Row]:
     """The rows up to ``last_step``; the part after the last line break is a torn line."""
     if not path.exists():
         return []
-    with _errors(path, "read"):
+    with errors_as_one_line(path, "read"):
         lines = path.read_bytes().split(b"\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):

@@ -46,8 +46,10 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
-    "pallas_tpu": Kernel("pallas_tpu", "jax.experimental.pallas.tpu", "tpu", 64, interpreted=True),
-    "triton": Kernel("triton_gpu", "jax_triton", "cuda", 16, interpreted=False),
+    "pallas_tpu": Kernel(
+        "pallas.passes", "jax.experimental.pallas.tpu", "tpu", 64, interpreted=True
+    ),
+    "triton": Kernel("triton.passes", "jax_triton", "cuda", 16, interpreted=False),
 }
 
 

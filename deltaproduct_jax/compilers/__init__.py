@@ -1,0 +1,1 @@
+"""What reads compiled programs: cost, traffic. Experiments and tests alone import it."""

@@ -1,0 +1,1 @@
+"""The kernel for TPUs, written with Pallas."""

@@ -1,0 +1,1 @@
+"""The kernels for CUDA, written with Triton and called through jax-triton."""

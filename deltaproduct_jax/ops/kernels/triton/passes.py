@@ -1,0 +1,397 @@
+"""The GPU kernels: what is launched on which arrays, in pieces.
+
+The contract of `forward` and `backward` is that of `deltaproduct_jax.ops.kernels`; `step` is one
+token. The bodies are in `triton_kernels`, which needs Triton and is imported at the first launch.
+"""
+
+import dataclasses
+import inspect
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.triton import tiling as triton_tiling
+from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.tiling import Launch
+from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.varying import mark_varying_as
+
+# What a program is compiled for where no GPU says, e.g. ahead of time: Hopper.
+COMPUTE_CAPABILITY = 90
+# A100, H100 and H200, B200. Others have 100 KiB a multiprocessor, or have not been looked at.
+LARGE_SHARED_MEMORY = (80, 90, 100)
+COMPUTE_CAPABILITY_VARIABLE = "DELTAPRODUCT_COMPUTE_CAPABILITY"
+
+# What `prepare` makes is kept beside states where it has at most this share of their bytes.
+BESIDE_STATES = 0.6
+# Of float32 products; products of bfloat16 and float16 are exact whatever it says.
+PRECISIONS = {None: "tf32x3", "default": "tf32", "high": "tf32x3", "highest": "ieee"}
+NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def unsupported(*, dtype, B: int, T: int, R: int, H: int, Hv: int, K: int, V: int, precision):
+    """Why the kernels cannot run these, or None."""
+    del T, H, precision
+    if jnp.dtype(dtype) not in (*NARROW, jnp.dtype(jnp.float32)):
+        return f"the dtype is {jnp.dtype(dtype)}; it takes bfloat16, float16 and float32"
+    for name, size, most in (("R", R, 8), ("K", K, 256), ("V", V, 512), ("B * Hv", B * Hv, 65535)):
+        if size > most:
+            return f"{name} is {size}; it takes at most {most}"
+    return None
+
+
+def is_ready() -> bool:
+    """Whether the GPU has the shared memory, over 128 KiB, that tiles for 128 x 128 states take."""
+    return _compute_capability() in LARGE_SHARED_MEMORY
+
+
+def kept_span(span: int, **sizes) -> int:
+    """Every slot of the residuals is used."""
+    del sizes
+    return span
+
+
+def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What `prepare` makes, where that is small beside the states, and maps of pieces."""
+    return sum(_kept_more(tokens, options).values(), ())
+
+
+def _kept_more(tokens: Tokens, options: Options) -> dict[str, tuple[jax.ShapeDtypeStruct, ...]]:
+    """The same by name; what is not kept is made again."""
+    c = _Call(tokens, options)
+    more = {}
+    states = options.spans * 4 * math.prod(c.of_pieces().shape) // c.pieces
+    if sum(x.size * x.dtype.itemsize for x in c.prepared()) <= BESIDE_STATES * states:
+        more["prepared"] = c.prepared()
+    if c.pieces > 1:  # then they are few: a GPU runs all at once
+        more["maps"] = (c.maps(c.pieces),)
+    return more
+
+
+class _Fixed(NamedTuple):
+    """Of one call, whatever axes are mapped over it.
+
+    Attributes:
+      options: what the kernels are told.
+      more: names of what is kept beside states.
+      pieces: of a sequence, in the call as it is written: as many maps are kept. More sequences
+        are cut into fewer pieces, or none, and then maps are made again.
+    """
+
+    options: Options
+    more: tuple[str, ...]
+    pieces: int
+
+
+def _fixed(tokens: Tokens, options: Options) -> _Fixed:
+    more = tuple(_kept_more(tokens, options)) if options.more else ()
+    return _Fixed(options, more, _Call(tokens, options).pieces)
+
+
+def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    options = options if keep_states else options._replace(spans=0, more=False)
+    o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
+    return o, final_state, kept if keep_states else None
+
+
+def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
+    """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
+
+
+def step(state, q, k, v, beta, g, *, scale: float):
+    """One token; shapes as in `deltaproduct_jax.ops.delta_product_step`."""
+    return batched(_step, scale)(state, q, k, v, beta, g)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """Sizes of one call, and what launches have in common."""
+
+    tokens: Tokens
+    options: Options
+
+    def __post_init__(self) -> None:
+        """What follows from the arrays."""
+        k, v = self.tokens.k, self.tokens.v
+        B, T, R, H, K = k.shape
+        HV, V = v.shape[-2:]
+        precision = self.options.precision
+        narrow = k.dtype in NARROW
+        # The dtype that products are made in; with narrow inputs only the series needs float32.
+        operand = k.dtype if narrow and precision in (None, "default") else jnp.dtype(jnp.float32)
+        gated = self.tokens.g is not None
+        tiling = triton_tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
+        N = -(-T // tiling.chunk_size)
+        pieces = triton_tiling.pieces_for(B * HV, N, tiling.walk, V=V)
+        span = -(-N // self.options.spans) if self.options.spans else 0
+        gates = {
+            "HAS_G": gated,
+            "HAS_RESETS": self.tokens.resets is not None,
+        }
+        meta = {
+            **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
+            **{"BK": tiling.key_columns, "V": V, "C": tiling.chunk_size, "N": N},
+            **{"CP": tiling.token_rows, "M": tiling.update_rows},
+            **{"STEPS": -(-N // pieces), "PIECES": pieces},
+            **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
+            "TWO": operand in NARROW,
+            **gates,
+            "DECAYS": any(gates.values()),
+            "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
+        }
+        for name, value in (
+            ("operand", operand),
+            ("tiling", tiling),
+            ("pieces", pieces),
+            ("meta", meta),
+        ):
+            object.__setattr__(self, name, value)
+
+    def matrices(self, rows: int, columns: int) -> jax.ShapeDtypeStruct:
+        """One matrix a chunk."""
+        B, HV, N = (self.meta[name] for name in ("B", "HV", "N"))
+        return jax.ShapeDtypeStruct((B, HV, N, rows, columns), self.operand)
+
+    def of_pieces(self) -> jax.ShapeDtypeStruct:
+        """A state a piece."""
+        B, HV, K, V = (self.meta[name] for name in ("B", "HV", "K", "V"))
+        return jax.ShapeDtypeStruct((B, HV, self.pieces, K, V), jnp.float32)
+
+    def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
+        """What each of ``pieces`` does to any state, but for what it adds; of both ends nothing."""
+        B, HV, K = (self.meta[name] for name in ("B", "HV", "K"))
+        return jax.ShapeDtypeStruct((B, HV, pieces - 2, K, K), jnp.float32)
+
+    def of_decays(self, parts: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Terms of the cotangent of g, by chunk and part of K, as `gradients` writes them."""
+        B, HV, N, M, CP = (self.meta[name] for name in ("B", "HV", "N", "M", "CP"))
+        sizes = (B, HV, N, parts)
+        return tuple(
+            jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*sizes, 2 * M + CP), sizes)
+        )
+
+    def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
+        CP, M = self.meta["CP"], self.meta["M"]
+        matrices = self.matrices(M, M), self.matrices(CP, M)
+        chunks = matrices[0].shape[:3]
+        decays = jax.ShapeDtypeStruct((*chunks, M), jnp.float32)
+        sums = jax.ShapeDtypeStruct((*chunks, 3, M), jnp.float32)
+        return (*matrices, decays, decays, sums) if self.meta["DECAYS"] else matrices
+
+    def launch(self, name: str, arrays, outs, grid, **more):
+        """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
+        launch = getattr(self.tiling, name)
+        meta = {**self.meta, "BV": launch.columns, **more}
+        return call(name, arrays, outs, grid, launch, meta=meta)
+
+
+# X, scores, decays from the start of a chunk and to its end, sums of g.
+PREPARED = 5
+PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+
+def _prepare(c: _Call):
+    """X, scores, decays and sums of g of every chunk."""
+    q, k, _, beta, *_ = c.tokens
+    outs = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
+    grid = (c.meta["N"], c.meta["B"] * c.meta["HV"])
+    return c.launch("prepare", (q, k, beta, *_gates(c.tokens)), outs, grid)
+
+
+def _gates(tokens: Tokens):
+    """g and resets; kernels do not look at what stands for a missing one."""
+    g = tokens.beta if tokens.g is None else tokens.g
+    return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
+
+
+def _walk(c: _Call, arrays, start, *outs):
+    """Outputs, states after pieces, kept states and maps.
+
+    Without ``outs`` a summary, of which only the states, ends of pieces, and the maps matter.
+    """
+    columns = c.tiling.walk.columns
+    for_ends, for_maps = (-(-c.meta[name] // columns) for name in ("V", "K"))
+    o, states = outs or (PLACEHOLDER, PLACEHOLDER)
+    maps = PLACEHOLDER if outs else c.maps(c.pieces)
+    grid = (for_ends + (0 if outs else for_maps), c.pieces, c.meta["B"] * c.meta["HV"])
+    more = {"SUMMARY": False} if outs else {"SUMMARY": True, "SPAN": 0, "NARROW": False}
+    return c.launch("walk", (*arrays, start), (o, c.of_pieces(), states, maps), grid, **more)
+
+
+def _walk_back(c: _Call, arrays, start, *outs):
+    """Cotangents of what is written, of states after chunks, and of states before pieces.
+
+    Without ``outs`` a summary, of which only the last matter.
+    """
+    w, after = outs or (PLACEHOLDER, PLACEHOLDER)
+    grid = (-(-c.meta["V"] // c.tiling.walk_back.columns), c.pieces, c.meta["B"] * c.meta["HV"])
+    results = w, after, c.of_pieces()
+    return c.launch("walk_back", (*arrays, start), results, grid, SUMMARY=not outs)
+
+
+def _composed(c: _Call, first, maps, ends, *, reverse: bool):
+    """States [B, Hv, pieces, K, V] that pieces begin with, or cotangents, if ``reverse``."""
+    launch = c.tiling.compose
+    grid = (-(-c.meta["V"] // launch.columns), c.meta["B"] * c.meta["HV"])
+    more = {"ROWS": launch.keys, "REVERSE": reverse}
+    return c.launch("compose", (first, maps, ends), (c.of_pieces(),), grid, **more)[0]
+
+
+def _forward(fixed: _Fixed, tokens: Tokens, initial_state):
+    options = fixed.options
+    c = _Call(tokens, options)
+    B, _, _, HV, V = tokens.v.shape
+    H, K = tokens.k.shape[-2:]
+    o = jax.ShapeDtypeStruct((B, tokens.v.shape[1], HV, V), tokens.v.dtype)
+    states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
+    if not options.spans:
+        states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
+    prepared = _prepare(c)
+    arrays = (*tokens[:4], *prepared[:-1])
+    # Where few heads leave a GPU idle, a first launch finds what each piece does to any state.
+    starts, maps = initial_state, None
+    if c.pieces > 1:
+        _, ends, _, maps = _walk(c, arrays, initial_state)
+        starts = _composed(c, initial_state, maps, ends, reverse=False)
+    o, after_pieces, states, _ = _walk(c, arrays, starts, o, states)
+    if options.spans:
+        states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
+    more = ()
+    if "prepared" in fixed.more:
+        more += prepared[: len(c.prepared())]
+    if "maps" in fixed.more:
+        empty = c.maps(fixed.pieces)
+        more += (maps if fixed.pieces == c.pieces else jnp.zeros(empty.shape, empty.dtype),)
+    return o, after_pieces[:, :, -1], (states, *more)
+
+
+def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
+    c = _Call(tokens, fixed.options)
+    states, *more = kept
+    q, k, v, beta, g, _ = tokens
+    B, T, R, HV, V = v.shape
+    H, K = k.shape[-2:]
+    N = c.meta["N"]
+    maps = more.pop() if "maps" in fixed.more else None
+    prepared = more if "prepared" in fixed.more else _prepare(c)
+    missing = PREPARED - len(prepared)
+    prepared = (*prepared, *missing * (jnp.zeros(1, jnp.float32),))
+    *prepared, sums = prepared
+    x, _, into, out = prepared
+    updates = jax.ShapeDtypeStruct(v.shape, c.operand)
+    narrow = c.meta["NARROW"]
+    steps = N if narrow else -(-N // c.meta["SPAN"])
+    grid = (-(-V // c.tiling.errors.columns), steps, B * HV)
+    outs = (updates, PLACEHOLDER if narrow else c.matrices(K, V))
+    e, before = c.launch("errors", (k, v, beta, x, into, out, states), outs, grid)
+    if narrow:
+        before = states
+
+    arrays = (q, k, beta, *prepared, do)
+    starts = dfinal_state
+    if c.pieces > 1:
+        if maps is None or fixed.pieces != c.pieces:
+            *_, maps = _walk(c, (q, k, v, beta, *prepared), dfinal_state)  # whatever it begins with
+        *_, ends = _walk_back(c, arrays, dfinal_state)
+        starts = _composed(c, dfinal_state, maps, ends, reverse=True)
+    w, after, before_pieces = _walk_back(c, arrays, starts, updates, c.matrices(K, V))
+
+    # Of a value head; what a group of them shares is summed below, as are the parts of K.
+    keys = c.tiling.gradients.keys or c.tiling.key_columns
+    parts = -(-K // keys)
+    of_keys = q.dtype if H == HV else jnp.float32
+    outs = (
+        jax.ShapeDtypeStruct((B, T, HV, K), of_keys),
+        jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
+        jax.ShapeDtypeStruct(v.shape, v.dtype),
+        jax.ShapeDtypeStruct(beta.shape, beta.dtype),
+        *(2 * (PLACEHOLDER,) if g is None else c.of_decays(parts)),
+    )
+    arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
+    grid = (parts, N, B * HV)
+    dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
+    if H != HV:
+        dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
+        dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
+    dg = None if g is None else _summed(c, *of_decays, into[..., -1]).astype(g.dtype)
+    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
+
+
+def _summed(c: _Call, terms, of_chunks, through) -> jax.Array:
+    """The cotangent of g [B, T, Hv]: each term counts for the tokens that it spans.
+
+    ``through`` [B, Hv, N] is the decay over each chunk, which ``of_chunks`` still lacks.
+    """
+    C, CP, M, R, T = (c.meta[name] for name in ("C", "CP", "M", "R", "T"))
+    token = np.arange(C)[:, None]
+    of_row = np.arange(M) // R
+    pairs = np.stack([of_row >= token, of_row < token], axis=-1).reshape(C, 2 * M)
+    spans = np.concatenate([pairs, np.arange(CP) >= token], axis=1).astype(np.float32)
+    dg = jnp.einsum("bhnpi,ci->bnch", terms, spans, precision=jax.lax.Precision.HIGHEST)
+    of_all = through * jnp.sum(of_chunks, axis=-1)
+    dg += jnp.swapaxes(of_all, 1, 2)[:, :, None]
+    return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
+
+
+def _step(scale: float, state, q, k, v, beta, g):
+    B, R, H, K = k.shape
+    HV, V = v.shape[-2:]
+    launch = triton_tiling.step_for(R=R, K=K, V=V)
+    meta = {"SCALE": scale, "R": R, "H": H, "HV": HV, "K": K, "V": V, "HAS_G": g is not None}
+    meta |= {"BK": triton_tiling.power_of_two(K), "BV": launch.columns}
+    arrays = (q, k, v, beta, beta if g is None else g, state)
+    outs = (
+        jax.ShapeDtypeStruct((B, HV, V), v.dtype),
+        jax.ShapeDtypeStruct(state.shape, state.dtype),
+    )
+    grid = (-(-V // launch.columns), B * HV)
+    # The state in place: a loop that carries it would copy it once a token otherwise.
+    in_place = {len(arrays) - 1: len(outs) - 1}
+    return call("step", arrays, outs, grid, launch, meta=meta, aliases=in_place)
+
+
+def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], aliases=None):
+    """Launches a kernel through jax-triton, 0.3 or 0.4, with those of ``meta`` that it takes.
+
+    ``aliases`` maps an input to the output that is written in its place.
+    """
+    import jax_triton
+
+    from deltaproduct_jax.ops.kernels.triton import kernels as triton_kernels
+
+    keywords = inspect.signature(jax_triton.triton_call).parameters
+    keyword = "out_shape" if "out_shape" in keywords else "out_type"
+    # 0.4 gives a kernel one pointer for an input and the output in its place.
+    is_one_pointer = aliases and keyword == "out_type"
+    kernel = getattr(triton_kernels, name + "_in_place" * bool(is_one_pointer))
+    results = jax_triton.triton_call(
+        *arrays,
+        kernel=kernel,
+        grid=grid,
+        name=f"delta_product_{name}",
+        num_warps=launch.warps,
+        num_stages=launch.stages,
+        compute_capability=_compute_capability(),
+        input_output_aliases=aliases or {},
+        **{keyword: tuple(outs)},
+        **{key: value for key, value in meta.items() if key in kernel.arg_names},
+    )
+    return tuple(mark_varying_as(x, arrays[0]) for x in results)
+
+
+def _compute_capability() -> int:
+    named = os.environ.get(COMPUTE_CAPABILITY_VARIABLE)
+    if named:
+        return int(named)
+    try:
+        return int(jax.devices("cuda")[0].compute_capability.replace(".", ""))
+    except RuntimeError:  # there is no GPU here
+        return COMPUTE_CAPABILITY

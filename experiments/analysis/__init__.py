@@ -1,0 +1,1 @@
+"""What trained models and constructions look like inside."""

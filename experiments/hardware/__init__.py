@@ -1,0 +1,1 @@
+"""What compilers and single kernels tell of GPUs and TPUs."""

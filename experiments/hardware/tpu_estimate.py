@@ -1,0 +1,171 @@
+"""What a TPU's own compiler expects of the op, on a machine without a TPU.
+
+    python -m experiments.hardware.tpu_estimate --workdir=runs/tpu
+    python -m experiments.hardware.tpu_estimate --workdir=runs/tpu_full --batch_size=8 \\
+        --length=4096 --num_heads=16 --num_householder=2 --profile=false
+
+compiles the op ahead of time with package libtpu; nothing is run. These are estimates, to compare
+two versions of the op on one chip, and no times:
+
+* schedule: cycles of the final schedule, by the compiler's profiler, which follows it bundle by
+  bundle. Traffic with the memory is missing, so it is too low where that decides (x + 1 over 256
+  MiB: less than half of what the bandwidth allows). For a product of two 4096 x 4096 matrices in
+  bfloat16 it is 3 to 7 per cent above what the peak of v5e, v5p and v6e allows. It is slow for
+  large shapes, and aborts on some programs and always on v4; then the table says so.
+* cost model: what the compiler chose its tiles by; it counts traffic and an overhead an operation,
+  and knows no custom calls.
+* HBM: bytes that all operations read from it and write to it, the Pallas kernels by the blocks that
+  their grids move; in brackets over arguments, outputs and a state for every 128 factors.
+* memory: temporary, arguments, outputs. What is kept on the chip is not counted.
+
+Microseconds are cycles at the clock in `tpu_compiler.GENERATIONS`, on v4 of one of the two cores of
+a chip, else of the chip. "chunked", "pallas_tpu" and "scan" are ``implementation="chunked"``,
+``"pallas_tpu"`` and ``"recurrent"`` of the op; "interleaved" is the published form, one factor a
+token in a sequence n_h times longer.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from deltaproduct_jax.errors import require_at_least, require_one_of
+from deltaproduct_jax.files import write_file
+from deltaproduct_jax.settings import setting
+from experiments.lib import flags
+from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
+from experiments.lib.bench.tpu_compiler import (
+    GENERATIONS,
+    IMPLEMENTATIONS,
+    Job,
+    compile_apart,
+    require_libtpu,
+    versions,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class EstimateConfig:
+    """What is compiled."""
+
+    batch_size: int = setting(1, "sequences B")
+    length: int = setting(1024, "tokens T")
+    num_heads: int = setting(4, "heads H")
+    head_dim: int = setting(128, "key width K and value width V")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    gated: bool = setting(True, "with a decay g")
+    dtype: str = setting("bfloat16", "of q, k and v: float32 or bfloat16")
+    generations: str = setting("v5e,v6e", f"comma list of {', '.join(GENERATIONS)}")
+    implementations: str = setting(
+        "interleaved,chunked,scan", "comma list; ratios are to the first"
+    )
+    chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
+    directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is compiled")
+    profile: bool = setting(True, "with the profile of the schedule, slow for large shapes")
+    timeout_s: float = setting(300.0, "seconds after which a compilation is given up")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("batch_size", "length", "num_heads", "head_dim"):
+            require_at_least(name, getattr(self, name), 1)
+        for n_h in self.num_householder:
+            require_at_least("num_householder", n_h, 1)
+        if self.chunk_size is not None:
+            require_at_least("chunk_size", self.chunk_size, 1)
+        require_at_least("timeout_s", self.timeout_s, 1)
+        require_one_of("dtype", self.dtype, ["float32", "bfloat16"])
+        for name, allowed in (
+            ("generations", GENERATIONS),
+            ("implementations", IMPLEMENTATIONS),
+            ("directions", (FORWARD, BACKWARD)),
+        ):
+            for entry in getattr(self, name).split(","):
+                require_one_of(name, entry, allowed)
+
+
+def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) -> list[dict]:
+    """One row an implementation."""
+    rows = []
+    for implementation in config.implementations.split(","):
+        sizes = (config.batch_size, config.length, config.num_heads, *[config.head_dim] * 2, n_h)
+        shape = Shape(*sizes, config.dtype, config.gated)
+        job = Job(generation, implementation, direction, shape, config.chunk_size)
+        note = None
+        (found,) = compile_apart([job], profile=config.profile, timeout_s=config.timeout_s)
+        if config.profile and "error" in found:
+            note = found["error"]
+            (found,) = compile_apart([job], profile=False, timeout_s=config.timeout_s)
+        names = {"generation": generation, "num_householder": n_h, "direction": direction}
+        # Of a state for every 128 factors: a chunk of the kernel.
+        spans = -(-shape.T * shape.R // 128)
+        found["states_bytes"] = 4 * spans * shape.B * shape.H * shape.K * shape.V
+        rows.append({**names, "implementation": implementation, "profile_error": note, **found})
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown; in brackets the ratio to the first row of the same program."""
+    lines = [
+        "| chip | n_h | direction | implementation | schedule, us | cost model, us | HBM MiB "
+        "| temp MiB | arguments MiB | outputs MiB | custom calls and collectives |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    first: dict[tuple, dict] = {}
+    for row in rows:
+        names = [row[name] for name in ("generation", "num_householder", "direction")]
+        reference = first.setdefault(tuple(names), row)
+        cells = [*names, row["implementation"]]
+        if "error" in row:
+            cells += [row["error"]] + [""] * 6
+        else:
+            times = [_microseconds(row, reference, name) for name in ("schedule", "model")]
+            least = sum(row[f"{name}_bytes"] for name in ("argument", "output", "states"))
+            traffic = f"{row['hbm_bytes'] / 2**20:.1f} ({row['hbm_bytes'] / least:.2f})"
+            cells += [row["profile_error"] or times[0], times[1], traffic]
+            cells += [f"{row[f'{n}_bytes'] / 2**20:.1f}" for n in ("temp", "argument", "output")]
+            # Buffers that the compiler sets aside are custom calls to it.
+            calls = {n: c for n, c in row["custom_calls"].items() if n != "AllocateBuffer"}
+            calls |= row["collectives"]
+            cells.append(", ".join(f"{count} {name}" for name, count in calls.items()) or "-")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _microseconds(row: dict[str, Any], reference: dict[str, Any], name: str) -> str:
+    cycles, base = row[f"{name}_cycles"], reference.get(f"{name}_cycles")
+    if cycles is None:
+        return "-"
+    text = f"{1e6 * cycles / GENERATIONS[row['generation']].hertz:.1f}"
+    return f"{text} ({cycles / base:.2f})" if base else text
+
+
+def command(argv: Sequence[str]) -> None:
+    """Compiles, prints the table, writes estimate.json and estimate.md."""
+    parsed = flags.parse(argv, {"estimate": EstimateConfig}, {"default": {}})
+    config = EstimateConfig(**parsed.sections["estimate"])
+    require_libtpu()
+    rows = []
+    for generation in config.generations.split(","):
+        for n_h in config.num_householder:
+            for direction in config.directions.split(","):
+                rows += estimate(config, generation, n_h, direction)
+                done = len(config.implementations.split(","))
+                print(table(rows[-done:]), file=sys.stderr)
+    title = (
+        f"B={config.batch_size} T={config.length} H={config.num_heads} K=V={config.head_dim}, "
+        f"{config.dtype}, {'gated' if config.gated else 'ungated'}; estimates of the compiler, "
+        f"nothing was run; {versions()}"
+    )
+    command_line = " ".join(["python -m experiments.hardware.tpu_estimate", *argv])
+    clocks = {name: GENERATIONS[name].hertz for name in config.generations.split(",")}
+    record = {"command": command_line, "versions": versions(), "hertz": clocks, "shape": title}
+    record["rows"] = rows
+    write_file(parsed.workdir / "estimate.json", json.dumps(record, indent=1).encode() + b"\n")
+    text = f"{title}\n\n{table(rows)}\n\nCommand: `{command_line}`\n"
+    write_file(parsed.workdir / "estimate.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

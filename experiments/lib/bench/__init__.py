@@ -1,0 +1,1 @@
+"""Inputs, timing, errors and peers of the benchmarks."""

@@ -1,0 +1,1 @@
+"""Other projects' implementations, called as their users call them."""

@@ -1,0 +1,94 @@
+"""What figures are drawn with, and how one is written."""
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from deltaproduct_jax.files import write_file
+
+
+def plot_cumulative(
+    results_by_label: Mapping[str, Mapping[str, Any]], path: Path, train_length: int
+) -> None:
+    """Draws the fraction of sequences right up to each position, at the longest test length.
+
+    Args:
+        results_by_label: contents of results.json, by the name of their curve.
+        path: where the picture goes.
+        train_length: position up to which the models were trained, marked by a line.
+    """
+    figure, axes = _new_figure()
+    for label, results in results_by_label.items():
+        curve = max(results["test"], key=lambda entry: entry["length"])["strict"]["cumulative"]
+        axes.plot(range(len(curve)), curve, label=label, linewidth=2)
+    axes.axvline(train_length, color="grey", linestyle="--", label="trained up to here")
+    axes.set(
+        xlabel="position (group elements read)",
+        ylabel="fraction of sequences right so far",
+        xlim=(0, len(curve) - 1),
+        ylim=(-0.02, 1.02),
+    )
+    axes.legend()
+    save(figure, path)
+
+
+def plot_ranges(results: Mapping[str, Any], path: Path, train_length: int) -> None:
+    """Draws scaled accuracy over ranges of the sequence length, a bar as wide as its range.
+
+    Args:
+        results: contents of results.json, with scores that name their shortest and longest length.
+        path: where the picture goes.
+        train_length: longest length that the model was trained at, marked by a line.
+    """
+    figure, axes = _new_figure()
+    for entry in results["test"]:
+        scores = [score for score in entry.values() if isinstance(score, dict)]
+        # Where there are ranges, the score of all lengths together would only hide them.
+        for score in scores[1:] or scores:
+            x = score["shortest"], score["longest"]
+            axes.plot(x, [score["scaled_accuracy"]] * 2, color="C0", linewidth=4)
+    axes.axvline(train_length, color="grey", linestyle="--", label="trained up to here")
+    axes.axhline(0, color="grey", linestyle=":", label="guessing")
+    axes.set(xlabel="tokens of a sequence, the answer included", ylabel="scaled accuracy")
+    axes.set_ylim(top=1.02)
+    axes.legend()
+    save(figure, path)
+
+
+def plot_recall(results: Mapping[str, Any], path: Path) -> None:
+    """Draws the fraction of queries answered at each length and number of pairs tested.
+
+    Args:
+        results: contents of results.json, with scores that name their number of pairs.
+        path: where the picture goes.
+    """
+    figure, axes = _new_figure()
+    scores = [(entry["length"], entry["strict"]) for entry in results["test"]]
+    labels = [f"{length}\n{score['num_pairs']}" for length, score in scores]
+    axes.bar(labels, [score["token_accuracy"] for _, score in scores])
+    axes.set(
+        xlabel="tokens of a sequence, and pairs in it",
+        ylabel="fraction of queries answered",
+        ylim=(0, 1.02),
+    )
+    save(figure, path)
+
+
+def _new_figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG; RunDirectoryError where that fails."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png")
+    write_file(path, buffer.getvalue())

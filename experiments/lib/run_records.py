@@ -1,0 +1,151 @@
+"""Finished runs as figures and tables want them: settings and results, chosen and grouped.
+
+Everything comes from records: a sweep's folder, its results.csv (whose lines say which runs), or
+any folder that holds run directories.
+"""
+
+import csv
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import read_json
+from deltaproduct_jax.models.config import DELTA_MIXERS, ModelConfig
+from deltaproduct_jax.training.records import CONFIG, RESULTS
+from experiments.lib.sweeps.grid import LIST, RUNS, parse_grid, read_list
+from experiments.lib.sweeps.records import spell
+
+Group = tuple[str, ...]  # values of the grouping keys, as they are written
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A finished run: its name, its settings by field, and what its results.json holds."""
+
+    name: str
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+    def value(self, key: str) -> str:
+        """A setting as it is written; ConfigError, naming the closest, if there is none."""
+        if key not in self.settings:
+            (closest,) = difflib.get_close_matches(key, sorted(self.settings), n=1, cutoff=0)
+            raise ConfigError(
+                f"{key!r} is no setting of run {self.name}; did you mean {closest!r}?"
+            )
+        return spell(self.settings[key]) or "none"
+
+    def entry(self, length: int | None) -> dict[str, Any]:
+        """The test scores at a length, the longest if None; ConfigError if it was not tested."""
+        entries = {entry["length"]: entry for entry in self.results["test"]}
+        wanted = max(entries) if length is None else length
+        if wanted not in entries:
+            tested = ", ".join(map(str, entries))
+            raise ConfigError(
+                f"length={length} was not tested in run {self.name}; it may be {tested}"
+            )
+        return entries[wanted]
+
+    def score(self, metric: str, length: int | None) -> float:
+        """A number at a test length by its path, as strict.sequence_accuracy."""
+        entry = self.entry(length)
+        found: Any = entry
+        for name in metric.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        if isinstance(found, bool) or not isinstance(found, int | float):
+            raise ConfigError(
+                f"metric={metric!r} is not in the results of run {self.name}; it may be one of "
+                f"{', '.join(_numbers(entry))}"
+            )
+        return float(found)
+
+
+def _numbers(entry: Any, path: str = "") -> list[str]:
+    if isinstance(entry, dict):
+        return [p for name in entry for p in _numbers(entry[name], f"{path}.{name}".strip("."))]
+    return [path] if isinstance(entry, int | float) else []
+
+
+def read_records(source: Path) -> list[Record]:
+    """The finished runs of a sweep's folder, of its results.csv, or of a folder of runs.
+
+    Raises:
+        ConfigError: there is no such place, or no finished run in it.
+        RunDirectoryError: a record cannot be read.
+    """
+    if source.suffix == ".csv":
+        folders = [source.parent / RUNS / name for name in _names(source)]
+    elif (source / LIST).exists():
+        folders = [source / RUNS / run.name for run in read_list(source)[1]]
+    else:
+        folders = sorted(path.parent for path in source.glob(f"*/{CONFIG}"))
+    records = []
+    for folder in folders:
+        if (folder / RESULTS).exists():
+            sections = read_json(folder / CONFIG).values()
+            settings = {name: value for section in sections for name, value in section.items()}
+            settings |= _factors(settings)
+            records.append(Record(folder.name, settings, read_json(folder / RESULTS)))
+    if not records:
+        raise ConfigError(
+            f"source={str(source)!r} holds no finished run; it may be the folder of a sweep, its "
+            "results.csv, or a folder of run directories"
+        )
+    return records
+
+
+def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
+    """The factors a token where a run left them to its delta mixer, which fixes them."""
+    mixer = settings.get("mixer")
+    if mixer not in DELTA_MIXERS or settings.get("num_householder") is not None:
+        return {}
+    return {"num_householder": ModelConfig(mixer=mixer).factors_per_token}
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with open(path, newline="") as file:
+            return [row["run"] for row in csv.DictReader(file)]
+    except OSError as error:
+        raise ConfigError(f"source={str(path)!r} cannot be read: {error.strerror}") from error
+    except KeyError as error:
+        raise ConfigError(f"source={str(path)!r} has no column 'run'") from error
+
+
+def choose(records: Sequence[Record], where: str) -> list[Record]:
+    """The runs whose settings are among those of ``where``, written as a grid."""
+    if not where:
+        return list(records)
+    wanted = parse_grid("--where", where)
+    chosen = [r for r in records if all(r.value(key) in wanted[key] for key in wanted)]
+    if not chosen:
+        found = {key: sorted({record.value(key) for record in records}) for key in wanted}
+        raise ConfigError(f"where={where!r} leaves no run; there are {json.dumps(found)}")
+    return chosen
+
+
+def grouped(records: Iterable[Record], keys: Sequence[str]) -> dict[Group, list[Record]]:
+    """The runs by their values of the keys, in the order of those values."""
+    groups: dict[Group, list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record.value(key) for key in keys), []).append(record)
+    return dict(sorted(groups.items(), key=lambda item: [_order(value) for value in item[0]]))
+
+
+def _order(value: str) -> tuple[int, float, str]:
+    """Numbers by size, before texts by the alphabet."""
+    try:
+        return 0, float(value), ""
+    except ValueError:
+        return 1, 0.0, value
+
+
+def label(keys: Sequence[str], group: Group) -> str:
+    """A group as a legend shows it; the number of factors has the paper's name."""
+    shown = {"num_householder": "n_h", "num_layers": "layers"}
+    parts = [f"{shown.get(key, key)} = {value}" for key, value in zip(keys, group, strict=True)]
+    return ", ".join(parts) or "all runs"

@@ -1,0 +1,1 @@
+"""Grids of runs: what they are, who runs them, what came out."""

@@ -1,0 +1,223 @@
+"""What the records of a sweep say: the state of every run, and the tables of all of them.
+
+Each run has its folder under ``runs/`` with the records of any run, and beside them ``log.txt``,
+what it printed, and ``attempts.jsonl``, a line for every attempt that ended in the sweep's sight.
+``results.csv`` and ``results.parquet`` are derived from these at any time.
+"""
+
+import csv
+import importlib.util
+import io
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.files import read_json, write_file
+from deltaproduct_jax.training.records import CONFIG, METRICS, RESULTS
+from experiments.lib.sweeps.grid import RUNS, Run, folder_lock, read_list
+
+LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
+CSV, PARQUET = "results.csv", "results.parquet"
+TAIL_BYTES = 1 << 16
+Row = dict[str, Any]  # column -> value
+
+
+def has_parquet() -> bool:
+    """Whether the optional package that writes Parquet is there."""
+    return importlib.util.find_spec("pyarrow") is not None
+
+
+class RunFolder:
+    """The records of one run, read as they are now."""
+
+    def __init__(self, folder: Path, run: Run):
+        self.run = run
+        self.path = folder / RUNS / run.name
+        self._results: dict[str, Any] | None = None
+
+    def results(self) -> dict[str, Any] | None:
+        """The outcome, None before the end; an unreadable one is left to the run to complain of."""
+        if self._results is None and (self.path / RESULTS).exists():
+            try:
+                self._results = read_json(self.path / RESULTS)
+            except RunDirectoryError:
+                return None
+        return self._results
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The last rows of its metrics, as far as they are whole."""
+        lines = _tail(self.path / METRICS).split(b"\n")[:-1]
+        return [row for row in map(_object, lines) if row is not None]
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """The attempts that ended in the sight of a sweep."""
+        try:
+            lines = (self.path / ATTEMPTS).read_bytes().splitlines()
+        except FileNotFoundError:
+            return []
+        return [entry for entry in map(_object, lines) if entry is not None]
+
+    def add_attempt(self, exit_code: int, seconds: float, error: str) -> None:
+        """Records how an attempt ended; ``error`` is empty if it ended well."""
+        entry = {"time": time.time(), "exit_code": exit_code, "seconds": seconds, "error": error}
+        write_file(self.path / ATTEMPTS, json.dumps(entry).encode() + b"\n", append=True)
+
+    def seconds(self) -> float:
+        """Time that these attempts took together."""
+        return sum(entry["seconds"] for entry in self.attempts())
+
+    def last_line(self, since: int = 0) -> str:
+        """The last line of the log, if it was written after its first ``since`` bytes."""
+        with open(self.path / LOG, "rb") as file:
+            file.seek(max(since, os.path.getsize(self.path / LOG) - TAIL_BYTES))
+            lines = file.read().decode(errors="replace").split("\n")
+        # A bar that redraws itself leaves what it drew before in the same line.
+        lines = [line.rpartition("\r")[2].strip() for line in lines]
+        return next(filter(None, reversed(lines)), "")
+
+    def state(self) -> str:
+        """As far as records tell: done, failed, started or pending."""
+        if self.results() is not None:
+            return "done"
+        attempts = self.attempts()
+        if attempts and attempts[-1]["error"]:
+            return "failed"
+        return "started" if (self.path / CONFIG).exists() else "pending"
+
+    def row(self) -> Row:
+        """The run as a row of the tables: name, state, settings, outcome, what went wrong."""
+        state, attempts = self.state(), self.attempts()
+        settings = {k: v for section in self.run.config.values() for k, v in section.items()}
+        swept = {key: settings.get(key, self.run.settings[key]) for key in self.run.keys}
+        row = {"run": self.run.name, "state": state, **(swept | settings)}
+        row |= outcomes("results", self.results() or {})
+        row["train_seconds"] = train_seconds(self.path / METRICS)
+        row["attempts"] = len(attempts)
+        row["error"] = attempts[-1]["error"] if state == "failed" else None
+        return row
+
+
+def _tail(path: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            data = file.read()
+    except FileNotFoundError:
+        return b""
+    return data if size <= TAIL_BYTES else data.partition(b"\n")[2]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    """A line of JSON, None if a kill has torn it."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def outcomes(name: str, value: Any) -> dict[str, float | int | str]:
+    """Every number of results.json by its path; entries of a list go by their length.
+
+    Lists of plain numbers, the curves, are left to results.json.
+    """
+    if isinstance(value, dict):
+        parts = {f"{name}.{key}": entry for key, entry in value.items() if key != "length"}
+    elif isinstance(value, list) and all(isinstance(e, dict) and "length" in e for e in value):
+        parts = {f"{name}.{entry['length']}": entry for entry in value}
+    elif isinstance(value, list) or value is None:
+        return {}
+    else:
+        return {name: value}
+    return {k: v for part, entry in parts.items() for k, v in outcomes(part, entry).items()}
+
+
+def train_seconds(path: Path) -> float | None:
+    """Seconds spent training, compiling and evaluating left out, over all attempts."""
+    try:
+        rows = [_object(line) for line in path.read_bytes().split(b"\n")[:-1]]
+    except FileNotFoundError:
+        return None
+    total, before = 0.0, 0
+    for row in filter(None, rows):
+        if "tokens_per_second" not in row:
+            return None
+        total += (row["tokens"] - before) / row["tokens_per_second"]
+        before = row["tokens"]
+    return total
+
+
+def write_tables(folder: Path, finished: dict[str, Row] | None = None) -> list[Row]:
+    """Writes results.csv and, where pyarrow is installed, results.parquet; returns their rows.
+
+    All runs of the saved list are in them, also those that another sweep has added.
+
+    Args:
+        folder: of the sweep.
+        finished: rows of runs that are done, by name, which are not read again; it is added to.
+
+    Raises:
+        RunDirectoryError: the records cannot be read, or the tables not be written.
+    """
+    finished = {} if finished is None else finished
+    with folder_lock(folder):
+        rows = []
+        for run in read_list(folder)[1]:
+            row = finished.get(run.name) or RunFolder(folder, run).row()
+            if row["state"] == "done":
+                finished[run.name] = row
+            rows.append(row)
+        columns = columns_of(rows)
+        write_file(folder / CSV, to_csv(rows, columns))
+        if has_parquet():
+            write_file(folder / PARQUET, to_parquet(rows, columns))
+    return rows
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """All columns: what was swept first, then the settings, the outcomes, and how it went."""
+    first, last = ["run", "state"], ["train_seconds", "attempts", "error"]
+    between = [name for row in rows for name in row if name not in first + last]
+    settings = [name for name in between if not name.startswith("results.")]
+    found = [name for name in between if name.startswith("results.")]
+    return list(dict.fromkeys([*first, *settings, *found, *last]))
+
+
+def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
+    """A line a run; lists as 4,8,16, truth as true and false, nothing for none."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([[spell(row.get(column)) for column in columns] for row in rows])
+    return buffer.getvalue().encode()
+
+
+def spell(value: Any) -> str:
+    """A value as a cell of the CSV, and as one would write it in a flag."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ",".join(map(spell, value))
+    return "" if value is None else str(value)
+
+
+def to_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
+    """The same as Parquet; numbers stay numbers, a column of several kinds becomes text."""
+    import pyarrow
+    from pyarrow import parquet
+
+    arrays = []
+    for column in columns:
+        values = [row.get(column) for row in rows]
+        try:
+            arrays.append(pyarrow.array(values))
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+            arrays.append(pyarrow.array([None if v is None else spell(v) for v in values]))
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(columns)), buffer)
+    return buffer.getvalue()

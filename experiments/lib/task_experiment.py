@@ -1,0 +1,83 @@
+"""What the experiments that train on a task share: flags, configuration, the command, its table."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.loop import train
+from experiments.lib import flags
+
+Row = Mapping[str, Any]  # column of a table -> text, whole number or accuracy
+NOT_FLAGS = ("vocab_size",)  # of the model: the task's
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskExperiment:
+    """An experiment that trains one model on one task.
+
+    Attributes:
+        name: of its module in ``experiments``.
+        task: dataclass of the task, whose fields become flags.
+        presets: values of fields by preset.
+        rows: (entry of results.json's "test") -> rows of the table that is printed.
+        figure: name of the picture in the run directory.
+        draw: (run, results, path of the picture) draws it.
+    """
+
+    name: str
+    task: type
+    presets: flags.Presets
+    rows: Callable[[Mapping[str, Any]], list[Row]]
+    figure: str
+    draw: Callable[[RunConfig, Mapping[str, Any], Path], None]
+
+    @property
+    def sections(self) -> flags.Sections:
+        """Sections of config.json, whose dataclasses' fields are the flags."""
+        return {"task": self.task, "model": ModelConfig, "train": TrainConfig}
+
+    def configure(self, sections: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+        """The run that flags describe."""
+        task = self.task(**sections["task"])
+        return RunConfig(
+            task=task,
+            model=ModelConfig(vocab_size=task.vocab_size, **sections["model"]),
+            train=TrainConfig(**sections["train"]),
+        )
+
+    def command(self, argv: Sequence[str]) -> None:
+        """Trains as the flags say, prints a table and draws the figure."""
+        parsed = flags.parse(argv, self.sections, self.presets, exclude=NOT_FLAGS)
+        config, workdir = self.configure(parsed.sections), parsed.workdir
+        results = train(config, workdir, [f"experiments.{self.name}", *argv])
+        print(self.table(results))
+        picture = workdir / self.figure
+        if not picture.exists():
+            self.draw(config, results, picture)
+
+    def table(self, results: Mapping[str, Any]) -> str:
+        """Accuracies of the best checkpoint on the test split."""
+        rows = [row for entry in results["test"] for row in self.rows(entry)]
+        first = f"best checkpoint: step {results['best_step']} of {results['steps']}; test split:"
+        return "\n".join([first, *table_lines(rows)])
+
+    def main(self, argv: Sequence[str]) -> int:
+        """Exit code of the command; ``argv`` without the program's name."""
+        return flags.run(self.command, argv)
+
+
+def table_lines(rows: Sequence[Row]) -> list[str]:
+    """The columns' names and the rows, right-aligned; accuracies have four decimals."""
+    cells = [
+        [f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()]
+        for row in rows
+    ]
+    columns = zip(rows[0], *cells, strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    return [
+        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
+        for line in ([*rows[0]], *cells)
+    ]

@@ -1,0 +1,1 @@
+"""How fast, how exact and how scalable the op and a training step are."""

@@ -1,0 +1,135 @@
+"""On a CPU, is ``implementation=None`` ever slower forward than the plain scan over tokens?
+
+    python -m experiments.op.rule --workdir=runs/rule
+
+times "recurrent" and "chunked" in turn, forward only, over sizes and numbers of states, and holds
+what `select_implementation` picks against the faster of them. This is the measurement behind the
+rule; run it on a quiet machine.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.files import write_file
+from deltaproduct_jax.ops.dispatch import select_implementation
+from deltaproduct_jax.settings import setting
+from experiments.lib import flags
+from experiments.lib.bench.timing import (
+    FORWARD,
+    Shape,
+    compile_program,
+    machine,
+    program,
+    time_in_turn,
+)
+
+SCAN, CHUNKED = "recurrent", "chunked"
+# Slower than the other by less than this is not told from noise.
+NOISE = 1.05
+
+
+@dataclasses.dataclass(frozen=True)
+class RuleConfig:
+    """The sizes that are timed: every combination."""
+
+    states: tuple[int, ...] = setting((1, 4, 32, 128), "states, B times Hv, in turn")
+    head_dim: tuple[int, ...] = setting((16, 32, 64, 128), "key width K and value width V, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3, 4), "Householder factors a token, in turn")
+    length: int = setting(1024, "tokens T with up to 4 states; with more, fewer in proportion")
+    gated: bool = setting(True, "with a decay g")
+    repeats: int = setting(15, "timed rounds")
+    budget_s: float = setting(3.0, "seconds after which no further round of a case begins")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("states", "head_dim", "num_householder"):
+            for value in getattr(self, name):
+                require_at_least(name, value, 1)
+        require_at_least("length", self.length, 2)
+        require_at_least("repeats", self.repeats, 1)
+
+    def shapes(self) -> list[Shape]:
+        """One shape a combination; states are heads, up to 4 a sequence."""
+        shapes = []
+        for states, K, R in itertools.product(self.states, self.head_dim, self.num_householder):
+            H = next(h for h in (4, 3, 2, 1) if states % h == 0)
+            T = max(min(self.length, 128), self.length * 4 // max(states, 4))
+            shapes.append(Shape(states // H, T, H, K, K, R, gated=self.gated))
+        return shapes
+
+
+def measure(config: RuleConfig, shape: Shape) -> dict[str, Any]:
+    """Times of both at one shape, and what the rule picks."""
+    arrays = shape.inputs()
+    names = (SCAN, CHUNKED)
+    programs = {name: compile_program(program(name, FORWARD), arrays) for name in names}
+    time_in_turn(programs, config.repeats, config.budget_s)
+    times = {name: entry.summary()["median_ms"] for name, entry in programs.items()}
+    sizes = {"B": shape.B, "T": shape.T, "R": shape.R, "Hv": shape.H, "K": shape.K, "V": shape.V}
+    picked = select_implementation("cpu", **sizes, differentiated=False)
+    return {
+        **sizes,
+        "states": shape.B * shape.H,
+        "median_ms": times,
+        "picked": picked,
+        "scan_over_chunked": times[SCAN] / times[CHUNKED],
+        "picked_over_best": times[picked] / min(times.values()),
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Time of the scan over time of "chunked", bold where the rule picks "chunked"."""
+    factors = sorted({row["R"] for row in rows})
+    lines = [["B Hv", "K = V", "T", *(f"n_h = {R}" for R in factors)], ["---"] * (3 + len(factors))]
+    cases: dict[tuple[int, int, int], dict[int, str]] = {}
+    for row in rows:
+        cell = f"{row['scan_over_chunked']:.2f}"
+        case = cases.setdefault((row["states"], row["K"], row["T"]), {})
+        case[row["R"]] = f"**{cell}**" if row["picked"] == CHUNKED else cell
+    lines += [[*map(str, case), *(cells[R] for R in factors)] for case, cells in cases.items()]
+    slower = [
+        f"- B Hv = {row['states']}, K = V = {row['K']}, n_h = {row['R']}: {row['picked']} takes "
+        f"{row['picked_over_best']:.2f} times as long as the other"
+        for row in rows
+        if row["picked_over_best"] > NOISE
+    ]
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    heading = f"Where what the rule picks was slower by more than {NOISE - 1:.0%}:"
+    return "\n".join([text, "", heading, "", *(slower or ["- nowhere"])])
+
+
+def command(argv: Sequence[str]) -> None:
+    """Measures, prints the table, writes rule.json and rule.md."""
+    parsed = flags.parse(argv, {"rule": RuleConfig}, {"default": {}})
+    config = RuleConfig(**parsed.sections["rule"])
+    if jax.default_backend() != "cpu":
+        raise ConfigError(
+            f"the rule is one for a CPU, and this runs on {jax.default_backend()!r}; "
+            "set JAX_PLATFORMS=cpu"
+        )
+    rows = []
+    for shape in config.shapes():
+        rows.append(measure(config, shape))
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    title = (
+        "Time of the plain scan over time of the chunked form, forward, float32, "
+        f"{'gated' if config.gated else 'ungated'}; bold where None picks the chunked form; "
+        f"{machine()}"
+    )
+    command_line = " ".join(["python -m experiments.op.rule", *argv])
+    record = {"command": command_line, "machine": machine(), "rows": rows}
+    write_file(parsed.workdir / "rule.json", json.dumps(record, indent=1).encode() + b"\n")
+    text = f"{title}\n\n{table(rows)}\n\nCommand: `{command_line}`\n"
+    write_file(parsed.workdir / "rule.md", text.encode())
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

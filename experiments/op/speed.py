@@ -1,0 +1,284 @@
+"""How fast is the op, and how accurate: any implementations at one shape, in one process.
+
+    python -m experiments.op.speed --workdir=runs/speed
+    python -m experiments.op.speed --workdir=runs/speed_gpu --dtype=bfloat16 --batch_size=8 \\
+        --length=4096 --num_heads=16 --head_dim=128 --implementations=chunked --peer=fla
+
+Each implementation, and the peer, is first held against the recurrence in float64 on two sequences
+of 256 tokens, and refused where it is wrong. The programs then run in turn; the table shows median
+[min - max] of a call, compile time apart, the temporary memory that the compiler reports, and the
+ratio to the first implementation named.
+
+``--directions=step`` times decoding instead: `delta_product_step`, whatever ``--implementations``
+says, from token to token in one program; the table has the time of one token.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.files import write_file
+from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.settings import setting
+from experiments.lib import flags
+from experiments.lib.bench.peers.jax_packages import PACKAGES, peer_op
+from experiments.lib.bench.timing import (
+    BACKWARD,
+    CHECKED_TOKENS,
+    DECODING_ROUNDS,
+    ERROR_LIMIT,
+    FORWARD,
+    STEP,
+    Compiled,
+    Shape,
+    by_token,
+    checked_error,
+    compile_program,
+    decoding,
+    exact_results,
+    machine,
+    program,
+    time_in_turn,
+)
+from experiments.lib.figures.plots import save
+
+# The gradient of the recurrence keeps several states a token: more sequences of 16 heads of 128 do
+# not fit on a TPU of 16 GB.
+CHECKED_SEQUENCES = 2
+TOKENS_OF_DECODING = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeedConfig:
+    """What is timed."""
+
+    batch_size: int = setting(1, "sequences B")
+    length: int = setting(2048, "tokens T")
+    num_heads: int = setting(4, "heads H")
+    num_value_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
+    head_dim: int = setting(64, "key width K")
+    value_dim: int | None = setting(None, "value width V; none: head_dim")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    gated: bool = setting(True, "with a decay g")
+    dtype: str = setting("float32", "float32 or bfloat16")
+    implementations: str = setting(
+        "recurrent,chunked,auto", "comma list; auto is implementation=None, ratios are to the first"
+    )
+    chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
+    directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed; or step")
+    repeats: int = setting(9, "timed rounds")
+    budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
+    peer: str | None = setting(
+        None,
+        "comma list of packages to time too: jla (jax-linear-attention), ejkernel, or fla "
+        "(flash-linear-attention, on a GPU in bfloat16)",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
+            require_at_least(name, getattr(self, name), 1)
+        for name in ("value_dim", "num_value_heads"):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), 1)
+        if self.value_heads % self.num_heads:
+            raise ConfigError(
+                f"num_value_heads={self.num_value_heads} must be a multiple of num_heads="
+                f"{self.num_heads}"
+            )
+        for n_h in self.num_householder:
+            require_at_least("num_householder", n_h, 1)
+        require_one_of("dtype", self.dtype, ERROR_LIMIT)
+        for name in self.names:
+            require_one_of("implementations", name, [*AVAILABLE, "auto"])
+        for direction in self.directions.split(","):
+            require_one_of("directions", direction, [FORWARD, BACKWARD, STEP])
+        for name in self.peers:
+            require_one_of("peer", name, ["fla", *PACKAGES])
+        if "fla" in self.peers and self.dtype != "bfloat16":
+            raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
+        if STEP in self.directions.split(",") and set(self.peers) - {"fla"}:
+            raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
+        if self.peers and self.value_heads != self.num_heads:
+            raise ConfigError(
+                f"num_value_heads={self.num_value_heads} with peer={self.peer!r}: peers are timed "
+                f"with as many as num_heads={self.num_heads}"
+            )
+        for name in set(self.peers) - {"fla"}:
+            peer_op(name)  # an error now, not after the first rows
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """K and V."""
+        return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def value_heads(self) -> int:
+        """Hv."""
+        return self.num_heads if self.num_value_heads is None else self.num_value_heads
+
+    @property
+    def names(self) -> list[str]:
+        """The implementations, in order."""
+        return self.implementations.split(",")
+
+    @property
+    def peers(self) -> list[str]:
+        """The peers, in order."""
+        return self.peer.split(",") if self.peer else []
+
+
+def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any]]:
+    """One row an implementation at one shape."""
+    sizes = (config.batch_size, config.length, config.num_heads, *config.widths)
+    shape = Shape(*sizes, n_h, config.dtype, config.gated, config.value_heads)
+    prepare = _decoding if direction == STEP else _whole_sequences
+    programs, errors = prepare(config, shape, direction)
+    time_in_turn(programs, config.repeats, config.budget_s)
+    summaries = {name: entry.summary() for name, entry in programs.items()}
+    first = next(iter(summaries.values()))["median_ms"]
+    return [
+        {
+            "num_householder": n_h,
+            "direction": direction,
+            "implementation": name,
+            **summary,
+            "times_faster_than_first": first / summary["median_ms"],
+            "worst_error": errors[name],
+        }
+        for name, summary in summaries.items()
+    ]
+
+
+Programs = tuple[dict[str, Compiled], dict[str, float]]
+
+
+def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
+    """What is timed, by name, and its error."""
+    arrays = shape.inputs()
+    sizes = {"B": min(shape.B, CHECKED_SEQUENCES), "T": min(shape.T, CHECKED_TOKENS)}
+    short = dataclasses.replace(shape, **sizes)
+    checked = short.inputs()
+    want = exact_results(checked, direction)
+    programs, errors = {}, {}
+    peers = [name for name in config.peers if name != "fla"]
+    for name in [*config.names, *peers]:
+        implementation = None if name == "auto" else name
+        if name in peers:
+            implementation = peer_op(name)
+        function = program(implementation, direction, config.chunk_size)
+        # First, as the check may compile the same program.
+        programs[name] = compile_program(function, arrays)
+        errors[name] = checked_error(name, short, jax.jit(function)(checked), want)
+    if "fla" in config.peers:
+        from experiments.lib.bench.peers.fla import compile_peer, peer_results
+
+        errors["fla"] = checked_error("fla", short, peer_results(short, checked, direction), want)
+        programs["fla"] = compile_peer(shape, arrays, direction)
+    return programs, errors
+
+
+def _decoding(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
+    """The same for one token after another, from a state of zeros."""
+    del direction
+    shape = dataclasses.replace(shape, T=TOKENS_OF_DECODING)
+    arrays = shape.inputs()
+    again = {name: jnp.concatenate(DECODING_ROUNDS * [x], axis=1) for name, x in arrays.items()}
+    want = exact_results(again, FORWARD)
+    tokens = by_token(arrays)
+    ours = compile_program(decoding, tokens, calls=DECODING_ROUNDS * shape.T)
+    programs, errors = {STEP: ours}, {STEP: checked_error(STEP, shape, ours.run(), want)}
+    if config.peer:
+        from experiments.lib.bench.peers.fla import compile_peer_decoding, to_numpy
+
+        programs["fla"] = compile_peer_decoding(shape, tokens)
+        errors["fla"] = checked_error("fla", shape, to_numpy(programs["fla"].run()), want)
+    return programs, errors
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| n_h | direction | implementation | ms, median [min - max] | x faster | compile s "
+        "| temp MiB | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        memory = "-" if row["temp_mib"] is None else f"{row['temp_mib']:.1f}"
+        lines.append(
+            f"| {row['num_householder']} | {row['direction']} | {row['implementation']} "
+            f"| {row['median_ms']:.3g} [{row['min_ms']:.3g} - {row['max_ms']:.3g}] "
+            f"| {row['times_faster_than_first']:.2f} | {row['compile_s']:.1f} | {memory} "
+            f"| {row['worst_error']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Bars of the median times, a group a number of factors and direction."""
+    groups = list(dict.fromkeys((row["direction"], row["num_householder"]) for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    figure = Figure(figsize=(1.5 + 1.1 * len(groups), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for index, name in enumerate(names):
+        picked = {
+            (r["direction"], r["num_householder"]): r for r in rows if r["implementation"] == name
+        }
+        heights = [picked[group]["median_ms"] for group in groups]
+        offset = (index - (len(names) - 1) / 2) * 0.8 / len(names)
+        places = [place + offset for place in range(len(groups))]
+        axes.bar(places, heights, 0.8 / len(names), label=name)
+    axes.set_xticks(range(len(groups)), [f"{d}\nn_h = {n}" for d, n in groups], fontsize=8)
+    axes.set(ylabel="ms a call (median)", yscale="log", title=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    save(figure, path)
+
+
+def command(argv: Sequence[str]) -> None:
+    """Measures, prints the table, writes speed.json, speed.md and speed.png."""
+    parsed = flags.parse(argv, {"speed": SpeedConfig}, {"default": {}})
+    config = SpeedConfig(**parsed.sections["speed"])
+    K, V = config.widths
+    title = (
+        f"B={config.batch_size} T={config.length} H={config.num_heads} "
+        f"{'' if config.value_heads == config.num_heads else f'Hv={config.value_heads} '}"
+        f"{f'K=V={K}' if K == V else f'K={K} V={V}'}, "
+        f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
+    )
+    command_line = " ".join(["python -m experiments.op.speed", *argv])
+    record = {"command": command_line, "machine": machine(), "shape": title, "rows": []}
+    for n_h in config.num_householder:
+        for direction in config.directions.split(","):
+            rows = measure(config, n_h, direction)
+            print(table(rows), file=sys.stderr)
+            record["rows"] += rows
+            write(parsed.workdir, record)  # what is measured stays, whatever comes next
+    plot(record["rows"], parsed.workdir / "speed.png", title)
+    print((parsed.workdir / "speed.md").read_text())
+
+
+def write(workdir: Path, record: dict[str, Any]) -> None:
+    """speed.json and speed.md."""
+    write_file(workdir / "speed.json", json.dumps(record, indent=1).encode() + b"\n")
+    head = f"{record['shape']}; {record['machine']}"
+    errors = (
+        f"Errors: the worst of the results, against float64, on {CHECKED_SEQUENCES} sequences of "
+        f"{CHECKED_TOKENS} tokens at most ({DECODING_ROUNDS * TOKENS_OF_DECODING} of decoding)."
+    )
+    text = f"{head}\n\n{table(record['rows'])}\n\n{errors}\n\nCommand: `{record['command']}`\n"
+    write_file(workdir / "speed.md", text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

@@ -1,0 +1,303 @@
+"""How fast does a 340M-parameter language model train: tokens a second of whole training steps.
+
+    python -m experiments.op.step_speed --workdir=runs/step                  # a GPU of 80 GB
+    python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside the rival
+    python -m experiments.op.step_speed --workdir=runs/step --preset=small   # a CPU, to see it run
+
+The shapes are the published ones of the paper's language models, with tied embeddings and
+convolutions: 8 heads of 128 with one factor a token (341,594,112 parameters), 4 with two
+(316,379,136). A step is the project's own: cross entropy of the next token, gradient, clipping,
+AdamW, in bfloat16 with float32 parameters. ``--peer=fla`` trains the same model as
+flash-linear-attention has it, in PyTorch. Tokens are drawn at random and stay the same.
+
+Each model runs in a process of its own, one after another, because neither library gives back the
+memory of a GPU that it has once taken. What a peer refuses becomes a line of the table.
+"""
+
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.files import write_file
+from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
+from deltaproduct_jax.settings import setting
+from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.step import init_state, make_train_step, split_model
+from experiments.lib import flags
+from experiments.lib.bench.peers.fla_model import PRECISIONS, check_peer, one_line, peer_rows
+from experiments.lib.bench.timing import Compiled, machine, time_in_turn
+
+OURS = "deltaproduct_jax"
+PRESETS = {
+    "default": {},
+    "small": {
+        "batch_size": 2,
+        "length": 64,
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": (4, 2),
+        "head_dim": 16,
+        "intermediate_size": 128,
+        "repeats": 3,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What is timed."""
+
+    batch_size: int = setting(8, "sequences B")
+    length: int = setting(4096, "tokens T")
+    vocab_size: int = setting(32000, "number of token ids")
+    hidden_size: int = setting(1024, "width D of the residual stream")
+    num_layers: int = setting(24, "number of blocks")
+    num_householder: tuple[int, ...] = setting((1, 2), "Householder factors a token, in turn")
+    num_heads: tuple[int, ...] = setting((8, 4), "heads H, a number for each num_householder")
+    head_dim: int = setting(128, "key width K and value width V")
+    intermediate_size: int = setting(2816, "width of the SwiGLU's hidden layer")
+    gated: bool = setting(False, "with a forget gate")
+    dtype: str = setting("bfloat16", "dtype of our computation; parameters are float32")
+    remat: str = setting("products", "what our blocks compute anew: none, products or blocks")
+    implementation: str | None = setting(None, "of our op; none: by platform and shape")
+    steps: int = setting(4, "steps a timed round")
+    repeats: int = setting(6, "timed rounds, after one that warms up")
+    budget_s: float = setting(30.0, "seconds after which no further round of a model begins")
+    peer: str | None = setting(None, "fla: flash-linear-attention's model too, on a GPU")
+    peer_precisions: str = setting(
+        ",".join(PRECISIONS),
+        "comma list for the peer: masters (bfloat16 parameters and float32 copies that AdamW "
+        "updates), autocast (float32 parameters), bfloat16 (parameters and AdamW alike)",
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every field; the model's are the model's to check."""
+        for name in ("batch_size", "length", "steps", "repeats"):
+            require_at_least(name, getattr(self, name), 1)
+        if len(self.num_heads) != len(self.num_householder) or not self.num_heads:
+            raise ConfigError(
+                f"num_heads={self.num_heads} must have a number for each of "
+                f"num_householder={self.num_householder}, one at least"
+            )
+        require_one_of("peer", self.peer, [None, "fla"])
+        for precision in self.peer_precisions.split(","):
+            require_one_of("peer_precisions", precision, PRECISIONS)
+        for n_h, num_heads in self.models:
+            self.model(n_h, num_heads)
+
+    @property
+    def models(self) -> list[tuple[int, int]]:
+        """Factors a token and heads of each model."""
+        return list(zip(self.num_householder, self.num_heads, strict=True))
+
+    def model(self, n_h: int, num_heads: int) -> ModelConfig:
+        """Our model; with ``initializer="fla"`` it starts as the peer's does."""
+        return ModelConfig(
+            vocab_size=self.vocab_size,
+            mixer="gated_delta_product" if self.gated else "delta_product",
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=num_heads,
+            head_dim=self.head_dim,
+            num_householder=n_h,
+            use_short_conv=True,
+            intermediate_size=self.intermediate_size,
+            tie_embeddings=True,
+            initializer="fla",
+            initializer_range=0.006,
+            dtype=self.dtype,
+            remat=self.remat,
+            implementation=self.implementation,
+        )
+
+    @property
+    def training(self) -> TrainConfig:
+        """The paper's optimiser, past its warm-up."""
+        return TrainConfig(
+            batch_size=self.batch_size,
+            learning_rate=3e-4,
+            schedule="constant",
+            weight_decay=0.01,
+            adam_b2=0.95,
+            clip_norm=1.0,
+        )
+
+    def tokens(self) -> np.ndarray:
+        """``[B, T + 1]``, the same in every process."""
+        shape = (self.batch_size, self.length + 1)
+        return np.random.default_rng(0).integers(self.vocab_size, size=shape, dtype=np.int32)
+
+
+Row = dict[str, Any]
+
+
+def our_rows(config: StepConfig, model_config: ModelConfig) -> list[Row]:
+    """One row: our model, trained for the rounds that are timed."""
+    optimizer = make_optimizer(config.training)
+    model = SequenceModel(model_config, rngs=nnx.Rngs(0))
+    parameters = count_parameters(model)["total"]
+    graphdef, params = split_model(model)
+    state = init_state(params, optimizer)
+    del model, params  # the first step donates the arrays
+    tokens = jnp.asarray(config.tokens())
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    batch = Batch(inputs, targets, jnp.ones(inputs.shape, bool))
+    step = make_train_step(graphdef, optimizer, make_schedule(config.training), 1)
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    seconds = time.perf_counter() - began
+    losses = []
+
+    def train() -> None:
+        nonlocal state
+        for _ in range(config.steps):
+            state, metrics = compiled(state, batch)
+            losses.append(metrics["loss"])
+        jax.block_until_ready((state, losses))
+
+    memory = compiled.memory_analysis()
+    entry = Compiled(
+        train, seconds, None if memory is None else memory.temp_size_in_bytes, config.steps
+    )
+    time_in_turn({OURS: entry}, config.repeats, config.budget_s)
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    row = {
+        "implementation": OURS,
+        "parameters": parameters,
+        **entry.summary(),
+        "peak_mib": None if peak is None else peak / 2**20,
+        "first_loss": float(losses[0]),
+        "last_loss": float(losses[-1]),
+        "steps": len(losses),
+        "machine": machine(),
+    }
+    return [row]
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function in a process of its own, whose end frees what it held of a GPU."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def measured(function: Callable[..., list[Row]], name: str, *arguments: Any) -> list[Row]:
+    """What ``function`` measures, apart; what stops it becomes a row that says so."""
+    try:
+        return apart(function, *arguments)
+    except Exception as error:  # of another library, or of a GPU: any kind
+        if not isinstance(error, ConfigError):
+            traceback.print_exception(error)
+        return [{"implementation": name, "error": one_line(error)}]
+
+
+def measure(config: StepConfig, n_h: int, num_heads: int) -> Iterator[list[Row]]:
+    """The rows of one shape: ours, then the peer's."""
+    model_config = config.model(n_h, num_heads)
+    ours = measured(our_rows, OURS, config, model_config)
+    yield _completed(ours, config, n_h, num_heads, ours[0])
+    if config.peer:
+        precisions = config.peer_precisions.split(",")
+        arguments = (config.training, model_config, precisions, config.tokens())
+        timing = (config.steps, config.repeats, config.budget_s)
+        rows = measured(peer_rows, config.peer, *arguments, *timing)
+        yield _completed(rows, config, n_h, num_heads, ours[0])
+
+
+def _completed(
+    rows: list[Row], config: StepConfig, n_h: int, num_heads: int, ours: Row
+) -> list[Row]:
+    """The rows with their shape, tokens a second, and how much faster ours is."""
+    for row in rows:
+        row |= {"num_householder": n_h, "num_heads": num_heads}
+        if "error" not in row:
+            row["tokens_per_s"] = 1e3 * config.batch_size * config.length / row["median_ms"]
+            known = "error" not in ours
+            row["ours_times_faster"] = row["median_ms"] / ours["median_ms"] if known else None
+    return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown, and below it what did not run."""
+    lines = [
+        "| n_h | heads | model | parameters | ms a step, median [min - max] | tokens/s "
+        "| ours x faster | compile s | temp GiB | peak GiB | loss, first and last |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    gib = lambda mib: "-" if mib is None else f"{mib / 1024:.2f}"
+    for row in rows:
+        lines.append(f"| {row['num_householder']} | {row['num_heads']} | {row['implementation']} ")
+        if "error" in row:
+            lines[-1] += 8 * "| - " + "|"
+            continue
+        ratio = row["ours_times_faster"]
+        lines[-1] += (
+            f"| {row['parameters']:,} "
+            f"| {row['median_ms']:.4g} [{row['min_ms']:.4g} - {row['max_ms']:.4g}] "
+            f"| {row['tokens_per_s']:,.0f} | {'-' if ratio is None else f'{ratio:.2f}'} "
+            f"| {row['compile_s']:.1f} | {gib(row['temp_mib'])} | {gib(row['peak_mib'])} "
+            f"| {row['first_loss']:.3f}, {row['last_loss']:.3f} |"
+        )
+    failed = [
+        f"n_h = {row['num_householder']}, {row['implementation']} did not run: {row['error']}"
+        for row in rows
+        if "error" in row
+    ]
+    return "\n".join([*lines, "", *failed] if failed else lines)
+
+
+def command(argv: Sequence[str]) -> None:
+    """Measures, prints the table, writes step.json and step.md."""
+    parsed = flags.parse(argv, {"step": StepConfig}, PRESETS)
+    config = StepConfig(**parsed.sections["step"])
+    if config.peer:
+        apart(check_peer)  # before minutes are spent
+    record = {
+        "command": " ".join(["python -m experiments.op.step_speed", *argv]),
+        "config": dataclasses.asdict(config),
+        "rows": [],
+    }
+    for n_h, num_heads in config.models:
+        for rows in measure(config, n_h, num_heads):
+            print(table(rows), file=sys.stderr)
+            record["rows"] += rows
+            write(parsed.workdir, record)  # what is measured stays, whatever comes next
+    print((parsed.workdir / "step.md").read_text())
+    failed = [r for r in record["rows"] if "error" in r and r["implementation"] == OURS]
+    if failed:
+        raise ConfigError(f"our own model did not run: {failed[0]['error']}")
+
+
+def write(workdir: Path, record: dict[str, Any]) -> None:
+    """step.json and step.md."""
+    write_file(workdir / "step.json", json.dumps(record, indent=1).encode() + b"\n")
+    config = record["config"]
+    machines = dict.fromkeys(row["machine"] for row in record["rows"] if "machine" in row)
+    head = (
+        f"B={config['batch_size']} T={config['length']} D={config['hidden_size']}, "
+        f"{config['num_layers']} blocks, K=V={config['head_dim']}, vocabulary "
+        f"{config['vocab_size']}, {'gated' if config['gated'] else 'ungated'}; ours in "
+        f"{config['dtype']}, remat={config['remat']}; {'; '.join(machines)}"
+    )
+    text = f"{head}\n\n{table(record['rows'])}\n\nCommand: `{record['command']}`\n"
+    write_file(workdir / "step.md", text.encode())
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

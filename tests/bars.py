@@ -1,0 +1,45 @@
+"""The bars of every implementation, and how a CPU is made to cut as another platform does."""
+
+import jax
+from helpers import errors, plain_bfloat16_error, record
+
+from deltaproduct_jax.ops import dispatch
+
+# Bars of the design. float32: or 30 times the error of the plain float32 recurrence, if larger.
+OUTPUTS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-2}
+GRADIENTS = {"float64": 1e-12, "float32": 3e-5, "bfloat16": 2e-2}
+OVER_PLAIN_RECURRENCE = 30
+# Of g in float32, whatever the gates: differences of cumulative sums would be off by 50 at g = -20.
+GATES = 1e-5
+# Ungated with beta up to 2, errors never die out: what plain bfloat16 dots give, times this.
+OVER_PLAIN_BFLOAT16 = 4
+
+
+def assert_within_bars(case, implementation, dtype, **overrides):
+    of_outputs, of_gradients = errors(case, implementation, dtype, **overrides)
+    record(implementation, dtype, of_outputs, of_gradients)
+    if dtype == "float32" and case.keys == "unit":
+        assert of_gradients.get("dg", 0) <= GATES
+    outputs_bar, gradients_bar = OUTPUTS[dtype], GRADIENTS[dtype]
+    if dtype == "bfloat16" and not case.tame:
+        factor = max(1.0, OVER_PLAIN_BFLOAT16 * plain_bfloat16_error(case) / outputs_bar)
+        outputs_bar, gradients_bar = factor * outputs_bar, factor * gradients_bar
+    over = {n: e for n, e in of_outputs.items() if not e <= outputs_bar}
+    over |= {n: e for n, e in of_gradients.items() if not e <= gradients_bar}
+    if over and dtype == "float32":
+        plain_outputs, plain_gradients = errors(case, "recurrent", dtype)
+        plain = plain_outputs | plain_gradients
+        over = {n: e for n, e in over.items() if not e <= OVER_PLAIN_RECURRENCE * plain[n]}
+    bars = f"outputs {outputs_bar:.1e}, gradients {gradients_bar:.1e}"
+    assert not over, f"over the bars ({bars}): {over}; all: {of_outputs | of_gradients}"
+
+
+def run_as(platform, monkeypatch):
+    """Makes a CPU cut sequences and round operands as another platform does."""
+    settings = dispatch.Request.settings
+
+    def elsewhere(self, _, tokens):
+        return settings(self, platform, tokens)
+
+    monkeypatch.setattr(dispatch.Request, "settings", elsewhere)
+    jax.clear_caches()

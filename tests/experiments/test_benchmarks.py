@@ -1,0 +1,205 @@
+"""The benchmarks of the op: they check before they time, and write what they print."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from deltaproduct_jax import delta_product
+from experiments.lib import flags
+from experiments.lib.bench import timing
+from experiments.lib.bench.peers import jax_packages as peer_jax
+from experiments.op import rule as op_rule
+from experiments.op import scaling as op_scaling
+from experiments.op import sharding as op_sharding
+from experiments.op import speed as op_speed
+
+TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "--repeats=2"]
+
+
+def test_speed_writes_table_json_and_plot(tmp_path, capsys):
+    op_speed.command([f"--workdir={tmp_path}", *TINY, "--value_dim=6", "--num_value_heads=4"])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert len(record["rows"]) == 2 * 3  # directions, implementations
+    assert record["shape"] == "B=1 T=12 H=2 Hv=4 K=4 V=6, float32, gated"
+    for row in record["rows"]:
+        assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert row["worst_error"] < 1e-5
+        assert (
+            f"| {row['num_householder']} | {row['direction']} | {row['implementation']} " in printed
+        )
+        if row["implementation"] == "recurrent":
+            assert row["times_faster_than_first"] == 1
+    assert (tmp_path / "speed.md").read_text().strip() == printed.strip()
+    assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoding_is_timed_by_the_token(tmp_path, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    op_speed.command([f"--workdir={tmp_path}", *TINY, "--directions=step"])
+    (row,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert row["implementation"] == "step"
+    assert 0 < row["worst_error"] < 1e-5
+    assert row["median_ms"] == pytest.approx(1000 / 128)
+
+
+def test_the_record_names_what_gpu_kernels_are_compiled_with(monkeypatch):
+    """Versions of what is installed; of what is not, nothing."""
+
+    def version(name):
+        if name != "triton":
+            raise timing.metadata.PackageNotFoundError
+        return "9.8"
+
+    monkeypatch.setattr(timing.metadata, "version", version)
+    assert "triton" not in timing.machine()
+    gpu = types.SimpleNamespace(device_kind="GPU", platform="gpu")
+    monkeypatch.setattr(timing.jax, "devices", lambda: [gpu, gpu])
+    described = timing.machine()
+    assert described.startswith("2 x GPU, host with ")
+    assert described.endswith(", triton 9.8")
+    assert "jax-triton" not in described
+
+
+def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
+    right = timing.delta_product
+
+    def wrong(**arguments):
+        o, state = right(**arguments)
+        return (o * 1.01, state) if arguments["implementation"] == "chunked" else (o, state)
+
+    monkeypatch.setattr(timing, "delta_product", wrong)
+    arguments = [f"--workdir={tmp_path}", *TINY, "--directions=forward"]
+    assert flags.run(op_speed.command, arguments) != 0
+    assert "error: chunked is wrong at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", peer_jax.PACKAGES)
+def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
+    """Stand-ins with the peers' interfaces, made of our own op: layouts, gates and read-outs."""
+
+    def one_factor(query, key, value, beta, decay, *, use_qk_l2norm):
+        assert not use_qk_l2norm
+        step = (x[:, :, None] for x in (key, value, beta))
+        return delta_product(query, *step, decay)
+
+    def many_factors(q, k, v, g, beta, *, num_householder, output_final_state):
+        assert output_final_state
+        steps = (x.reshape(*q.shape[:2], num_householder, *x.shape[2:]) for x in (k, v, beta))
+        return delta_product(q, *steps, g)
+
+    stand_in = types.SimpleNamespace(gated_delta_rule=one_factor, gated_delta_product=many_factors)
+    monkeypatch.setitem(sys.modules, peer_jax.MODULES[name], stand_in)
+    arguments = [f"--workdir={tmp_path}", *TINY, f"--peer={name}", "--implementations=chunked"]
+    op_speed.command([*arguments, "--gated=false"])
+    op_speed.command(arguments)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["implementation"] for row in rows] == 2 * ["chunked", name]
+    assert max(row["worst_error"] for row in rows) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--implementations=recurrent,fast", "implementations='fast' is not known"),
+        ("--peer=fla", "peer=fla refuses dtype='float32'; give dtype=bfloat16"),
+        ("--peer=fast", "peer='fast' is not known"),
+        ("--peer=jla", "peer=jla needs the package jax-linear-attention"),
+        ("--peer=jla --directions=step", "peer='jla' has no directions=step; only fla has"),
+        ("--dtype=int8", "dtype='int8' is not known"),
+        ("--directions=backward", "directions='backward' is not known"),
+        ("--peer=fla --dtype=bfloat16 --directions=step", "peer=fla needs torch"),
+        ("--length=0", "length=0 is too small"),
+        ("--num_value_heads=6", "num_value_heads=6 must be a multiple of num_heads=4"),
+    ],
+)
+def test_errors_of_the_speed_benchmark(argument, text, tmp_path, capsys):
+    assert flags.run(op_speed.command, [f"--workdir={tmp_path}", *argument.split()]) != 0
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+
+
+def test_scaling_writes_slopes_and_plot(tmp_path):
+    sizes = ["--lengths=32,64,128", "--num_householder=2,1", "--base_length=32", "--repeats=2"]
+    op_scaling.command([f"--workdir={tmp_path}", *sizes, "--num_heads=1", "--head_dim=4"])
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["T"] for row in record["by_length"]] == [32, 64, 128]
+    assert [row["num_householder"] for row in record["by_num_householder"]] == [1, 2]
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    power = [{"x": x, "y": 3 * x**1.5} for x in (1, 2, 5, 9)]
+    assert op_scaling.slope(power, "x", "y") == pytest.approx(1.5)
+
+
+SPREAD = ["--length=8", "--num_heads=2", "--head_dim=4", "--repeats=2", "--directions=forward"]
+
+
+def test_the_op_is_spread_along_each_axis_and_beside_one_device(tmp_path, capsys):
+    op_sharding.command([f"--workdir={tmp_path}", *SPREAD])
+    record = json.loads((tmp_path / "sharding.json").read_text())
+    assert [row["axis"] for row in record["rows"]] == ["one device", "batch", "head", "sequence"]
+    assert all(0 < row["worst_error"] < 1e-5 for row in record["rows"])
+    assert record["rows"][0]["times_faster"] == 1
+    assert (tmp_path / "sharding.md").read_text().strip() == capsys.readouterr().out.strip()
+    arrays = op_sharding.ShardingConfig(batch_size=4).shape(2).inputs()
+    shards = {
+        axis: {name: x.sharding.shard_shape(x.shape) for name, x in placed.items()}
+        for axis in op_sharding.AXES
+        for placed in [op_sharding.spread(arrays, axis, 2)]
+    }
+    for axis, name, index in (("batch", "q", 0), ("head", "k", 3), ("sequence", "g", 1)):
+        whole = arrays[name].shape
+        assert shards[axis][name] == (*whole[:index], whole[index] // 2, *whole[index + 1 :])
+
+
+def test_what_is_wrong_over_devices_is_not_timed(tmp_path, monkeypatch, capsys):
+    right = op_sharding.sharded_delta_product
+
+    def wrong(*arrays, **named):
+        o, state = right(*arrays, **named)
+        return (o * 1.01, state) if named.get("head_axis") else (o, state)
+
+    monkeypatch.setattr(op_sharding, "sharded_delta_product", wrong)
+    assert flags.run(op_sharding.command, [f"--workdir={tmp_path}", *SPREAD]) != 0
+    assert "error: head is wrong at" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--devices=4096", "devices=4096 are asked for, and there are"),
+        ("--batch_size=3", "batch_size=3 must be a multiple of devices=2"),
+        ("--axes=time", "axes='time' is not known; it may be one of"),
+    ],
+)
+def test_errors_of_the_sharding_benchmark(argument, text, tmp_path, capsys):
+    size = ["--batch_size=4096", "--num_heads=4096", "--length=4096"] * ("devices" in argument)
+    assert flags.run(op_sharding.command, [f"--workdir={tmp_path}", *size, argument]) != 0
+    assert text in capsys.readouterr().err
+
+
+def test_the_rule_is_held_against_what_was_timed(tmp_path, capsys):
+    sizes = ["--states=2,8", "--head_dim=4", "--num_householder=1,2", "--length=160"]
+    op_rule.command([f"--workdir={tmp_path}", *sizes, "--repeats=2"])
+    assert (tmp_path / "rule.md").read_text().strip() == capsys.readouterr().out.strip()
+    rows = json.loads((tmp_path / "rule.json").read_text())["rows"]
+    sizes = [(row["B"] * row["Hv"], row["T"], row["R"]) for row in rows]
+    assert sizes == [(2, 160, 1), (2, 160, 2), (8, 128, 1), (8, 128, 2)]
+    for row in rows:
+        times = row["median_ms"]
+        assert row["picked"] == "recurrent"
+        assert row["scan_over_chunked"] == times["recurrent"] / times["chunked"]
+        assert row["picked_over_best"] == times["recurrent"] / min(times.values())
+
+
+def test_the_rule_names_where_it_picked_the_slower():
+    row = {"states": 2, "K": 8, "T": 4, "R": 1, "picked": "chunked", "scan_over_chunked": 0.5}
+    text = op_rule.table([{**row, "picked_over_best": 2.0}])
+    assert "| 2 | 8 | 4 | **0.50** |" in text
+    assert text.endswith("K = V = 8, n_h = 1: chunked takes 2.00 times as long as the other")
+    assert op_rule.table([{**row, "picked_over_best": 1.04}]).endswith("- nowhere")

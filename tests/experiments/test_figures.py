@@ -1,0 +1,243 @@
+"""Figures and tables from records: medians, fractions and curves are those of the files."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from deltaproduct_jax.errors import ConfigError
+from experiments import figures as paper_figures
+from experiments.lib import flags, run_records
+from experiments.lib.figures import tables as paper_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+# (group, n_h, seed) -> sequence accuracy at 8, of which that at 4 is twice.
+ACCURACY = {
+    ("S3", 1, 0): 0.0, ("S3", 1, 1): 0.1, ("S3", 1, 2): 0.05,
+    ("S3", 2, 0): 0.5, ("S3", 2, 1): 0.4, ("S3", 2, 2): 0.1,
+    ("A5", 2, 0): 0.45, ("A5", 2, 1): 0.05,
+}  # fmt: skip
+
+
+def add_run(folder, name, settings, accuracy):
+    run = folder / name
+    run.mkdir(parents=True)
+    config = {
+        "task": {"group": settings["group"], "train_length": 2, "eval_lengths": [4, 8]},
+        "model": {"num_householder": settings["n_h"], "num_layers": 1, "chunk_size": None}
+        | {"mixer": settings.get("mixer", "delta_product")},
+        "train": {"seed": settings["seed"]},
+    }
+    (run / "config.json").write_text(json.dumps(config))
+    if accuracy is None:
+        return
+    entries = []
+    for length, value in ((4, 2 * accuracy), (8, accuracy)):
+        cumulative = np.linspace(1, value, length + 1).tolist()
+        strict = {
+            "sequence_accuracy": value,
+            "cumulative": cumulative,
+            "scaled_accuracy": value / 2,
+        }
+        entries.append({"length": length, "loss": 1, "strict": strict})
+    (run / "results.json").write_text(json.dumps({"steps": 3, "test": entries}))
+
+
+@pytest.fixture
+def source(tmp_path):
+    for (group, n_h, seed), accuracy in ACCURACY.items():
+        settings = {"group": group, "n_h": n_h, "seed": seed}
+        add_run(tmp_path / "s" / "runs", f"{group}-{n_h}-{seed}", settings, accuracy)
+    add_run(tmp_path / "s" / "runs", "unfinished", {"group": "A5", "n_h": 2, "seed": 2}, None)
+    names = [path.name for path in sorted((tmp_path / "s" / "runs").iterdir())]
+    runs = [{"name": n, "settings": {}, "keys": [], "config": {}} for n in names]
+    (tmp_path / "s" / "runs.json").write_text(json.dumps({"script": "x", "runs": runs}))
+    return tmp_path / "s"
+
+
+def draw(source, out, *arguments):
+    return flags.run(paper_figures.command, [f"--source={source}", f"--workdir={out}", *arguments])
+
+
+def test_curves_are_medians_over_seeds(source, tmp_path, capsys):
+    assert draw(source, tmp_path / "out", "--preset=factors") == 0
+    assert (tmp_path / "out" / "factors.png").read_bytes().startswith(b"\x89PNG")
+    drawn = json.loads((tmp_path / "out" / "factors.json").read_text())
+    assert list(drawn) == ["group = A5", "group = S3"]
+    assert list(drawn["group = S3"]) == ["n_h = 1", "n_h = 2"]
+    assert list(drawn["group = A5"]) == ["n_h = 2"]
+    curves = drawn["group = S3"]["n_h = 2"]
+    np.testing.assert_allclose(curves["median"], np.linspace(1, 0.4, 9))
+    assert sorted(run[-1] for run in curves["runs"]) == [0.1, 0.4, 0.5]
+    assert draw(source, tmp_path / "out", "--preset=factors", "--length=4", "--name=four") == 0
+    drawn = json.loads((tmp_path / "out" / "four.json").read_text())
+    np.testing.assert_allclose(drawn["group = S3"]["n_h = 2"]["median"], np.linspace(1, 0.8, 5))
+
+
+def test_factors_left_to_the_mixer_count_as_what_they_were(tmp_path):
+    mixers = {"delta_net": "1", "gated_delta_product": "2", "gla": "none"}
+    for mixer in mixers:
+        settings = {"group": "S3", "n_h": None, "seed": 0, "mixer": mixer}
+        add_run(tmp_path, mixer, settings, 0.5)
+    records = run_records.read_records(tmp_path)
+    assert {r.value("mixer"): r.value("num_householder") for r in records} == mixers
+
+
+@pytest.mark.parametrize("band", [False, True])
+def test_what_is_drawn_is_what_was_given(band):
+    runs = np.array([[1, 0.5, 0.1], [1, 0.7, 0.3], [1, 0.9, 0.8]])
+    axes = Figure().subplots()
+    paper_figures.draw_curves(axes, {"a": runs, "b": runs[:1]}, band=band)
+    thick = [line for line in axes.lines if line.get_linewidth() == 2]
+    np.testing.assert_array_equal(thick[0].get_ydata(), [1, 0.7, 0.3])
+    assert [line.get_label() for line in thick] == ["a (3 runs)", "b"]
+    thin = [line.get_ydata().tolist() for line in axes.lines if line.get_linewidth() < 1]
+    assert thin == ([] if band else [*runs.tolist(), runs[0].tolist()])
+    assert len(axes.collections) == (2 if band else 0)
+    if band:
+        corners = axes.collections[0].get_paths()[0].vertices
+        assert {(2.0, 0.1), (2.0, 0.8)} <= set(map(tuple, corners.round(6).tolist()))
+
+
+def test_the_table_has_median_and_best(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert draw(source, out, "--preset=languages", "--x=group", "--by=num_householder") == 0
+    rows = list(csv.DictReader((out / "languages.csv").read_text().splitlines()))
+    assert [row["num_householder"] for row in rows] == ["1", "2"]
+    got = {name: rows[1][f"S3 {name}"] for name in ("median", "best", "runs")}
+    assert {name: float(value) for name, value in got.items()} == {
+        "median": 0.2, "best": 0.25, "runs": 3,
+    }  # fmt: skip
+    assert rows[0]["A5 median"] == ""
+    text = (out / "languages.md").read_text()
+    assert text.splitlines() == [
+        "| num_householder | A5 | S3 |",
+        "| --- | --- | --- |",
+        "| 1 | - | 0.025 (0.050), 3 runs |",
+        "| 2 | 0.125 (0.225), 2 runs | 0.200 (0.250), 3 runs |",
+    ]
+    assert text in capsys.readouterr().out
+
+
+def test_escapes_are_counted(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert draw(source, out, "--preset=escape", "--threshold=0.4") == 0
+    assert (out / "escape.md").read_text().splitlines()[2:] == [
+        "| 1 | - | 0/3 |",
+        "| 2 | 1/2 | 2/3 |",
+    ]
+    assert (out / "escape.png").read_bytes().startswith(b"\x89PNG")
+    assert (
+        "strict.sequence_accuracy of at least 0.4 at the longest length" in capsys.readouterr().out
+    )
+    assert draw(source, out, "--preset=escape", "--length=4", "--by=seed") == 0  # from 0.9
+    rows = list(csv.DictReader((out / "escape.csv").read_text().splitlines()))
+    assert [(row["seed"], row["A5 escaped"], row["A5 runs"]) for row in rows] == [
+        ("0", "1", "1"), ("1", "0", "1"), ("2", "0", "0"),
+    ]  # fmt: skip
+    assert [(row["S3 escaped"], row["S3 runs"]) for row in rows] == [
+        ("1", "2"),
+        ("0", "2"),
+        ("0", "2"),
+    ]
+
+
+def test_bars_have_the_height_of_their_fraction():
+    rows = [
+        {"n": "1", "S3 escaped": 1, "S3 runs": 4, "A5 escaped": 0, "A5 runs": 0},
+        {"n": "2", "S3 escaped": 4, "S3 runs": 4, "A5 escaped": 1, "A5 runs": 2},
+    ]
+    axes = Figure().subplots()
+    paper_figures.draw_bars(axes, rows, ["n"])
+    first, second = axes.containers
+    assert [bar.get_height() for bar in first] == [0.25]
+    assert [bar.get_height() for bar in second] == [1, 0.5]
+    assert (first[0].get_center()[0], second[1].get_center()[0]) == pytest.approx((-0.2, 1.2))
+    assert [text.get_text() for text in axes.texts] == ["1/4", "4/4", "1/2"]
+
+
+def test_sources(source, tmp_path):
+    whole = run_records.read_records(source)
+    assert len(whole) == len(ACCURACY)
+    assert {r.name for r in run_records.read_records(source / "runs")} == {r.name for r in whole}
+    (source / "some.csv").write_text("run,state\nS3-1-0,done\nunfinished,started\nA5-2-1,done\n")
+    some = run_records.read_records(source / "some.csv")
+    assert [record.name for record in some] == ["S3-1-0", "A5-2-1"]
+    assert some[0].value("eval_lengths") == "4,8"
+    assert some[0].value("chunk_size") == "none"
+
+
+def test_groups_are_in_the_order_of_their_values():
+    def record(value):
+        return run_records.Record("r", {"key": value}, {})
+
+    values = [10, None, 9, 0.5, "S4", "S10"]
+    groups = run_records.grouped([record(value) for value in values], ["key"])
+    assert list(groups) == [("0.5",), ("9",), ("10",), ("S10",), ("S4",), ("none",)]
+    assert run_records.label(["num_householder", "group"], ("2", "S3")) == "n_h = 2, group = S3"
+
+
+def test_where_leaves_what_it_says(source):
+    records = run_records.read_records(source)
+    chosen = run_records.choose(records, "group=S3;seed=0:2;num_householder=2")
+    assert [record.name for record in chosen] == ["S3-2-0", "S3-2-1"]
+    with pytest.raises(ConfigError, match=r"where='group=S9' leaves no run; there are .*A5.*S3"):
+        run_records.choose(records, "group=S9")
+
+
+ERRORS = {
+    "no source": (["--source="], "--source is missing; give the folder"),
+    "nothing there": (["--source=absent"], "source='absent' holds no finished run"),
+    "no csv": (["--source=absent.csv"], r"source='absent\.csv' cannot be read: No such file"),
+    "unknown kind": (["--kind=pie"], "kind='pie' is not known; it may be one of"),
+    "unknown setting": (["--x=grup"], "'grup' is no setting of run .*; did you mean 'group'"),
+    "unknown row": (["--by=sead"], "'sead' is no setting of run .*; did you mean 'seed'"),
+    "both": (["--by=group"], "x='group' is among by='group' too"),
+    "length": (["--length=5"], "length=5 was not tested in run .*; it may be 4, 8"),
+    "no number": (
+        ["--kind=escape", "--metric=strict.x"],
+        r"metric='strict\.x' is not in the results of run .*; it may be one of .*scaled_accuracy",
+    ),
+    "no curve": (["--metric=loss"], "metric='loss' is no curve in the results of run"),
+    "idle threshold": (["--threshold=0.5"], "threshold=0.5 needs kind=escape"),
+    "idle band": (["--kind=table", "--band"], "band=True needs kind=cumulative"),
+    "bad filter": (["--where=seed"], "--where='seed': 'seed' must be key=value"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_are_one_line(case, source, tmp_path, capsys, monkeypatch):
+    arguments, says = ERRORS[case]
+    monkeypatch.chdir(tmp_path)
+    assert draw(source, "out", *arguments) == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_curves_of_several_lengths_are_refused(source, tmp_path, capsys):
+    results = source / "runs" / "S3-2-0" / "results.json"
+    content = json.loads(results.read_text())
+    content["test"].pop()
+    results.write_text(json.dumps(content))
+    assert draw(source, tmp_path / "out") == 2
+    assert "were tested at different lengths; give --length" in capsys.readouterr().err
+    assert draw(source, tmp_path / "out", "--length=4") == 0
+
+
+def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):
+    command = [sys.executable, "-m", "experiments.figures", f"--source={source}", "--band"]
+    command.append(f"--workdir={tmp_path / 'out'}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"written: {tmp_path / 'out' / 'cumulative.png'}"
+    assert (
+        paper_tables.markdown(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |\n"
+    )

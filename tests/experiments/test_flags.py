@@ -1,0 +1,199 @@
+"""Flags from dataclasses: types, precedence, help, and one line for whatever cannot be honoured."""
+
+import dataclasses
+import json
+
+import pytest
+from absl import flags as absl_flags
+
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.settings import setting
+from experiments.lib import flags
+
+
+def _field(default, text="a field"):
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True)
+class Cake:
+    layers: int = _field(2)
+    sugar: float = _field(0.5)
+    name: str = _field("plain")
+    glazed: bool = _field(False)
+    cherries: int | None = _field(None)
+    cuts: tuple[int, ...] = _field(())
+    guests: tuple[int, ...] | None = _field(None)
+    secret: int = _field(7)
+
+
+@dataclasses.dataclass(frozen=True)
+class Oven:
+    degrees: float | None = _field(None)
+
+
+SECTIONS = {"cake": Cake, "oven": Oven}
+PRESETS = {"default": {"layers": 3}, "feast": {"layers": 9, "cuts": (4, 8), "degrees": 180.0}}
+
+
+def parse(*argv):
+    return flags.parse(["--workdir=w", *argv], SECTIONS, PRESETS, exclude=["secret"]).sections
+
+
+def cake(*argv):
+    return parse(*argv)["cake"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("--layers=5", "layers", 5),
+        ("--sugar=1", "sugar", 1.0),
+        ("--sugar=1e-3", "sugar", 1e-3),
+        ("--name=none", "name", "none"),
+        ("--glazed", "glazed", True),
+        ("--glazed=true", "glazed", True),
+        ("--noglazed", "glazed", False),
+        ("--cherries=3", "cherries", 3),
+        ("--cherries=none", "cherries", None),
+        ("--cuts=4,8,16", "cuts", (4, 8, 16)),
+        ("--cuts=4", "cuts", (4,)),
+        ("--cuts=", "cuts", ()),
+        ("--guests=None", "guests", None),
+        ("--guests=1,2", "guests", (1, 2)),
+    ],
+)
+def test_types(argument, name, value):
+    got = cake(argument)[name]
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_the_flag_wins_over_the_preset_and_the_preset_over_the_field():
+    assert cake() == {"layers": 3}
+    assert parse("--preset=feast") == {
+        "cake": {"layers": 9, "cuts": (4, 8)},
+        "oven": {"degrees": 180.0},
+    }
+    assert cake("--layers=1", "--preset=feast") == {"layers": 1, "cuts": (4, 8)}
+    # A flag that is given wins although its value is the field's default.
+    assert cake("--preset=feast", "--layers=2")["layers"] == 2
+
+
+def test_a_repeated_flag_gathers_its_entries():
+    @dataclasses.dataclass(frozen=True)
+    class Shop:
+        list: tuple[str, ...] = setting((), "what to buy", repeated=True)
+
+    def bought(*argv):
+        return flags.parse(["--workdir=w", *argv], {"shop": Shop}, {"default": {}}).sections["shop"]
+
+    assert bought() == {}
+    assert bought("--list=a,b", "--list=c=d;e") == {"list": ("a,b", "c=d;e")}
+
+
+def test_a_saved_config_is_given_again(tmp_path):
+    path = tmp_path / "config.json"
+    saved = {"cake": {"layers": 4, "cuts": [1, 2], "guests": None, "secret": 3, "sugar": 1}}
+    path.write_text(json.dumps(saved))
+    assert parse(f"--config={path}", "--layers=5") == {
+        "cake": {"layers": 5, "cuts": (1, 2), "guests": None, "sugar": 1.0},
+        "oven": {},
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[1]", "must hold the sections cake, oven"),
+        ('{"cake": 3}', "must hold the sections cake, oven"),
+        ('{"bread": {}}', "'bread' is no section; it may be one of cake, oven"),
+        (
+            '{"cake": {"layer": 1}}',
+            "'layer' is no field of section 'cake'; it may be one of lay",
+        ),
+        ('{"cake": {"layers": "2"}}', 'layers="2" is not known; it must be a whole number'),
+        ('{"cake": {"layers": true}}', "layers=true is not known; it must be a whole number"),
+        ('{"cake": {"layers": 2.5}}', r"layers=2\.5 is not known; it must be a whole number"),
+        ('{"cake": {"glazed": 1}}', "glazed=1 is not known; it must be true or false"),
+        ('{"cake": {"cuts": [1.5]}}', r"cuts=\[1\.5\] is not known; it must be whole numbers such"),
+        ('{"cake": {"name": null}}', "name=null is not known; it must be a text"),
+    ],
+)
+def test_a_bad_config_is_explained(tmp_path, content, message):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as error:
+        parse(f"--config={path}")
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--layers=two", "flag --layers=two: it must be a whole number$"),
+        ("--layers=2.5", "flag --layers=2.5: it must be a whole number$"),
+        ("--layers=", "flag --layers=: it must be a whole number$"),
+        ("--layers", "Missing value for flag --layers"),
+        ("--sugar=much", "flag --sugar=much: it must be a number$"),
+        ("--glazed=maybe", "flag --glazed=maybe"),
+        ("--cherries=some", "flag --cherries=some: it must be a whole number or none$"),
+        ("--cuts=4,,8", "flag --cuts=4,,8: it must be whole numbers such as 4,8,16$"),
+        ("--cuts=none", "flag --cuts=none: it must be whole numbers such as 4,8,16$"),
+        ("--guests=a", "flag --guests=a: it must be whole numbers such as 4,8,16 or none$"),
+        ("--preset=lunch", "flag --preset=lunch: .*default.feast"),
+        ("--layer=2", "Unknown command line flag 'layer'. Did you mean: layers"),
+        ("--secret=2", "Unknown command line flag 'secret'"),
+    ],
+)
+def test_a_bad_flag_is_explained(argument, message):
+    with pytest.raises(absl_flags.Error, match=message):
+        parse(argument)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--workdir is missing"),
+        (["--workdir=w", "runs"], "argument 'runs' is no flag; a flag is written --name=value"),
+        (["--workdir=w", "--preset=feast", "--config=c"], "exclude each other"),
+        (["--workdir=w", "--config=absent.json"], "absent.json cannot be read: No such file"),
+    ],
+)
+def test_a_bad_command_line_is_explained(argv, message):
+    with pytest.raises(ConfigError, match=message):
+        flags.parse(argv, SECTIONS, PRESETS)
+
+
+def test_two_fields_of_one_name_are_refused():
+    with pytest.raises(absl_flags.DuplicateFlagError):
+        flags.parse([], {"cake": Cake, "again": Cake}, PRESETS)
+
+
+def test_help_shows_every_flag_and_its_default(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        flags.parse(["--help"], SECTIONS, PRESETS, exclude=["secret"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    for name in ("layers", "sugar", "cuts", "degrees", "workdir", "preset", "config"):
+        assert f"--{name}" in shown
+    assert "--layers: a field (default 3)" in shown  # what the default preset gives
+    assert "secret" not in shown
+
+
+@pytest.mark.parametrize("error", [ConfigError("bad\n  field"), RunDirectoryError("bad\n  field")])
+def test_errors_of_the_user_become_one_line(error, capsys):
+    def command(argv):
+        raise error
+
+    assert flags.run(command, []) == 2
+    assert capsys.readouterr().err == "error: bad field\n"
+
+
+def test_other_errors_keep_their_traceback():
+    def command(argv):
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        flags.run(command, [])

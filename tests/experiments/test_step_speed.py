@@ -1,0 +1,136 @@
+"""Whole training steps: the published sizes, a table at a tiny size, and a peer that may fail."""
+
+import dataclasses
+import json
+
+import pytest
+from flax import nnx
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models import SequenceModel, count_parameters
+from experiments.lib import flags
+from experiments.lib.bench.peers.fla_model import peer_config
+from experiments.op import step_speed
+
+TINY = ["--preset=small", "--length=8", "--num_layers=1", "--num_householder=2", "--num_heads=2"]
+TINY += ["--steps=2", "--repeats=2"]
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """Everything in this process."""
+    monkeypatch.setattr(step_speed, "apart", lambda function, *arguments: function(*arguments))
+
+
+def rows_of(path):
+    return json.loads((path / "step.json").read_text())["rows"]
+
+
+def test_the_models_have_the_published_sizes():
+    config = step_speed.StepConfig()
+    counts = []
+    for model in [config.model(*sizes) for sizes in config.models]:
+        abstract = nnx.eval_shape(lambda model=model: SequenceModel(model, rngs=nnx.Rngs(0)))
+        counts.append(count_parameters(abstract)["total"])
+    assert counts == [341_594_112, 316_379_136]
+
+
+def test_a_table_of_whole_steps(tmp_path, capsys):
+    step_speed.command([f"--workdir={tmp_path}", *TINY])
+    (row,) = rows_of(tmp_path)
+    assert row["implementation"] == step_speed.OURS
+    assert (row["num_householder"], row["num_heads"]) == (2, 2)
+    assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+    assert row["tokens_per_s"] == pytest.approx(1e3 * 2 * 8 / row["median_ms"])
+    assert row["steps"] == 2 * (2 + 1)
+    assert 0 < row["last_loss"] < row["first_loss"]
+    assert row["parameters"] > 0
+    assert row["compile_s"] > 0
+    assert row["temp_mib"] > 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "step.md").read_text().strip() == printed.strip()
+    assert "| 2 | 2 | deltaproduct_jax |" in printed
+
+
+def test_what_the_peer_refuses_is_a_line_below_the_table(tmp_path, inline, monkeypatch, capsys):
+    asked = []
+
+    def refuses(*arguments):
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise RuntimeError("no such\nkernel")
+        timed = {"parameters": 7, "median_ms": 3.0, "min_ms": 2.0, "max_ms": 4.0, "compile_s": 1.0}
+        timed |= {"temp_mib": None, "peak_mib": 1.0, "first_loss": 5.0, "last_loss": 4.0}
+        return [{"implementation": "fla, masters", **timed}]
+
+    ours = {"implementation": step_speed.OURS, "parameters": 7, "median_ms": 1.5, "min_ms": 1.0}
+    ours |= {"max_ms": 2.0, "compile_s": 1.0, "temp_mib": 0.0, "peak_mib": None}
+    ours |= {"first_loss": 5.0, "last_loss": 4.0}
+    monkeypatch.setattr(step_speed, "our_rows", lambda *_: [dict(ours)])
+    monkeypatch.setattr(step_speed, "check_peer", lambda: None)
+    monkeypatch.setattr(step_speed, "peer_rows", refuses)
+    arguments = ["--preset=small", "--peer=fla", "--peer_precisions=masters", "--budget_s=7"]
+    step_speed.command([f"--workdir={tmp_path}", *arguments])
+    printed = capsys.readouterr().out
+    assert "\nn_h = 1, fla did not run: RuntimeError: no such kernel\n" in printed
+    assert [row.get("ours_times_faster") for row in rows_of(tmp_path)] == [1, None, 1, 2]
+    _, model, precisions, tokens, *timing = asked[1]
+    assert (model.factors_per_token, precisions, tokens.shape) == (2, ["masters"], (2, 65))
+    assert timing == [4, 3, 7.0]
+
+
+def test_our_own_failure_fails_the_command(tmp_path, inline, monkeypatch, capsys):
+    def fails(*_):
+        raise ConfigError("out of memory")
+
+    monkeypatch.setattr(step_speed, "our_rows", fails)
+    assert flags.run(step_speed.command, [f"--workdir={tmp_path}", *TINY]) == 2
+    assert "our own model did not run: ConfigError: out of memory" in capsys.readouterr().err
+
+
+def test_every_field_of_the_model_is_a_flag_that_reaches_it():
+    base = step_speed.StepConfig(**step_speed.PRESETS["small"])
+    changes = {
+        "vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_householder": (3, 2),
+        "num_heads": (4, 1), "head_dim": 8, "intermediate_size": 64, "gated": True,
+        "dtype": "float32", "remat": "none", "implementation": "chunked",
+    }  # fmt: skip
+    models = lambda config: [config.model(*sizes) for sizes in config.models]
+    for name, value in changes.items():
+        assert models(dataclasses.replace(base, **{name: value})) != models(base), name
+    for name in ("batch_size", "length"):
+        assert dataclasses.replace(base, **{name: 5}).tokens().shape != base.tokens().shape
+    told = {"steps", "repeats", "budget_s", "peer", "peer_precisions"}  # seen in the tests above
+    known = {*changes, *told, "batch_size", "length"}
+    assert known == {field.name for field in dataclasses.fields(step_speed.StepConfig)}
+
+
+def test_the_peer_is_told_the_shape_of_ours():
+    got = peer_config(step_speed.StepConfig(gated=True).model(2, 4))
+    assert got == {
+        "hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4, "head_dim": 128,
+        "expand_v": 1.0, "num_householder": 2, "intermediate_size": 2816,
+        "use_forget_gate": True, "use_output_gate": False, "use_short_conv": True, "conv_size": 4,
+        "allow_neg_eigval": True, "norm_eps": 1e-6, "tie_word_embeddings": True,
+        "initializer_range": 0.006, "vocab_size": 32000,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argument", "text"),
+    [
+        ("--length=0", "length=0 is too small"),
+        ("--num_heads=4", "num_heads=(4,) must have a number for each of num_householder=(1, 2)"),
+        ("--remat=all", "remat='all' is not known"),
+        ("--dtype=float16", "dtype='float16' is not known"),
+        ("--peer=torch", "peer='torch' is not known"),
+        ("--peer_precisions=masters,int8", "peer_precisions='int8' is not known"),
+        ("--peer=fla", "peer=fla needs torch"),
+    ],
+)
+def test_errors_are_one_line(argument, text, tmp_path, inline, capsys):
+    assert flags.run(step_speed.command, [f"--workdir={tmp_path}", argument]) == 2
+    error = capsys.readouterr().err
+    assert text in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,165 @@
+"""The op compiles for TPUs, without a TPU: no solver inside, no more memory than promised."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tpu_programs import GRADIENTS
+
+from experiments.lib import environment
+from experiments.lib.bench import tpu_compiler
+from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
+from experiments.lib.bench.tpu_compiler import Job
+
+if not tpu_compiler.is_available():
+    pytest.skip("needs libtpu (tests/run.py --extra=tpu)", allow_module_level=True)
+
+SHAPE = Shape(B=1, T=256, H=2, K=64, V=64, R=2)
+CASES = [  # v6e float32 compiles for 10 seconds, with v5e's cut
+    ("v5e", FORWARD, "bfloat16"),
+    ("v5e", BACKWARD, "bfloat16"),
+    ("v5e", BACKWARD, "float32"),
+    ("v6e", FORWARD, "bfloat16"),
+    ("v6e", BACKWARD, "bfloat16"),
+]
+JOBS = {
+    (generation, direction, dtype): Job(
+        generation, "chunked", direction, Shape(**{**vars(SHAPE), "dtype": dtype})
+    )
+    for generation, direction, dtype in CASES
+}
+# The gradient holds both kernels. 16 heads are what the vector memory of v4 has to be planned for.
+SMALL_CHIP = Job("v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16"))
+# Large enough for its arrays not to fit on the chip.
+LARGE = Job("v5e", "pallas_tpu", BACKWARD, Shape(8, 4096, 16, 128, 128, 2, "bfloat16"))
+# Large enough for its states, one every 32 tokens, not to fit on the chip, where memory is not
+# counted.
+LONG = Job("v5e", "chunked", BACKWARD, Shape(B=1, T=8192, H=2, K=128, V=128, R=4, dtype="bfloat16"))
+SPAN = 32
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the compiler says of every program, all compiled by one child process."""
+    jobs = {**JOBS, "small chip": SMALL_CHIP, "large": LARGE}
+    figures = tpu_compiler.compile_apart(list(jobs.values()), profile=False, timeout_s=280)
+    return dict(zip(jobs, figures, strict=True))
+
+
+@pytest.mark.parametrize("key", JOBS, ids=" ".join)
+def test_the_chunked_form_compiles_without_a_solver(key, compiled):
+    found = compiled[key]
+    assert "error" not in found
+    solvers = [name for name in found["custom_calls"] if "riangular" in name]
+    assert not solvers, "on a TPU a solve costs more than all the rest"
+    assert not found["collectives"]
+    assert found["model_cycles"] > 0
+
+
+@pytest.mark.parametrize("name", ["small chip", "large"])
+def test_no_loop_over_chunks_is_left_outside_the_kernels(name, compiled):
+    found = compiled[name]
+    assert "error" not in found, found["error"]
+    assert found["custom_calls"]["tpu_custom_call"] == 2
+    assert not found["loops"]
+
+
+def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
+    """Inputs twice, cotangents, and of the states, one a chunk, every second out and in again.
+
+    With all of them it would be 1.6 times inputs, outputs and one state a chunk.
+    """
+    found, shape = compiled["large"], LARGE.shape
+    states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
+    least = found["argument_bytes"] + found["output_bytes"] + states
+    assert 1.25 * least < found["hbm_bytes"] < 1.45 * least
+    assert found["temp_bytes"] < 1.1 * states / 2
+
+
+PROGRAMS = ("step in shard_map", "step under jit", "transformed", "sequence", *GRADIENTS)
+
+
+@pytest.fixture(scope="module")
+def around():
+    """Custom calls and collectives of programs that hold the op, by name."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.tpu_programs", *PROGRAMS],
+        cwd=environment.ROOT,
+        env=tpu_compiler.child_environment(None),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(PROGRAMS, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def test_a_training_step_on_256_chips_holds_the_kernels(around):
+    """In shard_map; XLA cannot cut a kernel by itself, and None then runs the chunked form."""
+    found = around["step in shard_map"]
+    assert found["tpu_custom_call"] == 2
+    assert set(found) & {"all-reduce", "all-gather", "collective-permute"} == {"all-reduce"}
+    found = around["step under jit"]
+    assert "tpu_custom_call" not in found
+    assert found["all-reduce"] > 0
+
+
+def test_the_kernels_compile_mapped_rematerialised_packed_with_grouped_heads(around):
+    assert around["transformed"]["tpu_custom_call"] == 2
+    assert "all-reduce" not in around["transformed"]
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_the_kernels_compile_for_every_generation_and_are_all_there_is(name, around):
+    """None chooses them; `GRADIENTS` says for what."""
+    assert around[name] == {"tpu_custom_call": 2}
+
+
+def test_the_kernels_compile_along_a_cut_sequence(around):
+    assert around["sequence"]["tpu_custom_call"] == 2
+    assert around["sequence"]["collective-permute"] > 1
+
+
+def test_a_solver_would_be_seen(monkeypatch):
+    """The name that the compiler gives it: without this the test above could not fail."""
+    program = (
+        "import sys, jax, experiments.lib.bench.tpu_compiler as c\n"
+        "def solve(q, k, **arrays):\n"
+        "    a = k[0, :, 0, 0] @ k[0, :, 0, 0].T + 9 * jax.numpy.eye(k.shape[1])\n"
+        "    return jax.lax.linalg.triangular_solve(a, q[0, :, 0], left_side=True, lower=True)\n"
+        "c.IMPLEMENTATIONS['chunked'] = solve\n"
+        "c.main()\n"
+    )
+    monkeypatch.setattr(tpu_compiler, "CHILD", [tpu_compiler.CHILD[0], "-c", program])
+    (found,) = tpu_compiler.compile_apart(
+        [Job("v5e", "chunked", FORWARD, SHAPE)], profile=False, timeout_s=60
+    )
+    assert any("riangular" in name for name in found["custom_calls"]), found
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_a_gradient_is_expected_to_take_longer(generation, compiled):
+    forward, backward = (
+        compiled[generation, direction, "bfloat16"]["model_cycles"]
+        for direction in (FORWARD, BACKWARD)
+    )
+    assert backward > 1.5 * forward
+
+
+@pytest.mark.slow  # compiles as long as all the others together; on a CPU: test_ops_composition.py
+def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
+    """A state for each token would be 32 times the states, sequences of T * R tokens 3 copies."""
+    (found,), shape = tpu_compiler.compile_apart([LONG], profile=False, timeout_s=280), LONG.shape
+    states = 4 * shape.H * shape.K * shape.V * shape.T // SPAN
+    assert 0 < found["temp_bytes"] < states + found["argument_bytes"]
+    array = 2 * shape.T * shape.H * shape.K  # q, o, each factor of k and v, in bfloat16
+    assert found["argument_bytes"] < 1.1 * (3 + 2 * shape.R) * array + 4 * shape.H * shape.K**2
+
+
+def test_the_profile_of_the_schedule_is_read():
+    jobs = [Job(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
+    for found in tpu_compiler.compile_apart(jobs, profile=True, timeout_s=120):
+        assert list(found["loops"].values()) == [SHAPE.T]
+        # Each token takes some, and fewer than its traffic with the memory would cost.
+        assert SHAPE.T * 100 < found["schedule_cycles"] < found["model_cycles"]

@@ -1,0 +1,151 @@
+"""The GPU kernels without a GPU: run by Triton's interpreter, and compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.hardware.gpu_compile import spills_in_loops
+from experiments.lib import environment
+
+TESTS = Path(__file__).parents[2]
+# Outputs and gradients: the design's bars for float32, or 30 times what the plain recurrence errs;
+# for float16 a few units of its last bit, twice that where reflections keep every rounding.
+BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
+REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
+OVER_RECURRENCE = 30
+# What XLA compiles for the CPU here is run once.
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+if not environment.extra_folder("gpu").exists():
+    pytest.skip("needs Triton (tests/run.py --extra=gpu)", allow_module_level=True)
+
+
+def child(mode: str) -> dict:
+    """Runs triton_child.py in a process of its own: the interpreter is chosen at import."""
+    path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
+    command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def interpreted():
+    return child("interpret")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    return child("compile")
+
+
+@pytest.mark.parametrize("dtype", BARS)
+def test_outputs_and_gradients_are_those_of_the_oracle(dtype, interpreted):
+    outputs_bar, gradients_bar = BARS[dtype]
+    cases = {name: e for name, e in interpreted["errors"].items() if name.endswith(dtype)}
+    assert len(cases) >= 3
+    over = {}
+    for name, errors in cases.items():
+        recurrent = errors.pop("recurrent")
+        for what, error in errors.items():
+            bar = gradients_bar if what.startswith("d") else outputs_bar
+            bar *= OVER_REFLECTED if name == REFLECTED else 1
+            if not error <= max(bar, OVER_RECURRENCE * recurrent[what]):
+                over[name, what] = error, recurrent[what]
+    assert not over
+
+
+def test_sequences_are_cut_into_pieces_where_a_case_says_so(interpreted):
+    pieces = interpreted["pieces"]
+    mapped = pieces.pop("vmap")
+    assert sum("in pieces" in name for name in pieces) == 3
+    for name, counts in pieces.items():
+        assert counts == [5 if "in pieces" in name else 1], name
+    assert mapped == [4, 5]  # of the mapped call and of the others
+
+
+def test_a_mapped_call_is_one_call_after_the_other(interpreted):
+    assert interpreted["vmap"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["step", "step_in_place"])
+def test_one_token_is_that_of_the_oracle(name, interpreted):
+    assert max(interpreted[name].values()) < 1e-6
+
+
+def test_what_is_kept_is_written_in_whole(interpreted):
+    assert interpreted["kept"] == {"states": True, "X": True, "scores": True, "maps": True}
+
+
+def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
+    assert compiled["lowered"]["versions"] == ["step", "step_in_place"]
+
+
+def test_every_launch_of_a_kernel_is_timed(interpreted):
+    chosen, variant = interpreted["launches"]
+    assert (chosen["chosen"], variant["chosen"], variant["warps"]) == (True, False, 4)
+    assert 0 < variant["floor_ms"] < variant["ms"] <= variant["most_ms"]
+
+
+def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    names = {"prepare", "walk", "errors", "walk_back", "gradients", "prepare, float32"}
+    assert names | {"walk (summary)", "walk_back (summary)", "compose"} == set(rows)
+    assert not any(row["spilt_bytes"] for row in rows.values()), rows
+
+
+def test_the_kernels_of_whole_passes_spill_nothing(compiled):
+    rows = compiled["passes"]
+    assert len(rows) == 6 * (8 + 2)
+    spilt = {(r["kernel"], r["num_householder"], r["gated"]): r["spilt_bytes"] for r in rows}
+    assert len(spilt) == len(rows)
+    assert not any(spilt.values()), spilt
+
+
+def test_products_of_pieces_are_counted_where_they_are_made(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    # 8 pieces of 16 heads: 7 ends, 6 maps, both of 128 columns; 64 rows, 128 chunks a piece.
+    of_chunk = 2 * 64 * 128 * 128 + 2 * 64 * 64 * 128
+    assert rows["walk (summary)"]["operations"] == 2 * 16 * 128 * (7 + 6) * of_chunk
+    assert rows["compose"]["operations"] == 2 * 16 * 6 * 128**3
+
+
+def test_products_of_the_gradient_are_counted_as_they_are_made(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    # 32 tokens, 64 rows, 64 of 128 keys, 128 values; what spans tokens apart from what does not.
+    over_values = (32 * 64 + 64 * 64 + 32 * 64 + 2 * 64 * 64) * 128
+    over_keys = 4 * 32 * 64 * 64 + 4 * 64 * 64 * 64
+    assert rows["gradients"]["operations"] == 2 * 2 * 128 * 128 * (over_values + over_keys)
+
+
+def test_spills_in_loops_are_told_from_others():
+    code = ["STL [R1], R2", "LDL R3, [R1]", "@P0 BRA 0x0010", "LDL R4, [R1]", "BRA 0x0040"]
+    text = "\n".join(f"  /*{16 * i:04x}*/  {line} ;  /* 0x00 */" for i, line in enumerate(code))
+    assert spills_in_loops(text) == 1
+
+
+def test_every_kernel_fits_a_multiprocessor(compiled):
+    rows = {row["kernel"]: row for row in compiled["rows"]}
+    assert all(
+        row["shared_bytes"] > 0 and row["programs_a_multiprocessor"] for row in rows.values()
+    )
+
+
+def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
+    lowered = compiled["lowered"]
+    # Two forward, four backward.
+    assert lowered["triton"] == lowered["None"] == 6
+    assert lowered["chunked"] == lowered["on a small GPU"] == 0
+    # What `prepare` makes is kept.
+    assert lowered["wide"] == 5
+    # In pieces three more for each pass, of which one finds maps for both.
+    assert lowered["in pieces"] == 9
+    assert lowered["on a CPU instead"] < 1e-6
+    assert lowered["step"] == [1, 1, 0]
+    assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]

@@ -1,0 +1,308 @@
+"""Whole runs of a model that compiles at once: what they record, select, report and refuse."""
+
+import errno
+import json
+import os
+import re
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from flax import nnx
+from tiny_run import curve, run_config, snapshot
+
+from deltaproduct_jax import files
+from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training import loop
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.progress import Progress, Stopwatch
+from deltaproduct_jax.training.step import (
+    init_state,
+    loss_and_correct,
+    make_train_step,
+    split_model,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+
+
+def train(workdir, **fields):
+    return loop.train(run_config(**fields), workdir, ["test"])
+
+
+def rows_in(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled_once):
+    """A run that nobody disturbed; tests only read it."""
+    workdir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+        train(workdir)
+    return workdir
+
+
+def test_a_run_leaves_its_records(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "run.json", "metrics.jsonl", "results.json", "checkpoints",
+        "events.out.tfevents.0.run",
+    }  # fmt: skip
+    assert json.loads((finished / "config.json").read_text()) == run_config().to_dict()
+    rows = rows_in(finished)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12]
+    assert [row["step"] for row in rows if "valid_loss" in row] == [4, 8, 12]
+    assert [row["tokens"] for row in rows] == [step * 8 * 4 for step in (2, 4, 6, 8, 10, 12)]
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    (start,) = json.loads((finished / "run.json").read_text())["starts"]
+    assert start["argv"] == ["test"]
+    assert start["seeds"] == run_config().seeds()
+    assert start["versions"]["jax"] == jax.__version__
+    assert start["device_kind"] == jax.devices()[0].device_kind
+    assert start["device_count"] == jax.device_count()
+    assert start["resumed_from"] is None
+
+
+def test_the_final_step_and_the_best_have_checkpoints(finished):
+    results = json.loads((finished / "results.json").read_text())
+    evaluated = {
+        row["step"]: (row["valid_sequence_accuracy"], row["valid_token_accuracy"], row["step"])
+        for row in rows_in(finished)
+        if "valid_loss" in row
+    }
+    assert results["best_step"] == max(evaluated, key=evaluated.get)
+    kept = {int(path.name) for path in (finished / "checkpoints").iterdir()}
+    assert kept == {12, results["best_step"]}
+
+
+def test_losses_by_hand(tmp_path):
+    """Step n trains on the batch of index n - 1, of the length that the curriculum says."""
+    fields = {"steps": 4, "log_every": 1, "curriculum": (2,), "curriculum_fraction": 0.5}
+    train(tmp_path, **fields)
+    config = run_config(**fields)
+    graphdef, params = initial(config)
+    optimizer = make_optimizer(config.train)
+    update = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config.train), 1))
+    state, losses = init_state(params, optimizer), []
+    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
+    for index, length in enumerate((2, 2, 4, 4)):
+        state, metrics = update(state, draw(batch_key(data_key(config), "train", index), 8, length))
+        losses.append(float(metrics["loss"]))
+    rows = rows_in(tmp_path)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["length"] for row in rows] == [2, 2, 4, 4]
+
+
+def test_losses_of_a_growing_prefix_by_hand(tmp_path):
+    """Sequences have the full length; BOS and a prefix of the answers count."""
+    fields = {"steps": 4, "log_every": 1, "grow_from": 2, "curriculum_fraction": 0.75}
+    train(tmp_path, **fields)
+    config = run_config(**fields)
+    graphdef, params = initial(config)
+    optimizer = make_optimizer(config.train)
+    update = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config.train), 1))
+    state, losses = init_state(params, optimizer), []
+    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
+    for index, length in enumerate((2, 3, 4, 4)):
+        batch = draw(batch_key(data_key(config), "train", index), 8, 4)
+        batch = batch._replace(mask=batch.mask.at[:, 1 + length :].set(False))
+        state, metrics = update(state, batch)
+        losses.append(float(metrics["loss"]))
+    rows = rows_in(tmp_path)
+    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    assert [row["length"] for row in rows] == [2, 3, 4, 4]
+    assert rows[-1]["tokens"] == 4 * 8 * 4
+
+
+def test_test_scores_by_hand(finished):
+    config = run_config()
+    results = json.loads((finished / "results.json").read_text())
+    graphdef, params = initial(config)
+    like = init_state(params, make_optimizer(config.train))
+    with Checkpoints(finished / "checkpoints") as checkpoints:
+        best = checkpoints.restore(results["best_step"], like=like).params
+    assert [entry["length"] for entry in results["test"]] == [4, 6]
+    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
+    for position, entry in enumerate(results["test"]):
+        corrects = []
+        for index in (2 * position, 2 * position + 1):
+            batch = draw(batch_key(data_key(config), "test", index), 16, entry["length"])
+            corrects.append(np.asarray(loss_and_correct(graphdef, best, batch)[1]))
+        correct = np.concatenate(corrects)
+        assert entry["paper"]["token_accuracy"] == correct.mean()
+        assert entry["strict"]["token_accuracy"] == correct[:, 1:].mean()
+        assert entry["strict"]["sequence_accuracy"] == correct[:, 1:].all(axis=1).mean()
+        assert len(entry["paper"]["cumulative"]) == entry["length"] + 1
+    total = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert results["parameters"] == {"total": total, "without_embedding": total - 10 * 8}
+
+
+def data_key(config):
+    return jax.random.key(config.seeds()["data"])
+
+
+def initial(config):
+    return split_model(tiny_run.TinyModel(config.model, rngs=nnx.Rngs(config.seeds()["init"])))
+
+
+STOPPING = {
+    "stop_accuracy": 1e-9,
+    "steps": 200,
+    "learning_rate": 0.2,
+    "eval_every": 20,
+    "log_every": 50,
+    "checkpoint_every": 70,
+}
+
+
+def test_enough_accuracy_ends_a_run(tmp_path):
+    results = train(tmp_path, **STOPPING)
+    rows = rows_in(tmp_path)
+    assert results["steps"] == rows[-1]["step"] < 200
+    assert rows[-1]["valid_sequence_accuracy"] > 0
+    assert all(row.get("valid_sequence_accuracy", 0) == 0 for row in rows[:-1])
+    assert str(results["steps"]) in {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert train(tmp_path, **STOPPING) == results
+
+
+def test_a_stopped_run_does_not_go_on_when_killed_before_its_results(tmp_path):
+    results = train(tmp_path, **STOPPING)
+    rows = rows_in(tmp_path)
+    (tmp_path / "results.json").unlink()
+    assert train(tmp_path, **STOPPING) == results
+    assert rows_in(tmp_path) == rows
+
+
+def test_a_finished_run_is_left_alone(finished):
+    before = snapshot(finished)
+    assert train(finished) == json.loads(before["results.json"])
+    assert snapshot(finished) == before
+
+
+def test_another_configuration_is_refused_by_name(finished):
+    before = snapshot(finished)
+    with pytest.raises(RunDirectoryError) as error:
+        train(finished, learning_rate=0.5, group="Z4")
+    assert "learning_rate (0.03 there, 0.5 here)" in str(error.value)
+    assert 'group ("Z3" there, "Z4" here)' in str(error.value)
+    assert "seed" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert snapshot(finished) == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"training broke down in steps \d+ to \d+"):
+        train(tmp_path, learning_rate=1e30, schedule="constant")
+    # What was recorded before is whole, and the same command fails in the same way again.
+    before = curve(rows_in(tmp_path))
+    with pytest.raises(FloatingPointError):
+        train(tmp_path, learning_rate=1e30, schedule="constant")
+    assert curve(rows_in(tmp_path)) == before
+
+
+class BrokenDisk:
+    """Lets some writes pass, then fails every one half-way, as a full disk does."""
+
+    def __init__(self, patch, number, writes_before):
+        self._put, self._number, self._left = files._put, number, writes_before
+        patch.setattr(files, "_put", self)
+
+    def __call__(self, path, data, mode):
+        self._left -= 1
+        if self._left < 0:
+            if self._number == errno.ENOSPC:
+                self._put(path, data[: len(data) // 2], mode)
+            raise OSError(self._number, os.strerror(self._number))
+        self._put(path, data, mode)
+
+
+@pytest.mark.parametrize(
+    ("number", "writes_before"),
+    [*((errno.ENOSPC, n) for n in (0, 1, 2, 3, 5, 8, 12, 15)), (errno.EROFS, 0), (errno.EROFS, 9)],
+)
+def test_a_failed_write_is_one_line_and_the_run_goes_on_later(
+    tmp_path, finished, number, writes_before
+):
+    with pytest.MonkeyPatch.context() as patch:
+        BrokenDisk(patch, number, writes_before)
+        with pytest.raises(RunDirectoryError) as error:
+            train(tmp_path)
+    assert re.fullmatch(rf".+ cannot be written: {os.strerror(number)}", str(error.value))
+    train(tmp_path)
+    assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
+    assert (tmp_path / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
+def test_a_new_version_or_commit_only_adds_a_start(tmp_path, finished):
+    with pytest.MonkeyPatch.context() as patch:
+        BrokenDisk(patch, errno.ENOSPC, 12)
+        with pytest.raises(RunDirectoryError):
+            train(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "describe_start", lambda *start: {"commit": "other", "from": start[2]})
+        train(tmp_path)
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert len(starts) == 2
+    assert starts[1] == {"commit": "other", "from": 8}
+    assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
+
+
+def test_checkpoints_of_another_model_are_refused(tmp_path, finished):
+    train(tmp_path / "wide", hidden_size=16)
+    for name in ("config.json", "run.json", "metrics.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    (tmp_path / "wide" / "checkpoints").rename(tmp_path / "checkpoints")
+    before = snapshot(tmp_path)
+    with pytest.raises(RunDirectoryError, match=r"embeddings/embedding is float32\[10, 16\] there"):
+        train(tmp_path)
+    assert snapshot(tmp_path) == before
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    files.write_file(tmp_path / "new" / "file", b"text")
+    files.write_file(tmp_path / "line", b"text", append=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_plain_lines_when_piped(tmp_path, capsys):
+    train(tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert re.match(r"step 2/12  loss \d\.\d+  accuracy \d\.\d+  tokens/s [\d,]+  left", lines[0])
+    assert "valid" in lines[1]
+    assert len(lines) == 6
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress(3, 10)
+    progress.show({"step": 5, "loss": 1.0, "accuracy": 0.5, "tokens_per_second": 1234.0})
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "5/10" in shown
+    assert "loss=1.0000" in shown
+    assert "tokens/s=1,234" in shown
+
+
+def test_pauses_are_left_out_of_the_time():
+    watch = Stopwatch()
+    with watch.paused(), watch.paused():
+        time.sleep(0.2)
+    assert 0 <= watch.lap() < 0.1
+    time.sleep(0.05)
+    assert watch.lap() >= 0.05
