@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from bars import assert_within_bars
-from helpers import Case
+from helpers import Case, errors
 
 CASES = {
     "no token": Case(T=0, R=2),
