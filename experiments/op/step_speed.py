@@ -1,7 +1,7 @@
 """How fast does a 340M-parameter language model train: tokens a second of whole training steps.
 
     python -m experiments.op.step_speed --workdir=runs/step                  # a GPU of 80 GB
-    python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside the rival
+    python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside a peer
     python -m experiments.op.step_speed --workdir=runs/step --preset=small   # a CPU, to see it run
 
 The shapes are the published ones of the paper's language models, with tied embeddings and

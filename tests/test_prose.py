@@ -1,0 +1,218 @@
+"""The pages: short lines and cells, commands and links that are there, results that say whence."""
+
+import importlib
+import pathlib
+import re
+import shlex
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+
+from deltaproduct_jax.errors import ConfigError
+from experiments.lib.sweeps import grid
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "experiments" / "results"
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(
+        p
+        for room in ("deltaproduct_jax", "experiments")
+        for p in sorted((ROOT / room).rglob("*.md"))
+    ),
+]
+
+MOST_COLUMNS = 100
+MOST_IN_A_CELL = 100  # characters that are read: links without their targets
+MOST_IN_README = 120
+
+FENCE = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(
+    r"\bpython3? (?:-m (?P<module>experiments[\w.]*)|(?P<file>\w[\w/]*\.py))(?P<rest>.*)"
+)
+ASSIGNED = re.compile(r"^([A-Z]+)=(\S+)$", re.MULTILINE)
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+NOT_PLAIN = r"\brivals?\b|\berrs?\b|\b\w{3,}s a token\b"
+HISTORY = r"\b(?:no longer|previously|formerly|anymore|used to be|has been (?:renamed|moved))\b"
+# What a word of this field means, said on every page that uses it.
+TERMS = {"BOS": "begins", "MQAR": "associative recall", "escape[sd]?": "plateau|preset=escape"}
+
+
+class Command(NamedTuple):
+    """A command as a page shows it: a module of experiments or a file, and its arguments."""
+
+    page: str
+    script: str
+    arguments: tuple[str, ...]
+
+
+def name(page):
+    return str(page.relative_to(ROOT))
+
+
+def is_generated(page):
+    """Whether a script wrote it: it stands beside data or a picture of its own name."""
+    beside = [p for p in page.parent.glob(f"{page.stem}.*") if p != page]
+    return RESULTS in page.parents and bool(beside)
+
+
+def tells_history(page):
+    return page.name == "CHANGELOG.md" or page.name.startswith("LOG")
+
+
+TO_COME = [ROOT / "deltaproduct_jax" / "ops" / folder / "README.md" for folder in ("", "kernels")]
+WRITTEN = [page for page in PAGES if not is_generated(page) and page not in TO_COME]
+REFERENCE = [page for page in WRITTEN if not tells_history(page)]
+
+
+def cells(line):
+    return [LINK.sub(lambda m: m.group(0).split("](")[0], c).strip() for c in line.split("|")]
+
+
+def prose(text):
+    """Without code, where words mean what they mean in the code."""
+    return re.sub(r"`[^`]*`", "", FENCE.sub("", text))
+
+
+def code(text):
+    """Shell code of a page, a piece at a time: its blocks, then what stands in the text."""
+    blocks = FENCE.findall(text)
+    return [*blocks, *(" ".join(s.split()) for s in re.findall(r"`([^`]+)`", FENCE.sub("", text)))]
+
+
+def commands_of(page):
+    found = []
+    for piece in code(page.read_text()):
+        values = {}
+        for letter, value in ASSIGNED.findall(piece):
+            values[letter] = _filled(value, values)
+        for match in COMMAND.finditer(piece.replace("\\\n", " ")):
+            rest = _filled(match["rest"], values)
+            arguments = shlex.split(rest, comments=True)
+            found.append(Command(name(page), match["module"] or match["file"], tuple(arguments)))
+    return found
+
+
+def _filled(text, values):
+    return re.sub(r"\$([A-Z]+)", lambda match: values[match.group(1)], text)
+
+
+def slug(heading):
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def test_lines_are_short():
+    long = [
+        f"{name(page)}:{number}: {len(line)}"
+        for page in WRITTEN
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > MOST_COLUMNS and not line.startswith("|")
+    ]
+    assert not long, f"more than {MOST_COLUMNS} characters"
+
+
+def test_cells_hold_one_value():
+    long = [
+        f"{name(page)}:{number}: {cell}"
+        for page in WRITTEN
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if line.startswith("|")
+        for cell in cells(line)
+        if len(cell) > MOST_IN_A_CELL or cell.count("](") > 1 or cell.count("[") > 2
+    ]
+    assert not long, f"more than {MOST_IN_A_CELL} characters, or two links"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MOST_IN_README
+
+
+def test_every_folder_of_results_says_how_it_was_made():
+    linked = targets(*PAGES)
+    folders = {RESULTS, *(path.parent for path in RESULTS.rglob("*") if path.is_file())}
+    for folder in folders:
+        page = folder / "README.md"
+        assert page.exists(), f"{name(folder)} has no README.md"
+        assert commands_of(page), f"{name(page)} names no command"
+        assert page in linked, f"nothing links to {name(page)}"
+
+
+def targets(*pages):
+    """Files that the pages' relative links lead to."""
+    return {
+        (page.parent / target.split("#")[0]).resolve()
+        for page in pages
+        for target in LINK.findall(FENCE.sub("", page.read_text()))
+        if "://" not in target and not target.startswith("#")
+    }
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in LINK.findall(FENCE.sub("", page.read_text())):
+            if "://" in target:
+                continue
+            path, _, anchor = target.partition("#")
+            to = (page.parent / path).resolve() if path else page
+            assert to.exists(), f"{name(page)}: {target} is not there"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", to.read_text(), re.MULTILINE)
+                assert anchor in map(slug, headings), f"{name(page)}: {target} has no such heading"
+
+
+def test_reference_is_plain_and_tells_no_history():
+    for page in REFERENCE:
+        text = prose(page.read_text())
+        for words in (NOT_PLAIN, HISTORY):
+            found = re.search(words, text, re.IGNORECASE)
+            assert not found, f"{name(page)}: {found.group(0)!r}"
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_terms_are_said_where_they_stand(term):
+    for page in REFERENCE:
+        text = page.read_text()
+        if re.search(rf"\b{term}\b", prose(text)):
+            assert re.search(TERMS[term], text), f"{name(page)} does not say what {term!r} is"
+
+
+# Of all pages but the one that has old names beside new ones.
+COMMANDS = sorted({c for page in PAGES if page.name != "CHANGELOG.md" for c in commands_of(page)})
+
+
+def test_experiments_readme_shows_every_script():
+    scripts = {
+        name(path).removesuffix(".py").replace("/", ".")
+        for path in (ROOT / "experiments").rglob("*.py")
+        if "__main__" in path.read_text() and "lib" not in path.parts
+    }
+    shown = {command.script for command in commands_of(ROOT / "experiments" / "README.md")}
+    assert scripts == {script.removesuffix(".py").replace("/", ".") for script in shown}
+
+
+def test_commands_are_there_and_take_their_flags(capsys):
+    """Each is given to its script's own parser, with --help, which ends it before it runs."""
+    for page, script, arguments in COMMANDS:
+        shown = f"{page}: {script} {' '.join(arguments)}"
+        if script.endswith(".py"):
+            assert (ROOT / script).exists(), shown
+            continue
+        try:
+            module = importlib.import_module(script)
+            command = module.EXPERIMENT.command if hasattr(module, "EXPERIMENT") else module.command
+            with pytest.raises(SystemExit):
+                command([*arguments, "--help"])
+        except (ImportError, ConfigError, flags.Error) as error:
+            raise AssertionError(shown) from error
+    capsys.readouterr()
+
+
+def test_sweeps_on_pages_can_be_run():
+    """The first run of each is configured as the sweep would."""
+    for page, script, arguments in COMMANDS:
+        given = dict(a.removeprefix("--").split("=", 1) for a in arguments if "=" in a)
+        if script == "experiments.sweep" and {"grid", "script"} <= given.keys():
+            values = grid.parse_grid("--grid", given["grid"])
+            first = ";".join(f"{key}={of_key[0]}" for key, of_key in values.items())
+            assert grid.expand(given["script"], [first], given.get("fixed", "")), page
