@@ -19,7 +19,7 @@ from experiments.lib.figures.plots import plot_cumulative
 from experiments.lib.task_experiment import Row, TaskExperiment
 
 # What the presets of single groups share: q, k and beta as in "default", and a loss that counts a
-# prefix, longer by a token at a time. experiments/results/recipes has every seed and what was tried.
+# prefix, one token longer at a time. experiments/results/recipes has every seed and what was tried.
 GROWN: dict[str, Any] = {
     "qk_activation": "none",
     "beta_bias": 5.0,
@@ -36,7 +36,7 @@ GROWN: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Beta starts near 2 and q, k are linear, so that reflections are at hand from the first step;
-    # short sequences come first. experiments/results/state_tracking/LOG.md says how they were chosen.
+    # short sequences come first. The numbers' choice: experiments/results/state_tracking/LOG.md.
     "default": {
         "group": "S3",
         "train_length": 32,
