@@ -5,12 +5,12 @@ cosine c of unit keys that a binary float holds is a dyadic fraction, so the tur
 rational, which leaves orders 1, 2, 3, 4 and 6 (Niven); 4 and 6 would need c = sqrt(1/2) and
 sqrt(3/4). So one layer counts modulo 2, 3, and 6 (by both at once) without drift, and not modulo 4
 or 8. For the same reason no n_h = 2 tracks S4 by exact arithmetic: its letters have order 4. With
-one factor a token the first layer tells odd tokens from even ones and the second alternates two
+n_h = 1 the first layer tells odd tokens from even ones and the second alternates two
 reflections, which needs keys at 90 degrees for P = 4 and at 60 for P = 6, both exact.
 
 What is left drifts in length: two reflections whose keys are an ulp too long, as looked up in
 float32, turn by the right angle up to the square of that error, but change the length of what they
-turn by about 1e-7 a token, a tenth after a million. Hence only signs are read.
+turn by about 1e-7 at every token, a tenth after a million. Hence only signs are read.
 """
 
 import dataclasses

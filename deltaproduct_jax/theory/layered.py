@@ -1,4 +1,4 @@
-"""Several layers, where one does not suffice: fewer factors a token, down to one.
+"""Several layers, where one does not suffice: fewer factors, down to n_h = 1.
 
 - `two_layers`: dihedral and cyclic groups with n_h = 1 (the paper's Theorem 7, after Grazzi et
   al., https://arxiv.org/abs/2411.12537, Theorem 6).
@@ -22,7 +22,7 @@ Word = tuple[int, ...]
 
 
 def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> Construction:
-    """Dm or Zm, or S3, with one factor a token, in two layers.
+    """Dm or Zm, or S3, with n_h = 1, in two layers.
 
     The first counts rotations modulo 2, p. The second keeps ``S^p y^T`` for one of the group's
     reflections, or swaps, S: each letter changes it by a matrix of determinant -1, which is one
@@ -95,7 +95,7 @@ def by_blocks(
     Args:
         name: of the construction.
         group: Sn or An.
-        num_householder: factors a token.
+        num_householder: factors for every token, the paper's n_h.
         letters: elements that are read; None for all.
     """
     matrices, start, copies = representation(group, "permutations")

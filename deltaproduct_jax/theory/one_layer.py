@@ -74,7 +74,7 @@ def group_in_one_layer(
         name: of the construction.
         group: as ``tasks.finite_groups`` names it.
         kind: representation, see `representation`.
-        num_householder: factors a token.
+        num_householder: factors for every token, the paper's n_h.
         letters: elements that are read; None for all.
 
     Raises:

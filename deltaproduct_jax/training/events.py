@@ -1,4 +1,4 @@
-"""TensorBoard events as bytes: one record a row of metrics.
+"""TensorBoard events as bytes: one record for every row of metrics.
 
 TensorBoard's own writers hide the file behind a thread, where a full disk goes unseen and nothing
 can be taken back. A file of ours is a header and the rows in order, so that it can be written anew
