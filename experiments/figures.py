@@ -1,4 +1,4 @@
-"""The paper's figures and tables from the records of runs.
+"""How far do runs get, by a setting and over seeds: the paper's figures and tables, from records.
 
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=factors
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=layers
@@ -9,27 +9,34 @@
 ``--x`` and a curve a value of ``--by``: the median over all other settings, seeds above all, and
 every run thinly or as a band. ``--kind=table`` puts median and best over them into a table,
 ``--kind=escape`` the fraction of runs that reach a threshold, as a table and bars. The numbers are
-written beside the picture. Presets are the figures of https://arxiv.org/abs/2502.10297.
+written before the picture, which needs matplotlib.
+
+Source: https://arxiv.org/abs/2502.10297: accuracy over length by n_h and by layers (state tracking)
+    and the table of formal languages, as in https://arxiv.org/abs/2411.12537, table 3.
+Expect: experiments/results/state_tracking/ holds what the runs of this project gave.
+Takes: seconds, on any machine, from the records of a sweep.
 """
 
 import dataclasses
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
-from experiments.lib.figures.plots import save
+from experiments.lib.figures.curves import (
+    CURVE,
+    bars_of,
+    draw_panels,
+    numbers_of,
+    panels_of,
+    trained_lengths,
+)
+from experiments.lib.figures.style import save
 from experiments.lib.figures.tables import (
     escape_markdown,
     escape_table,
@@ -37,18 +44,18 @@ from experiments.lib.figures.tables import (
     scores_table,
     to_csv,
 )
-from experiments.lib.run_records import Record, choose, grouped, label, read_records
+from experiments.lib.run_records import Record, choose, read_records
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The number that each kind looks at unless --metric says so.
 METRICS = {
-    "cumulative": "strict.cumulative",
+    "cumulative": CURVE,
     "table": "strict.scaled_accuracy",
     "escape": "strict.sequence_accuracy",
 }
 THRESHOLD = 0.9
-# Entries of a legend within the axes, and the room that a longer one takes beside them.
-MOST_INSIDE, LEGEND_INCHES = 6, 2.2
-COLORS = tuple(f"C{index}" for index in range(10))
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -97,143 +104,48 @@ class FigureConfig:
         return list(filter(None, (key.strip() for key in self.by.split(","))))
 
 
-def curves_of(records: Sequence[Record], metric: str, length: int | None) -> np.ndarray:
-    """``[runs, positions]``; ConfigError if the runs' curves differ in length."""
-    curves = []
-    for record in records:
-        found: Any = record.entry(length)
-        for name in metric.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        if not isinstance(found, list):
-            raise ConfigError(
-                f"metric={metric!r} is no curve in the results of run {record.name}; it may be "
-                f"{METRICS['cumulative']}"
-            )
-        curves.append(found)
-    if len(set(map(len, curves))) > 1:
-        raise ConfigError(
-            f"the runs of one curve, such as {records[0].name}, were tested at different lengths; "
-            "give --length or more of --by and --where"
-        )
-    return np.array(curves)
+def cumulative(records: Sequence[Record], config: FigureConfig, path: Path) -> Iterator[Path]:
+    """Writes the numbers drawn, then draws the curves."""
+    panels = panels_of(records, config.x, config.keys, config.metric, config.length)
+    yield written(path, ".json", json.dumps(numbers_of(panels)) + "\n")
+    figure = draw_panels(panels, trained_lengths(records, config.x), band=config.band)
+    yield saved(figure, path)
 
 
-def cumulative(records: Sequence[Record], config: FigureConfig, path: Path) -> list[Path]:
-    """Draws the curves; returns the picture and the numbers drawn."""
-    panels = grouped(records, [config.x])
-    columns = math.ceil(math.sqrt(len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(1.4 + 4.2 * columns, 0.6 + 3.2 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
-    cells = figure.subplots(rows, columns, squeeze=False).flat
-    drawn: dict[str, Any] = {}
-    for axes, (panel, members) in zip(cells, panels.items(), strict=False):
-        curves = {
-            label(config.keys, group): curves_of(runs, config.metric, config.length)
-            for group, runs in grouped(members, config.keys).items()
-        }
-        draw_curves(axes, curves, band=config.band)
-        trained = {record.settings.get("train_length") for record in members}
-        if len(trained) == 1 and None not in trained:
-            axes.axvline(*trained, color="grey", linestyle="--", label="trained up to here")
-        title = label([config.x], panel)
-        axes.set(title=title, xlabel="position", ylabel="fraction of sequences right so far")
-        _add_legend(axes)
-        drawn[title] = {
-            name: {
-                "median": np.median(runs, axis=0).round(4).tolist(),
-                "runs": runs.round(4).tolist(),
-            }
-            for name, runs in curves.items()
-        }
-    for axes in list(cells):  # places without a panel
-        axes.set_axis_off()
-    save(figure, _file(path, ".png"))
-    write_file(_file(path, ".json"), json.dumps(drawn).encode() + b"\n")
-    return [_file(path, ".png"), _file(path, ".json")]
-
-
-def _add_legend(axes: Axes) -> None:
-    """Within the axes, or beside them where it would cover what is drawn."""
-    if len(axes.get_legend_handles_labels()[0]) <= MOST_INSIDE:
-        axes.legend(fontsize="small")
-        return
-    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-    width, height = axes.figure.get_size_inches()
-    axes.figure.set_size_inches(width + LEGEND_INCHES, height)
-
-
-def draw_curves(axes: Axes, curves: Mapping[str, np.ndarray], *, band: bool) -> None:
-    """Draws the median of the runs ``[runs, positions]`` of each name over the runs or a band."""
-    for index, (name, runs) in enumerate(curves.items()):
-        color, positions = COLORS[index % len(COLORS)], np.arange(runs.shape[1])
-        if band:
-            axes.fill_between(positions, runs.min(0), runs.max(0), color=color, alpha=0.2)
-        else:
-            axes.plot(positions, runs.T, color=color, alpha=0.3, linewidth=0.8)
-        text = f"{name} ({len(runs)} runs)" if len(runs) > 1 else name
-        axes.plot(positions, np.median(runs, axis=0), color=color, linewidth=2, label=text)
-    axes.set(xlim=(0, None), ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
-
-
-def table(records: Sequence[Record], config: FigureConfig, path: Path) -> list[Path]:
+def table(records: Sequence[Record], config: FigureConfig, path: Path) -> Iterator[Path]:
     """Writes and prints the table of medians and bests."""
     rows = scores_table(records, config.keys, config.x, config.metric, config.length)
     text = scores_markdown(rows, config.keys)
-    print(f"{config.metric}, median (best) over runs:\n\n{text}", end="")
-    return write_table(path, rows, text)
+    print(f"{config.metric}, median and best over runs:\n\n{text}")
+    yield written(path, ".csv", to_csv(rows))
+    yield written(path, ".md", text + "\n")
 
 
-def escape(records: Sequence[Record], config: FigureConfig, path: Path) -> list[Path]:
-    """Writes and prints the table of escape fractions, and draws them as bars."""
+def escape(records: Sequence[Record], config: FigureConfig, path: Path) -> Iterator[Path]:
+    """Writes and prints the table of escape fractions, then draws them as bars."""
     threshold = THRESHOLD if config.threshold is None else config.threshold
     rows = escape_table(records, config.keys, config.x, config.metric, config.length, threshold)
     text = escape_markdown(rows, config.keys)
     at = "the longest length tested" if config.length is None else f"length {config.length}"
     says = f"runs with {config.metric} of at least {threshold} at {at}"
-    print(f"{says}:\n\n{text}", end="")
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    draw_bars(axes, rows, config.keys)
-    axes.set(xlabel=config.x, ylabel="fraction of runs", title=says, ylim=(0, 1.1))
-    axes.title.set_fontsize("small")
-    _add_legend(axes)
-    save(figure, _file(path, ".png"))
-    return [_file(path, ".png"), *write_table(path, rows, text)]
+    print(f"{says}:\n\n{text}")
+    yield written(path, ".csv", to_csv(rows))
+    yield written(path, ".md", text + "\n")
+    yield saved(bars_of(rows, config.keys, xlabel=config.x, title=says), path)
 
 
-def draw_bars(axes: Axes, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
-    """A cluster of bars a column of an escape table, a bar a row; no bar where nothing was run."""
-    values = [column.removesuffix(" escaped") for column in rows[0] if column.endswith(" escaped")]
-    width = 0.8 / len(rows)
-    for index, row in enumerate(rows):
-        places, heights = [], []
-        for place, value in enumerate(values):
-            runs, escaped = row[f"{value} runs"], row[f"{value} escaped"]
-            if runs:
-                places.append(place + (index - (len(rows) - 1) / 2) * width)
-                heights.append(escaped / runs)
-                axes.annotate(
-                    f"{escaped}/{runs}", (places[-1], heights[-1]), ha="center", va="bottom",
-                    fontsize="x-small",
-                )  # fmt: skip
-        name = label(keys, tuple(row[key] for key in keys))
-        axes.bar(places, heights, width, label=name, color=COLORS[index % len(COLORS)])
-    axes.set_xticks(range(len(values)), values)
-    axes.grid(axis="y", alpha=0.3)
+def written(path: Path, ending: str, text: str) -> Path:
+    """Writes a file of the figure; its path."""
+    file = path.with_name(path.name + ending)
+    write_file(file, text.encode())
+    return file
 
 
-def _file(path: Path, ending: str) -> Path:
-    return path.with_name(path.name + ending)
-
-
-def write_table(path: Path, rows: Sequence[Mapping[str, Any]], text: str) -> list[Path]:
-    """Writes a table as CSV and Markdown."""
-    write_file(_file(path, ".csv"), to_csv(rows))
-    write_file(_file(path, ".md"), text.encode())
-    return [_file(path, ".csv"), _file(path, ".md")]
+def saved(figure: "Figure", path: Path) -> Path:
+    """Writes the picture; its path."""
+    file = path.with_name(f"{path.name}.png")
+    save(figure, file)
+    return file
 
 
 KINDS = {"cumulative": cumulative, "table": table, "escape": escape}

@@ -7,6 +7,11 @@ one Householder factor a token (n_h = 1, DeltaNet) and with two, and compares th
 the length they were trained at. Flags are those of ``experiments.state_tracking``, for example
 ``--seed=1``; ``--workdir`` is runs/quickstart unless given. A killed run goes on with the same
 command.
+
+Source: https://arxiv.org/abs/2502.10297, the word problem of S3 in one layer by n_h; the setup is a
+    small one of this project (`experiments.state_tracking`, preset "default").
+Expect: n_h = 2 has sequence accuracy 1.0 at 32 and 128 tokens, n_h = 1 has 0 at 32.
+Takes: two minutes on two CPU cores, once the packages are installed.
 """
 
 import sys
@@ -49,9 +54,9 @@ def command(argv: Sequence[str]) -> None:
         results_by_n_h[n_h] = train(config, directory, ["experiments.quickstart", *argv])
     figure = parsed.workdir / f"{config.task.group}_seed{config.train.seed}.png"
     curves = {f"n_h = {n_h}": results for n_h, results in results_by_n_h.items()}
-    plot_cumulative(curves, figure, config.task.train_length)
     print(table(config.task.group, config.task.train_length, results_by_n_h))
-    print(f"figure: {figure}")
+    if plot_cumulative(curves, figure, config.task.train_length):
+        print(f"figure: {figure}")
 
 
 def table(group: str, train_length: int, results_by_n_h: dict[int, dict[str, Any]]) -> str:

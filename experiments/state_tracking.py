@@ -6,6 +6,11 @@ trains on the word problem of a group and reports the accuracy at 1, 2, 4 and 8 
 trained. The same command goes on after a kill. Presets: ``default`` learns S3 on a CPU, ``S4`` and
 ``A5`` learn these groups with two factors, ``S5`` that one with four, better on a GPU; ``paper`` is
 the setup of https://arxiv.org/abs/2502.10297 as far as it is published, and wants an accelerator.
+
+Source: https://arxiv.org/abs/2502.10297, word problems of groups, one layer by n_h.
+Expect: by the presets default, S4, A5 and S5 every sequence right at the length trained, and .98 of
+    them at four times it.
+Takes: on two CPU cores a minute by the default preset, S4 12 and A5 23.
 """
 
 import sys

@@ -11,6 +11,10 @@ the same command, or only ``--workdir``, goes on after a kill, and several may s
 ``--launcher=none`` they are made from the records without starting anything.
 
 The exit code is 0 if all runs are done, 1 if one has failed for good, 130 after Ctrl-C.
+
+Source: this project; grids and seeds as the papers behind ``--script`` have them.
+Expect: a line a run in results.csv; experiments/results/state_tracking/ holds several sweeps.
+Takes: what its runs take, by the number of ``--workers``.
 """
 
 import dataclasses

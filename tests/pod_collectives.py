@@ -9,7 +9,6 @@ and the bytes of a state and of a map on one device.
 
 import json
 import os
-import re
 import sys
 
 PLATFORM, SEQUENCE = sys.argv[1], int(sys.argv[2])
@@ -23,8 +22,9 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 
+from deltaproduct_jax.compilers import tpu
+from deltaproduct_jax.compilers.collectives import collectives
 from deltaproduct_jax.ops import sharded_delta_product
 from deltaproduct_jax.ops.checks import LAYOUT
 
@@ -32,44 +32,23 @@ SIZES = {"B": 8, "T": 256 * SEQUENCE, "R": 2, "H": 4, "Hv": 8, "K": 32, "V": 64}
 AXES = {"batch_axis": "data", "head_axis": "tensor", "sequence_axis": "sequence"}
 TENSOR = 4
 CUT = {"B": "data", "T": "sequence", "H": "tensor", "Hv": "tensor"}
-BYTES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1}
-COLLECTIVE = re.compile(
-    r" = (?P<shapes>\S.*?) (?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter|"
-    r"collective-permute|collective-broadcast|ragged-all-to-all|send|recv)(?:-start)?\("
-)
-
-
-def collectives(program: str) -> list[tuple[str, int]]:
-    """Kind and bytes of every array that a compiled program sends."""
-    found = []
-    for match in COLLECTIVE.finditer(program):
-        sizes = [
-            BYTES[dtype] * int(np.prod([int(n) for n in shape.split(",") if n]))
-            for dtype, shape in re.findall(r"\b(\w+)\[([\d,]*)\]", match["shapes"])
-        ]
-        # The compiler joins sums; a permute started ahead names its operand, result and handles.
-        found += [
-            (match["kind"], n) for n in (sizes if "reduce" in match["kind"] else [max(sizes)])
-        ]
-    return sorted(found)
 
 
 def main() -> None:
     """Compiles and prints."""
+    shape, names = (256 // SEQUENCE // TENSOR, TENSOR, SEQUENCE), ("data", "tensor", "sequence")
     if PLATFORM == "tpu":
-        devices = topologies.get_topology_desc("v5e:16x16", platform="tpu").devices
+        mesh = tpu.mesh_of("v5e:16x16", shape, names)
     else:
-        devices = jax.devices()
-    shape = (256 // SEQUENCE // TENSOR, TENSOR, SEQUENCE)
-    mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), ("data", "tensor", "sequence"))
+        mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(shape), names)
 
     def argument(layout, dtype=jnp.float32):
         spec = jax.sharding.PartitionSpec(*(CUT.get(d) for d in layout))
         sharding = jax.sharding.NamedSharding(mesh, spec)
         return jax.ShapeDtypeStruct([SIZES[d] for d in layout], dtype, sharding=sharding)
 
-    names = ("q", "k", "v", "beta", "g", "initial_state")
-    arrays = {name: argument(LAYOUT[name]) for name in names}
+    inputs = ("q", "k", "v", "beta", "g", "initial_state")
+    arrays = {name: argument(LAYOUT[name]) for name in inputs}
     cotangents = argument(("B", "T", "Hv", "V")), arrays["initial_state"]
     ids = argument(LAYOUT["segment_ids"], jnp.int32)
 

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deltaproduct_jax.compilers.tpu import lowering_for, mesh_of
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops import delta_product, sharded_delta_product
 from deltaproduct_jax.ops.checks import LAYOUT
@@ -69,11 +68,6 @@ GRADIENTS = {
     "newest bfloat16": Gradient("tpu7x:2x2x1", "bfloat16", 2, 192, 128),
     "newest float32": Gradient("tpu7x:2x2x1", "float32", 4, 100, 136, gated=False),
 }
-
-
-def mesh_of(topology: str, shape: tuple[int, ...], names: tuple[str, ...]) -> jax.sharding.Mesh:
-    devices = topologies.get_topology_desc(topology, platform="tpu").devices
-    return jax.sharding.Mesh(np.array(devices[: np.prod(shape)]).reshape(shape), names)
 
 
 def abstract(tree, mesh, spec=WHOLE):
@@ -161,8 +155,7 @@ def main() -> None:
     """Compiles and prints."""
     for name in sys.argv[1:]:
         mesh, function, arguments = PROGRAMS[name]()
-        # A kernel asks the mesh around it which TPU it is for.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with lowering_for(mesh):
             text = jax.jit(function).lower(*arguments).compile().as_text()
         calls = re.findall(r'custom_call_target="(\w+)"', text)
         sent = re.findall(r" (all-\w+|collective-permute|reduce-scatter|while)(?:-start)?\(", text)

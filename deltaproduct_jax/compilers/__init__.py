@@ -1,1 +1,4 @@
-"""What reads compiled programs: cost, traffic. Experiments and tests alone import it."""
+"""What reads compiled programs: cost, traffic, memory, collectives, and what is known of chips.
+
+Experiments and tests alone import it.
+"""

@@ -18,17 +18,9 @@ import re
 import types
 from collections.abc import Mapping, Sequence
 
+from deltaproduct_jax.compilers.collectives import COLLECTIVES
 from deltaproduct_jax.compilers.hlo_traffic import hbm_bytes
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "all-to-all",
-    "collective-broadcast",
-    "collective-permute",
-    "ragged-all-to-all",
-    "reduce-scatter",
-)
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s=]+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"^\s+(?P<root>ROOT )?%?(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[a-z][\w-]*)"

@@ -67,6 +67,11 @@ def hbm_bytes(
     return _size(line.type) + sum(_size(x.type) for x in operands)
 
 
+def array_bytes(text: str) -> list[int]:
+    """Bytes of each array of a type, or of a tuple of types, wherever it lies."""
+    return [_bytes(array) for array in _ARRAY.finditer(text)]
+
+
 def _kernel_name(line) -> str:
     """Of a Pallas kernel, whose operation is named "a/path/NAME/pallas_call"."""
     *_, name, last = ("", "", *(line.attribute("op_name") or "").split("/"))
@@ -123,4 +128,4 @@ def _size(text: str) -> int:
 
 def _moved(text: str) -> int:
     """Bytes of the arrays of a type, wherever they lie."""
-    return sum(_bytes(x) for x in _ARRAY.finditer(text))
+    return sum(array_bytes(text))

@@ -1,4 +1,4 @@
-"""What the Householder factors of a trained model look like: betas, keys, eigenvalues.
+"""What do the Householder factors of a trained model look like: betas, keys, eigenvalues?
 
     python -m experiments.analysis.householder_geometry --run=runs/s4 --workdir=runs/s4_geometry
 
@@ -7,18 +7,20 @@ after BOS, and draws for each head the histogram of betas, the variance that the
 components of the keys explain, and the eigenvalues of the transitions in the complex plane.
 ``geometry.json`` holds the numbers. A head is marked as reflecting if each of its betas is within
 ``--tolerance`` of 2.
+
+Source: https://arxiv.org/abs/2502.10297, the figure on S4 (betas near 2, keys in three dimensions).
+Expect: of a run of S3 by the default preset all betas at least 1.98, eigenvalues near 1, -1 and
+    the cube roots of 1; of S4 experiments/results/state_tracking/s4/geometry/.
+Takes: seconds on a CPU, after the run.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from deltaproduct_jax.analysis.householder_geometry import (
     TOLERANCE,
@@ -26,18 +28,12 @@ from deltaproduct_jax.analysis.householder_geometry import (
     geometry,
 )
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import setting
-from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.loop import restore_best
-from deltaproduct_jax.training.records import CONFIG
-from experiments import state_tracking
 from experiments.lib import flags
-from experiments.lib.figures.plots import save
-from experiments.lib.sweeps.grid import NO_FLAGS
-
-CURVES = {"explained_variance": "about the mean", "explained_about_zero": "about zero"}
-MOST_COMPONENTS = 10
+from experiments.lib.bench.report import write_json
+from experiments.lib.figures.geometry import CURVES, draw_heads
+from experiments.lib.group_runs import read_group_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,61 +51,20 @@ class GeometryConfig:
             raise ConfigError(f"tolerance={self.tolerance} must be in [0, 2]")
 
 
-def read_config(run: Path) -> RunConfig:
-    """The configuration of a state-tracking run; ConfigError if it is another's or none."""
-    argv = [f"--config={run / CONFIG}", "--workdir=."]
-    parsed = flags.parse(argv, state_tracking.SECTIONS, state_tracking.PRESETS, exclude=NO_FLAGS)
-    return state_tracking.configure(parsed.sections)
-
-
-def draw(found: dict[str, Any], title: str, path: Path) -> None:
-    """Draws three panels a head: betas, variance explained, eigenvalues."""
-    heads = found["heads"]
-    figure = Figure(figsize=(11, 3.2 * len(heads)), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    panels = figure.subplots(len(heads), 3, squeeze=False)
-    for index, head in enumerate(heads):
-        betas, variances, plane = panels[index]
-        beta = np.array(head["beta"])
-        factors = [f"factor {r + 1}" for r in range(beta.shape[1])]
-        betas.hist(list(beta.T), bins=np.linspace(0, 2, 41), stacked=True, label=factors)
-        mark = ", reflecting" if index in found["reflecting_heads"] else ""
-        betas.set(title=f"head {index}{mark}", xlabel="beta", ylabel="tokens")
-        betas.legend(fontsize="small")
-        for name, text in CURVES.items():
-            curve = head[name][:MOST_COMPONENTS]
-            variances.plot(range(1, len(curve) + 1), curve, "o-", markersize=3, label=text)
-        variances.axhline(0.95, color="grey", linestyle="--", linewidth=0.8)
-        variances.set(
-            xlabel="principal components of the keys", ylabel="variance explained", ylim=(0, 1.05)
-        )
-        variances.legend(fontsize="small")
-        values = np.array(head["eigenvalues"])
-        angle = np.linspace(0, 2 * np.pi, 200)
-        plane.plot(np.cos(angle), np.sin(angle), color="grey", linewidth=0.8)
-        plane.scatter(values[..., 0], values[..., 1], s=14, alpha=0.4)
-        plane.set(xlabel="Re", ylabel="Im", title="eigenvalues", aspect="equal")
-        plane.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15))
-        for axes in panels[index]:
-            axes.grid(alpha=0.3)
-    save(figure, path)
-
-
 def command(argv: Sequence[str]) -> None:
     """Reads the checkpoint, writes geometry.json, draws geometry.png."""
     parsed = flags.parse(argv, {"geometry": GeometryConfig}, {"default": {}})
     options = GeometryConfig(**parsed.sections["geometry"])
-    config = read_config(Path(options.run))
+    config = read_group_run(Path(options.run))
     model = restore_best(config, Path(options.run))
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer
     )
     found = geometry(factors, options.tolerance)
     record = {"config": config.to_dict(), **dataclasses.asdict(options), **found}
-    write_file(parsed.workdir / "geometry.json", json.dumps(record).encode() + b"\n")
+    write_json(parsed.workdir / "geometry.json", record, indent=None)
     title = f"{config.task.group}, layer {options.layer}"
-    draw(found, title, parsed.workdir / "geometry.png")
+    draw_heads(found, title, parsed.workdir / "geometry.png")
     print(table(found))
 
 

@@ -15,30 +15,35 @@ two versions of the op on one chip, and no times:
 * cost model: what the compiler chose its tiles by; it counts traffic and an overhead an operation,
   and knows no custom calls.
 * HBM: bytes that all operations read from it and write to it, the Pallas kernels by the blocks that
-  their grids move; in brackets over arguments, outputs and a state for every 128 factors.
+  their grids move; "x least" is over arguments, outputs and a state for every 128 factors.
 * memory: temporary, arguments, outputs. What is kept on the chip is not counted.
 
-Microseconds are cycles at the clock in `tpu_compiler.GENERATIONS`, on v4 of one of the two cores of
-a chip, else of the chip. "chunked", "pallas_tpu" and "scan" are ``implementation="chunked"``,
+Microseconds are cycles at the clock in `compilers.tpu.GENERATIONS`, on v4 of one of a chip's two
+cores, else of the chip. "chunked", "pallas_tpu" and "scan" are ``implementation="chunked"``,
 ``"pallas_tpu"`` and ``"recurrent"`` of the op; "interleaved" is the published form, one factor a
 token in a sequence n_h times longer.
+
+Source: this project; the interleaved form is how the official kernels of
+    https://arxiv.org/abs/2502.10297 compute.
+Expect: fewer microseconds and less memory for chunked than for interleaved with n_h of 2 and more;
+    experiments/results/tpu/ has every table.
+Takes: half an hour on a busy CPU core, with libtpu; no TPU.
 """
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import require_at_least, require_one_of
-from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
+from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
 from experiments.lib.bench.tpu_compiler import (
-    GENERATIONS,
     IMPLEMENTATIONS,
-    Job,
+    Compilation,
     compile_apart,
     require_libtpu,
     versions,
@@ -90,12 +95,12 @@ def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) 
     for implementation in config.implementations.split(","):
         sizes = (config.batch_size, config.length, config.num_heads, *[config.head_dim] * 2, n_h)
         shape = Shape(*sizes, config.dtype, config.gated)
-        job = Job(generation, implementation, direction, shape, config.chunk_size)
+        wanted = Compilation(generation, implementation, direction, shape, config.chunk_size)
         note = None
-        (found,) = compile_apart([job], profile=config.profile, timeout_s=config.timeout_s)
+        (found,) = compile_apart([wanted], profile=config.profile, timeout_s=config.timeout_s)
         if config.profile and "error" in found:
             note = found["error"]
-            (found,) = compile_apart([job], profile=False, timeout_s=config.timeout_s)
+            (found,) = compile_apart([wanted], profile=False, timeout_s=config.timeout_s)
         names = {"generation": generation, "num_householder": n_h, "direction": direction}
         # Of a state for every 128 factors: a chunk of the kernel.
         spans = -(-shape.T * shape.R // 128)
@@ -104,40 +109,46 @@ def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) 
     return rows
 
 
+HEAD = (
+    "chip", "n_h", "direction", "implementation", "schedule, us", "schedule, x first",
+    "cost model, us", "cost model, x first", "HBM MiB", "x least", "temp MiB",
+    "arguments MiB", "outputs MiB", "custom calls and collectives",
+)  # fmt: skip
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as Markdown; in brackets the ratio to the first row of the same program."""
-    lines = [
-        "| chip | n_h | direction | implementation | schedule, us | cost model, us | HBM MiB "
-        "| temp MiB | arguments MiB | outputs MiB | custom calls and collectives |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    first: dict[tuple, dict] = {}
+    """The rows as Markdown; "x first" is the ratio to the first row of the same program."""
+    lines, first = [], {}
     for row in rows:
         names = [row[name] for name in ("generation", "num_householder", "direction")]
         reference = first.setdefault(tuple(names), row)
         cells = [*names, row["implementation"]]
         if "error" in row:
-            cells += [row["error"]] + [""] * 6
+            cells += [row["error"], *[None] * 9]
         else:
-            times = [_microseconds(row, reference, name) for name in ("schedule", "model")]
+            cells += [row["profile_error"], None] if row["profile_error"] else []
+            for name in ("model",) if row["profile_error"] else ("schedule", "model"):
+                cells += _microseconds(row, reference, name)
             least = sum(row[f"{name}_bytes"] for name in ("argument", "output", "states"))
-            traffic = f"{row['hbm_bytes'] / 2**20:.1f} ({row['hbm_bytes'] / least:.2f})"
-            cells += [row["profile_error"] or times[0], times[1], traffic]
+            cells += [f"{row['hbm_bytes'] / 2**20:.1f}", f"{row['hbm_bytes'] / least:.2f}"]
             cells += [f"{row[f'{n}_bytes'] / 2**20:.1f}" for n in ("temp", "argument", "output")]
             # Buffers that the compiler sets aside are custom calls to it.
             calls = {n: c for n, c in row["custom_calls"].items() if n != "AllocateBuffer"}
             calls |= row["collectives"]
-            cells.append(", ".join(f"{count} {name}" for name, count in calls.items()) or "-")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+            cells.append(", ".join(f"{count} {name}" for name, count in calls.items()) or None)
+        lines.append(cells)
+    return markdown(HEAD, lines)
 
 
-def _microseconds(row: dict[str, Any], reference: dict[str, Any], name: str) -> str:
+def _microseconds(
+    row: dict[str, Any], reference: dict[str, Any], name: str
+) -> tuple[str | None, str | None]:
+    """Microseconds by one of the estimates, and how many times those of the reference."""
     cycles, base = row[f"{name}_cycles"], reference.get(f"{name}_cycles")
     if cycles is None:
-        return "-"
+        return None, None
     text = f"{1e6 * cycles / GENERATIONS[row['generation']].hertz:.1f}"
-    return f"{text} ({cycles / base:.2f})" if base else text
+    return text, f"{cycles / base:.2f}" if base else None
 
 
 def command(argv: Sequence[str]) -> None:
@@ -157,14 +168,10 @@ def command(argv: Sequence[str]) -> None:
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}; estimates of the compiler, "
         f"nothing was run; {versions()}"
     )
-    command_line = " ".join(["python -m experiments.hardware.tpu_estimate", *argv])
     clocks = {name: GENERATIONS[name].hertz for name in config.generations.split(",")}
-    record = {"command": command_line, "versions": versions(), "hertz": clocks, "shape": title}
-    record["rows"] = rows
-    write_file(parsed.workdir / "estimate.json", json.dumps(record, indent=1).encode() + b"\n")
-    text = f"{title}\n\n{table(rows)}\n\nCommand: `{command_line}`\n"
-    write_file(parsed.workdir / "estimate.md", text.encode())
-    print(text)
+    record = {"command": command_line("hardware.tpu_estimate", argv), "versions": versions()}
+    record |= {"hertz": clocks, "shape": title, "rows": rows}
+    print(write_report(parsed.workdir, "estimate", record, title, table(rows)))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,11 @@
 
 times "recurrent" and "chunked" in turn, forward only, over sizes and numbers of states, and holds
 what `select_implementation` picks against the faster of them. This is the measurement behind the
-rule; run it on a quiet machine.
+rule.
+
+Source: this project.
+Expect: what the rule picks nowhere much slower; experiments/results/op/rule/ has the table.
+Takes: 6 minutes on a CPU that is otherwise quiet.
 """
 
 import dataclasses
@@ -17,10 +21,10 @@ from typing import Any
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.files import write_file
 from deltaproduct_jax.ops.dispatch import select_implementation
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
+from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import (
     FORWARD,
     Shape,
@@ -87,22 +91,21 @@ def measure(config: RuleConfig, shape: Shape) -> dict[str, Any]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Time of the scan over time of "chunked", bold where the rule picks "chunked"."""
     factors = sorted({row["R"] for row in rows})
-    lines = [["B Hv", "K = V", "T", *(f"n_h = {R}" for R in factors)], ["---"] * (3 + len(factors))]
+    head = ["B Hv", "K = V", "T", *(f"n_h = {R}" for R in factors)]
     cases: dict[tuple[int, int, int], dict[int, str]] = {}
     for row in rows:
         cell = f"{row['scan_over_chunked']:.2f}"
         case = cases.setdefault((row["states"], row["K"], row["T"]), {})
         case[row["R"]] = f"**{cell}**" if row["picked"] == CHUNKED else cell
-    lines += [[*map(str, case), *(cells[R] for R in factors)] for case, cells in cases.items()]
+    lines = [[*case, *(cells[R] for R in factors)] for case, cells in cases.items()]
     slower = [
         f"- B Hv = {row['states']}, K = V = {row['K']}, n_h = {row['R']}: {row['picked']} takes "
         f"{row['picked_over_best']:.2f} times as long as the other"
         for row in rows
         if row["picked_over_best"] > NOISE
     ]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     heading = f"Where what the rule picks was slower by more than {NOISE - 1:.0%}:"
-    return "\n".join([text, "", heading, "", *(slower or ["- nowhere"])])
+    return "\n".join([markdown(head, lines), "", heading, "", *(slower or ["- nowhere"])])
 
 
 def command(argv: Sequence[str]) -> None:
@@ -123,12 +126,8 @@ def command(argv: Sequence[str]) -> None:
         f"{'gated' if config.gated else 'ungated'}; bold where None picks the chunked form; "
         f"{machine()}"
     )
-    command_line = " ".join(["python -m experiments.op.rule", *argv])
-    record = {"command": command_line, "machine": machine(), "rows": rows}
-    write_file(parsed.workdir / "rule.json", json.dumps(record, indent=1).encode() + b"\n")
-    text = f"{title}\n\n{table(rows)}\n\nCommand: `{command_line}`\n"
-    write_file(parsed.workdir / "rule.md", text.encode())
-    print(text)
+    record = {"command": command_line("op.rule", argv), "machine": machine(), "rows": rows}
+    print(write_report(parsed.workdir, "rule", record, title, table(rows)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What spreading the op over devices gives, along each axis: time, memory and error.
+"""What does spreading the op over devices give, along each axis, in time, memory and error?
 
     python -m experiments.op.sharding --workdir=runs/sharding --devices=2 --dtype=bfloat16 \\
         --batch_size=8 --length=4096 --num_heads=16 --head_dim=128           # two GPUs
@@ -10,11 +10,14 @@ arrays spread over all devices: along the batch and the heads, which share nothi
 sequence, where the devices send each other what their pieces do to a state. Inputs lie where they
 are needed, and gradients stay where they are made. Each is first held against the recurrence in
 float64 on 256 tokens. Devices of one CPU share its cores: there the times say nothing.
+
+Source: this project.
+Expect: errors like those on one device; of two H100s experiments/results/gpu/speed/sharding.json.
+Takes: half a minute on two CPU cores, minutes on two GPUs.
 """
 
 import dataclasses
 import functools
-import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,11 +28,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import write_file
 from deltaproduct_jax.ops import sharded_delta_product
 from deltaproduct_jax.ops.dispatch import AVAILABLE
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
+from experiments.lib.bench.report import (
+    TIMES,
+    command_line,
+    markdown,
+    shown,
+    times,
+    write_report,
+)
 from experiments.lib.bench.timing import (
     BACKWARD,
     CHECKED_TOKENS,
@@ -150,21 +160,21 @@ def measure(config: ShardingConfig, n_h: int, direction: str) -> list[dict[str, 
     return rows
 
 
+HEAD = ("n_h", "direction", "spread along", *TIMES, "x faster than one device")
+HEAD += ("temp MiB a device", "error")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| n_h | direction | spread along | ms, median [min - max] | x faster than one device "
-        "| temp MiB a device | error |",
-        "|---|---|---|---|---|---|---|",
+        [
+            *(row[name] for name in ("num_householder", "direction", "axis")),
+            *(*times(row), f"{row['times_faster']:.2f}"),
+            *(shown(row["temp_mib"], ".1f"), f"{row['worst_error']:.1e}"),
+        ]
+        for row in rows
     ]
-    for row in rows:
-        memory = "-" if row["temp_mib"] is None else f"{row['temp_mib']:.1f}"
-        lines.append(
-            f"| {row['num_householder']} | {row['direction']} | {row['axis']} "
-            f"| {row['median_ms']:.3g} [{row['min_ms']:.3g} - {row['max_ms']:.3g}] "
-            f"| {row['times_faster']:.2f} | {memory} | {row['worst_error']:.1e} |"
-        )
-    return "\n".join(lines)
+    return markdown(HEAD, lines)
 
 
 def command(argv: Sequence[str]) -> None:
@@ -177,7 +187,7 @@ def command(argv: Sequence[str]) -> None:
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.devices} makes as many"
         )
     record = {
-        "command": " ".join(["python -m experiments.op.sharding", *argv]),
+        "command": command_line("op.sharding", argv),
         "machine": machine(),
         "config": dataclasses.asdict(config),
         "rows": [],
@@ -187,21 +197,19 @@ def command(argv: Sequence[str]) -> None:
             rows = measure(config, n_h, direction)
             print(table(rows), file=sys.stderr)
             record["rows"] += rows
-            write(parsed.workdir, record)  # what is measured stays, whatever comes next
-    print((parsed.workdir / "sharding.md").read_text())
+            text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
+    print(text)
 
 
-def write(workdir: Path, record: dict[str, Any]) -> None:
-    """sharding.json and sharding.md."""
-    write_file(workdir / "sharding.json", json.dumps(record, indent=1).encode() + b"\n")
+def write(workdir: Path, record: dict[str, Any]) -> str:
+    """sharding.json and sharding.md; what the latter holds."""
     c = record["config"]
     head = (
         f"B={c['batch_size']} T={c['length']} H={c['num_heads']} K=V={c['head_dim']}, "
         f"{c['dtype']}, {'gated' if c['gated'] else 'ungated'}, over {c['devices']} devices; "
         f"{record['machine']}"
     )
-    text = f"{head}\n\n{table(record['rows'])}\n\nCommand: `{record['command']}`\n"
-    write_file(workdir / "sharding.md", text.encode())
+    return write_report(workdir, "sharding", record, head, table(record["rows"]))
 
 
 if __name__ == "__main__":

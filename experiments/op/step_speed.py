@@ -12,37 +12,38 @@ flash-linear-attention has it, in PyTorch. Tokens are drawn at random and stay t
 
 Each model runs in a process of its own, one after another, because neither library gives back the
 memory of a GPU that it has once taken. What a peer refuses becomes a line of the table.
+
+Source: https://arxiv.org/abs/2502.10297, language models (340M, and n_h = 2 with half the heads).
+Expect: experiments/results/gpu/speed/step_340m.json has an H100's.
+Takes: on a GPU of 80 GB 3 minutes with n_h = 1 and 5 with 2; with ``--preset=small`` seconds
+    on a CPU.
 """
 
-import concurrent.futures
 import dataclasses
-import json
-import multiprocessing
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import write_file
-from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
+from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import setting
-from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import TrainConfig
-from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
-from deltaproduct_jax.training.step import init_state, make_train_step, split_model
 from experiments.lib import flags
-from experiments.lib.bench.peers.fla_model import PRECISIONS, check_peer, one_line, peer_rows
-from experiments.lib.bench.timing import Compiled, machine, time_in_turn
+from experiments.lib.bench import training_steps
+from experiments.lib.bench.peers.fla_model import PRECISIONS, check_peer, peer_rows
+from experiments.lib.bench.report import (
+    TIMES,
+    command_line,
+    markdown,
+    shown,
+    times,
+    write_report,
+)
+from experiments.lib.bench.training_steps import OURS, Row, measured, our_rows
 
-OURS = "deltaproduct_jax"
 PRESETS = {
     "default": {},
     "small": {
@@ -144,78 +145,15 @@ class StepConfig:
         return np.random.default_rng(0).integers(self.vocab_size, size=shape, dtype=np.int32)
 
 
-Row = dict[str, Any]
-
-
-def our_rows(config: StepConfig, model_config: ModelConfig) -> list[Row]:
-    """One row: our model, trained for the rounds that are timed."""
-    optimizer = make_optimizer(config.training)
-    model = SequenceModel(model_config, rngs=nnx.Rngs(0))
-    parameters = count_parameters(model)["total"]
-    graphdef, params = split_model(model)
-    state = init_state(params, optimizer)
-    del model, params  # the first step donates the arrays
-    tokens = jnp.asarray(config.tokens())
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    batch = Batch(inputs, targets, jnp.ones(inputs.shape, bool))
-    step = make_train_step(graphdef, optimizer, make_schedule(config.training), 1)
-    began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    seconds = time.perf_counter() - began
-    losses = []
-
-    def train() -> None:
-        nonlocal state
-        for _ in range(config.steps):
-            state, metrics = compiled(state, batch)
-            losses.append(metrics["loss"])
-        jax.block_until_ready((state, losses))
-
-    memory = compiled.memory_analysis()
-    entry = Compiled(
-        train, seconds, None if memory is None else memory.temp_size_in_bytes, config.steps
-    )
-    time_in_turn({OURS: entry}, config.repeats, config.budget_s)
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    row = {
-        "implementation": OURS,
-        "parameters": parameters,
-        **entry.summary(),
-        "peak_mib": None if peak is None else peak / 2**20,
-        "first_loss": float(losses[0]),
-        "last_loss": float(losses[-1]),
-        "steps": len(losses),
-        "machine": machine(),
-    }
-    return [row]
-
-
-def apart(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function in a process of its own, whose end frees what it held of a GPU."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def measured(function: Callable[..., list[Row]], name: str, *arguments: Any) -> list[Row]:
-    """What ``function`` measures, apart; what stops it becomes a row that says so."""
-    try:
-        return apart(function, *arguments)
-    except Exception as error:  # of another library, or of a GPU: any kind
-        if not isinstance(error, ConfigError):
-            traceback.print_exception(error)
-        return [{"implementation": name, "error": one_line(error)}]
-
-
 def measure(config: StepConfig, n_h: int, num_heads: int) -> Iterator[list[Row]]:
     """The rows of one shape: ours, then the peer's."""
     model_config = config.model(n_h, num_heads)
-    ours = measured(our_rows, OURS, config, model_config)
+    timing = (config.tokens(), config.steps, config.repeats, config.budget_s)
+    ours = measured(our_rows, OURS, config.training, model_config, *timing)
     yield _completed(ours, config, n_h, num_heads, ours[0])
     if config.peer:
         precisions = config.peer_precisions.split(",")
-        arguments = (config.training, model_config, precisions, config.tokens())
-        timing = (config.steps, config.repeats, config.budget_s)
+        arguments = (config.training, model_config, precisions)
         rows = measured(peer_rows, config.peer, *arguments, *timing)
         yield _completed(rows, config, n_h, num_heads, ours[0])
 
@@ -233,33 +171,29 @@ def _completed(
     return rows
 
 
+HEAD = ("n_h", "heads", "model", "parameters", *TIMES, "tokens/s", "ours x faster", "compile s")
+HEAD += ("temp GiB", "peak GiB", "first loss", "last loss")
+
+
 def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, and below it what did not run."""
-    lines = [
-        "| n_h | heads | model | parameters | ms a step, median [min - max] | tokens/s "
-        "| ours x faster | compile s | temp GiB | peak GiB | loss, first and last |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    gib = lambda mib: "-" if mib is None else f"{mib / 1024:.2f}"
+    lines, failed = [], []
     for row in rows:
-        lines.append(f"| {row['num_householder']} | {row['num_heads']} | {row['implementation']} ")
+        names = [row["num_householder"], row["num_heads"], row["implementation"]]
         if "error" in row:
-            lines[-1] += 8 * "| - " + "|"
+            lines.append([*names, *[None] * (len(HEAD) - len(names))])
+            failed.append(f"n_h = {names[0]}, {names[2]} did not run: {row['error']}")
             continue
-        ratio = row["ours_times_faster"]
-        lines[-1] += (
-            f"| {row['parameters']:,} "
-            f"| {row['median_ms']:.4g} [{row['min_ms']:.4g} - {row['max_ms']:.4g}] "
-            f"| {row['tokens_per_s']:,.0f} | {'-' if ratio is None else f'{ratio:.2f}'} "
-            f"| {row['compile_s']:.1f} | {gib(row['temp_mib'])} | {gib(row['peak_mib'])} "
-            f"| {row['first_loss']:.3f}, {row['last_loss']:.3f} |"
+        memory = [row[name] and row[name] / 1024 for name in ("temp_mib", "peak_mib")]
+        lines.append(
+            [
+                *(*names, f"{row['parameters']:,}", *times(row), f"{row['tokens_per_s']:,.0f}"),
+                *(shown(row["ours_times_faster"], ".2f"), f"{row['compile_s']:.1f}"),
+                *(shown(gib, ".2f") for gib in memory),
+                *(f"{row[name]:.3f}" for name in ("first_loss", "last_loss")),
+            ]
         )
-    failed = [
-        f"n_h = {row['num_householder']}, {row['implementation']} did not run: {row['error']}"
-        for row in rows
-        if "error" in row
-    ]
-    return "\n".join([*lines, "", *failed] if failed else lines)
+    return "\n\n".join([markdown(HEAD, lines), *failed])
 
 
 def command(argv: Sequence[str]) -> None:
@@ -267,9 +201,9 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"step": StepConfig}, PRESETS)
     config = StepConfig(**parsed.sections["step"])
     if config.peer:
-        apart(check_peer)  # before minutes are spent
+        training_steps.apart(check_peer)  # before minutes are spent
     record = {
-        "command": " ".join(["python -m experiments.op.step_speed", *argv]),
+        "command": command_line("op.step_speed", argv),
         "config": dataclasses.asdict(config),
         "rows": [],
     }
@@ -277,16 +211,15 @@ def command(argv: Sequence[str]) -> None:
         for rows in measure(config, n_h, num_heads):
             print(table(rows), file=sys.stderr)
             record["rows"] += rows
-            write(parsed.workdir, record)  # what is measured stays, whatever comes next
-    print((parsed.workdir / "step.md").read_text())
+            text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
+    print(text)
     failed = [r for r in record["rows"] if "error" in r and r["implementation"] == OURS]
     if failed:
         raise ConfigError(f"our own model did not run: {failed[0]['error']}")
 
 
-def write(workdir: Path, record: dict[str, Any]) -> None:
-    """step.json and step.md."""
-    write_file(workdir / "step.json", json.dumps(record, indent=1).encode() + b"\n")
+def write(workdir: Path, record: dict[str, Any]) -> str:
+    """step.json and step.md; what the latter holds."""
     config = record["config"]
     machines = dict.fromkeys(row["machine"] for row in record["rows"] if "machine" in row)
     head = (
@@ -295,8 +228,7 @@ def write(workdir: Path, record: dict[str, Any]) -> None:
         f"{config['vocab_size']}, {'gated' if config['gated'] else 'ungated'}; ours in "
         f"{config['dtype']}, remat={config['remat']}; {'; '.join(machines)}"
     )
-    text = f"{head}\n\n{table(record['rows'])}\n\nCommand: `{record['command']}`\n"
-    write_file(workdir / "step.md", text.encode())
+    return write_report(workdir, "step", record, head, table(record["rows"]))
 
 
 if __name__ == "__main__":

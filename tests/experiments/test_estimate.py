@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from deltaproduct_jax.compilers import hlo_cost
+from deltaproduct_jax.compilers import child, hlo_cost, tpu
 from deltaproduct_jax.errors import ConfigError
 from experiments.hardware import tpu_estimate
 from experiments.lib import flags
 from experiments.lib.bench import tpu_compiler
 from experiments.lib.bench.timing import FORWARD, Shape
-from experiments.lib.bench.tpu_compiler import Job
+from experiments.lib.bench.tpu_compiler import Compilation
 
 # Two loops, one in the other: 10 passes, whose bound the compiler has hoisted and whose comparison
 # it has fused, and in each of them (8 - 2) / 3 = 2. COST is what the compiler says of a line.
@@ -123,30 +123,30 @@ def test_a_loop_that_cannot_be_counted_is_no_loop_of_one_pass(old, new):
         hlo_cost.cost(with_costs(TEXT.replace(old, new)))
 
 
-JOBS = [Job("v5e", "chunked", FORWARD, Shape(1, 4, 1, 2, 2, 2))] * 3
+WANTED = [Compilation("v5e", "chunked", FORWARD, Shape(1, 4, 1, 2, 2, 2))] * 3
 
 
 @pytest.mark.parametrize(
-    ("child", "profile", "ending"),
+    ("body", "profile", "ending"),
     [
         ("print('{\"a\": 1}\\n{\"a\"', end='', flush=True); os.abort()", True, "profiler aborted"),
         ("print('{\"a\": 1}', flush=True); os.abort()", False, "compiler aborted"),
         ("print('{\"a\": 1}', flush=True); time.sleep(60)", True, "timed out"),
     ],
 )
-def test_what_was_compiled_before_the_child_died_is_kept(child, profile, ending, monkeypatch):
-    monkeypatch.setattr(tpu_compiler, "is_available", lambda: True)
-    program = f"import json, os, sys, time; json.load(sys.stdin); {child}"
-    monkeypatch.setattr(tpu_compiler, "CHILD", [sys.executable, "-c", program])
-    found = tpu_compiler.compile_apart(JOBS, profile=profile, timeout_s=4)
+def test_what_was_compiled_before_the_child_died_is_kept(body, profile, ending, monkeypatch):
+    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: "1")
+    program = f"import json, os, sys, time; json.load(sys.stdin); {body}"
+    monkeypatch.setattr(child, "COMMAND", [sys.executable, "-c", program])
+    found = tpu_compiler.compile_apart(WANTED, profile=profile, timeout_s=4)
     assert found == [{"a": 1}, {"error": ending}, {"error": ending}]
 
 
 def test_a_mistake_of_ours_in_the_child_is_no_abort(monkeypatch):
-    monkeypatch.setattr(tpu_compiler, "is_available", lambda: True)
-    monkeypatch.setattr(tpu_compiler, "CHILD", [sys.executable, "-c", "raise KeyError('here')"])
+    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: "1")
+    monkeypatch.setattr(child, "COMMAND", [sys.executable, "-c", "raise KeyError('here')"])
     with pytest.raises(RuntimeError, match="KeyError: 'here'"):
-        tpu_compiler.compile_apart(JOBS, profile=True, timeout_s=20)
+        tpu_compiler.compile_apart(WANTED, profile=True, timeout_s=20)
 
 
 @pytest.mark.parametrize("R", [1, 3])
@@ -160,8 +160,8 @@ def test_the_interleaved_form_is_the_same_op(R):
 
 def test_the_program_of_a_gradient_gives_one_for_every_input():
     shape = Shape(B=1, T=4, H=1, K=2, V=3, R=2, dtype="bfloat16")
-    function, (arrays, cotangents) = tpu_compiler.program(
-        Job("v5e", "chunked", "forward+backward", shape)
+    function, (arrays, cotangents) = tpu_compiler.function_and_arguments(
+        Compilation("v5e", "chunked", "forward+backward", shape)
     )
     outputs, (gradients,) = jax.eval_shape(function, arrays, cotangents)
     assert set(gradients) == {"q", "k", "v", "beta", "g"}
@@ -169,12 +169,12 @@ def test_the_program_of_a_gradient_gives_one_for_every_input():
     assert outputs == cotangents
 
 
-def figures(job, profile):
-    if job.implementation == "interleaved" and profile:
+def figures(wanted, profile):
+    if wanted.implementation == "interleaved" and profile:
         return {"error": "profiler aborted"}
-    if job.implementation == "scan":
+    if wanted.implementation == "scan":
         return {"error": "RESOURCE_EXHAUSTED: too large"}
-    factor = 2 if job.implementation == "interleaved" else 1
+    factor = 2 if wanted.implementation == "interleaved" else 1
     return {
         "schedule_cycles": 3000 * factor if profile else None,
         "model_cycles": 6000 * factor,
@@ -194,7 +194,7 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(
         tpu_estimate,
         "compile_apart",
-        lambda jobs, profile, timeout_s: [figures(job, profile) for job in jobs],
+        lambda wanted, profile, timeout_s: [figures(each, profile) for each in wanted],
     )
     argv = [f"--workdir={tmp_path}", "--num_householder=2", "--generations=v5e"]
     tpu_estimate.command(argv)
@@ -203,9 +203,9 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
     memory = "3.0 | 2.0 | 1.0 | 20 Invert |"
     name = "| v5e | 2 | forward | "
     # 2 MiB of arguments, 1 of outputs, 4 of states, one for every 64 tokens.
-    traffic = "8.0 (1.14)"
-    assert f"{name}interleaved | profiler aborted | 8.0 (1.00) | {traffic} | {memory}" in text
-    assert f"{name}chunked | 2.0 | 4.0 (0.50) | {traffic} | {memory}" in text
+    traffic = "8.0 | 1.14"
+    assert f"{name}interleaved | profiler aborted | - | 8.0 | 1.00 | {traffic} | {memory}" in text
+    assert f"{name}chunked | 2.0 | - | 4.0 | 0.50 | {traffic} | {memory}" in text
     assert f"{name}scan | RESOURCE_EXHAUSTED: too large | " in text
     assert "jax 1, libtpu 2" in text
     record = json.loads((tmp_path / "estimate.json").read_text())
@@ -226,7 +226,7 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
     ],
 )
 def test_errors_of_the_estimate(argument, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tpu_compiler, "is_available", lambda: False)
+    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: None)
     assert flags.run(tpu_estimate.command, [f"--workdir={tmp_path}", argument]) != 0
     error = capsys.readouterr().err
     assert text in error
@@ -235,6 +235,6 @@ def test_errors_of_the_estimate(argument, text, tmp_path, capsys, monkeypatch):
 
 
 def test_the_missing_compiler_is_named_with_its_version(monkeypatch):
-    monkeypatch.setattr(tpu_compiler, "is_available", lambda: False)
+    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: None)
     with pytest.raises(ConfigError, match=r"pip install libtpu==\d+\.\d+\.\d+"):
         tpu_compiler.compile_apart([], profile=False, timeout_s=1)

@@ -9,6 +9,7 @@ from flax import nnx
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from experiments.lib import flags
+from experiments.lib.bench import training_steps
 from experiments.lib.bench.peers.fla_model import peer_config
 from experiments.op import step_speed
 
@@ -19,7 +20,7 @@ TINY += ["--steps=2", "--repeats=2"]
 @pytest.fixture
 def inline(monkeypatch):
     """Everything in this process."""
-    monkeypatch.setattr(step_speed, "apart", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(training_steps, "apart", lambda function, *arguments: function(*arguments))
 
 
 def rows_of(path):

@@ -11,6 +11,7 @@ import pytest
 from experiments import theory
 from experiments.analysis import theory_geometry, theory_limits
 from experiments.lib import flags
+from experiments.lib.theory import geometry, reading
 
 QUICK = ["--constructions=permutations_S3", "--length=40", "--words=2", "--piece=20"]
 ONE_RUN = ("float32", "recurrent")
@@ -29,8 +30,8 @@ def test_results_and_going_on(tmp_path, capsys, monkeypatch):
     assert row["deviation"] < 1e-6
     assert [point["length"] for point in row["curve"]] == [20, 40]
     assert (tmp_path / "theory.png").read_bytes().startswith(b"\x89PNG")
-    real, ran = theory.run, []
-    monkeypatch.setattr(theory, "run", lambda *a: ran.append(a[1]) or real(*a))
+    real, ran = reading.run, []
+    monkeypatch.setattr(reading, "run", lambda *a: ran.append(a[1]) or real(*a))
     assert flags.run(theory.command, argv) == 0
     assert ran == ["bfloat16"]  # the other was there already
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -45,28 +46,28 @@ def test_results_and_going_on(tmp_path, capsys, monkeypatch):
 
 def test_wrong_answers_are_counted():
     logits = np.array([[[1.0, 3, 2], [1, 1, 0], [np.nan, 0, 0], [-4, 2, 1]]])
-    wrong, margin = map(np.asarray, theory.judge(logits, np.array([[1, 0, 0, 2]])))
+    wrong, margin = map(np.asarray, reading.judge(logits, np.array([[1, 0, 0, 2]])))
     assert wrong.tolist() == [[False, True, True, True]]
     np.testing.assert_allclose(margin[0, [0, 1, 3]], [1 / 3, 0, -1 / 4], rtol=1e-6)
 
 
 def test_the_first_error_ends_the_length():
     made = theory.construct("permutations_S3")
-    config = theory.TheoryConfig(length=40, words=2, piece=10)
+    config = theory.TheoryConfig(length=40, words=2, piece=10).as_reading
     swapped = made.answers.copy()
     swapped[[1, 2]] = [2, 1]  # the model is right, and is told that it is not in two states
-    row = theory.run(dataclasses.replace(made, answers=swapped), *ONE_RUN, config)
+    row = reading.run(dataclasses.replace(made, answers=swapped), *ONE_RUN, config)
     assert 0 <= row["length"] < 20 < row["length_read"] == 40
     assert 0 < row["errors"] < 60
     every = dataclasses.replace(made, answers=np.roll(made.answers, 1))
-    row = theory.run(every, *ONE_RUN, config)
+    row = reading.run(every, *ONE_RUN, config)
     wanted = {"length": 0, "length_read": 10, "errors": 20, "min_margin": None}
     assert wanted.items() <= row.items()
 
 
 def test_a_curve_keeps_its_worst_and_its_end():
     points = [{"length": n, "errors": 0, "deviation": float(n == 7)} for n in range(1, 60)]
-    kept = theory.thinned(points)
+    kept = reading.thinned(points)
     assert len(kept) < 12
     assert [point["length"] for point in kept if point["deviation"]] == [8]
     assert kept[-1]["length"] == 59
@@ -136,38 +137,38 @@ def test_eigenvalues_like_the_constructions():
     turn = np.exp(2j * np.pi / 3)
     # S3 in space, where its swaps turn by a half.
     half, third = [-1, -1, 1, 1], [turn, turn.conjugate(), 1, 1]
-    orders = [theory_geometry.finite_group("S3").table[x, x] for x in range(6)]
+    orders = [geometry.finite_group("S3").table[x, x] for x in range(6)]
     values = np.array([[1, 1, 1, 1], *(half if orders[x] == 0 else third for x in range(1, 6))])
-    share = lambda values: theory_geometry.share_as_constructed(values, "S3", range(6))
+    share = lambda values: geometry.share_as_constructed(values, "S3", range(6))
     assert share(values) == 1
     values[1] = np.exp(0.2j) * values[1]
     assert share(values) == pytest.approx(0.8)
     assert share(np.ones((6, 4))) == 0  # no head that does nothing
-    assert theory_geometry.share_as_constructed(values, "Z7", range(6)) is None
+    assert geometry.share_as_constructed(values, "Z7", range(6)) is None
 
 
 @pytest.mark.parametrize("group", ["S3", "S4", "A5", "S5", "Z5", "D5"])
 def test_copies_of_the_constructions(group):
-    letters = range(len(theory_geometry.finite_group(group).table))
+    letters = range(len(geometry.finite_group(group).table))
     if group == "S5":
         letters = letters[:: len(letters) // 24]
-    found = theory_geometry.copies(group)
+    found = geometry.copies(group)
     turned = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]
     for name, matrices in found.items():
         acts = np.tile(np.eye(6), (len(letters), 1, 1))
         d = matrices.shape[-1]
         acts[:, :d, :d] = matrices[letters].swapaxes(1, 2)
         acts = turned @ acts @ turned.T
-        off, copied = theory_geometry.closest_copy(acts, group, letters)
+        off, copied = geometry.closest_copy(acts, group, letters)
         assert off < 1e-6
         assert copied == name or group == "S3"  # whose signs only mirror it
-        assert theory_geometry.closest_copy(acts[::-1], group, letters)[0] > 0.3
+        assert geometry.closest_copy(acts[::-1], group, letters)[0] > 0.3
     if group == "A5":  # the automorphism is no mere change of basis
         traces = np.trace(found["itself"] - found["letters renamed"], axis1=1, axis2=2)
         assert np.abs(traces).max() > 2
     if group == "S5":  # a swap of two letters exchanges all six points in pairs
         assert np.round(np.trace(found["on six points"], axis1=1, axis2=2)).tolist()[1] == -1
-    assert theory_geometry.closest_copy(turned[None], "Z7", [0]) == (None, None)
+    assert geometry.closest_copy(turned[None], "Z7", [0]) == (None, None)
 
 
 @pytest.mark.parametrize(

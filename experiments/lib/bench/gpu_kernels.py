@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.kernels.triton import passes as triton_gpu
+from deltaproduct_jax.ops.kernels.triton import tiling as triton_tiling
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.tiling import default_span
@@ -155,3 +157,61 @@ def _products(name: str, meta) -> int:
     if meta["HAS_G"]:
         grams += of_scores + (of_keys if meta["R"] > 1 else 0)
     return C * M * V + M * M * V + C * K * V + 2 * M * K * V + grams
+
+
+def as_launch(text: str) -> Launch:
+    """Of warps:stages:columns, or warps:stages:columns:keys.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    parts = text.split(":")
+    sizes = [int(part) for part in parts if part.isdecimal()]
+    powers = sizes[:1] + sizes[2:]
+    is_launch = len(sizes) == len(parts) in (3, 4)
+    if not is_launch or any(n < 1 or n & (n - 1) for n in powers):
+        raise ConfigError(
+            f"variants={text!r} is not warps:stages:columns or warps:stages:columns:keys, such as "
+            "4:2:64; all but the stages are powers of two"
+        )
+    return Launch(*sizes)
+
+
+def call_of(config: PassConfig, R: int, K: int, kernel: str, launch: Launch | None):
+    """The call of a kernel as the tiling launches it, or by ``launch``."""
+    tiling_for = triton_tiling.tiling_for
+
+    def changed(*args, **sizes):
+        tiling = tiling_for(*args, **sizes)
+        return dataclasses.replace(tiling, **{kernel: launch}) if launch else tiling
+
+    triton_tiling.tiling_for = changed
+    try:
+        calls = [call for call in launches(config, R, K) if call.name == kernel]
+    finally:
+        triton_tiling.tiling_for = tiling_for
+    return calls[-1]  # after those of a summary
+
+
+def time_call(call: KernelCall, repeats: int) -> tuple[float, float]:
+    """Least and most of three means over ``repeats`` calls, in milliseconds."""
+
+    def random(i: int, x: jax.ShapeDtypeStruct):
+        # Small, so that nothing overflows on its way through the chunks.
+        return (0.05 * jax.random.normal(jax.random.key(i), x.shape)).astype(x.dtype)
+
+    arrays = [jax.jit(random, static_argnums=(1,))(i, x) for i, x in enumerate(call.arrays)]
+
+    @jax.jit
+    def run(arrays):
+        return triton_gpu.call(call.name, arrays, call.outs, call.grid, call.launch, meta=call.meta)
+
+    jax.block_until_ready([run(arrays) for _ in range(2)])
+    means = []
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(repeats):
+            results = run(arrays)
+        jax.block_until_ready(results)
+        means.append(1e3 * (time.perf_counter() - began) / repeats)
+    return min(means), max(means)

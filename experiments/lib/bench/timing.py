@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops import delta_product, delta_product_step
 from deltaproduct_jax.ops.precision import accumulator_dtype
@@ -164,13 +165,8 @@ def compile_program(
     began = time.perf_counter()
     compiled = jax.jit(function).lower(arrays).compile()
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    return Compiled(
-        lambda: jax.block_until_ready(compiled(arrays)),
-        seconds,
-        None if memory is None else memory.temp_size_in_bytes,
-        calls,
-    )
+    temp_bytes = memory_of(compiled)["temp_bytes"]
+    return Compiled(lambda: jax.block_until_ready(compiled(arrays)), seconds, temp_bytes, calls)
 
 
 def time_in_turn(programs: Mapping[str, Compiled], repeats: int, budget_s: float) -> None:

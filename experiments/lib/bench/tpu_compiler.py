@@ -1,61 +1,25 @@
-"""Compiles the op for a TPU on a machine that has none, each program in a process of its own.
-
-Package libtpu holds the compiler. It is loaded by a child, this
-module run by Python, because it reads its options once, when it is loaded, and because its profiler
-aborts the process on some programs. The child runs nothing on any device; the JAX of the parent is
-left as it is.
-"""
+"""Compiles the op for a TPU on a machine that has none, in a process of its own."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.experimental import topologies
 
-from deltaproduct_jax.compilers import hlo_cost, kernel_traffic
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.compilers import child, hlo_cost, kernel_traffic, tpu
+from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.ops import delta_product
 from experiments.lib import environment
 from experiments.lib.bench.timing import FORWARD, Shape
 
-ROOT = Path(__file__).resolve().parents[3]
 EXTRA = environment.extra_folder("tpu")
-CHILD = [sys.executable, "-m", "experiments.lib.bench.tpu_compiler"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Generation:
-    """A kind of TPU: the smallest topology that its compiler knows, and the clock of its core."""
-
-    topology: str
-    hertz: float
-
-
-# The clock follows from the published peaks of 275, 197, 459 and 918 TFLOP/s in bfloat16 and the
-# multiply-adds of a chip a cycle: 8, 4 and 8 x 128 x 128; 4 x 256 x 256 on v6e. v4 and v5p have two
-# cores a chip.
-GENERATIONS = {
-    "v4": Generation("v4:2x2x1", 1.05e9),
-    "v5e": Generation("v5e:2x2", 1.5e9),
-    "v5p": Generation("v5p:2x2x1", 1.75e9),
-    "v6e": Generation("v6e:2x2", 1.75e9),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One program to compile: the op, its direction and sizes, and the chip."""
+class Compilation:
+    """What is compiled: the op, its direction and sizes, and the chip."""
 
     generation: str
     implementation: str
@@ -112,40 +76,42 @@ IMPLEMENTATIONS = {
 }
 
 
-def program(job: Job) -> tuple[Callable, tuple[Any, ...]]:
+def function_and_arguments(wanted: Compilation) -> tuple[Callable, tuple[Any, ...]]:
     """A function and the abstract arguments to compile it for.
 
     It gives ``(o, final_state)``; with the gradient also that of q, k, v, beta and g, where the
     cotangents of both outputs are arguments.
     """
-    arrays = jax.eval_shape(job.shape.inputs)
-    run = IMPLEMENTATIONS[job.implementation]
+    arrays = jax.eval_shape(wanted.shape.inputs)
+    run = IMPLEMENTATIONS[wanted.implementation]
 
     def forward(arrays):
-        return run(**arrays, chunk_size=job.chunk_size)
+        return run(**arrays, chunk_size=wanted.chunk_size)
 
     def backward(arrays, cotangents):
         outputs, pullback = jax.vjp(forward, arrays)
         return outputs, pullback(cotangents)
 
-    if job.direction == FORWARD:
+    if wanted.direction == FORWARD:
         return forward, (arrays,)
     return backward, (arrays, jax.eval_shape(forward, arrays))
 
 
-def compile_here(job: Job) -> dict[str, Any]:
+def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles one program in this process, which must have been started for it.
+
+    Args:
+      fields: of a `Compilation`, as plain values.
 
     Returns:
       The fields of `hlo_cost.Cost`, and the bytes of temporary memory, arguments and outputs; or
       only "error", the compiler's first line, where it refuses the program.
     """
-    chip = topologies.get_topology_desc(GENERATIONS[job.generation].topology, platform="tpu")
-    mesh = jax.sharding.Mesh(np.array(chip.devices[:1]), ("device",))
+    wanted = Compilation(**{**fields, "shape": Shape(**fields["shape"])})
+    mesh = tpu.mesh_of(tpu.GENERATIONS[wanted.generation].topology, (1,), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    # A Pallas kernel asks the mesh around it which TPU it is lowered for.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        function, arguments = program(job)
+    with tpu.lowering_for(mesh):
+        function, arguments = function_and_arguments(wanted)
         arguments = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
         )
@@ -156,41 +122,37 @@ def compile_here(job: Job) -> dict[str, Any]:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
-    memory = compiled.memory_analysis()
-    return {
-        **dataclasses.asdict(hlo_cost.cost(compiled.as_text(), kernels)),
-        "temp_bytes": memory.temp_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes,
-    }
+    cost = hlo_cost.cost(compiled.as_text(), kernels)
+    return {**dataclasses.asdict(cost), **memory_of(compiled)}
 
 
 def is_available() -> bool:
     """Whether package libtpu is there, in this environment or as the extra of ``.venv``."""
-    return importlib.util.find_spec("libtpu") is not None or (EXTRA / "libtpu").is_dir()
+    return tpu.libtpu_version(EXTRA) is not None
 
 
 def require_libtpu() -> None:
     """Raises ConfigError, saying how to get it, where package libtpu is missing."""
-    if not is_available():
-        raise ConfigError(
-            "package libtpu, which holds the compiler for TPUs, is not installed; install it with "
-            f"pip install {environment.extra_requirement('tpu')}, or as an extra of .venv with "
-            "python3 tests/run.py --extra=tpu"
-        )
+    tpu.require_libtpu(
+        EXTRA,
+        f"install it with pip install {environment.extra_requirement('tpu')}, or as an extra of "
+        ".venv with python3 tests/run.py --extra=tpu",
+    )
 
 
-def compile_apart(jobs: Sequence[Job], *, profile: bool, timeout_s: float) -> list[dict[str, Any]]:
+def compile_apart(
+    wanted: Sequence[Compilation], *, profile: bool, timeout_s: float
+) -> list[dict[str, Any]]:
     """Compiles programs in one child process, one after the other.
 
     Args:
-      jobs: what to compile.
+      wanted: what to compile.
       profile: with the profile of the schedule, which takes long for large programs and on which
         the compiler aborts at times.
       timeout_s: seconds for all of them, after which the child is ended.
 
     Returns:
-      What `compile_here` gives, an entry a job. From the first that ended the child, or was cut
+      What `compile_here` gives, an entry a program. From the first that ended the child, or was cut
       off, on: only "error".
 
     Raises:
@@ -199,60 +161,18 @@ def compile_apart(jobs: Sequence[Job], *, profile: bool, timeout_s: float) -> li
     """
     require_libtpu()
     with tempfile.TemporaryDirectory(prefix="tpu_profile_") as folder:
-        child = subprocess.Popen(
-            CHILD,
-            cwd=ROOT,
-            env=child_environment(folder if profile else None),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        results, ending = child.call_apart(
+            f"{__name__}:{compile_here.__name__}",
+            [dataclasses.asdict(each) for each in wanted],
+            folder=environment.ROOT,
+            environment=tpu.child_environment(EXTRA, folder if profile else None),
+            timeout_s=timeout_s,
         )
-        is_late = False
-        try:
-            text = json.dumps([dataclasses.asdict(job) for job in jobs])
-            out, complaint = child.communicate(text, timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            is_late = True
-            child.kill()
-            out, complaint = child.communicate()
-    if child.returncode > 0:
-        raise RuntimeError(f"compiling {jobs} failed:\n{complaint[-3000:]}")
-    # The last line may be half a line.
-    results = [json.loads(line) for line in out.split("\n")[:-1]]
-    ending = "timed out" if is_late else "profiler aborted" if profile else "compiler aborted"
-    return results + [{"error": ending}] * (len(jobs) - len(results))
-
-
-def child_environment(profile_folder: str | None) -> dict[str, str]:
-    """Of a child: its JAX runs on the CPU, and libtpu asks nobody about a TPU."""
-    options = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if profile_folder is not None:
-        options += f" --xla_jf_dump_static_llo_profile_to={profile_folder}"
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",  # the parent's, for its own devices; a TPU's are LIBTPU_INIT_ARGS
-        "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(EXTRA)])),
-        "LIBTPU_INIT_ARGS": options.strip(),
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-    }
+    if ending == "aborted":
+        ending = "profiler aborted" if profile else "compiler aborted"
+    return results + [{"error": ending}] * (len(wanted) - len(results))
 
 
 def versions() -> str:
     """Of JAX and of the compiler, for the record."""
-    (found, *_) = importlib.metadata.distributions(name="libtpu", path=[*sys.path, str(EXTRA)])
-    return f"jax {jax.__version__}, libtpu {found.version}"
-
-
-def main() -> None:
-    """Reads jobs from standard input, prints a line of figures for each."""
-    for fields in json.load(sys.stdin):
-        job = Job(**fields | {"shape": Shape(**fields["shape"])})
-        print(json.dumps(compile_here(job)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return f"jax {jax.__version__}, libtpu {tpu.libtpu_version(EXTRA)}"

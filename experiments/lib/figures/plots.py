@@ -1,17 +1,13 @@
-"""What figures are drawn with, and how one is written."""
+"""The picture of a single run, which the commands that train draw from its results."""
 
-import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from deltaproduct_jax.files import write_file
+from experiments.lib.figures.style import beside_records, mark_trained, new_axes, save
 
 
+@beside_records
 def plot_cumulative(
     results_by_label: Mapping[str, Mapping[str, Any]], path: Path, train_length: int
 ) -> None:
@@ -22,11 +18,11 @@ def plot_cumulative(
         path: where the picture goes.
         train_length: position up to which the models were trained, marked by a line.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_axes()
     for label, results in results_by_label.items():
         curve = max(results["test"], key=lambda entry: entry["length"])["strict"]["cumulative"]
         axes.plot(range(len(curve)), curve, label=label, linewidth=2)
-    axes.axvline(train_length, color="grey", linestyle="--", label="trained up to here")
+    mark_trained(axes, train_length)
     axes.set(
         xlabel="position (group elements read)",
         ylabel="fraction of sequences right so far",
@@ -37,6 +33,7 @@ def plot_cumulative(
     save(figure, path)
 
 
+@beside_records
 def plot_ranges(results: Mapping[str, Any], path: Path, train_length: int) -> None:
     """Draws scaled accuracy over ranges of the sequence length, a bar as wide as its range.
 
@@ -45,14 +42,14 @@ def plot_ranges(results: Mapping[str, Any], path: Path, train_length: int) -> No
         path: where the picture goes.
         train_length: longest length that the model was trained at, marked by a line.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_axes()
     for entry in results["test"]:
         scores = [score for score in entry.values() if isinstance(score, dict)]
         # Where there are ranges, the score of all lengths together would only hide them.
         for score in scores[1:] or scores:
             x = score["shortest"], score["longest"]
             axes.plot(x, [score["scaled_accuracy"]] * 2, color="C0", linewidth=4)
-    axes.axvline(train_length, color="grey", linestyle="--", label="trained up to here")
+    mark_trained(axes, train_length)
     axes.axhline(0, color="grey", linestyle=":", label="guessing")
     axes.set(xlabel="tokens of a sequence, the answer included", ylabel="scaled accuracy")
     axes.set_ylim(top=1.02)
@@ -60,6 +57,7 @@ def plot_ranges(results: Mapping[str, Any], path: Path, train_length: int) -> No
     save(figure, path)
 
 
+@beside_records
 def plot_recall(results: Mapping[str, Any], path: Path) -> None:
     """Draws the fraction of queries answered at each length and number of pairs tested.
 
@@ -67,7 +65,7 @@ def plot_recall(results: Mapping[str, Any], path: Path) -> None:
         results: contents of results.json, with scores that name their number of pairs.
         path: where the picture goes.
     """
-    figure, axes = _new_figure()
+    figure, axes = new_axes()
     scores = [(entry["length"], entry["strict"]) for entry in results["test"]]
     labels = [f"{length}\n{score['num_pairs']}" for length, score in scores]
     axes.bar(labels, [score["token_accuracy"] for _, score in scores])
@@ -77,18 +75,3 @@ def plot_recall(results: Mapping[str, Any], path: Path) -> None:
         ylim=(0, 1.02),
     )
     save(figure, path)
-
-
-def _new_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.grid(alpha=0.3)
-    return figure, axes
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG; RunDirectoryError where that fails."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png")
-    write_file(path, buffer.getvalue())

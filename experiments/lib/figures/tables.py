@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from experiments.lib.bench.report import markdown, shown
 from experiments.lib.run_records import Record, grouped
 
 Row = Mapping[str, Any]
@@ -65,28 +66,29 @@ def escape_table(
     return rows
 
 
-def to_csv(rows: Sequence[Row]) -> bytes:
+def to_csv(rows: Sequence[Row]) -> str:
     """The rows with all their columns; nothing for none."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return buffer.getvalue().encode()
+    return buffer.getvalue()
 
 
 def scores_markdown(rows: Sequence[Row], by: Sequence[str]) -> str:
-    """Cells as "median (best)", and the number of runs where it is not the same everywhere."""
+    """Medians and bests to three places, and numbers of runs where these are not the same."""
     values = [column.removesuffix(" median") for column in rows[0] if column.endswith(" median")]
     counts = {row[f"{value} runs"] for row in rows for value in values}
-    lines = []
-    for row in rows:
-        cells = []
-        for value in values:
-            median, best, runs = (row[f"{value} {what}"] for what in ("median", "best", "runs"))
-            text = "-" if median is None else f"{median:.3f} ({best:.3f})"
-            cells.append(text if len(counts) == 1 or not runs else f"{text}, {runs} runs")
-        lines.append([*(row[key] for key in by), *cells])
-    return markdown([*by, *values], lines)
+    kinds = ("median", "best") if len(counts) == 1 else ("median", "best", "runs")
+    columns = [f"{value} {kind}" for value in values for kind in kinds]
+    lines = [
+        [*(row[key] for key in by), *(_cell(row[column]) for column in columns)] for row in rows
+    ]
+    return markdown([*by, *columns], lines)
+
+
+def _cell(number: float | int | None) -> str:
+    return shown(number, "" if isinstance(number, int) else ".3f")
 
 
 def escape_markdown(rows: Sequence[Row], by: Sequence[str]) -> str:
@@ -103,9 +105,3 @@ def escape_markdown(rows: Sequence[Row], by: Sequence[str]) -> str:
         for row in rows
     ]
     return markdown([*by, *values], lines)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -7,10 +7,11 @@ import sys
 import pytest
 from tpu_programs import GRADIENTS
 
+from deltaproduct_jax.compilers import child, tpu
 from experiments.lib import environment
 from experiments.lib.bench import tpu_compiler
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
-from experiments.lib.bench.tpu_compiler import Job
+from experiments.lib.bench.tpu_compiler import Compilation
 
 if not tpu_compiler.is_available():
     pytest.skip("needs libtpu (tests/run.py --extra=tpu)", allow_module_level=True)
@@ -23,31 +24,32 @@ CASES = [  # v6e float32 compiles for 10 seconds, with v5e's cut
     ("v6e", FORWARD, "bfloat16"),
     ("v6e", BACKWARD, "bfloat16"),
 ]
-JOBS = {
-    (generation, direction, dtype): Job(
+COMPILATIONS = {
+    (generation, direction, dtype): Compilation(
         generation, "chunked", direction, Shape(**{**vars(SHAPE), "dtype": dtype})
     )
     for generation, direction, dtype in CASES
 }
 # The gradient holds both kernels. 16 heads are what the vector memory of v4 has to be planned for.
-SMALL_CHIP = Job("v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16"))
+SMALL_CHIP = Compilation("v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16"))
 # Large enough for its arrays not to fit on the chip.
-LARGE = Job("v5e", "pallas_tpu", BACKWARD, Shape(8, 4096, 16, 128, 128, 2, "bfloat16"))
+LARGE = Compilation("v5e", "pallas_tpu", BACKWARD, Shape(8, 4096, 16, 128, 128, 2, "bfloat16"))
 # Large enough for its states, one every 32 tokens, not to fit on the chip, where memory is not
 # counted.
-LONG = Job("v5e", "chunked", BACKWARD, Shape(B=1, T=8192, H=2, K=128, V=128, R=4, dtype="bfloat16"))
+LONG_SHAPE = Shape(B=1, T=8192, H=2, K=128, V=128, R=4, dtype="bfloat16")
+LONG = Compilation("v5e", "chunked", BACKWARD, LONG_SHAPE)
 SPAN = 32
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """What the compiler says of every program, all compiled by one child process."""
-    jobs = {**JOBS, "small chip": SMALL_CHIP, "large": LARGE}
-    figures = tpu_compiler.compile_apart(list(jobs.values()), profile=False, timeout_s=280)
-    return dict(zip(jobs, figures, strict=True))
+    wanted = {**COMPILATIONS, "small chip": SMALL_CHIP, "large": LARGE}
+    figures = tpu_compiler.compile_apart(list(wanted.values()), profile=False, timeout_s=280)
+    return dict(zip(wanted, figures, strict=True))
 
 
-@pytest.mark.parametrize("key", JOBS, ids=" ".join)
+@pytest.mark.parametrize("key", COMPILATIONS, ids=" ".join)
 def test_the_chunked_form_compiles_without_a_solver(key, compiled):
     found = compiled[key]
     assert "error" not in found
@@ -86,7 +88,7 @@ def around():
     done = subprocess.run(
         [sys.executable, "-m", "tests.tpu_programs", *PROGRAMS],
         cwd=environment.ROOT,
-        env=tpu_compiler.child_environment(None),
+        env=tpu.child_environment(tpu_compiler.EXTRA),
         capture_output=True,
         text=True,
         timeout=280,
@@ -125,15 +127,16 @@ def test_a_solver_would_be_seen(monkeypatch):
     """The name that the compiler gives it: without this the test above could not fail."""
     program = (
         "import sys, jax, experiments.lib.bench.tpu_compiler as c\n"
+        "from deltaproduct_jax.compilers import child\n"
         "def solve(q, k, **arrays):\n"
         "    a = k[0, :, 0, 0] @ k[0, :, 0, 0].T + 9 * jax.numpy.eye(k.shape[1])\n"
         "    return jax.lax.linalg.triangular_solve(a, q[0, :, 0], left_side=True, lower=True)\n"
         "c.IMPLEMENTATIONS['chunked'] = solve\n"
-        "c.main()\n"
+        "child.main(sys.argv[1:])\n"
     )
-    monkeypatch.setattr(tpu_compiler, "CHILD", [tpu_compiler.CHILD[0], "-c", program])
+    monkeypatch.setattr(child, "COMMAND", [sys.executable, "-c", program])
     (found,) = tpu_compiler.compile_apart(
-        [Job("v5e", "chunked", FORWARD, SHAPE)], profile=False, timeout_s=60
+        [Compilation("v5e", "chunked", FORWARD, SHAPE)], profile=False, timeout_s=60
     )
     assert any("riangular" in name for name in found["custom_calls"]), found
 
@@ -158,8 +161,8 @@ def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
 
 
 def test_the_profile_of_the_schedule_is_read():
-    jobs = [Job(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
-    for found in tpu_compiler.compile_apart(jobs, profile=True, timeout_s=120):
+    wanted = [Compilation(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
+    for found in tpu_compiler.compile_apart(wanted, profile=True, timeout_s=120):
         assert list(found["loops"].values()) == [SHAPE.T]
         # Each token takes some, and fewer than its traffic with the memory would cost.
         assert SHAPE.T * 100 < found["schedule_cycles"] < found["model_cycles"]

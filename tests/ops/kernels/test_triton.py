@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.hardware.gpu_compile import spills_in_loops
+from deltaproduct_jax.compilers.gpu import spills_in_loops
 from experiments.lib import environment
 
 TESTS = Path(__file__).parents[2]

@@ -1,0 +1,21 @@
+"""How much memory a compiled program takes, as its compiler says."""
+
+from typing import Any
+
+
+def memory_of(compiled: Any) -> dict[str, int | None]:
+    """Bytes on one device by the compiler's own account.
+
+    Args:
+      compiled: what ``jax.jit(f).lower(...).compile()`` gives.
+
+    Returns:
+      "temp_bytes", "argument_bytes" and "output_bytes"; None each where the compiler says nothing.
+      Outputs that share the memory of a donated argument are counted with both.
+    """
+    memory = compiled.memory_analysis()
+    kinds = ("temp", "argument", "output")
+    return {
+        f"{kind}_bytes": None if memory is None else getattr(memory, f"{kind}_size_in_bytes")
+        for kind in kinds
+    }
