@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
-from deltaproduct_jax.ops.kernels.triton import passes as triton_gpu
+from deltaproduct_jax.ops.kernels.triton import passes
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.gpu_kernels import PassConfig, floors, launches
@@ -42,7 +42,7 @@ def compile_kernels(config: CompileConfig, R: int, K: int) -> list[dict[str, Any
         ConfigError: a package is missing, or the kernels do not take the shape.
     """
     calls = launches(config, R, K)  # which says first what is missing
-    from deltaproduct_jax.ops.kernels.triton import kernels as triton_kernels
+    from deltaproduct_jax.ops.kernels.triton import kernels
 
     rows = {}
     for name, arrays, outs, grid, launch, meta in calls:
@@ -56,7 +56,7 @@ def compile_kernels(config: CompileConfig, R: int, K: int) -> list[dict[str, Any
             "columns": launch.columns,
             **floors(name, [*arrays, *outs], grid, meta),
             **kernel_resources(
-                getattr(triton_kernels, name),
+                getattr(kernels, name),
                 [*arrays, *outs],
                 meta,
                 warps=launch.warps,
@@ -92,7 +92,7 @@ def command(argv: Sequence[str]) -> None:
     """Compiles, prints the table, writes compile.json and compile.md."""
     parsed = flags.parse(argv, {"compile": CompileConfig}, {"default": {}})
     config = CompileConfig(**parsed.sections["compile"])
-    os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
+    os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = []
     for R in config.num_householder:
         for K in config.head_dim:

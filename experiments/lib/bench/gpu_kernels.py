@@ -10,8 +10,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops import kernels
-from deltaproduct_jax.ops.kernels.triton import passes as triton_gpu
-from deltaproduct_jax.ops.kernels.triton import tiling as triton_tiling
+from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.tiling import default_span
@@ -51,7 +50,7 @@ class PassConfig:
 
 
 class KernelCall(NamedTuple):
-    """What `triton_gpu.call` is given."""
+    """What `passes.call` is given."""
 
     name: str
     arrays: tuple[jax.ShapeDtypeStruct, ...]
@@ -74,18 +73,18 @@ def launches(config: PassConfig, R: int, K: int) -> list[KernelCall]:
     )
     if reason is not None:
         raise ConfigError(f"implementation triton cannot run R={R}, K=V={K}: {reason}")
-    recorded, call = [], triton_gpu.call
+    recorded, call = [], passes.call
 
     def record(name, arrays, outs, grid, launch, *, meta):
         shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
         recorded.append(KernelCall(name, shapes, tuple(outs), grid, launch, meta))
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
 
-    triton_gpu.call = record
+    passes.call = record
     try:
         _trace(config, R, K)
     finally:
-        triton_gpu.call = call
+        passes.call = call
     return recorded
 
 
@@ -101,11 +100,11 @@ def _trace(config: PassConfig, R: int, K: int) -> None:
     state = array(B, H, K, K, dtype=jnp.float32)
     spans = -(-T // default_span(dtype, T=T, R=R, K=K, V=K))
     options = kernels.Options(K**-0.5, None, spans, interpret=False)
-    options = options._replace(more=bool(triton_gpu.kept_more(tokens, options)))
+    options = options._replace(more=bool(passes.kept_more(tokens, options)))
 
     def both(tokens, state, do):
-        _, _, states = triton_gpu.forward(tokens, state, options, keep_states=True)
-        return triton_gpu.backward(tokens, states, do, state, options)
+        _, _, states = passes.forward(tokens, state, options, keep_states=True)
+        return passes.backward(tokens, states, do, state, options)
 
     jax.eval_shape(both, tokens, state, array(B, T, H, K))
 
@@ -179,17 +178,17 @@ def as_launch(text: str) -> Launch:
 
 def call_of(config: PassConfig, R: int, K: int, kernel: str, launch: Launch | None):
     """The call of a kernel as the tiling launches it, or by ``launch``."""
-    tiling_for = triton_tiling.tiling_for
+    tiling_for = tiling.tiling_for
 
     def changed(*args, **sizes):
-        tiling = tiling_for(*args, **sizes)
-        return dataclasses.replace(tiling, **{kernel: launch}) if launch else tiling
+        tiles = tiling_for(*args, **sizes)
+        return dataclasses.replace(tiles, **{kernel: launch}) if launch else tiles
 
-    triton_tiling.tiling_for = changed
+    tiling.tiling_for = changed
     try:
         calls = [call for call in launches(config, R, K) if call.name == kernel]
     finally:
-        triton_tiling.tiling_for = tiling_for
+        tiling.tiling_for = tiling_for
     return calls[-1]  # after those of a summary
 
 
@@ -204,7 +203,7 @@ def time_call(call: KernelCall, repeats: int) -> tuple[float, float]:
 
     @jax.jit
     def run(arrays):
-        return triton_gpu.call(call.name, arrays, call.outs, call.grid, call.launch, meta=call.meta)
+        return passes.call(call.name, arrays, call.outs, call.grid, call.launch, meta=call.meta)
 
     jax.block_until_ready([run(arrays) for _ in range(2)])
     means = []
