@@ -7,7 +7,8 @@ what `select_implementation` picks against the faster of them. This is the measu
 rule.
 
 Source: this project.
-Expect: what the rule picks nowhere much slower; experiments/results/op/rule/ has the table.
+Expect: few sizes at which the rule picks the slower, by a third at most;
+    experiments/results/op/rule/ has the table.
 Takes: 6 minutes on a CPU that is otherwise quiet.
 """
 
