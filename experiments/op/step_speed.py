@@ -1,7 +1,7 @@
 """How fast does a 340M-parameter language model train: tokens a second of whole training steps.
 
     python -m experiments.op.step_speed --workdir=runs/step                  # a GPU of 80 GB
-    python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside a peer
+    python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside the peer
     python -m experiments.op.step_speed --workdir=runs/step --preset=small   # a CPU, to see it run
 
 The shapes are the published ones of the paper's language models, with tied embeddings and
@@ -99,15 +99,15 @@ class StepConfig:
         require_one_of("peer", self.peer, [None, "fla"])
         for precision in self.peer_precisions.split(","):
             require_one_of("peer_precisions", precision, PRECISIONS)
-        for n_h, num_heads in self.models:
-            self.model(n_h, num_heads)
+        for num_householder, num_heads in self.models:
+            self.model(num_householder, num_heads)
 
     @property
     def models(self) -> list[tuple[int, int]]:
         """Factors a token and heads of each model."""
         return list(zip(self.num_householder, self.num_heads, strict=True))
 
-    def model(self, n_h: int, num_heads: int) -> ModelConfig:
+    def model(self, num_householder: int, num_heads: int) -> ModelConfig:
         """Our model; with ``initializer="fla"`` it starts as the peer's does."""
         return ModelConfig(
             vocab_size=self.vocab_size,
@@ -116,7 +116,7 @@ class StepConfig:
             num_layers=self.num_layers,
             num_heads=num_heads,
             head_dim=self.head_dim,
-            num_householder=n_h,
+            num_householder=num_householder,
             use_short_conv=True,
             intermediate_size=self.intermediate_size,
             tie_embeddings=True,
@@ -145,25 +145,25 @@ class StepConfig:
         return np.random.default_rng(0).integers(self.vocab_size, size=shape, dtype=np.int32)
 
 
-def measure(config: StepConfig, n_h: int, num_heads: int) -> Iterator[list[Row]]:
+def measure(config: StepConfig, num_householder: int, num_heads: int) -> Iterator[list[Row]]:
     """The rows of one shape: ours, then the peer's."""
-    model_config = config.model(n_h, num_heads)
+    model_config = config.model(num_householder, num_heads)
     timing = (config.tokens(), config.steps, config.repeats, config.budget_s)
     ours = measured(our_rows, OURS, config.training, model_config, *timing)
-    yield _completed(ours, config, n_h, num_heads, ours[0])
+    yield _completed(ours, config, num_householder, num_heads, ours[0])
     if config.peer:
         precisions = config.peer_precisions.split(",")
         arguments = (config.training, model_config, precisions)
         rows = measured(peer_rows, config.peer, *arguments, *timing)
-        yield _completed(rows, config, n_h, num_heads, ours[0])
+        yield _completed(rows, config, num_householder, num_heads, ours[0])
 
 
 def _completed(
-    rows: list[Row], config: StepConfig, n_h: int, num_heads: int, ours: Row
+    rows: list[Row], config: StepConfig, num_householder: int, num_heads: int, ours: Row
 ) -> list[Row]:
     """The rows with their shape, tokens a second, and how much faster ours is."""
     for row in rows:
-        row |= {"num_householder": n_h, "num_heads": num_heads}
+        row |= {"num_householder": num_householder, "num_heads": num_heads}
         if "error" not in row:
             row["tokens_per_s"] = 1e3 * config.batch_size * config.length / row["median_ms"]
             known = "error" not in ours
@@ -207,8 +207,8 @@ def command(argv: Sequence[str]) -> None:
         "config": dataclasses.asdict(config),
         "rows": [],
     }
-    for n_h, num_heads in config.models:
-        for rows in measure(config, n_h, num_heads):
+    for num_householder, num_heads in config.models:
+        for rows in measure(config, num_householder, num_heads):
             print(table(rows), file=sys.stderr)
             record["rows"] += rows
             text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
