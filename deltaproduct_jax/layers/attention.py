@@ -33,9 +33,9 @@ class AttentionState(NamedTuple):
             has then lost some, and whatever is computed from it is NaN.
     """
 
-    k: jax.Array
-    v: jax.Array
-    length: jax.Array
+    k: Float[Array, "B max_length H K"]
+    v: Float[Array, "B max_length H V"]
+    length: Int[Array, " B"]
 
 
 class SoftmaxAttention(nnx.Module):

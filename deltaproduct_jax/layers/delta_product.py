@@ -10,7 +10,7 @@ names are kept. Per token, with ``R`` Householder factors:
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -40,13 +40,14 @@ class DeltaProductState(NamedTuple):
     Attributes:
         recurrent: ``[B, Hv, K, V]``, float32 (float64 when the layer computes in it).
         q_conv, k_conv, v_conv: ``[B, conv_size - 1, channels]``, the last inputs of each short
-            convolution, oldest first; ``[B, 0, 0]`` without convolutions.
+            convolution, oldest first; ``[B, 0, 0]`` without convolutions. In the carry of a cell
+            any leading axes stand for ``B``.
     """
 
-    recurrent: jax.Array
-    q_conv: jax.Array
-    k_conv: jax.Array
-    v_conv: jax.Array
+    recurrent: Float[Array, "*B Hv K V"]
+    q_conv: Float[Array, "*B past q_channels"]
+    k_conv: Float[Array, "*B past k_channels"]
+    v_conv: Float[Array, "*B past v_channels"]
 
 
 class TokenFactors(NamedTuple):
@@ -58,12 +59,12 @@ class TokenFactors(NamedTuple):
         g: ``[B, T, Hv]``, log decay, or None without a forget gate.
     """
 
-    k: jax.Array
-    beta: jax.Array
-    g: jax.Array | None
+    k: Float[Array, "B T R H K"]
+    beta: Float[Array, "B T R Hv"]
+    g: Float[Array, "B T Hv"] | None
 
 
-class GatedDeltaProduct(RecurrentMixer):
+class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` with a DeltaProduct state in every head.
 
     Args:
@@ -250,6 +251,30 @@ class GatedDeltaProduct(RecurrentMixer):
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
 
+class DeltaProductOptions(TypedDict, total=False):
+    """Keywords of :class:`GatedDeltaProduct`, which has their defaults and says what they mean."""
+
+    num_heads: int
+    head_dim: int
+    num_v_heads: int | None
+    expand_v: float
+    num_householder: int
+    allow_neg_eigval: bool
+    use_forget_gate: bool
+    use_output_gate: bool
+    use_short_conv: bool
+    conv_size: int
+    qk_activation: str
+    beta_bias: float | None
+    norm_eps: float
+    initializer: str
+    initializer_range: float
+    implementation: str | None
+    chunk_size: int | None
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+
 class DeltaProductCell(nnx.RNNCellBase):
     """:class:`GatedDeltaProduct` as a cell of Flax's recurrent family, for ``nnx.RNN`` and others.
 
@@ -260,12 +285,15 @@ class DeltaProductCell(nnx.RNNCellBase):
     Args:
         in_features: width ``D`` of inputs and outputs.
         rngs: source of the parameter keys.
-        **kwargs: of :class:`GatedDeltaProduct`.
+        **options: any other keyword of :class:`GatedDeltaProduct`, with its default there.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
-    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **kwargs: object):
+    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **options: Unpack[DeltaProductOptions]):
         self.in_features = in_features
-        self.mixer = GatedDeltaProduct(in_features, rngs=rngs, **kwargs)
+        self.mixer = GatedDeltaProduct(in_features, rngs=rngs, **options)
 
     def initialize_carry(
         self,

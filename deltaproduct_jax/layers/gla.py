@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
@@ -30,10 +31,10 @@ GATE_TEMPERATURE = 16.0
 class GLAState(NamedTuple):
     """What a layer remembers: ``recurrent`` is ``[B, H, K, V]``, in float32 at least."""
 
-    recurrent: jax.Array
+    recurrent: Float[Array, "B H K V"]
 
 
-class GatedLinearAttention(RecurrentMixer):
+class GatedLinearAttention(RecurrentMixer[GLAState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     Args:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.initializers import decay_step_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
@@ -34,11 +35,11 @@ class Mamba2State(NamedTuple):
         conv: ``[B, conv_size - 1, channels]``, the last inputs of the convolution.
     """
 
-    recurrent: jax.Array
-    conv: jax.Array
+    recurrent: Float[Array, "B Hv K V"]
+    conv: Float[Array, "B past channels"]
 
 
-class Mamba2(RecurrentMixer):
+class Mamba2(RecurrentMixer[Mamba2State]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     The published layer in the words of the others: its state size is ``head_dim``, its head width

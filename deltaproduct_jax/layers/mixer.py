@@ -1,7 +1,7 @@
 """What the recurrent mixers share: sequences with segments and padding, and one token at a time."""
 
 import abc
-from typing import Any
+from typing import Generic, TypeVar
 
 import jax
 from flax import nnx
@@ -9,8 +9,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers.padding import without_padding
 
+State = TypeVar("State")  # what a mixer keeps of the past, a named tuple of arrays
 
-class RecurrentMixer(nnx.Module):
+
+class RecurrentMixer(nnx.Module, Generic[State]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` whose state is all that it keeps of the past.
 
     A subclass has ``init_state(batch_size)``, and two methods for inputs without padding in front
@@ -23,10 +25,10 @@ class RecurrentMixer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         *,
-        state: Any = None,
+        state: State | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
+    ) -> tuple[Float[Array, "B T D"], State]:
         """Mixes whole sequences.
 
         Args:
@@ -44,25 +46,25 @@ class RecurrentMixer(nnx.Module):
         mix = lambda x, segment_ids, length: self._mix(x, state, segment_ids, length)
         return without_padding(mix, x, segment_ids, mask)
 
-    def step(self, state: Any, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], Any]:
+    def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""
         y, state = self._token(x[:, None], state)
         return y[:, 0], state
 
     @abc.abstractmethod
-    def init_state(self, batch_size: int) -> Any:
+    def init_state(self, batch_size: int) -> State:
         """The state before the first token."""
 
     @abc.abstractmethod
     def _mix(
         self,
         x: jax.Array,
-        state: Any,
+        state: State,
         segment_ids: jax.Array | None,
         length: jax.Array | None,
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, State]:
         """Outputs and the state after each row's first ``length`` tokens."""
 
     @abc.abstractmethod
-    def _token(self, x: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def _token(self, x: jax.Array, state: State) -> tuple[jax.Array, State]:
         """Outputs and the state after it of one token, where T is 1."""

@@ -40,8 +40,8 @@ class RWKV7State(NamedTuple):
         last: ``[B, D]``, the last input.
     """
 
-    recurrent: jax.Array
-    last: jax.Array
+    recurrent: Float[Array, "B H K V"]
+    last: Float[Array, "B D"]
 
 
 class LoRA(nnx.Module):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.initializers import projection_init
@@ -48,10 +49,10 @@ class MLSTMLayerState(NamedTuple):
     """
 
     recurrent: MLSTMState
-    conv: jax.Array
+    conv: Float[Array, "B past channels"]
 
 
-class MLSTM(RecurrentMixer):
+class MLSTM(RecurrentMixer[MLSTMLayerState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``, the inner width ``num_heads * head_dim``.
 
     There is no extended range: with negative forget gates the normaliser could vanish.
@@ -167,7 +168,7 @@ class MLSTM(RecurrentMixer):
         return self.o_proj(o * nnx.silu(self.z_proj(x)))
 
 
-class SLSTM(RecurrentMixer):
+class SLSTM(RecurrentMixer[SLSTMState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` that reads its sequences token by token.
 
     Without a convolution, as in the formal-language runs of xLSTM. The input map is dense, because

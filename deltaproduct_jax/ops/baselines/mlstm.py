@@ -34,9 +34,9 @@ class MLSTMState(NamedTuple):
         stabilizer: m, ``[B, H]``.
     """
 
-    memory: jax.Array
-    normalizer: jax.Array
-    stabilizer: jax.Array
+    memory: Float[Array, "B H K V"]
+    normalizer: Float[Array, "B H K"]
+    stabilizer: Float[Array, "B H"]
 
 
 def mlstm_init(B: int, H: int, K: int, V: int, dtype: jax.typing.DTypeLike) -> MLSTMState:

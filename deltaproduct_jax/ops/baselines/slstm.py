@@ -33,10 +33,10 @@ class SLSTMState(NamedTuple):
         hidden: h, the last output.
     """
 
-    cell: jax.Array
-    normalizer: jax.Array
-    stabilizer: jax.Array
-    hidden: jax.Array
+    cell: Float[Array, "B H V"]
+    normalizer: Float[Array, "B H V"]
+    stabilizer: Float[Array, "B H V"]
+    hidden: Float[Array, "B H V"]
 
 
 def slstm_init(B: int, H: int, V: int, dtype: jax.typing.DTypeLike) -> SLSTMState:
