@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training.step import TrainState
@@ -56,14 +57,15 @@ class Checkpoints:
     def __init__(self, directory: Path, *, read_only: bool = False):
         self._directory = directory
         options = ocp.CheckpointManagerOptions(
+            save_interval_steps=0 if read_only else 1,
             preservation_policy=BestAndNewest(),
             best_fn=lambda metrics: metrics["selection"],  # without one metrics are not written
-            cleanup_tmp_directories=True,  # what a killed save left behind
+            cleanup_tmp_directories=not read_only,  # what a killed save left behind
             read_only=read_only,
             create=not read_only,
             enable_async_checkpointing=True,
         )
-        with self._errors("opened"):
+        with self._errors("opened"), _quiet() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
                 directory.absolute(),
                 options=options,
@@ -95,13 +97,17 @@ class Checkpoints:
                 f"checkpoints in {self._directory} cannot be {what}: {reason}"
             ) from error
 
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that were written to their end, ascending."""
+        return sorted(self._manager.all_steps())
+
     def newest(self) -> int | None:
         """Step of the newest checkpoint, None without any."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
         """Step of the best checkpoint, None without any that was evaluated."""
-        steps = [_Info(step, self._manager.metrics(step)) for step in self._manager.all_steps()]
+        steps = [_Info(step, self._manager.metrics(step)) for step in self.steps()]
         return best_step(steps)
 
     def save(self, state: TrainState, step: int, selection: Selection | None) -> None:
@@ -138,6 +144,17 @@ class Checkpoints:
             raise RunDirectoryError(
                 f"checkpoint {step} in {self._directory} is of another model: {shown}{more}"
             )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Orbax's warning that what was asked to be read-only is read-only."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(min(verbosity, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 class _FirstErrorOnly:

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.checkpoints import Checkpoints
@@ -22,6 +21,7 @@ from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, RESULTS, Row, RunRecords
+from deltaproduct_jax.training.runs import restore_run
 from deltaproduct_jax.training.step import (
     Metrics,
     Params,
@@ -102,14 +102,7 @@ def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
     Raises:
         RunDirectoryError: there is no checkpoint that was evaluated, or it cannot be read.
     """
-    graphdef, state = _first_state(config)
-    if not (workdir / CHECKPOINTS).is_dir():
-        raise RunDirectoryError(f"{workdir} has no {CHECKPOINTS}")
-    with Checkpoints(workdir / CHECKPOINTS, read_only=True) as checkpoints:
-        best = checkpoints.best()
-        if best is None:
-            raise RunDirectoryError(f"{workdir} has no checkpoint that was evaluated yet")
-        return nnx.merge(graphdef, checkpoints.restore(best, like=state).params)
+    return restore_run(config, workdir, "best").model
 
 
 def _key(seed: int) -> jax.Array:

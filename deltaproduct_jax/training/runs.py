@@ -1,0 +1,148 @@
+"""Reads a run directory back: its configuration, and the model of one of its checkpoints."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import read_json
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.tasks.formal_languages import FormalLanguageTask
+from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.tasks.recall import RecallTask
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
+from deltaproduct_jax.training.step import TrainState, init_state, split_model
+
+TASKS = (GroupTask, FormalLanguageTask, RecallTask)
+
+
+class Run(NamedTuple):
+    """What :func:`deltaproduct_jax.load_run` returns.
+
+    Attributes:
+        model: the model with the checkpoint's parameters.
+        config: the run's configuration: its task, model and training.
+        step: the step of the checkpoint, which is the number of updates made.
+    """
+
+    model: SequenceModel
+    config: RunConfig
+    step: int
+
+
+def load_run(directory: str | os.PathLike[str], checkpoint: str | int = "best") -> Run:
+    """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called."""
+    config = read_config(Path(directory))
+    return restore_run(config, Path(directory), checkpoint)
+
+
+def restore_run(config: RunConfig, directory: Path, checkpoint: str | int) -> Run:
+    """The run in ``directory``, whose configuration is known; see :func:`load_run`."""
+    if not (directory / CHECKPOINTS).is_dir():
+        raise RunDirectoryError(f"{directory} has no {CHECKPOINTS} yet")
+    graphdef, like = _shapes_of(config)
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
+        step = _step_of(checkpoint, checkpoints, directory)
+        params = checkpoints.restore(step, like=like).params
+    return Run(nnx.merge(graphdef, params), config, step)
+
+
+def read_config(directory: Path) -> RunConfig:
+    """The configuration of the run in ``directory``.
+
+    Raises:
+        RunDirectoryError: there is no run, or its configuration cannot be read or understood.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
+    try:
+        return run_config_from_dict(read_json(path))
+    except (ValueError, TypeError) as error:  # what is missing, or has another type
+        raise RunDirectoryError(f"{path} describes no run: {error}") from error
+
+
+def run_config_from_dict(saved: Any) -> RunConfig:
+    """The run that `RunConfig.to_dict` described, in this version or an older one.
+
+    A field that the older version did not have yet takes its default.
+
+    Raises:
+        ConfigError: a section or field is not known, or has a value that it may not have.
+        TypeError: a value is of another type.
+    """
+    want = [field.name for field in dataclasses.fields(RunConfig)]
+    sections = saved if isinstance(saved, dict) else {}
+    if set(sections) != set(want) or not all(isinstance(s, dict) for s in sections.values()):
+        raise ConfigError(f"its sections must be {', '.join(want)}")
+    return RunConfig(
+        task=_build("task", task_class(saved["task"]), saved["task"]),
+        model=_build("model", ModelConfig, saved["model"]),
+        train=_build("train", TrainConfig, saved["train"]),
+    )
+
+
+def task_class(fields: Mapping[str, Any]) -> type:
+    """The task that has all these fields; a saved section does not name its class."""
+    fitting = [task for task in TASKS if set(fields) <= _names(task)]
+    if len(fitting) != 1:
+        raise ConfigError(
+            f"the fields {', '.join(fields)} of section 'task' must be those of one of "
+            f"{', '.join(task.__name__ for task in TASKS)}"
+        )
+    return fitting[0]
+
+
+def _build(section: str, config: type, fields: Mapping[str, Any]) -> Any:
+    for name in fields:
+        if name not in _names(config):
+            raise ConfigError(f"{name!r} is no field of section {section!r}")
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}  # JSON's lists
+    return config(**values)
+
+
+def _names(config: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(config)}
+
+
+def _shapes_of(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+    """The model's description and the shapes of a checkpoint, without drawing parameters."""
+    model = nnx.eval_shape(lambda: SequenceModel(config.model, rngs=nnx.Rngs(0)))
+    graphdef, params = split_model(model)
+    state = jax.eval_shape(lambda params: init_state(params, make_optimizer(config.train)), params)
+    # A checkpoint names the devices that it was written on; here it is to lie where arrays do.
+    here = jnp.zeros(()).sharding
+    return graphdef, jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state
+    )
+
+
+def _step_of(checkpoint: str | int, checkpoints: Checkpoints, directory: Path) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise RunDirectoryError(f"{directory} has no checkpoint yet that was written to its end")
+    if checkpoint == "best":
+        best = checkpoints.best()
+        if best is None:
+            raise RunDirectoryError(
+                f"{directory} has no checkpoint that was evaluated yet, so none is the best; give "
+                "checkpoint='newest'"
+            )
+        return best
+    if checkpoint == "newest":
+        return steps[-1]
+    if checkpoint not in steps:
+        raise ConfigError(
+            f"checkpoint={checkpoint!r} is not in {directory}; it may be 'best', 'newest', or a "
+            f"step among {', '.join(map(str, steps))}"
+        )
+    return int(checkpoint)
