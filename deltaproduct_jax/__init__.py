@@ -45,7 +45,7 @@ __all__ = [
     "sharded_delta_product",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def load_run(directory: "str | os.PathLike[str]", checkpoint: "str | int" = "best") -> "Run":
