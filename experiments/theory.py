@@ -38,7 +38,7 @@ import jax
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.models.config import DTYPES
-from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.theory import CATALOGUE, construct
 from experiments.lib import flags

@@ -3,7 +3,7 @@
 import jax
 from helpers import errors, plain_bfloat16_error, record
 
-from deltaproduct_jax.ops import dispatch
+from deltaproduct_jax.ops import route
 
 # Bars of the design. float32: or 30 times the error of the plain float32 recurrence, if larger.
 OUTPUTS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-2}
@@ -36,10 +36,10 @@ def assert_within_bars(case, implementation, dtype, **overrides):
 
 def run_as(platform, monkeypatch):
     """Makes a CPU cut sequences and round operands as another platform does."""
-    settings = dispatch.Request.settings
+    settings = route.chunked_settings
 
-    def elsewhere(self, _, tokens):
-        return settings(self, platform, tokens)
+    def elsewhere(_, *arguments, **options):
+        return settings(platform, *arguments, **options)
 
-    monkeypatch.setattr(dispatch.Request, "settings", elsewhere)
+    monkeypatch.setattr(route, "chunked_settings", elsewhere)
     jax.clear_caches()

@@ -23,8 +23,7 @@ import triton_interpreter
 from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
-from deltaproduct_jax.ops.kernels.triton import passes as triton_gpu
-from deltaproduct_jax.ops.kernels.triton import tiling as triton_tiling
+from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -68,8 +67,8 @@ def run(tokens, state, cotangents, case, more):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
-    *outputs, states = triton_gpu.forward(tokens, state, options, keep_states=True)
-    dtokens, dstate = triton_gpu.backward(tokens, states, *cotangents, options)
+    *outputs, states = passes.forward(tokens, state, options, keep_states=True)
+    dtokens, dstate = passes.backward(tokens, states, *cotangents, options)
     return outputs, [*dtokens[:5], dstate]
 
 
@@ -109,11 +108,11 @@ def relative(x, reference) -> float:
 
 
 def interpret() -> dict:
-    triton_gpu.call = triton_interpreter.call
+    passes.call = triton_interpreter.call
     found, pieces = {}, {}
     for name, case in CASES.items():
         if name.startswith("in pieces"):
-            triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 10
+            tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 10
         for dtype in ("float32", "float16") if name in NARROW else ("float32",):
             with counted_pieces() as pieces[f"{name}, {dtype}"]:
                 found[f"{name}, {dtype}"] = errors(case, dtype)
@@ -126,21 +125,21 @@ def interpret() -> dict:
 @contextlib.contextmanager
 def counted_pieces():
     """Numbers of pieces that sequences are cut into meanwhile, each once."""
-    counts, real = [], triton_tiling.pieces_for
+    counts, real = [], tiling.pieces_for
 
     def counted(*args, **sizes):
         pieces = real(*args, **sizes)
         counts[:] = sorted({*counts, pieces})
         return pieces
 
-    triton_tiling.pieces_for = counted
+    tiling.pieces_for = counted
     yield counts
-    triton_tiling.pieces_for = real
+    tiling.pieces_for = real
 
 
 def vmapped() -> float:
     """How far a mapped call, of sequences in 4 pieces, is from one after the other, in 5."""
-    triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 8
+    tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
     case = Case(T=70, **SMALL)
     _, _, tokens, state = inputs(case, "float32")
     cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(case.arrays()))
@@ -157,11 +156,11 @@ def vmapped() -> float:
 
 def kept() -> dict[str, bool]:
     """Whether kernels write all of what is kept; what they leave is NaN in the interpreter."""
-    triton_tiling.CHUNKS_IN_A_PIECE, triton_tiling.PROGRAMS_AT_ONCE = 1, 8
+    tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
     case = Case(T=128, B=1, H=1, K=128, V=128, gate=None)
     _, _, tokens, state = inputs(case, "float16")
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=True)
-    *_, arrays = triton_gpu.forward(tokens, state, options, keep_states=True)
+    *_, arrays = passes.forward(tokens, state, options, keep_states=True)
     names = ("states", "X", "scores", "maps")
     return {n: bool(jnp.all(jnp.isfinite(x))) for n, x in zip(names, arrays, strict=True)}
 
@@ -179,8 +178,8 @@ def one_token(name: str = "step") -> dict[str, float]:
     case = Case(T=1, R=3, B=2, H=1, G=2, K=24, V=40)
     arrays, _, tokens, state = inputs(case, "float32")
     q, k, v, beta, g = (x[:, 0] for x in tokens[:5])
-    triton_gpu.call = lambda _, *args, **named: triton_interpreter.call(name, *args, **named)
-    o, final_state = triton_gpu.step(state, q, k, v, beta, g, scale=case.K**-0.5)
+    passes.call = lambda _, *args, **named: triton_interpreter.call(name, *args, **named)
+    o, final_state = passes.step(state, q, k, v, beta, g, scale=case.K**-0.5)
     want = oracle.delta_product(**arrays)
     return {"o": relative(o, want[0][:, 0]), "final_state": relative(final_state, want[1])}
 
@@ -189,7 +188,7 @@ def compile_for_cuda() -> dict:
     from experiments.hardware import gpu_compile
 
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
-    os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
+    os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
     every = gpu_compile.launches
 
@@ -198,12 +197,12 @@ def compile_for_cuda() -> dict:
         return gpu_compile.compile_kernels(dataclasses.replace(config, **sizes), R, 128)
 
     # Passes in pieces, and of whole ones the kernels that know of pieces.
-    passes = []
+    of_passes = []
     is_walk = lambda call: call.name in ("walk", "walk_back")
     for R, gated in itertools.product((1, 2, 3), (True, False)):
         found = some(lambda call: True, R, batch_size=1, length=32768, gated=gated)
         found += [r | {"kernel": r["kernel"] + ", whole"} for r in some(is_walk, R, gated=gated)]
-        passes += [r | {"gated": gated} for r in found]
+        of_passes += [r | {"gated": gated} for r in found]
     of_pieces = lambda call: call.name == "compose" or call.meta.get("SUMMARY")
     rows += some(of_pieces, batch_size=1, length=32768)
     [wide] = some(lambda call: call.name == "prepare", dtype="float32", gated=False)
@@ -220,7 +219,7 @@ def compile_for_cuda() -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
-    os.environ[triton_gpu.COMPUTE_CAPABILITY_VARIABLE] = "89"
+    os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -231,7 +230,7 @@ def compile_for_cuda() -> dict:
         lowered["on a CPU"] = "lowered"
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
-    return {"rows": rows, "passes": passes, "lowered": lowered}
+    return {"rows": rows, "passes": of_passes, "lowered": lowered}
 
 
 def lower_wide(loss) -> dict:
@@ -275,7 +274,7 @@ def kernels_by_version() -> list[str]:
     shapes = [(1, 2, 32, 32), (1, 2, 32), (1, 1, 2, 32), (1, 1, 2, 32), (1, 1, 2)]
     arrays = [jnp.zeros(shape) for shape in shapes]
     for jax_triton.triton_call in (by_shape, by_type):
-        triton_gpu.step(*arrays, None, scale=1.0)
+        passes.step(*arrays, None, scale=1.0)
     jax_triton.triton_call = real
     return launched
 

@@ -74,16 +74,16 @@ def _inline_asm(self, code, *_):
 
 
 def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
-    """Stands in for `triton_gpu.call`; a kernel "..._in_place" has no pointer of its own for what
+    """Stands in for `passes.call`; a kernel "..._in_place" has no pointer of its own for what
     takes an input's place, as jax-triton 0.4 has it.
     """
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from deltaproduct_jax.ops.kernels.triton import kernels as triton_kernels
+    from deltaproduct_jax.ops.kernels.triton import kernels
 
     del launch
     InterpreterBuilder.create_inline_asm = _inline_asm
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(kernels, name)
 
     def run(*arrays):
         inputs = [Tensor(np.array(x)) for x in arrays]

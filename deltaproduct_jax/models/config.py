@@ -14,7 +14,7 @@ from deltaproduct_jax.layers.projection import check_heads
 from deltaproduct_jax.layers.xlstm import BLOCK
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS as BASELINE_IMPLEMENTATIONS
-from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import setting
 
 DELTA_MIXERS: tuple[str, ...] = (

@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks
-from deltaproduct_jax.ops.dispatch import AVAILABLE, dispatch, step
+from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
+from deltaproduct_jax.ops.selection import AVAILABLE
 
 # Added to the sum of squares, inside the root, as the published layer does.
 L2NORM_EPSILON = 1e-6

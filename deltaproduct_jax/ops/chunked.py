@@ -19,20 +19,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops.cut import Cut
 from deltaproduct_jax.ops.decays import Decays, decays_backward, decays_of
 from deltaproduct_jax.ops.gram import gram
 from deltaproduct_jax.ops.layout import (
+    ChunkedTokens,
+    MergedTokens,
     Tokens,
-    flat,
     from_chunks,
+    merge_updates,
     outputs_from_chunks,
     outputs_to_chunks,
     pad,
     put,
+    split_updates,
     to_chunks,
 )
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
-from deltaproduct_jax.ops.tiling import Tiling
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
 from deltaproduct_jax.ops.varying import zeros_varying_as
 
@@ -42,7 +45,7 @@ class Settings:
     """What is fixed before anything runs."""
 
     scale: float
-    tiling: Tiling
+    cut: Cut
     matmul: Matmul
     inverse_matmul: Matmul
     gate_matmul: Matmul  # of sums of gates
@@ -50,8 +53,8 @@ class Settings:
     refine: bool = False  # the inverse, by one step of Newton's
 
 
-class Prepared(NamedTuple):
-    """What chunks need of each other's work only through the state: computed for all at once."""
+class ChunkMatrices(NamedTuple):
+    """What does not depend on the state, so that it is computed for all chunks at once."""
 
     gram: jax.Array  # NBHGMM: products of keys with the decay between them, strictly causal
     inverse: jax.Array  # NBHGMM: of I + L, L_mn = gram_mn beta_n
@@ -62,8 +65,8 @@ class Prepared(NamedTuple):
 class Recomputed(NamedTuple):
     """Chunks on the way back."""
 
-    x: Tokens
-    p: Prepared
+    x: ChunkedTokens
+    p: ChunkMatrices
     states: jax.Array  # NBHGKV: before every chunk
     key_state: jax.Array  # NBHGMV: what keys read from it
     errors: jax.Array  # NBHGMV: what values differ by from what keys read, at their update
@@ -85,17 +88,17 @@ def chunked(tokens: Tokens, initial_state: jax.Array, settings: Settings, *, kee
     """
     B, T, _, H, K = tokens.k.shape
     Hv, V = tokens.v.shape[-2:]
-    C, tiling = settings.tiling.chunk_size, settings.tiling
-    chunks_per_span = tiling.span // C
-    one_by_one = tiling.spans_at_once == 1
-    N = 1 if one_by_one else tiling.chunks_at_once
+    C, cut = settings.cut.chunk_size, settings.cut
+    chunks_per_span = cut.span // C
+    one_by_one = cut.spans_at_once == 1
+    N = 1 if one_by_one else cut.chunks_at_once
     nested = keep_states and one_by_one and chunks_per_span > 1
-    padded = _looped(tokens, C if one_by_one and not keep_states else tiling.span, settings)
+    padded = _looped(tokens, C if one_by_one and not keep_states else cut.span, settings)
 
     def group(carry, n):
         state_BHGKV, o_BTHGV = carry
         x = to_chunks(padded, n, C, N, H)
-        o_NBHGCV, state_BHGKV, states = _forward(x, state_BHGKV, settings)
+        o_NBHGCV, state_BHGKV, states = _forward_of_chunks(x, state_BHGKV, settings)
         # Written in place: a scan's stacking would put N first and cost a copy of the sequence.
         o_BTHGV = put(o_BTHGV, outputs_from_chunks(o_NBHGCV).astype(o_BTHGV.dtype), n)
         return (state_BHGKV, o_BTHGV), states[::chunks_per_span] if keep_states else None
@@ -107,7 +110,7 @@ def chunked(tokens: Tokens, initial_state: jax.Array, settings: Settings, *, kee
 
     state_BHGKV = initial_state.reshape(B, H, Hv // H, K, V)
     o_BTHGV = zeros_varying_as((B, padded.q.shape[1], H, Hv // H, V), padded.v)
-    steps = jnp.arange(padded.q.shape[1] // (tiling.span if nested else N * C))
+    steps = jnp.arange(padded.q.shape[1] // (cut.span if nested else N * C))
     body = span if nested else group
     (state_BHGKV, o_BTHGV), states = jax.lax.scan(body, (state_BHGKV, o_BTHGV), steps)
     o = o_BTHGV[:, :T].reshape(B, T, Hv, V).astype(tokens.v.dtype)
@@ -125,50 +128,46 @@ def chunked_backward(tokens: Tokens, states: jax.Array, do, dfinal_state, settin
       ``(dtokens, dinitial_state)``: shapes and dtypes of the inputs; no cotangent for resets.
     """
     H, K = tokens.k.shape[-2:]
-    B, T, Hv, V = do.shape
-    tiling = settings.tiling
-    C, N = tiling.chunk_size, tiling.chunks_at_once
-    padded = _looped(tokens, tiling.span, settings)
-    do_BTHGV = pad(do, tiling.span).reshape(B, -1, H, Hv // H, V).astype(padded.v.dtype)
+    B, _, Hv, V = do.shape
+    cut = settings.cut
+    C, N = cut.chunk_size, cut.chunks_at_once
+    padded = _looped(tokens, cut.span, settings)
+    do_BTHGV = pad(do, cut.span).reshape(B, -1, H, Hv // H, V).astype(padded.v.dtype)
 
     def body(carry, item):
         dstate_BHGKV, gradients = carry
         n, states_NBHGKV = item
         r = _recompute(to_chunks(padded, n, C, N, H), states_NBHGKV, settings)
         do_NBHGCV = outputs_to_chunks(do_BTHGV, n, C, N).astype(states.dtype)
-        dchunks, dstate_BHGKV = _backward(r, do_NBHGCV, dstate_BHGKV, settings)
+        dchunks, dstate_BHGKV = _backward_of_chunks(r, do_NBHGCV, dstate_BHGKV, settings)
         parts = from_chunks(dchunks, padded)
         return (dstate_BHGKV, jax.tree.map(functools.partial(put, n=n), gradients, parts)), None
 
     differentiable = padded._replace(resets=None)
     gradients = jax.tree.map(lambda x: zeros_varying_as(x.shape, x), differentiable)
     dstate_BHGKV = dfinal_state.reshape(B, H, Hv // H, K, V)
-    states = states.reshape(-1, tiling.spans_at_once, *states.shape[1:])
+    states = states.reshape(-1, cut.spans_at_once, *states.shape[1:])
     (dstate_BHGKV, gradients), _ = jax.lax.scan(
         body, (dstate_BHGKV, gradients), (jnp.arange(len(states)), states), reverse=True
     )
-    gradients = jax.tree.map(
-        lambda dx, x: dx.reshape(x.shape[0], -1, *x.shape[2:])[:, :T].astype(x.dtype),
-        gradients,
-        tokens._replace(resets=None),
-    )
+    gradients = split_updates(gradients, tokens)
     return gradients, dstate_BHGKV.reshape(dfinal_state.shape)
 
 
-def _looped(tokens: Tokens, multiple: int, settings: Settings) -> Tokens:
+def _looped(tokens: Tokens, multiple: int, settings: Settings) -> MergedTokens:
     """The inputs as the loop over chunks reads them."""
     if settings.widen:
         wide = jax.tree.map(
             lambda x: x.astype(accumulator_dtype(x.dtype)), tokens._replace(resets=None)
         )
         tokens = wide._replace(resets=tokens.resets)
-    return flat(pad(tokens, multiple))
+    return merge_updates(pad(tokens, multiple))
 
 
-def _forward(x: Tokens, state_BHGKV, settings: Settings):
+def _forward_of_chunks(x: ChunkedTokens, state_BHGKV, settings: Settings):
     """Outputs of a group of chunks, the state after it, and the state before each of its chunks."""
     matmul = settings.matmul
-    p = _prepare(x, settings)
+    p = _chunk_matrices(x, settings)
     state_BHGKV, states_NBHGKV, _, error_NBHGMV = _walk(x, p, state_BHGKV, settings)
     qk_scores_NBHGCM = x.beta[..., None, :] * p.scores
     o_NBHGCV = matmul("...cm,...mv->...cv", qk_scores_NBHGCM, error_NBHGMV)
@@ -177,7 +176,7 @@ def _forward(x: Tokens, state_BHGKV, settings: Settings):
     return o_NBHGCV, state_BHGKV, states_NBHGKV
 
 
-def _prepare(x: Tokens, settings: Settings) -> Prepared:
+def _chunk_matrices(x: ChunkedTokens, settings: Settings) -> ChunkMatrices:
     """All that does not depend on the state, for every chunk of a group at once."""
     matmul = settings.matmul
     C, M = x.q.shape[-2], x.k.shape[-2]
@@ -189,14 +188,14 @@ def _prepare(x: Tokens, settings: Settings) -> Prepared:
     inverse_NBHGMM = unit_lower_inverse(
         lower_NBHGMM,
         settings.inverse_matmul,
-        half_rows=settings.tiling.spans_at_once > 1,
+        half_rows=settings.cut.spans_at_once > 1,
         refine=settings.refine,
     )
     scores_NBHGCM = settings.scale * decays.within * qk_NBHCM[:, :, :, None]
-    return Prepared(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)
+    return ChunkMatrices(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)
 
 
-def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
+def _walk(x: ChunkedTokens, p: ChunkMatrices, state_BHGKV, settings: Settings):
     """State after the chunks; state before, what keys read from it, and errors, of each chunk.
 
     The errors are (I + L)^-1 (v - into (k S)). Several spans at once take them as from_v -
@@ -208,7 +207,7 @@ def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
     into_NBHGM = jnp.broadcast_to(p.decays.into_update, x.beta.shape)
     out_NBHGM = x.beta * p.decays.out
 
-    if settings.tiling.spans_at_once > 1:
+    if settings.cut.spans_at_once > 1:
         weighted_NBHGMM = p.inverse * into_NBHGM[..., None, :]
         from_v_NBHGMV = matmul.in_two_passes("...mn,...nv->...mv", p.inverse, x.v)
         from_state_NBHGMK = matmul.in_two_passes("...hgmn,...hnk->...hgmk", weighted_NBHGMM, x.k)
@@ -241,7 +240,7 @@ def _walk(x: Tokens, p: Prepared, state_BHGKV, settings: Settings):
     return state_BHGKV, states_NBHGKV, key_state_NBHGMV, error_NBHGMV
 
 
-def _walk_back(x: Tokens, p: Prepared, do_NBHGCV, dnext_BHGKV, settings: Settings):
+def _walk_back(x: ChunkedTokens, p: ChunkMatrices, do_NBHGCV, dnext_BHGKV, settings: Settings):
     """Cotangents of the state before the chunks, after each, and of v - into (k S) in each.
 
     The transposed system gives the last from those of the errors, scores^T do + out (k dS').
@@ -254,7 +253,7 @@ def _walk_back(x: Tokens, p: Prepared, do_NBHGCV, dnext_BHGKV, settings: Setting
     do_into_NBHGCV = settings.scale * p.decays.into[..., None] * do_NBHGCV
     dread_NBHGKV = matmul("...hck,...hgcv->...hgkv", x.q, do_into_NBHGCV)
 
-    if settings.tiling.spans_at_once > 1:
+    if settings.cut.spans_at_once > 1:
         weighted_NBHGMM = p.inverse * out_NBHGM[..., :, None]
         drhs_NBHGMV = matmul.in_two_passes("...nm,...nv->...mv", p.inverse, derror_NBHGMV)
         from_next_NBHGMK = matmul.in_two_passes("...hgnm,...hnk->...hgmk", weighted_NBHGMM, x.k)
@@ -287,12 +286,12 @@ def _walk_back(x: Tokens, p: Prepared, do_NBHGCV, dnext_BHGKV, settings: Setting
     return dstate_BHGKV, dnext_NBHGKV, drhs_NBHGMV
 
 
-def _weighted_keys(x: Tokens, weights_NBHGM, matmul: Matmul):
+def _weighted_keys(x: ChunkedTokens, weights_NBHGM, matmul: Matmul):
     keys_NBH1MK = x.k[:, :, :, None].astype(weights_NBHGM.dtype)
     return (weights_NBHGM[..., None] * keys_NBH1MK).astype(matmul.operand)
 
 
-def _through_rows(x: Tokens, p: Prepared):
+def _through_rows(x: ChunkedTokens, p: ChunkMatrices):
     """``through`` as [N, B, H, G, 1, V]: a TPU takes rows from it faster than scalars."""
     through_NBHG11 = p.decays.through[..., None, None]
     return jnp.broadcast_to(through_NBHG11, (*x.v.shape[:4], 1, x.v.shape[-1]))
@@ -304,12 +303,12 @@ def _scan(body, carry, xs, reverse=False):
     return jax.lax.scan(body, carry, xs, reverse=reverse, unroll=few)
 
 
-def _recompute(x: Tokens, states_NBHGKV, settings: Settings) -> Recomputed:
+def _recompute(x: ChunkedTokens, states_NBHGKV, settings: Settings) -> Recomputed:
     """What the forward pass computed in chunks, given the states before their spans."""
-    p = _prepare(x, settings)
-    if settings.tiling.chunks_at_once > settings.tiling.spans_at_once:
+    p = _chunk_matrices(x, settings)
+    if settings.cut.chunks_at_once > settings.cut.spans_at_once:
         _, states_NBHGKV, *rest = _walk(x, p, states_NBHGKV[0], settings)
-        if settings.tiling.spans_at_once == 1:
+        if settings.cut.spans_at_once == 1:
             return Recomputed(x, p, states_NBHGKV, *rest)
     matmul = settings.matmul
     key_state_NBHGMV = matmul("...hmk,...hgkv->...hgmv", x.k, states_NBHGKV)
@@ -318,7 +317,7 @@ def _recompute(x: Tokens, states_NBHGKV, settings: Settings) -> Recomputed:
     return Recomputed(x, p, states_NBHGKV, key_state_NBHGMV, error_NBHGMV)
 
 
-def _backward(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Settings):
+def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Settings):
     """Cotangents of the inputs of chunks, in their layout, and of the state that entered them."""
     x, p, states_NBHGKV, key_state_NBHGMV, error_NBHGMV = r
     matmul = settings.matmul
@@ -364,4 +363,5 @@ def _backward(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Settings):
             through=decays.through * jnp.sum(dnext_NBHGKV * states_NBHGKV, axis=(-1, -2)),
         )
         dg_NBHGC = decays_backward(dlogs, R, settings.gate_matmul)
-    return Tokens(dq_NBHCK, dk_NBHMK, drhs_NBHGMV, dbeta_NBHGM, dg_NBHGC, None), dstate_BHGKV
+    dx = ChunkedTokens(dq_NBHCK, dk_NBHMK, drhs_NBHGMV, dbeta_NBHGM, dg_NBHGC, None)
+    return dx, dstate_BHGKV

@@ -13,7 +13,29 @@ from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
 class Tokens(NamedTuple):
-    """The inputs that run along T: of a sequence, or of N chunks in the layout named below."""
+    """The inputs that run along T, as the caller has them; also their cotangents."""
+
+    q: jax.Array  # BTHK
+    k: jax.Array  # BTRHK
+    v: jax.Array  # BTRHvV
+    beta: jax.Array  # BTRHv
+    g: jax.Array | None  # BTHv
+    resets: jax.Array | None  # BT, bool: a segment starts here
+
+
+class MergedTokens(NamedTuple):
+    """The same with T and R merged into one axis of updates, U = T * R."""
+
+    q: jax.Array  # BTHK
+    k: jax.Array  # BUHK
+    v: jax.Array  # BUHvV
+    beta: jax.Array  # BUHv
+    g: jax.Array | None  # BTHv
+    resets: jax.Array | None  # BT
+
+
+class ChunkedTokens(NamedTuple):
+    """N chunks of the same, heads before positions, as matmuls take them."""
 
     q: jax.Array  # NBHCK
     k: jax.Array  # NBHMK
@@ -23,10 +45,21 @@ class Tokens(NamedTuple):
     resets: jax.Array | None  # NBC
 
 
-def flat(tokens: Tokens) -> Tokens:
-    """T and R merged into one axis; inside the scan over chunks this would be a copy on TPU."""
-    k, v, beta = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in tokens[1:4])
-    return tokens._replace(k=k, v=v, beta=beta)
+def merge_updates(tokens: Tokens) -> MergedTokens:
+    """T and R become one axis; inside the scan over chunks this would be a copy on TPU."""
+    q, *of_updates, g, resets = tokens
+    k, v, beta = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in of_updates)
+    return MergedTokens(q, k, v, beta, g, resets)
+
+
+def split_updates(merged: MergedTokens, like: Tokens) -> Tokens:
+    """The inverse, without padding and in the dtypes of ``like``; resets are left out."""
+
+    def as_in(x, whole):
+        B, T, *rest = whole.shape
+        return x.reshape(B, -1, *rest)[:, :T].astype(whole.dtype)
+
+    return jax.tree.map(as_in, Tokens(*merged[:5], None), like._replace(resets=None))
 
 
 def pad(x, multiple: int):
@@ -48,13 +81,13 @@ def put(whole, part, n):
     return jax.lax.dynamic_update_slice_in_dim(whole, part, n * part.shape[1], axis=1)
 
 
-def to_chunks(tokens: Tokens, n, C: int, N: int, H: int) -> Tokens:
-    """N chunks of C tokens each, the n-th such group of a sequence whose R axes are merged."""
+def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int) -> ChunkedTokens:
+    """N chunks of C tokens each, the n-th such group of a sequence."""
     R = tokens.k.shape[1] // tokens.q.shape[1]
-    per_token = Tokens(1, R, R, R, 1, 1)
+    entries_per_token = (1, R, R, R, 1, 1)
     q, k, v, beta, g, resets = (
-        None if x is None else take(x, n, N * C * updates)
-        for x, updates in zip(tokens, per_token, strict=True)
+        None if x is None else take(x, n, N * C * entries)
+        for x, entries in zip(tokens, entries_per_token, strict=True)
     )
     B, M, dtype = q.shape[0], C * R, accumulator_dtype(q.dtype)
     heads = (H, v.shape[2] // H)
@@ -62,7 +95,7 @@ def to_chunks(tokens: Tokens, n, C: int, N: int, H: int) -> Tokens:
     beta = beta.astype(dtype).reshape(B, N, M, *heads)
     if g is not None:
         g = jnp.transpose(g.astype(dtype).reshape(B, N, C, *heads), (1, 0, 3, 4, 2))
-    return Tokens(
+    return ChunkedTokens(
         jnp.transpose(q.reshape(B, N, C, *q.shape[2:]), (1, 0, 3, 2, 4)),
         jnp.transpose(k.reshape(B, N, M, *k.shape[2:]), (1, 0, 3, 2, 4)),
         jnp.transpose(v, (1, 0, 3, 4, 2, 5)),
@@ -85,9 +118,9 @@ def outputs_from_chunks(o_NBHGCV):
     return o_BNCHGV.reshape(o_BNCHGV.shape[0], -1, *o_BNCHGV.shape[3:])
 
 
-def from_chunks(chunks: Tokens, like: Tokens) -> Tokens:
+def from_chunks(chunks: ChunkedTokens, like: MergedTokens) -> MergedTokens:
     """The inverse of `to_chunks`, in the dtypes of ``like``; resets are left out."""
-    parts = Tokens(
+    parts = MergedTokens(
         jnp.transpose(chunks.q, (1, 0, 3, 2, 4)),
         jnp.transpose(chunks.k, (1, 0, 3, 2, 4)),
         jnp.transpose(chunks.v, (1, 0, 4, 2, 3, 5)),

@@ -28,9 +28,9 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.api import delta_product
-from deltaproduct_jax.ops.dispatch import AVAILABLE
 from deltaproduct_jax.ops.packing import carry_state
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+from deltaproduct_jax.ops.selection import AVAILABLE
 
 Axis = str | tuple[str, ...] | None
 

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.ops.dispatch import select_implementation
+from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from deltaproduct_jax.errors import require_at_least, require_one_of
-from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report

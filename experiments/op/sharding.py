@@ -29,7 +29,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops import sharded_delta_product
-from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.report import (

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.ops.dispatch import AVAILABLE
+from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.peers.jax_packages import PACKAGES, peer_op

@@ -19,6 +19,7 @@ from deltaproduct_jax.ops import (
     default_chunk_size,
     delta_product,
     delta_product_step,
+    route,
     select_implementation,
 )
 
@@ -276,9 +277,10 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
     assert choice("cpu", B=128, R=3) == "recurrent"
     assert choice("cpu", B=1024, K=32, V=32) == "recurrent"
     assert choice("cpu", differentiated=True) == "chunked"
-    assert choice("tpu") == "pallas_tpu"
-    assert choice("tpu", V=32) == choice("tpu", chunk_size=16) == "chunked"
     assert choice("tpu", T=1) == "recurrent"
+    assert choice("tpu") == "chunked"  # nothing here says which TPU
+    with pytest.raises(ValueError, match="'gpu' is not known; it may be one of 'cpu', 'cuda'"):
+        choice("gpu")
     arrays = inputs(Case(T=64, K=32, V=32, B=1))
 
     def lowered(implementation, platform):
@@ -290,6 +292,20 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
     assert lowered(None, "cpu") == lowered("recurrent", "cpu")
     assert lowered(None, "tpu") == lowered("chunked", "tpu")
     assert lowered("chunked", "cpu") != lowered("recurrent", "cpu")
+
+
+def test_a_call_is_resolved_once(monkeypatch):
+    """Whatever is traced of it, primal, forward or backward pass, follows from one resolution."""
+    asked, select = [], route.select_implementation
+
+    def counted(platform, **sizes):
+        asked.append((platform, sizes["differentiated"]))
+        return select(platform, **sizes)
+
+    monkeypatch.setattr(route, "select_implementation", counted)
+    arrays = inputs(Case(T=9, K=5, V=3, B=1))
+    jax.jit(jax.grad(lambda a: jnp.sum(delta_product(**a)[0]))).trace(arrays)
+    assert len(asked) == len(set(asked)) == 8  # four platforms, with a gradient and without
 
 
 def test_default_chunk_size_follows_state_dtype_and_platform():

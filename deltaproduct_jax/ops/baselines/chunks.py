@@ -25,7 +25,7 @@ DEFAULT_CHUNK = 64
 SUB_CHUNK = 16
 
 
-class Decays(NamedTuple):
+class DiagonalDecays(NamedTuple):
     """Products of decays in a chunk; the last four are 0 across a segment boundary."""
 
     pair: jax.Array  # BHNPPK: from after token s to after token c of a sub-chunk, for s <= c
@@ -144,7 +144,7 @@ def join_heads(x_NBHCV: jax.Array, T: int) -> jax.Array:
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :T]
 
 
-def decays_of(g_BHCK: jax.Array, resets_BC: jax.Array | None) -> Decays:
+def diagonal_decays(g_BHCK: jax.Array, resets_BC: jax.Array | None) -> DiagonalDecays:
     """The decays of a chunk with log-gates ``g``; ``resets`` is True at a segment's first token."""
     B, H, C, K = g_BHCK.shape
     P = C if K == 1 or C <= SUB_CHUNK else math.gcd(C, SUB_CHUNK)
@@ -166,7 +166,7 @@ def decays_of(g_BHCK: jax.Array, resets_BC: jax.Array | None) -> Decays:
         into = jnp.where(segment_B1C1 == 0, into, 0)
         out = jnp.where(segment_B1C1 == segment_B1C1[:, :, -1:], out, 0)
         through = jnp.where(segment_B1C1[:, :, -1] == 0, through, 0)
-    return Decays(
+    return DiagonalDecays(
         pair=jnp.exp(pair),
         start=jnp.exp(_sum_to(g_BHNPK)),
         end=jnp.exp(_sum_after(g_BHNPK)),
@@ -179,7 +179,7 @@ def decays_of(g_BHCK: jax.Array, resets_BC: jax.Array | None) -> Decays:
 
 
 def decayed_products(
-    q_BHCK: jax.Array, k_BHCK: jax.Array, decays: Decays, matmul: Matmul
+    q_BHCK: jax.Array, k_BHCK: jax.Array, decays: DiagonalDecays, matmul: Matmul
 ) -> jax.Array:
     """``[B, H, C, C]``: sum over K of ``q[c] k[s]`` and the decay between; 0 where s > c."""
     B, H, C, K = q_BHCK.shape

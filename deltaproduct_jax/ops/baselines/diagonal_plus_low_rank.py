@@ -113,7 +113,7 @@ def _chunked(q, k, v, a, b, g, state, segment_ids, scale, chunk_size):
     def body(state_BHKV, chunk):
         q, k, v, a, b, g, resets_BC = chunk
         C = q.shape[2]
-        decays = chunks.decays_of(g, resets_BC)
+        decays = chunks.diagonal_decays(g, resets_BC)
 
         # Token c reads with a the state before it, that is, after token c - 1.
         def before(x, first):

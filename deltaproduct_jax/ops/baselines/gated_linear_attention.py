@@ -139,7 +139,7 @@ def _chunked(q, k, v, g, state, segment_ids, scale, chunk_size):
 
     def body(state_BHKV, chunk):
         q_BHCK, k_BHCK, v_BHCV, g_BHCK, resets_BC = chunk
-        decays = chunks.decays_of(g_BHCK, resets_BC)
+        decays = chunks.diagonal_decays(g_BHCK, resets_BC)
         scores_BHCC = scale * chunks.decayed_products(q_BHCK, k_BHCK, decays, matmul)
         o_BHCV = matmul("bhcs,bhsv->bhcv", scores_BHCC, v_BHCV)
         reads_BHCK = scale * q_BHCK.astype(wide) * decays.into

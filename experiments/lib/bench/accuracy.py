@@ -11,8 +11,8 @@ import numpy as np
 
 from deltaproduct_jax.ops import delta_product
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
-from deltaproduct_jax.ops.dispatch import Request
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.route import resolve
 from experiments.lib.bench import exact
 from experiments.lib.bench.peers.jax_packages import PACKAGES, peer_op
 
@@ -177,8 +177,9 @@ def _run(arrays, do, dfinal, *, implementation, chunk_size, precision):
 def _run_as(platform, arrays, do, dfinal, chunk_size, precision):
     """The two passes of "chunked", as ``platform`` runs them."""
     tokens = Tokens(**{"g": None, **arrays}, resets=None)
-    request = Request(tokens.q.shape[-1] ** -0.5, precision, chunk_size, "chunked")
-    settings = request.settings(platform, tokens)
+    options = {"precision": precision, "chunk_size": chunk_size, "implementation": "chunked"}
+    route = resolve(tokens, scale=tokens.q.shape[-1] ** -0.5, **options)
+    settings = route.branch(platform).settings
     no_state = jnp.zeros_like(dfinal)
     o, final_state, states = chunked(tokens, no_state, settings, keep_states=True)
     gradients, _ = chunked_backward(tokens, states, do, dfinal, settings)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops import kernels
+from deltaproduct_jax.ops.cut import default_span
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.ops.tiling import default_span
 from deltaproduct_jax.settings import setting
 
 # Where q and scores stand among the arrays of a walk, whose summary has no output.

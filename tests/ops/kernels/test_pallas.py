@@ -16,7 +16,7 @@ import pytest
 from helpers import Case, cast, errors, plain_bfloat16_error, relative_error
 
 from deltaproduct_jax.ops import delta_product, select_implementation, sharded_delta_product
-from deltaproduct_jax.ops.kernels.pallas import passes as pallas_tpu
+from deltaproduct_jax.ops.kernels.pallas import passes
 from deltaproduct_jax.ops.kernels.pallas import plan as pallas_plan
 from deltaproduct_jax.ops.kernels.pallas.products import Passes, unit_lower_inverse
 
@@ -117,7 +117,7 @@ def test_other_platforms_keep_as_many_states_as_the_kernel(monkeypatch):
     case = Case(T=200, R=2, B=1, H=1, K=64, V=64)
     arrays, _ = inputs(case)
     expected = jax.jit(jax.value_and_grad(loss), static_argnums=2)(arrays, None, "chunked")
-    monkeypatch.setattr(pallas_tpu, "is_ready", lambda: True)
+    monkeypatch.setattr(passes, "is_ready", lambda: True)
     jax.clear_caches()
     got, pullback = jax.vjp(functools.partial(loss, ids=None, implementation=None), arrays)
     (states,) = (x for x in jax.tree.leaves(pullback) if x.ndim == 6)
@@ -144,7 +144,7 @@ def test_vector_memory_is_that_of_the_chip(memory, monkeypatch):
         plan = pallas_plan.plan_of(dtype, spans=32 * R, **sizes)
         allowed = pallas_plan.vector_memory(plan)
         assert plan.limit <= allowed <= memory * 2**20
-        fits = pallas_tpu.unsupported(dtype=dtype, B=1, precision=None, **sizes) is None
+        fits = passes.unsupported(dtype=dtype, B=1, precision=None, **sizes) is None
         assert fits == (plan.bytes <= plan.limit)
         assert fits or memory == 16
     # What 48 MiB are too few for, the whole of a large chip holds.
@@ -161,6 +161,7 @@ def test_what_a_chip_has_no_memory_for_is_an_error(monkeypatch):
     text = "in float32 need 14.1 MiB of vector memory, and there are 14.0 MiB; 'chunked' can"
     with pytest.raises(ValueError, match=re.escape(text)):
         delta_product(**arrays, implementation="pallas_tpu")
+    monkeypatch.setattr(passes, "is_ready", lambda: True)
     sizes = {"B": 1, "T": 128, "R": 1, "Hv": 8, "K": 128, "V": 128, "differentiated": True}
     assert select_implementation("tpu", **sizes) == "chunked"
     assert select_implementation("tpu", **sizes, dtype="bfloat16") == "pallas_tpu"
@@ -204,7 +205,8 @@ def test_passes():
         assert least <= relative_error(got, want) <= most, name
 
 
-def test_it_is_chosen_on_a_tpu_where_it_can_run():
+def test_it_is_chosen_on_a_tpu_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(passes, "is_ready", lambda: True)
     sizes = {"B": 1, "T": 64, "R": 2, "Hv": 4, "K": 64, "V": 64, "dtype": jnp.bfloat16}
 
     def choice(platform="tpu", differentiated=True, **changes):

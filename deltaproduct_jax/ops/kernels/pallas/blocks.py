@@ -3,7 +3,7 @@
 Arrays along T are read as they lie, [C, (R,) heads, width], since a transposed copy in HBM would
 double the traffic; heads come first once a block is in vector memory.
 
-Shape suffixes as in pallas_chunk.py; N spans of C tokens.
+Shape suffixes as in chunk.py; N spans of C tokens.
 """
 
 from typing import Any, NamedTuple

@@ -1,6 +1,6 @@
 """What the GPU kernels are made of, in Triton: tiles, products of decays, the triangular series.
 
-Letters as in triton_kernels.py.
+Letters as in kernels.py.
 """
 
 import triton

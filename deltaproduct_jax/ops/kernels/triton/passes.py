@@ -1,7 +1,7 @@
 """The GPU kernels: what is launched on which arrays, in pieces.
 
 The contract of `forward` and `backward` is that of `deltaproduct_jax.ops.kernels`; `step` is one
-token. The bodies are in `triton_kernels`, which needs Triton and is imported at the first launch.
+token. The bodies are in `kernels`, which needs Triton and is imported at the first launch.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.triton import tiling as triton_tiling
+from deltaproduct_jax.ops.kernels.triton import tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
@@ -127,9 +127,9 @@ class _Call:
         # The dtype that products are made in; with narrow inputs only the series needs float32.
         operand = k.dtype if narrow and precision in (None, "default") else jnp.dtype(jnp.float32)
         gated = self.tokens.g is not None
-        tiling = triton_tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
-        N = -(-T // tiling.chunk_size)
-        pieces = triton_tiling.pieces_for(B * HV, N, tiling.walk, V=V)
+        tiles = tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
+        N = -(-T // tiles.chunk_size)
+        pieces = tiling.pieces_for(B * HV, N, tiles.walk, V=V)
         span = -(-N // self.options.spans) if self.options.spans else 0
         gates = {
             "HAS_G": gated,
@@ -137,8 +137,8 @@ class _Call:
         }
         meta = {
             **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
-            **{"BK": tiling.key_columns, "V": V, "C": tiling.chunk_size, "N": N},
-            **{"CP": tiling.token_rows, "M": tiling.update_rows},
+            **{"BK": tiles.key_columns, "V": V, "C": tiles.chunk_size, "N": N},
+            **{"CP": tiles.token_rows, "M": tiles.update_rows},
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
             "TWO": operand in NARROW,
@@ -148,7 +148,7 @@ class _Call:
         }
         for name, value in (
             ("operand", operand),
-            ("tiling", tiling),
+            ("tiling", tiles),
             ("pieces", pieces),
             ("meta", meta),
         ):
@@ -344,9 +344,9 @@ def _summed(c: _Call, terms, of_chunks, through) -> jax.Array:
 def _step(scale: float, state, q, k, v, beta, g):
     B, R, H, K = k.shape
     HV, V = v.shape[-2:]
-    launch = triton_tiling.step_for(R=R, K=K, V=V)
+    launch = tiling.step_for(R=R, K=K, V=V)
     meta = {"SCALE": scale, "R": R, "H": H, "HV": HV, "K": K, "V": V, "HAS_G": g is not None}
-    meta |= {"BK": triton_tiling.power_of_two(K), "BV": launch.columns}
+    meta |= {"BK": tiling.power_of_two(K), "BV": launch.columns}
     arrays = (q, k, v, beta, beta if g is None else g, state)
     outs = (
         jax.ShapeDtypeStruct((B, HV, V), v.dtype),
@@ -365,13 +365,13 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
     """
     import jax_triton
 
-    from deltaproduct_jax.ops.kernels.triton import kernels as triton_kernels
+    from deltaproduct_jax.ops.kernels.triton import kernels
 
     keywords = inspect.signature(jax_triton.triton_call).parameters
     keyword = "out_shape" if "out_shape" in keywords else "out_type"
     # 0.4 gives a kernel one pointer for an input and the output in its place.
     is_one_pointer = aliases and keyword == "out_type"
-    kernel = getattr(triton_kernels, name + "_in_place" * bool(is_one_pointer))
+    kernel = getattr(kernels, name + "_in_place" * bool(is_one_pointer))
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,

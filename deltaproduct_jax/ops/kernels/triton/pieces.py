@@ -4,7 +4,7 @@ What a piece does to any state is S -> A S + B, and on the way back dS -> A^T dS
 finds the ends B, beginning with nothing, and the maps A, beginning with the identity; the piece
 from which a walk sets out has its true beginning. `compose` makes of them what every piece begins
 with. The first and the last piece need no map: the P - 2 between are ``[..., K, K]``.
-Letters as in triton_kernels.py.
+Letters as in kernels.py.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""The GPU kernel for one token, in Triton. Letters as in triton_kernels.py."""
+"""The GPU kernel for one token, in Triton. Letters as in kernels.py."""
 
 import triton
 import triton.language as tl

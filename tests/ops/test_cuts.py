@@ -10,9 +10,9 @@ import pytest
 from bars import assert_within_bars, run_as
 from helpers import Case, errors, plain_bfloat16_error, relative_error
 
-from deltaproduct_jax.ops import chunked, tiling
+from deltaproduct_jax.ops import chunked
+from deltaproduct_jax.ops.cut import Cut, cut_for, default_chunk_size, default_span
 from deltaproduct_jax.ops.precision import Matmul
-from deltaproduct_jax.ops.tiling import Tiling, default_span, tiling_for
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
 
 CASES = {
@@ -118,20 +118,20 @@ def test_cuts_fit_together(platform, T):
     sizes = {"T": T, "R": 3, "K": 64, "V": 32}
     span = default_span("bfloat16", **sizes)
     spans = -(-T // span)
-    chunk_size = tiling.default_chunk_size(platform, "bfloat16", **sizes)
-    cut = tiling_for(platform, span, chunk_size, B=2, Hv=4, **sizes)
+    chunk_size = default_chunk_size(platform, "bfloat16", **sizes)
+    cut = cut_for(platform, span, chunk_size, B=2, Hv=4, **sizes)
     assert cut.span % cut.chunk_size == 0
     assert spans % cut.spans_at_once == 0
     assert cut.chunk_size * 3 <= 128 or cut.chunk_size == 1
     # At most one chunk of a CPU is padded for every span.
-    assert spans * span - T < spans * tiling.default_chunk_size("cpu", "bfloat16", **sizes)
+    assert spans * span - T < spans * default_chunk_size("cpu", "bfloat16", **sizes)
 
 
 def test_a_tpu_works_on_short_sequences_at_once_and_on_large_batches_span_by_span():
     sizes = {"R": 2, "Hv": 4, "K": 128, "V": 64}
-    assert tiling_for("tpu", 64, 64, B=1, T=1024, **sizes) == Tiling(64, 64, 16)
-    assert tiling_for("tpu", 64, 64, B=32, T=4096, **sizes) == Tiling(64, 64, 1)
-    assert tiling_for("default", 64, 32, B=16, T=4096, **sizes) == Tiling(64, 32, 4)
-    assert tiling_for("cpu", 64, 16, B=32, T=4096, **sizes) == Tiling(64, 16, 1)
-    assert Tiling(64, 16).chunks_at_once == 4
-    assert Tiling(64, 32, 4).chunks_at_once == 8
+    assert cut_for("tpu", 64, 64, B=1, T=1024, **sizes) == Cut(64, 64, 16)
+    assert cut_for("tpu", 64, 64, B=32, T=4096, **sizes) == Cut(64, 64, 1)
+    assert cut_for("default", 64, 32, B=16, T=4096, **sizes) == Cut(64, 32, 4)
+    assert cut_for("cpu", 64, 16, B=32, T=4096, **sizes) == Cut(64, 16, 1)
+    assert Cut(64, 16).chunks_at_once == 4
+    assert Cut(64, 32, 4).chunks_at_once == 8

@@ -26,7 +26,7 @@ ENTRIES_AT_ONCE = {"cpu": 0, "default": 2**22, "tpu": 2**20}
 
 
 @dataclasses.dataclass(frozen=True)
-class Tiling:
+class Cut:
     """A sequence is cut into spans, between which states are kept, and these into chunks.
 
     Attributes:
@@ -80,9 +80,9 @@ def _power_of_two(most: float) -> int:
     return 2 ** max(0, math.floor(math.log2(most)))
 
 
-def tiling_for(
+def cut_for(
     platform: str, span: int, chunk_size: int, *, B: int, T: int, R: int, Hv: int, K: int, V: int
-) -> Tiling:
+) -> Cut:
     """The cut on a platform.
 
     Short sequences are worked on all at once, large batches span by span.
@@ -103,4 +103,4 @@ def tiling_for(
     entries = B * Hv * span * R * max(chunk_size * R, K, V)
     most = ENTRIES_AT_ONCE[platform] // entries
     at_once = max((n for n in range(1, min(spans, most) + 1) if spans % n == 0), default=1)
-    return Tiling(span, chunk_size, at_once)
+    return Cut(span, chunk_size, at_once)

@@ -1,0 +1,81 @@
+"""The rule for ``implementation=None``, which IMPLEMENTATIONS.md has as a table."""
+
+import jax
+import jax.numpy as jnp
+
+from deltaproduct_jax.ops import kernels
+
+AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+# On a CPU, entries of a state below which the scan over tokens was measured to be the faster.
+SCAN_BELOW_ONE_FACTOR = 64 * 64
+SCAN_BELOW_SEVERAL_FACTORS = 128 * 128
+
+
+def select_implementation(
+    platform: str,
+    *,
+    B: int,
+    T: int,
+    R: int,
+    Hv: int,
+    K: int,
+    V: int,
+    differentiated: bool,
+    H: int | None = None,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    chunk_size: int | None = None,
+    precision: str | None = None,
+) -> str:
+    """What ``implementation=None`` runs, in a program that this process traces now.
+
+    IMPLEMENTATIONS.md beside this file has the rule. A kernel is named only where it will run: its
+    package imports, and what is known while tracing suffices to lower it. So a machine without a
+    TPU answers "chunked" for "tpu", unless an abstract mesh (`jax.sharding.use_abstract_mesh`) says
+    which TPU the program is for.
+
+    Args:
+      platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
+      B: sequences.
+      T: tokens.
+      R: Householder factors per token.
+      Hv: value heads.
+      K: key width.
+      V: value width; over a mesh with a sequence axis the op runs at V + K.
+      differentiated: whether this is the forward pass of a gradient.
+      H: key heads; None: as many as value heads.
+      dtype: of q, k and v.
+      chunk_size: as in `delta_product`.
+      precision: as in `delta_product`.
+
+    Returns:
+      The name of an implementation.
+
+    Raises:
+      ValueError: the platform has another name.
+    """
+    if platform not in PLATFORMS:
+        names = ", ".join(repr(name) for name in PLATFORMS)
+        raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
+    sizes = {"B": B, "T": T, "R": R, "H": H or Hv, "Hv": Hv, "K": K, "V": V}
+    for name, kernel in kernels.KERNELS.items():
+        if (
+            platform == kernel.platform
+            and chunk_size is None
+            and T > 1
+            and min(K, V) >= kernel.least_width
+            and kernels.reason_against(name, **sizes, dtype=jnp.dtype(dtype), precision=precision)
+            is None
+            and kernels.load(name).is_ready()
+        ):
+            return name
+    if differentiated:
+        return "chunked"  # the recurrence would store several states per token
+    if T <= 1 or (platform == "cpu" and _scan_is_faster(R, K * V)):
+        return "recurrent"
+    return "chunked"
+
+
+def _scan_is_faster(R: int, entries: int) -> bool:
+    return entries < (SCAN_BELOW_ONE_FACTOR if R == 1 else SCAN_BELOW_SEVERAL_FACTORS)

@@ -1,0 +1,94 @@
+"""The tables of IMPLEMENTATIONS.md against what they describe."""
+
+import itertools
+import operator
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from deltaproduct_jax import ops
+from deltaproduct_jax.ops import kernels, select_implementation
+from deltaproduct_jax.ops.selection import AVAILABLE, PLATFORMS
+
+PAGE = Path(ops.__file__).parent / "IMPLEMENTATIONS.md"
+OPERATORS = {"=": operator.eq, ">": operator.gt, "<": operator.lt, ">=": operator.ge}
+VALUES = {
+    "T": lambda s: s["T"],
+    "R": lambda s: s["R"],
+    "K, V": lambda s: min(s["K"], s["V"]),
+    "K V": lambda s: s["K"] * s["V"],
+}
+WIDTHS = [(8, 64), (16, 16), (32, 64), (64, 64), (64, 128), (128, 128), (256, 256)]
+
+
+def table(title):
+    """The rows of the table under a heading, by the names of their columns."""
+    text = PAGE.read_text().split(f"## {title}\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def holds(cell, sizes):
+    if cell == "any":
+        return True
+    name, comparison, number = re.fullmatch(r"(.+?) (>=|=|>|<) (\d+)", cell).groups()
+    return OPERATORS[comparison](VALUES[name](sizes), int(number))
+
+
+def by_the_page(platform, differentiated, sizes, *, has_kernels):
+    """What the first row that applies says."""
+    for row in table("The rule"):
+        if (
+            row["platform"] in ("any", platform)
+            and row["gradient"] in ("any", "yes" if differentiated else "no")
+            and all(holds(row[column], sizes) for column in ("tokens", "factors", "state"))
+            and (has_kernels or row["runs"] not in kernels.KERNELS)
+        ):
+            return row["runs"]
+    raise AssertionError("no row applies")
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_the_rule_is_the_one_of_the_page(has_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda name: True)
+    for name in kernels.KERNELS:
+        monkeypatch.setattr(kernels.load(name), "is_ready", lambda: has_kernels)
+    picked = set()
+    for platform, differentiated, T, R, (K, V) in itertools.product(
+        PLATFORMS, (True, False), (1, 2, 4096), (1, 2, 4), WIDTHS
+    ):
+        sizes = {"T": T, "R": R, "K": K, "V": V}
+        expected = by_the_page(platform, differentiated, sizes, has_kernels=has_kernels)
+        got = select_implementation(
+            platform, B=2, Hv=2, **sizes, differentiated=differentiated, dtype="bfloat16"
+        )
+        assert got == expected, (platform, differentiated, sizes)
+        picked.add(got)
+    assert picked == {"chunked", "recurrent"} | (set(kernels.KERNELS) if has_kernels else set())
+
+
+def test_kernels_take_what_the_page_says(monkeypatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda name: True)
+    rows = {row["kernel"]: row for row in table("What kernels take")}
+    assert set(rows) == set(kernels.KERNELS)
+    base = {"B": 1, "T": 64, "R": 1, "H": 1, "Hv": 1, "K": 64, "V": 64, "precision": None}
+
+    def takes(name, dtype="float32", **changes):
+        sizes = base | changes
+        return kernels.reason_against(name, **sizes, dtype=jnp.dtype(dtype)) is None
+
+    for name, row in rows.items():
+        assert row["platform"] == kernels.KERNELS[name].platform
+        for column in ("R", "K", "V"):
+            most = int(row[f"{column} at most"])
+            assert takes(name, **{column: most})
+            assert not takes(name, **{column: most + 1})
+        for dtype in ("bfloat16", "float16", "float32", "float64"):
+            assert takes(name, dtype) == (dtype in row["dtypes"].split(", "))
+
+
+def test_every_implementation_has_its_row():
+    assert {row["name"] for row in table("Names")} == set(AVAILABLE)
