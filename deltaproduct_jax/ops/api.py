@@ -60,14 +60,16 @@ def delta_product(
       implementation: "chunked" (matmuls within chunks, own backward pass), "recurrent" (a scan over
         tokens), "associative" (a log-depth scan), "triton" (kernels for GPU), "pallas_tpu" (a
         kernel for TPU; on a CPU it is interpreted, slowly), or None for a choice by platform and
-        shape, made when the program is lowered; `select_implementation` tells which. Forward-mode
-        differentiation (jvp) needs "recurrent" or "associative".
-      precision: "default", "high" or "highest". None: float32 products for float32 inputs (TF32 x 3
-        in the GPU kernels, where "highest" makes them exact);
-        bfloat16 operands with float32 accumulation for bfloat16 inputs, float32 ones on a CPU;
-        float32 for float16 inputs, but in the GPU kernels. With beta = 2 and keys that agree,
-        outputs then err up to 1.5 times as much as a recurrence with bfloat16 products (itself off
-        by 5e-2 over 2048 tokens), gradients up to 2.3 times as much; "highest" avoids that.
+        shape, made when the program is lowered. `select_implementation` tells which, and
+        IMPLEMENTATIONS.md beside this file has the rule. Forward-mode differentiation (jvp) needs
+        "recurrent" or "associative".
+      precision: "default", "high" or "highest". None: float32 products for float32 inputs (three
+        TF32 products in the GPU kernels, where "highest" makes them exact); bfloat16 operands with
+        float32 accumulation for bfloat16 inputs, float32 ones on a CPU;
+        float32 for float16 inputs, except in the GPU kernels. With bfloat16 inputs, beta = 2 and
+        equal keys the errors of outputs are up to 1.5 times those of a recurrence with bfloat16
+        products (5e-2 over 2048 tokens), of gradients up to 2.3 times; "highest" avoids that.
+        PRECISION.md beside this file has all of it.
 
     Returns:
       ``(o, final_state)``: outputs [B, T, Hv, V] in the dtype of v, and the state after the last

@@ -58,7 +58,7 @@ class ChunkMatrices(NamedTuple):
 
     gram: jax.Array  # NBHGMM: products of keys with the decay between them, strictly causal
     inverse: jax.Array  # NBHGMM: of I + L, L_mn = gram_mn beta_n
-    scores: jax.Array  # NBHGCM: how much of every update a token reads, per beta
+    scores: jax.Array  # NBHGCM: what a token reads of every update, without beta
     decays: Decays
 
 

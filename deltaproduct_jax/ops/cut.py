@@ -1,8 +1,8 @@
 """How the chunked form cuts a sequence: what is fixed at tracing and what each platform chooses.
 
 The forward pass of a gradient keeps the state before every span. The number of spans is the shape
-of a residual, so it is fixed when the program is traced; how a span is worked on, is chosen when it
-is lowered. README.md has the figures behind the rules.
+of a residual, so it is fixed when the program is traced; how a span is worked on is chosen when it
+is lowered. IMPLEMENTATIONS.md has the rules as a table.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 # Updates (tokens times factors) in a chunk. With bfloat16 inputs: the width of a TPU's matrix unit,
 # and what a GPU was measured to be fastest with. Otherwise, and on a CPU always, half the width of
 # the state within these bounds: work inside a chunk and on the state are then in balance on a CPU,
-# and the rounding of k_m . k_n, which adds up coherently where keys agree and beta is near 2, is
+# and the rounding of k_m . k_n, which adds up where keys are equal and beta is near 2, is
 # bounded.
 NARROW_UPDATES = {"default": 64, "tpu": 128}
 FEWEST_UPDATES, MOST_UPDATES = 16, 32
@@ -56,7 +56,7 @@ def default_chunk_size(
       platform: "cpu", "tpu", or "default" for all others.
       dtype: of q, k and v.
       T: tokens.
-      R: Householder factors a token.
+      R: Householder factors per token.
       K: key width.
       V: value width.
     """
@@ -93,7 +93,7 @@ def cut_for(
       chunk_size: tokens in a chunk at most.
       B: batch.
       T: tokens.
-      R: Householder factors a token.
+      R: Householder factors per token.
       Hv: value heads.
       K: key width.
       V: value width.

@@ -1,8 +1,9 @@
-"""Inner products of keys, to the last bit: their rounding adds up where keys agree.
+"""Inner products of keys, to the last bit: their rounding adds up where keys are equal.
 
-With beta near 2 and keys that agree, every entry of a chunk's Gram matrix is off by the same
-amount, and so all updates of all chunks err with the same sign. A dot product of K terms is off by
-several units in the last place where its terms are added one after another, as GPUs do.
+With beta near 2 and keys that are equal or nearly so, the rounding errors of a chunk's Gram matrix
+are all the same, and so the errors of all updates of all chunks have one sign. A dot product of K
+terms is wrong by several units in the last place where its terms are added one after another, as on
+a GPU.
 """
 
 import jax

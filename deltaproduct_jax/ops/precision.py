@@ -82,7 +82,7 @@ class Matmul:
     def in_two_passes(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """The same with ``x`` to 2^-17: where operands are bfloat16, as a sum of two of them.
 
-        For the triangular inverse. With beta near 2 and keys that agree it turns errors of its own
+        For the triangular inverse. With beta near 2 and equal keys it turns errors of its own
         entries into errors of the state that no later update takes back, while those of what it is
         applied to act like errors of the values.
         """

@@ -1,8 +1,8 @@
 """Inverse of a unit lower-triangular matrix by matmuls, as accurate as substitution.
 
 Two other ways were left out on purpose. A Neumann series, or doubling by powers of the strictly
-lower part, overflows when beta is near 2 and keys agree, although the inverse itself is bounded by
-2. A triangular solve becomes a slow custom call on TPU and a slow loop on CPU.
+lower part, overflows when beta is near 2 and keys are equal, although the inverse itself is bounded
+by 2. A triangular solve becomes a slow custom call on TPU and a slow loop on CPU.
 """
 
 import jax
@@ -31,9 +31,9 @@ def unit_lower_inverse(
       matmul: rule for the products; float32 at least.
       half_rows: multiply only the rows that a level changes, half of them, where blocks are wide
         enough. Fewer products, but more copies, which a TPU's compiler expects to pay off only
-        where the matrices stay in vector memory (README.md).
+        where the matrices stay in vector memory.
       refine: take one step of Newton's, X <- X + X (I - (I + lower) X), of two products. It removes
-        what the levels rounded; where keys agree that adds up over all chunks (README.md).
+        what the levels rounded; where keys are equal that adds up over all chunks.
 
     Returns:
       The inverse, [..., M, M].

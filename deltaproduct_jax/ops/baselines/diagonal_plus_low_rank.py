@@ -2,10 +2,10 @@
 
     S_t = diag(exp(g_t)) S_{t-1} + b_t (S_{t-1}^T a_t)^T + k_t v_t^T,    o_t = scale * S_t^T q_t
 
-Chunked: with u_t = S_{t-1}^T a_t known, this is linear attention with two writes a token, k v^T and
-b u^T. What a token reads of earlier writes makes u the solution of a unit lower-triangular system,
-as in the WY form of the delta rule. Sources: RWKV-7 (Peng et al., 2025); the chunked form is that
-of DPLR in flash-linear-attention, derived anew.
+Chunked: with u_t = S_{t-1}^T a_t known, this is linear attention with two writes per token, k v^T
+and b u^T. What a token reads of earlier writes makes u the solution of a unit lower-triangular
+system, as in the WY form of the delta rule. Sources: RWKV-7 (Peng et al., 2025); the chunked form
+is that of DPLR in flash-linear-attention, derived anew.
 """
 
 import functools

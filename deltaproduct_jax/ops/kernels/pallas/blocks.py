@@ -165,7 +165,7 @@ class Call(NamedTuple):
         return pad(x, self.plan.span)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """beta or g, [B, T, (R,) Hv], in float32 as `rows_block` has them: a row a chunk."""
+        """beta or g, [B, T, (R,) Hv], in float32 as `rows_block` has them: a row per chunk."""
         x = self.padded(x.astype(jnp.float32))
         x = x.reshape(x.shape[0], self.plan.spans, self.chunks, -1, x.shape[-1])
         return jnp.swapaxes(x, -1, -2)

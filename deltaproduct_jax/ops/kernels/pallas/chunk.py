@@ -1,6 +1,6 @@
 """One chunk inside the TPU kernel, forward and backward, for several heads at once.
 
-The formulas are those of README.md in ops/; only the order of work differs from chunked.py. A
+The formulas are those of ops/README.md; only the order of work differs from chunked.py. A
 weight of an update is needed as a row [1, M] or a column [M, 1], which a TPU does not turn into
 each other for free: here each decay is summed in the direction in which it is used.
 

@@ -3,11 +3,11 @@
 A `lax.scan` over chunks sends the state, the pseudo-values and the triangular inverse through HBM
 for every chunk; here they never leave the core. The grid is (sequence, block of heads, span); spans
 come one after the other, forwards, or backwards in the backward pass, and the state of all heads of
-the block, or its cotangent, stays in scratch memory. README.md beside this file has the schedule,
-its memory, and what was tried.
+the block, or its cotangent, stays in scratch memory. README.md of the folder above has
+the schedule and its memory.
 
 Sources: the chunked form of ops/README.md. The TPU kernels of MaxText and Levanter for the gated
-delta rule, one factor a token, showed the gain of a state that stays in VMEM.
+delta rule, one factor per token, showed the gain of a state that stays in VMEM.
 """
 
 import functools

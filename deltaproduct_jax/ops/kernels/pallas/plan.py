@@ -8,8 +8,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deltaproduct_jax.ops.kernels.pallas.products import BASE
 
-# Updates in a chunk where products are float32: more, and the rounding of k_m . k_n, which adds up
-# coherently where keys agree and beta is near 2, would show (README.md of ops).
+# Updates in a chunk where products are float32: with more, the rounding of k_m . k_n would show,
+# which adds up where keys are equal and beta is near 2.
 WIDE_UPDATES = 32
 # A block of heads is this many key heads, the rows of a register, or all of them.
 HEADS_IN_BLOCK = 8

@@ -47,8 +47,9 @@ class Passes(NamedTuple):
     def in_two_passes(self, equation: str, inverse: jax.Array, y: jax.Array) -> jax.Array:
         """A large product with the triangular inverse, of which one pass takes two terms.
 
-        Rounded once it errs with one sign along the rows where keys agree, and with beta near 2 the
-        state never takes that back; an error of y is one of a value, which is forgotten.
+        Rounded once, its errors along a row have one sign where keys are equal, and with beta near
+        2 the state never takes them back; an error of y acts like one of a value, which is
+        forgotten.
         """
         if self.large != 1:
             return self(equation, inverse, y)

@@ -18,7 +18,7 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
 
 @triton.jit
 def put_diagonal(ptr, x, row, hv, m, updates, R: tl.constexpr, HV: tl.constexpr):
-    """Writes the diagonal of [M, M], a number an update."""
+    """Writes the diagonal of [M, M], a number per update."""
     diagonal = tl.sum(tl.where(m[:, None] == m[None, :], x, 0.0), axis=1)
     tl.store(ptr + (row * R + m) * HV + hv, diagonal, mask=updates)
 
@@ -164,7 +164,7 @@ def gradients(
         q = tile(q_ptr, row, h, c, rows, c < tokens, H, K, ALL_K).to(dtype)
         spans = c[None, :] > (m // R)[:, None]
         spanning = tl.where(spans, dqk, 0.0).to(dtype)
-        if R == 1:  # what spans nothing is one number a row
+        if R == 1:  # what spans nothing is one number per row
             own = tl.sum(tl.where(c[None, :] == m[:, None], dqk, 0.0), axis=1)
         else:
             dqk = tl.where(spans, 0.0, dqk)

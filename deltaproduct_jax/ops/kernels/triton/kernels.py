@@ -1,12 +1,13 @@
-"""Bodies of the GPU kernels, in Triton. README.md has the equations and what each reads and writes.
+"""Bodies of the GPU kernels, in Triton. ops/kernels/README.md: what each reads, writes and holds.
 
 Every kernel works on chunks of C tokens, M >= C * R rows of updates (token-major), and one value
-head. In a chunk, with S the state before it, the errors e of the predictions solve
+head. In a chunk, with S the state before it and F the strictly lower gram of ops/README.md, the
+errors e solve
 
-    e + F (beta e) = r,   r = v - into * (k S),   F strictly lower: decays * (k k^T)
+    e + F (beta e) = r,   r = v - into * (k S)
 
 so e = r - X (beta r) with X = F - F beta F + ..., and on the way back w = du - X^T (beta du).
-`prepare` computes X once a chunk.
+`prepare` computes X once per chunk.
 
 Letters: C tokens of a chunk, CP the same rounded up to a size of `tl.arange`, M rows for updates, K
 and V widths of keys and values, BK the width K rounded up, BV the part of V that one program has, H

@@ -75,8 +75,8 @@ def solved(x_ptr, chunk, y, beta, m, M: tl.constexpr, TWO: tl.constexpr,
     """``y - X (beta y)``, or with X transposed, of the X of a chunk.
 
     With narrow products beta y is rounded once, for the identity too: that acts like an error of a
-    value. X is rounded to two terms: with one it errs with one sign along rows where keys agree and
-    beta is near 2, and the state never takes that back.
+    value. X is rounded to two terms: with one its errors along a row have one sign where keys are
+    equal and beta is near 2, and the state never takes them back.
     """
     X = tl.load(square(x_ptr, chunk, m, m, M, M))
     scaled = (beta[:, None] * y).to(X.dtype)
@@ -223,7 +223,7 @@ def strictly_lower_series(F, beta, M: tl.constexpr, PRECISION: tl.constexpr):
     """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta, for strictly lower F.
 
     Blocks of 16 by substitution, then masked doubling: both without powers of F, which overflow
-    where keys agree and beta is near 2.
+    where keys are equal and beta is near 2.
     """
     BLOCK: tl.constexpr = 16
     BLOCKS: tl.constexpr = M // BLOCK

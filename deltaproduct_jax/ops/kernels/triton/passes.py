@@ -155,12 +155,12 @@ class _Call:
             object.__setattr__(self, name, value)
 
     def matrices(self, rows: int, columns: int) -> jax.ShapeDtypeStruct:
-        """One matrix a chunk."""
+        """One matrix per chunk."""
         B, HV, N = (self.meta[name] for name in ("B", "HV", "N"))
         return jax.ShapeDtypeStruct((B, HV, N, rows, columns), self.operand)
 
     def of_pieces(self) -> jax.ShapeDtypeStruct:
-        """A state a piece."""
+        """A state per piece."""
         B, HV, K, V = (self.meta[name] for name in ("B", "HV", "K", "V"))
         return jax.ShapeDtypeStruct((B, HV, self.pieces, K, V), jnp.float32)
 
@@ -353,7 +353,7 @@ def _step(scale: float, state, q, k, v, beta, g):
         jax.ShapeDtypeStruct(state.shape, state.dtype),
     )
     grid = (-(-V // launch.columns), B * HV)
-    # The state in place: a loop that carries it would copy it once a token otherwise.
+    # The state in place: a loop that carries it would copy it once per token otherwise.
     in_place = {len(arrays) - 1: len(outs) - 1}
     return call("step", arrays, outs, grid, launch, meta=meta, aliases=in_place)
 

@@ -1,6 +1,6 @@
 """How the GPU kernels cut their work: a pure function of dtype and sizes.
 
-README.md has the measurements that chose the numbers.
+experiments/results/gpu/LOG.md has the measurements that chose the numbers.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def tiling_for(operand: jnp.dtype, *, R: int, K: int, V: int, gated: bool) -> Ti
 
     Args:
       operand: the dtype that products are made in.
-      R: Householder factors a token.
+      R: Householder factors per token.
       K: key width.
       V: value width.
       gated: whether there is a decay.
