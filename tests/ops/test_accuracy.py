@@ -46,7 +46,7 @@ KERNEL = ("no token", "one token", "five factors", "grouped, ungated, packed")
 KERNEL_NARROW = ("one short of a chunk", "all at once", "beta up to 1")
 KERNEL_HARD = ("beta 2, parallel keys", "g of all sizes")
 
-# The chunk size is the default one: with beta = 2 and agreeing keys the rounding of k_m . k_n
+# The chunk size is the default one: with beta = 2 and equal keys the rounding of k_m . k_n
 # enters coherently, so the chunked form's error grows with the chunk (1e-5 near 64 updates).
 HARD = {
     "beta 2, identical keys": Case(T=64, beta=(2.0, 2.0), keys="identical"),

@@ -1,4 +1,4 @@
-"""Products that add up where keys agree are rounded once, whatever order a platform adds in."""
+"""Products that add up where keys are equal are rounded once, whatever order a platform adds in."""
 
 import jax
 import jax.numpy as jnp

@@ -70,7 +70,7 @@ def test_no_loop_over_chunks_is_left_outside_the_kernels(name, compiled):
 def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
     """Inputs twice, cotangents, and of the states, one a chunk, every second out and in again.
 
-    With all of them it would be 1.6 times inputs, outputs and one state a chunk.
+    With all of them it would be 1.6 times inputs, outputs and one state per chunk.
     """
     found, shape = compiled["large"], LARGE.shape
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
