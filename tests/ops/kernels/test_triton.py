@@ -13,7 +13,7 @@ from experiments.lib import environment
 
 TESTS = Path(__file__).parents[2]
 # Outputs and gradients: the bars of the design for float32, or 30 times the error of the plain
-# recurrence; for float16 a few units of its last bit, twice that where reflections keep all rounding.
+# recurrence; for float16 a few units of its last bit, twice that where reflections keep rounding.
 BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
 REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
 OVER_RECURRENCE = 30
