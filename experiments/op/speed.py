@@ -73,7 +73,7 @@ class SpeedConfig:
     batch_size: int = setting(1, "sequences B")
     length: int = setting(2048, "tokens T")
     num_heads: int = setting(4, "heads H")
-    num_value_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
+    num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
     head_dim: int = setting(64, "key width K")
     value_dim: int | None = setting(None, "value width V; none: head_dim")
     num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
@@ -96,13 +96,12 @@ class SpeedConfig:
         """Checks every field."""
         for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("value_dim", "num_value_heads"):
+        for name in ("value_dim", "num_v_heads"):
             if getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         if self.value_heads % self.num_heads:
             raise ConfigError(
-                f"num_value_heads={self.num_value_heads} must be a multiple of num_heads="
-                f"{self.num_heads}"
+                f"num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
             )
         for n_h in self.num_householder:
             require_at_least("num_householder", n_h, 1)
@@ -119,7 +118,7 @@ class SpeedConfig:
             raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
         if self.peers and self.value_heads != self.num_heads:
             raise ConfigError(
-                f"num_value_heads={self.num_value_heads} with peer={self.peer!r}: peers are timed "
+                f"num_v_heads={self.num_v_heads} with peer={self.peer!r}: peers are timed "
                 f"with as many as num_heads={self.num_heads}"
             )
         for name in set(self.peers) - {"fla"}:
@@ -133,7 +132,7 @@ class SpeedConfig:
     @property
     def value_heads(self) -> int:
         """Hv."""
-        return self.num_heads if self.num_value_heads is None else self.num_value_heads
+        return self.num_heads if self.num_v_heads is None else self.num_v_heads
 
     @property
     def names(self) -> list[str]:

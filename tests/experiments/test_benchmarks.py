@@ -19,7 +19,7 @@ TINY = ["--length=12", "--num_heads=2", "--head_dim=4", "--num_householder=2", "
 
 
 def test_speed_writes_table_json_and_plot(tmp_path, capsys):
-    op_speed.command([f"--workdir={tmp_path}", *TINY, "--value_dim=6", "--num_value_heads=4"])
+    op_speed.command([f"--workdir={tmp_path}", *TINY, "--value_dim=6", "--num_v_heads=4"])
     printed = capsys.readouterr().out
     record = json.loads((tmp_path / "speed.json").read_text())
     assert len(record["rows"]) == 2 * 3  # directions, implementations
@@ -114,7 +114,7 @@ def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
         ("--directions=backward", "directions='backward' is not known"),
         ("--peer=fla --dtype=bfloat16 --directions=step", "peer=fla needs torch"),
         ("--length=0", "length=0 is too small"),
-        ("--num_value_heads=6", "num_value_heads=6 must be a multiple of num_heads=4"),
+        ("--num_v_heads=6", "num_v_heads=6 must be a multiple of num_heads=4"),
     ],
 )
 def test_errors_of_the_speed_benchmark(argument, text, tmp_path, capsys):
