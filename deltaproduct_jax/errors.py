@@ -29,3 +29,10 @@ def require_ascending(name: str, values: tuple[int, ...]) -> None:
     """Raises ConfigError unless there are ``values``, each larger than the one before it."""
     if not values or sorted(set(values)) != list(values):
         raise ConfigError(f"{name}={values!r} must ascend, with one length at least")
+
+
+def refuse_taken(what: str, name: str, new: type, old: type | None) -> None:
+    """Raises ConfigError if a name stands for another class; the same may come again, reloaded."""
+    path = lambda kind: f"{kind.__module__}.{kind.__qualname__}"
+    if old is not None and path(new) != path(old):
+        raise ConfigError(f"{what}={name!r} is taken by {path(old)}; give {path(new)} another name")

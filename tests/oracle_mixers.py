@@ -1,4 +1,4 @@
-"""The rivals' layers in float64 NumPy, one row, token by token; imports nothing of ours.
+"""The mixers' layers in float64 NumPy, one row, token by token; imports nothing of ours.
 
 Each takes the parameters by name, such as ``p["q_proj.kernel"]``, and inputs ``[T, D]``.
 """
@@ -146,3 +146,32 @@ def rwkv7(p, x, H, K, V, eps, extended, v_first=None):
     o = head_norm(o, p["o_norm.scale"], K * eps, p["o_norm.bias"])
     o = o + np.sum(r * p["r_k"] * k, axis=-1, keepdims=True) * v
     return (o.reshape(T, -1) * lora("g", "g", sigmoid)) @ p["o_proj.kernel"]
+
+
+def delta_product(p, x, H, K, V, eps, extended):
+    T, R = len(x), p["k_proj.kernel"].shape[1] // (H * K)
+    Hv = p["v_proj.kernel"].shape[1] // (R * V)
+    q, k, v = (silu(conv(x @ p[f"{n}_proj.kernel"], p[f"{n}_conv1d.weight"])) for n in "qkv")
+    q, k = np.repeat(q.reshape(T, H, K), Hv // H, 1), np.repeat(k.reshape(T, R, H, K), Hv // H, 2)
+    q, k = (u / np.sqrt(np.sum(u**2, axis=-1, keepdims=True) + 1e-6) for u in (q, k))
+    v = v.reshape(T, R, Hv, V)
+    beta = sigmoid(x @ p["b_proj.kernel"] + p["b_bias"]).reshape(T, R, Hv)
+    beta = 2 * beta if extended else beta
+    decay = np.ones((T, Hv))
+    if "A_log" in p:
+        decay = np.exp(-np.exp(p["A_log"]) * softplus(x @ p["a_proj.kernel"] + p["dt_bias"]))
+    o = np.zeros((T, Hv, V))
+    for h in range(Hv):
+        S = np.zeros((K, V))
+        for t in range(T):
+            S = decay[t, h] * S
+            for r in range(R):
+                key = k[t, r, h]
+                S = S - beta[t, r, h] * np.outer(key, key @ S - v[t, r, h])
+            o[t, h] = q[t, h] @ S * K**-0.5
+    gate = silu(x @ p["g_proj.kernel"])
+    return (rms_norm(o, p["o_norm.scale"], eps).reshape(T, -1) * gate) @ p["o_proj.kernel"]
+
+
+# One layer: the number of factors is read from the keys, the forget gate from its parameters.
+gated_delta_product = delta_net = gated_delta_net = delta_product

@@ -15,8 +15,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.padding import without_padding
 from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
@@ -38,7 +40,7 @@ class AttentionState(NamedTuple):
     length: Int[Array, " B"]
 
 
-class SoftmaxAttention(nnx.Module):
+class SoftmaxAttention(SequenceMixer[AttentionState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``; time and memory grow with ``T`` squared.
 
     Args:
@@ -74,8 +76,7 @@ class SoftmaxAttention(nnx.Module):
     ):
         value_dim = check_sizes(hidden_size, num_heads, head_dim, initializer, expand_v=expand_v)
         require_at_least("max_length", max_length, 1)
-        if head_dim % 2:
-            raise ConfigError(f"head_dim={head_dim} must be even: positions rotate pairs")
+        check_even(head_dim)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
         self.max_length, self.dtype = max_length, jnp.dtype(dtype)
         project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
@@ -174,6 +175,12 @@ class SoftmaxAttention(nnx.Module):
         return jnp.where((length > self.max_length)[:, None, None], jnp.nan, y)
 
 
+def check_even(head_dim: int) -> None:
+    """Raises ConfigError unless a head's channels can be rotated in pairs."""
+    if head_dim % 2:
+        raise ConfigError(f"head_dim={head_dim} must be even: positions rotate pairs")
+
+
 def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"]) -> Float[Array, "B T H K"]:
     """Rotary positions: channels c and c + K/2 turn by ``position * base**(-2 c / K)``."""
     wide = accumulator_dtype(x.dtype)
@@ -184,3 +191,11 @@ def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"]) -> Float[Arr
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     turned = [first * cos - second * sin, first * sin + second * cos]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+register_mixer(
+    "transformer",
+    SoftmaxAttention,
+    state=AttentionState,
+    check=lambda config: check_even(config.head_dim),
+)

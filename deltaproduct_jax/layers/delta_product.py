@@ -9,8 +9,8 @@ names are kept. Per token, with ``R`` Householder factors:
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypedDict, Unpack
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +24,11 @@ from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
 from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.selection import AVAILABLE
 
 QK_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nnx.silu,
@@ -333,3 +335,45 @@ class DeltaProductCell(nnx.RNNCellBase):
     def num_feature_axes(self) -> int:
         """An input has one feature axis."""
         return 1
+
+
+def _check_conv_size(config: Any) -> None:
+    if config.conv_size is not None and not config.use_short_conv:
+        raise ConfigError(
+            f"conv_size={config.conv_size} means nothing without use_short_conv, got "
+            f"use_short_conv={config.use_short_conv}; set that too, or leave conv_size none"
+        )
+
+
+def _check_one_factor(config: Any) -> None:
+    if config.num_householder not in (None, 1):
+        raise ConfigError(
+            f"num_householder={config.num_householder} does not fit mixer={config.mixer!r}, which "
+            "has one factor a token; give num_householder=1 or a delta_product mixer"
+        )
+    _check_conv_size(config)
+
+
+def _idle(values: Mapping[str, Any]) -> list[str]:
+    return [] if values.get("use_short_conv") else ["conv_size"]
+
+
+def _register(name: str, gated: bool, one_factor: bool) -> None:
+    # The paper's state-tracking models: values as wide as keys, neither gate nor convolution.
+    defaults = {"expand_v": 1.0, "use_output_gate": False, "use_short_conv": False}
+    register_mixer(
+        name,
+        GatedDeltaProduct,
+        state=DeltaProductState,
+        defaults=defaults | ({"num_householder": 1} if one_factor else {}),
+        fixed={"use_forget_gate": gated},
+        implementations=AVAILABLE,
+        check=_check_one_factor if one_factor else _check_conv_size,
+        idle=lambda values: [*_idle(values), *(["num_householder"] if one_factor else [])],
+    )
+
+
+_register("delta_net", gated=False, one_factor=True)
+_register("gated_delta_net", gated=True, one_factor=True)
+_register("delta_product", gated=False, one_factor=False)
+_register("gated_delta_product", gated=True, one_factor=False)

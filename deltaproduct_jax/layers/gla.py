@@ -17,11 +17,13 @@ from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.ops.baselines import (
     extended_gate,
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 GATE_RANK = 16
@@ -126,3 +128,6 @@ class GatedLinearAttention(RecurrentMixer[GLAState]):
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         o = self.o_norm(o) * nnx.silu(self.g_proj(x).reshape(o.shape))
         return self.o_proj(o.reshape(*o.shape[:2], -1))
+
+
+register_mixer("gla", GatedLinearAttention, state=GLAState, implementations=IMPLEMENTATIONS)

@@ -18,12 +18,14 @@ from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
     extended_gate,
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -163,3 +165,6 @@ class Mamba2(RecurrentMixer[Mamba2State]):
         o = o + self.D[...].astype(self.dtype)[None, None, :, None] * values
         o = o.reshape(*o.shape[:2], -1) * nnx.silu(self.z_proj(x))
         return self.o_proj(self.o_norm(o))
+
+
+register_mixer("mamba2", Mamba2, state=Mamba2State, implementations=IMPLEMENTATIONS)

@@ -1,7 +1,12 @@
-"""What the recurrent mixers share: sequences with segments and padding, and one token at a time."""
+"""What mixers are to a model, and what the recurrent ones share.
+
+Every mixer maps ``[B, T, D]`` to ``[B, T, D]``: whole sequences with segments and padding, or one
+token at a time.
+"""
 
 import abc
-from typing import Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
 from flax import nnx
@@ -12,7 +17,31 @@ from deltaproduct_jax.layers.padding import without_padding
 State = TypeVar("State")  # what a mixer keeps of the past, a named tuple of arrays
 
 
-class RecurrentMixer(nnx.Module, Generic[State]):
+class SequenceMixer(nnx.Module, Generic[State]):
+    """What a model asks of a mixer.
+
+    ``mixer(x, state=, segment_ids=, mask=) -> (y, state)`` for whole sequences,
+    ``mixer.step(state, x) -> (y, state)`` for one token, and ``mixer.init_state(batch_size)``, the
+    state before the first token: arrays with a leading batch axis.
+
+    A hook, for mixers whose later blocks read something of the first (the values of RWKV-7):
+    ``mixer.for_later_blocks(x, state=, segment_ids=, mask=)`` is asked of the model's first block,
+    with what that block's mixer takes, and returns keywords that the mixers of all later blocks get
+    beside theirs, in calls and in steps (there T is 1). None, as here, passes nothing on.
+    """
+
+    for_later_blocks: ClassVar[Callable[..., dict[str, Any]] | None] = None
+
+    @abc.abstractmethod
+    def init_state(self, batch_size: int) -> State:
+        """The state before the first token."""
+
+    @abc.abstractmethod
+    def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
+        """One token for every row: returns the outputs and the state after it."""
+
+
+class RecurrentMixer(SequenceMixer[State]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` whose state is all that it keeps of the past.
 
     A subclass has ``init_state(batch_size)``, and two methods for inputs without padding in front
@@ -50,10 +79,6 @@ class RecurrentMixer(nnx.Module, Generic[State]):
         """One token for every row: returns the outputs and the state after it."""
         y, state = self._token(x[:, None], state)
         return y[:, 0], state
-
-    @abc.abstractmethod
-    def init_state(self, batch_size: int) -> State:
-        """The state before the first token."""
 
     @abc.abstractmethod
     def _mix(

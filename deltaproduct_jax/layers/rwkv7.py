@@ -12,7 +12,7 @@ v_first is the value of the model's first block; there, v' is v.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import compact, only_counted, without_padding
 from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
+from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 # Blends of x and the token before it: channel c of D starts at weight 1 - (c / D)**power.
@@ -72,7 +75,7 @@ class LoRA(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
-class RWKV7(nnx.Module):
+class RWKV7(SequenceMixer[RWKV7State]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     Args:
@@ -228,6 +231,10 @@ class RWKV7(nnx.Module):
             x, segment_ids, length = compact(x, segment_ids, mask)
         return self._values(x, shift(x, last, segment_ids, length)[0])
 
+    def for_later_blocks(self, x: Float[Array, "B T D"], **read: Any) -> dict[str, Any]:
+        """See :class:`SequenceMixer`: the first block's values, which later ones blend in."""
+        return {"v_first": self.values(x, **read)}
+
     def _blend(self, name: str, x: jax.Array, shifted: jax.Array) -> jax.Array:
         return x + (shifted - x) * getattr(self, f"x_{name}")[...].astype(x.dtype)[None, None]
 
@@ -284,3 +291,12 @@ def shift(
     if length is None:
         return before, everything[:, -1]
     return before, jnp.take_along_axis(everything, length[:, None, None], axis=1)[:, 0]
+
+
+register_mixer(
+    "rwkv7",
+    RWKV7,
+    state=RWKV7State,
+    by_block=lambda block: {"value_residual": block > 0},
+    implementations=IMPLEMENTATIONS,
+)

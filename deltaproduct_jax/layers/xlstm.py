@@ -22,6 +22,7 @@ from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
     MLSTMState,
@@ -31,6 +32,7 @@ from deltaproduct_jax.ops.baselines import (
     slstm,
     slstm_step,
 )
+from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.baselines.mlstm import mlstm_init
 from deltaproduct_jax.ops.baselines.slstm import slstm_init
 from deltaproduct_jax.ops.precision import accumulator_dtype
@@ -50,6 +52,15 @@ class MLSTMLayerState(NamedTuple):
 
     recurrent: MLSTMState
     conv: Float[Array, "B past channels"]
+
+
+def check_blocks(num_heads: int, head_dim: int) -> None:
+    """Raises ConfigError unless the channels can be projected in blocks."""
+    if num_heads * head_dim % BLOCK:
+        raise ConfigError(
+            f"num_heads={num_heads} times head_dim={head_dim} must be a multiple of {BLOCK}, the "
+            "channels that the mLSTM projects together"
+        )
 
 
 class MLSTM(RecurrentMixer[MLSTMLayerState]):
@@ -92,12 +103,8 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         rngs: nnx.Rngs,
     ):
         check_sizes(hidden_size, num_heads, head_dim, initializer)
+        check_blocks(num_heads, head_dim)
         inner = num_heads * head_dim
-        if inner % BLOCK:
-            raise ConfigError(
-                f"head_dim={head_dim} times num_heads={num_heads} is {inner}; mLSTM projects in "
-                f"blocks of {BLOCK} channels and needs a multiple of that"
-            )
         self.num_heads, self.head_dim = num_heads, head_dim
         self.implementation, self.chunk_size = implementation, chunk_size
         self.dtype = jnp.dtype(dtype)
@@ -247,3 +254,13 @@ class SLSTM(RecurrentMixer[SLSTMState]):
 def _forget_bias(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """Biases of forget gates: evenly spread over 3 to 6, so that memory starts out long."""
     return jnp.linspace(3.0, 6.0, *shape).astype(dtype)
+
+
+register_mixer(
+    "mlstm",
+    MLSTM,
+    state=MLSTMLayerState,
+    implementations=IMPLEMENTATIONS,
+    check=lambda config: check_blocks(config.num_heads, config.head_dim),
+)
+register_mixer("slstm", SLSTM, state=SLSTMState)

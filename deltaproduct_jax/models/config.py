@@ -11,62 +11,39 @@ from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
 from deltaproduct_jax.layers.projection import check_heads
-from deltaproduct_jax.layers.xlstm import BLOCK
+from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer
 from deltaproduct_jax.ops import checks
-from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS as BASELINE_IMPLEMENTATIONS
-from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import setting
 
-DELTA_MIXERS: tuple[str, ...] = (
-    "delta_net",
-    "gated_delta_net",
-    "delta_product",
-    "gated_delta_product",
-)
-# The paper's rivals, each as its own paper has it.
-RIVALS: tuple[str, ...] = ("transformer", "mamba2", "gla", "mlstm", "slstm", "rwkv7")
-MIXERS: tuple[str, ...] = (*DELTA_MIXERS, *RIVALS)
-
-_LINEAR = (*DELTA_MIXERS, "mamba2", "gla", "rwkv7")  # the state turns by a matrix of the input
-# Fields that not every mixer has, with those that do; elsewhere they must not be given.
-MIXERS_WITH: dict[str, tuple[str, ...]] = {
-    "num_v_heads": (*DELTA_MIXERS, "mamba2"),
-    "expand_v": (*_LINEAR, "transformer"),
-    "num_householder": DELTA_MIXERS,
-    "allow_neg_eigval": _LINEAR,
-    "qk_activation": DELTA_MIXERS,
-    "beta_bias": DELTA_MIXERS,
-    "use_output_gate": DELTA_MIXERS,
-    "use_short_conv": DELTA_MIXERS,
-    "conv_size": (*DELTA_MIXERS, "mamba2", "mlstm"),
-    "max_length": ("transformer",),
-    "implementation": (*_LINEAR, "mlstm"),
-    "chunk_size": (*_LINEAR, "mlstm"),
-}
-# What such a field is where the mixer has it and none is given, unless that depends on the mixer.
-_DEFAULTS: dict[str, Any] = {
-    "expand_v": 1.0,
-    "qk_activation": "silu",
-    "use_output_gate": False,
-    "use_short_conv": False,
-    "conv_size": 4,
-    "max_length": 2048,
-}
 # Not None, since "none" is one of the values that the field may have.
 AUTO = "auto"
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 REMAT: tuple[str, ...] = ("none", "products", "blocks")
 
 _OPTIONAL_SIZES = ("num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size")
+# Fields that not every mixer has: its layer's keywords tell. Elsewhere they must not be given.
+MIXER_FIELDS: tuple[str, ...] = (
+    "num_heads", "head_dim", "num_v_heads", "expand_v", "num_householder", "allow_neg_eigval",
+    "qk_activation", "beta_bias", "use_output_gate", "use_short_conv", "conv_size", "max_length",
+    "implementation", "chunk_size",
+)  # fmt: skip
 
 
-def _fields_absent(mixer: str) -> list[str]:
-    return [name for name, mixers in MIXERS_WITH.items() if mixer not in mixers]
+def _fields_absent(mixer: RegisteredMixer) -> list[str]:
+    return [name for name in MIXER_FIELDS if not mixer.takes(name)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A sequence model: embedding, ``num_layers`` blocks of mixer and SwiGLU, head.
+
+    A field that is None means what the mixer's registration says, or else its layer's default.
+    ``GatedDeltaProduct`` has the defaults of flash-linear-attention's layer, made for language
+    models: 6 heads of 256, ``expand_v`` 2, an output gate, convolutions, ``norm_eps`` 1e-5. Models
+    here start from the paper's state tracking instead: 4 heads of 32 in 128 channels, ``expand_v``
+    1, no output gate, no convolution, and the 1e-6 that its models have for every norm.
+
+    A mixer with fields of its own has a dataclass derived from this one, see :meth:`variant`.
 
     Raises:
         ConfigError: naming the field, when a value is out of range or does not fit another.
@@ -75,8 +52,9 @@ class ModelConfig:
     vocab_size: int = setting(32000, "number of token ids; an experiment takes it from its task")
     mixer: str = setting(
         "delta_product",
-        f"sequence mixer, one of {', '.join(MIXERS)}; gated_ adds a forget gate, and the delta_net "
-        "mixers have one Householder factor a token; a field that a mixer lacks is an error",
+        f"sequence mixer, one of {', '.join(MIXERS)}, or a plug-in's; gated_ adds a forget gate, "
+        "the delta_nets have one Householder factor a token; a field that a mixer lacks is an "
+        "error",
     )
     hidden_size: int = setting(128, "width D of the residual stream")
     num_layers: int = setting(1, "number of blocks")
@@ -129,6 +107,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""
         require_one_of("mixer", self.mixer, MIXERS)
+        self._check_class()
         self._check_fields_of_mixer()
         require_one_of("qk_activation", self.qk_activation, (*QK_ACTIVATIONS, AUTO))
         require_one_of("initializer", self.initializer, INITIALIZERS)
@@ -136,8 +115,7 @@ class ModelConfig:
         require_one_of("param_dtype", self.param_dtype, DTYPES)
         require_one_of("remat", self.remat, REMAT)
         try:
-            available = AVAILABLE if self.mixer in DELTA_MIXERS else BASELINE_IMPLEMENTATIONS
-            checks.check_implementation(self.implementation, available)
+            checks.check_implementation(self.implementation, self.registered.implementations)
             checks.check_chunk_size(self.chunk_size, self.implementation)
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -148,70 +126,73 @@ class ModelConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         num_v_heads = self.num_heads if self.num_v_heads is None else self.num_v_heads
-        check_heads(self.num_heads, num_v_heads, self.head_dim, self.value_of("expand_v"))
-        if self.mixer.endswith("delta_net") and self.num_householder not in (None, 1):
-            raise ConfigError(
-                f"num_householder={self.num_householder} does not fit mixer={self.mixer!r}, which "
-                "has one factor a token; give num_householder=1 or a delta_product mixer"
-            )
-        if self.mixer in DELTA_MIXERS and self.conv_size is not None and not self.use_short_conv:
-            raise ConfigError(
-                f"conv_size={self.conv_size} means nothing without use_short_conv, got "
-                f"use_short_conv={self.use_short_conv}; set that too, or leave conv_size none"
-            )
-        if self.mixer == "transformer" and self.head_dim % 2:
-            raise ConfigError(f"head_dim={self.head_dim} must be even for mixer='transformer'")
-        if self.mixer == "mlstm" and self.num_heads * self.head_dim % BLOCK:
-            raise ConfigError(
-                f"num_heads={self.num_heads} times head_dim={self.head_dim} must be a multiple of "
-                f"{BLOCK} for mixer='mlstm'"
-            )
+        expand_v = self.value_of("expand_v") if self.registered.takes("expand_v") else 1.0
+        check_heads(self.num_heads, num_v_heads, self.head_dim, expand_v)
+        self.registered.check(self)
+
+    @property
+    def registered(self) -> RegisteredMixer:
+        """The mixer, as it is registered."""
+        return MIXERS[self.mixer]
+
+    @classmethod
+    def variant(cls, values: Mapping[str, Any]) -> type["ModelConfig"]:
+        """The dataclass for the mixer among these values: this one, or one with more fields."""
+        mixer = MIXERS.get(values.get("mixer", cls.mixer))
+        return cls if mixer is None or mixer.config is None else mixer.config
+
+    @classmethod
+    def variants(cls) -> list[type["ModelConfig"]]:
+        """All that :meth:`variant` may return."""
+        return [cls, *(mixer.config for mixer in MIXERS.values() if mixer.config is not None)]
 
     @classmethod
     def without_use(cls, values: Mapping[str, Any]) -> list[str]:
         """Fields of a preset that mean nothing for the mixer among these values."""
-        mixer = values.get("mixer", cls.mixer)
-        idle = ["num_householder"] if mixer.endswith("delta_net") else []
-        if mixer in DELTA_MIXERS and not values.get("use_short_conv"):
-            idle.append("conv_size")
-        return idle + _fields_absent(mixer)
+        mixer = MIXERS.get(values.get("mixer", cls.mixer))
+        return [] if mixer is None else [*mixer.idle(values), *_fields_absent(mixer)]
+
+    def _check_class(self) -> None:
+        """ConfigError unless the fields are the mixer's, and all that its layer needs."""
+        wanted = self.registered.config
+        if wanted is not None and not isinstance(self, wanted):
+            raise ConfigError(
+                f"mixer={self.mixer!r} has fields of its own, which a {type(self).__name__} lacks; "
+                f"it may be a {wanted.__name__}"
+            )
+        names = {field.name for field in dataclasses.fields(self)}
+        strange = [name for name in self.registered.keywords if name not in names]
+        if strange:
+            raise ConfigError(
+                f"mixer={self.mixer!r} has a layer whose keywords {', '.join(strange)} are no "
+                f"fields of {type(self).__name__}; register it with a config that has them, or "
+                "with fixed="
+            )
 
     def _check_fields_of_mixer(self) -> None:
         """ConfigError if a field is set that the mixer does not have."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _fields_absent(self.mixer):
+        for name in _fields_absent(self.registered):
             value = getattr(self, name)
             if value == defaults[name] or (name == "allow_neg_eigval" and value is False):
                 continue
+            having = [mixer.name for mixer in MIXERS.values() if mixer.takes(name)]
             raise ConfigError(
                 f"{name}={value!r} does not fit mixer={self.mixer!r}, which has no such choice; "
                 f"leave it {str(defaults[name]).lower()}, or take a mixer among "
-                f"{', '.join(MIXERS_WITH[name])}"
+                f"{', '.join(having)}"
             )
 
     def value_of(self, name: str) -> Any:
         """A field as the mixer takes it: what it means where none, or "auto", is given."""
         value = getattr(self, name)
-        return _DEFAULTS.get(name) if value in (None, AUTO) else value
-
-    @property
-    def factors_per_token(self) -> int:
-        """Householder factors a token, ``R``, of a delta mixer."""
-        if self.num_householder is None:
-            return 1 if self.mixer.endswith("delta_net") else 2
-        return self.num_householder
+        return self.registered.default(name) if value in (None, AUTO) else value
 
     @property
     def label(self) -> str:
-        """What tells the model apart in a figure: its factors a token, or a rival's mixer."""
-        return self.mixer if self.mixer in RIVALS else f"n_h = {self.factors_per_token}"
-
-    @property
-    def extended_range(self) -> bool:
-        """Whether eigenvalues of the state's transitions reach (-1, 1)."""
-        if self.allow_neg_eigval is None:
-            return self.mixer in MIXERS_WITH["allow_neg_eigval"]
-        return self.allow_neg_eigval
+        """What tells the model apart in a figure: its factors a token, or else its mixer."""
+        factors = self.value_of("num_householder")
+        return self.mixer if factors is None else f"n_h = {factors}"
 
     @property
     def mlp_width(self) -> int:

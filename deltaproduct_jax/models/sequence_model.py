@@ -1,6 +1,7 @@
 """Embedding, blocks and head: tagger and language model in one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from flax import nnx
@@ -8,11 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
-from deltaproduct_jax.layers.rwkv7 import RWKV7
 from deltaproduct_jax.models.config import ModelConfig
-from deltaproduct_jax.models.mixers import MixerState, make_mixer
+from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.ops import RESIDUAL_NAMES
 
+MixerState = Any  # of the class that the mixer is registered with
 ModelState = list[MixerState]
 
 # What a rematerialised block keeps. All but matrix products and the op's own results is cheap to
@@ -52,16 +53,14 @@ class Block(nnx.Module):
         state: MixerState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-        v_first: Float[Array, "B T H V"] | None = None,
+        passed_on: Mapping[str, Any] | None = None,
     ) -> tuple[Float[Array, "B T D"], MixerState]:
         """Whole sequences; returns outputs and the mixer's state after them.
 
-        ``v_first`` is what :meth:`first_values` of the first block returned.
+        ``passed_on`` is what :meth:`for_later_blocks` of the first block returned.
         """
-        shared = {} if v_first is None else {"v_first": v_first}
-        y, state = self.attn(
-            self.attn_norm(x), state=state, segment_ids=segment_ids, mask=mask, **shared
-        )
+        read = {"state": state, "segment_ids": segment_ids, "mask": mask}
+        y, state = self.attn(self.attn_norm(x), **read, **(passed_on or {}))
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
 
@@ -70,29 +69,29 @@ class Block(nnx.Module):
         state: MixerState,
         x: Float[Array, "B D"],
         *,
-        v_first: Float[Array, "B 1 H V"] | None = None,
+        passed_on: Mapping[str, Any] | None = None,
     ) -> tuple[Float[Array, "B D"], MixerState]:
         """One token for every row."""
-        shared = {} if v_first is None else {"v_first": v_first}
-        y, state = self.attn.step(state, self.attn_norm(x), **shared)
+        y, state = self.attn.step(state, self.attn_norm(x), **(passed_on or {}))
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), state
 
-    def first_values(
+    def for_later_blocks(
         self,
         x: Float[Array, "B T D"],
         *,
         state: MixerState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T H V"] | None:
-        """The values that RWKV-7's later blocks blend theirs with; None for other mixers.
+    ) -> dict[str, Any]:
+        """Keywords that the mixers of later blocks get of the first; see ``SequenceMixer``.
 
         Takes what the first block takes. Under jit the two share what they have in common.
         """
-        if not isinstance(self.attn, RWKV7):
-            return None
-        return self.attn.values(self.attn_norm(x), state=state, segment_ids=segment_ids, mask=mask)
+        if self.attn.for_later_blocks is None:
+            return {}
+        x = self.attn_norm(x)
+        return self.attn.for_later_blocks(x, state=state, segment_ids=segment_ids, mask=mask)
 
 
 class SequenceModel(nnx.Module):
@@ -151,12 +150,15 @@ class SequenceModel(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T vocab"], ModelState]:
         """As calling the model, from a state; returns the logits and the state after the tokens."""
+        if state is not None:
+            self._check_state(state)
         before = [None] * len(self.layers) if state is None else state
         x, after = self.embeddings(tokens), []
-        first = self.layers[0].first_values(x, state=before[0], segment_ids=segment_ids, mask=mask)
+        read = {"segment_ids": segment_ids, "mask": mask}
+        passed_on = self.layers[0].for_later_blocks(x, state=before[0], **read)
         run = _runner(self.config.remat)
         for layer, (block, entry) in enumerate(zip(self.layers, before, strict=True)):
-            x, entry = run(block, x, entry, segment_ids, mask, first if layer else None)
+            x, entry = run(block, x, entry, segment_ids, mask, passed_on if layer else None)
             after.append(entry)
         return self._head(x), after
 
@@ -164,12 +166,22 @@ class SequenceModel(nnx.Module):
         self, state: ModelState, tokens: Int[Array, " B"]
     ) -> tuple[Float[Array, "B vocab"], ModelState]:
         """One token for every row: returns the logits after it and the new state."""
+        self._check_state(state)
         x, after = self.embeddings(tokens), []
-        first = self.layers[0].first_values(x[:, None], state=state[0])
+        passed_on = self.layers[0].for_later_blocks(x[:, None], state=state[0])
         for layer, (block, entry) in enumerate(zip(self.layers, state, strict=True)):
-            x, entry = block.step(entry, x, v_first=first if layer else None)
+            x, entry = block.step(entry, x, passed_on=passed_on if layer else None)
             after.append(entry)
         return self._head(x), after
+
+    def _check_state(self, state: ModelState) -> None:
+        """ValueError unless there is an entry a block, of the mixer's class."""
+        wanted = self.config.registered.state
+        kinds = [type(entry).__name__ for entry in state]
+        if len(state) != len(self.layers) or not all(isinstance(e, wanted) for e in state):
+            raise ValueError(
+                f"state must hold {len(self.layers)} of {wanted.__name__}, one a block, got {kinds}"
+            )
 
     def _head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
@@ -185,17 +197,16 @@ def _runner(remat: str) -> Callable[..., tuple[jax.Array, MixerState]]:
         state: MixerState | None,
         segment_ids: jax.Array | None,
         mask: jax.Array | None,
-        v_first: jax.Array | None,
+        passed_on: Mapping[str, Any] | None,
     ) -> tuple[jax.Array, MixerState]:
-        return block(x, state=state, segment_ids=segment_ids, mask=mask, v_first=v_first)
+        return block(x, state=state, segment_ids=segment_ids, mask=mask, passed_on=passed_on)
 
     return nnx.remat(run, policy=_KEPT[remat]) if remat in _KEPT else run
 
 
-def count_parameters(model: nnx.Module) -> dict[str, int]:
-    """Number of parameters: ``total``, and ``non_embedding`` without token embedding and head."""
-    params = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    sizes = {path: leaf.get_value().size for path, leaf in params}
-    outside = sum(n for path, n in sizes.items() if path[0] in ("embeddings", "lm_head"))
-    total = sum(sizes.values())
-    return {"total": total, "non_embedding": total - outside}
+def count_parameters(model: nnx.Module | Mapping[str, Any]) -> dict[str, int]:
+    """Numbers of parameters, ``total`` and ``without_embedding``, of a model or of their tree."""
+    params = nnx.state(model, nnx.Param) if isinstance(model, nnx.Module) else model
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    total = size(params)
+    return {"total": total, "without_embedding": total - size(params["embeddings"])}

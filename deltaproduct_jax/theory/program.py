@@ -105,8 +105,12 @@ class Program:
             head_dim=head_dim,
             expand_v=value_dim / head_dim,
             num_householder=num_householder,
+            allow_neg_eigval=True,
             qk_activation="none",
+            use_output_gate=False,
+            use_short_conv=False,
             intermediate_size=units,
+            norm_eps=1e-6,
         )
         self.params: dict[str, np.ndarray] = {}
         self._param("embeddings.embedding", (vocab_size, self.D))[:, self.at["token"]] = (

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -108,13 +108,6 @@ def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
 def _key(seed: int) -> jax.Array:
     # The implementation is named so that no default of JAX's can change the curve.
     return jax.random.key(seed, impl="threefry2x32")
-
-
-def count_parameters(params: Params) -> dict[str, int]:
-    """Numbers of parameters, with and without the embedding."""
-    total = sum(leaf.size for leaf in jax.tree.leaves(params))
-    embedding = sum(leaf.size for leaf in jax.tree.leaves(params["embeddings"]))
-    return {"total": total, "without_embedding": total - embedding}
 
 
 class Trainer:

@@ -14,7 +14,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json
-from deltaproduct_jax.models.config import DELTA_MIXERS, ModelConfig
+from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.training.records import CONFIG, RESULTS
 from experiments.lib.sweeps.grid import LIST, RUNS, parse_grid, read_list
 from experiments.lib.sweeps.records import spell
@@ -99,11 +99,12 @@ def read_records(source: Path) -> list[Record]:
 
 
 def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
-    """The factors a token where a run left them to its delta mixer, which fixes them."""
-    mixer = settings.get("mixer")
-    if mixer not in DELTA_MIXERS or settings.get("num_householder") is not None:
+    """The factors a token where a run left them to its mixer, which has its own default."""
+    mixer = MIXERS.get(settings.get("mixer"))
+    if mixer is None or settings.get("num_householder") is not None:
         return {}
-    return {"num_householder": ModelConfig(mixer=mixer).factors_per_token}
+    factors = mixer.default("num_householder")
+    return {} if factors is None else {"num_householder": factors}
 
 
 def _names(path: Path) -> list[str]:

@@ -76,7 +76,7 @@ def test_what_the_peer_refuses_is_a_line_below_the_table(tmp_path, inline, monke
     assert "\nn_h = 1, fla did not run: RuntimeError: no such kernel\n" in printed
     assert [row.get("ours_times_faster") for row in rows_of(tmp_path)] == [1, None, 1, 2]
     _, model, precisions, tokens, *timing = asked[1]
-    assert (model.factors_per_token, precisions, tokens.shape) == (2, ["masters"], (2, 65))
+    assert (model.num_householder, precisions, tokens.shape) == (2, ["masters"], (2, 65))
     assert timing == [4, 3, 7.0]
 
 

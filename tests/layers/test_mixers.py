@@ -1,7 +1,7 @@
 """Every mixer in the same model: steps, cuts, packing, padding, dtypes, fields; and that it learns.
 
 The delta mixers are one layer, which test_layers.py and test_models.py compare in the same ways;
-here they stand beside their rivals where the choice of a mixer is what matters. What is compared
+here they stand beside the baselines where the choice of a mixer is what matters. What is compared
 runs in float64, so that a bar of 1e-10 tells rounding from a mistake.
 """
 
@@ -16,14 +16,17 @@ from flax import nnx
 from helpers import relative_error
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.attention import rotate
+from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.models.config import MIXERS, MIXERS_WITH, RIVALS
+from deltaproduct_jax.models.config import MIXER_FIELDS
 from deltaproduct_jax.models.mixers import make_mixer
 from experiments import state_tracking
 from experiments.lib import flags
 
 B, T, VOCAB = 3, 11, 13
+BASELINES = [name for name, mixer in MIXERS.items() if mixer.layer is not GatedDeltaProduct]
 
 
 class WideConfig(ModelConfig):
@@ -62,17 +65,23 @@ def x64():
 @pytest.fixture(scope="module")
 def wide_models():
     with jax.enable_x64(True):
-        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in RIVALS}
+        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in BASELINES}
 
 
 @pytest.mark.parametrize(
     ("mixer", "extended"),
-    [(m, False) for m in RIVALS] + [(m, True) for m in ("mamba2", "gla", "rwkv7")],
+    [
+        (m, extended)
+        for m, mixer in MIXERS.items()
+        for extended in ([False, True] if mixer.takes("allow_neg_eigval") else [False])
+    ],
 )
 def test_the_layer_is_the_published_one(mixer, extended, x64):
     """Against a loop over tokens, every parameter drawn at random."""
-    wide = {"expand_v": 1.5} if mixer in MIXERS_WITH["expand_v"] else {}
-    wide |= {"num_v_heads": 4} if mixer == "mamba2" else {}
+    wide = {"expand_v": 1.5} if MIXERS[mixer].takes("expand_v") else {}
+    wide |= {"num_v_heads": 4} if MIXERS[mixer].takes("num_v_heads") else {}
+    if MIXERS[mixer].layer is GatedDeltaProduct:
+        wide |= {"use_short_conv": True, "use_output_gate": True, "beta_bias": 0.5}
     config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
     layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
     rng = np.random.default_rng(2)
@@ -83,7 +92,7 @@ def test_the_layer_is_the_published_one(mixer, extended, x64):
         ".".join(path): np.asarray(leaf[...], float) for path, leaf in nnx.to_flat_state(params)
     }
     x = rng.normal(size=(1, 21, 16))
-    V = round(8 * config.value_of("expand_v"))
+    V = round(8 * wide.get("expand_v", 1))
     extra = {"v_first": rng.normal(size=(1, 21, 2, V))} if mixer == "rwkv7" else {}
     want = getattr(oracle_mixers, mixer)(
         names, x[0], 2, 8, V, 1e-3, extended, **{n: a[0] for n, a in extra.items()}
@@ -149,7 +158,7 @@ NONE, ALL = np.zeros((B, T), int), np.ones((B, T), bool)
 MASK = np.array([[0] * 4 + [1] * 7, [1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], [0] * 11], bool)
 
 
-@pytest.mark.parametrize("mixer", RIVALS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
     model, ids = wide_models[mixer], tokens()
     whole = forward_plain(model, ids)
@@ -166,7 +175,7 @@ def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
 
 
 @pytest.mark.parametrize("mask", [ALL, MASK], ids=["whole", "padded"])
-@pytest.mark.parametrize("mixer", RIVALS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models, x64):
     model, ids, new = wide_models[mixer], tokens(), np.zeros((B, T), bool)
     start = forward_plain(model, tokens(seed=1)[:, :5])[1]
@@ -180,7 +189,7 @@ def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models,
     agree((other[mask], other_state), (logits[mask], state), 0)
 
 
-@pytest.mark.parametrize("mixer", RIVALS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_no_position_sees_a_later_token_or_another_row(mixer, wide_models, x64):
     ids = tokens()
     changed = ids.at[0, 6].set((ids[0, 6] + 1) % VOCAB)
@@ -191,7 +200,7 @@ def test_no_position_sees_a_later_token_or_another_row(mixer, wide_models, x64):
     assert not np.any(difference[1:])
 
 
-@pytest.mark.parametrize("mixer", [m for m in RIVALS if m in MIXERS_WITH["implementation"]])
+@pytest.mark.parametrize("mixer", [m for m in BASELINES if MIXERS[m].takes("implementation")])
 def test_chunked_layers_agree_with_recurrent_ones(mixer, wide_models, x64):
     config = config_of(mixer, WideConfig, implementation="recurrent")
     want = forward_plain(lively(config), tokens())
@@ -223,7 +232,7 @@ def test_it_learns_and_large_weights_leave_gradients_finite(mixer):
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(descend(model, ids, 0.0)))
 
 
-@pytest.mark.parametrize("mixer", RIVALS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
     narrow = lively(config_of(mixer, dtype="bfloat16"))
     logits, state = forward_plain(narrow, tokens())
@@ -235,7 +244,7 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
     assert 0 < relative_error(logits, want) < 5e-2
 
 
-# What a rival has for itself, changed; and what all of them share.
+# What a baseline has for itself, changed; and what all of them share.
 OWN = {
     "num_v_heads": 4, "expand_v": 2.0, "allow_neg_eigval": False, "conv_size": 3, "max_length": 8,
     "implementation": "recurrent", "chunk_size": 4,
@@ -253,12 +262,13 @@ def program(config: ModelConfig) -> str:
     return str(jax.make_jaxpr(build)(jax.random.key(0)))
 
 
-@pytest.mark.parametrize("mixer", RIVALS)
+@pytest.mark.parametrize("mixer", BASELINES)
 def test_every_field_that_a_mixer_has_reaches_it(mixer):
     base = config_of(mixer)
     known = program(base)
-    own = {name for name, mixers in MIXERS_WITH.items() if mixer in mixers}
-    for name, value in ({n: OWN[n] for n in own} | SHARED).items():
+    own = {name: value for name, value in OWN.items() if MIXERS[mixer].takes(name)}
+    assert own.keys() | SHARED.keys() >= {n for n in MIXER_FIELDS if MIXERS[mixer].takes(n)}
+    for name, value in (own | SHARED).items():
         assert program(dataclasses.replace(base, **{name: value})) != known, name
     if mixer != "transformer":
         assert program(dataclasses.replace(base, norm_eps=0.5)) != known
@@ -274,9 +284,9 @@ GIVEN = OWN | {
 
 @pytest.mark.parametrize("mixer", MIXERS)
 def test_a_field_that_a_mixer_lacks_is_one_clear_error(mixer):
-    assert GIVEN.keys() == MIXERS_WITH.keys()
+    assert GIVEN.keys() | {"num_heads", "head_dim"} == set(MIXER_FIELDS)
     for name, value in GIVEN.items():
-        if mixer in MIXERS_WITH[name]:
+        if MIXERS[mixer].takes(name):
             continue
         with pytest.raises(ConfigError) as caught:
             config_of(mixer, **{name: value})
@@ -304,12 +314,12 @@ def test_a_wrong_value_is_one_clear_error(mixer, change, text):
 
 
 def test_none_stands_for_the_mixers_own_choice():
-    factors = {m: config_of(m).factors_per_token for m in MIXERS if m not in RIVALS}
+    factors = {m: config_of(m).value_of("num_householder") for m in MIXERS if m not in BASELINES}
     assert factors == {m: 1 if m.endswith("delta_net") else 2 for m in factors}
-    extended = {m for m in MIXERS if config_of(m).extended_range}
+    extended = {m for m in MIXERS if config_of(m).value_of("allow_neg_eigval")}
     assert extended == set(MIXERS) - {"transformer", "mlstm", "slstm"}
-    assert not config_of("gla", allow_neg_eigval=False).extended_range
-    assert not config_of("slstm", allow_neg_eigval=False).extended_range
+    for mixer in ("gla", "slstm"):
+        assert config_of(mixer, allow_neg_eigval=False).value_of("allow_neg_eigval") is False
 
 
 def test_a_full_cache_says_so():
@@ -350,13 +360,13 @@ def test_presets_serve_every_mixer(mixer, preset):
     model = configure(f"--preset={preset}", f"--mixer={mixer}")
     assert model.mixer == mixer
     assert model.hidden_size == state_tracking.PRESETS[preset]["hidden_size"]
-    if mixer in RIVALS:
+    if mixer in BASELINES:
         assert model.num_householder is None
         with pytest.raises(ConfigError, match="num_householder=2 does not fit"):
             configure(f"--preset={preset}", f"--mixer={mixer}", "--num_householder=2")
     else:
         assert model.qk_activation == state_tracking.PRESETS[preset]["qk_activation"]
-        assert configure(f"--mixer={mixer}", "--num_householder=1").factors_per_token == 1
+        assert configure(f"--mixer={mixer}", "--num_householder=1").num_householder == 1
 
 
 def test_flags_of_optional_bools():

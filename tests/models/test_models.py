@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 
 import chex
 import jax
@@ -11,6 +12,7 @@ import pytest
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
 
 SMALL = ModelConfig(
@@ -202,3 +204,26 @@ def test_a_wrong_setting_is_one_clear_error(change, text):
         dataclasses.replace(SMALL, **change)
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_of_another_model_is_refused():
+    model = SequenceModel(SMALL, rngs=nnx.Rngs(0))
+    state = model.init_state(2)
+    with pytest.raises(ValueError, match="state must hold 2 of DeltaProductState, one a block"):
+        model.step(state[:1], tokens()[:, 0])
+    with pytest.raises(ValueError, match="got \\['tuple', 'DeltaProductState'\\]"):
+        model.forward(tokens(), state=[(), state[1]])
+
+
+def test_the_model_says_where_it_starts_from_other_defaults_than_the_layer():
+    config = ModelConfig(mixer="gated_delta_product")
+    layer = inspect.signature(GatedDeltaProduct.__init__).parameters
+    fields = [f.name for f in dataclasses.fields(config) if f.name in layer]
+    dtypes = ("dtype", "param_dtype")
+    other = {n for n in fields if n not in dtypes and config.value_of(n) != layer[n].default}
+    assert other == {
+        "hidden_size", "num_heads", "head_dim", "expand_v", "use_output_gate", "use_short_conv",
+        "norm_eps",
+    }  # fmt: skip
+    for text in ("6 heads of 256", "4 heads of 32 in 128", "``expand_v`` 2", "``norm_eps`` 1e-5"):
+        assert text in " ".join(ModelConfig.__doc__.split())

@@ -67,7 +67,7 @@ def answers(construction, tokens, dtype="float32", implementation="recurrent"):
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_every_answer_is_right(name):
     made = construct(name)
-    assert (made.config.num_layers, made.config.factors_per_token) == LAYERS_AND_FACTORS[name]
+    assert (made.config.num_layers, made.config.num_householder) == LAYERS_AND_FACTORS[name]
     tokens, wanted = words(made, 40)
     logits = answers(made, tokens)
     np.testing.assert_array_equal(logits.argmax(-1), wanted)

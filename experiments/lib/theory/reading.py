@@ -125,7 +125,7 @@ def _run(
         "construction": construction.name,
         "group": construction.group,
         "num_layers": construction.config.num_layers,
-        "num_householder": construction.config.factors_per_token,
+        "num_householder": construction.config.num_householder,
         "dtype": dtype,
         "implementation": implementation,
         "device": device(),
