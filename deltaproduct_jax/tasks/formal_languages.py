@@ -25,6 +25,7 @@ from deltaproduct_jax.errors import (
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks import expressions
 from deltaproduct_jax.tasks.expressions import MODULUS, BracketTokens, FlatTokens
+from deltaproduct_jax.tasks.registry import register_task
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
 
 
@@ -258,3 +259,6 @@ class FormalLanguageTask:
                 shortest = cut + 1
             cut *= 2
         return ranges
+
+
+register_task("formal_languages", FormalLanguageTask)

@@ -24,6 +24,7 @@ from deltaproduct_jax.errors import (
 )
 from deltaproduct_jax.settings import setting
 from deltaproduct_jax.tasks.finite_groups import FiniteGroup, finite_group
+from deltaproduct_jax.tasks.registry import register_task
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
 
 SPECIAL_TOKENS = ("PAD", "BOS", "UNK", "EOS", "SEP", "CLS", "MASK")
@@ -207,3 +208,6 @@ def _late(targets_BL: jax.Array, delay: int) -> jax.Array:
     """The targets ``delay`` positions later; the identity (0) is wanted until then."""
     length = targets_BL.shape[1]
     return jnp.pad(targets_BL, ((0, 0), (delay, 0)))[:, :length]
+
+
+register_task("groups", GroupTask)

@@ -23,6 +23,7 @@ from deltaproduct_jax.errors import (
     require_one_of,
 )
 from deltaproduct_jax.settings import setting
+from deltaproduct_jax.tasks.registry import register_task
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
 
 FILLERS = ("random", "zero")
@@ -174,3 +175,6 @@ def _distinct(key: jax.Array, logits: jax.Array, batch_size: int, count: int) ->
     """
     gumbels = jax.random.gumbel(key, (batch_size, logits.size))
     return jax.lax.top_k(gumbels + logits[None, :], count)[1]
+
+
+register_task("recall", RecallTask)
