@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import setting
+from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
+from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 
 SCHEDULES = ("cosine", "constant")
 SEED_PURPOSES = ("init", "data")
@@ -119,6 +122,7 @@ class RunConfig:
     task: Task
     model: ModelConfig
     train: TrainConfig
+    plugins: PluginConfig = dataclasses.field(default_factory=PluginConfig)
 
     def __post_init__(self):
         if self.model.vocab_size != self.task.vocab_size:
@@ -192,11 +196,50 @@ class RunConfig:
         return {purpose: _seed_for(self.train.seed, purpose) for purpose in SEED_PURPOSES}
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved configuration as JSON knows it: sections of plain values."""
+        """The resolved configuration as JSON knows it: sections of plain values.
+
+        The section of plug-ins is there if the run has any.
+        """
         return {
             section.name: plain(dataclasses.asdict(getattr(self, section.name)))
             for section in dataclasses.fields(self)
+            if section.name != "plugins" or self.plugins.plugins
         }
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "RunConfig":
+        """The run that :meth:`to_dict` describes, its plug-ins imported; fields may be left out.
+
+        Raises:
+            ConfigError: a section or field is not known, or a value makes no sense.
+        """
+        sections = saved.values() if isinstance(saved, Mapping) else [saved]
+        if not all(isinstance(section, Mapping) for section in sections):
+            raise ConfigError("a saved run must hold the sections task, model and train")
+        known = [field.name for field in dataclasses.fields(cls)]
+        _refuse_unknown("section", saved, known)
+        plugins = _made(PluginConfig, "plugins", saved.get("plugins", {}))
+        import_plugins(plugins.plugins)
+        task, model = saved.get("task", {}), saved.get("model", {})
+        return cls(
+            _made(class_of_task(task), "task", task),
+            _made(ModelConfig.variant(model), "model", model),
+            _made(TrainConfig, "train", saved.get("train", {})),
+            plugins,
+        )
+
+
+def _made(kind: type, section: str, values: Mapping[str, Any]) -> Any:
+    """A dataclass of values as JSON has them."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    _refuse_unknown(f"field of {section}", values, known)
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def _refuse_unknown(what: str, found: Mapping[str, Any], known: list[str]) -> None:
+    for name in found:
+        if name not in known:
+            raise ConfigError(f"{name!r} is no {what}; it may be one of {', '.join(known)}")
 
 
 def _seed_for(seed: int, purpose: str) -> int:

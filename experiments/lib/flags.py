@@ -1,7 +1,8 @@
 """Flags generated from the fields of config dataclasses: no flag without a field, none idle.
 
 A value is taken from, in this order: the flag on the command line, the file given by ``--config``,
-the preset, the dataclass. What cannot be honoured ends the command with one line on standard error.
+the preset, the dataclass. Plug-ins are imported before flags are made, so that what they register
+has flags too. What cannot be honoured ends the command with one line on standard error.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
@@ -106,6 +108,8 @@ def parse(
 ) -> Parsed:
     """Understands a command line.
 
+    A dataclass may stand for several: its class method ``variant(values)`` then returns the one
+    whose fields are flags beside these values, which are as written, as saved, or the preset's.
     A preset gives way where a dataclass says, by a class method ``without_use(values)``, that a
     field means nothing beside the other values; a flag of that name is for the dataclass to refuse.
 
@@ -120,6 +124,7 @@ def parse(
         ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
         SystemExit: after ``--help``.
     """
+    sections = chosen(argv, sections, presets)
     values = flags.FlagValues()
     fields = _define(values, sections, set(exclude))
     _define_common(values, presets)
@@ -132,11 +137,36 @@ def parse(
     workdir = values.workdir or default_workdir
     if workdir is None:
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
-    if values.config is not None and values.preset is not None:
-        raise ConfigError(
-            f"--config={values.config} and --preset={values.preset} exclude each other; give one"
-        )
     return Parsed(_resolve(values, sections, fields, presets, set(exclude)), Path(workdir))
+
+
+def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[str, type]:
+    """The sections that a command line means, after its plug-ins have been imported.
+
+    Raises:
+        ConfigError: a plug-in or the file of ``--config`` cannot be read, a variant is unknown, or
+            a file and a preset are given.
+    """
+    given: dict[str, Any] = {}
+    for argument, following in zip(argv, [*argv[1:], ""], strict=False):
+        name, equals, text = argument.lstrip("-").partition("=")
+        if argument.startswith("-"):
+            given[name] = text if equals else following
+    if "config" in given and "preset" in given:
+        raise ConfigError(
+            f"--config={given['config']} and --preset={given['preset']} exclude each other; give "
+            "one of them"
+        )
+    known = dict(presets.get(given.get("preset", "default"), {}))
+    if "config" in given:
+        saved = _load(Path(given["config"]), sections)
+        known = {name: value for content in saved.values() for name, value in content.items()}
+    known |= given
+    if PluginConfig in sections.values():
+        plugins = known.get("plugins", ())
+        import_plugins(_parse(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
+    vary = lambda config: config.variant(known) if hasattr(config, "variant") else config
+    return {section: vary(config) for section, config in sections.items()}
 
 
 def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> dict[str, str]:
@@ -195,8 +225,8 @@ def _resolve(
     return resolved
 
 
-def _read_config(path: Path, sections: Sections) -> dict[str, Any]:
-    """The fields that a config.json gives, tuples and types as the dataclasses want them."""
+def _load(path: Path, sections: Sections) -> dict[str, dict[str, Any]]:
+    """The sections of a config.json, as they are there."""
     try:
         saved = json.loads(path.read_text())
     except OSError as error:
@@ -206,6 +236,12 @@ def _read_config(path: Path, sections: Sections) -> dict[str, Any]:
     if not isinstance(saved, dict) or not all(isinstance(saved[key], dict) for key in saved):
         raise ConfigError(f"--config={path} must hold the sections {', '.join(sections)}")
     _refuse_unknown(path, "section", saved, sections)
+    return saved
+
+
+def _read_config(path: Path, sections: Sections) -> dict[str, Any]:
+    """The fields that a config.json gives, tuples and types as the dataclasses want them."""
+    saved = _load(path, sections)
     fields: dict[str, Any] = {}
     for section, content in saved.items():
         hints = typing.get_type_hints(sections[section])

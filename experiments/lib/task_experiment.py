@@ -8,10 +8,25 @@ from typing import Any
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import train
+from deltaproduct_jax.training.plugins import PluginConfig
 from experiments.lib import flags
 
 Row = Mapping[str, Any]  # column of a table -> text, whole number or accuracy
 NOT_FLAGS = ("vocab_size",)  # of the model: the task's
+# What presets do not vary, so that no other default of the model's changes their results. Fields
+# that are none stay so, as in the records of older runs: a mixer's registration says what they are.
+MODEL: dict[str, Any] = {
+    "mixer": "delta_product",
+    "num_layers": 1,
+    "hidden_ratio": 4.0,
+    "norm_eps": 1e-6,
+    "tie_embeddings": False,
+    "initializer": "paper",
+    "initializer_range": 0.02,
+    "dtype": "float32",
+    "param_dtype": "float32",
+    "remat": "none",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +35,10 @@ class TaskExperiment:
 
     Attributes:
         name: of its module in ``experiments``.
-        task: dataclass of the task, whose fields become flags.
+        task: dataclass of the task, whose fields become flags, or one with a ``variant``.
         presets: values of fields by preset.
         rows: (entry of results.json's "test") -> rows of the table that is printed.
-        figure: name of the picture in the run directory.
+        figure: name of the picture in the run directory, None if there is none.
         draw: (run, results, path of the picture) draws it.
     """
 
@@ -31,21 +46,25 @@ class TaskExperiment:
     task: type
     presets: flags.Presets
     rows: Callable[[Mapping[str, Any]], list[Row]]
-    figure: str
-    draw: Callable[[RunConfig, Mapping[str, Any], Path], None]
+    figure: str | None = None
+    draw: Callable[[RunConfig, Mapping[str, Any], Path], None] | None = None
 
     @property
     def sections(self) -> flags.Sections:
         """Sections of config.json, whose dataclasses' fields are the flags."""
-        return {"task": self.task, "model": ModelConfig, "train": TrainConfig}
+        own = {"task": self.task, "model": ModelConfig}
+        return own | {"train": TrainConfig, "plugins": PluginConfig}
 
     def configure(self, sections: Mapping[str, Mapping[str, Any]]) -> RunConfig:
         """The run that flags describe."""
-        task = self.task(**sections["task"])
+        given, model = sections["task"], sections["model"]
+        kind = self.task.variant(given) if hasattr(self.task, "variant") else self.task
+        task = kind(**given)
         return RunConfig(
             task=task,
-            model=ModelConfig(vocab_size=task.vocab_size, **sections["model"]),
+            model=ModelConfig.variant(model)(vocab_size=task.vocab_size, **model),
             train=TrainConfig(**sections["train"]),
+            plugins=PluginConfig(**sections["plugins"]),
         )
 
     def command(self, argv: Sequence[str]) -> None:
@@ -54,6 +73,8 @@ class TaskExperiment:
         config, workdir = self.configure(parsed.sections), parsed.workdir
         results = train(config, workdir, [f"experiments.{self.name}", *argv])
         print(self.table(results))
+        if self.figure is None:
+            return
         picture = workdir / self.figure
         if not picture.exists():
             self.draw(config, results, picture)

@@ -24,6 +24,7 @@ from absl import flags as absl_flags
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.training.locks import Lock
+from deltaproduct_jax.training.plugins import absolute, import_plugins
 from deltaproduct_jax.training.records import refuse_other_config
 from experiments.lib import flags
 
@@ -151,12 +152,13 @@ def expand(script: str, grids: Sequence[str], fixed: str) -> list[Run]:
         ConfigError: a key is no flag of the script, or a run's settings make no sense.
     """
     module, constants = load_script(script), parse_fixed(fixed)
+    parsed = [parse_grid("--grid", text) for text in grids]
+    _import_plugins(constants, parsed)
     refuse_unknown(module, script, "--fixed", constants)
     runs: list[Run] = []
     taken: set[str] = set()
     seen: set[str] = set()
-    for text in grids:
-        grid = parse_grid("--grid", text)
+    for grid in parsed:
         refuse_unknown(module, script, "--grid", grid)
         for key in grid.keys() & constants.keys():
             raise ConfigError(f"{key!r} is in both --grid and --fixed; give it in one of them")
@@ -172,6 +174,18 @@ def expand(script: str, grids: Sequence[str], fixed: str) -> list[Run]:
     return runs
 
 
+def _import_plugins(constants: dict[str, str], grids: Iterable[dict[str, list[str]]]) -> None:
+    """Imports what the settings name; files get whole paths, since runs may start elsewhere."""
+    whole = lambda text: ",".join(map(absolute, text.split(",")))
+    if "plugins" in constants:
+        constants["plugins"] = whole(constants["plugins"])
+    for grid in grids:
+        if "plugins" in grid:
+            grid["plugins"] = list(map(whole, grid["plugins"]))
+    texts = [constants.get("plugins", ""), *(t for grid in grids for t in grid.get("plugins", ()))]
+    import_plugins(plugin for text in texts for plugin in text.split(",") if plugin)
+
+
 def identity(config: Mapping[str, Any]) -> str:
     """The same for the same configuration, and for no other."""
     return json.dumps(config, sort_keys=True)
@@ -181,7 +195,8 @@ def refuse_unknown(module: types.ModuleType, script: str, flag: str, keys: Itera
     """Raises ConfigError, naming the closest, for a key that is no flag of the script."""
     known = {"preset"}
     for section in module.SECTIONS.values():
-        known |= {field.name for field in dataclasses.fields(section)} - set(NO_FLAGS)
+        for kind in section.variants() if hasattr(section, "variants") else [section]:
+            known |= {field.name for field in dataclasses.fields(kind)} - set(NO_FLAGS)
     for key in keys:
         if key not in known:
             (closest,) = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)

@@ -1,0 +1,200 @@
+"""Mixers and tasks of other people's files, as the page shows them: trained, resumed, swept."""
+
+import json
+import re
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from sweep_helpers import ROOT, table
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers import GatedDeltaProduct
+from deltaproduct_jax.layers.registry import MIXERS, register_mixer
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.tasks.registry import TASKS, register_task
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.plugins import import_plugins
+from experiments import state_tracking, sweep, train
+from experiments.lib.sweeps.grid import claim, expand
+
+README = ROOT / "deltaproduct_jax" / "models" / "README.md"
+EXAMPLES = dict(re.findall(r"## (\w+\.py)\n.*?```python\n(.*?)```", README.read_text(), re.DOTALL))
+TINY = {
+    "hidden_size": 8, "intermediate_size": 8, "steps": 4, "batch_size": 4, "train_length": 4,
+    "log_every": 2, "eval_every": 2, "checkpoint_every": 2, "eval_sequences": 8,
+    "eval_batch_size": 8,
+}  # fmt: skip
+CHOSEN = {"task": "first", "mixer": "average", "horizon": 4}
+
+
+def forget() -> None:
+    """As in a process that has not imported any plug-in yet."""
+    MIXERS.pop("average", None)
+    TASKS.pop("first", None)
+    for name in [n for n in sys.modules if re.match(r"(average|first)_[0-9a-f]{8}$", n)]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, code in EXAMPLES.items():
+        (tmp_path / name).write_text(code)
+    forget()
+    yield f"{tmp_path}/average.py,{tmp_path}/first.py"
+    forget()
+
+
+def flags_of(workdir, plugins, **fields) -> list[str]:
+    fields = {"workdir": workdir, "plugins": plugins} | TINY | fields
+    return [f"--{name}={value}" for name, value in fields.items()]
+
+
+def test_files_from_outside_are_trained_and_the_run_goes_on(files, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    argv = flags_of(workdir, files, **CHOSEN)
+    assert train.main(argv) == 0
+    assert "strict" in capsys.readouterr().out
+    saved = json.loads((workdir / "config.json").read_text())
+    assert saved["plugins"] == {"plugins": files.split(",")}
+    assert (saved["task"]["task"], saved["model"]["horizon"]) == ("first", 4.0)
+
+    outcome = (workdir / "results.json").read_bytes()
+    (workdir / "results.json").unlink()  # as if killed before the end
+    forget()
+    assert train.main(argv) == 0
+    assert (workdir / "results.json").read_bytes() == outcome
+    starts = json.loads((workdir / "run.json").read_text())["starts"]
+    assert len(starts) == 2
+
+    forget()
+    config = RunConfig.from_dict(saved)
+    assert config.to_dict() == saved
+    assert type(config.model).__name__ == "AverageConfig"
+    forget()
+    again = [f"--config={workdir}/config.json", f"--workdir={workdir}"]
+    assert train.main(again) == 0  # a finished run: the same configuration is not refused
+    assert train.main(flags_of(workdir, files, **CHOSEN | {"horizon": 5})) == 2
+    assert "horizon (4.0 there, 5.0 here)" in capsys.readouterr().err
+
+
+def fixed_of(files) -> str:
+    settings = TINY | CHOSEN | {"plugins": files}
+    del settings["horizon"]
+    return ";".join(f"{name}={value}" for name, value in settings.items())
+
+
+def test_a_sweep_knows_what_plugins_register(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = ",".join(EXAMPLES)  # by names that mean nothing elsewhere
+    plain = fixed_of(here).replace(f";plugins={here}", "")
+    for grid, fixed in (
+        ("horizon=2,8", fixed_of(here)), (f"horizon=2,8;plugins=({here})", plain)
+    ):  # fmt: skip
+        runs = expand("train", [grid], fixed)
+        assert [run.config["model"]["horizon"] for run in runs] == [2.0, 8.0]
+        assert all(run.settings["plugins"] == files for run in runs)
+        forget()
+    claim(tmp_path / "sweep", "train", ["horizon=2,8"], fixed_of(here))
+    forget()  # the folder's sweep goes on in another process
+    assert len(claim(tmp_path / "sweep", None, [], "")) == 2
+    with pytest.raises(
+        ConfigError, match="'horizn' is no setting of train; did you mean 'horizon'"
+    ):
+        expand("train", ["horizn=2"], fixed_of(here))
+
+
+@pytest.mark.slow
+def test_files_from_outside_are_swept(files, tmp_path):
+    workdir, fixed = tmp_path / "sweep", fixed_of(files)
+    argv = [f"--workdir={workdir}", "--script=train", "--grid=horizon=2,8", f"--fixed={fixed}"]
+    assert sweep.main([*argv, "--workers=2"]) == 0
+    rows = table(workdir)
+    assert {row["horizon"]: row["state"] for row in rows.values()} == {"2.0": "done", "8.0": "done"}
+    accuracies = {row["results.test.8.loss"] for row in rows.values()}
+    assert len(accuracies) == 2
+
+
+def test_a_mixer_from_outside_keeps_its_promises(files):
+    """Steps, segments and padding, as those of the project."""
+    import_plugins(files.split(","))
+    config = MIXERS["average"].config(
+        vocab_size=5, mixer="average", hidden_size=8, intermediate_size=8, horizon=3.0
+    )
+    model = SequenceModel(config, rngs=nnx.Rngs(0))
+    ids = jnp.array([[1, 2, 3, 4, 0, 2]])
+    run = nnx.jit(lambda model, ids, **read: model(ids, **read))
+    whole, (state, outputs) = run(model, ids), (model.init_state(1), [])
+    step = nnx.jit(lambda model, state, ids: model.step(state, ids))
+    for t in range(6):
+        out, state = step(model, state, ids[:, t])
+        outputs.append(out)
+    np.testing.assert_allclose(jnp.stack(outputs, 1), whole, atol=1e-5)
+    packed = run(model, jnp.concatenate([ids, ids], 1), segment_ids=jnp.arange(12)[None] // 6)
+    np.testing.assert_allclose(packed, jnp.concatenate([whole, whole], 1), atol=1e-5)
+    padded = jnp.insert(ids, 2, 3, axis=1)
+    got = run(model, padded, mask=(jnp.arange(7) != 2)[None])
+    np.testing.assert_allclose(jnp.delete(got, 2, axis=1), whole, atol=1e-5)
+
+
+def test_flags_of_a_plugin_are_those_of_its_mixer(files, tmp_path, capsys):
+    for argv, text in (
+        (["--plugins=" + files, "--mixer=average", "--horizon=0.5"], "horizon=0.5 is too small"),
+        (["--plugins=" + files, "--horizon=2"], "horizon"),  # delta_product has no such field
+        (["--mixer=average"], "mixer='average' is not known"),
+        (["--plugins=" + files, "--mixer=average", "--num_heads=2"], "num_heads=2 does not fit"),
+        ([f"--plugins={tmp_path}/none.py"], "none.py' is no file"),
+        (["--plugins=no.such.module"], "'no.such.module' is no module"),
+    ):
+        assert state_tracking.main([f"--workdir={tmp_path}/run", *argv]) == 2
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+        forget()
+    assert train.main([f"--workdir={tmp_path}/run", "--task=none"]) == 2
+    assert (
+        "task='none' is not known; it may be one of ['formal_languages'" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        train.main(["--plugins=" + files, "--mixer=average", "--task=first", "--help"])
+    shown = capsys.readouterr().out
+    assert "--horizon: tokens over which the average forgets (default 8.0)" in shown
+    assert "--letters: number of letters (default 4)" in shown
+
+
+def test_registrations_that_cannot_be_honoured(files):
+    import_plugins(files.split(","))
+    import_plugins(files.split(","))  # once more is no other
+    with pytest.raises(ConfigError, match="mixer='average' has fields of its own"):
+        ModelConfig(mixer="average")
+    average = MIXERS["average"]
+    with pytest.raises(ConfigError, match="mixer='gla' is taken by"):
+        register_mixer("gla", average.layer, state=average.state)
+    with pytest.raises(ConfigError, match="must be a class of SequenceMixer"):
+        register_mixer("linear", nnx.Linear, state=average.state)
+    register_mixer("average", average.layer, state=average.state)
+    with pytest.raises(ConfigError, match="keywords horizon are no fields of ModelConfig"):
+        ModelConfig(mixer="average")
+    with pytest.raises(ConfigError, match="task='groups' is taken by"):
+        register_task("groups", TASKS["first"])
+    with pytest.raises(ConfigError, match="must have a setting for every field"):
+        register_task("layer", RunConfig)
+    with pytest.raises(ConfigError, match="must be a dataclass"):
+        register_task("layer", GatedDeltaProduct)
+
+
+def test_a_saved_run_is_read_with_care():
+    saved = json.loads((ROOT / "tests" / "data" / "presets.json").read_text())
+    for preset in saved.values():  # of version 0.1, before there were plug-ins
+        assert RunConfig.from_dict(preset["config"]).to_dict() == preset["config"]
+    for content, text in (
+        ([1], "must hold the sections task, model and train"),
+        ({"data": {}}, "'data' is no section"),
+        ({"task": {"group": "S3"}, "model": {"width": 3}}, "'width' is no field of model"),
+        ({"task": {"colour": 3}}, "a task with the fields colour is not registered"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            RunConfig.from_dict(content)
