@@ -21,10 +21,10 @@ from typing import Any
 from deltaproduct_jax.tasks.formal_languages import FormalLanguageTask
 from deltaproduct_jax.training.config import RunConfig
 from experiments.lib.figures.plots import plot_ranges
-from experiments.lib.task_experiment import Row, TaskExperiment
+from experiments.lib.task_experiment import MODEL, Row, TaskExperiment
 
 # One of the learning rates that the paper tries (1e-2, 1e-3, 5e-4, 1e-4); it reports the best.
-PAPER = {
+PAPER: dict[str, Any] = MODEL | {
     "train_length": 40,
     "min_train_length": 3,
     "eval_lengths": (40, 256),
@@ -33,6 +33,7 @@ PAPER = {
     "hidden_size": 128,
     "num_heads": 4,
     "head_dim": 32,
+    "intermediate_size": 512,
     "use_short_conv": True,
     "conv_size": 4,
     "dtype": "bfloat16",
@@ -52,7 +53,8 @@ PAPER = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     # As in experiments.state_tracking: beta starts near 2, q and k are linear, short ones first.
-    "default": {
+    "default": MODEL
+    | {
         "language": "parity",
         "hidden_size": 64,
         "num_heads": 2,

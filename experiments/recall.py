@@ -21,7 +21,7 @@ from typing import Any
 from deltaproduct_jax.tasks.recall import RecallTask
 from deltaproduct_jax.training.config import RunConfig
 from experiments.lib.figures.plots import plot_recall
-from experiments.lib.task_experiment import Row, TaskExperiment
+from experiments.lib.task_experiment import MODEL, Row, TaskExperiment
 
 PASSES = 64  # over the published 100,000 training sequences; here each is drawn only once
 
@@ -29,7 +29,7 @@ PASSES = 64  # over the published 100,000 training sequences; here each is drawn
 def figure_2(length: int, num_pairs: int, batch_size: int) -> dict[str, Any]:
     """One setting of the figure, at its smallest width and one of its four learning rates."""
     steps = PASSES * 100_000 // batch_size
-    return {
+    return MODEL | {
         "train_length": length,
         "num_pairs": num_pairs,
         "vocabulary": 8192,
@@ -52,7 +52,8 @@ def figure_2(length: int, num_pairs: int, batch_size: int) -> dict[str, Any]:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
+    "default": MODEL
+    | {
         "train_length": 64,
         "num_pairs": 4,
         "eval_lengths": (64, 128, 256),

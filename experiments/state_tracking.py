@@ -21,11 +21,11 @@ from typing import Any
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.config import RunConfig
 from experiments.lib.figures.plots import plot_cumulative
-from experiments.lib.task_experiment import Row, TaskExperiment
+from experiments.lib.task_experiment import MODEL, Row, TaskExperiment
 
 # What the presets of single groups share: q, k and beta as in "default", and a loss that counts a
 # prefix, one token longer at a time. experiments/results/recipes has every seed and what was tried.
-GROWN: dict[str, Any] = {
+GROWN: dict[str, Any] = MODEL | {
     "qk_activation": "none",
     "beta_bias": 5.0,
     "batch_size": 128,
@@ -42,7 +42,8 @@ GROWN: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     # Beta starts near 2 and q, k are linear, so that reflections are at hand from the first step;
     # short sequences come first. The numbers' choice: experiments/results/state_tracking/LOG.md.
-    "default": {
+    "default": MODEL
+    | {
         "group": "S3",
         "train_length": 32,
         "hidden_size": 64,
@@ -106,7 +107,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adam_eps": 1e-13,
         "select_length": 64,
     },
-    "paper": {
+    "paper": MODEL
+    | {
         "group": "S5",
         "train_length": 128,
         "eval_lengths": (128, 256, 512),

@@ -1,0 +1,67 @@
+"""Presets mean what they meant in version 0.1, with every mixer of that version."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+from sweep_helpers import ROOT
+
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.models import ModelConfig
+from experiments.lib import flags
+from experiments.lib.task_experiment import NOT_FLAGS
+
+# config.json as version 0.1 wrote it by default, and what it had otherwise with another mixer.
+SAVED = json.loads((ROOT / "tests" / "data" / "presets.json").read_text())
+SCRIPTS = ("state_tracking", "formal_languages", "recall")
+
+
+def resolved(script: str, preset: str, *argv: str) -> dict:
+    module = importlib.import_module(f"experiments.{script}")
+    argv = ["--workdir=w", f"--preset={preset}", *argv]
+    parsed = flags.parse(argv, module.SECTIONS, module.PRESETS, exclude=NOT_FLAGS)
+    return module.configure(parsed.sections).to_dict()
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_presets_are_what_they_were(name):
+    script, preset = name.split("/")
+    want = SAVED[name]["config"]
+    assert resolved(script, preset) == want
+    for mixer, change in SAVED[name]["mixers"].items():
+        with_mixer = want | {"model": want["model"] | change}
+        assert resolved(script, preset, f"--mixer={mixer}") == with_mixer
+
+
+def test_every_preset_is_held():
+    found = {
+        f"{s}/{p}" for s in SCRIPTS for p in importlib.import_module(f"experiments.{s}").PRESETS
+    }
+    assert found == SAVED.keys()
+
+
+def test_what_presets_leave_to_the_mixer_is_what_it_was():
+    delta = {
+        "num_v_heads": None, "expand_v": 1.0, "num_householder": 2, "allow_neg_eigval": True,
+        "qk_activation": "silu", "beta_bias": None, "use_output_gate": False,
+        "use_short_conv": False, "conv_size": 4, "implementation": None, "chunk_size": None,
+    }  # fmt: skip
+    op = {"implementation": None, "chunk_size": None}
+    linear = {"expand_v": 1.0, "allow_neg_eigval": True} | op
+    want = {
+        "delta_net": delta | {"num_householder": 1},
+        "gated_delta_net": delta | {"num_householder": 1},
+        "delta_product": delta,
+        "gated_delta_product": delta,
+        "transformer": {"expand_v": 1.0, "max_length": 2048},
+        "mamba2": linear | {"num_v_heads": None, "conv_size": 4},
+        "gla": linear,
+        "mlstm": {"conv_size": 4} | op,
+        "slstm": {},
+        "rwkv7": linear,
+    }
+    none = [f.name for f in dataclasses.fields(ModelConfig) if f.default in (None, "auto")]
+    for mixer, values in want.items():
+        config = ModelConfig(mixer=mixer)
+        assert {n: config.value_of(n) for n in none if MIXERS[mixer].takes(n)} == values
