@@ -5,8 +5,11 @@
 
 trains, and reports the accuracies on the test split at every length of the task. The same command
 goes on after a kill. There are no presets: what no flag says is as the dataclasses have it.
-``deltaproduct_jax/models/README.md`` shows how a mixer and a task are registered. How long a run
-takes is the settings' to say; S3 of 64 tokens with 500 steps takes a minute on a CPU.
+
+Source: ``deltaproduct_jax/models/README.md``, which shows how a mixer and a task are registered.
+Expect: a row for each length and way of counting; the page's own example has .46 of the
+letters right at 8 tokens, .35 at 16: an average forgets.
+Takes: what the settings ask for; the page's own example 15 seconds.
 """
 
 import sys

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 from absl import flags
+from example_plugins import forget, write
 
 from deltaproduct_jax.errors import ConfigError
 from experiments.lib.sweeps import grid
@@ -190,6 +191,16 @@ def test_experiments_readme_shows_every_script():
     assert scripts == {script.removesuffix(".py").replace("/", ".") for script in shown}
 
 
+@pytest.fixture
+def plugins_here(tmp_path, monkeypatch):
+    """The files that a page shows, where its commands look for them."""
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("plugins_here")
 def test_commands_are_there_and_take_their_flags(capsys):
     """Each is given to its script's own parser, with --help, which ends it before it runs."""
     for page, script, arguments in COMMANDS:
@@ -207,6 +218,7 @@ def test_commands_are_there_and_take_their_flags(capsys):
     capsys.readouterr()
 
 
+@pytest.mark.usefixtures("plugins_here")
 def test_sweeps_on_pages_can_be_run():
     """The first run of each is configured as the sweep would."""
     for page, script, arguments in COMMANDS:

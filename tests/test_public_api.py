@@ -18,7 +18,8 @@ from deltaproduct_jax import load_run
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.training.runs import TASKS, run_config_from_dict, task_class
+from deltaproduct_jax.tasks.registry import TASKS, class_of_task
+from deltaproduct_jax.training.config import RunConfig
 
 ROOT = Path(__file__).parents[1]
 RUN = ROOT / "tests" / "data" / "run_v01" / "killed"  # with checkpoints 4, evaluated, and 6
@@ -167,12 +168,12 @@ def test_configurations_that_describe_no_run(tmp_path, content, says):
 def test_a_configuration_comes_back_from_its_record():
     config = load_run(RUN).config
     saved = config.to_dict()
-    assert run_config_from_dict(saved) == config
+    assert RunConfig.from_dict(saved) == config
     del saved["train"]["grow_from"]  # as if an older version had not had it
-    assert run_config_from_dict(saved) == config
+    assert RunConfig.from_dict(saved) == config
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", TASKS.values())
 def test_a_task_is_known_by_its_fields(task):
     names = [field for field in task.__dataclass_fields__]
-    assert task_class(dict.fromkeys(names)) is task
+    assert class_of_task(dict.fromkeys(names)) is task

@@ -70,7 +70,7 @@ def class_of_task(values: Mapping[str, Any]) -> type:
     fitting = [task for task in fields if values.keys() <= fields[task]]
     if not fitting:
         raise ConfigError(
-            f"a task with the fields {', '.join(values)} is not registered; there are "
-            f"{', '.join(TASKS)}"
+            f"the fields {', '.join(values)} of section 'task' must be those of a registered task, "
+            f"one of {', '.join(TASKS)}"
         )
     return min(fitting, key=lambda task: len(fields[task]))

@@ -208,38 +208,39 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "RunConfig":
-        """The run that :meth:`to_dict` describes, its plug-ins imported; fields may be left out.
+        """The run that :meth:`to_dict` described, in this version or an older one.
+
+        Its plug-ins are imported first. A field that the older version did not have yet takes its
+        default.
 
         Raises:
-            ConfigError: a section or field is not known, or a value makes no sense.
+            ConfigError: a section or field is not known, or has a value that it may not have.
+            TypeError: a value is of another type.
         """
-        sections = saved.values() if isinstance(saved, Mapping) else [saved]
-        if not all(isinstance(section, Mapping) for section in sections):
-            raise ConfigError("a saved run must hold the sections task, model and train")
-        known = [field.name for field in dataclasses.fields(cls)]
-        _refuse_unknown("section", saved, known)
+        optional = {"plugins"}
+        names = {field.name for field in dataclasses.fields(cls)}
+        sections = saved if isinstance(saved, Mapping) else {}
+        if not (names - optional <= set(sections) <= names) or not all(
+            isinstance(section, Mapping) for section in sections.values()
+        ):
+            raise ConfigError("its sections must be task, model, train and, if any, plugins")
         plugins = _made(PluginConfig, "plugins", saved.get("plugins", {}))
         import_plugins(plugins.plugins)
-        task, model = saved.get("task", {}), saved.get("model", {})
         return cls(
-            _made(class_of_task(task), "task", task),
-            _made(ModelConfig.variant(model), "model", model),
-            _made(TrainConfig, "train", saved.get("train", {})),
+            _made(class_of_task(saved["task"]), "task", saved["task"]),
+            _made(ModelConfig.variant(saved["model"]), "model", saved["model"]),
+            _made(TrainConfig, "train", saved["train"]),
             plugins,
         )
 
 
 def _made(kind: type, section: str, values: Mapping[str, Any]) -> Any:
     """A dataclass of values as JSON has them."""
-    known = [field.name for field in dataclasses.fields(kind)]
-    _refuse_unknown(f"field of {section}", values, known)
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def _refuse_unknown(what: str, found: Mapping[str, Any], known: list[str]) -> None:
-    for name in found:
+    known = {field.name for field in dataclasses.fields(kind)}
+    for name in values:
         if name not in known:
-            raise ConfigError(f"{name!r} is no {what}; it may be one of {', '.join(known)}")
+            raise ConfigError(f"{name!r} is no field of section {section!r}")
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _seed_for(seed: int, purpose: str) -> int:

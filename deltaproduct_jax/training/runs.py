@@ -1,10 +1,8 @@
 """Reads a run directory back: its configuration, and the model of one of its checkpoints."""
 
-import dataclasses
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +10,12 @@ from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json
-from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.tasks.formal_languages import FormalLanguageTask
-from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.tasks.recall import RecallTask
+from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
 from deltaproduct_jax.training.step import TrainState, init_state, split_model
-
-TASKS = (GroupTask, FormalLanguageTask, RecallTask)
 
 
 class Run(NamedTuple):
@@ -66,52 +59,9 @@ def read_config(directory: Path) -> RunConfig:
     if not path.exists():
         raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
     try:
-        return run_config_from_dict(read_json(path))
+        return RunConfig.from_dict(read_json(path))
     except (ValueError, TypeError) as error:  # what is missing, or has another type
         raise RunDirectoryError(f"{path} describes no run: {error}") from error
-
-
-def run_config_from_dict(saved: Any) -> RunConfig:
-    """The run that `RunConfig.to_dict` described, in this version or an older one.
-
-    A field that the older version did not have yet takes its default.
-
-    Raises:
-        ConfigError: a section or field is not known, or has a value that it may not have.
-        TypeError: a value is of another type.
-    """
-    want = [field.name for field in dataclasses.fields(RunConfig)]
-    sections = saved if isinstance(saved, dict) else {}
-    if set(sections) != set(want) or not all(isinstance(s, dict) for s in sections.values()):
-        raise ConfigError(f"its sections must be {', '.join(want)}")
-    return RunConfig(
-        task=_build("task", task_class(saved["task"]), saved["task"]),
-        model=_build("model", ModelConfig, saved["model"]),
-        train=_build("train", TrainConfig, saved["train"]),
-    )
-
-
-def task_class(fields: Mapping[str, Any]) -> type:
-    """The task that has all these fields; a saved section does not name its class."""
-    fitting = [task for task in TASKS if set(fields) <= _names(task)]
-    if len(fitting) != 1:
-        raise ConfigError(
-            f"the fields {', '.join(fields)} of section 'task' must be those of one of "
-            f"{', '.join(task.__name__ for task in TASKS)}"
-        )
-    return fitting[0]
-
-
-def _build(section: str, config: type, fields: Mapping[str, Any]) -> Any:
-    for name in fields:
-        if name not in _names(config):
-            raise ConfigError(f"{name!r} is no field of section {section!r}")
-    values = {n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()}  # JSON's lists
-    return config(**values)
-
-
-def _names(config: type) -> set[str]:
-    return {field.name for field in dataclasses.fields(config)}
 
 
 def _shapes_of(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:

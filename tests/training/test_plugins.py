@@ -1,15 +1,15 @@
 """Mixers and tasks of other people's files, as the page shows them: trained, resumed, swept."""
 
 import json
-import re
-import sys
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from example_plugins import EXAMPLES, forget, write
 from flax import nnx
 from sweep_helpers import ROOT, table
 
+from deltaproduct_jax import load_run
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.registry import MIXERS, register_mixer
@@ -20,8 +20,6 @@ from deltaproduct_jax.training.plugins import import_plugins
 from experiments import state_tracking, sweep, train
 from experiments.lib.sweeps.grid import claim, expand
 
-README = ROOT / "deltaproduct_jax" / "models" / "README.md"
-EXAMPLES = dict(re.findall(r"## (\w+\.py)\n.*?```python\n(.*?)```", README.read_text(), re.DOTALL))
 TINY = {
     "hidden_size": 8, "intermediate_size": 8, "steps": 4, "batch_size": 4, "train_length": 4,
     "log_every": 2, "eval_every": 2, "checkpoint_every": 2, "eval_sequences": 8,
@@ -30,18 +28,9 @@ TINY = {
 CHOSEN = {"task": "first", "mixer": "average", "horizon": 4}
 
 
-def forget() -> None:
-    """As in a process that has not imported any plug-in yet."""
-    MIXERS.pop("average", None)
-    TASKS.pop("first", None)
-    for name in [n for n in sys.modules if re.match(r"(average|first)_[0-9a-f]{8}$", n)]:
-        del sys.modules[name]
-
-
 @pytest.fixture
 def files(tmp_path):
-    for name, code in EXAMPLES.items():
-        (tmp_path / name).write_text(code)
+    write(tmp_path)
     forget()
     yield f"{tmp_path}/average.py,{tmp_path}/first.py"
     forget()
@@ -73,6 +62,8 @@ def test_files_from_outside_are_trained_and_the_run_goes_on(files, tmp_path, cap
     config = RunConfig.from_dict(saved)
     assert config.to_dict() == saved
     assert type(config.model).__name__ == "AverageConfig"
+    forget()
+    assert load_run(workdir).config.to_dict() == saved
     forget()
     again = [f"--config={workdir}/config.json", f"--workdir={workdir}"]
     assert train.main(again) == 0  # a finished run: the same configuration is not refused
@@ -190,11 +181,12 @@ def test_a_saved_run_is_read_with_care():
     saved = json.loads((ROOT / "tests" / "data" / "presets.json").read_text())
     for preset in saved.values():  # of version 0.1, before there were plug-ins
         assert RunConfig.from_dict(preset["config"]).to_dict() == preset["config"]
+    whole = {"task": {"group": "S3"}, "model": {}, "train": {}}
     for content, text in (
-        ([1], "must hold the sections task, model and train"),
-        ({"data": {}}, "'data' is no section"),
-        ({"task": {"group": "S3"}, "model": {"width": 3}}, "'width' is no field of model"),
-        ({"task": {"colour": 3}}, "a task with the fields colour is not registered"),
+        ([1], "its sections must be task, model, train"),
+        (whole | {"data": {}}, "its sections must be task, model, train"),
+        (whole | {"model": {"width": 3}}, "'width' is no field of section 'model'"),
+        (whole | {"task": {"colour": 3}}, "the fields colour of section 'task' must be those of"),
     ):
         with pytest.raises(ConfigError, match=text):
             RunConfig.from_dict(content)
