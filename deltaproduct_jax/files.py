@@ -107,7 +107,7 @@ def read_json(path: Path, schema: Any = Any) -> Any:
     """
     with errors_as_one_line(path, "read"):
         data = path.read_bytes()
-    return _decode(data, schema, str(path))
+    return decode(data, schema, str(path))
 
 
 def read_lines(path: Path, schema: Any = Any) -> list[Any]:
@@ -120,18 +120,11 @@ def read_lines(path: Path, schema: Any = Any) -> list[Any]:
         return []
     with errors_as_one_line(path, "read"):
         lines = path.read_bytes().split(b"\n")[:-1]
-    return decode_lines(lines, schema, str(path))
+    return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
 
 
-def decode_lines(lines: list[bytes], schema: Any, where: str) -> list[Any]:
-    """Lines of JSON that fit a schema; RunDirectoryError says ``where``, and in which line, not."""
-    return [
-        _decode(line, schema, f"{where}, line {number}")
-        for number, line in enumerate(lines, start=1)
-    ]
-
-
-def _decode(data: bytes, schema: Any, where: str) -> Any:
+def decode(data: bytes, schema: Any, where: str) -> Any:
+    """JSON that fits a schema, as `read_json`; the error begins with ``where`` it was found."""
     try:
         value = json.loads(data, parse_constant=_no_number, parse_float=_finite)
     except RecursionError as error:

@@ -61,9 +61,8 @@ def _go_on_from(records: RunRecords, step: int, steps: list[int], like: TrainSta
         whole = checkpoints.whole(like, up_to=step)
     for other in steps:
         if other > step or other not in whole:
-            _say(
-                f"{directory}: checkpoint {other} is kept as {set_aside(directory / str(other)).name}"
-            )
+            kept = set_aside(directory / str(other))
+            _say(f"{directory}: checkpoint {other} is kept as {kept.name}")
 
 
 def _say(text: str) -> None:

@@ -1,5 +1,6 @@
 """Damaged run directories: one line that says what is wrong and how to go on, and nothing lost."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,7 +13,7 @@ from tiny_run import curve, leaves_equal, run_config, snapshot
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, resume
-from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, checksum
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import TrainState, init_state
@@ -89,15 +90,11 @@ def test_every_flipped_bit_of_the_numbers_is_seen(copied):
         flipped = bytearray(whole)
         flipped[place] ^= 1 << int(place % 8)
         data.write_bytes(flipped)
-        try:
-            assert leaves_equal(newest_state(copied), state_at(4))
-        except RunDirectoryError as error:
-            assert "checkpoint 4" in str(error)
+        with contextlib.suppress(DamagedCheckpointError), Checkpoints(copied) as checkpoints:
+            assert leaves_equal(checkpoints.restore(4, state_at(0)), state_at(4))
 
 
 def test_the_checksum_changes_with_any_bit_and_the_selection():
-    from deltaproduct_jax.training.checkpoints import checksum
-
     state = state_at(1)
     sums = {checksum(state, (0.5,)), checksum(state, (0.25,)), checksum(state, ())}
     for bit in range(32):
@@ -132,7 +129,7 @@ def test_what_is_wrong_is_said(copied, name, content, says):
 def test_where_none_is_whole_the_line_says_so(copied):
     for step in (2, 4):
         (copied / str(step) / "metrics" / "metrics").write_bytes(b"3")
-    with pytest.raises(RunDirectoryError, match="no other one is whole: --resume_from=0 begins"):
+    with pytest.raises(RunDirectoryError, match=r"no other one is whole: --resume_from=0 begins"):
         newest_state(copied)
 
 
@@ -207,9 +204,9 @@ def test_a_damaged_checkpoint_touches_nothing_and_a_flag_goes_on(unfinished, fin
     before = snapshot(unfinished)
     with pytest.raises(RunDirectoryError, match=r"checkpoint 12 .* --resume_from=4 goes on"):
         train(unfinished)
-    with pytest.raises(RunDirectoryError, match="resume_from=5 is no checkpoint .* be 4, 12, or 0"):
+    with pytest.raises(RunDirectoryError, match=r"resume_from=5 is no .* be 4, 12, or 0"):
         train(unfinished, resume_from=5)
-    with pytest.raises(RunDirectoryError, match="checkpoint 12 .* is damaged"):
+    with pytest.raises(RunDirectoryError, match=r"checkpoint 12 .* is damaged"):
         train(unfinished, resume_from=12)
     assert snapshot(unfinished) == before
     capsys.readouterr()
@@ -217,7 +214,7 @@ def test_a_damaged_checkpoint_touches_nothing_and_a_flag_goes_on(unfinished, fin
     assert "checkpoint 12 is kept as 12.aside1" in capsys.readouterr().err
     assert same_outcome(unfinished, finished)
     assert (unfinished / "checkpoints" / "12.aside1" / "metrics" / "metrics").read_bytes() == b"3"
-    with pytest.raises(RunDirectoryError, match="resume_from=4 is of no use: .* is finished"):
+    with pytest.raises(RunDirectoryError, match=r"resume_from=4 is of no use: .* is finished"):
         train(unfinished, resume_from=4)
 
 
@@ -269,12 +266,12 @@ DAMAGE = [
     ("run.json", b'{"starts": {}}', r"run\.json: starts=\{\} must be a list"),
     ("run.json", b'{"starts": [7]}', r"run\.json: starts\[0\]=7 must be an object"),
     ("run.json", b'{"starts": [{"extended_from": "x"}]}', r"starts\[0\]\.extended_from='x' must"),
-    ("run.json", b'{"starts": [{"a": ' + b"[" * 50 + b"]" * 50 + b"}]}", "is nested too deeply; 32"),
+    ("run.json", b'{"starts": [{"a": ' + b"[" * 50 + b"]" * 50 + b"}]}", "is nested too deeply; "),
     ("results.json", b"{}", r"results\.json: \w+ is missing"),
     ("results.json", b'{"steps": NaN}', r"results\.json is not valid JSON: NaN is no number"),
     ("metrics.jsonl", b"{}\n", r"metrics\.jsonl, line 1: step is missing"),
     ("metrics.jsonl", (json.dumps(ROW | {"step": 1.5}) + "\n").encode(), r"line 1: step=1\.5 must"),
-    ("metrics.jsonl", (json.dumps(ROW | {"step": True}) + "\n").encode(), r"line 1: step=True must"),
+    ("metrics.jsonl", (json.dumps(ROW | {"step": True}) + "\n").encode(), r"line 1: step=True m"),
     ("metrics.jsonl", (json.dumps(ROW | {"x": "y"}) + "\n").encode(), r"line 1: x='y' must be a f"),
     ("metrics.jsonl", (json.dumps(ROW | {"tokens": [1]}) + "\n").encode(), r"tokens=\[1\] must be"),
     ("metrics.jsonl", json.dumps(ROW).replace("9.0", "1e999").encode() + b"\n", "than any float"),
