@@ -186,13 +186,13 @@ def command(argv: Sequence[str]) -> None:
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
     runs = claim(workdir, config.script, config.grid, config.fixed)
-    entries = [Entry(RunFolder(workdir, run)) for run in runs]
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if config.launcher == "none":
         summarize(workdir)
         return
     launcher = make_launcher(config, workdir)
+    entries = [Entry(RunFolder(workdir, run)) for run in runs]
 
     finished: dict[str, Row] = {}
 

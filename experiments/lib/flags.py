@@ -8,6 +8,7 @@ has flags too. What cannot be honoured ends the command with one line on standar
 import dataclasses
 import json
 import logging
+import signal
 import sys
 import types
 import typing
@@ -21,6 +22,7 @@ from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
+from deltaproduct_jax.training.stopping import Stopped, exit_code
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
@@ -298,10 +300,19 @@ def _show(value: Any) -> str:
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Runs a command; its exit code. Errors of the user's become one line, others propagate."""
+    """Runs a command; its exit code. Errors of the user's become one line, others propagate.
+
+    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM.
+    """
     _quieten_orbax()
     try:
         command(argv)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
+        return exit_code(signal.SIGINT)
     except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR

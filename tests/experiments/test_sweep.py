@@ -239,6 +239,52 @@ def test_a_damaged_list_is_one_line(content, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+DAMAGED = [
+    ("results.json", b"{}", r"results\.json: \w+ is missing"),
+    ("results.json", b'{"steps": 3, "best_step": 3, "parameters": {}, "test": 7}', "test=7 must"),
+    ("metrics.jsonl", b'{"step": "three"}\n', r"metrics\.jsonl, line 1: step='three' must be"),
+    ("metrics.jsonl", b'{"tokens": 8, "tokens_per_second": 0}\n', "line 1: tokens_per_second must"),
+    ("attempts.jsonl", b'{"time": 1, "exit_code": 2, "seconds": 1}\n', "line 1: error is missing"),
+    ("attempts.jsonl", b"[" * 9000 + b"\n", r"attempts\.jsonl, line 1 is nested too deeply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "says"), DAMAGED)
+def test_a_damaged_record_is_named_in_the_tables_and_the_rest_goes_on(
+    name, content, says, tmp_path, capsys
+):
+    assert run(tmp_path, "seed=0:2") == 0
+    (tmp_path / "runs" / "seed=0" / name).write_bytes(content)
+    capsys.readouterr()
+    assert sweep.main([f"--workdir={tmp_path}", "--launcher=none"]) == 0
+    assert re.search(f"seed=0  damaged  .*{says}", capsys.readouterr().out)
+    assert table(tmp_path)["seed=0"]["state"] == "damaged"
+    assert re.search(says, table(tmp_path)["seed=0"]["error"])
+    assert table(tmp_path)["seed=1"]["state"] == "done"
+    if name == "attempts.jsonl":  # the sweep's own, which it would add to
+        assert run(tmp_path) == 2
+        assert re.search(says, capsys.readouterr().err)
+
+
+def test_results_without_content_are_not_done(tmp_path):
+    assert run(tmp_path, "seed=0") == 0
+    (tmp_path / "runs" / "seed=0" / "results.json").write_text("{}")
+    assert run(tmp_path, "seed=0") == 0
+    assert starts(tmp_path) == {"seed=0": 2}
+    assert table(tmp_path)["seed=0"]["state"] == "done"
+
+
+def test_attempts_are_never_torn(tmp_path):
+    (only,) = sweep_grid.expand(SCRIPT, ["seed=0"], "")
+    folder = sweep_records.RunFolder(tmp_path, only)
+    folder.add_attempt(2, 1.5, "first")
+    with open(folder.path / "attempts.jsonl", "ab") as file:
+        file.write(b'{"time": 3')
+    folder.add_attempt(2, 2.5, "second")
+    assert [attempt["error"] for attempt in folder.attempts()] == ["first", "second"]
+    assert folder.seconds() == 4.0
+
+
 @needs_submitit
 @pytest.mark.parametrize(
     ("parameters", "says"),
