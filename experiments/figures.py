@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import write_file
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.figures.curves import (
     CURVE,
@@ -88,6 +88,7 @@ class FigureConfig:
     name: str | None = setting(None, "of the files; none: the kind")
 
     def __post_init__(self):
+        check_fields(self)
         if not self.source:
             raise ConfigError("--source is missing; give the folder of a sweep or of runs")
         require_one_of("kind", self.kind, METRICS)

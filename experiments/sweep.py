@@ -31,7 +31,7 @@ from typing import Protocol
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib import flags
 from experiments.lib.sweeps.grid import claim, read_list
@@ -72,6 +72,7 @@ class SweepConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
         require_one_of("launcher", self.launcher, LAUNCHERS)
         require_at_least("workers", self.workers, 1)
         require_at_least("retries", self.retries, 0)

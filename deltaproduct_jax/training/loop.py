@@ -20,7 +20,7 @@ from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
-from deltaproduct_jax.training.memory import require_memory
+from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
@@ -71,7 +71,8 @@ def train(
         if results is not None:
             return _finished(results, workdir, resume_from)
     with stop_on_signals() as request:
-        require_memory(config, jax.eval_shape(lambda: _first_state(config)[1]))
+        require_memory_of_config(config)
+        require_memory_of_state(jax.eval_shape(lambda: _first_state(config)[1]))
         graphdef, state = _first_state(config)
         trainer = Trainer(config, graphdef, _key(config.seeds()["data"]))
         if fresh:  # what this machine cannot run leaves nothing behind

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,7 @@ class PluginConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
         object.__setattr__(self, "plugins", tuple(map(absolute, self.plugins)))
 
 

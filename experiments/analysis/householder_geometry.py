@@ -28,7 +28,7 @@ from deltaproduct_jax.analysis.householder_geometry import (
     geometry,
 )
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.loop import restore_best
 from experiments.lib import flags
 from experiments.lib.bench.report import write_json
@@ -45,6 +45,7 @@ class GeometryConfig:
     tolerance: float = setting(TOLERANCE, "farthest that a reflecting head's betas are from 2")
 
     def __post_init__(self):
+        check_fields(self)
         if not self.run:
             raise ConfigError("--run is missing; give the directory of a state-tracking run")
         if not 0 <= self.tolerance <= 2:

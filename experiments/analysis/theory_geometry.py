@@ -39,7 +39,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import write_file
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
 from deltaproduct_jax.training.loop import restore_best
 from experiments.lib import flags
@@ -60,6 +60,7 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         """Checks the names."""
+        check_fields(self)
         for name in self.constructions:
             require_one_of("constructions", name, ONE_LAYER)
         if not self.constructions + self.runs:

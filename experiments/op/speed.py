@@ -29,7 +29,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.peers.jax_packages import PACKAGES, peer_op
 from experiments.lib.bench.report import (
@@ -94,6 +94,7 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("value_dim", "num_v_heads"):
