@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import misfit
 
 # Nothing of ours is nested deeper, and recursion over what is read must end.
@@ -85,6 +85,16 @@ def errors_as_one_line(path: Path, what: str) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise RunDirectoryError(f"{path} cannot be {what}: {reason}") from error
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it, ``~`` being their home; ConfigError if it cannot be one."""
+    if "\0" in text:
+        raise ConfigError(f"{text!r} cannot be a path: it has a NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text!r} begins with a home that is not known") from error
 
 
 def require_directory(path: Path) -> None:

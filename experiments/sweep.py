@@ -34,7 +34,7 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib import flags
-from experiments.lib.sweeps.grid import claim, read_list
+from experiments.lib.sweeps.grid import MOST_RUNS, claim, read_list
 from experiments.lib.sweeps.launchers import LocalLauncher, SubmititLauncher
 from experiments.lib.sweeps.records import CSV, Row, RunFolder, has_parquet, write_tables
 from experiments.lib.sweeps.view import Entry, View
@@ -64,6 +64,7 @@ class SweepConfig:
     )
     workers: int = setting(1, "runs at a time (slurm: jobs queued or running)")
     retries: int = setting(1, "times that a run which died is tried again")
+    max_runs: int = setting(MOST_RUNS, "runs that the grids may make; more is taken for a slip")
     gpus: tuple[int, ...] = setting(
         (), "numbers of GPUs handed round to local workers; empty: every worker sees all"
     )
@@ -74,6 +75,7 @@ class SweepConfig:
     def __post_init__(self):
         check_fields(self)
         require_one_of("launcher", self.launcher, LAUNCHERS)
+        require_at_least("max_runs", self.max_runs, 1)
         require_at_least("workers", self.workers, 1)
         require_at_least("retries", self.retries, 0)
         if self.slurm and self.launcher != "slurm":
@@ -186,7 +188,7 @@ def command(argv: Sequence[str]) -> None:
     config, workdir = SweepConfig(**parsed.sections["sweep"]), parsed.workdir.absolute()
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
-    runs = claim(workdir, config.script, config.grid, config.fixed)
+    runs = claim(workdir, config.script, config.grid, config.fixed, config.max_runs)
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if config.launcher == "none":

@@ -65,8 +65,8 @@ class _Run(TypedDict):
 class Score(TypedDict):
     """What each score in results.json has; those of a task have more."""
 
-    token_accuracy: float
     sequence_accuracy: float
+    token_accuracy: NotRequired[float]
 
 
 class LengthScores(TypedDict):
@@ -213,7 +213,7 @@ def is_there(path: Path) -> bool:
         return path.exists()
 
 
-def read_config(directory: Path) -> ConfigFile:
+def saved_config(directory: Path) -> ConfigFile:
     """The configuration of a run; RunDirectoryError if it cannot be read."""
     return read_json(directory / CONFIG, ConfigFile)
 
