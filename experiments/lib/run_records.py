@@ -32,10 +32,9 @@ class Record:
     def value(self, key: str) -> str:
         """A setting as it is written; ConfigError, naming the closest, if there is none."""
         if key not in self.settings:
-            (closest,) = difflib.get_close_matches(key, sorted(self.settings), n=1, cutoff=0)
-            raise ConfigError(
-                f"{key!r} is no setting of run {self.name}; did you mean {closest!r}?"
-            )
+            closest = difflib.get_close_matches(key, sorted(self.settings), n=1, cutoff=0)
+            rest = f"did you mean {closest[0]!r}?" if closest else "it has none"
+            raise ConfigError(f"{key!r} is no setting of run {self.name}; {rest}")
         return spell(self.settings[key]) or "none"
 
     def entry(self, length: int | None) -> dict[str, Any]:

@@ -245,9 +245,14 @@ def build(module: types.ModuleType, settings: Mapping[str, str]) -> dict[str, An
         parsed = flags.parse(
             ["--workdir=.", *written], module.SECTIONS, module.PRESETS, exclude=NO_FLAGS
         )
-        return module.configure(parsed.sections).to_dict()
+        config = module.configure(parsed.sections).to_dict()
     except (absl_flags.Error, ConfigError) as error:
         raise ConfigError(f"run {' '.join(written)}: {error}") from error
+    try:  # a script's own classes may not ask
+        json.dumps(config, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(f"run {' '.join(written)}: a number is not finite") from error
+    return config
 
 
 def name_of(swept: Mapping[str, str], taken: set[str]) -> str:
