@@ -1,6 +1,7 @@
 """Damaged run directories: one line that says what is wrong and how to go on, and nothing lost."""
 
 import contextlib
+import functools
 import json
 import shutil
 
@@ -17,6 +18,9 @@ from deltaproduct_jax.training.checkpoints import Checkpoints, DamagedCheckpoint
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import TrainState, init_state
+
+
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +230,7 @@ def test_a_damaged_best_is_named_at_the_end_and_the_newest_goes_on(unfinished, c
     assert (unfinished / "checkpoints" / "4.aside1").is_dir()
 
 
-@pytest.mark.parametrize("what", ["missing", "a file", "emptied", "resume_from=0"])
+@pytest.mark.parametrize("what", [SLOW("missing"), "a file", "emptied", SLOW("resume_from=0")])
 def test_without_checkpoints_a_run_begins_again_beside_its_records(
     what, unfinished, finished, capsys
 ):

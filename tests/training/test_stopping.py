@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM save and say how to go on; a finished run goes further where that is right."""
 
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,9 @@ from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, records
 from deltaproduct_jax.training.progress import Progress
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
+
+
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +66,7 @@ def signal_after(patch, number, step):
 @pytest.mark.parametrize(
     ("name", "shown", "stops_after", "code"),
     # The record of step 2 is shown while step 3, which has none, is under way.
-    [("SIGINT", 2, 3, 130), ("SIGTERM", 4, 5, 143), ("SIGHUP", 10, 11, 129)],
+    [("SIGINT", 2, 3, 130), ("SIGTERM", 4, 5, 143), SLOW("SIGHUP", 10, 11, 129)],
 )
 def test_a_signal_finishes_the_step_and_saves(
     name, shown, stops_after, code, tmp_path, finished, monkeypatch
@@ -158,7 +162,7 @@ def test_a_finished_run_goes_further_as_if_it_had_never_ended(tmp_path):
     assert train(extended, **CONSTANT, steps=20) == new
 
 
-@pytest.mark.parametrize("writes_before", [0, 1, 2])
+@pytest.mark.parametrize("writes_before", [SLOW(0), 1, SLOW(2)])
 def test_a_kill_while_a_run_is_extended_loses_nothing(writes_before, tmp_path, monkeypatch):
     old = train(tmp_path, **CONSTANT)
     real, left = records.write_file, [writes_before]
