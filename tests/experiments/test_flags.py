@@ -8,6 +8,7 @@ from absl import flags as absl_flags
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import setting
+from experiments import state_tracking
 from experiments.lib import flags
 
 
@@ -201,3 +202,40 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ValueError, match="a bug"):
         flags.run(command, [])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--workdir=file", "file cannot be a directory: Not a directory"),
+        ("--workdir=file/run", "file/run cannot be a directory: Not a directory"),
+        (f"--workdir={'x' * 300}", "cannot be a directory: File name too long"),
+        (f"--workdir={'x/' * 2100}", "cannot be a directory: File name too long"),
+        ("--workdir=a\0b", r"argument '--workdir=a\\x00b' must be UTF-8 without a NUL"),
+        ("--name=\udcff", r"argument '--name=\\udcff' must be UTF-8 without a NUL"),
+        ("--workdir=~nobody-of-this-name/x", "begins with a home that is not known"),
+        ("--config=.", r"--config=\. cannot be read: Is a directory"),
+    ],
+)
+def test_paths_and_texts_that_cannot_be_are_explained(argument, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((ConfigError, RunDirectoryError), match=message):
+        parse(argument)
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "saved.json").write_text('{"cake": {"layers": 4}}')
+    parsed = flags.parse(["--workdir=~/run", "--config=~/saved.json"], SECTIONS, PRESETS)
+    assert parsed.workdir == tmp_path / "run"
+    assert parsed.sections["cake"] == {"layers": 4}
+
+
+def test_a_vocabulary_that_is_not_the_tasks_is_refused(tmp_path, capsys):
+    saved = {"task": {"group": "S3"}, "model": {"vocab_size": 14}}
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    argv = [f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'saved.json'}"]
+    assert state_tracking.main(argv) == 2
+    assert "--config: vocab_size=14 must be the task's, 13" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

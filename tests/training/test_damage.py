@@ -19,7 +19,6 @@ from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import TrainState, init_state
 
-
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 

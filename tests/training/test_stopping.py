@@ -18,7 +18,6 @@ from deltaproduct_jax.training import loop, records
 from deltaproduct_jax.training.progress import Progress
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 
-
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
