@@ -141,7 +141,7 @@ def test_folders_that_hold_no_run_or_no_checkpoint_yet(tmp_path):
     refuse(unevaluated, "no checkpoint that was evaluated yet")
     assert load_run(unevaluated, "newest").step == 6
     shutil.rmtree(unevaluated / "checkpoints" / "6" / "default")
-    refuse(unevaluated, "cannot be read", 6)
+    refuse(unevaluated, "is damaged: it has no default", 6)
 
 
 @pytest.mark.parametrize(

@@ -222,6 +222,8 @@ class Checkpoints:
         self._refuse_damaged_metrics(step)
         if self._saved.get(step) is None:
             raise DamagedCheckpointError(self.directory, step, f"it has no {METRICS}")
+        if not (self.directory / str(step) / ITEM).is_dir():
+            raise DamagedCheckpointError(self.directory, step, f"it has no {ITEM}")
         try:
             saved = self._manager.item_metadata(step)
             if saved is None:
