@@ -93,7 +93,10 @@ class ModelConfig:
     initializer: str = setting("paper", "paper: the official code's draws; fla: N(0, range)")
     initializer_range: float = setting(0.02, "standard deviation of normal draws")
     dtype: str = setting("float32", f"dtype of the computation, one of {', '.join(DTYPES)}")
-    param_dtype: str = setting("float32", f"dtype of the parameters, one of {', '.join(DTYPES)}")
+    param_dtype: str = setting(
+        "float32",
+        f"dtype of the parameters, one of {', '.join(DTYPES)}; training keeps float32 copies",
+    )
     remat: str = setting(
         "none",
         "what a block computes anew for its gradient: none; all but its matrix products and the "
