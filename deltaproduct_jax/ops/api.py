@@ -97,6 +97,7 @@ def delta_product(
     checks.check_implementation(implementation, AVAILABLE)
     checks.check_chunk_size(chunk_size, implementation)
     precision = checks.check_precision(precision)
+    checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     arrays = _arrays(
         q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, segment_ids=segment_ids
     )
@@ -158,6 +159,7 @@ def delta_product_step(
     Raises:
       ValueError: an argument has the wrong shape or dtype.
     """
+    checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     arrays = _arrays(q=q, k=k, v=v, beta=beta, g=g, state=state)
     checks.check_inputs(arrays, one_token=True)
     q, k, v, beta, g, state = arrays.values()
