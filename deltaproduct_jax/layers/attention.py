@@ -21,6 +21,7 @@ from deltaproduct_jax.layers.padding import without_padding
 from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.ops.debug import check_range
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 ROPE_BASE = 10_000.0
@@ -163,8 +164,9 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
     def _check_room(self, length: jax.Array, most: int) -> None:
         """ValueError, where they are known, if the states of rows hold more than ``most`` tokens.
 
-        Under jit they are not, and the outputs of such rows are NaN.
+        Under jit they are not, and the outputs of such rows are NaN; ``ops.checked`` finds them.
         """
+        check_range("state.length", length, 0, most)
         if not isinstance(length, jax.core.Tracer) and np.any(np.asarray(length) > most):
             raise ValueError(
                 f"state.length={np.asarray(length).tolist()} leaves no room for what follows in "

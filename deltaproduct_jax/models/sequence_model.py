@@ -14,6 +14,7 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
+from deltaproduct_jax.ops.debug import check_range, is_checking
 
 MixerState = Any  # of the class that the mixer is registered with
 ModelState = list[MixerState]
@@ -155,6 +156,7 @@ class SequenceModel(nnx.Module):
         """As calling the model, from a state; returns the logits and the state after the tokens."""
         tokens = _as_tokens(tokens, ("B", "T"))
         segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
+        self._check_ids(tokens, mask)
         if state is not None:
             state = self._as_state(state, tokens.shape[0])
         before = [None] * len(self.layers) if state is None else state
@@ -173,6 +175,7 @@ class SequenceModel(nnx.Module):
         """One token for every row: returns the logits after it and the new state."""
         refuse_swapped(state, tokens)
         tokens = _as_tokens(tokens, ("B",))
+        self._check_ids(tokens, None)
         state = self._as_state(state, tokens.shape[0])
         x, after = self.embeddings(tokens), []
         passed_on = self.layers[0].for_later_blocks(x[:, None], state=state[0])
@@ -194,6 +197,12 @@ class SequenceModel(nnx.Module):
             as_state(f"state[{index}]", entry, block.attn, batch_size)
             for index, (block, entry) in enumerate(zip(self.layers, state, strict=True))
         ]
+
+    def _check_ids(self, tokens: jax.Array, mask: jax.Array | None) -> None:
+        """Looks for ids that no embedding has, inside ``ops.checked``; elsewhere they give NaN."""
+        if is_checking():
+            counted = tokens if mask is None else jnp.where(mask, tokens, 0)
+            check_range("tokens", counted, 0, self.config.vocab_size - 1)
 
     def _head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
