@@ -316,7 +316,14 @@ class DeltaProductCell(nnx.RNNCellBase):
             input_shape: shape of one token's input, batch axes included.
             rngs: needed with ``carry_init`` only; of an ``Rngs`` the stream ``carry`` is used.
             carry_init: initialiser of the recurrent state; None for zeros.
+
+        Raises:
+            ConfigError: the shape is of inputs of another width, or ``rngs`` is missing.
         """
+        if not input_shape or input_shape[-1] != self.in_features:
+            raise ConfigError(
+                f"input_shape={tuple(input_shape)} must end in in_features={self.in_features}"
+            )
         batch = tuple(input_shape[:-1])
         state = self.mixer.init_state(1)
         state = jax.tree.map(lambda a: jnp.broadcast_to(a[0], batch + a.shape[1:]), state)

@@ -20,6 +20,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from deltaproduct_jax.layers.checks import checks_sequences
 from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import compact, only_counted, without_padding
@@ -221,6 +222,7 @@ class RWKV7(SequenceMixer[RWKV7State]):
         y = self._output(o[:, None], *inputs[:3], gate)
         return y[:, 0], RWKV7State(recurrent, last)
 
+    @checks_sequences
     def values(
         self,
         x: Float[Array, "B T D"],

@@ -252,6 +252,9 @@ def test_widths_of_other_layers():
     conv = shape_of(ShortConv, D, 3, activation=nnx.silu, kernel_init=init)
     refused("u must have a last axis of size 8", conv, x[..., :1], conv.init_state(B, x.dtype))
     cell = shape_of(DeltaProductCell, D, num_heads=2, head_dim=4)
+    for shape in ((3, 7), ()):
+        text = f"input_shape={shape} must end in in_features=8"
+        refused(text, cell.initialize_carry, shape, kind=ConfigError)
     carry = cell.initialize_carry((3, B, D))
     refused("inputs must have a last axis of size 8", cell, carry, x[..., :2])
     refused("carry.recurrent must be float32[2, 5, 2, 4, 8], as", cell, carry, x)
@@ -282,6 +285,7 @@ def test_what_is_right_passes_and_costs_nothing_under_jit():
 
 def test_values_of_the_first_block():
     later = shape_of(RWKV7, D, num_heads=2, head_dim=4, value_residual=True)
+    refused("mask must have dtype bool", later.values, x, mask=jnp.ones((B, T)))
     refused("v_first must be what values() of the model's first block returned", later, x)
     v = jnp.ones((B, T, 2, 4))
     refused("v_first must have shape [B, T, H, V] with B=2", later, x, v_first=v[:, :2])
