@@ -33,8 +33,8 @@ def dispatch(
 ):
     """Runs the named implementation, or the one that the rule picks, on checked arguments."""
     B, T = k.shape[:2]
-    if T == 0:
-        return jnp.zeros((B, 0, *v.shape[3:]), v.dtype), initial_state
+    if 0 in (B, T):
+        return jnp.zeros((B, T, *v.shape[3:]), v.dtype), initial_state
     tokens, initial_state = mark_all_varying((Tokens(q, k, v, beta, g, resets), initial_state))
     if implementation in kernels.KERNELS:
         _check_kernel(implementation, tokens, precision)
