@@ -98,7 +98,7 @@ class RecurrentMixer(SequenceMixer[State]):
         """
         state = self.init_state(x.shape[0]) if state is None else state
         if 0 in x.shape:
-            return x, state
+            return x.astype(self.dtype), state
         state = along_rows_of(x, state)
         mix = lambda x, segment_ids, length: self._mix(x, state, segment_ids, length)
         return without_padding(mix, x, segment_ids, mask)
@@ -106,7 +106,7 @@ class RecurrentMixer(SequenceMixer[State]):
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""
         if 0 in x.shape:
-            return x, state
+            return x.astype(self.dtype), state
         y, state = self._token(x[:, None], along_rows_of(x, state))
         return y[:, 0], state
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # The dimensions that may be cut, and what is cut with them.
 _ROLES = {"B": "batch", "H": "heads", "Hv": "heads"}
@@ -64,30 +64,31 @@ def along_rows_of(like: jax.Array, tree: Any) -> Any:
     return jax.tree.map(lambda x: _cut(x, _mesh(like), spec), tree)
 
 
-def on_each_row(run: Callable[..., Any], *arrays: jax.Array | None) -> Any:
-    """``run(*arrays)``, arrays [B, ...] to arrays [B, ...], whose rows share nothing.
+def on_each_row(run: Callable[..., Any], *trees: Any) -> Any:
+    """``run(*trees)``, arrays [B, ...] to arrays [B, ...], whose rows share nothing.
 
     For gathers along a row, which JAX refuses where rows lie over explicit axes.
     """
-    named = {str(i): x for i, x in enumerate(arrays)}
-    lies = [x for x in arrays if x is not None and _explicit_names(x)[0]]
+    lies = [x for x in jax.tree.leaves(trees) if _explicit_names(x)[0]]
     if not lies:
-        return run(*arrays)
-    axes, mesh = _explicit_names(lies[0])[0], _mesh(lies[0])
+        return run(*trees)
+    axes = _explicit_names(lies[0])[0]
     spec = PartitionSpec(axes)
-    given = {name: _cut(x, mesh, spec) for name, x in named.items() if x is not None}
-    missing = {name: None for name, x in named.items() if x is None}
-
-    def of_part(given):
-        return run(*((given | missing)[name] for name in named))
-
     return jax.shard_map(
-        of_part, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=frozenset(axes)
-    )(given)
+        run, mesh=_mesh(lies[0]), in_specs=spec, out_specs=spec, axis_names=frozenset(axes)
+    )(*along_rows_of(lies[0], trees))
+
+
+def gathered_along(index: jax.Array) -> NamedSharding | None:
+    """How ``table[index]``, rows of a table that is whole, lies: as the index; None: no matter."""
+    names = _explicit_names(index)
+    if not any(names):
+        return None
+    return NamedSharding(_mesh(index), PartitionSpec(*(n or None for n in names), None))
 
 
 def _is_layout(x: Any) -> bool:
-    return isinstance(x, tuple) and all(isinstance(d, str) for d in x)
+    return type(x) is tuple and all(isinstance(d, str) for d in x)
 
 
 def _mesh(x: jax.Array):
@@ -159,4 +160,4 @@ def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     names = [*spec] + [None] * (x.ndim - len(spec))
     kept = [old or None for old in _explicit_names(x)]
     whole = PartitionSpec(*(new or old for new, old in zip(names, kept, strict=True)))
-    return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, whole))
+    return jax.sharding.reshard(x, NamedSharding(mesh, whole))
