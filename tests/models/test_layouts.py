@@ -38,7 +38,8 @@ def close(got, expected):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, expected)
 
 
-@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ALL)
 def test_the_batch_over_an_explicit_axis(mixer):
     graph, params = make(mixer)
 
@@ -67,7 +68,7 @@ def test_empty_in_empty_out(mixer):
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
-def test_a_model_is_saved_with_its_parameters_as_arguments(mixer):
+def test_a_model_is_saved_with_its_parameters_as_arguments(mixer, unchecked):
     graph, params = make(mixer)
     leaves, tree = jax.tree.flatten(params)
     run = jax.jit(lambda leaves, *arrays: read(graph, tree.unflatten(leaves), *arrays))

@@ -45,12 +45,13 @@ print("alive")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "program",
     [
         pytest.param(OP.replace("NAME", "'chunked'"), id="chunked"),
-        pytest.param(OP.replace("NAME", "'associative'"), id="associative", marks=pytest.mark.slow),
-        pytest.param(LAYER, id="layer", marks=pytest.mark.slow),
+        pytest.param(OP.replace("NAME", "'associative'"), id="associative"),
+        pytest.param(LAYER, id="layer"),
     ],
 )
 def test_a_mapped_gradient_leaves_the_process_alive(program):
