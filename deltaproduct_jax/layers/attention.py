@@ -121,7 +121,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         """One token for every row: returns the outputs and the state after it."""
         self._check_room(state.length, self.max_length - 1)
         if 0 in x.shape:
-            return x, state
+            return x.astype(self.dtype), state
         state = along_rows_of(x, state)
         q, k, v = self._inputs(x[:, None], state.length[:, None])
         state = on_each_row(_append, state, k[:, 0], v[:, 0])

@@ -103,9 +103,10 @@ def test_a_symbolic_batch_is_exported(implementation, unchecked):
     b, t = jax.export.symbolic_shape("b, t")
     sizes = {"B": b, "T": t if implementation == "recurrent" else 5}
     arrays = arrays_of()
+    letters = checks.LAYOUT
     shapes = {
         n: jax.ShapeDtypeStruct(
-            [sizes.get(d, m) for d, m in zip(checks.LAYOUT[n], x.shape, strict=True)], "f4"
+            [sizes.get(*p) for p in zip(letters[n], x.shape, strict=True)], "f4"
         )
         for n, x in arrays.items()
     }
