@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
+from deltaproduct_jax.ops.containment import contained, forgets
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
@@ -36,14 +37,26 @@ def dispatch(
     if T == 0:
         return jnp.zeros((B, 0, *v.shape[3:]), v.dtype), initial_state
     tokens, initial_state = mark_all_varying((Tokens(q, k, v, beta, g, resets), initial_state))
+    resets = tokens.resets
     if implementation in kernels.KERNELS:
         _check_kernel(implementation, tokens, precision)
+    tokens = tokens._replace(g=forgets(tokens.g))
     if implementation in ("recurrent", "associative"):
-        run = recurrent if implementation == "recurrent" else associative
-        return run(*tokens[:5], initial_state, tokens.resets, scale=scale, precision=precision)
-    options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
-    route = resolve(tokens, **options, implementation=implementation)
-    return _with_own_backward(route, *reverse_only((tokens, initial_state)))
+        form = recurrent if implementation == "recurrent" else associative
+
+        def run(tokens, state):
+            return form(*tokens[:5], state, resets, scale=scale, precision=precision)
+    else:
+        options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
+        route = resolve(tokens, **options, implementation=implementation)
+
+        def run(tokens, state):
+            tokens, state = reverse_only((tokens, state))
+            return _with_own_backward(route, tokens._replace(resets=resets), state)
+
+    head_axes = Tokens(q=2, k=3, v=3, beta=3, g=None if g is None else 2, resets=None)
+    tokens = tokens._replace(resets=None)
+    return contained(run, tokens, initial_state, resets, head_axes=head_axes)
 
 
 def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
