@@ -110,6 +110,7 @@ def delta_product(
         # Rounded to bfloat16 again, unit vectors are no longer of length 1.
         rounded = precision in (None, "default")
         q, k = _l2_normalise(q, rounded), _l2_normalise(k, rounded)
+    check_state = initial_state is not None
     if initial_state is None:
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
@@ -119,6 +120,7 @@ def delta_product(
         "chunk_size": chunk_size,
         "precision": precision,
         "implementation": implementation,
+        "check_state": check_state,
     }
     try:
         return dispatch(q, k, v, beta, g, initial_state, resets, **options)

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
-from deltaproduct_jax.ops.containment import contained, forgets
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
@@ -28,9 +28,24 @@ from deltaproduct_jax.ops.varying import mark_all_varying, mark_varying_as
 RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product_outputs")
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "precision", "implementation"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "chunk_size", "precision", "implementation", "check_state"),
+)
 def dispatch(
-    q, k, v, beta, g, initial_state, resets, *, scale, chunk_size, precision, implementation
+    q,
+    k,
+    v,
+    beta,
+    g,
+    initial_state,
+    resets,
+    *,
+    scale,
+    chunk_size,
+    precision,
+    implementation,
+    check_state=True,
 ):
     """Runs the named implementation, or the one that the rule picks, on checked arguments."""
     B, T = k.shape[:2]
@@ -45,6 +60,7 @@ def dispatch(
         form = recurrent if implementation == "recurrent" else associative
 
         def run(tokens, state):
+            tokens = only_finite(tokens)
             return form(*tokens[:5], state, resets, scale=scale, precision=precision)
     else:
         options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
@@ -56,7 +72,8 @@ def dispatch(
 
     head_axes = Tokens(q=2, k=3, v=3, beta=3, g=None if g is None else 2, resets=None)
     tokens = tokens._replace(resets=None)
-    return contained(run, tokens, initial_state, resets, head_axes=head_axes)
+    settings = {"head_axes": head_axes, "check_state": check_state}
+    return contained(run, tokens, initial_state, resets, **settings)
 
 
 def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
@@ -121,12 +138,16 @@ def _kernel_pass(name: str, direction: str, branch: Branch, **keywords):
     kernel, platform = kernels.KERNELS[name], branch.platform
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
-    run = differentiated_once(getattr(kernels.load(name), direction))
+    run = functools.partial(_on_finite_tokens, getattr(kernels.load(name), direction))
     return functools.partial(run, options=branch.options, **keywords)
 
 
+def _on_finite_tokens(run, tokens: Tokens, *arrays, **keywords):
+    return differentiated_once(run)(only_finite(tokens), *arrays, **keywords)
+
+
 def _run_recurrent(tokens: Tokens, initial_state, scale, precision):
-    *arrays, resets = tokens
+    *arrays, resets = only_finite(tokens)
     return *recurrent(*arrays, initial_state, resets, scale=scale, precision=precision), None
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops.containment import only_finite
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -82,13 +83,15 @@ def put(whole, part, n):
 
 
 def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int) -> ChunkedTokens:
-    """N chunks of C tokens each, the n-th such group of a sequence."""
+    """N chunks of C tokens each, the n-th such group of a sequence; 0 for what is not finite."""
     R = tokens.k.shape[1] // tokens.q.shape[1]
     entries_per_token = (1, R, R, R, 1, 1)
-    q, k, v, beta, g, resets = (
+    parts = (
         None if x is None else take(x, n, N * C * entries)
         for x, entries in zip(tokens, entries_per_token, strict=True)
     )
+    *parts, resets = parts
+    q, k, v, beta, g = only_finite(parts)
     B, M, dtype = q.shape[0], C * R, accumulator_dtype(q.dtype)
     heads = (H, v.shape[2] // H)
     v = v.reshape(B, N, M, *heads, v.shape[-1])
