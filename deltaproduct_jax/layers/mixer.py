@@ -95,9 +95,9 @@ class RecurrentMixer(SequenceMixer[State]):
         Returns:
             The outputs, and the state after the last token of each row's last segment.
         """
-        state = self.init_state(x.shape[0]) if state is None else state
-        mix = lambda x, segment_ids, length: self._mix(x, state, segment_ids, length)
-        return without_padding(mix, x, segment_ids, mask)
+        given = state is not None
+        state = state if given else self.init_state(x.shape[0])
+        return without_padding(self._mix, x, state, segment_ids, mask, check_state=given)
 
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""

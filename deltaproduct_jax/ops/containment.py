@@ -8,7 +8,7 @@ the final state if that segment is the last. A bad value is confined, never repa
 Backwards the same: cotangents that are not finite, or that are not 0 where the output is NaN, are
 replaced by 0, and the gradients of their token and of all before it in the segment become NaN. A
 cotangent of 0 asks for nothing, so what stands behind a loss that leaves a segment out is exact.
-The two ends of the way back tell each other by the cotangent of ``spoiled``, an array of zeros.
+The two ends of the way back tell each other by the cotangent of ``link``, an array of zeros.
 
 Shape suffixes: B batch, T tokens, H heads (those of the outputs).
 """
@@ -49,21 +49,54 @@ def contained(
         group of those of the outputs.
       check_state: False for a state that is known to be finite.
     """
-    B, T, H = *jax.tree.leaves(tokens)[0].shape[:2], jax.tree.leaves(state)[0].shape[1]
-    bad = jax.tree.map(lambda x, axis: _repeat(_bad(x, (0, 1, axis)), H), tokens, head_axes)
-    bad_BTH, bad_BH = _any_of(bad), None
-    if check_state:
-        bad_BH = _any_of(jax.tree.map(lambda x: _bad(x, (0, 1)), state))
-    reached_BTH = reach(bad_BTH, bad_BH, resets)
-    spoiled_BTH = mark_varying_as(jnp.zeros((B, T, H), jnp.float32), bad_BTH)
-    (tokens, state), spoiled_BTH = _linked((tokens, state), spoiled_BTH, head_axes)
-    return _spoil(run(tokens, state), spoiled_BTH, reached_BTH, resets)
+    leaves, axes = jax.tree.leaves(tokens), jax.tree.leaves(head_axes)
+    if not leaves[0].shape[1]:
+        return run(tokens, state)
+    H = max(x.shape[axis] for x, axis in zip(leaves, axes, strict=True))
+    of_tokens = [_repeat(_bad(x, (0, 1, a)), H) for x, a in zip(leaves, axes, strict=True)]
+    of_state = [_bad(x, (0, 1)) for x in jax.tree.leaves(state)] if check_state else []
+    reached_BTH = reach(_any_of(of_tokens), _any_of(of_state), resets)
+    link_BTH = mark_varying_as(jnp.zeros_like(reached_BTH, jnp.float32), reached_BTH)
+    (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes)
+    return _spoil(run(tokens, state), link_BTH, reached_BTH, resets, _finite_cotangents)
+
+
+def confined(
+    run: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    state: Any,
+    resets: jax.Array | None,
+    *,
+    check_state: bool = True,
+) -> tuple[jax.Array, Any]:
+    """`contained` for a layer or a model: ``run`` has parameters, and they share in what is bad.
+
+    A cotangent that is not finite therefore goes the whole way back. One that is 0 asks for
+    nothing, and no parameter then learns of a segment that is bad.
+
+    Args:
+      run: takes ``x`` and ``state`` when they are finite; returns [B, T, ...] and a tree [B, ...].
+      x: [B, T, D], T at least 1.
+      state: a tree of arrays [B, ...], or None; only those of floating point matter.
+      resets: as above.
+      check_state: as above.
+    """
+    if not x.shape[1]:
+        return run(x, state)
+    of_state = [_bad(leaf, (0,)) for leaf in _floating(state)] if check_state else []
+    before_B1 = _any_of(of_state)
+    before_B1 = None if before_B1 is None else before_B1[:, None]
+    reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
+    y, after = run(only_finite(x), only_finite(state))
+    link_BT1 = jnp.zeros_like(reached_BT1, jnp.float32)
+    y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents)
+    spoilt = iter(spoilt)
+    return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
 
 
 def only_finite(tree: Any) -> Any:
     """Arrays with 0 for what is not finite; gradients pass as if nothing had been replaced."""
-    is_number = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-    return jax.tree.map(lambda x: _only_finite(x) if is_number(x) else x, tree)
+    return jax.tree.map(lambda x: _only_finite(x) if _is_floating(x) else x, tree)
 
 
 def reach(
@@ -109,11 +142,16 @@ def _bad(x: jax.Array, kept: tuple[int, ...]) -> jax.Array:
     return ~jnp.isfinite(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=others, initial=0))
 
 
-def _any_of(tree: Any) -> jax.Array:
-    first, *others = jax.tree.leaves(tree)
-    for x in others:
-        first |= x
-    return first
+def _any_of(flags: list[jax.Array]) -> jax.Array | None:
+    return functools.reduce(jnp.logical_or, flags) if flags else None
+
+
+def _is_floating(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating)
+
+
+def _floating(tree: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(tree) if _is_floating(x)]
 
 
 def _repeat(x_BTH: jax.Array, H: int) -> jax.Array:
@@ -133,9 +171,9 @@ def _only_finite_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _linked(operands, spoiled_BTH, head_axes):
+def _linked(operands, link_BTH, head_axes):
     tokens, state = operands
-    return (tokens, only_finite(state)), spoiled_BTH
+    return (tokens, only_finite(state)), link_BTH
 
 
 @_linked.defjvp
@@ -149,7 +187,7 @@ def _unchanged(_, arrays):
 
 
 def _spoil_gradients(_, cotangents, *, head_axes):
-    """NaN for the gradients of every token and state that ``spoiled`` names."""
+    """NaN for the gradients of every token and state that the cotangent of ``link`` names."""
     (tokens, state), spoiled_BTH = cotangents
     spoiled_BTH = spoiled_BTH > 0
 
@@ -161,40 +199,52 @@ def _spoil_gradients(_, cotangents, *, head_axes):
     tokens = jax.tree.map(spoil_tokens, tokens, head_axes)
     # A state enters where the first token's segment began.
     state = jax.tree.map(lambda x: jnp.where(_like(spoiled_BTH[:, 0], x), jnp.nan, x), state)
-    return (tokens, state), jnp.zeros(spoiled_BTH.shape, jnp.float32)
+    return (tokens, state), jnp.zeros_like(spoiled_BTH, jnp.float32)
 
 
-@jax.custom_jvp
-def _spoil(results, spoiled_BTH, reached_BTH, resets):
-    return _spoil_results((reached_BTH, resets), (results, spoiled_BTH))[0]
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _spoil(results, link_BTH, reached_BTH, resets, pull):
+    """NaN for results that are reached; ``pull`` is what happens to their cotangents."""
+    return _spoil_results((reached_BTH, resets), (results, link_BTH))[0]
 
 
 @_spoil.defjvp
-def _spoil_jvp(primals, tangents):
+def _spoil_jvp(pull, primals, tangents):
     fixed = primals[2:]
-    return _spoil(*primals), linear(_spoil_results, _finite_cotangents, fixed, tangents[:2])[0]
+    return _spoil(*primals, pull), linear(_spoil_results, pull, fixed, tangents[:2])[0]
 
 
 def _spoil_results(fixed, results):
-    (reached_BTH, _), ((o, state), spoiled_BTH) = fixed, results
-    o = jnp.where(_like(reached_BTH, o), jnp.nan, o)
-    last_BH = reached_BTH[:, -1]
-    state = jax.tree.map(lambda x: jnp.where(_like(last_BH, x), jnp.nan, x), state)
-    return (o, state), spoiled_BTH
+    (reached_BTH, _), ((o, state), link_BTH) = fixed, results
+    return _map_reached(_nan_if, reached_BTH, o, state), link_BTH
+
+
+def _nan_cotangents(fixed, cotangents):
+    (reached_BTH, _), ((do, dstate), dlink_BTH) = fixed, cotangents
+    return _map_reached(_nan_unless_zero, reached_BTH, do, dstate), dlink_BTH
 
 
 def _finite_cotangents(fixed, cotangents):
     (reached_BTH, resets), ((do, dstate), _) = fixed, cotangents
+    do, dstate = _map_reached(_nan_unless_zero, reached_BTH, do, dstate)
+    after_BH = _any_of([_bad(x, (0, 1)) for x in jax.tree.leaves(dstate)])
+    dlink_BTH = reach_back(_bad(do, (0, 1, 2)), after_BH, resets).astype(jnp.float32)
+    return only_finite((do, dstate)), dlink_BTH
 
-    def guard(x, reached):
-        of_nan = jnp.where(_like(reached, x) & (x != 0), jnp.nan, x)
-        return _only_finite(of_nan), _bad(of_nan, tuple(range(reached.ndim)))
 
-    do, bad_BTH = guard(do, reached_BTH)
-    leaves, tree = jax.tree.flatten(dstate)
-    leaves, bad_BH = zip(*(guard(x, reached_BTH[:, -1]) for x in leaves), strict=True)
-    spoiled_BTH = reach_back(bad_BTH, _any_of(bad_BH), resets).astype(jnp.float32)
-    return (do, jax.tree.unflatten(tree, leaves)), spoiled_BTH
+def _nan_if(x, reached):
+    return jnp.where(reached, jnp.nan, x)
+
+
+def _nan_unless_zero(x, reached):
+    return jnp.where(reached & (x != 0), jnp.nan, x)
+
+
+def _map_reached(function, reached_BTH, o, state):
+    """``function`` of outputs and states, each with whether it is reached."""
+    last_BH = reached_BTH[:, -1]
+    of_state = jax.tree.map(lambda x: function(x, _like(last_BH, x)), state)
+    return function(o, _like(reached_BTH, o)), of_state
 
 
 def _like(flags: jax.Array, x: jax.Array) -> jax.Array:
