@@ -35,6 +35,7 @@ def contained(
     *,
     head_axes: Any,
     check_state: bool = True,
+    axis_name: Any = None,
 ) -> tuple[jax.Array, Any]:
     """``run(tokens, state)`` on finite operands, and NaN where what was not finite reaches.
 
@@ -48,6 +49,8 @@ def contained(
       head_axes: the tree of ``tokens`` with the axis of heads of each; a head may stand for a
         group of those of the outputs.
       check_state: False for a state that is known to be finite.
+      axis_name: inside `shard_map`, the axis, or several, over which the sequence is cut: the state
+        enters on its first device, and the returned one leaves on its last.
     """
     leaves, axes = jax.tree.leaves(tokens), jax.tree.leaves(head_axes)
     if not leaves[0].shape[1]:
@@ -55,10 +58,11 @@ def contained(
     H = max(x.shape[axis] for x, axis in zip(leaves, axes, strict=True))
     of_tokens = [_repeat(_bad(x, (0, 1, a)), H) for x, a in zip(leaves, axes, strict=True)]
     of_state = [_bad(x, (0, 1)) for x in jax.tree.leaves(state)] if check_state else []
-    reached_BTH = reach(_any_of(of_tokens), _any_of(of_state), resets)
+    reached_BTH = reach(_any_of(of_tokens), _any_of(of_state), resets, axis_name)
     link_BTH = mark_varying_as(jnp.zeros_like(reached_BTH, jnp.float32), reached_BTH)
-    (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes)
-    return _spoil(run(tokens, state), link_BTH, reached_BTH, resets, _finite_cotangents)
+    (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes, axis_name)
+    pull = functools.partial(_finite_cotangents, axis_name=axis_name)
+    return _spoil(run(tokens, state), link_BTH, reached_BTH, resets, pull, axis_name)
 
 
 def confined(
@@ -89,7 +93,7 @@ def confined(
     reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
     y, after = run(only_finite(x), only_finite(state))
     link_BT1 = jnp.zeros_like(reached_BT1, jnp.float32)
-    y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents)
+    y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
     spoilt = iter(spoilt)
     return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
 
@@ -100,9 +104,50 @@ def only_finite(tree: Any) -> Any:
 
 
 def reach(
-    bad_BTH: jax.Array, before_BH: jax.Array | None, resets_BT: jax.Array | None
+    bad_BTH: jax.Array,
+    before_BH: jax.Array | None,
+    resets_BT: jax.Array | None,
+    axis_name: Any = None,
+    reverse: bool = False,
 ) -> jax.Array:
-    """True from a bad token, or a bad state before the first, to the end of its segment."""
+    """True from a bad token, or a bad state before the first, to the end of its segment.
+
+    Args:
+      bad_BTH: whether a token is bad.
+      before_BH: whether the state is, or None.
+      resets_BT: True where a segment starts, or None.
+      axis_name: the axis over which the sequence is cut; ``before`` is that of its first device.
+      reverse: the sequence runs from the last device to the first.
+    """
+    if axis_name is None:
+        return _reach(bad_BTH, before_BH, resets_BT)
+    if before_BH is not None:
+        before_BH &= _is_first(axis_name, reverse)
+    own_BH = _reach(bad_BTH, before_BH, resets_BT)[:, -1]
+    is_open_BH = jnp.ones_like(own_BH)
+    if resets_BT is not None:
+        is_open_BH &= ~jnp.any(resets_BT, axis=1, keepdims=True)
+    both = jax.lax.all_gather(jnp.stack([own_BH, is_open_BH]), axis_name)
+
+    def then(first, second):
+        return second[0] | (second[1] & first[0]), first[1] & second[1]
+
+    after_NBH, _ = jax.lax.associative_scan(then, (both[:, 0], both[:, 1]), reverse=reverse)
+    index, size = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    of_before = jnp.clip(index + 1 if reverse else index - 1, 0, size - 1)
+    entering_BH = after_NBH[of_before] & ~_is_first(axis_name, reverse)
+    entering_BH = entering_BH if before_BH is None else entering_BH | before_BH
+    return _reach(bad_BTH, entering_BH, resets_BT)
+
+
+def _is_first(axis_name: Any, reverse: bool = False) -> jax.Array | bool:
+    """Whether this device has the first piece of the sequence, in its direction."""
+    if axis_name is None:
+        return True
+    return jax.lax.axis_index(axis_name) == (jax.lax.axis_size(axis_name) - 1 if reverse else 0)
+
+
+def _reach(bad_BTH, before_BH, resets_BT):
     T = bad_BTH.shape[1]
     time = jnp.arange(T, dtype=jnp.int32).reshape(1, T, 1)
     if resets_BT is None:
@@ -117,12 +162,22 @@ def reach(
     return jax.lax.cummax(events, axis=1) % 2 == 1
 
 
-def reach_back(bad_BTH: jax.Array, after_BH: jax.Array, resets_BT: jax.Array | None) -> jax.Array:
+def reach_back(
+    bad_BTH: jax.Array,
+    after_BH: jax.Array | None,
+    resets_BT: jax.Array | None,
+    axis_name: Any = None,
+) -> jax.Array:
     """True from a bad token, or a bad state after the last, back to the start of its segment."""
     if resets_BT is not None:
-        later = jnp.concatenate([resets_BT[:, 1:], jnp.zeros_like(resets_BT[:, :1])], axis=1)
-        resets_BT = later[:, ::-1]
-    return reach(bad_BTH[:, ::-1], after_BH, resets_BT)[:, ::-1]
+        if axis_name is None:
+            next_B1 = jnp.zeros_like(resets_BT[:, :1])
+        else:
+            size = jax.lax.axis_size(axis_name)
+            pairs = [(i + 1, i) for i in range(size - 1)]
+            next_B1 = jax.lax.ppermute(resets_BT[:, :1], axis_name, pairs)
+        resets_BT = jnp.concatenate([resets_BT[:, 1:], next_B1], axis=1)[:, ::-1]
+    return reach(bad_BTH[:, ::-1], after_BH, resets_BT, axis_name, reverse=True)[:, ::-1]
 
 
 def forgets(g: jax.Array | None) -> jax.Array | None:
@@ -170,23 +225,23 @@ def _only_finite_jvp(primals, tangents):
     return _only_finite(*primals), tangents[0]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _linked(operands, link_BTH, head_axes):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _linked(operands, link_BTH, head_axes, axis_name):
     tokens, state = operands
     return (tokens, only_finite(state)), link_BTH
 
 
 @_linked.defjvp
-def _linked_jvp(head_axes, primals, tangents):
-    pull = functools.partial(_spoil_gradients, head_axes=head_axes)
-    return _linked(*primals, head_axes), linear(_unchanged, pull, (), tangents)
+def _linked_jvp(head_axes, axis_name, primals, tangents):
+    pull = functools.partial(_spoil_gradients, head_axes=head_axes, axis_name=axis_name)
+    return _linked(*primals, head_axes, axis_name), linear(_unchanged, pull, (), tangents)
 
 
 def _unchanged(_, arrays):
     return arrays
 
 
-def _spoil_gradients(_, cotangents, *, head_axes):
+def _spoil_gradients(_, cotangents, *, head_axes, axis_name):
     """NaN for the gradients of every token and state that the cotangent of ``link`` names."""
     (tokens, state), spoiled_BTH = cotangents
     spoiled_BTH = spoiled_BTH > 0
@@ -198,37 +253,43 @@ def _spoil_gradients(_, cotangents, *, head_axes):
 
     tokens = jax.tree.map(spoil_tokens, tokens, head_axes)
     # A state enters where the first token's segment began.
-    state = jax.tree.map(lambda x: jnp.where(_like(spoiled_BTH[:, 0], x), jnp.nan, x), state)
+    first_BH = spoiled_BTH[:, 0] & _is_first(axis_name)
+    state = jax.tree.map(lambda x: _nan_if(x, _like(first_BH, x)), state)
     return (tokens, state), jnp.zeros_like(spoiled_BTH, jnp.float32)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
-def _spoil(results, link_BTH, reached_BTH, resets, pull):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
+def _spoil(results, link_BTH, reached_BTH, resets, pull, axis_name):
     """NaN for results that are reached; ``pull`` is what happens to their cotangents."""
-    return _spoil_results((reached_BTH, resets), (results, link_BTH))[0]
+    last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
+    return _spoil_results((reached_BTH, last_BH, resets), (results, link_BTH))[0]
 
 
 @_spoil.defjvp
-def _spoil_jvp(pull, primals, tangents):
-    fixed = primals[2:]
-    return _spoil(*primals, pull), linear(_spoil_results, pull, fixed, tangents[:2])[0]
+def _spoil_jvp(pull, axis_name, primals, tangents):
+    *_, reached_BTH, resets = primals
+    last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
+    fixed = (reached_BTH, last_BH, resets)
+    out = _spoil(*primals, pull, axis_name)
+    return out, linear(_spoil_results, pull, fixed, tangents[:2])[0]
 
 
 def _spoil_results(fixed, results):
-    (reached_BTH, _), ((o, state), link_BTH) = fixed, results
-    return _map_reached(_nan_if, reached_BTH, o, state), link_BTH
+    ((o, state), link_BTH) = results
+    return _map_reached(_nan_if, fixed, o, state), link_BTH
 
 
 def _nan_cotangents(fixed, cotangents):
-    (reached_BTH, _), ((do, dstate), dlink_BTH) = fixed, cotangents
-    return _map_reached(_nan_unless_zero, reached_BTH, do, dstate), dlink_BTH
+    ((do, dstate), dlink_BTH) = cotangents
+    return _map_reached(_nan_unless_zero, fixed, do, dstate), dlink_BTH
 
 
-def _finite_cotangents(fixed, cotangents):
-    (reached_BTH, resets), ((do, dstate), _) = fixed, cotangents
-    do, dstate = _map_reached(_nan_unless_zero, reached_BTH, do, dstate)
+def _finite_cotangents(fixed, cotangents, *, axis_name):
+    ((do, dstate), _) = cotangents
+    do, dstate = _map_reached(_nan_unless_zero, fixed, do, dstate)
     after_BH = _any_of([_bad(x, (0, 1)) for x in jax.tree.leaves(dstate)])
-    dlink_BTH = reach_back(_bad(do, (0, 1, 2)), after_BH, resets).astype(jnp.float32)
+    dlink_BTH = reach_back(_bad(do, (0, 1, 2)), after_BH, fixed[2], axis_name)
+    dlink_BTH = dlink_BTH.astype(jnp.float32)
     return only_finite((do, dstate)), dlink_BTH
 
 
@@ -240,9 +301,9 @@ def _nan_unless_zero(x, reached):
     return jnp.where(reached & (x != 0), jnp.nan, x)
 
 
-def _map_reached(function, reached_BTH, o, state):
+def _map_reached(function, fixed, o, state):
     """``function`` of outputs and states, each with whether it is reached."""
-    last_BH = reached_BTH[:, -1]
+    reached_BTH, last_BH, _ = fixed
     of_state = jax.tree.map(lambda x: function(x, _like(last_BH, x)), state)
     return function(o, _like(reached_BTH, o)), of_state
 

@@ -6,9 +6,12 @@ expected to be NaN must be what it is without the bad value, bit for bit.
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 from helpers import ARGUMENTS, WITH_KERNELS, Case, cast, draw_cotangents, run
+
+from deltaproduct_jax.ops import sharded_delta_product
 
 CASE = Case(T=12, R=2, B=2, H=2, G=2, K=4, V=3)
 IDS = np.array([[4] * 5 + [1] * 3 + [4] * 4, [0] * 7 + [3] * 5])
@@ -138,3 +141,38 @@ def test_a_decay_of_minus_infinity_forgets_everything(implementation):
     o = found["o"]
     arrays["v"] = poisoned(arrays["v"], (slice(None), 0), 1e3)
     np.testing.assert_array_equal(results(implementation, arrays, cotangents)["o"][:, 1:], o[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def over_a_mesh(arrays, cotangents, mesh):
+    def op(arrays):
+        return sharded_delta_product(
+            **arrays, segment_ids=IDS, mesh=mesh, sequence_axis="s", implementation="recurrent"
+        )
+
+    outputs, pullback = jax.vjp(op, arrays)
+    return outputs, pullback(cotangents)[0]
+
+
+def test_pieces_of_a_sequence_on_several_devices():
+    """Pieces of 3 tokens: what is bad crosses their edges within its segment."""
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays, cotangents, _ = clean("recurrent")
+    cotangents = tuple(x.astype(np.float32) for x in cotangents)
+
+    def found(arrays, cotangents):
+        (o, state), gradients = over_a_mesh(arrays, cotangents, mesh)
+        return {"o": o, "final_state": state} | {f"d{n}": x for n, x in gradients.items()}
+
+    expected = found(arrays, cotangents)
+    for place in PLACES:
+        start, end = segment_of(0, place)
+        bad = arrays | {"v": poisoned(arrays["v"], (0, place, 0, slice(0, 2), 1), np.nan)}
+        places = slice(place, end), slice(start, end), end == CASE.T, start == 0
+        check(jax.device_get(found(bad, cotangents)), jax.device_get(expected), *places)
+        bad = poisoned(cotangents[0], (0, place, slice(0, 2), 1), np.inf), cotangents[1]
+        places = slice(0), slice(start, place + 1), False, start == 0
+        check(jax.device_get(found(arrays, bad)), jax.device_get(expected), *places)
+    bad = arrays | {"initial_state": poisoned(arrays["initial_state"], (0, slice(0, 2)), np.nan)}
+    places = slice(0, 5), slice(0, 5), False, True
+    check(jax.device_get(found(bad, cotangents)), jax.device_get(expected), *places)
