@@ -21,6 +21,8 @@ MASK[0, [2, 5, 10]] = False
 # The op's own forms are compared in tests/ops; one layer of it stands for all here.
 NAMES = [name for name in MIXERS if "delta" not in name] + ["gated_delta_product"]
 
+QUICK = ("gated_delta_product", "transformer")  # as models, beside their layer
+
 
 def config_of(mixer):
     sizes = {"hidden_size": D, "num_heads": 2, "head_dim": 8, "intermediate_size": 16}
@@ -115,7 +117,10 @@ def test_a_layer_holds_it(name):
     assert np.isnan(dx[0, 4]).any()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES],
+)
 def test_a_model_holds_it(name):
     """Token ids out of range, whose embedding is NaN."""
     graph, params = lively(SequenceModel(config_of(name), rngs=nnx.Rngs(0)))

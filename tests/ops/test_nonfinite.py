@@ -9,10 +9,11 @@ import functools
 import jax
 import numpy as np
 import pytest
-from helpers import ARGUMENTS, WITH_KERNELS, Case, cast, draw_cotangents, run
+from helpers import ARGUMENTS, IMPLEMENTATIONS, Case, cast, draw_cotangents, run
 
 from deltaproduct_jax.ops import sharded_delta_product
 
+WITH_KERNELS = (*IMPLEMENTATIONS, pytest.param("pallas_tpu", marks=pytest.mark.slow))
 CASE = Case(T=12, R=2, B=2, H=2, G=2, K=4, V=3)
 IDS = np.array([[4] * 5 + [1] * 3 + [4] * 4, [0] * 7 + [3] * 5])
 BOUNDS = ((0, 5, 8, 12), (0, 7, 12))
@@ -141,6 +142,17 @@ def test_a_decay_of_minus_infinity_forgets_everything(implementation):
     o = found["o"]
     arrays["v"] = poisoned(arrays["v"], (slice(None), 0), 1e3)
     np.testing.assert_array_equal(results(implementation, arrays, cotangents)["o"][:, 1:], o[:, 1:])
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "associative"])
+def test_a_state_that_overflows_stays_in_its_segment(implementation):
+    arrays, cotangents, expected = clean(implementation)
+    expected = expected["o"]
+    arrays = arrays | {"k": poisoned(arrays["k"], (0, slice(1, 3)), 3e16)}
+    o = results(implementation, arrays, cotangents)["o"]
+    assert not np.isfinite(o[0, 2:5]).any()
+    np.testing.assert_array_equal(o[0, 5:], expected[0, 5:])
+    np.testing.assert_array_equal(o[1], expected[1])
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
