@@ -36,6 +36,7 @@ def contained(
     head_axes: Any,
     check_state: bool = True,
     axis_name: Any = None,
+    mark: Callable[[Any, jax.Array], Any] = lambda tokens, _: tokens,
 ) -> tuple[jax.Array, Any]:
     """``run(tokens, state)`` on finite operands, and NaN where what was not finite reaches.
 
@@ -51,6 +52,7 @@ def contained(
       check_state: False for a state that is known to be finite.
       axis_name: inside `shard_map`, the axis, or several, over which the sequence is cut: the state
         enters on its first device, and the returned one leaves on its last.
+      mark: what ``run`` is given of the tokens and of the bad ones among them, [B, T, H] bool.
     """
     leaves, axes = jax.tree.leaves(tokens), jax.tree.leaves(head_axes)
     if not leaves[0].shape[1]:
@@ -58,11 +60,12 @@ def contained(
     H = max(x.shape[axis] for x, axis in zip(leaves, axes, strict=True))
     of_tokens = [_repeat(_bad(x, (0, 1, a)), H) for x, a in zip(leaves, axes, strict=True)]
     of_state = [_bad(x, (0, 1)) for x in jax.tree.leaves(state)] if check_state else []
-    reached_BTH = reach(_any_of(of_tokens), _any_of(of_state), resets, axis_name)
+    bad_BTH = _any_of(of_tokens)
+    reached_BTH = reach(bad_BTH, _any_of(of_state), resets, axis_name)
     link_BTH = mark_varying_as(jnp.zeros_like(reached_BTH, jnp.float32), reached_BTH)
     (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes, axis_name)
     pull = functools.partial(_finite_cotangents, axis_name=axis_name)
-    return _spoil(run(tokens, state), link_BTH, reached_BTH, resets, pull, axis_name)
+    return _spoil(run(mark(tokens, bad_BTH), state), link_BTH, reached_BTH, resets, pull, axis_name)
 
 
 def confined(

@@ -17,7 +17,7 @@ from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
-from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.layout import Tokens, mark_bad
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.route import Branch, Route, resolve, sizes_of
@@ -72,7 +72,7 @@ def dispatch(
 
     head_axes = Tokens(q=2, k=3, v=3, beta=3, g=None if g is None else 2, resets=None)
     tokens = tokens._replace(resets=None)
-    settings = {"head_axes": head_axes, "check_state": check_state}
+    settings = {"head_axes": head_axes, "check_state": check_state, "mark": mark_bad}
     return contained(run, tokens, initial_state, resets, **settings)
 
 
