@@ -21,8 +21,10 @@ from deltaproduct_jax.layers.padding import along_rows, without_padding
 from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.ops.containment import contained, only_finite
 from deltaproduct_jax.ops.debug import check_range
 from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, on_each_row
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
@@ -112,8 +114,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         if 0 in x.shape:
             return x, self.init_state(x.shape[0]) if state is None else state
         state = along_rows_of(x, state)
-        mix = lambda x, ids, length: self._whole(x, state, ids, length)
-        return without_padding(mix, x, segment_ids, mask)
+        return without_padding(self._whole, x, state, segment_ids, mask)
 
     def step(
         self, state: AttentionState, x: Float[Array, "B D"]
@@ -144,9 +145,22 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         if state is not None:
             old = jnp.arange(self.max_length)[None, None] < goes_on[..., None]
             visible = jnp.concatenate([old, visible], axis=2)
+        past = () if state is None else (jnp.swapaxes(state.k, 1, 2), jnp.swapaxes(state.v, 1, 2))
+
+        def attend(tokens, past):
+            q, k, v = only_finite(tokens)
+            if past:
+                k, v = (
+                    jnp.concatenate([jnp.swapaxes(old, 1, 2), new], axis=1)
+                    for old, new in zip(past, (k, v), strict=True)
+                )
+            return self._attend(q, k, v, visible), ()
+
+        resets = None if segment_ids is None else starts_of_segments(segment_ids)
+        o, _ = contained(attend, (q, k, v), past, resets, head_axes=(2, 2, 2))
+        if state is not None:
             k = jnp.concatenate([state.k, k], axis=1)
             v = jnp.concatenate([state.v, v], axis=1)
-        o = self._attend(q, k, v, visible)
 
         # The last segment, what the state held of it included, from the front of the new state.
         count = jnp.full((B,), T, jnp.int32) if length is None else length.astype(jnp.int32)

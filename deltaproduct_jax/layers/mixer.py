@@ -96,12 +96,12 @@ class RecurrentMixer(SequenceMixer[State]):
         Returns:
             The outputs, and the state after the last token of each row's last segment.
         """
-        state = self.init_state(x.shape[0]) if state is None else state
+        given = state is not None
+        state = state if given else self.init_state(x.shape[0])
         if 0 in x.shape:
             return x.astype(self.dtype), state
         state = along_rows_of(x, state)
-        mix = lambda x, segment_ids, length: self._mix(x, state, segment_ids, length)
-        return without_padding(mix, x, segment_ids, mask)
+        return without_padding(self._mix, x, state, segment_ids, mask, check_state=given)
 
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from deltaproduct_jax.ops.containment import confined
+from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import on_each_row
 
 
@@ -22,7 +24,7 @@ def along_rows(x: Shaped[Array, "B S *rest"], index: Int[Array, "B N"]) -> Array
 def compact(
     x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T D"], Int[Array, "B T"] | None, Int[Array, " B"]]:
-    """Moves the tokens that count to the front of each row, in order.
+    """Moves the tokens that count to the front of each row, in order; padding becomes 0.
 
     Args:
         x: inputs.
@@ -33,6 +35,7 @@ def compact(
         The rows with padding behind, their segment ids (padding carries the last token's, so that
         it starts no segment), and how many tokens of each row count.
     """
+    x = jnp.where(mask[..., None], x, 0)
     order = on_each_row(lambda mask: jnp.argsort(~mask, axis=1, stable=True), mask)
     length = jnp.sum(mask, axis=1)
     x = along_rows(x, order)
@@ -50,24 +53,35 @@ def spread(y: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "
 
 
 def without_padding(
-    mix: Callable[[jax.Array, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]],
+    mix: Callable[[jax.Array, Any, jax.Array | None, jax.Array | None], tuple[jax.Array, Any]],
     x: Float[Array, "B T D"],
+    state: Any,
     segment_ids: Int[Array, "B T"] | None,
     mask: Bool[Array, "B T"] | None,
+    *,
+    check_state: bool = True,
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Runs a mixer on rows whose padding, if any, stands behind the tokens that count.
+    """Runs a mixer on finite rows whose padding, if any, stands behind the tokens that count.
+
+    What is not finite in ``x`` or ``state`` makes the outputs behind it NaN, up to the end of its
+    segment, and nothing else (`ops/containment.py`).
 
     Args:
-        mix: takes the inputs, their segment ids, and how many leading tokens of each row count
-            (None: all); returns the outputs and a state.
+        mix: takes the inputs, the state, their segment ids, and how many leading tokens of each row
+            count (None: all); returns the outputs and a state.
         x: inputs.
+        state: state of the tokens before, or None.
         segment_ids: their segments, or None.
         mask: True where a token counts; None for everywhere.
+        check_state: False for a state that is known to be finite.
     """
-    if mask is None:
-        return mix(x, segment_ids, None)
-    y, state = mix(*compact(x, segment_ids, mask))
-    return spread(y, mask), state
+    length = None
+    if mask is not None:
+        x, segment_ids, length = compact(x, segment_ids, mask)
+    resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    run = lambda x, state: mix(x, state, segment_ids, length)
+    y, state = confined(run, x, state, resets, check_state=check_state)
+    return y if mask is None else spread(y, mask), state
 
 
 def only_counted(

@@ -184,10 +184,11 @@ class RWKV7(SequenceMixer[RWKV7State]):
             v_first: what :meth:`values` of the model's first block returned for the same
                 ``segment_ids`` and ``mask``; needed with ``value_residual``.
         """
-        state = self.init_state(x.shape[0]) if state is None else state
+        given = state is not None
+        state = state if given else self.init_state(x.shape[0])
         x, v_first = x.astype(self.dtype), self._check_v_first(v_first, x.shape[:2])
 
-        def mix(x, segment_ids, length):
+        def mix(x, state, segment_ids, length):
             shifted, last = shift(x, state.last, segment_ids, length)
             (r, k, v, kk, b, g), gate = self._inputs(x, shifted, v_first)
             o, recurrent = diagonal_plus_low_rank(
@@ -205,7 +206,7 @@ class RWKV7(SequenceMixer[RWKV7State]):
             )
             return self._output(o, r, k, v, gate), RWKV7State(recurrent, last)
 
-        return without_padding(mix, x, segment_ids, mask)
+        return without_padding(mix, x, state, segment_ids, mask, check_state=given)
 
     def step(
         self,

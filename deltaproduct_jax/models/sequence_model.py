@@ -14,7 +14,9 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
+from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.debug import check_range, is_checking
+from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import gathered_along
 
 MixerState = Any  # of the class that the mixer is registered with
@@ -161,10 +163,23 @@ class SequenceModel(nnx.Module):
         if state is not None:
             state = self._as_state(state, tokens.shape[0])
         before = [None] * len(self.layers) if state is None else state
-        x, after = self._embed(tokens), []
+        x = self._embed(tokens)
+        if mask is not None:
+            x = jnp.where(mask[..., None], x, 0)
+        resets = None if segment_ids is None else starts_of_segments(segment_ids)
+        run = lambda x, before: self._blocks_and_head(x, before, segment_ids, mask)
+        return confined(run, x, before, resets, check_state=state is not None)
+
+    def _blocks_and_head(
+        self,
+        x: jax.Array,
+        before: list[MixerState | None],
+        segment_ids: jax.Array | None,
+        mask: jax.Array | None,
+    ) -> tuple[jax.Array, ModelState]:
         read = {"segment_ids": segment_ids, "mask": mask}
         passed_on = self.layers[0].for_later_blocks(x, state=before[0], **read)
-        run = _runner(self.config.remat)
+        run, after = _runner(self.config.remat), []
         for layer, (block, entry) in enumerate(zip(self.layers, before, strict=True)):
             x, entry = run(block, x, entry, segment_ids, mask, passed_on if layer else None)
             after.append(entry)

@@ -131,10 +131,12 @@ def _run(arrays, *, use_qk_l2norm, **options):
         # Rounded to bfloat16 again, unit vectors are no longer of length 1.
         rounded = options["precision"] in (None, "default")
         q, k = _l2_normalise(q, rounded), _l2_normalise(k, rounded)
+    check_state = initial_state is not None
     if initial_state is None:
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
     resets = None if segment_ids is None else starts_of_segments(segment_ids)
+    options["check_state"] = check_state
     try:
         return dispatch(q, k, v, beta, g, initial_state, resets, **options)
     except TypeError as error:

@@ -25,15 +25,22 @@ def associative(q, k, v, beta, g, initial_state, resets, *, scale, precision):
         None if g is None else g.astype(wide).reshape(B, T, H, G),
         matmul,
     )
+    maps = (A_BTHGKK, B_BTHGKV)
     if resets is not None:
-        A_BTHGKK = jnp.where(resets[:, :, None, None, None, None], 0, A_BTHGKK)
+        resets_BT1111 = resets[:, :, None, None, None, None]
+        maps = (jnp.where(resets_BT1111, 0, A_BTHGKK), B_BTHGKV, resets_BT1111)
 
     def compose(earlier, later):
-        (A1, B1), (A2, B2) = earlier, later
+        (A1, B1, *starts1), (A2, B2, *starts2) = earlier, later
         A = matmul("...ij,...jk->...ik", A2, A1)
-        return A, matmul("...ij,...jv->...iv", A2, B1) + B2
+        B = matmul("...ij,...jv->...iv", A2, B1) + B2
+        if not starts2:
+            return A, B
+        # A2 is 0 where a segment starts; times a state that overflowed it would not be.
+        anew = starts2[0]
+        return jnp.where(anew, 0, A), jnp.where(anew, B2, B), starts1[0] | anew
 
-    A_BTHGKK, states_BTHGKV = jax.lax.associative_scan(compose, (A_BTHGKK, B_BTHGKV), axis=1)
+    A_BTHGKK, states_BTHGKV, *_ = jax.lax.associative_scan(compose, maps, axis=1)
     state_BHGKV = initial_state.reshape(B, H, G, K, V)
     states_BTHGKV += matmul("bthgij,bhgjv->bthgiv", A_BTHGKK, state_BHGKV)
     o_BTHGV = scale * matmul("bthk,bthgkv->bthgv", q, states_BTHGKV)

@@ -97,7 +97,7 @@ def chunked(tokens: Tokens, initial_state: jax.Array, settings: Settings, *, kee
 
     def group(carry, n):
         state_BHGKV, o_BTHGV = carry
-        x = to_chunks(padded, n, C, N, H)
+        x = to_chunks(padded, n, C, N, H, by_case=settings.widen)
         o_NBHGCV, state_BHGKV, states = _forward_of_chunks(x, state_BHGKV, settings)
         # Written in place: a scan's stacking would put N first and cost a copy of the sequence.
         o_BTHGV = put(o_BTHGV, outputs_from_chunks(o_NBHGCV).astype(o_BTHGV.dtype), n)
@@ -137,7 +137,9 @@ def chunked_backward(tokens: Tokens, states: jax.Array, do, dfinal_state, settin
     def body(carry, item):
         dstate_BHGKV, gradients = carry
         n, states_NBHGKV = item
-        r = _recompute(to_chunks(padded, n, C, N, H), states_NBHGKV, settings)
+        r = _recompute(
+            to_chunks(padded, n, C, N, H, by_case=settings.widen), states_NBHGKV, settings
+        )
         do_NBHGCV = outputs_to_chunks(do_BTHGV, n, C, N).astype(states.dtype)
         dchunks, dstate_BHGKV = _backward_of_chunks(r, do_NBHGCV, dstate_BHGKV, settings)
         parts = from_chunks(dchunks, padded)

@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
-from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.layout import Tokens, mark_bad
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.route import Branch, Route, resolve, sizes_of
@@ -27,9 +28,24 @@ from deltaproduct_jax.ops.varying import mark_all_varying, mark_varying_as
 RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product_outputs")
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "chunk_size", "precision", "implementation"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("scale", "chunk_size", "precision", "implementation", "check_state"),
+)
 def dispatch(
-    q, k, v, beta, g, initial_state, resets, *, scale, chunk_size, precision, implementation
+    q,
+    k,
+    v,
+    beta,
+    g,
+    initial_state,
+    resets,
+    *,
+    scale,
+    chunk_size,
+    precision,
+    implementation,
+    check_state=True,
 ):
     """Runs the named implementation, or the one that the rule picks, on checked arguments."""
     B, T = k.shape[:2]
@@ -41,14 +57,32 @@ def dispatch(
             "how a sequence is cut depends on it; 'recurrent' can, and B may be symbolic everywhere"
         )
     tokens, initial_state = mark_all_varying((Tokens(q, k, v, beta, g, resets), initial_state))
+    resets = tokens.resets
     if implementation in kernels.KERNELS:
         _check_kernel(implementation, tokens, precision)
+    tokens = tokens._replace(g=forgets(tokens.g))
     if implementation in ("recurrent", "associative"):
-        run = recurrent if implementation == "recurrent" else associative
-        return run(*tokens[:5], initial_state, tokens.resets, scale=scale, precision=precision)
-    options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
-    route = resolve(tokens, **options, implementation=implementation)
-    return _with_own_backward(route, *reverse_only((tokens, initial_state)))
+        form = recurrent if implementation == "recurrent" else associative
+
+        def run(tokens, state):
+            tokens = only_finite(tokens)
+            return form(*tokens[:5], state, resets, scale=scale, precision=precision)
+    else:
+        options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
+        route = resolve(tokens, **options, implementation=implementation)
+        if route.may_run_kernel:
+            # Kernels do not hold the promise yet: the look would be a pass over memory of its own.
+            tokens = tokens._replace(resets=resets)
+            return _with_own_backward(route, *reverse_only((tokens, initial_state)))
+
+        def run(tokens, state):
+            tokens, state = reverse_only((tokens, state))
+            return _with_own_backward(route, tokens._replace(resets=resets), state)
+
+    head_axes = Tokens(q=2, k=3, v=3, beta=3, g=None if g is None else 2, resets=None)
+    tokens = tokens._replace(resets=None)
+    settings = {"head_axes": head_axes, "check_state": check_state, "mark": mark_bad}
+    return contained(run, tokens, initial_state, resets, **settings)
 
 
 def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
@@ -118,7 +152,7 @@ def _kernel_pass(name: str, direction: str, branch: Branch, **keywords):
 
 
 def _run_recurrent(tokens: Tokens, initial_state, scale, precision):
-    *arrays, resets = tokens
+    *arrays, resets = only_finite(tokens)
     return *recurrent(*arrays, initial_state, resets, scale=scale, precision=precision), None
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops.containment import only_finite
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -81,14 +82,32 @@ def put(whole, part, n):
     return jax.lax.dynamic_update_slice_in_dim(whole, part, n * part.shape[1], axis=1)
 
 
-def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int) -> ChunkedTokens:
-    """N chunks of C tokens each, the n-th such group of a sequence."""
+def mark_bad(tokens: Tokens, bad_BTHv: jax.Array) -> Tokens:
+    """Tokens whose beta is NaN where anything is not finite: few numbers, quickly looked at."""
+    return tokens._replace(beta=jnp.where(bad_BTHv[:, :, None], jnp.nan, tokens.beta))
+
+
+def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int, *, by_case: bool) -> ChunkedTokens:
+    """N chunks of C tokens each, the n-th such group of a sequence; 0 for what is not finite.
+
+    Args:
+      tokens: as `mark_bad` returned them, merged.
+      n, C, N, H: group, tokens in a chunk, chunks in a group, key heads.
+      by_case: look first whether there is anything to replace. Selecting among all numbers costs a
+        CPU a sixth of its time; elsewhere it is free and a decision is not.
+    """
     R = tokens.k.shape[1] // tokens.q.shape[1]
     entries_per_token = (1, R, R, R, 1, 1)
-    q, k, v, beta, g, resets = (
+    parts = (
         None if x is None else take(x, n, N * C * entries)
         for x, entries in zip(tokens, entries_per_token, strict=True)
     )
+    *parts, resets = parts
+    if by_case:
+        is_bad = jnp.any(jnp.isnan(parts[3]))
+        q, k, v, beta, g = jax.lax.cond(is_bad, only_finite, lambda parts: parts, parts)
+    else:
+        q, k, v, beta, g = only_finite(parts)
     B, M, dtype = q.shape[0], C * R, accumulator_dtype(q.dtype)
     heads = (H, v.shape[2] // H)
     v = v.reshape(B, N, M, *heads, v.shape[-1])

@@ -55,6 +55,11 @@ class Route(NamedTuple):
     branches: tuple[Branch, ...]
     kept_more: tuple[jax.ShapeDtypeStruct, ...]
 
+    @property
+    def may_run_kernel(self) -> bool:
+        """Whether some platform runs a kernel."""
+        return any({b.primal, b.gradient} & kernels.KERNELS.keys() for b in self.branches)
+
     def branch(self, platform: str) -> Branch:
         """That of one of `PLATFORMS`."""
         return self.branches[PLATFORMS.index(platform)]

@@ -28,10 +28,13 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.api import delta_product
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.debug import check_op_values
-from deltaproduct_jax.ops.packing import carry_state
+from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE
+from deltaproduct_jax.ops.varying import mark_all_varying
 
 Axis = str | tuple[str, ...] | None
 
@@ -167,19 +170,46 @@ def delta_product_of_piece(
     if axis_name is None:
         return delta_product(q, k, v, beta, g, **state, **options)
     (B, T, _, K), (Hv, V) = q.shape, v.shape[-2:]
-    wide = accumulator_dtype(q.dtype)
-    index, size = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    wide, index = accumulator_dtype(q.dtype), jax.lax.axis_index(axis_name)
     if T == 0:
         segment_ids = None
-
-    identity_BHvKK = jnp.broadcast_to(jnp.eye(K, dtype=wide), (B, Hv, K, K))
+    resets = None
     if segment_ids is not None:
-        # A segment that starts with the piece, which the op cannot see, makes P zero. Whatever the
-        # first device compares with does not matter: no state enters there.
+        # Whatever the first device compares with does not matter: it has nothing before it.
         last_ids = _from_before(segment_ids[:, -1], axis_name, 1)
-        identity_BHvKK = carry_state(identity_BHvKK, last_ids, segment_ids[:, 0])
-    if initial_state is None:
+        starts_B1 = ((last_ids != segment_ids[:, 0]) & (index > 0))[:, None]
+        resets = jnp.concatenate([starts_B1, starts_of_segments(segment_ids)[:, 1:]], axis=1)
+    check_state = initial_state is not None
+    if not check_state:
         initial_state = jnp.zeros((B, Hv, K, V), wide)
+    tokens = Tokens(q, k, v, beta, forgets(g), None)
+    tokens, initial_state, resets = mark_all_varying((tokens, initial_state, resets))
+
+    def run(tokens, state):
+        return _piece(only_finite(tokens), state, segment_ids, resets, axis_name, options)
+
+    o_BTHvV, final_state = contained(
+        run,
+        tokens,
+        initial_state,
+        resets,
+        head_axes=Tokens(q=2, k=3, v=3, beta=3, g=None if g is None else 2, resets=None),
+        check_state=check_state,
+        axis_name=axis_name,
+    )
+    return o_BTHvV, jax.lax.psum(final_state, axis_name)
+
+
+def _piece(tokens: Tokens, initial_state, segment_ids, resets, axis_name, options):
+    """Outputs of finite tokens; on the last device the final state, elsewhere zeros."""
+    q, k, v, beta, g, _ = tokens
+    (B, _, _, K), (Hv, V) = q.shape, v.shape[-2:]
+    wide, precision = accumulator_dtype(q.dtype), options["precision"]
+    index, size = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    identity_BHvKK = jnp.broadcast_to(jnp.eye(K, dtype=wide), (B, Hv, K, K))
+    if resets is not None:
+        # A segment that starts with the piece, which the op cannot see, makes P zero.
+        identity_BHvKK = jnp.where(resets[:, 0, None, None, None], 0, identity_BHvKK)
     start_BHvKV = jnp.where(index == 0, initial_state, 0)
     wide_v = jnp.pad(v, ((0, 0),) * 4 + ((0, K),))
     read_BTHvW, end_BHvKW = delta_product(
@@ -197,8 +227,7 @@ def delta_product_of_piece(
     matmul = Matmul.of(q.dtype, precision)
     o_BTHvV = matmul("bthk,bhkv->bthv", read_BTHvW[..., V:], before_BHvKV)
     o_BTHvV += read_BTHvW[..., :V].astype(wide)
-    final_state = jax.lax.psum(jnp.where(index == size - 1, after_BHvKV, 0), axis_name)
-    return o_BTHvV.astype(v.dtype), final_state
+    return o_BTHvV.astype(v.dtype), jnp.where(index == size - 1, after_BHvKV, 0)
 
 
 def _compose(end_BHvKW, V: int, axis_name, matmul: Matmul):

@@ -72,7 +72,9 @@ def loss_and_correct(
     """
     model = definition.with_params(params)
     logits_BTV = model(batch.inputs).astype(jnp.float32)
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets)
+    # Masked before anything is computed of them: 0 times a NaN would be one of the gradient.
+    counted_BTV = jnp.where(batch.mask[..., None], logits_BTV, 0)
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(counted_BTV, batch.targets)
     correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets
     return jnp.sum(losses_BT, where=batch.mask), correct_BT
 

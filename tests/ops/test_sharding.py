@@ -239,8 +239,12 @@ def test_a_pod_of_256_sends_nothing_larger_than_states(platform):
     counts = {name: collections.Counter(map(tuple, found[name])) for name in RUNS}
     permute, reduce, ids = "collective-permute", "all-reduce", 4 * 2
     one = {(permute, found["map"]): 3, (permute, found["state"]): 5, (reduce, found["state"]): 1}
+    # Two flags a head of all 16 devices: whether NaN leaves a piece, and whether it passes through.
+    one[("all-gather", 16 * 2 * 2 * 2)] = 1
     assert counts["forward"] == {**one, (permute, ids): 1}
-    assert counts["gradient"] == {**{key: 2 * n for key, n in one.items()}, (permute, ids): 1}
+    twice = {key: 2 * n for key, n in one.items()}
+    # Back, a device is told whether a segment starts with the piece behind its own.
+    assert counts["gradient"] == {**twice, (permute, ids): 1, (permute, 2): 1}
 
 
 def test_the_example_in_the_docstring_runs():

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.checks import check_scale
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
@@ -73,12 +74,17 @@ def _run(arrays, *, scale, implementation, chunk_size):
     state = chunks.start(initial_state, k, v)
     if 0 in v.shape:
         return v, state
-    if implementation == "recurrent":
-        step = functools.partial(_step, scale=scale)
-        return chunks.scan_tokens(
-            step, state, jnp.zeros_like(state), (q, k, v, a, b, g), segment_ids
-        )
-    return _chunked(q, k, v, a, b, g, state, segment_ids, scale, chunk_size)
+
+    def run(tokens, state):
+        tokens = only_finite(tokens)
+        if implementation == "recurrent":
+            step = functools.partial(_step, scale=scale)
+            return chunks.scan_tokens(step, state, jnp.zeros_like(state), tokens, segment_ids)
+        return _chunked(*tokens, state, segment_ids, scale, chunk_size)
+
+    settings = {"head_axes": (2,) * 6, "check_state": initial_state is not None}
+    resets = chunks.resets_of(segment_ids)
+    return contained(run, (q, k, v, a, b, forgets(g)), state, resets, **settings)
 
 
 def diagonal_plus_low_rank_step(

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.checks import check_scale
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
@@ -78,16 +79,22 @@ def _run(arrays, *, scale, implementation, chunk_size):
     state = chunks.start(initial_state, k, v)
     if 0 in v.shape:
         return v, state
-    if implementation == "recurrent":
-        step = functools.partial(_step, scale=scale)
-        return chunks.scan_tokens(
-            step, state, jnp.zeros_like(state), (q, k, v, g, negative), segment_ids
-        )
-    sign = None
-    if negative is not None:
-        q, k, sign = _fold_signs(q, k, negative)
-    o, state = _chunked(q, k, v, g, state, segment_ids, scale, chunk_size)
-    return o, state if sign is None else state * sign.astype(state.dtype)
+
+    def run(tokens, state):
+        q, k, v, g = only_finite(tokens)
+        if implementation == "recurrent":
+            step = functools.partial(_step, scale=scale)
+            inputs = (q, k, v, g, negative)
+            return chunks.scan_tokens(step, state, jnp.zeros_like(state), inputs, segment_ids)
+        sign = None
+        if negative is not None:
+            q, k, sign = _fold_signs(q, k, negative)
+        o, state = attend_in_chunks(q, k, v, g, state, segment_ids, scale, chunk_size)
+        return o, state if sign is None else state * sign.astype(state.dtype)
+
+    settings = {"head_axes": (2, 2, 2, 2), "check_state": initial_state is not None}
+    resets = chunks.resets_of(segment_ids)
+    return contained(run, (q, k, v, forgets(g)), state, resets, **settings)
 
 
 def gated_linear_attention_step(
@@ -150,7 +157,8 @@ def _fold_signs(q, k, negative):
     return q * sign.astype(q.dtype), k * sign.astype(k.dtype), last[..., None]
 
 
-def _chunked(q, k, v, g, state, segment_ids, scale, chunk_size):
+def attend_in_chunks(q, k, v, g, state, segment_ids, scale, chunk_size):
+    """The chunked form of gates that are not negative, for finite operands."""
     wide = accumulator_dtype(q.dtype)
     matmul = Matmul.of(q.dtype, None)
     g = g.astype(wide)

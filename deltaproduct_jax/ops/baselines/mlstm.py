@@ -20,12 +20,14 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
-from deltaproduct_jax.ops.baselines.gated_linear_attention import gated_linear_attention
+from deltaproduct_jax.ops.baselines.gated_linear_attention import attend_in_chunks
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 _EPS = 1e-6
+_CLOSED = -1e30
 
 
 @exported
@@ -104,23 +106,29 @@ def _run(arrays, *, implementation, chunk_size):
     state = MLSTMState(*of_state) if of_state else empty
     if 0 in v.shape:
         return v, state
-    i, log_f = i.astype(wide), log_f.astype(wide)
-    if implementation == "recurrent":
-        return chunks.scan_tokens(_step, state, empty, (q, k, v, i, log_f), segment_ids)
+    # An input gate of exp(-inf) writes nothing: so does this, and differences of it are finite.
+    i, log_f = jnp.maximum(i.astype(wide), _CLOSED), forgets(log_f.astype(wide))
+    resets = chunks.resets_of(segment_ids)
 
-    m, m_before = _stabilizers(i, log_f, state.stabilizer, chunks.resets_of(segment_ids))
-    keys = (k.astype(wide) * (jnp.exp(i - m) * K**-0.5)[..., None]).astype(q.dtype)
+    def run(tokens, state):
+        tokens = only_finite(tokens)
+        if implementation == "recurrent":
+            return chunks.scan_tokens(_step, state, empty, tokens, segment_ids)
+        return _chunked(*tokens, state, resets, segment_ids, chunk_size)
+
+    settings = {"head_axes": (2,) * 5, "check_state": bool(of_state)}
+    return contained(run, (q, k, v, i, log_f), state, resets, **settings)
+
+
+def _chunked(q, k, v, i, log_f, state, resets, segment_ids, chunk_size):
+    wide = i.dtype
+    m, m_before = _stabilizers(i, log_f, state.stabilizer, resets)
+    keys = (k.astype(wide) * (jnp.exp(i - m) * q.shape[-1] ** -0.5)[..., None]).astype(q.dtype)
     v_and_one = jnp.concatenate([v.astype(wide), jnp.ones((*v.shape[:3], 1), wide)], axis=-1)
     memory_and_normalizer = jnp.concatenate([state.memory, state.normalizer[..., None]], axis=-1)
-    read, joint = gated_linear_attention(
-        q,
-        keys,
-        v_and_one,
-        log_f + m_before - m,
-        scale=1.0,
-        initial_state=memory_and_normalizer,
-        segment_ids=segment_ids,
-        chunk_size=chunk_size,
+    gates = log_f + m_before - m
+    read, joint = attend_in_chunks(
+        q, keys, v_and_one, gates, memory_and_normalizer, segment_ids, 1.0, chunk_size
     )
     o = _normalize(read[..., :-1], read[..., -1], m).astype(v.dtype)
     last = m[:, -1] if m.shape[1] else state.stabilizer
@@ -137,7 +145,7 @@ def mlstm_step(
 ) -> tuple[Float[Array, "B H V"], MLSTMState]:
     """One token: returns the output and the state after it; see :func:`mlstm`."""
     _check(q, k, v, i, log_f, state, "state", None, one_token=True)
-    return _step(state, q, k, v, i, log_f)
+    return _step(state, q, k, v, jnp.maximum(i, _CLOSED), forgets(log_f))
 
 
 def _check(q, k, v, i, log_f, state, state_name, segment_ids, one_token=False) -> None:

@@ -1,0 +1,82 @@
+"""A linear map of arrays onto themselves whose transpose is another, as both are written.
+
+What spoils outputs on the way forward has to spoil gradients on the way back, by another rule than
+JAX would derive: `jax.custom_derivatives.linear_call` says so, but cannot be mapped by `jax.vmap`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend.core
+from jax.interpreters import ad, batching, mlir
+
+_linear_p = jax.extend.core.Primitive("delta_product_linear")
+_linear_p.multiple_results = True
+
+
+def linear(run: Callable, transposed: Callable, fixed: Any, arrays: Any) -> Any:
+    """``run(fixed, arrays)``, linear in ``arrays``; its transpose is ``transposed``.
+
+    Args:
+      run, transposed: functions without closures, as they are compared by identity. Both return
+        what ``arrays`` is: the same tree of the same shapes and dtypes.
+      fixed: a tree of integers and booleans.
+      arrays: a tree of floating-point arrays.
+    """
+    fixed, fixed_tree = jax.tree.flatten(fixed)
+    arrays, tree = jax.tree.flatten(arrays)
+    trees = (fixed_tree, tree)
+    out = _linear_p.bind(*fixed, *arrays, run=run, transposed=transposed, trees=trees, mapped=0)
+    return jax.tree.unflatten(tree, out)
+
+
+def _evaluate(*operands, run, transposed, trees, mapped):
+    del transposed
+    fixed_tree, tree = trees
+
+    def flat(*operands):
+        number = fixed_tree.num_leaves
+        fixed = jax.tree.unflatten(fixed_tree, operands[:number])
+        return jax.tree.leaves(run(fixed, jax.tree.unflatten(tree, operands[number:])))
+
+    for _ in range(mapped):
+        flat = jax.vmap(flat)
+    return flat(*operands)
+
+
+def _jvp(primals, tangents, *, trees, **parameters):
+    number = trees[0].num_leaves
+    pushed = (
+        ad.instantiate_zeros(tangent) if index >= number else None
+        for index, tangent in enumerate(tangents)
+    )
+    pushed = [x for x in pushed if x is not None]
+    run = lambda arrays: _linear_p.bind(*primals[:number], *arrays, trees=trees, **parameters)
+    return run(primals[number:]), run(pushed)
+
+
+def _transpose(cotangents, *operands, run, transposed, trees, mapped):
+    number = trees[0].num_leaves
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    pulled = _linear_p.bind(
+        *operands[:number], *cotangents, run=transposed, transposed=run, trees=trees, mapped=mapped
+    )
+    unknown = map(ad.is_undefined_primal, operands[number:])
+    pulled = [x if of_interest else None for x, of_interest in zip(pulled, unknown, strict=True)]
+    return [None] * number + pulled
+
+
+def _batch(operands, axes, *, mapped, **parameters):
+    size = next(x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None)
+    operands = (batching.bdim_at_front(x, a, size) for x, a in zip(operands, axes, strict=True))
+    out = _linear_p.bind(*operands, mapped=mapped + 1, **parameters)
+    return out, [0] * len(out)
+
+
+_linear_p.def_impl(_evaluate)
+_linear_p.def_abstract_eval(lambda *operands, trees, **_: list(operands[trees[0].num_leaves :]))
+ad.primitive_jvps[_linear_p] = _jvp
+ad.primitive_transposes[_linear_p] = _transpose
+batching.primitive_batchers[_linear_p] = _batch
+mlir.register_lowering(_linear_p, mlir.lower_fun(_evaluate, multiple_results=True))

@@ -1,0 +1,189 @@
+"""What is not finite stays where it is: other rows, other segments and the tokens before it.
+
+Every table runs one program per implementation; what is bad, and where, are data. All that is not
+expected to be NaN must be what it is without the bad value, bit for bit.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from helpers import ARGUMENTS, IMPLEMENTATIONS, Case, cast, draw_cotangents, run
+
+from deltaproduct_jax.ops import sharded_delta_product
+
+CASE = Case(T=12, R=2, B=2, H=2, G=2, K=4, V=3)
+IDS = np.array([[4] * 5 + [1] * 3 + [4] * 4, [0] * 7 + [3] * 5])
+BOUNDS = ((0, 5, 8, 12), (0, 7, 12))
+# Bad tokens of row 0: the first of a row, of a segment, inside one, the last of one, of a row.
+PLACES = (0, 5, 6, 7, 11)
+
+
+def segment_of(row, t):
+    """First token of the segment that a token lies in, and the first behind it."""
+    bounds = BOUNDS[row]
+    return max(b for b in bounds if b <= t), min(b for b in bounds if b > t)
+
+
+@functools.cache
+def clean(implementation, last=CASE.T):
+    """Arrays, cotangents that are 0 from token ``last`` of row 0 on in its segment, and results."""
+    arrays = cast(CASE.arrays(), "float32")
+    do, dstate = draw_cotangents(arrays)
+    if last < CASE.T:
+        end = segment_of(0, last)[1]
+        do[0, last:end] = 0
+        if end == CASE.T:
+            dstate[0] = 0
+    return arrays, (do, dstate), results(implementation, arrays, (do, dstate))
+
+
+def results(implementation, arrays, cotangents, segment_ids=IDS):
+    """Outputs, final state and gradients by name."""
+    chunks = {"chunk_size": 4} if implementation == "chunked" else {}
+    (o, state), gradients = run(
+        arrays, cotangents, segment_ids=segment_ids, implementation=implementation, **chunks
+    )
+    return {"o": o, "final_state": state} | {f"d{n}": x for n, x in gradients.items()}
+
+
+def poisoned(x, index, value):
+    x = np.array(x)
+    x[index] = value
+    return x
+
+
+def check(found, expected, bad_outputs, bad_gradients, bad_state, bad_start):
+    """NaN exactly there, and what was expected everywhere else.
+
+    Args:
+      found, expected: what `results` returns.
+      bad_outputs, bad_gradients: tokens of row 0.
+      bad_state, bad_start: whether row 0's final state, the initial one's gradient, are NaN.
+    """
+    for name, x in found.items():
+        is_nan = np.zeros(x.shape, bool)
+        if name in ("final_state", "dinitial_state"):
+            is_nan[0] = bad_state if name == "final_state" else bad_start
+        else:
+            is_nan[0, bad_outputs if name == "o" else bad_gradients] = True
+        heads = {"o": 2, "dq": 2, "dg": 2, "final_state": 1, "dinitial_state": 1}.get(name, 3)
+        # Value heads 0 and 1 belong to key head 0.
+        mine = [
+            slice(0, 1 if name in ("dq", "dk") else 2) if a == heads else slice(None)
+            for a in range(x.ndim)
+        ]
+        others = np.ones(x.shape, bool)
+        others[tuple(mine)] = False
+        is_nan &= ~others
+        np.testing.assert_array_equal(np.isnan(x), is_nan, err_msg=name)
+        np.testing.assert_array_equal(x[~is_nan], expected[name][~is_nan], err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bad_operand_reaches_the_rest_of_its_segment(implementation):
+    arrays, cotangents, expected = clean(implementation)
+    for name in ARGUMENTS[:5]:
+        for place, value in zip(PLACES, (np.nan, np.inf, np.nan, -np.inf, np.inf), strict=True):
+            if name == "g" and value < 0:
+                value = np.inf  # -inf forgets, and is not bad
+            # Both value heads of key head 0, as a bad key would have it.
+            index = {"q": (0, place, 0, 1), "g": (0, place, slice(0, 2))}.get(
+                name, (0, place, 1, slice(0, 1 if name == "k" else 2))
+            )
+            bad = arrays | {name: poisoned(arrays[name], index, value)}
+            start, end = segment_of(0, place)
+            found = results(implementation, bad, cotangents)
+            check(found, expected, slice(place, end), slice(start, end), end == CASE.T, start == 0)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bad_state_reaches_the_first_segment(implementation):
+    arrays, cotangents, expected = clean(implementation)
+    bad = arrays | {"initial_state": poisoned(arrays["initial_state"], (0, slice(0, 2), 1), np.inf)}
+    found = results(implementation, bad, cotangents)
+    check(found, expected, slice(0, 5), slice(0, 5), False, True)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_bad_cotangent_reaches_the_tokens_before_it(implementation):
+    arrays, (do, dstate), expected = clean(implementation)
+    for place in PLACES:
+        bad = poisoned(do, (0, place, slice(0, 2), 2), np.nan), dstate
+        start = segment_of(0, place)[0]
+        found = results(implementation, arrays, bad)
+        check(found, expected, slice(0), slice(start, place + 1), False, start == 0)
+    bad = do, poisoned(dstate, (0, slice(0, 2), 1, 1), -np.inf)
+    check(results(implementation, arrays, bad), expected, slice(0), slice(8, 12), False, False)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_loss_of_what_stands_before_is_exact(implementation):
+    """Its cotangents are 0 from the bad token to the end of the segment."""
+    for place in PLACES:
+        arrays, cotangents, expected = clean(implementation, place)
+        bad = arrays | {"v": poisoned(arrays["v"], (0, place, 0, slice(0, 2), 0), np.nan)}
+        end = segment_of(0, place)[1]
+        found = results(implementation, bad, cotangents)
+        check(found, expected, slice(place, end), slice(0), end == CASE.T, False)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_decay_of_minus_infinity_forgets_everything(implementation):
+    arrays, cotangents, _ = clean(implementation)
+    arrays = arrays | {"g": poisoned(arrays["g"], (slice(None), slice(1, 12, 3)), -np.inf)}
+    found = results(implementation, arrays, cotangents)
+    arrays["g"] = np.maximum(arrays["g"], -200)  # exp of it is 0 in float32
+    expected = results(implementation, arrays, cotangents)
+    for name, x in found.items():
+        np.testing.assert_array_equal(x, expected[name], err_msg=name)
+    o = found["o"]
+    arrays["v"] = poisoned(arrays["v"], (slice(None), 0), 1e3)
+    np.testing.assert_array_equal(results(implementation, arrays, cotangents)["o"][:, 1:], o[:, 1:])
+
+
+@pytest.mark.parametrize("implementation", ["recurrent", "associative"])
+def test_a_state_that_overflows_stays_in_its_segment(implementation):
+    arrays, cotangents, expected = clean(implementation)
+    expected = expected["o"]
+    arrays = arrays | {"k": poisoned(arrays["k"], (0, slice(1, 3)), 3e16)}
+    o = results(implementation, arrays, cotangents)["o"]
+    assert not np.isfinite(o[0, 2:5]).any()
+    np.testing.assert_array_equal(o[0, 5:], expected[0, 5:])
+    np.testing.assert_array_equal(o[1], expected[1])
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def over_a_mesh(arrays, cotangents, mesh):
+    def op(arrays):
+        return sharded_delta_product(
+            **arrays, segment_ids=IDS, mesh=mesh, sequence_axis="s", implementation="recurrent"
+        )
+
+    outputs, pullback = jax.vjp(op, arrays)
+    return outputs, pullback(cotangents)[0]
+
+
+def test_pieces_of_a_sequence_on_several_devices():
+    """Pieces of 3 tokens: what is bad crosses their edges within its segment."""
+    mesh = jax.make_mesh((4,), ("s",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays, cotangents, _ = clean("recurrent")
+    cotangents = tuple(x.astype(np.float32) for x in cotangents)
+
+    def found(arrays, cotangents):
+        (o, state), gradients = over_a_mesh(arrays, cotangents, mesh)
+        return {"o": o, "final_state": state} | {f"d{n}": x for n, x in gradients.items()}
+
+    expected = found(arrays, cotangents)
+    for place in PLACES:
+        start, end = segment_of(0, place)
+        bad = arrays | {"v": poisoned(arrays["v"], (0, place, 0, slice(0, 2), 1), np.nan)}
+        places = slice(place, end), slice(start, end), end == CASE.T, start == 0
+        check(jax.device_get(found(bad, cotangents)), jax.device_get(expected), *places)
+        bad = poisoned(cotangents[0], (0, place, slice(0, 2), 1), np.inf), cotangents[1]
+        places = slice(0), slice(start, place + 1), False, start == 0
+        check(jax.device_get(found(arrays, bad)), jax.device_get(expected), *places)
+    bad = arrays | {"initial_state": poisoned(arrays["initial_state"], (0, slice(0, 2)), np.nan)}
+    places = slice(0, 5), slice(0, 5), False, True
+    check(jax.device_get(found(bad, cotangents)), jax.device_get(expected), *places)
