@@ -1,0 +1,1 @@
+"""GPU kernels in Gluon, with specialised warps, for Hopper; `hopper.py` launches them."""

@@ -1,0 +1,373 @@
+"""The forward pass in one walk over a sequence, in Gluon: warps that load, help, and hold states.
+
+A program has a piece of a sequence and a value head. One warp loads tiles by TMA, blocks of 64
+updates STAGES deep. Four warps prepare what knows no state: scores and inverse, with decays. For
+each 64 columns of V four warps hold the state, transposed: then every product has its left operand
+in registers as the product before left it, and the walk from state to state never waits for shared
+memory or other warps. Letters as in prepare.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
+ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
+COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
+
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+
+@gluon.jit
+def left(x):
+    """As the left operand of a product."""
+    return gl.convert_layout(x.to(gl.bfloat16), LEFT, assert_trivial=True)
+
+
+@gluon.jit
+def decays(high, low, segments, from_high, from_low, from_segments, mask,
+           HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):  # fmt: skip
+    """Decays between positions; 0 outside ``mask`` and across segments."""
+    if HAS_RESETS:
+        mask = mask & (segments == from_segments)
+    if HAS_G:
+        sums = (high - from_high) + (low - from_low)
+        return gl.where(mask, gl.exp(gl.where(mask, sums, 0.0)), 0.0)
+    return gl.where(mask, 1.0, 0.0)
+
+
+@gluon.jit
+def load_tiles(
+    qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, xfull, xempty, first, steps, qcol,
+    vcol, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr,
+    HAS_V: gl.constexpr,
+):  # fmt: skip
+    """One warp: tiles of q, a group ahead, and of k and v, up to S blocks ahead."""
+    for n in range(steps):
+        if HAS_O:
+            sq = n % 2
+            mbarrier.wait(qempty.index(sq), ((n // 2) & 1) ^ 1)
+            mbarrier.expect(qfull.index(sq), bytes_per_cta=64 * K * 2)
+            at = [(first + n) * 64, qcol]
+            tma.async_copy_global_to_shared(qd, at, qfull.index(sq), qb.index(sq))
+        for r in gl.static_range(R):
+            m = n * R + r
+            s = m % S
+            bar = full.index(s)
+            mbarrier.wait(empty.index(s), ((m // S) & 1) ^ 1)
+            row = (first * R + m) * 64
+            mbarrier.expect(bar, bytes_per_cta=64 * K * 2 + (NC * 64 * 64 * 2 if HAS_V else 0))
+            tma.async_copy_global_to_shared(kd, [row, qcol], bar, kb.index(s))
+            if HAS_V:
+                for j in gl.static_range(NC):
+                    at = [row, vcol + j * 64]
+                    tma.async_copy_global_to_shared(vd, at, bar, vb.index(s * NC + j))
+            mbarrier.wait(xempty.index(0), (m & 1) ^ 1)
+            mbarrier.expect(xfull.index(0), bytes_per_cta=64 * 64 * 4)
+            tma.async_copy_global_to_shared(xd, [row, 0], xfull.index(0), xb)
+
+
+@gluon.jit
+def between(to, start, mask, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
+    """`decays` from columns to rows, whose sums of gates and resets lie in shared memory."""
+    if HAS_G:
+        high, low = to.index(0).load(ROW)[:, None], to.index(1).load(ROW)[:, None]
+        from_high = start.index(0).load(COLUMN)[None, :]
+        from_low = start.index(1).load(COLUMN)[None, :]
+    else:
+        high, low, from_high, from_low = 0.0, 0.0, 0.0, 0.0
+    segments, from_segments = 0.0, 0.0
+    if HAS_RESETS:
+        segments = to.index(2).load(ROW)[:, None]
+        from_segments = start.index(2).load(COLUMN)[None, :]
+    return decays(
+        high, low, segments, from_high, from_low, from_segments, mask, HAS_G, HAS_RESETS
+    )
+
+
+@gluon.jit
+def prepare_blocks(
+    beta_ptr, sums_ptr, qb, kb, xb, xh, xl, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+    full, empty, qfull, qempty, xfull, xempty, ready, free, first, steps, b, hv,
+    SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr, NG: gl.constexpr,
+    S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Four warps: scores, X and decays of every block, two blocks deep."""
+    DECAYS: gl.constexpr = HAS_G or HAS_RESETS
+    m_of = gl.arange(0, 64, ROW)[:, None]
+    n_of = gl.arange(0, 64, COLUMN)[None, :]
+    i_of = gl.arange(0, 64, LINE)
+    every = i_of >= 0
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    for n in range(steps):
+        sq = n % 2
+        sums = sums_ptr + ((b * HV + hv) * NG + first + n) * 192
+        for r in gl.static_range(R):
+            m = n * R + r
+            s = m % S
+            st = m % 2
+            row = ((first + n) * R + r) * 64 + i_of
+            beta = gl.load(
+                beta_ptr + (b * (T * R) + row) * HV + hv, mask=row < T * R, other=0.0
+            ).to(gl.float32)
+            if DECAYS:
+                at = sums + (r * 64 + i_of) // R
+                high, low, segments = gl.load(at), gl.load(at + 64), gl.load(at + 128)
+                last = sums + (r * 64 + 63) // R
+                l_high, l_low, l_seg = gl.load(last), gl.load(last + 64), gl.load(last + 128)
+                p_high, p_low, p_seg = 0.0, 0.0, 0.0
+                if r > 0:
+                    before = sums + (r * 64 - 1) // R
+                    p_high, p_low = gl.load(before), gl.load(before + 64)
+                    p_seg = gl.load(before + 128)
+                if r == 0 and HAS_O:
+                    t_high, t_low = gl.load(sums + i_of), gl.load(sums + 64 + i_of)
+                    t_segments = gl.load(sums + 128 + i_of)
+            mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
+            betas.store(beta)
+            if DECAYS:
+                into = decays(high, low, segments, p_high, p_low, p_seg, every, HAS_G, HAS_RESETS)
+                out = decays(l_high, l_low, l_seg, high, low, segments, every, HAS_G, HAS_RESETS)
+                intos.index(st).store(into)
+                outs.index(st).store(out * beta)
+                of_updates.index(0).store(high)
+                of_updates.index(1).store(low)
+                of_updates.index(2).store(segments)
+                if r == 0 and HAS_O:
+                    of_t = decays(
+                        t_high, t_low, t_segments, 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS
+                    )
+                    tokens.index(st).store(of_t * SCALE)
+                    of_tokens.index(0).store(t_high)
+                    of_tokens.index(1).store(t_low)
+                    of_tokens.index(2).store(t_segments)
+            else:
+                outs.index(st).store(beta)
+            if HAS_O:
+                if r == 0:
+                    mbarrier.wait(qfull.index(sq), (n // 2) & 1)
+                mbarrier.wait(full.index(s), (m // S) & 1)
+                q, k = qb.index(sq), kb.index(s).permute((1, 0))
+                p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+                p = warpgroup_mma_wait(0, deps=[p])
+                upto = m_of >= (r * 64 + n_of) // R
+                if DECAYS:
+                    p *= SCALE * between(of_tokens, of_updates, upto, HAS_G, HAS_RESETS)
+                else:
+                    p = gl.where(upto, SCALE * p, 0.0)
+                p *= betas.load(COLUMN)[None, :]
+                pb.index(st).store(p.to(gl.bfloat16))
+            mbarrier.wait(xfull.index(0), m & 1)
+            x = xb.load(ACC)
+            if DECAYS:
+                x *= between(of_updates, of_updates, m_of > n_of, HAS_G, HAS_RESETS)
+            x *= betas.load(COLUMN)[None, :]
+            x_high = x.to(gl.bfloat16)
+            xh.index(st).store(x_high)
+            xl.index(st).store((x - x_high.to(gl.float32)).to(gl.bfloat16))
+            fence_async_shared()
+            mbarrier.arrive(ready.index(st), count=1)
+            mbarrier.arrive(xempty.index(0), count=1)
+            if HAS_O:
+                mbarrier.arrive(empty.index(s), count=1)
+        if HAS_O:
+            mbarrier.arrive(qempty.index(sq), count=1)
+
+
+@gluon.jit
+def hold_state(
+    od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens,
+    full, empty, qfull, qempty, ready, free, first, steps, ocol, index, SCALE: gl.constexpr,
+    R: gl.constexpr, K: gl.constexpr, V: gl.constexpr, S: gl.constexpr, J: gl.constexpr,
+    DECAYS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr,
+):  # fmt: skip
+    """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs."""
+    NC: gl.constexpr = V // 64
+    rows = J * 64 + gl.arange(0, 64, ROW)
+    keys = gl.arange(0, K, COLUMN)
+    at = index.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
+    state = gl.load(start_ptr + at)
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    o = zero
+    for n in range(steps):
+        sq = n % 2
+        for r in gl.static_range(R):
+            m = n * R + r
+            s = m % S
+            st = m % 2
+            narrow = left(state)
+            if HAS_O and r == 0:
+                mbarrier.wait(qfull.index(sq), (n // 2) & 1)
+                q = qb.index(sq).permute((1, 0))
+                o = warpgroup_mma(narrow, q, zero, use_acc=False, is_async=True)
+            mbarrier.wait(full.index(s), (m // S) & 1)
+            k = kb.index(s)
+            pred = warpgroup_mma(narrow, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(ready.index(st), (m // 2) & 1)
+            if HAS_O and r == 0:
+                o, pred = warpgroup_mma_wait(0, deps=[o, pred])
+                mbarrier.arrive(qempty.index(sq), count=1)
+                if DECAYS:
+                    o *= tokens.index(st).load(COLUMN)[None, :]
+                else:
+                    o *= SCALE
+            else:
+                pred = warpgroup_mma_wait(0, deps=[pred])
+            if DECAYS:
+                into = intos.index(st).load(COLUMN)[None, :]
+                pred *= into
+            if HAS_V:
+                pred = vb.index(s * NC + J).permute((1, 0)).load(ACC).to(gl.float32) - pred
+            else:
+                pred = -pred
+            rounded = pred.to(gl.bfloat16)
+            y = left(rounded)
+            e = warpgroup_mma(
+                y, xh.index(st).permute((1, 0)), zero, use_acc=False, is_async=True
+            )
+            e = warpgroup_mma(y, xl.index(st).permute((1, 0)), e, is_async=True)
+            if DECAYS:
+                state *= intos.index(st).slice(63, 1).load(COLUMN)[None, :]
+            e = warpgroup_mma_wait(0, deps=[e])
+            e = rounded.to(gl.float32) - e
+            kept = left(e * outs.index(st).load(COLUMN)[None, :])
+            state = warpgroup_mma(kept, k, state, is_async=True)
+            if HAS_O:
+                o = warpgroup_mma(left(e), pb.index(st).permute((1, 0)), o, is_async=True)
+                o, state = warpgroup_mma_wait(0, deps=[o, state])
+            else:
+                state = warpgroup_mma_wait(0, deps=[state])
+            mbarrier.arrive(free.index(st), count=1)
+            mbarrier.arrive(empty.index(s), count=1)
+        if HAS_O:
+            tma.store_wait(0)
+            buffer = ob.index(J)
+            buffer.permute((1, 0)).store(o.to(gl.bfloat16))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(od, [(first + n) * 64, ocol + J * 64], buffer)
+    gl.store(final_ptr + at, state)
+    if HAS_O:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def walk(
+    q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, sums_ptr, start_ptr, o_ptr, final_ptr,
+    SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr,
+    K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
+    PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    HAS_O: gl.constexpr, HAS_V: gl.constexpr,
+):  # fmt: skip
+    """Outputs and final states of pieces of STEPS groups, from the states that they begin with.
+
+    Without HAS_O only the states; without HAS_V as if all values were zeros, which makes maps of
+    identities.
+    """
+    pid, piece = gl.program_id(0), gl.program_id(1)
+    b, hv = (pid // HV).to(gl.int64), pid % HV
+    qcol = (hv // (HV // H)) * K
+    vcol = hv * V
+    first = piece * STEPS
+    steps = gl.minimum(STEPS, NG - first)
+    index = pid * PIECES + piece
+    NC: gl.constexpr = V // 64
+    DECAYS: gl.constexpr = HAS_G or HAS_RESETS
+    bf16: gl.constexpr = gl.bfloat16
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], gl.bfloat16)
+    small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    qd = tma.make_tensor_descriptor(q_ptr + b * (T * H * K), [T, H * K], [H * K, 1], [64, K], keys)
+    kd = tma.make_tensor_descriptor(
+        k_ptr + b * (T * R * H * K), [T * R, H * K], [H * K, 1], [64, K], keys
+    )
+    vd = tma.make_tensor_descriptor(
+        v_ptr + b * (T * R * HV * V), [T * R, HV * V], [HV * V, 1], [64, 64], small
+    )
+    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32)
+    NB: gl.constexpr = NG * R
+    xd = tma.make_tensor_descriptor(
+        x_ptr + pid.to(gl.int64) * (NB * 4096), [NB * 64, 64], [64, 1], [64, 64], wide
+    )
+    od = tma.make_tensor_descriptor(
+        o_ptr + b * (T * HV * V), [T, HV * V], [HV * V, 1], [64, 64], small
+    )
+    qb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, K], keys)
+    kb = gl.allocate_shared_memory(bf16, [S, 64, K], keys)
+    vb = gl.allocate_shared_memory(bf16, [S * NC if HAS_V else 1, 64, 64], small)
+    xb = gl.allocate_shared_memory(gl.float32, [64, 64], wide)
+    xh = gl.allocate_shared_memory(bf16, [2, 64, 64], small)
+    xl = gl.allocate_shared_memory(bf16, [2, 64, 64], small)
+    pb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, 64], small)
+    ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 64, 64], small)
+    betas = gl.allocate_shared_memory(gl.float32, [64], line)
+    intos = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    outs = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)
+    of_tokens = gl.allocate_shared_memory(gl.float32, [3, 64], line)
+    of_updates = gl.allocate_shared_memory(gl.float32, [3, 64], line)
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    full = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
+    qfull = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    qempty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    xfull = gl.allocate_shared_memory(gl.int64, [1, 1], bars)
+    xempty = gl.allocate_shared_memory(gl.int64, [1, 1], bars)
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    mbarrier.init(xfull.index(0), count=1)
+    mbarrier.init(xempty.index(0), count=1)
+    for i in gl.static_range(S):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=NC + 1 if HAS_O else NC)
+    for i in gl.static_range(2):
+        mbarrier.init(qfull.index(i), count=1)
+        mbarrier.init(qempty.index(i), count=NC + 1)
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=NC)
+    fence_async_shared()
+    if NC == 2:
+        gl.warp_specialize([
+        (hold_state, (
+            od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens, full,
+            empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 0,
+            DECAYS, HAS_O, HAS_V,
+        )),
+        (hold_state, (
+            od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens, full,
+            empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 1,
+            DECAYS, HAS_O, HAS_V,
+        )),
+        (prepare_blocks, (
+            beta_ptr, sums_ptr, qb, kb, xb, xh, xl, pb, betas, intos, outs, tokens, of_tokens,
+            of_updates, full, empty, qfull, qempty, xfull, xempty, ready, free, first, steps, b,
+            hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
+        )),
+        (load_tiles, (
+            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, xfull, xempty, first,
+            steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
+        )),
+        ], [4, 4, 1], [192, 104, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+        (hold_state, (
+            od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens, full,
+            empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 0,
+            DECAYS, HAS_O, HAS_V,
+        )),
+        (prepare_blocks, (
+            beta_ptr, sums_ptr, qb, kb, xb, xh, xl, pb, betas, intos, outs, tokens, of_tokens,
+            of_updates, full, empty, qfull, qempty, xfull, xempty, ready, free, first, steps, b,
+            hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
+        )),
+        (load_tiles, (
+            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, xfull, xempty, first,
+            steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
+        )),
+        ], [4, 1], [152, 24])  # fmt: skip
