@@ -8,11 +8,11 @@ def sizes(tokens):
     NG = -(-T // 64)
     return B, T, R, H, K, HV, V, NG
 
-def inverse(tokens):
+def inverse(tokens, s):
     B, T, R, H, K, HV, V, NG = sizes(tokens)
     NB = NG * R
-    return L.launch(prepare.inverse, (tokens.k, tokens.beta), [jax.ShapeDtypeStruct((B, HV, NB, 64, 64), jnp.float32)],
-                 (-(-NB // 2), B * HV), warps=4, T=T, R=R, H=H, HV=HV, K=K, NB=NB)[0]
+    return L.launch(prepare.inverse, (tokens.k, tokens.beta, s), [jax.ShapeDtypeStruct((B, HV, NB, 2, 64, 64), jnp.bfloat16)],
+                 (-(-NB // 4), B * HV), warps=4, T=T, R=R, H=H, HV=HV, K=K, NG=NG, HAS_G=tokens.g is not None, HAS_RESETS=tokens.resets is not None)[0]
 
 def sums(tokens):
     B, T, R, H, K, HV, V, NG = sizes(tokens)
@@ -35,5 +35,6 @@ def run_walk(walk, tokens, x, s, start, scale, pieces=1, has_o=True, has_v=True,
         HAS_G=tokens.g is not None, HAS_RESETS=tokens.resets is not None, HAS_O=has_o, HAS_V=has_v)
 
 def forward(walk, tokens, initial, scale, S=3):
-    o, final = run_walk(walk, tokens, inverse(tokens), sums(tokens), initial[:, :, None], scale, S=S)
+    s = sums(tokens)
+    o, final = run_walk(walk, tokens, inverse(tokens, s), s, initial[:, :, None], scale, S=S)
     return o, final[:, :, 0]

@@ -61,75 +61,192 @@ def gate_sums(
     gl.store(at + 128, segments, mask=hv < HV)
 
 
+# Of `inverse`: 32 rows of updates are half a block; a thread has two columns of a half's X.
+HALVES = gl.constexpr(gl.BlockedLayout([32, 1, 2], [1, 2, 16], [1, 4, 1], [2, 0, 1]))
+OF_ROWS = gl.constexpr(gl.SliceLayout(2, HALVES.value))
+OF_COLUMNS = gl.constexpr(gl.SliceLayout(0, HALVES.value))
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def two_terms(x):
+    """Two numbers of bfloat16 that add up to x, but for 2^-17 of it; the first is cut, not rounded."""
+    high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
+    return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
+
+
+@gluon.jit
+def put(ptr, x, inside):
+    """Writes two terms, the second 64 x 64 entries after the first."""
+    high, low = two_terms(x)
+    gl.store(ptr, high, mask=inside)
+    gl.store(ptr + 4096, low, mask=inside)
+
+
+@gluon.jit
+def halves(keys, q: gl.constexpr):
+    """Products of all keys of a block with those of its first or second half."""
+    zero = gl.zeros([64, 32], gl.float32, ACC)
+    some = keys.slice(q * 32, 32).permute((1, 0))
+    return warpgroup_mma(keys, some, zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def below(product, tiles, betas, sums, x_ptr, inside, p: gl.constexpr,
+          HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):  # fmt: skip
+    """Writes what is beside the diagonal halves of block p: ``T22 (L21 T11)``, T = I - X, and zeros.
+
+    A product has 64 rows: the first 32 of each matter to nobody.
+    """
+    of_columns: gl.constexpr = gl.SliceLayout(0, ACC)
+    of_rows: gl.constexpr = gl.SliceLayout(1, ACC)
+    zero = gl.zeros([64, 32], gl.float32, ACC)
+    product *= betas.slice(p * 64, 32).load(of_columns)[None, :]
+    high, low = two_terms(product)
+    high, low = gl.convert_layout(high, LEFT), gl.convert_layout(low, LEFT)
+    t_high, t_low = tiles.index(p), tiles.index(4 + p)
+    P = warpgroup_mma(high, t_high.slice(0, 32), zero, use_acc=False, is_async=True)
+    P = warpgroup_mma(high, t_low.slice(0, 32), P, is_async=True)
+    P = warpgroup_mma(low, t_high.slice(0, 32), P, is_async=True)
+    P = warpgroup_mma_wait(0, deps=[P])
+    high, low = two_terms(P)
+    tiles.index(8 + p).store(high)
+    tiles.index(12 + p).store(low)
+    fence_async_shared()
+    high, low = tiles.index(8 + p).slice(32, 32), tiles.index(12 + p).slice(32, 32)
+    X = warpgroup_mma(t_high, high, zero, use_acc=False, is_async=True)
+    X = warpgroup_mma(t_high, low, X, is_async=True)
+    X = warpgroup_mma(t_low, high, X, is_async=True)
+    X = warpgroup_mma_wait(0, deps=[X])
+    i_of = gl.arange(0, 64, of_rows)[:, None]
+    j_of = gl.arange(0, 32, of_columns)[None, :]
+    is_below = i_of >= 32
+    if HAS_RESETS:
+        here = sums.index(2).slice(p * 64, 64).load(of_rows)[:, None]
+        same = here == sums.index(2).slice(p * 64, 32).load(of_columns)[None, :]
+        is_below = is_below & same
+    if HAS_G:
+        of_g = sums.index(0).slice(p * 64, 64).load(of_rows)[:, None]
+        of_g -= sums.index(0).slice(p * 64, 32).load(of_columns)[None, :]
+        low = sums.index(1).slice(p * 64, 64).load(of_rows)[:, None]
+        of_g += low - sums.index(1).slice(p * 64, 32).load(of_columns)[None, :]
+        X *= gl.exp(gl.where(is_below, of_g, 0.0))
+    X = gl.where(is_below, X, 0.0)
+    at = x_ptr + p * 8192 + i_of * 64 + gl.where(i_of < 32, 32, 0) + j_of
+    put(at, X, inside)
+
+
 @gluon.jit
 def inverse(
-    k_ptr, beta_ptr, x_ptr,
+    k_ptr, beta_ptr, sums_ptr, x_ptr,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
-    NB: gl.constexpr,
+    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """X [64, 64] in float32 of two blocks, ``(I + F beta)^-1 = I - X beta``, by substitution.
+    """``(I + L)^-1 = I - X``, L the strictly causal products of keys, decays and beta.
 
-    A thread has a column of X, all of it in registers, so that a row is found from those before it
-    without a word to other threads; rows of F are read by all threads at once.
+    Four blocks a program; X [64, 64] of each as the sum of two terms of bfloat16. Found without
+    decays, which are put in at last: the eight halves on the diagonals by substitution, a thread
+    two columns, for each number that a step takes from shared memory, whose width is the limit,
+    serves both; then what is below them by products.
     """
-    pair, pid = gl.program_id(0), gl.program_id(1)
+    NB: gl.constexpr = NG * R
+    four, pid = gl.program_id(0), gl.program_id(1)
     b = (pid // HV).to(gl.int64)
     hv = pid % HV
     h = hv // (HV // H)
-    tiles: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], gl.bfloat16)
-    acc: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    lay: gl.constexpr = gl.BlockedLayout([64, 1, 1], [1, 1, 32], [1, 2, 2], [0, 1, 2])
-    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    keys = gl.allocate_shared_memory(gl.bfloat16, [2, 64, K], tiles)
-    f = gl.allocate_shared_memory(gl.float32, [64, 2, 64], plain)
-    betas = gl.allocate_shared_memory(
-        gl.float32, [64, 2], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
+    rows = T * R
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], gl.bfloat16)
+    of_tiles: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], gl.bfloat16)
+    line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    space = gl.allocate_shared_memory(gl.bfloat16, [4 * 128 // K, 64, K], of_keys)
+    betas = gl.allocate_shared_memory(gl.float32, [256], line)
+    sums = gl.allocate_shared_memory(gl.float32, [3, 256], line)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     fence_async_shared()
-    rows = T * R
     desc = tma.make_tensor_descriptor(
-        k_ptr + b * rows * H * K, shape=[rows, H * K], strides=[H * K, 1], block_shape=[64, K],
-        layout=tiles,
-    )  # fmt: skip
-    mbarrier.expect(bar, bytes_per_cta=2 * 64 * K * 2)
-    for i in gl.static_range(2):
-        at = [pair * 128 + i * 64, h * K]
-        tma.async_copy_global_to_shared(desc, at, bar, keys.index(i))
+        k_ptr + b * (T * R * H * K), [rows, H * K], [H * K, 1], [64, K], of_keys
+    )
+    mbarrier.expect(bar, bytes_per_cta=256 * K * 2)
+    for p in gl.static_range(4):
+        at = [four * 256 + p * 64, h * K]
+        tma.async_copy_global_to_shared(desc, at, bar, space.index(p))
 
-    of_beta: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [2, 2], [0, 1])
-    m = gl.arange(0, 64, gl.SliceLayout(1, of_beta))[:, None]
-    block = gl.arange(0, 2, gl.SliceLayout(0, of_beta))[None, :]
-    row = pair * 128 + block * 64 + m
+    flat: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    row = four * 256 + gl.arange(0, 256, flat)
     beta = gl.load(beta_ptr + (b * rows + row) * HV + hv, mask=row < rows, other=0.0)
-    both = betas._reinterpret(gl.float32, [64, 2], plain)
-    both.store(beta.to(gl.float32))
+    betas.store(beta.to(gl.float32))
+    if HAS_G or HAS_RESETS:
+        group = gl.minimum(row // (64 * R), NG - 1)
+        at = sums_ptr + ((b * HV + hv) * NG + group) * 192 + (row // R) % 64
+        for part in gl.static_range(3):
+            sums.index(part).store(gl.load(at + part * 64))
 
     mbarrier.wait(bar, 0)
-    zero = gl.zeros([64, 64], gl.float32, acc)
-    k0, k1 = keys.index(0), keys.index(1)
-    f0 = warpgroup_mma(k0, k0.permute((1, 0)), zero, use_acc=False, is_async=True)
-    f1 = warpgroup_mma(k1, k1.permute((1, 0)), zero, use_acc=False, is_async=True)
-    f0, f1 = warpgroup_mma_wait(0, deps=[f0, f1])
-    whole = f._reinterpret(gl.float32, [64, 2, 64], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    whole.store(gl.permute(gl.join(f0, f1), (0, 2, 1)))
+    f0, f1 = halves(space.index(0), 0), halves(space.index(0), 1)
+    f2, f3 = halves(space.index(1), 0), halves(space.index(1), 1)
+    f4, f5 = halves(space.index(2), 0), halves(space.index(2), 1)
+    f6, f7 = halves(space.index(3), 0), halves(space.index(3), 1)
+    f0, f1, f2, f3, f4, f5, f6, f7 = warpgroup_mma_wait(0, deps=[f0, f1, f2, f3, f4, f5, f6, f7])
+    gl.barrier()
+    # In the place of the keys, what is on the diagonal of each half first. It is symmetric before
+    # it is cut, so that rows serve as columns.
+    each = space._reinterpret(gl.float32, [8, 64, 32], PLAIN)
+    each.index(0).store(f0)
+    each.index(1).store(f1)
+    each.index(2).store(f2)
+    each.index(3).store(f3)
+    each.index(4).store(f4)
+    each.index(5).store(f5)
+    each.index(6).store(f6)
+    each.index(7).store(f7)
+    for p in gl.static_range(4):
+        of_half = each.index(2 * p + 1)
+        of_half.slice(0, 32).store(of_half.slice(32, 32).load(ACC))
+    f = space._reinterpret(gl.float32, [8, 64, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
-    of_rows: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, lay))
-    i_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 64, of_rows), 1), 2)
-    of_blocks: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, lay))
-    block = gl.expand_dims(gl.expand_dims(gl.arange(0, 2, of_blocks), 0), 2)
-    of_columns: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(0, lay))
-    j_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 64, of_columns), 0), 0)
-    # F is symmetric before it is cut, so rows serve as columns.
-    X = gl.where(i_of > j_of, whole.load(lay), 0.0)
-    for i in gl.static_range(63):
+    i_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, OF_ROWS)), 1), 2)
+    j_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OF_COLUMNS)), 0), 0)
+    half = gl.expand_dims(gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, OF_ROWS)), 0), 2)
+    by_half = betas._reinterpret(gl.float32, [8, 32], PLAIN)
+    X = gl.where(i_of > j_of, f.slice(0, 32, dim=1).permute((1, 0, 2)).load(HALVES), 0.0)
+    X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
+    for i in gl.static_range(31):
         # A negative zero, since adding it changes nothing, whatever the sign.
         x = gl.sum(gl.where(i_of == i, X, -0.0), axis=0)
-        scale = betas.index(i).load(gl.SliceLayout(1, gl.SliceLayout(0, lay)))
-        x = x * gl.expand_dims(scale, 1)
-        a = f.index(i).permute((1, 0)).load(gl.SliceLayout(2, lay))
-        X = gl.where(i_of > i, X - gl.expand_dims(a, 2) * gl.expand_dims(x, 0), X)
-    index = pid.to(gl.int64) * NB + pair * 2 + block
-    at = x_ptr + index * 4096 + i_of * 64 + j_of
-    gl.store(at, X, mask=pair * 2 + block < NB)
+        of_i = by_half.slice(i, 1, dim=1).load(OF_COLUMNS)
+        a = f.slice(i, 1, dim=1).permute((2, 0, 1)).load(HALVES)
+        X = gl.where(i_of > i, X - a * gl.expand_dims(of_i * x, 0), X)
+    gl.barrier()
+
+    high, low = two_terms(gl.where(i_of == j_of, 1.0, -X))
+    ts = space._reinterpret(gl.bfloat16, [1024, 32], of_tiles)
+    ts.slice(0, 256).store(gl.reshape(gl.permute(high, (1, 0, 2)), [256, 32]))
+    ts.slice(256, 256).store(gl.reshape(gl.permute(low, (1, 0, 2)), [256, 32]))
+    fence_async_shared()
+    tiles = space._reinterpret(gl.bfloat16, [16, 64, 32], of_tiles)
+    x_ptr += (pid.to(gl.int64) * NB + four * 4) * 8192
+    inside = NB - four * 4
+    below(f0, tiles, betas, sums, x_ptr, inside > 0, 0, HAS_G, HAS_RESETS)
+    below(f2, tiles, betas, sums, x_ptr, inside > 1, 1, HAS_G, HAS_RESETS)
+    below(f4, tiles, betas, sums, x_ptr, inside > 2, 2, HAS_G, HAS_RESETS)
+    below(f6, tiles, betas, sums, x_ptr, inside > 3, 3, HAS_G, HAS_RESETS)
+
+    mask = i_of > j_of
+    if HAS_RESETS:
+        segments = sums.index(2)._reinterpret(gl.float32, [8, 32], PLAIN)
+        here = gl.expand_dims(segments.permute((1, 0)).load(OF_ROWS), 2)
+        mask = mask & (here == gl.expand_dims(segments.load(OF_COLUMNS), 0))
+    if HAS_G:
+        highs = sums.index(0)._reinterpret(gl.float32, [8, 32], PLAIN)
+        lows = sums.index(1)._reinterpret(gl.float32, [8, 32], PLAIN)
+        of_g = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
+        of_g -= gl.expand_dims(highs.load(OF_COLUMNS), 0)
+        low = gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2)
+        of_g += low - gl.expand_dims(lows.load(OF_COLUMNS), 0)
+        X *= gl.exp(gl.where(mask, of_g, 0.0))
+    X = gl.where(mask, X, 0.0)
+    at = x_ptr + (half // 2) * 8192 + (half % 2) * (32 * 64 + 32) + i_of * 64 + j_of
+    put(at, X, half // 2 < inside)

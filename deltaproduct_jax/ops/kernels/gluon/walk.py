@@ -45,33 +45,32 @@ def decays(high, low, segments, from_high, from_low, from_segments, mask,
 
 @gluon.jit
 def load_tiles(
-    qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, xfull, xempty, first, steps, qcol,
-    vcol, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr,
+    qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, qcol, vcol,
+    R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr,
     HAS_V: gl.constexpr,
 ):  # fmt: skip
-    """One warp: tiles of q, a group ahead, and of k and v, up to S blocks ahead."""
-    for n in range(steps):
-        if HAS_O:
+    """One warp: tiles of q, a group ahead, and of k, v and X, up to S blocks ahead."""
+    size: gl.constexpr = 64 * K * 2 + 2 * 64 * 64 * 2 + (NC * 64 * 64 * 2 if HAS_V else 0)
+    for m in range(steps * R):
+        n = m // R
+        s = m % S
+        if HAS_O and m % R == 0:
             sq = n % 2
             mbarrier.wait(qempty.index(sq), ((n // 2) & 1) ^ 1)
             mbarrier.expect(qfull.index(sq), bytes_per_cta=64 * K * 2)
             at = [(first + n) * 64, qcol]
             tma.async_copy_global_to_shared(qd, at, qfull.index(sq), qb.index(sq))
-        for r in gl.static_range(R):
-            m = n * R + r
-            s = m % S
-            bar = full.index(s)
-            mbarrier.wait(empty.index(s), ((m // S) & 1) ^ 1)
-            row = (first * R + m) * 64
-            mbarrier.expect(bar, bytes_per_cta=64 * K * 2 + (NC * 64 * 64 * 2 if HAS_V else 0))
-            tma.async_copy_global_to_shared(kd, [row, qcol], bar, kb.index(s))
-            if HAS_V:
-                for j in gl.static_range(NC):
-                    at = [row, vcol + j * 64]
-                    tma.async_copy_global_to_shared(vd, at, bar, vb.index(s * NC + j))
-            mbarrier.wait(xempty.index(0), (m & 1) ^ 1)
-            mbarrier.expect(xfull.index(0), bytes_per_cta=64 * 64 * 4)
-            tma.async_copy_global_to_shared(xd, [row, 0], xfull.index(0), xb)
+        bar = full.index(s)
+        mbarrier.wait(empty.index(s), ((m // S) & 1) ^ 1)
+        row = (first * R + m) * 64
+        mbarrier.expect(bar, bytes_per_cta=size)
+        tma.async_copy_global_to_shared(kd, [row, qcol], bar, kb.index(s))
+        if HAS_V:
+            for j in gl.static_range(NC):
+                at = [row, vcol + j * 64]
+                tma.async_copy_global_to_shared(vd, at, bar, vb.index(s * NC + j))
+        for j in gl.static_range(2):
+            tma.async_copy_global_to_shared(xd, [2 * row + j * 64, 0], bar, xb.index(s * 2 + j))
 
 
 @gluon.jit
@@ -94,96 +93,85 @@ def between(to, start, mask, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
 
 @gluon.jit
 def prepare_blocks(
-    beta_ptr, sums_ptr, qb, kb, xb, xh, xl, pb, betas, intos, outs, tokens, of_tokens, of_updates,
-    full, empty, qfull, qempty, xfull, xempty, ready, free, first, steps, b, hv,
+    beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+    full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr, NG: gl.constexpr,
     S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: scores, X and decays of every block, two blocks deep."""
+    """Four warps: scores and decays of every block, two blocks deep."""
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     m_of = gl.arange(0, 64, ROW)[:, None]
     n_of = gl.arange(0, 64, COLUMN)[None, :]
     i_of = gl.arange(0, 64, LINE)
     every = i_of >= 0
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    for n in range(steps):
+    for m in range(steps * R):
+        n, r = m // R, m % R
         sq = n % 2
+        s = m % S
+        st = m % 2
         sums = sums_ptr + ((b * HV + hv) * NG + first + n) * 192
-        for r in gl.static_range(R):
-            m = n * R + r
-            s = m % S
-            st = m % 2
-            row = ((first + n) * R + r) * 64 + i_of
-            beta = gl.load(
-                beta_ptr + (b * (T * R) + row) * HV + hv, mask=row < T * R, other=0.0
-            ).to(gl.float32)
-            if DECAYS:
-                at = sums + (r * 64 + i_of) // R
-                high, low, segments = gl.load(at), gl.load(at + 64), gl.load(at + 128)
-                last = sums + (r * 64 + 63) // R
-                l_high, l_low, l_seg = gl.load(last), gl.load(last + 64), gl.load(last + 128)
-                p_high, p_low, p_seg = 0.0, 0.0, 0.0
-                if r > 0:
-                    before = sums + (r * 64 - 1) // R
-                    p_high, p_low = gl.load(before), gl.load(before + 64)
-                    p_seg = gl.load(before + 128)
-                if r == 0 and HAS_O:
-                    t_high, t_low = gl.load(sums + i_of), gl.load(sums + 64 + i_of)
-                    t_segments = gl.load(sums + 128 + i_of)
-            mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-            betas.store(beta)
-            if DECAYS:
-                into = decays(high, low, segments, p_high, p_low, p_seg, every, HAS_G, HAS_RESETS)
-                out = decays(l_high, l_low, l_seg, high, low, segments, every, HAS_G, HAS_RESETS)
-                intos.index(st).store(into)
-                outs.index(st).store(out * beta)
-                of_updates.index(0).store(high)
-                of_updates.index(1).store(low)
-                of_updates.index(2).store(segments)
-                if r == 0 and HAS_O:
-                    of_t = decays(
-                        t_high, t_low, t_segments, 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS
-                    )
-                    tokens.index(st).store(of_t)
-                    of_tokens.index(0).store(t_high)
-                    of_tokens.index(1).store(t_low)
-                    of_tokens.index(2).store(t_segments)
-            else:
-                outs.index(st).store(beta)
+        row = (first * R + m) * 64 + i_of
+        beta = gl.load(beta_ptr + (b * (T * R) + row) * HV + hv, mask=row < T * R, other=0.0)
+        beta = beta.to(gl.float32)
+        if DECAYS:
+            at = sums + (r * 64 + i_of) // R
+            high, low, segments = gl.load(at), gl.load(at + 64), gl.load(at + 128)
+            last = sums + (r * 64 + 63) // R
+            l_high, l_low, l_seg = gl.load(last), gl.load(last + 64), gl.load(last + 128)
+            # The sums before the block: of its group's first there are none.
+            before = sums + gl.maximum(r * 64 - 1, 0) // R
+            p_high = gl.load(before, mask=r > 0, other=0.0)
+            p_low = gl.load(before + 64, mask=r > 0, other=0.0)
+            p_seg = gl.load(before + 128, mask=r > 0, other=0.0)
             if HAS_O:
-                if r == 0:
-                    mbarrier.wait(qfull.index(sq), (n // 2) & 1)
-                mbarrier.wait(full.index(s), (m // S) & 1)
-                q, k = qb.index(sq), kb.index(s).permute((1, 0))
-                p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
-                p = warpgroup_mma_wait(0, deps=[p])
-                upto = m_of >= (r * 64 + n_of) // R
-                if DECAYS:
-                    p *= SCALE * between(of_tokens, of_updates, upto, HAS_G, HAS_RESETS)
-                else:
-                    p = gl.where(upto, SCALE * p, 0.0)
-                p *= betas.load(COLUMN)[None, :]
-                pb.index(st).store(p.to(gl.bfloat16))
-            mbarrier.wait(xfull.index(0), m & 1)
-            x = xb.load(ACC)
-            if DECAYS:
-                x *= between(of_updates, of_updates, m_of > n_of, HAS_G, HAS_RESETS)
-            x *= betas.load(COLUMN)[None, :]
-            x_high = x.to(gl.bfloat16)
-            xh.index(st).store(x_high)
-            xl.index(st).store((x - x_high.to(gl.float32)).to(gl.bfloat16))
-            fence_async_shared()
-            mbarrier.arrive(ready.index(st), count=1)
-            mbarrier.arrive(xempty.index(0), count=1)
+                t_high, t_low = gl.load(sums + i_of), gl.load(sums + 64 + i_of)
+                t_segments = gl.load(sums + 128 + i_of)
+        mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
+        betas.store(beta)
+        if DECAYS:
+            into = decays(high, low, segments, p_high, p_low, p_seg, every, HAS_G, HAS_RESETS)
+            out = decays(l_high, l_low, l_seg, high, low, segments, every, HAS_G, HAS_RESETS)
+            intos.index(st).store(into)
+            outs.index(st).store(out * beta)
+            of_updates.index(0).store(high)
+            of_updates.index(1).store(low)
+            of_updates.index(2).store(segments)
             if HAS_O:
-                mbarrier.arrive(empty.index(s), count=1)
+                of_t = decays(
+                    t_high, t_low, t_segments, 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS
+                )
+                tokens.index(st).store(of_t)
+                of_tokens.index(0).store(t_high)
+                of_tokens.index(1).store(t_low)
+                of_tokens.index(2).store(t_segments)
+        else:
+            outs.index(st).store(beta)
         if HAS_O:
-            mbarrier.arrive(qempty.index(sq), count=1)
+            if r == 0:
+                mbarrier.wait(qfull.index(sq), (n // 2) & 1)
+            mbarrier.wait(full.index(s), (m // S) & 1)
+            q, k = qb.index(sq), kb.index(s).permute((1, 0))
+            p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+            p = warpgroup_mma_wait(0, deps=[p])
+            upto = m_of >= (r * 64 + n_of) // R
+            if DECAYS:
+                p *= SCALE * between(of_tokens, of_updates, upto, HAS_G, HAS_RESETS)
+            else:
+                p = gl.where(upto, SCALE * p, 0.0)
+            p *= betas.load(COLUMN)[None, :]
+            pb.index(st).store(p.to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(ready.index(st), count=1)
+        if HAS_O:
+            mbarrier.arrive(empty.index(s), count=1)
+            if r == R - 1:
+                mbarrier.arrive(qempty.index(sq), count=1)
 
 
 @gluon.jit
 def hold_state(
-    od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens,
+    od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens,
     full, empty, qfull, qempty, ready, free, first, steps, ocol, index, SCALE: gl.constexpr,
     R: gl.constexpr, K: gl.constexpr, V: gl.constexpr, S: gl.constexpr, J: gl.constexpr,
     DECAYS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr,
@@ -225,16 +213,18 @@ def hold_state(
             pred = vb.index(s * NC + J).permute((1, 0)).load(ACC).to(gl.float32) - pred
         else:
             pred = -pred
-        rounded = pred.to(gl.bfloat16)
+        # To bfloat16, but still of float32: for an identity too, so that it is an error of a value.
+        scaled = pred * 65537.0
+        rounded = scaled - (scaled - pred)
         y = left(rounded)
         e = warpgroup_mma(
-            y, xh.index(st).permute((1, 0)), zero, use_acc=False, is_async=True
+            y, xb.index(s * 2).permute((1, 0)), zero, use_acc=False, is_async=True
         )
-        e = warpgroup_mma(y, xl.index(st).permute((1, 0)), e, is_async=True)
+        e = warpgroup_mma(y, xb.index(s * 2 + 1).permute((1, 0)), e, is_async=True)
         if DECAYS:
             state *= intos.index(st).slice(63, 1).load(COLUMN)[None, :]
         e = warpgroup_mma_wait(0, deps=[e])
-        e = rounded.to(gl.float32) - e
+        e = rounded - e
         kept = left(e * outs.index(st).load(COLUMN)[None, :])
         state = warpgroup_mma(kept, k, state, is_async=True)
         if HAS_O:
@@ -288,10 +278,9 @@ def walk(
     vd = tma.make_tensor_descriptor(
         v_ptr + b * (T * R * HV * V), [T * R, HV * V], [HV * V, 1], [64, 64], small
     )
-    wide: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.float32)
     NB: gl.constexpr = NG * R
     xd = tma.make_tensor_descriptor(
-        x_ptr + pid.to(gl.int64) * (NB * 4096), [NB * 64, 64], [64, 1], [64, 64], wide
+        x_ptr + pid.to(gl.int64) * (NB * 8192), [NB * 128, 64], [64, 1], [64, 64], small
     )
     od = tma.make_tensor_descriptor(
         o_ptr + b * (T * HV * V), [T, HV * V], [HV * V, 1], [64, 64], small
@@ -299,9 +288,7 @@ def walk(
     qb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, K], keys)
     kb = gl.allocate_shared_memory(bf16, [S, 64, K], keys)
     vb = gl.allocate_shared_memory(bf16, [S * NC if HAS_V else 1, 64, 64], small)
-    xb = gl.allocate_shared_memory(gl.float32, [64, 64], wide)
-    xh = gl.allocate_shared_memory(bf16, [2, 64, 64], small)
-    xl = gl.allocate_shared_memory(bf16, [2, 64, 64], small)
+    xb = gl.allocate_shared_memory(bf16, [2 * S, 64, 64], small)
     pb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, 64], small)
     ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 64, 64], small)
     betas = gl.allocate_shared_memory(gl.float32, [64], line)
@@ -315,12 +302,8 @@ def walk(
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
     qfull = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     qempty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    xfull = gl.allocate_shared_memory(gl.int64, [1, 1], bars)
-    xempty = gl.allocate_shared_memory(gl.int64, [1, 1], bars)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    mbarrier.init(xfull.index(0), count=1)
-    mbarrier.init(xempty.index(0), count=1)
     for i in gl.static_range(S):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=NC + 1 if HAS_O else NC)
@@ -333,39 +316,35 @@ def walk(
     if NC == 2:
         gl.warp_specialize([
         (hold_state, (
-            od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens, full,
+            od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
             empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 0,
             DECAYS, HAS_O, HAS_V,
         )),
         (hold_state, (
-            od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens, full,
+            od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
             empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 1,
             DECAYS, HAS_O, HAS_V,
         )),
         (prepare_blocks, (
-            beta_ptr, sums_ptr, qb, kb, xb, xh, xl, pb, betas, intos, outs, tokens, of_tokens,
-            of_updates, full, empty, qfull, qempty, xfull, xempty, ready, free, first, steps, b,
-            hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
+            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens,
+            of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
         )),
         (load_tiles, (
-            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, xfull, xempty, first,
-            steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
+            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
         )),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
     else:
         gl.warp_specialize([
         (hold_state, (
-            od, start_ptr, final_ptr, qb, kb, vb, xh, xl, pb, ob, intos, outs, tokens, full,
+            od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
             empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 0,
             DECAYS, HAS_O, HAS_V,
         )),
         (prepare_blocks, (
-            beta_ptr, sums_ptr, qb, kb, xb, xh, xl, pb, betas, intos, outs, tokens, of_tokens,
-            of_updates, full, empty, qfull, qempty, xfull, xempty, ready, free, first, steps, b,
-            hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
+            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens,
+            of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
         )),
         (load_tiles, (
-            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, xfull, xempty, first,
-            steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
+            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
         )),
         ], [4, 1], [152, 24])  # fmt: skip
