@@ -13,6 +13,8 @@ import jax
 from jax.extend import core
 from jax.interpreters import mlir
 
+from deltaproduct_jax.ops.varying import mark_varying_as
+
 TARGET = "triton_kernel_call_ffi"
 COMPUTE_CAPABILITY = 90
 DTYPES = {
@@ -43,7 +45,7 @@ def launch(
         warps: of the default partition.
         **constants: its `constexpr` arguments.
     """
-    return call_p.bind(
+    results = call_p.bind(
         *arrays,
         kernel=kernel,
         outs=tuple((x.shape, x.dtype) for x in outs),
@@ -51,6 +53,7 @@ def launch(
         warps=warps,
         constants=tuple(constants.items()),
     )
+    return [mark_varying_as(x, arrays[0]) for x in results]
 
 
 @functools.cache

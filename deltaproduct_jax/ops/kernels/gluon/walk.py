@@ -172,16 +172,22 @@ def prepare_blocks(
 @gluon.jit
 def hold_state(
     od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens,
-    full, empty, qfull, qempty, ready, free, first, steps, ocol, index, SCALE: gl.constexpr,
+    full, empty, qfull, qempty, ready, free, first, steps, ocol, pid, index, SCALE: gl.constexpr,
     R: gl.constexpr, K: gl.constexpr, V: gl.constexpr, S: gl.constexpr, J: gl.constexpr,
-    DECAYS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr,
+    DECAYS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, START: gl.constexpr,
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs."""
     NC: gl.constexpr = V // 64
     rows = J * 64 + gl.arange(0, 64, ROW)
     keys = gl.arange(0, K, COLUMN)
     at = index.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
-    state = gl.load(start_ptr + at)
+    if START == "maps":
+        state = gl.where(keys[None, :] == rows[:, None], 1.0, gl.zeros([64, K], gl.float32, ACC))
+    elif START == "ends":
+        of_piece = pid.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
+        state = gl.load(start_ptr + of_piece, mask=(of_piece >= 0) & (first == 0), other=0.0)
+    else:
+        state = gl.load(start_ptr + at)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     o = zero
     for m in range(steps * R):
@@ -250,21 +256,22 @@ def walk(
     q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, sums_ptr, start_ptr, o_ptr, final_ptr,
     SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
-    PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
-    HAS_O: gl.constexpr, HAS_V: gl.constexpr,
+    FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, START: gl.constexpr,
 ):  # fmt: skip
-    """Outputs and final states of pieces of STEPS groups, from the states that they begin with.
+    """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
-    Without HAS_O only the states; without HAS_V as if all values were zeros, which makes maps of
-    identities.
+    They begin with the states given if START is "whole"; for "ends" with nothing, but for piece 0,
+    which has its true beginning; for "maps" with the identity. Without HAS_O only the states;
+    without HAS_V as if all values were zeros.
     """
-    pid, piece = gl.program_id(0), gl.program_id(1)
+    pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b, hv = (pid // HV).to(gl.int64), pid % HV
     qcol = (hv // (HV // H)) * K
     vcol = hv * V
     first = piece * STEPS
-    steps = gl.minimum(STEPS, NG - first)
-    index = pid * PIECES + piece
+    steps = gl.maximum(gl.minimum(STEPS, NG - first), 0)
+    index = pid * PIECES + piece - FIRST
     NC: gl.constexpr = V // 64
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     bf16: gl.constexpr = gl.bfloat16
@@ -317,13 +324,13 @@ def walk(
         gl.warp_specialize([
         (hold_state, (
             od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 0,
-            DECAYS, HAS_O, HAS_V,
+            empty, qfull, qempty, ready, free, first, steps, vcol, pid, index, SCALE, R, K, V, S, 0,
+            DECAYS, HAS_O, HAS_V, START,
         )),
         (hold_state, (
             od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 1,
-            DECAYS, HAS_O, HAS_V,
+            empty, qfull, qempty, ready, free, first, steps, vcol, pid, index, SCALE, R, K, V, S, 1,
+            DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
             beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens,
@@ -337,8 +344,8 @@ def walk(
         gl.warp_specialize([
         (hold_state, (
             od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, vcol, index, SCALE, R, K, V, S, 0,
-            DECAYS, HAS_O, HAS_V,
+            empty, qfull, qempty, ready, free, first, steps, vcol, pid, index, SCALE, R, K, V, S, 0,
+            DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
             beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens,

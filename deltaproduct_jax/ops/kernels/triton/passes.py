@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.kernels.triton import tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
@@ -95,6 +96,9 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    if not keep_states and gluon.takes(tokens, options, _compute_capability()):
+        fixed = options._replace(spans=0, more=False)
+        return *batched(gluon.forward, fixed)(tokens, initial_state), None
     options = options if keep_states else options._replace(spans=0, more=False)
     o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
