@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.gluon import launch
+from deltaproduct_jax.ops.kernels.gluon.launch import Tile
 from deltaproduct_jax.ops.layout import Tokens
 
 GROUP = 64  # tokens
@@ -73,10 +74,22 @@ class Call:
         self.meta |= {"NG": self.NG, **self.gates}
         self.B, self.HV, self.K, self.V = B, HV, K, V
 
+        T, R, columns = self.meta["T"], self.meta["R"], (H * K, HV * V)
+        blocks = self.NG * R
+        self.tiles = {
+            "q": Tile((B, T, columns[0]), GROUP, K),
+            "k": Tile((B, T * R, columns[0]), GROUP, K),
+            "v": Tile((B, T * R, columns[1]), GROUP, 64),
+            "x": Tile((B * HV, blocks * 2 * 64, 64), 64, 64),
+            "o": Tile((B, T, columns[1]), GROUP, 64),
+        }
+
     def launch(self, kernel, arrays, outs, grid, *, warps=4, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
-        meta = {name: x for name, x in (self.meta | more).items() if name in kernel.arg_names}
-        return launch.launch(kernel, arrays, outs, grid, warps=warps, **meta)
+        names = kernel.arg_names
+        meta = {name: x for name, x in (self.meta | more).items() if name in names}
+        tiles = {name: x for name, x in self.tiles.items() if name in names}
+        return launch.launch(kernel, arrays, outs, grid, warps=warps, tiles=tiles, **meta)
 
     def sums(self) -> jax.Array:
         """Sums of gates and resets [B, Hv, groups, 3, 64]; nothing if there are neither."""
@@ -96,7 +109,7 @@ class Call:
         out = jax.ShapeDtypeStruct((self.B, self.HV, blocks, 2, 64, 64), jnp.bfloat16)
         grid = (-(-blocks // 4), self.B * self.HV)
         arrays = (self.tokens.k, self.tokens.beta, sums)
-        return self.launch(self.prepare.inverse, arrays, [out], grid)[0]
+        return self.launch(self.prepare.inverse, arrays, [out], grid, registers=168)[0]
 
     def states(self, pieces: int, V: int) -> jax.ShapeDtypeStruct:
         """A state a piece."""
@@ -118,7 +131,7 @@ class Call:
             **{"FIRST": first, "PIECES": pieces, "S": STAGES, "V": V},
             **{"HAS_O": has_o, "HAS_V": has_v, "START": mode},
         }
-        arrays = (q, k, v, beta, x, sums, start)
+        arrays = (q, k, v, x, beta, sums, start)
         outs = [o, self.states(pieces, V)]
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 

@@ -140,7 +140,7 @@ def below(product, tiles, betas, sums, x_ptr, inside, p: gl.constexpr,
 
 @gluon.jit
 def inverse(
-    k_ptr, beta_ptr, sums_ptr, x_ptr,
+    k, beta_ptr, sums_ptr, x_ptr,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
@@ -161,18 +161,17 @@ def inverse(
     of_tiles: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], gl.bfloat16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     space = gl.allocate_shared_memory(gl.bfloat16, [4 * 128 // K, 64, K], of_keys)
+    whole: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, K], gl.bfloat16)
+    tiles_of_keys = space._reinterpret(gl.bfloat16, [4 * 128 // K, 1, 64, K], whole)
     betas = gl.allocate_shared_memory(gl.float32, [256], line)
     sums = gl.allocate_shared_memory(gl.float32, [3, 256], line)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     fence_async_shared()
-    desc = tma.make_tensor_descriptor(
-        k_ptr + b * (T * R * H * K), [rows, H * K], [H * K, 1], [64, K], of_keys
-    )
     mbarrier.expect(bar, bytes_per_cta=256 * K * 2)
     for p in gl.static_range(4):
-        at = [four * 256 + p * 64, h * K]
-        tma.async_copy_global_to_shared(desc, at, bar, space.index(p))
+        at = [pid // HV, four * 256 + p * 64, h * K]
+        tma.async_copy_global_to_shared(k, at, bar, tiles_of_keys.index(p))
 
     flat: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     row = four * 256 + gl.arange(0, 256, flat)

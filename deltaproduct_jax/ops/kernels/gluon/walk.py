@@ -32,6 +32,12 @@ def left(x):
 
 
 @gluon.jit
+def matrix(tile):
+    """A tile [1, rows, columns] as a matrix."""
+    return tile.reshape([tile.shape[1], tile.shape[2]])
+
+
+@gluon.jit
 def decays(high, low, segments, from_high, from_low, from_segments, mask,
            HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):  # fmt: skip
     """Decays between positions; 0 outside ``mask`` and across segments."""
@@ -45,7 +51,7 @@ def decays(high, low, segments, from_high, from_low, from_segments, mask,
 
 @gluon.jit
 def load_tiles(
-    qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, qcol, vcol,
+    q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b, pid, qcol, vcol,
     R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr,
     HAS_V: gl.constexpr,
 ):  # fmt: skip
@@ -58,19 +64,20 @@ def load_tiles(
             sq = n % 2
             mbarrier.wait(qempty.index(sq), ((n // 2) & 1) ^ 1)
             mbarrier.expect(qfull.index(sq), bytes_per_cta=64 * K * 2)
-            at = [(first + n) * 64, qcol]
-            tma.async_copy_global_to_shared(qd, at, qfull.index(sq), qb.index(sq))
+            at = [b, (first + n) * 64, qcol]
+            tma.async_copy_global_to_shared(q, at, qfull.index(sq), qb.index(sq))
         bar = full.index(s)
         mbarrier.wait(empty.index(s), ((m // S) & 1) ^ 1)
         row = (first * R + m) * 64
         mbarrier.expect(bar, bytes_per_cta=size)
-        tma.async_copy_global_to_shared(kd, [row, qcol], bar, kb.index(s))
+        tma.async_copy_global_to_shared(k, [b, row, qcol], bar, kb.index(s))
         if HAS_V:
             for j in gl.static_range(NC):
-                at = [row, vcol + j * 64]
-                tma.async_copy_global_to_shared(vd, at, bar, vb.index(s * NC + j))
+                at = [b, row, vcol + j * 64]
+                tma.async_copy_global_to_shared(v, at, bar, vb.index(s * NC + j))
         for j in gl.static_range(2):
-            tma.async_copy_global_to_shared(xd, [2 * row + j * 64, 0], bar, xb.index(s * 2 + j))
+            at = [pid, 2 * row + j * 64, 0]
+            tma.async_copy_global_to_shared(x, at, bar, xb.index(s * 2 + j))
 
 
 @gluon.jit
@@ -151,7 +158,7 @@ def prepare_blocks(
             if r == 0:
                 mbarrier.wait(qfull.index(sq), (n // 2) & 1)
             mbarrier.wait(full.index(s), (m // S) & 1)
-            q, k = qb.index(sq), kb.index(s).permute((1, 0))
+            q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
             p = warpgroup_mma_wait(0, deps=[p])
             upto = m_of >= (r * 64 + n_of) // R
@@ -171,8 +178,8 @@ def prepare_blocks(
 
 @gluon.jit
 def hold_state(
-    od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens,
-    full, empty, qfull, qempty, ready, free, first, steps, ocol, pid, index, SCALE: gl.constexpr,
+    out, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens,
+    full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index, SCALE: gl.constexpr,
     R: gl.constexpr, K: gl.constexpr, V: gl.constexpr, S: gl.constexpr, J: gl.constexpr,
     DECAYS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, START: gl.constexpr,
 ):  # fmt: skip
@@ -200,11 +207,11 @@ def hold_state(
         if HAS_O:
             if r == 0:
                 mbarrier.wait(qfull.index(sq), (n // 2) & 1)
-                q = qb.index(sq).permute((1, 0))
+                q = matrix(qb.index(sq)).permute((1, 0))
                 o = warpgroup_mma(narrow, q, zero, use_acc=False)
                 o *= SCALE
         mbarrier.wait(full.index(s), (m // S) & 1)
-        k = kb.index(s)
+        k = matrix(kb.index(s))
         pred = warpgroup_mma(narrow, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(ready.index(st), (m // 2) & 1)
         pred = warpgroup_mma_wait(0, deps=[pred])
@@ -216,7 +223,7 @@ def hold_state(
             into = intos.index(st).load(COLUMN)[None, :]
             pred *= into
         if HAS_V:
-            pred = vb.index(s * NC + J).permute((1, 0)).load(ACC).to(gl.float32) - pred
+            pred = matrix(vb.index(s * NC + J)).permute((1, 0)).load(ACC).to(gl.float32) - pred
         else:
             pred = -pred
         # To bfloat16, but still of float32: for an identity too, so that it is an error of a value.
@@ -224,9 +231,9 @@ def hold_state(
         rounded = scaled - (scaled - pred)
         y = left(rounded)
         e = warpgroup_mma(
-            y, xb.index(s * 2).permute((1, 0)), zero, use_acc=False, is_async=True
+            y, matrix(xb.index(s * 2)).permute((1, 0)), zero, use_acc=False, is_async=True
         )
-        e = warpgroup_mma(y, xb.index(s * 2 + 1).permute((1, 0)), e, is_async=True)
+        e = warpgroup_mma(y, matrix(xb.index(s * 2 + 1)).permute((1, 0)), e, is_async=True)
         if DECAYS:
             state *= intos.index(st).slice(63, 1).load(COLUMN)[None, :]
         e = warpgroup_mma_wait(0, deps=[e])
@@ -243,9 +250,9 @@ def hold_state(
         if HAS_O and r == R - 1:
             tma.store_wait(0)
             buffer = ob.index(J)
-            buffer.permute((1, 0)).store(o.to(gl.bfloat16))
+            matrix(buffer).permute((1, 0)).store(o.to(gl.bfloat16))
             fence_async_shared()
-            tma.async_copy_shared_to_global(od, [(first + n) * 64, ocol + J * 64], buffer)
+            tma.async_copy_shared_to_global(out, [b, (first + n) * 64, ocol + J * 64], buffer)
     gl.store(final_ptr + at, state)
     if HAS_O:
         tma.store_wait(0)
@@ -253,7 +260,7 @@ def hold_state(
 
 @gluon.jit
 def walk(
-    q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, sums_ptr, start_ptr, o_ptr, final_ptr,
+    q, k, v, x, beta_ptr, sums_ptr, start_ptr, o, final_ptr,
     SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr,
     K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
@@ -266,7 +273,8 @@ def walk(
     without HAS_V as if all values were zeros.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
-    b, hv = (pid // HV).to(gl.int64), pid % HV
+    b32, hv = pid // HV, pid % HV
+    b = b32.to(gl.int64)
     qcol = (hv // (HV // H)) * K
     vcol = hv * V
     first = piece * STEPS
@@ -275,29 +283,16 @@ def walk(
     NC: gl.constexpr = V // 64
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     bf16: gl.constexpr = gl.bfloat16
-    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], gl.bfloat16)
+    keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, K], gl.bfloat16)
+    tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, 64], gl.bfloat16)
     small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    qd = tma.make_tensor_descriptor(q_ptr + b * (T * H * K), [T, H * K], [H * K, 1], [64, K], keys)
-    kd = tma.make_tensor_descriptor(
-        k_ptr + b * (T * R * H * K), [T * R, H * K], [H * K, 1], [64, K], keys
-    )
-    vd = tma.make_tensor_descriptor(
-        v_ptr + b * (T * R * HV * V), [T * R, HV * V], [HV * V, 1], [64, 64], small
-    )
-    NB: gl.constexpr = NG * R
-    xd = tma.make_tensor_descriptor(
-        x_ptr + pid.to(gl.int64) * (NB * 8192), [NB * 128, 64], [64, 1], [64, 64], small
-    )
-    od = tma.make_tensor_descriptor(
-        o_ptr + b * (T * HV * V), [T, HV * V], [HV * V, 1], [64, 64], small
-    )
-    qb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, K], keys)
-    kb = gl.allocate_shared_memory(bf16, [S, 64, K], keys)
-    vb = gl.allocate_shared_memory(bf16, [S * NC if HAS_V else 1, 64, 64], small)
-    xb = gl.allocate_shared_memory(bf16, [2 * S, 64, 64], small)
+    qb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 1, 64, K], keys)
+    kb = gl.allocate_shared_memory(bf16, [S, 1, 64, K], keys)
+    vb = gl.allocate_shared_memory(bf16, [S * NC if HAS_V else 1, 1, 64, 64], tile)
+    xb = gl.allocate_shared_memory(bf16, [2 * S, 1, 64, 64], tile)
     pb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, 64], small)
-    ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 64, 64], small)
+    ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 1, 64, 64], tile)
     betas = gl.allocate_shared_memory(gl.float32, [64], line)
     intos = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     outs = gl.allocate_shared_memory(gl.float32, [2, 64], line)
@@ -323,13 +318,13 @@ def walk(
     if NC == 2:
         gl.warp_specialize([
         (hold_state, (
-            od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, vcol, pid, index, SCALE, R, K, V, S, 0,
+            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
+            empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
             DECAYS, HAS_O, HAS_V, START,
         )),
         (hold_state, (
-            od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, vcol, pid, index, SCALE, R, K, V, S, 1,
+            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
+            empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 1,
             DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
@@ -337,14 +332,15 @@ def walk(
             of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
         )),
         (load_tiles, (
-            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
+            q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol,
+            vcol, R, K, NC, S, HAS_O, HAS_V,
         )),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
     else:
         gl.warp_specialize([
         (hold_state, (
-            od, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, vcol, pid, index, SCALE, R, K, V, S, 0,
+            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
+            empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
             DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
@@ -352,6 +348,7 @@ def walk(
             of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
         )),
         (load_tiles, (
-            qd, kd, vd, xd, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, qcol, vcol, R, K, NC, S, HAS_O, HAS_V,
+            q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol,
+            vcol, R, K, NC, S, HAS_O, HAS_V,
         )),
         ], [4, 1], [152, 24])  # fmt: skip
