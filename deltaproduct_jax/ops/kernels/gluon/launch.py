@@ -5,6 +5,7 @@ has, which are more where warps are specialised. So this is a path of its own.
 """
 
 import functools
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,7 +81,6 @@ def compiled(
     dtypes: tuple[str, ...],
     warps: int,
     tiles: tuple,
-    registers: int | None,
     constants: tuple,
 ) -> Any:
     """The compiled kernel: its PTX, shared memory, number of warps; needs no GPU."""
@@ -105,8 +105,14 @@ def compiled(
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     target = GPUTarget("cuda", COMPUTE_CAPABILITY, 32)
-    options = {"num_warps": warps, "maxnreg": registers}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def limited(ptx: str, registers: int | None) -> str:
+    """PTX with at most so many registers a thread, of which Gluon takes no notice otherwise."""
+    if registers is None:
+        return ptx
+    return re.sub(r"^(\.reqntid \d+)$", rf"\1\n.maxnreg {registers}", ptx, flags=re.MULTILINE)
 
 
 @call_p.def_impl
@@ -125,7 +131,7 @@ def _lowering(
     from jax._src.lib import gpu_triton
 
     dtypes = tuple(str(x.dtype) for x in (*ctx.avals_in, *ctx.avals_out))
-    program = compiled(kernel, dtypes, warps, tiles, registers, constants)
+    program = compiled(kernel, dtypes, warps, tiles, constants)
     metadata = program.metadata
     if metadata.global_scratch_size:
         raise ValueError(f"{kernel.__name__} wants scratch memory")
@@ -134,7 +140,7 @@ def _lowering(
         metadata.num_warps,  # of the compiled program, all partitions counted
         1,
         metadata.shared,
-        program.asm["ptx"],
+        limited(program.asm["ptx"], registers),
         "",
         COMPUTE_CAPABILITY,
     )

@@ -19,6 +19,8 @@ PROGRAMS_AT_ONCE = 132
 GROUPS_IN_A_PIECE = 4
 MOST_PIECES = 24
 STAGES = 3
+# So that five programs of `inverse` share a multiprocessor, each of which mostly waits.
+INVERSE_REGISTERS = 96
 PLACEHOLDER = jax.ShapeDtypeStruct((8,), jnp.float32)
 
 
@@ -107,9 +109,11 @@ class Call:
         """X of every block in two terms, [B, Hv, blocks, 2, 64, 64]."""
         blocks = self.NG * self.meta["R"]
         out = jax.ShapeDtypeStruct((self.B, self.HV, blocks, 2, 64, 64), jnp.bfloat16)
-        grid = (-(-blocks // 4), self.B * self.HV)
+        grid = (-(-blocks // 2), self.B * self.HV)
         arrays = (self.tokens.k, self.tokens.beta, sums)
-        return self.launch(self.prepare.inverse, arrays, [out], grid, registers=168)[0]
+        return self.launch(
+            self.prepare.inverse, arrays, [out], grid, registers=INVERSE_REGISTERS
+        )[0]
 
     def states(self, pieces: int, V: int) -> jax.ShapeDtypeStruct:
         """A state a piece."""

@@ -61,8 +61,8 @@ def gate_sums(
     gl.store(at + 128, segments, mask=hv < HV)
 
 
-# Of `inverse`: 32 rows of updates are half a block; a thread has two columns of a half's X.
-HALVES = gl.constexpr(gl.BlockedLayout([32, 1, 2], [1, 2, 16], [1, 4, 1], [2, 0, 1]))
+# Of `inverse`: 32 rows of updates are half a block; a warp has a half's X, a thread a column.
+HALVES = gl.constexpr(gl.BlockedLayout([32, 1, 1], [1, 1, 32], [1, 4, 1], [2, 0, 1]))
 OF_ROWS = gl.constexpr(gl.SliceLayout(2, HALVES.value))
 OF_COLUMNS = gl.constexpr(gl.SliceLayout(0, HALVES.value))
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
@@ -86,11 +86,13 @@ def put(ptr, x, inside):
 
 
 @gluon.jit
-def halves(keys, q: gl.constexpr):
-    """Products of all keys of a block with those of its first or second half."""
+def halves(keys):
+    """Products of the keys of a block with those of its first half, and of its second."""
     zero = gl.zeros([64, 32], gl.float32, ACC)
-    some = keys.slice(q * 32, 32).permute((1, 0))
-    return warpgroup_mma(keys, some, zero, use_acc=False, is_async=True)
+    first, second = keys.slice(0, 32).permute((1, 0)), keys.slice(32, 32).permute((1, 0))
+    f0 = warpgroup_mma(keys, first, zero, use_acc=False, is_async=True)
+    f1 = warpgroup_mma(keys, second, zero, use_acc=False, is_async=True)
+    return f0, f1
 
 
 @gluon.jit
@@ -106,16 +108,16 @@ def below(product, tiles, betas, sums, x_ptr, inside, p: gl.constexpr,
     product *= betas.slice(p * 64, 32).load(of_columns)[None, :]
     high, low = two_terms(product)
     high, low = gl.convert_layout(high, LEFT), gl.convert_layout(low, LEFT)
-    t_high, t_low = tiles.index(p), tiles.index(4 + p)
+    t_high, t_low = tiles.index(p), tiles.index(2 + p)
     P = warpgroup_mma(high, t_high.slice(0, 32), zero, use_acc=False, is_async=True)
     P = warpgroup_mma(high, t_low.slice(0, 32), P, is_async=True)
     P = warpgroup_mma(low, t_high.slice(0, 32), P, is_async=True)
     P = warpgroup_mma_wait(0, deps=[P])
     high, low = two_terms(P)
-    tiles.index(8 + p).store(high)
-    tiles.index(12 + p).store(low)
+    tiles.index(4 + p).store(high)
+    tiles.index(6 + p).store(low)
     fence_async_shared()
-    high, low = tiles.index(8 + p).slice(32, 32), tiles.index(12 + p).slice(32, 32)
+    high, low = tiles.index(4 + p).slice(32, 32), tiles.index(6 + p).slice(32, 32)
     X = warpgroup_mma(t_high, high, zero, use_acc=False, is_async=True)
     X = warpgroup_mma(t_high, low, X, is_async=True)
     X = warpgroup_mma(t_low, high, X, is_async=True)
@@ -146,35 +148,34 @@ def inverse(
 ):  # fmt: skip
     """``(I + L)^-1 = I - X``, L the strictly causal products of keys, decays and beta.
 
-    Four blocks a program; X [64, 64] of each as the sum of two terms of bfloat16. Found without
-    decays, which are put in at last: the eight halves on the diagonals by substitution, a thread
-    two columns, for each number that a step takes from shared memory, whose width is the limit,
-    serves both; then what is below them by products.
+    Two blocks a program; X [64, 64] of each as the sum of two terms of bfloat16. Found without
+    decays, which are put in at last: the four halves on the diagonals by substitution, then what
+    is below them by products.
     """
     NB: gl.constexpr = NG * R
-    four, pid = gl.program_id(0), gl.program_id(1)
+    pair, pid = gl.program_id(0), gl.program_id(1)
     b = (pid // HV).to(gl.int64)
     hv = pid % HV
     h = hv // (HV // H)
     rows = T * R
     of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], gl.bfloat16)
+    whole: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, K], gl.bfloat16)
     of_tiles: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], gl.bfloat16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    space = gl.allocate_shared_memory(gl.bfloat16, [4 * 128 // K, 64, K], of_keys)
-    whole: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, K], gl.bfloat16)
-    tiles_of_keys = space._reinterpret(gl.bfloat16, [4 * 128 // K, 1, 64, K], whole)
-    betas = gl.allocate_shared_memory(gl.float32, [256], line)
-    sums = gl.allocate_shared_memory(gl.float32, [3, 256], line)
+    space = gl.allocate_shared_memory(gl.bfloat16, [2 * 128 // K, 64, K], of_keys)
+    arriving = space._reinterpret(gl.bfloat16, [2 * 128 // K, 1, 64, K], whole)
+    betas = gl.allocate_shared_memory(gl.float32, [128], line)
+    sums = gl.allocate_shared_memory(gl.float32, [3, 128], line)
     bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(bar, count=1)
     fence_async_shared()
-    mbarrier.expect(bar, bytes_per_cta=256 * K * 2)
-    for p in gl.static_range(4):
-        at = [pid // HV, four * 256 + p * 64, h * K]
-        tma.async_copy_global_to_shared(k, at, bar, tiles_of_keys.index(p))
+    mbarrier.expect(bar, bytes_per_cta=128 * K * 2)
+    for p in gl.static_range(2):
+        at = [pid // HV, pair * 128 + p * 64, h * K]
+        tma.async_copy_global_to_shared(k, at, bar, arriving.index(p))
 
-    flat: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    row = four * 256 + gl.arange(0, 256, flat)
+    flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    row = pair * 128 + gl.arange(0, 128, flat)
     beta = gl.load(beta_ptr + (b * rows + row) * HV + hv, mask=row < rows, other=0.0)
     betas.store(beta.to(gl.float32))
     if HAS_G or HAS_RESETS:
@@ -184,33 +185,25 @@ def inverse(
             sums.index(part).store(gl.load(at + part * 64))
 
     mbarrier.wait(bar, 0)
-    f0, f1 = halves(space.index(0), 0), halves(space.index(0), 1)
-    f2, f3 = halves(space.index(1), 0), halves(space.index(1), 1)
-    f4, f5 = halves(space.index(2), 0), halves(space.index(2), 1)
-    f6, f7 = halves(space.index(3), 0), halves(space.index(3), 1)
-    f0, f1, f2, f3, f4, f5, f6, f7 = warpgroup_mma_wait(0, deps=[f0, f1, f2, f3, f4, f5, f6, f7])
+    f0, f1 = halves(space.index(0))
+    f2, f3 = halves(space.index(1))
+    f0, f1, f2, f3 = warpgroup_mma_wait(0, deps=[f0, f1, f2, f3])
     gl.barrier()
-    # In the place of the keys, what is on the diagonal of each half first. It is symmetric before
-    # it is cut, so that rows serve as columns.
-    each = space._reinterpret(gl.float32, [8, 64, 32], PLAIN)
-    each.index(0).store(f0)
-    each.index(1).store(f1)
-    each.index(2).store(f2)
-    each.index(3).store(f3)
-    each.index(4).store(f4)
-    each.index(5).store(f5)
-    each.index(6).store(f6)
-    each.index(7).store(f7)
-    for p in gl.static_range(4):
-        of_half = each.index(2 * p + 1)
-        of_half.slice(0, 32).store(of_half.slice(32, 32).load(ACC))
-    f = space._reinterpret(gl.float32, [8, 64, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    # In the place of the keys, what is on the diagonal. It is symmetric before it is cut, so that
+    # rows serve as columns.
+    f = space._reinterpret(gl.float32, [4, 64, 32], PLAIN)
+    is_first = gl.arange(0, 64, gl.SliceLayout(1, ACC))[:, None] < 32
+    f.index(0).store(gl.where(is_first, f0, f1))
+    f.index(1).store(gl.where(is_first, f2, f3))
+    gl.barrier()
+    f = space._reinterpret(gl.float32, [8, 32, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
+    f = f.slice(0, 4)
 
     i_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, OF_ROWS)), 1), 2)
     j_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OF_COLUMNS)), 0), 0)
-    half = gl.expand_dims(gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, OF_ROWS)), 0), 2)
-    by_half = betas._reinterpret(gl.float32, [8, 32], PLAIN)
-    X = gl.where(i_of > j_of, f.slice(0, 32, dim=1).permute((1, 0, 2)).load(HALVES), 0.0)
+    half = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, OF_ROWS)), 0), 2)
+    by_half = betas._reinterpret(gl.float32, [4, 32], PLAIN)
+    X = gl.where(i_of > j_of, f.permute((1, 0, 2)).load(HALVES), 0.0)
     X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
     for i in gl.static_range(31):
         # A negative zero, since adding it changes nothing, whatever the sign.
@@ -221,26 +214,24 @@ def inverse(
     gl.barrier()
 
     high, low = two_terms(gl.where(i_of == j_of, 1.0, -X))
-    ts = space._reinterpret(gl.bfloat16, [1024, 32], of_tiles)
-    ts.slice(0, 256).store(gl.reshape(gl.permute(high, (1, 0, 2)), [256, 32]))
-    ts.slice(256, 256).store(gl.reshape(gl.permute(low, (1, 0, 2)), [256, 32]))
+    ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
+    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
+    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
     fence_async_shared()
-    tiles = space._reinterpret(gl.bfloat16, [16, 64, 32], of_tiles)
-    x_ptr += (pid.to(gl.int64) * NB + four * 4) * 8192
-    inside = NB - four * 4
+    tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
+    x_ptr += (pid.to(gl.int64) * NB + pair * 2) * 8192
+    inside = NB - pair * 2
     below(f0, tiles, betas, sums, x_ptr, inside > 0, 0, HAS_G, HAS_RESETS)
     below(f2, tiles, betas, sums, x_ptr, inside > 1, 1, HAS_G, HAS_RESETS)
-    below(f4, tiles, betas, sums, x_ptr, inside > 2, 2, HAS_G, HAS_RESETS)
-    below(f6, tiles, betas, sums, x_ptr, inside > 3, 3, HAS_G, HAS_RESETS)
 
     mask = i_of > j_of
     if HAS_RESETS:
-        segments = sums.index(2)._reinterpret(gl.float32, [8, 32], PLAIN)
+        segments = sums.index(2)._reinterpret(gl.float32, [4, 32], PLAIN)
         here = gl.expand_dims(segments.permute((1, 0)).load(OF_ROWS), 2)
         mask = mask & (here == gl.expand_dims(segments.load(OF_COLUMNS), 0))
     if HAS_G:
-        highs = sums.index(0)._reinterpret(gl.float32, [8, 32], PLAIN)
-        lows = sums.index(1)._reinterpret(gl.float32, [8, 32], PLAIN)
+        highs = sums.index(0)._reinterpret(gl.float32, [4, 32], PLAIN)
+        lows = sums.index(1)._reinterpret(gl.float32, [4, 32], PLAIN)
         of_g = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
         of_g -= gl.expand_dims(highs.load(OF_COLUMNS), 0)
         low = gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2)
