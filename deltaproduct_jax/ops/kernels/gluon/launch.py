@@ -112,7 +112,7 @@ def limited(ptx: str, registers: int | None) -> str:
     """PTX with at most so many registers a thread, of which Gluon takes no notice otherwise."""
     if registers is None:
         return ptx
-    return re.sub(r"^(\.reqntid \d+)$", rf"\1\n.maxnreg {registers}", ptx, flags=re.MULTILINE)
+    return re.sub(r"(\.reqntid \d+)", rf"\1\n.maxnreg {registers}", ptx)
 
 
 @call_p.def_impl

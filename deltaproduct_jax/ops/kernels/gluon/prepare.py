@@ -96,32 +96,36 @@ def halves(keys):
 
 
 @gluon.jit
-def below(product, tiles, betas, sums, x_ptr, inside, p: gl.constexpr,
-          HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):  # fmt: skip
-    """Writes what is beside the diagonal halves of block p: ``T22 (L21 T11)``, T = I - X, and zeros.
+def three_products(high, low, of_high, of_low):
+    """``(high + low) (of_high + of_low)`` but for the product of both second terms."""
+    x = gl.zeros([64, 32], gl.float32, ACC)
+    x = warpgroup_mma(high, of_high, x, use_acc=False, is_async=True)
+    x = warpgroup_mma(high, of_low, x, is_async=True)
+    return warpgroup_mma(low, of_high, x, is_async=True)
 
-    A product has 64 rows: the first 32 of each matter to nobody.
-    """
-    of_columns: gl.constexpr = gl.SliceLayout(0, ACC)
-    of_rows: gl.constexpr = gl.SliceLayout(1, ACC)
-    zero = gl.zeros([64, 32], gl.float32, ACC)
-    product *= betas.slice(p * 64, 32).load(of_columns)[None, :]
+
+@gluon.jit
+def times_first(product, tiles, betas, p: gl.constexpr):
+    """Begins ``L21 T11`` of block p."""
+    product *= betas.slice(p * 64, 32).load(gl.SliceLayout(0, ACC))[None, :]
     high, low = two_terms(product)
     high, low = gl.convert_layout(high, LEFT), gl.convert_layout(low, LEFT)
-    t_high, t_low = tiles.index(p), tiles.index(2 + p)
-    P = warpgroup_mma(high, t_high.slice(0, 32), zero, use_acc=False, is_async=True)
-    P = warpgroup_mma(high, t_low.slice(0, 32), P, is_async=True)
-    P = warpgroup_mma(low, t_high.slice(0, 32), P, is_async=True)
-    P = warpgroup_mma_wait(0, deps=[P])
-    high, low = two_terms(P)
-    tiles.index(4 + p).store(high)
-    tiles.index(6 + p).store(low)
-    fence_async_shared()
-    high, low = tiles.index(4 + p).slice(32, 32), tiles.index(6 + p).slice(32, 32)
-    X = warpgroup_mma(t_high, high, zero, use_acc=False, is_async=True)
-    X = warpgroup_mma(t_high, low, X, is_async=True)
-    X = warpgroup_mma(t_low, high, X, is_async=True)
-    X = warpgroup_mma_wait(0, deps=[X])
+    return three_products(high, low, tiles.index(p).slice(0, 32), tiles.index(2 + p).slice(0, 32))
+
+
+@gluon.jit
+def times_second(tiles, p: gl.constexpr):
+    """Begins ``T22 (L21 T11)`` of block p."""
+    of_high, of_low = tiles.index(4 + p).slice(32, 32), tiles.index(6 + p).slice(32, 32)
+    return three_products(tiles.index(p), tiles.index(2 + p), of_high, of_low)
+
+
+@gluon.jit
+def put_beside(X, sums, x_ptr, inside, p: gl.constexpr, HAS_G: gl.constexpr,
+               HAS_RESETS: gl.constexpr):  # fmt: skip
+    """Writes what is beside the diagonal halves of block p: below them X, with decays; zeros."""
+    of_columns: gl.constexpr = gl.SliceLayout(0, ACC)
+    of_rows: gl.constexpr = gl.SliceLayout(1, ACC)
     i_of = gl.arange(0, 64, of_rows)[:, None]
     j_of = gl.arange(0, 32, of_columns)[None, :]
     is_below = i_of >= 32
@@ -138,6 +142,29 @@ def below(product, tiles, betas, sums, x_ptr, inside, p: gl.constexpr,
     X = gl.where(is_below, X, 0.0)
     at = x_ptr + p * 8192 + i_of * 64 + gl.where(i_of < 32, 32, 0) + j_of
     put(at, X, inside)
+
+
+@gluon.jit
+def put_below(f0, f2, tiles, betas, sums, x_ptr, inside, HAS_G: gl.constexpr,
+              HAS_RESETS: gl.constexpr):  # fmt: skip
+    """Finds and writes ``T22 (L21 T11)``, T = I - X, of both blocks.
+
+    ``tiles`` holds both T in two terms, and has room for two terms of two products. A product has
+    64 rows, of which the first 32 matter to nobody.
+    """
+    P0, P1 = times_first(f0, tiles, betas, 0), times_first(f2, tiles, betas, 1)
+    P0, P1 = warpgroup_mma_wait(0, deps=[P0, P1])
+    high, low = two_terms(P0)
+    tiles.index(4).store(high)
+    tiles.index(6).store(low)
+    high, low = two_terms(P1)
+    tiles.index(5).store(high)
+    tiles.index(7).store(low)
+    fence_async_shared()
+    X0, X1 = times_second(tiles, 0), times_second(tiles, 1)
+    X0, X1 = warpgroup_mma_wait(0, deps=[X0, X1])
+    put_beside(X0, sums, x_ptr, inside > 0, 0, HAS_G, HAS_RESETS)
+    put_beside(X1, sums, x_ptr, inside > 1, 1, HAS_G, HAS_RESETS)
 
 
 @gluon.jit
@@ -221,8 +248,7 @@ def inverse(
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
     x_ptr += (pid.to(gl.int64) * NB + pair * 2) * 8192
     inside = NB - pair * 2
-    below(f0, tiles, betas, sums, x_ptr, inside > 0, 0, HAS_G, HAS_RESETS)
-    below(f2, tiles, betas, sums, x_ptr, inside > 1, 1, HAS_G, HAS_RESETS)
+    put_below(f0, f2, tiles, betas, sums, x_ptr, inside, HAS_G, HAS_RESETS)
 
     mask = i_of > j_of
     if HAS_RESETS:

@@ -99,6 +99,44 @@ def between(to, start, mask, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
 
 
 @gluon.jit
+def sums_at(sums, position, mask, HAS_RESETS: gl.constexpr):
+    """Sums of gates in two parts, and of resets, at a position of a group."""
+    high = gl.load(sums + position, mask=mask, other=0.0)
+    low = gl.load(sums + position + 64, mask=mask, other=0.0)
+    segments = low
+    if HAS_RESETS:
+        segments = gl.load(sums + position + 128, mask=mask, other=0.0)
+    return high, low, segments
+
+
+@gluon.jit
+def load_vectors(
+    beta_ptr, sums_ptr, m, first, b, hv, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
+    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Of block m: beta, and sums at its updates, at its last, before it, and at its tokens."""
+    i_of = gl.arange(0, 64, LINE)
+    group, r = first + m // R, m % R
+    row = (first * R + m) * 64 + i_of
+    inside = row < T * R
+    beta = gl.load(beta_ptr + (b * (T * R) + row) * HV + hv, mask=inside, other=0.0)
+    beta = beta.to(gl.float32)
+    none = gl.zeros([64], gl.float32, LINE)
+    if not (HAS_G or HAS_RESETS):
+        of_none = (none, none, none)
+        return beta, of_none, of_none, of_none, of_none
+    sums = sums_ptr + ((b * HV + hv) * NG + group) * 192
+    real = (i_of >= 0) & (group < NG)
+    at_updates = sums_at(sums, (r * 64 + i_of) // R, real, HAS_RESETS)
+    at_last = sums_at(sums, (r * 64 + 63) // R + i_of * 0, real, HAS_RESETS)
+    # Before a group's first block there are none.
+    at_first = gl.maximum(r * 64 - 1, 0) // R + i_of * 0
+    before = sums_at(sums, at_first, real & (r > 0), HAS_RESETS)
+    at_tokens = sums_at(sums, i_of, real, HAS_RESETS)
+    return beta, at_updates, at_last, before, at_tokens
+
+
+@gluon.jit
 def prepare_blocks(
     beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
     full, empty, qfull, qempty, ready, free, first, steps, b, hv,
@@ -109,57 +147,48 @@ def prepare_blocks(
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     m_of = gl.arange(0, 64, ROW)[:, None]
     n_of = gl.arange(0, 64, COLUMN)[None, :]
-    i_of = gl.arange(0, 64, LINE)
-    every = i_of >= 0
+    every = gl.arange(0, 64, LINE) >= 0
     zero = gl.zeros([64, 64], gl.float32, ACC)
+    beta, at, last, before, here = load_vectors(
+        beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
+    )
     for m in range(steps * R):
         n, r = m // R, m % R
         sq = n % 2
         s = m % S
         st = m % 2
-        sums = sums_ptr + ((b * HV + hv) * NG + first + n) * 192
-        row = (first * R + m) * 64 + i_of
-        beta = gl.load(beta_ptr + (b * (T * R) + row) * HV + hv, mask=row < T * R, other=0.0)
-        beta = beta.to(gl.float32)
-        if DECAYS:
-            at = sums + (r * 64 + i_of) // R
-            high, low, segments = gl.load(at), gl.load(at + 64), gl.load(at + 128)
-            last = sums + (r * 64 + 63) // R
-            l_high, l_low, l_seg = gl.load(last), gl.load(last + 64), gl.load(last + 128)
-            # The sums before the block: of its group's first there are none.
-            before = sums + gl.maximum(r * 64 - 1, 0) // R
-            p_high = gl.load(before, mask=r > 0, other=0.0)
-            p_low = gl.load(before + 64, mask=r > 0, other=0.0)
-            p_seg = gl.load(before + 128, mask=r > 0, other=0.0)
-            if HAS_O:
-                t_high, t_low = gl.load(sums + i_of), gl.load(sums + 64 + i_of)
-                t_segments = gl.load(sums + 128 + i_of)
-        mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        betas.store(beta)
-        if DECAYS:
-            into = decays(high, low, segments, p_high, p_low, p_seg, every, HAS_G, HAS_RESETS)
-            out = decays(l_high, l_low, l_seg, high, low, segments, every, HAS_G, HAS_RESETS)
-            intos.index(st).store(into)
-            outs.index(st).store(out * beta)
-            of_updates.index(0).store(high)
-            of_updates.index(1).store(low)
-            of_updates.index(2).store(segments)
-            if HAS_O:
-                of_t = decays(
-                    t_high, t_low, t_segments, 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS
-                )
-                tokens.index(st).store(of_t)
-                of_tokens.index(0).store(t_high)
-                of_tokens.index(1).store(t_low)
-                of_tokens.index(2).store(t_segments)
-        else:
-            outs.index(st).store(beta)
+        p = zero
         if HAS_O:
             if r == 0:
                 mbarrier.wait(qfull.index(sq), (n // 2) & 1)
             mbarrier.wait(full.index(s), (m // S) & 1)
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
+        mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
+        betas.store(beta)
+        if DECAYS:
+            into = decays(
+                at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
+            )
+            out = decays(
+                last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS
+            )
+            intos.index(st).store(into)
+            outs.index(st).store(out * beta)
+            if HAS_O:
+                of_t = decays(
+                    here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS
+                )
+                tokens.index(st).store(of_t)
+                for part in gl.static_range(3):
+                    of_updates.index(part).store(at[part])
+                    of_tokens.index(part).store(here[part])
+        else:
+            outs.index(st).store(beta)
+        beta, at, last, before, here = load_vectors(
+            beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
+        )
+        if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
             upto = m_of >= (r * 64 + n_of) // R
             if DECAYS:
