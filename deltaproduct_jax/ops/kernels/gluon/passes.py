@@ -86,12 +86,13 @@ class Call:
             "o": Tile((B, T, columns[1]), GROUP, 64),
         }
 
-    def launch(self, kernel, arrays, outs, grid, *, warps=4, **more):
+    def launch(self, kernel, arrays, outs, grid, *, warps=4, registers=None, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
         names = kernel.arg_names
         meta = {name: x for name, x in (self.meta | more).items() if name in names}
         tiles = {name: x for name, x in self.tiles.items() if name in names}
-        return launch.launch(kernel, arrays, outs, grid, warps=warps, tiles=tiles, **meta)
+        how = {"warps": warps, "registers": registers, "tiles": tiles}
+        return launch.launch(kernel, arrays, outs, grid, **how, **meta)
 
     def sums(self) -> jax.Array:
         """Sums of gates and resets [B, Hv, groups, 3, 64]; nothing if there are neither."""
