@@ -82,6 +82,7 @@ class Call:
             "q": Tile((B, T, columns[0]), GROUP, K),
             "k": Tile((B, T * R, columns[0]), GROUP, K),
             "v": Tile((B, T * R, columns[1]), GROUP, 64),
+            "x_out": Tile((B * HV, blocks * 2 * 64, 64), 32, 32),
             "x": Tile((B * HV, blocks * 2 * 64, 64), 64, 64),
             "o": Tile((B, T, columns[1]), GROUP, 64),
         }

@@ -78,14 +78,6 @@ def two_terms(x):
 
 
 @gluon.jit
-def put(ptr, x, inside):
-    """Writes two terms, the second 64 x 64 entries after the first."""
-    high, low = two_terms(x)
-    gl.store(ptr, high, mask=inside)
-    gl.store(ptr + 4096, low, mask=inside)
-
-
-@gluon.jit
 def halves(keys):
     """Products of the keys of a block with those of its first half, and of its second."""
     zero = gl.zeros([64, 32], gl.float32, ACC)
@@ -121,14 +113,11 @@ def times_second(tiles, p: gl.constexpr):
 
 
 @gluon.jit
-def put_beside(X, sums, x_ptr, inside, p: gl.constexpr, HAS_G: gl.constexpr,
-               HAS_RESETS: gl.constexpr):  # fmt: skip
-    """Writes what is beside the diagonal halves of block p: below them X, with decays; zeros."""
+def beside(X, sums, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
+    """What is beside the diagonal halves of block p: zeros, and below them X, with decays."""
     of_columns: gl.constexpr = gl.SliceLayout(0, ACC)
     of_rows: gl.constexpr = gl.SliceLayout(1, ACC)
-    i_of = gl.arange(0, 64, of_rows)[:, None]
-    j_of = gl.arange(0, 32, of_columns)[None, :]
-    is_below = i_of >= 32
+    is_below = (gl.arange(0, 64, of_rows) >= 32)[:, None]
     if HAS_RESETS:
         here = sums.index(2).slice(p * 64, 64).load(of_rows)[:, None]
         same = here == sums.index(2).slice(p * 64, 32).load(of_columns)[None, :]
@@ -139,15 +128,12 @@ def put_beside(X, sums, x_ptr, inside, p: gl.constexpr, HAS_G: gl.constexpr,
         low = sums.index(1).slice(p * 64, 64).load(of_rows)[:, None]
         of_g += low - sums.index(1).slice(p * 64, 32).load(of_columns)[None, :]
         X *= gl.exp(gl.where(is_below, of_g, 0.0))
-    X = gl.where(is_below, X, 0.0)
-    at = x_ptr + p * 8192 + i_of * 64 + gl.where(i_of < 32, 32, 0) + j_of
-    put(at, X, inside)
+    return gl.where(is_below, X, 0.0)
 
 
 @gluon.jit
-def put_below(f0, f2, tiles, betas, sums, x_ptr, inside, HAS_G: gl.constexpr,
-              HAS_RESETS: gl.constexpr):  # fmt: skip
-    """Finds and writes ``T22 (L21 T11)``, T = I - X, of both blocks.
+def below(f0, f2, tiles, betas):
+    """``T22 (L21 T11)``, T = I - X, of both blocks.
 
     ``tiles`` holds both T in two terms, and has room for two terms of two products. A product has
     64 rows, of which the first 32 matter to nobody.
@@ -163,13 +149,28 @@ def put_below(f0, f2, tiles, betas, sums, x_ptr, inside, HAS_G: gl.constexpr,
     fence_async_shared()
     X0, X1 = times_second(tiles, 0), times_second(tiles, 1)
     X0, X1 = warpgroup_mma_wait(0, deps=[X0, X1])
-    put_beside(X0, sums, x_ptr, inside > 0, 0, HAS_G, HAS_RESETS)
-    put_beside(X1, sums, x_ptr, inside > 1, 1, HAS_G, HAS_RESETS)
+    return X0, X1
+
+
+@gluon.jit
+def copy_out(x, quarters, pid, block, p: gl.constexpr, NB: gl.constexpr):
+    """Writes block p by quarters [32, 32] of its two terms; behind the last block none."""
+    if block < NB:
+        for term in gl.static_range(2):
+            row = (2 * block + term) * 64
+            of_diagonal = 4 * term + 2 * p
+            others = 8 + 4 * p + 2 * term
+            tma.async_copy_shared_to_global(x, [pid, row, 0], quarters.index(of_diagonal))
+            tma.async_copy_shared_to_global(x, [pid, row, 32], quarters.index(others))
+            tma.async_copy_shared_to_global(x, [pid, row + 32, 0], quarters.index(others + 1))
+            tma.async_copy_shared_to_global(
+                x, [pid, row + 32, 32], quarters.index(of_diagonal + 1)
+            )
 
 
 @gluon.jit
 def inverse(
-    k, beta_ptr, sums_ptr, x_ptr,
+    k, beta_ptr, sums_ptr, x_out,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
@@ -228,7 +229,6 @@ def inverse(
 
     i_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, OF_ROWS)), 1), 2)
     j_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OF_COLUMNS)), 0), 0)
-    half = gl.expand_dims(gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, OF_ROWS)), 0), 2)
     by_half = betas._reinterpret(gl.float32, [4, 32], PLAIN)
     X = gl.where(i_of > j_of, f.permute((1, 0, 2)).load(HALVES), 0.0)
     X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
@@ -246,9 +246,8 @@ def inverse(
     ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
     fence_async_shared()
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
-    x_ptr += (pid.to(gl.int64) * NB + pair * 2) * 8192
-    inside = NB - pair * 2
-    put_below(f0, f2, tiles, betas, sums, x_ptr, inside, HAS_G, HAS_RESETS)
+    X0, X1 = below(f0, f2, tiles, betas)
+    X0, X1 = beside(X0, sums, 0, HAS_G, HAS_RESETS), beside(X1, sums, 1, HAS_G, HAS_RESETS)
 
     mask = i_of > j_of
     if HAS_RESETS:
@@ -264,5 +263,20 @@ def inverse(
         of_g += low - gl.expand_dims(lows.load(OF_COLUMNS), 0)
         X *= gl.exp(gl.where(mask, of_g, 0.0))
     X = gl.where(mask, X, 0.0)
-    at = x_ptr + (half // 2) * 8192 + (half % 2) * (32 * 64 + 32) + i_of * 64 + j_of
-    put(at, X, half // 2 < inside)
+    gl.barrier()
+    # In the place of T: what is on the diagonals, then what is beside them.
+    high, low = two_terms(X)
+    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
+    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
+    high, low = two_terms(X0)
+    tiles.index(4).store(high)
+    tiles.index(5).store(low)
+    high, low = two_terms(X1)
+    tiles.index(6).store(high)
+    tiles.index(7).store(low)
+    fence_async_shared()
+    quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 32, 32], gl.bfloat16)
+    quarters = space._reinterpret(gl.bfloat16, [16, 1, 32, 32], quarter)
+    for p in gl.static_range(2):
+        copy_out(x_out, quarters, pid, pair * 2 + p, p, NB)
+    tma.store_wait(0)
