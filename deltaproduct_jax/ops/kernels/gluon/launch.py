@@ -24,9 +24,8 @@ DTYPES = {
 GLUON = {"bf16": "bfloat16"}
 
 
-
 class Tile(NamedTuple):
-    """An array as the bulk copy engine sees it: three dimensions, and rows and columns of a tile."""
+    """An array as the copy engine sees it: three dimensions, and rows and columns of a tile."""
 
     shape: tuple[int, int, int]
     rows: int

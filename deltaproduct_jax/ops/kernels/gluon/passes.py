@@ -14,7 +14,7 @@ from deltaproduct_jax.ops.layout import Tokens
 
 GROUP = 64  # tokens
 WIDTHS = (64, 128)
-# Of programs with more than half of the shared memory each: one a multiprocessor of an H100 or H200.
+# Programs with more than half of the shared memory: one a multiprocessor of an H100 or H200.
 PROGRAMS_AT_ONCE = 132
 GROUPS_IN_A_PIECE = 4
 MOST_PIECES = 24
@@ -31,9 +31,7 @@ def has_versions() -> bool:
         triton = _release(importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
         return False
-    return (
-        sys.version_info >= (3, 12) and _release(jax.__version__) >= (0, 11) and triton >= (3, 7)
-    )
+    return sys.version_info >= (3, 12) and _release(jax.__version__) >= (0, 11) and triton >= (3, 7)
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -113,9 +111,9 @@ class Call:
         out = jax.ShapeDtypeStruct((self.B, self.HV, blocks, 2, 64, 64), jnp.bfloat16)
         grid = (-(-blocks // 2), self.B * self.HV)
         arrays = (self.tokens.k, self.tokens.beta, sums)
-        return self.launch(
-            self.prepare.inverse, arrays, [out], grid, registers=INVERSE_REGISTERS
-        )[0]
+        return self.launch(self.prepare.inverse, arrays, [out], grid, registers=INVERSE_REGISTERS)[
+            0
+        ]
 
     def states(self, pieces: int, V: int) -> jax.ShapeDtypeStruct:
         """A state a piece."""

@@ -72,7 +72,7 @@ PLAIN = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 @gluon.jit
 def two_terms(x):
-    """Two numbers of bfloat16 that add up to x, but for 2^-17 of it; the first is cut, not rounded."""
+    """Two numbers of bfloat16 that add up to x, but for 2^-17 of it; the first is cut off."""
     high = (x.to(gl.int32, bitcast=True) & -65536).to(gl.float32, bitcast=True)
     return high.to(gl.bfloat16), (x - high).to(gl.bfloat16)
 
@@ -163,9 +163,7 @@ def copy_out(x, quarters, pid, block, p: gl.constexpr, NB: gl.constexpr):
             tma.async_copy_shared_to_global(x, [pid, row, 0], quarters.index(of_diagonal))
             tma.async_copy_shared_to_global(x, [pid, row, 32], quarters.index(others))
             tma.async_copy_shared_to_global(x, [pid, row + 32, 0], quarters.index(others + 1))
-            tma.async_copy_shared_to_global(
-                x, [pid, row + 32, 32], quarters.index(of_diagonal + 1)
-            )
+            tma.async_copy_shared_to_global(x, [pid, row + 32, 32], quarters.index(of_diagonal + 1))
 
 
 @gluon.jit

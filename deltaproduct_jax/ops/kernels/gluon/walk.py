@@ -93,9 +93,7 @@ def between(to, start, mask, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
     if HAS_RESETS:
         segments = to.index(2).load(ROW)[:, None]
         from_segments = start.index(2).load(COLUMN)[None, :]
-    return decays(
-        high, low, segments, from_high, from_low, from_segments, mask, HAS_G, HAS_RESETS
-    )
+    return decays(high, low, segments, from_high, from_low, from_segments, mask, HAS_G, HAS_RESETS)
 
 
 @gluon.jit
@@ -170,15 +168,11 @@ def prepare_blocks(
             into = decays(
                 at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
             )
-            out = decays(
-                last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS
-            )
+            out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
             intos.index(st).store(into)
             outs.index(st).store(out * beta)
             if HAS_O:
-                of_t = decays(
-                    here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS
-                )
+                of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
                 tokens.index(st).store(of_t)
                 for part in gl.static_range(3):
                     of_updates.index(part).store(at[part])
@@ -233,12 +227,11 @@ def hold_state(
         s = m % S
         st = m % 2
         narrow = left(state)
-        if HAS_O:
-            if r == 0:
-                mbarrier.wait(qfull.index(sq), (n // 2) & 1)
-                q = matrix(qb.index(sq)).permute((1, 0))
-                o = warpgroup_mma(narrow, q, zero, use_acc=False)
-                o *= SCALE
+        if HAS_O and r == 0:
+            mbarrier.wait(qfull.index(sq), (n // 2) & 1)
+            q = matrix(qb.index(sq)).permute((1, 0))
+            o = warpgroup_mma(narrow, q, zero, use_acc=False)
+            o *= SCALE
         mbarrier.wait(full.index(s), (m // S) & 1)
         k = matrix(kb.index(s))
         pred = warpgroup_mma(narrow, k.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -347,13 +340,13 @@ def walk(
     if NC == 2:
         gl.warp_specialize([
         (hold_state, (
-            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
+            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full, empty,
+            qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
             DECAYS, HAS_O, HAS_V, START,
         )),
         (hold_state, (
-            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 1,
+            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full, empty,
+            qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 1,
             DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
@@ -368,8 +361,8 @@ def walk(
     else:
         gl.warp_specialize([
         (hold_state, (
-            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full,
-            empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
+            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full, empty,
+            qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
             DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
