@@ -12,6 +12,11 @@ class RunDirectoryError(OSError):
     """A run directory that cannot be written or read, or holds another run."""
 
 
+def is_module_name(text: str) -> bool:
+    """Whether a text can be the dotted name of a module."""
+    return all(part.isidentifier() for part in text.split("."))
+
+
 def require_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
     """Raises ConfigError unless ``value`` is one of ``allowed``."""
     allowed = list(allowed)

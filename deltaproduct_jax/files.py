@@ -1,15 +1,22 @@
-"""Files that appear at once or not at all, and errors that name the file."""
+"""Files that appear at once or not at all, are read by a schema, and errors that name the file."""
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
-from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.settings import misfit
+
+# Nothing of ours is nested deeper, and recursion over what is read must end.
+DEEPEST = 32
+# What is written inside a run directory has names of up to so many characters.
+ROOM_FOR_NAMES = 128
 
 
 def write_file(path: Path, data: bytes, *, append: bool = False) -> None:
@@ -51,6 +58,25 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def set_aside(path: Path) -> Path:
+    """Renames a file or folder, so that another can take its place; returns its new path.
+
+    ``metrics.jsonl`` becomes ``metrics.aside1.jsonl``, or the first number that is free. Only
+    process 0 renames.
+
+    Raises:
+        RunDirectoryError: it cannot be renamed.
+    """
+    number = 1
+    while (there := path.with_name(f"{path.stem}.aside{number}{path.suffix}")).exists():
+        number += 1
+    if jax.process_index() == 0:
+        with errors_as_one_line(path, "renamed"):
+            path.rename(there)
+            sync(path.parent)
+    return there
+
+
 @contextlib.contextmanager
 def errors_as_one_line(path: Path, what: str) -> Iterator[None]:
     """Turns an OSError into a RunDirectoryError: ``path`` cannot be ``what``, and why."""
@@ -61,16 +87,100 @@ def errors_as_one_line(path: Path, what: str) -> Iterator[None]:
         raise RunDirectoryError(f"{path} cannot be {what}: {reason}") from error
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; RunDirectoryError if it cannot be read or is not JSON."""
+def user_path(text: str) -> Path:
+    """A path as a user writes it, ``~`` being their home; ConfigError if it cannot be one."""
+    if "\0" in text:
+        raise ConfigError(f"{text!r} cannot be a path: it has a NUL character")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text!r} begins with a home that is not known") from error
+
+
+def require_directory(path: Path) -> None:
+    """Raises RunDirectoryError unless ``path`` is a directory or may become one."""
+    if "\0" in str(path):
+        raise RunDirectoryError(f"{str(path)!r} cannot be a directory: it has a NUL character")
+    with errors_as_one_line(path, "a directory"):
+        try:
+            (path / ("x" * ROOM_FOR_NAMES)).stat()
+        except FileNotFoundError:
+            return
+
+
+def read_json(path: Path, schema: Any = Any) -> Any:
+    """The content of a JSON file that fits a schema: an annotation as `settings.misfit` knows it.
+
+    Raises:
+        RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite, or does
+            not fit; the text names the file and the place in it.
+    """
     with errors_as_one_line(path, "read"):
         data = path.read_bytes()
+    return decode(data, schema, str(path))
+
+
+def read_lines(path: Path, schema: Any = Any) -> list[Any]:
+    """The lines of a file that has a JSON object a line, each checked as `read_json` does.
+
+    What follows the last line break is a line that a kill has torn, and is left out. No file, no
+    lines.
+    """
+    if not path.exists():
+        return []
+    with errors_as_one_line(path, "read"):
+        lines = path.read_bytes().split(b"\n")[:-1]
+    return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def decode(data: bytes, schema: Any, where: str) -> Any:
+    """JSON that fits a schema, as `read_json`; the error begins with ``where`` it was found."""
     try:
-        return json.loads(data)
+        value = json.loads(data, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError as error:
+        raise RunDirectoryError(f"{where} is nested too deeply") from error
     except ValueError as error:
-        raise RunDirectoryError(f"{path} is not valid JSON: {error}") from error
+        raise RunDirectoryError(f"{where} is not valid JSON: {error}") from error
+    if data.count(b"[") + data.count(b"{") > DEEPEST and _is_deeper(value, DEEPEST):
+        raise RunDirectoryError(f"{where} is nested too deeply; {DEEPEST} levels are the most")
+    if b"\\ud" in data.lower() and not _is_text(value):
+        raise RunDirectoryError(f"{where} has a character that is half of one (\\ud800 to \\udfff)")
+    problem = misfit(value, schema, "")
+    if problem is not None:
+        raise RunDirectoryError(f"{where}: {problem}")
+    return value
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is larger than any float")
+    return number
+
+
+def _is_deeper(value: Any, levels: int) -> bool:
+    layer = [value]
+    for _ in range(levels):
+        inside = (v.values() if isinstance(v, dict) else v for v in layer)
+        layer = [v for entries in inside for v in entries if isinstance(v, dict | list)]
+        if not layer:
+            return False
+    return True
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_json(value: Any) -> bytes:
-    """JSON as files hold it; ValueError where a number is not finite."""
-    return json.dumps(value, indent=2, allow_nan=False).encode() + b"\n"
+    """JSON as files hold it, NumPy's numbers too; ValueError where a number is not finite."""
+    plain = json.dumps(value, indent=2, allow_nan=False, default=lambda number: number.item())
+    return plain.encode() + b"\n"

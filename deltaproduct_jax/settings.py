@@ -1,7 +1,20 @@
-"""Fields of configurations: a default and the sentence that explains it, in docs and as a flag."""
+"""Fields of configurations: a default, the sentence that explains it, and what a value may be.
+
+What is wrong with a value is told by :func:`misfit`, for fields of dataclasses and for what is read
+from files (``files.py``) alike: a whole number is no fraction and no truth, a number is finite.
+"""
 
 import dataclasses
-from typing import Any
+import functools
+import math
+import numbers
+import types
+import typing
+from typing import Annotated, Any
+
+from deltaproduct_jax.errors import ConfigError
+
+SHOWN = 60  # characters of a value in an error
 
 
 def setting(default: Any, help: str, *, repeated: bool = False) -> Any:
@@ -10,3 +23,134 @@ def setting(default: Any, help: str, *, repeated: bool = False) -> Any:
     ``repeated`` is for a tuple of texts: the flag may be given several times, an entry each.
     """
     return dataclasses.field(default=default, metadata={"help": help, "repeated": repeated})
+
+
+def check_fields(config: Any) -> None:
+    """Raises ConfigError, naming it, if a field of a dataclass holds what its annotation excludes.
+
+    Configurations call it first in ``__post_init__``, so that their other checks meet right types.
+    """
+    hints = _hints(type(config))
+    for field in dataclasses.fields(config):
+        problem = misfit(getattr(config, field.name), hints[field.name], field.name)
+        if problem is not None:
+            raise ConfigError(problem)
+
+
+def misfit(value: Any, annotation: Any, name: str) -> str | None:
+    """What keeps ``value`` from being an ``annotation``, with its place; None where nothing does.
+
+    Known are int, float, bool, str, None, unions, ``list``, ``tuple`` and ``dict`` of them, and
+    TypedDicts, which may have more keys than they name. ``Annotated[A, B]`` must be both. Of any
+    other class, ``value`` must be an instance; what is no class is not looked at.
+
+    Args:
+        value: as a field holds it, or as it comes from JSON.
+        annotation: what it may be.
+        name: of the place, to begin the text with; parts of it are named ``name[0]``, ``name.key``.
+    """
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return None
+    if origin is Annotated:
+        found = (misfit(value, part, name) for part in (parts[0], *annotation.__metadata__))
+        return next(filter(None, found), None)
+    if is_union(annotation):
+        # Where just one of several kinds has parts, what is wrong inside it says most.
+        found = [misfit(value, part, name) for part in parts]
+        inside = [text for text in found if text and not text.startswith(f"{name}=")]
+        return None if None in found else (inside or [_must_be(name, value, annotation)])[0]
+    if origin in (typing.Required, typing.NotRequired):
+        return misfit(value, parts[0], name)
+    if origin in (list, tuple):
+        return _misfit_of_items(value, annotation, parts[0], name)
+    if origin is dict or typing.is_typeddict(annotation):
+        return _misfit_of_keys(value, annotation, name)
+    return None if _is(value, annotation) else _must_be(name, value, annotation)
+
+
+def _misfit_of_items(value: Any, annotation: Any, item: Any, name: str) -> str | None:
+    if not isinstance(value, list | tuple):
+        return _must_be(name, value, annotation)
+    found = (misfit(entry, item, f"{name}[{index}]") for index, entry in enumerate(value))
+    return next(filter(None, found), None)
+
+
+def _misfit_of_keys(value: Any, annotation: Any, name: str) -> str | None:
+    if not isinstance(value, dict):
+        return _must_be(name, value, dict)
+    if typing.is_typeddict(annotation):
+        hints, needed = _hints(annotation), annotation.__required_keys__
+    else:
+        hints, needed = dict.fromkeys(value, typing.get_args(annotation)[1]), frozenset()
+    for key, hint in hints.items():
+        place = f"{name}.{key}" if name else str(key)
+        if key in value:
+            problem = misfit(value[key], hint, place)
+            if problem is not None:
+                return problem
+        elif key in needed:
+            return f"{place} is missing"
+    return None
+
+
+def _is(value: Any, annotation: Any) -> bool:
+    if annotation in (int, float) and isinstance(value, bool):
+        return False
+    if annotation is int:
+        return isinstance(value, numbers.Integral)
+    if annotation is float:
+        return isinstance(value, numbers.Real) and _is_finite(value)
+    if annotation is None:
+        return value is None
+    return not isinstance(annotation, type) or _is_instance(value, annotation)
+
+
+def _is_finite(value: numbers.Real) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def _is_instance(value: Any, annotation: type) -> bool:
+    return getattr(annotation, "_is_protocol", False) or isinstance(value, annotation)
+
+
+def _must_be(name: str, value: Any, annotation: Any) -> str:
+    return f"{name}{'=' if name else ''}{shown(value)} must be {spell(annotation)}"
+
+
+def shown(value: Any) -> str:
+    """A value as an error shows it: in one line, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write whole numbers of thousands of digits
+        return "(a number of thousands of digits)"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def is_union(annotation: Any) -> bool:
+    """Whether an annotation is one of several, as ``int | None``."""
+    return isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union
+
+
+def spell(annotation: Any) -> str:
+    """An annotation in words, as errors and the help say it."""
+    if is_union(annotation):
+        return " or ".join(map(spell, typing.get_args(annotation)))
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
+    names |= {types.NoneType: "none", None: "none", dict: "an object of keys and values"}
+    names |= {tuple[int, ...]: "whole numbers such as 4,8,16", tuple[str, ...]: "texts"}
+    if annotation in names:
+        return names[annotation]
+    if typing.get_origin(annotation) in (list, tuple):
+        return "a list"
+    if typing.get_origin(annotation) is dict or typing.is_typeddict(annotation):
+        return names[dict]
+    return f"a {getattr(annotation, '__name__', annotation)}"
+
+
+@functools.cache
+def _hints(owner: type) -> dict[str, Any]:
+    return typing.get_type_hints(owner, include_extras=True)

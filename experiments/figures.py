@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.files import write_file
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.files import user_path, write_file
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.figures.curves import (
     CURVE,
@@ -88,6 +88,7 @@ class FigureConfig:
     name: str | None = setting(None, "of the files; none: the kind")
 
     def __post_init__(self):
+        check_fields(self)
         if not self.source:
             raise ConfigError("--source is missing; give the folder of a sweep or of runs")
         require_one_of("kind", self.kind, METRICS)
@@ -95,6 +96,8 @@ class FigureConfig:
             raise ConfigError(f"threshold={self.threshold} needs kind=escape, got {self.kind!r}")
         if self.band and self.kind != "cumulative":
             raise ConfigError(f"band=True needs kind=cumulative, got {self.kind!r}")
+        if self.name is not None and Path(self.name).name != self.name:
+            raise ConfigError(f"name={self.name!r} must be the name of a file, without folders")
         if self.x in self.keys:
             raise ConfigError(f"x={self.x!r} is among by={self.by!r} too; give another setting")
 
@@ -155,7 +158,7 @@ def command(argv: Sequence[str]) -> None:
     """Draws what the flags say."""
     parsed = flags.parse(argv, {"figure": FigureConfig}, PRESETS)
     config = FigureConfig(**parsed.sections["figure"])
-    records = choose(read_records(Path(config.source)), config.where)
+    records = choose(read_records(user_path(config.source)), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     path = parsed.workdir / (config.name or config.kind)
     for written in KINDS[config.kind](records, dataclasses.replace(config, metric=metric), path):

@@ -10,7 +10,10 @@ the same command, or only ``--workdir``, goes on after a kill, and several may s
 ``results.csv`` and ``results.parquet`` hold every run with its settings and outcome; with
 ``--launcher=none`` they are made from the records without starting anything.
 
-The exit code is 0 if all runs are done, 1 if one has failed for good, 130 after Ctrl-C.
+Ctrl-C and SIGTERM tell the runs to finish their step and save; a second one ends the sweep at once.
+
+The exit code is 0 if all runs are done, 1 if one has failed for good, 130 after Ctrl-C, 143 after
+SIGTERM.
 
 Source: this project; grids and seeds as the papers behind ``--script`` have them.
 Expect: a line a run in results.csv; experiments/results/state_tracking/ holds several sweeps.
@@ -18,22 +21,20 @@ Takes: what its runs take, by the number of ``--workers``.
 """
 
 import dataclasses
-import signal
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib import flags
-from experiments.lib.sweeps.grid import claim, read_list
+from experiments.lib.sweeps.grid import MOST_RUNS, claim, read_list
 from experiments.lib.sweeps.launchers import LocalLauncher, SubmititLauncher
 from experiments.lib.sweeps.records import CSV, Row, RunFolder, has_parquet, write_tables
 from experiments.lib.sweeps.view import Entry, View
@@ -42,7 +43,6 @@ LAUNCHERS = ("local", "slurm", "none")
 POLL_S = 0.1
 # Runs that another process is at are looked at again after so long.
 ELSEWHERE_S = 2.0
-INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ class SweepConfig:
     )
     workers: int = setting(1, "runs at a time (slurm: jobs queued or running)")
     retries: int = setting(1, "times that a run which died is tried again")
+    max_runs: int = setting(MOST_RUNS, "runs that the grids may make; more is taken for a slip")
     gpus: tuple[int, ...] = setting(
         (), "numbers of GPUs handed round to local workers; empty: every worker sees all"
     )
@@ -72,7 +73,9 @@ class SweepConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
         require_one_of("launcher", self.launcher, LAUNCHERS)
+        require_at_least("max_runs", self.max_runs, 1)
         require_at_least("workers", self.workers, 1)
         require_at_least("retries", self.retries, 0)
         if self.slurm and self.launcher != "slurm":
@@ -86,6 +89,9 @@ class Running(Protocol):
 
     def poll(self) -> str | None:
         """None while it runs; then what went wrong, empty if nothing did."""
+
+    def ask_to_stop(self) -> None:
+        """Tells it to end, without waiting for that."""
 
     def stop(self) -> None:
         """Ends it so that the run can go on later."""
@@ -167,40 +173,29 @@ class Scheduler:
             self._queue.append(entry)
 
     def stop(self) -> None:
-        """Ends what runs."""
+        """Ends what runs, all at the same time."""
+        for busy in filter(None, self._slots):
+            busy[1].ask_to_stop()
         for busy in filter(None, self._slots):
             busy[1].stop()
             busy[0].state = "waiting"
         self._slots = [None] * len(self._slots)
 
 
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that Ctrl-C, SIGTERM and a closed terminal set, instead of raising anywhere."""
-    stop = threading.Event()
-    names = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
-    before = {name: signal.signal(name, lambda *_: stop.set()) for name in names}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
 def command(argv: Sequence[str]) -> None:
-    """Runs the sweep; SystemExit with 1 or 130 unless all runs are done."""
+    """Runs the sweep; SystemExit with 1, or Stopped by a signal, unless all runs are done."""
     parsed = flags.parse(argv, {"sweep": SweepConfig}, {"default": {}})
     config, workdir = SweepConfig(**parsed.sections["sweep"]), parsed.workdir.absolute()
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
-    runs = claim(workdir, config.script, config.grid, config.fixed)
-    entries = [Entry(RunFolder(workdir, run)) for run in runs]
+    runs = claim(workdir, config.script, config.grid, config.fixed, config.max_runs)
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if config.launcher == "none":
         summarize(workdir)
         return
     launcher = make_launcher(config, workdir)
+    entries = [Entry(RunFolder(workdir, run)) for run in runs]
 
     finished: dict[str, Row] = {}
 
@@ -210,20 +205,21 @@ def command(argv: Sequence[str]) -> None:
     changed()
     scheduler = Scheduler(entries, launcher.start, config.workers, config.retries, changed)
     view = View(entries)
-    with interruptible() as stop:
+    with stop_on_signals() as request:
         try:
-            while not stop.is_set() and scheduler.step():
+            while not request.is_set() and scheduler.step():
                 view.update()
-                stop.wait(POLL_S)
-            if stop.is_set():
-                print("stopping; the same command goes on", file=sys.stderr)
+                request.wait(POLL_S)
+            if request.is_set():
+                print("stopping; runs finish their step and save", file=sys.stderr, flush=True)
         finally:
             scheduler.stop()  # nothing is left to stop where all has ended
-    write_tables(workdir)
-    view.close()
-    print(f"results: {workdir / CSV}")
-    if stop.is_set():
-        raise SystemExit(INTERRUPTED)
+        write_tables(workdir)
+        view.close()
+        print(f"results: {workdir / CSV}", flush=True)
+    if request.is_set():
+        text = f"stopped by {request.name}; the same command goes on in {workdir}"
+        raise Stopped(text, request.signal_number)
     if any(entry.state == "failed" for entry in entries):
         raise SystemExit(1)
 

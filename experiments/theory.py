@@ -39,7 +39,7 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import CATALOGUE, construct
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_json
@@ -71,6 +71,7 @@ class TheoryConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name, allowed in (
             ("constructions", CATALOGUE),
             ("dtypes", DTYPES),

@@ -13,7 +13,7 @@ from deltaproduct_jax.layers.mlp import swiglu_width
 from deltaproduct_jax.layers.projection import check_heads
 from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer
 from deltaproduct_jax.ops import checks
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 
 # Not None, since "none" is one of the values that the field may have.
 AUTO = "auto"
@@ -106,6 +106,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""
+        check_fields(self)
         require_one_of("mixer", self.mixer, MIXERS)
         self._check_class()
         self._check_fields_of_mixer()

@@ -54,7 +54,7 @@ def finite_group(name: str) -> FiniteGroup:
 
 
 def _parse(part: str, name: str) -> tuple[str, int]:
-    match = re.fullmatch(r"([SAZD])(\d{1,4})", part)
+    match = re.fullmatch(r"([SAZD])([0-9]{1,4})", part)
     if match is None or int(match[2]) < SMALLEST[match[1]]:
         known = ", ".join(f"{kind}n (n >= {smallest})" for kind, smallest in SMALLEST.items())
         raise ConfigError(

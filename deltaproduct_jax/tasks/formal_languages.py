@@ -22,7 +22,7 @@ from deltaproduct_jax.errors import (
     require_at_least,
     require_one_of,
 )
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks import expressions
 from deltaproduct_jax.tasks.expressions import MODULUS, BracketTokens, FlatTokens
 from deltaproduct_jax.tasks.registry import register_task
@@ -143,6 +143,7 @@ class FormalLanguageTask:
     )
 
     def __post_init__(self):
+        check_fields(self)
         require_one_of("language", self.language, LANGUAGES)
         require_at_least("min_train_length", self.min_train_length, 2)
         require_at_least("min_eval_length", self.min_eval_length, 2)

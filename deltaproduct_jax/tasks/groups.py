@@ -22,7 +22,7 @@ from deltaproduct_jax.errors import (
     require_at_least,
     require_one_of,
 )
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.finite_groups import FiniteGroup, finite_group
 from deltaproduct_jax.tasks.registry import register_task
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
@@ -60,6 +60,7 @@ class GroupTask:
     )
 
     def __post_init__(self):
+        check_fields(self)
         group = finite_group(self.group)
         require_at_least("train_length", self.train_length, 1)
         if self.eval_lengths is not None:

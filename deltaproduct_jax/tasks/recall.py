@@ -22,7 +22,7 @@ from deltaproduct_jax.errors import (
     require_at_least,
     require_one_of,
 )
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.registry import register_task
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions
 
@@ -57,6 +57,7 @@ class RecallTask:
     )
 
     def __post_init__(self):
+        check_fields(self)
         require_at_least("num_pairs", self.num_pairs, 1)
         require_at_least("vocabulary", self.vocabulary, 4)
         require_one_of("filler", self.filler, FILLERS)

@@ -1,19 +1,40 @@
 """Checkpoints of a run by Orbax: saved asynchronously, the best and the newest both kept."""
 
 import contextlib
+import functools
+import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
 from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.files import errors_as_one_line, read_json, set_aside
 from deltaproduct_jax.training.step import TrainState
 
 Selection = tuple[float, ...]  # larger is better, compared entry by entry
+ITEM, METRICS, METADATA = "default", "metrics/metrics", "_CHECKPOINT_METADATA"  # in a step's folder
+
+
+class SavedMetrics(TypedDict):
+    """What is saved beside a state: what ranks it, and the `checksum` of both."""
+
+    selection: list[float]
+    checksum: NotRequired[int]  # version 0.1 had none
+
+
+class DamagedCheckpointError(RunDirectoryError):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+    def __init__(self, directory: Path, step: int, reason: str):
+        super().__init__(f"checkpoint {step} in {directory} is damaged: {_one_line(reason)}")
+        self.step = step
 
 
 class BestAndNewest:
@@ -21,7 +42,13 @@ class BestAndNewest:
 
     Orbax's ``best_fn`` with ``max_to_keep`` ranks by metrics alone and deletes the newest, from
     which a run resumes, as soon as it is not among the best.
+
+    Args:
+        selections: of the checkpoints by step; what is not in it was not evaluated.
     """
+
+    def __init__(self, selections: dict[int, Selection]):
+        self._selections = selections
 
     def should_preserve(
         self,
@@ -30,19 +57,51 @@ class BestAndNewest:
         context: ocp.checkpoint_managers.PreservationContext,
     ) -> list[bool]:
         """One flag a checkpoint; ``checkpoints`` ascend in step."""
-        keep = {best_step(checkpoints), checkpoints[-1].step if checkpoints else None}
-        return [info.step in keep for info in checkpoints]
+        steps = [info.step for info in checkpoints]
+        keep = {best_step(steps, self._selections), steps[-1] if steps else None}
+        return [step in keep for step in steps]
 
 
-def best_step(checkpoints: Sequence[ocp.checkpoint_managers.PolicyCheckpointInfo]) -> int | None:
+def best_step(steps: Sequence[int], selections: dict[int, Selection]) -> int | None:
     """The evaluated step with the best selection, the later of equals; None without any."""
-    ranked = [(_selection(info), info.step) for info in checkpoints if _selection(info)]
+    ranked = [(selections[step], step) for step in steps if selections.get(step)]
     return max(ranked)[1] if ranked else None
 
 
-def _selection(info: ocp.checkpoint_managers.PolicyCheckpointInfo) -> Selection:
-    # A checkpoint whose removal was cut short may have lost its metrics; it was not the best.
-    return tuple((info.metrics or {}).get("selection", ()))
+class OwnFolders(ocp.path.step.NameFormat):
+    """Folders named by their step that hold something of a checkpoint; all others are passed over.
+
+    To Orbax a folder called 20 is checkpoint 20, whatever is in it, and to be deleted one day.
+    """
+
+    def __init__(self):
+        self._standard = ocp.path.step.standard_name_format()
+
+    def build_name(self, step: int) -> str:
+        """The name of a step's folder."""
+        return self._standard.build_name(step)
+
+    def find_all(self, base_path: Any) -> Iterator[Any]:
+        """Orbax's description of every checkpoint."""
+        return (found for found in self._standard.find_all(base_path) if is_checkpoint(found.path))
+
+    def find_step(self, base_path: Any, step: int) -> Any:
+        """Orbax's description of one checkpoint; ValueError if it is not there."""
+        return self._standard.find_step(base_path, step)
+
+
+def is_checkpoint(folder: Any) -> bool:
+    """Whether a folder holds anything of a checkpoint, however damaged."""
+    return any((folder / name).exists() for name in (ITEM, METRICS, METADATA))
+
+
+def steps_in(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, ascending; none where there is no directory."""
+    with errors_as_one_line(directory, "read"):
+        if not directory.is_dir():
+            return []
+        named = [path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
+        return sorted(int(path.name) for path in named if is_checkpoint(path))
 
 
 class Checkpoints:
@@ -55,11 +114,15 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, *, read_only: bool = False):
-        self._directory = directory
+        self.directory = directory
+        self._selections: dict[int, Selection] = {}
+        self._metrics_damage: dict[int, str] = {}
         options = ocp.CheckpointManagerOptions(
             save_interval_steps=0 if read_only else 1,
-            preservation_policy=BestAndNewest(),
+            preservation_policy=BestAndNewest(self._selections),
             best_fn=lambda metrics: metrics["selection"],  # without one metrics are not written
+            lightweight_initialize=True,  # metrics are read here, where damage does no harm
+            step_name_format=OwnFolders(),
             cleanup_tmp_directories=not read_only,  # what a killed save left behind
             read_only=read_only,
             create=not read_only,
@@ -71,6 +134,7 @@ class Checkpoints:
                 options=options,
                 item_handlers=ocp.StandardCheckpointHandler(),
             )
+        self._saved = {step: self._read_metrics(step) for step in self._manager.all_steps()}
 
     def __enter__(self) -> "Checkpoints":
         self._first_error_only = _FirstErrorOnly()
@@ -90,12 +154,22 @@ class Checkpoints:
         except (OSError, ValueError, KeyError) as error:
             if isinstance(error, RunDirectoryError):
                 raise
-            reason = " ".join(str(error).split())
-            if len(reason) > 320:  # what failed comes first, why it failed comes last
-                reason = f"{reason[:150]} ... {reason[-150:]}"
             raise RunDirectoryError(
-                f"checkpoints in {self._directory} cannot be {what}: {reason}"
+                f"checkpoints in {self.directory} cannot be {what}: {_one_line(str(error))}"
             ) from error
+
+    def _read_metrics(self, step: int) -> SavedMetrics | None:
+        path = self.directory / str(step) / METRICS
+        # One whose removal was cut short may have lost its metrics; it was not the best.
+        if not path.exists():
+            return None
+        try:
+            metrics = read_json(path, SavedMetrics)
+        except RunDirectoryError as error:
+            self._metrics_damage[step] = str(error)
+            return None
+        self._selections[step] = tuple(metrics["selection"])
+        return metrics
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that were written to their end, ascending."""
@@ -103,16 +177,30 @@ class Checkpoints:
 
     def newest(self) -> int | None:
         """Step of the newest checkpoint, None without any."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best(self) -> int | None:
-        """Step of the best checkpoint, None without any that was evaluated."""
-        steps = [_Info(step, self._manager.metrics(step)) for step in self.steps()]
-        return best_step(steps)
+        """Step of the best checkpoint, None without any that was evaluated.
+
+        Raises:
+            DamagedCheckpointError: it cannot be told, since the metrics of one are damaged.
+        """
+        self._refuse_damaged_metrics(*self.steps())
+        return best_step(self.steps(), self._selections)
+
+    def _refuse_damaged_metrics(self, *steps: int) -> None:
+        for step in steps:
+            if step in self._metrics_damage:
+                raise DamagedCheckpointError(self.directory, step, self._metrics_damage[step])
 
     def save(self, state: TrainState, step: int, selection: Selection | None) -> None:
         """Starts a save; ``selection`` ranks the checkpoint, None leaves it unranked."""
-        metrics = {"selection": list(selection or ())}
+        metrics: SavedMetrics = {"selection": [float(part) for part in selection or ()]}
+        metrics["checksum"] = checksum(state, metrics["selection"])
+        if (self.directory / str(step)).exists() and step not in self._manager.all_steps():
+            set_aside(self.directory / str(step))  # of somebody else's
+        self._selections[step] = tuple(metrics["selection"])
+        self._saved[step] = metrics
         with self._errors("written"):
             self._manager.save(
                 step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True
@@ -124,13 +212,44 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """The state saved at ``step``, with the structure, shapes and dtypes of ``like``."""
+        """The state saved at ``step``, with the structure, shapes and dtypes of ``like``.
+
+        Raises:
+            DamagedCheckpointError: it cannot be read, or differs from what was saved.
+            RunDirectoryError: it is of another model.
+        """
         self.wait()
-        with self._errors("read"):
-            self._check_same_model(step, self._manager.item_metadata(step), like)
+        self._refuse_damaged_metrics(step)
+        if self._saved.get(step) is None:
+            raise DamagedCheckpointError(self.directory, step, f"it has no {METRICS}")
+        try:
+            saved = self._manager.item_metadata(step)
+            if saved is None:
+                raise ValueError(f"it has no {ITEM}/_METADATA")
+            self._check_same_model(step, saved, like)
             abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        return TrainState(**restored)
+            state = TrainState(
+                **self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            )
+        except (RunDirectoryError, MemoryError):
+            raise
+        except Exception as error:  # what Orbax raises depends on which byte is wrong
+            raise DamagedCheckpointError(self.directory, step, str(error) or repr(error)) from error
+        wanted = self._saved[step].get("checksum")
+        if wanted is not None and checksum(state, self._saved[step]["selection"]) != wanted:
+            raise DamagedCheckpointError(self.directory, step, "its numbers are not those saved")
+        return state
+
+    def whole(self, like: TrainState, up_to: int | None = None) -> list[int]:
+        """Steps of the checkpoints that can be restored, ascending, if need be up to one."""
+        found = []
+        for step in self.steps():
+            if up_to is not None and step > up_to:
+                break
+            with contextlib.suppress(DamagedCheckpointError):
+                self.restore(step, like)
+                found.append(step)
+        return found
 
     def _check_same_model(self, step: int, saved: Any, like: TrainState) -> None:
         have, want = _shapes(saved["params"]), _shapes(like.params)
@@ -142,7 +261,7 @@ class Checkpoints:
             )
             more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
             raise RunDirectoryError(
-                f"checkpoint {step} in {self._directory} is of another model: {shown}{more}"
+                f"checkpoint {step} in {self.directory} is of another model: {shown}{more}"
             )
 
 
@@ -173,15 +292,36 @@ class _FirstErrorOnly:
             sys.unraisablehook = self._show
 
     def _hook(self, unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        text = str(unraisable.exc_value)
+        if text != "Event loop is closed" and "reading array index" not in text:
             self._show(unraisable)
 
 
-class _Info:
-    """A step and its metrics, as the preservation policy sees them."""
+def checksum(state: TrainState, selection: Sequence[float]) -> int:
+    """A number of 32 bits that changes with any single bit of a state or its selection.
 
-    def __init__(self, step: int, metrics: dict[str, Any] | None):
-        self.step, self.metrics = step, metrics
+    Storage has checksums of its own for small arrays only. This one is a sum of whole numbers, so
+    that it is the same however the arrays lie on devices.
+    """
+    words = int(_sum_of_words(tuple(jax.tree.leaves(state))))
+    return (words + zlib.crc32(repr([float(part) for part in selection]).encode())) % 2**32
+
+
+@functools.partial(jax.jit)
+def _sum_of_words(leaves: tuple[jax.Array, ...]) -> jax.Array:
+    total = jnp.zeros((), jnp.uint32)
+    for index, leaf in enumerate(leaves):
+        kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
+        words = jax.lax.bitcast_convert_type(leaf, kinds[leaf.dtype.itemsize])
+        # An odd factor for each leaf, or two that have changed places would go unseen.
+        total += jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32) * jnp.uint32(2 * index + 1)
+    return total
+
+
+def _one_line(text: str) -> str:
+    text = " ".join(text.split())
+    # What failed comes first, why it failed comes last.
+    return text if len(text) <= 320 else f"{text[:150]} ... {text[-150:]}"
 
 
 def _shapes(params: Any) -> dict[str, str]:

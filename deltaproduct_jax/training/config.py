@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
@@ -60,6 +60,7 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("steps", "batch_size", "accumulation_steps", "log_every", "eval_every"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("checkpoint_every", "eval_sequences", "eval_batch_size"):

@@ -11,16 +11,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
+from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
-from deltaproduct_jax.training.records import CHECKPOINTS, RESULTS, Row, RunRecords
+from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
 from deltaproduct_jax.training.runs import restore_run
 from deltaproduct_jax.training.step import (
     Metrics,
@@ -31,62 +35,106 @@ from deltaproduct_jax.training.step import (
     make_train_step,
     split_model,
 )
+from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
 
 
-def train(config: RunConfig, workdir: Path, argv: Sequence[str]) -> dict[str, Any]:
+def train(
+    config: RunConfig, workdir: Path, argv: Sequence[str], *, resume_from: int | None = None
+) -> dict[str, Any]:
     """Trains a model, or goes on where a killed run of the same configuration stood.
 
     The parameters, the data and so the curve of losses depend on ``config`` alone. A finished run
-    is not touched: its results are returned again.
+    is not touched: its results are returned again. With more ``steps`` it goes further, where no
+    step that it has made depends on their number.
 
     Args:
         config: the run.
         workdir: the run directory, created if need be.
         argv: the command, for the record.
+        resume_from: step of the checkpoint to go on from, those after it and damaged ones being
+            renamed; 0 begins again beside the old records; None is the newest.
 
     Returns:
         What results.json holds: the best checkpoint's scores on the test split at all lengths.
 
     Raises:
+        ConfigError: this machine cannot run ``config``.
         RunDirectoryError: ``workdir`` holds another run, is in use by another process, or cannot be
             read or written.
         FloatingPointError: the loss or a norm is no longer finite.
+        Stopped: a signal asked for the end; all is saved.
     """
-    if (workdir / RESULTS).exists():
-        return RunRecords(workdir, config).results()
-    with run_lock(workdir):
-        records = RunRecords(workdir, config)
-        results = records.results()  # another process may have ended the run since
-        return _train(config, records, argv) if results is None else results
+    require_directory(workdir)
+    fresh = not is_there(workdir / CONFIG)
+    if not fresh:
+        results = RunRecords(workdir, config).results()
+        if results is not None:
+            return _finished(results, workdir, resume_from)
+    with stop_on_signals() as request:
+        require_memory_of_config(config)
+        require_memory_of_state(jax.eval_shape(lambda: _first_state(config)[1]))
+        graphdef, state = _first_state(config)
+        trainer = Trainer(config, graphdef, _key(config.seeds()["data"]))
+        if fresh:  # what this machine cannot run leaves nothing behind
+            trainer.lower(state)
+        _go_on(request, "before the first step", workdir)
+        with run_lock(workdir):
+            records = RunRecords(workdir, config)
+            results = records.results()  # another process may have ended the run since
+            if results is not None:
+                return _finished(results, workdir, resume_from)
+            return _train(trainer, state, records, argv, request, resume_from)
 
 
-def _train(config: RunConfig, records: RunRecords, argv: Sequence[str]) -> dict[str, Any]:
-    seeds = config.seeds()
-    graphdef, state = _first_state(config)
+def _finished(results: dict[str, Any], workdir: Path, resume_from: int | None) -> dict[str, Any]:
+    if resume_from is not None:
+        raise RunDirectoryError(f"resume_from={resume_from} is of no use: {workdir} is finished")
+    return results
 
-    with Checkpoints(records.directory / CHECKPOINTS) as checkpoints:
+
+def _train(
+    trainer: "Trainer",
+    state: TrainState,
+    records: RunRecords,
+    argv: Sequence[str],
+    request: StopRequest,
+    resume_from: int | None,
+) -> dict[str, Any]:
+    config, workdir = trainer.config, records.directory
+    resume.prepare(records, resume_from, state)
+
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         newest = checkpoints.newest()
-        if newest is not None:
-            state = checkpoints.restore(newest, like=state)
+        state = resume.newest_state(checkpoints, state)
         records.cut_back(newest or 0)
-        records.add_start(describe_start(argv, seeds, newest))
+        records.add_start(describe_start(argv, config.seeds(), newest))
 
-        trainer = Trainer(config, graphdef, _key(seeds["data"]))
-        state = trainer.run(state, records, checkpoints)
+        state = trainer.run(state, records, checkpoints, request)
+        _go_on(request, f"after step {int(state.step)} of {config.train.steps}", workdir)
 
-        best = checkpoints.best()
-        params = checkpoints.restore(best, like=state).params
+        best, selected = resume.best_state(checkpoints, state)
+        tests = []
+        for length in config.task.test_lengths:
+            evaluation = trainer.evaluate(selected.params, "test", length)
+            tests.append(evaluation.to_dict(length))
+            _go_on(request, "before its results", workdir)
         results = {
             "steps": int(state.step),
             "best_step": best,
-            "parameters": count_parameters(params),
-            "test": [
-                trainer.evaluate(params, "test", length).to_dict(length)
-                for length in config.task.test_lengths
-            ],
+            "parameters": count_parameters(selected.params),
+            "test": tests,
         }
     records.write_results(results)
     return results
+
+
+def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
+    """Raises Stopped if the end was asked for; all that was done must be saved."""
+    if request.is_set():
+        raise Stopped(
+            f"stopped by {request.name} {where}; the same command goes on in {workdir}",
+            request.signal_number,
+        )
 
 
 def _first_state(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
@@ -141,12 +189,27 @@ class Trainer:
         self._train_step = CompiledByLength(train_step, self.stopwatch, donate=True)
         self._eval_step = CompiledByLength(eval_step, self.stopwatch)
 
+    def lower(self, state: TrainState) -> None:
+        """Makes the program of the first step; ConfigError if there is none for this machine."""
+        try:
+            self._train_step.lower(self.config.length_at(1), state, self.data_key)
+        except ValueError as error:
+            if self.config.model.implementation is None:
+                raise
+            raise ConfigError(str(error)) from error
+
     def evaluate(self, params: Params, split: str, length: int):
         """The evaluation of ``params`` on a split at one length."""
         return evaluate(self.config, self._eval_step, params, self.data_key, split, length)
 
-    def run(self, state: TrainState, records: RunRecords, checkpoints: Checkpoints) -> TrainState:
-        """Steps until the last, or until the validation accuracy suffices."""
+    def run(
+        self,
+        state: TrainState,
+        records: RunRecords,
+        checkpoints: Checkpoints,
+        request: StopRequest,
+    ) -> TrainState:
+        """Steps until the last, until the validation accuracy suffices, or until asked to end."""
         config = self.config
         step = int(state.step)
         progress = Progress(step, config.train.steps)
@@ -163,15 +226,19 @@ class Trainer:
             if pending is not None:
                 record(self._row(*pending, records.rows))
                 pending = None
-            if not self._stops_at(step):
+            stopping = request.is_set()
+            if not (self._stops_at(step) or stopping):
                 if config.is_logged(step):
                     pending = step, metrics
                 continue
             row = self._row(step, metrics, records.rows)
             if config.is_evaluated(step):
                 row |= self._validate(state.params)
-            record(row)
-            self._save(state, step, records, checkpoints)
+            if config.is_logged(step):
+                record(row)
+            self._save(state, row, records, checkpoints, always=stopping)
+            if stopping:
+                break
         progress.close()
         checkpoints.wait()
         return state
@@ -190,15 +257,22 @@ class Trainer:
             return self.evaluate(params, "valid", self.config.select_length).to_row()
 
     def _save(
-        self, state: TrainState, step: int, records: RunRecords, checkpoints: Checkpoints
+        self,
+        state: TrainState,
+        row: Row,
+        records: RunRecords,
+        checkpoints: Checkpoints,
+        *,
+        always: bool,
     ) -> None:
         """Saves when a checkpoint is due, and after an evaluation that was not beaten before."""
-        selections = [selection_of(row) for row in records.rows]
-        best_now = selections[-1] is not None and selections[-1] >= max(filter(None, selections))
-        due = step % self.config.train.checkpoint_every == 0 or step == self.config.train.steps
-        if due or best_now or self._suffices(records.rows):
+        train, step, selection = self.config.train, row["step"], selection_of(row)
+        before = filter(None, map(selection_of, records.rows))
+        best_now = selection is not None and selection >= max(before)
+        due = step % train.checkpoint_every == 0 or step == train.steps
+        if always or due or best_now or self._suffices(records.rows):
             records.sync()
-            checkpoints.save(state, step, selections[-1])
+            checkpoints.save(state, step, selection)
 
     def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
         """The record of one step; waits until its numbers are there."""
@@ -230,12 +304,19 @@ class CompiledByLength:
         self._function = function
         self._stopwatch = stopwatch
         self._donate = (0,) if donate else ()
+        self._lowered: dict[int, jax.stages.Lowered] = {}
         self._compiled: dict[int, Callable] = {}
+
+    def lower(self, length: int, *arrays: Any) -> None:
+        """Makes the program for ``length``, for a later call to compile and run."""
+        jitted = jax.jit(partial(self._function, length), donate_argnums=self._donate)
+        self._lowered[length] = jitted.lower(*arrays)
 
     def __call__(self, length: int, *arrays: Any) -> Any:
         """Calls the function; ``arrays`` keep their shapes from call to call."""
         if length not in self._compiled:
             with self._stopwatch.paused():
-                jitted = jax.jit(partial(self._function, length), donate_argnums=self._donate)
-                self._compiled[length] = jitted.lower(*arrays).compile()
+                if length not in self._lowered:
+                    self.lower(length, *arrays)
+                self._compiled[length] = self._lowered.pop(length).compile()
         return self._compiled[length](*arrays)

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.errors import ConfigError, is_module_name
+from deltaproduct_jax.files import user_path
+from deltaproduct_jax.settings import check_fields, setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,12 +22,13 @@ class PluginConfig:
     )
 
     def __post_init__(self):
+        check_fields(self)
         object.__setattr__(self, "plugins", tuple(map(absolute, self.plugins)))
 
 
 def absolute(plugin: str) -> str:
     """A file by its whole path, so that it is found from anywhere; a module as it is."""
-    return str(Path(plugin).absolute()) if plugin.endswith(".py") else plugin
+    return str(user_path(plugin).absolute()) if plugin.endswith(".py") else plugin
 
 
 def import_plugins(plugins: Iterable[str]) -> None:
@@ -40,6 +42,8 @@ def import_plugins(plugins: Iterable[str]) -> None:
             _import_file(Path(absolute(plugin)))
             continue
         try:
+            if not is_module_name(plugin):
+                raise ModuleNotFoundError(name=plugin)
             importlib.import_module(plugin)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{plugin}.".startswith(f"{error.name}."):

@@ -1,31 +1,92 @@
 """The record of a run in its directory: what was run, what came out, and how to go on.
 
 =================  ==========================================================================
-config.json        the resolved configuration; it never changes
+config.json        the resolved configuration; only a larger number of steps may replace it
 run.json           one entry a start: argv, commit, versions, devices, every seed by name
 metrics.jsonl      one object a logged step, in order, no step twice
 events.*           the same numbers for TensorBoard; derived from metrics.jsonl at any time
 checkpoints/       Orbax checkpoints, the best and the newest
 results.json       the outcome; a run that has it is finished
+*.aside1*          what a run that began again or went further has put out of its way
 =================  ==========================================================================
 
-Whole files appear at once or not at all; a line that a kill has torn is cut off on resume.
+Whole files appear at once or not at all; a line that a kill has torn is cut off on resume. What is
+read is checked by the schemas below.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import errors_as_one_line, read_json, sync, to_json, write_file
+from deltaproduct_jax.files import (
+    errors_as_one_line,
+    read_json,
+    read_lines,
+    set_aside,
+    sync,
+    to_json,
+    write_file,
+)
 from deltaproduct_jax.training import events
 from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.extending import ABSENT, differences, is_extension
 
 CONFIG, RUN, METRICS, RESULTS = "config.json", "run.json", "metrics.jsonl", "results.json"
 CHECKPOINTS = "checkpoints"
 Row = dict[str, Any]
+
+
+class _Columns(TypedDict):
+    """What every line of metrics.jsonl has; lines of evaluated steps have the valid ones too."""
+
+    step: int
+    loss: float
+    accuracy: float
+    tokens: int
+    tokens_per_second: float
+    time: float
+    valid_sequence_accuracy: NotRequired[float]
+    valid_token_accuracy: NotRequired[float]
+
+
+class _Start(TypedDict):
+    # The steps that the run had before it was told to go further.
+    extended_from: NotRequired[int]
+
+
+class _Run(TypedDict):
+    starts: list[_Start]
+
+
+class Score(TypedDict):
+    """What each score in results.json has; those of a task have more."""
+
+    sequence_accuracy: float
+    token_accuracy: NotRequired[float]
+
+
+class LengthScores(TypedDict):
+    """The scores at one test length."""
+
+    length: int
+    strict: NotRequired[Score]
+
+
+class Results(TypedDict):
+    """What results.json holds."""
+
+    steps: int
+    best_step: int
+    parameters: dict[str, int]
+    test: list[LengthScores]
+
+
+ConfigFile = dict[str, dict[str, Any]]
+MetricsLine = Annotated[dict[str, float], _Columns]
 
 
 class RunRecords:
@@ -37,14 +98,16 @@ class RunRecords:
 
     def __init__(self, directory: Path, config: RunConfig):
         self.directory = directory
-        self._log_steps = config.is_logged
+        self._config = config
         self.rows: list[Row] = []
         self._claim(config.to_dict())
 
-    def _claim(self, config: dict[str, Any]) -> None:
+    def _claim(self, config: ConfigFile) -> None:
         path = self.directory / CONFIG
-        if path.exists():
-            refuse_other_config(read_json(path), config, self.directory)
+        if is_there(path):
+            saved = read_json(path, ConfigFile)
+            if not is_extension(saved, self._config):
+                refuse_other_config(saved, config, self.directory)
             return
         for name in (RUN, METRICS, RESULTS, CHECKPOINTS):
             if (self.directory / name).exists():
@@ -54,31 +117,71 @@ class RunRecords:
                 )
         write_file(path, to_json(config))
 
+    @property
+    def is_extended(self) -> bool:
+        """Whether the run is to make more steps than config.json says."""
+        saved = read_json(self.directory / CONFIG, ConfigFile)
+        return saved != self._config.to_dict()
+
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run, None before its end."""
-        path = self.directory / RESULTS
-        return read_json(path) if path.exists() else None
+        return None if self.is_extended else read_results(self.directory)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Ends the run."""
         write_file(self.directory / RESULTS, to_json(results))
 
-    def add_start(self, start: dict[str, Any]) -> None:
-        """Adds how and where the run was started, or resumed."""
+    def starts(self) -> list[dict[str, Any]]:
+        """How and where the run was started and resumed."""
         path = self.directory / RUN
-        starts = read_json(path)["starts"] if path.exists() else []
-        write_file(path, to_json({"starts": [*starts, start]}))
+        return read_json(path, _Run)["starts"] if path.exists() else []
+
+    def add_start(self, start: dict[str, Any]) -> None:
+        """Adds how and where the run was started, or resumed.
+
+        The first start with more steps puts the results of the fewer aside.
+        """
+        if not self.is_extended:
+            write_file(self.directory / RUN, to_json({"starts": [*self.starts(), start]}))
+            return
+        path = self.directory / CONFIG
+        # In this order a kill in between leaves a run that can be extended by the same command.
+        start = start | {"extended_from": read_json(path, ConfigFile)["train"]["steps"]}
+        write_file(self.directory / RUN, to_json({"starts": [*self.starts(), start]}))
+        if (self.directory / RESULTS).exists():
+            set_aside(self.directory / RESULTS)
+        write_file(path, to_json(self._config.to_dict()))
+
+    def saved_rows(self) -> list[Row]:
+        """The rows on the disk, without a torn last line."""
+        return read_lines(self.directory / METRICS, MetricsLine)
+
+    def saves_due(self, rows: Sequence[Row]) -> int:
+        """How many of the steps that these rows record were due to be saved."""
+        every = self._config.train.checkpoint_every
+        return sum(row["step"] % every == 0 for row in rows)
+
+    def begin_again(self) -> list[Path]:
+        """Puts what was recorded aside; returns where it is now."""
+        return [
+            set_aside(self.directory / name)
+            for name in (METRICS, CHECKPOINTS)
+            if (self.directory / name).exists()
+        ]
 
     def cut_back(self, step: int) -> None:
         """Forgets everything recorded after ``step``, a torn last line included."""
         path = self.directory / METRICS
-        self.rows = _read_rows(path, step)
-        expected = [s for s in range(1, step + 1) if self._log_steps(s)]
-        if [row["step"] for row in self.rows] != expected:
+        rows = [row for row in self.saved_rows() if row["step"] <= step]
+        # The last step of a run that is extended was logged for being the last.
+        ends = {start.get("extended_from") for start in self.starts()}
+        expected = [s for s in range(1, step + 1) if self._config.is_logged(s) or s in ends]
+        if [row["step"] for row in rows] != expected:
             raise RunDirectoryError(
                 f"{path} does not hold every record up to step {step}, where the run would go on; "
-                "give another workdir"
+                "give another workdir, or --resume_from=0 to begin again beside these records"
             )
+        self.rows = rows
         write_file(path, b"".join(_line(row) for row in self.rows))
         for stale in self.directory.glob("events.*"):
             if stale.name != events.FILE_NAME:
@@ -104,32 +207,30 @@ def _line(row: Row) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def _read_rows(path: Path, last_step: int) -> list[Row]:
-    """The rows up to ``last_step``; the part after the last line break is a torn line."""
-    if not path.exists():
-        return []
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; RunDirectoryError if that cannot be told."""
     with errors_as_one_line(path, "read"):
-        lines = path.read_bytes().split(b"\n")[:-1]
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            if row["step"] > last_step:
-                break
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunDirectoryError(f"{path}, line {number}, is no record: {error}") from error
-        rows.append(row)
-    return rows
+        return path.exists()
+
+
+def saved_config(directory: Path) -> ConfigFile:
+    """The configuration of a run; RunDirectoryError if it cannot be read."""
+    return read_json(directory / CONFIG, ConfigFile)
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """The results of a run, None where there are none; RunDirectoryError if they are not whole."""
+    path = directory / RESULTS
+    return read_json(path, Results) if is_there(path) else None
 
 
 def refuse_other_config(saved: Any, config: dict[str, Any], directory: Path) -> None:
     """Raises RunDirectoryError, naming the fields, unless both configurations are the same."""
-    have, want = _flat(saved), _flat(config)
-    differing = [name for name in want | have if have.get(name, ...) != want.get(name, ...)]
+    differing = differences(saved, config)
     if differing:
         shown = ", ".join(
-            f"{name.rpartition('.')[2]} ({_show(have, name)} there, {_show(want, name)} here)"
-            for name in differing
+            f"{name.rpartition('.')[2]} ({_show(there)} there, {_show(here)} here)"
+            for name, (there, here) in differing.items()
         )
         raise RunDirectoryError(
             f"{directory} holds a run with another configuration, differing in {shown}; "
@@ -137,15 +238,5 @@ def refuse_other_config(saved: Any, config: dict[str, Any], directory: Path) -> 
         )
 
 
-def _flat(config: Any) -> dict[str, Any]:
-    if not isinstance(config, dict):
-        return {"config": config}
-    return {
-        f"{section}.{name}": value
-        for section, values in config.items()
-        for name, value in (values if isinstance(values, dict) else {"": values}).items()
-    }
-
-
-def _show(config: dict[str, Any], name: str) -> str:
-    return json.dumps(config[name]) if name in config else "absent"
+def _show(value: Any) -> str:
+    return "absent" if value is ABSENT else json.dumps(value)

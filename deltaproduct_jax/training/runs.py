@@ -14,7 +14,7 @@ from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
-from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
+from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, ConfigFile
 from deltaproduct_jax.training.step import TrainState, init_state, split_model
 
 
@@ -59,7 +59,7 @@ def read_config(directory: Path) -> RunConfig:
     if not path.exists():
         raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
     try:
-        return RunConfig.from_dict(read_json(path))
+        return RunConfig.from_dict(read_json(path, ConfigFile))
     except (ValueError, TypeError) as error:  # what is missing, or has another type
         raise RunDirectoryError(f"{path} describes no run: {error}") from error
 

@@ -17,7 +17,6 @@ Takes: seconds on a CPU, after the run.
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,8 @@ from deltaproduct_jax.analysis.householder_geometry import (
     geometry,
 )
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.files import user_path
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.loop import restore_best
 from experiments.lib import flags
 from experiments.lib.bench.report import write_json
@@ -45,6 +45,7 @@ class GeometryConfig:
     tolerance: float = setting(TOLERANCE, "farthest that a reflecting head's betas are from 2")
 
     def __post_init__(self):
+        check_fields(self)
         if not self.run:
             raise ConfigError("--run is missing; give the directory of a state-tracking run")
         if not 0 <= self.tolerance <= 2:
@@ -55,8 +56,9 @@ def command(argv: Sequence[str]) -> None:
     """Reads the checkpoint, writes geometry.json, draws geometry.png."""
     parsed = flags.parse(argv, {"geometry": GeometryConfig}, {"default": {}})
     options = GeometryConfig(**parsed.sections["geometry"])
-    config = read_group_run(Path(options.run))
-    model = restore_best(config, Path(options.run))
+    run = user_path(options.run)
+    config = read_group_run(run)
+    model = restore_best(config, run)
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer
     )

@@ -34,12 +34,11 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.files import write_file
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.files import user_path, write_file
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
 from deltaproduct_jax.training.loop import restore_best
 from experiments.lib import flags
@@ -60,6 +59,7 @@ class ComparisonConfig:
 
     def __post_init__(self) -> None:
         """Checks the names."""
+        check_fields(self)
         for name in self.constructions:
             require_one_of("constructions", name, ONE_LAYER)
         if not self.constructions + self.runs:
@@ -93,9 +93,10 @@ def command(argv: Sequence[str]) -> None:
         made = construct(name)
         models.append(describe(name, made.group, made.model(), made.letters.tolist(), made.bos))
     for run in options.runs:
-        config = read_group_run(Path(run))
-        model, task = restore_best(config, Path(run)), config.task
-        name = f"trained: {Path(run).name}"
+        directory = user_path(run)
+        config = read_group_run(directory)
+        model, task = restore_best(config, directory), config.task
+        name = f"trained: {directory.name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))
     short = json.loads(json.dumps(models), parse_float=lambda number: float(f"{float(number):.6g}"))
     text = f"{table(models)}\n\nCommand: `{command_line('analysis.theory_geometry', argv)}`"

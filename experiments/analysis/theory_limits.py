@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from deltaproduct_jax.errors import require_at_least
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import limits
 from deltaproduct_jax.theory.representations import solid_matrices
 from experiments.lib import flags
@@ -46,6 +46,7 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         require_at_least("products", self.products, 1)
         for length in self.lengths:
             require_at_least("lengths", length, 0)

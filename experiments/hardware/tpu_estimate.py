@@ -37,7 +37,7 @@ from typing import Any
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import require_at_least, require_one_of
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
@@ -72,6 +72,7 @@ class EstimateConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("batch_size", "length", "num_heads", "head_dim"):
             require_at_least(name, getattr(self, name), 1)
         for n_h in self.num_householder:

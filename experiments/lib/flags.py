@@ -6,10 +6,9 @@ has flags too. What cannot be honoured ends the command with one line on standar
 """
 
 import dataclasses
-import json
 import logging
+import signal
 import sys
-import types
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,11 @@ from absl import flags
 from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import read_json, require_directory, user_path
+from deltaproduct_jax.settings import is_union, misfit, spell
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
+from deltaproduct_jax.training.records import ConfigFile
+from deltaproduct_jax.training.stopping import Stopped, exit_code
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
@@ -33,6 +36,8 @@ class Parsed:
 
     sections: dict[str, dict[str, Any]]
     workdir: Path
+    # What the file of --config says, also of fields that have no flag; empty without one.
+    saved: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
 
 
 class FieldParser(flags.ArgumentParser):
@@ -40,7 +45,7 @@ class FieldParser(flags.ArgumentParser):
 
     def __init__(self, annotation: Any):
         self.annotation = annotation
-        self.syntactic_help = _spell(annotation)
+        self.syntactic_help = spell(annotation)
 
     def parse(self, argument: Any) -> Any:
         """The value, ValueError saying what it may be; defaults, which are no text, pass."""
@@ -81,21 +86,11 @@ def _parse(text: str, annotation: Any) -> Any:
             return {"true": True, "false": False}[text.lower()]
         return kind(text)
     except (ValueError, KeyError):
-        raise ValueError(f"it must be {_spell(annotation)}") from None
+        raise ValueError(f"it must be {spell(annotation)}") from None
 
 
 def _options(annotation: Any) -> tuple[Any, ...]:
-    is_union = isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is (
-        typing.Union
-    )
-    return typing.get_args(annotation) if is_union else (annotation,)
-
-
-def _spell(annotation: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    names |= {type(None): "none", tuple[int, ...]: "whole numbers such as 4,8,16"}
-    names |= {tuple[str, ...]: "texts"}
-    return " or ".join(names[option] for option in _options(annotation))
+    return typing.get_args(annotation) if is_union(annotation) else (annotation,)
 
 
 def parse(
@@ -124,6 +119,9 @@ def parse(
         ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
         SystemExit: after ``--help``.
     """
+    for argument in argv:
+        if "\0" in argument or not _is_unicode(argument):
+            raise ConfigError(f"argument {argument!a} must be UTF-8 without a NUL character")
     sections = chosen(argv, sections, presets)
     values = flags.FlagValues()
     fields = _define(values, sections, set(exclude))
@@ -137,7 +135,19 @@ def parse(
     workdir = values.workdir or default_workdir
     if workdir is None:
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
-    return Parsed(_resolve(values, sections, fields, presets, set(exclude)), Path(workdir))
+    saved = {} if values.config is None else _read_config(user_path(values.config), sections)
+    resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
+    path = user_path(workdir)
+    require_directory(path)
+    return Parsed(resolved, path, saved)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[str, type]:
@@ -159,7 +169,7 @@ def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[st
         )
     known = dict(presets.get(given.get("preset", "default"), {}))
     if "config" in given:
-        saved = _load(Path(given["config"]), sections)
+        saved = _load(user_path(given["config"]), sections)
         known = {name: value for content in saved.values() for name, value in content.items()}
     known |= given
     if PluginConfig in sections.values():
@@ -206,10 +216,11 @@ def _resolve(
     owner: Mapping[str, str],
     presets: Presets,
     exclude: set[str],
+    saved: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, dict[str, Any]]:
     given = {name: values[name].value for name in owner if values[name].present}
     if values.config is not None:
-        layered = _read_config(Path(values.config), sections)
+        layered = {name: value for content in saved.values() for name, value in content.items()}
     else:
         layered = dict(presets[values.preset or "default"])
         for config in sections.values():
@@ -228,26 +239,23 @@ def _resolve(
 def _load(path: Path, sections: Sections) -> dict[str, dict[str, Any]]:
     """The sections of a config.json, as they are there."""
     try:
-        saved = json.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config={path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"--config={path} is not valid JSON: {error}") from error
-    if not isinstance(saved, dict) or not all(isinstance(saved[key], dict) for key in saved):
-        raise ConfigError(f"--config={path} must hold the sections {', '.join(sections)}")
+        saved = read_json(path, ConfigFile)
+    except RunDirectoryError as error:
+        raise ConfigError(f"--config={error}; it must hold {', '.join(sections)}") from error
     _refuse_unknown(path, "section", saved, sections)
     return saved
 
 
-def _read_config(path: Path, sections: Sections) -> dict[str, Any]:
+def _read_config(path: Path, sections: Sections) -> dict[str, dict[str, Any]]:
     """The fields that a config.json gives, tuples and types as the dataclasses want them."""
     saved = _load(path, sections)
-    fields: dict[str, Any] = {}
+    fields: dict[str, dict[str, Any]] = {}
     for section, content in saved.items():
         hints = typing.get_type_hints(sections[section])
         _refuse_unknown(path, f"field of section {section!r}", content, hints)
-        for name, value in content.items():
-            fields[name] = _from_json(path, name, value, hints[name])
+        fields[section] = {
+            name: _from_json(path, name, value, hints[name]) for name, value in content.items()
+        }
     return fields
 
 
@@ -261,19 +269,13 @@ def _refuse_unknown(path: Path, what: str, found: Iterable[str], known: Iterable
 
 def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
     """A JSON value as the field's type; floats may be written as whole numbers."""
-    for option in _options(annotation):
-        is_tuple = typing.get_origin(option) is tuple
-        if is_tuple and isinstance(value, list):
-            item = typing.get_args(option)[0]
-            if all(type(entry) is item for entry in value):
-                return tuple(value)
-        elif option is float and type(value) is int:
-            return float(value)
-        elif not is_tuple and type(value) is option:
-            return value
-    raise ConfigError(
-        f"--config={path}: {name}={json.dumps(value)} is not known; it must be {_spell(annotation)}"
-    )
+    problem = misfit(value, annotation, name)
+    if problem is not None:
+        raise ConfigError(f"--config={path}: {problem}")
+    if isinstance(value, list):
+        return tuple(value)
+    is_float = type(value) is int and int not in _options(annotation)
+    return float(value) if is_float else value
 
 
 def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str:
@@ -298,10 +300,19 @@ def _show(value: Any) -> str:
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    """Runs a command; its exit code. Errors of the user's become one line, others propagate."""
+    """Runs a command; its exit code. Errors of the user's become one line, others propagate.
+
+    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM.
+    """
     _quieten_orbax()
     try:
         command(argv)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
+        return exit_code(signal.SIGINT)
     except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import read_json
 from deltaproduct_jax.layers.registry import MIXERS
-from deltaproduct_jax.training.records import CONFIG, RESULTS
-from experiments.lib.sweeps.grid import LIST, RUNS, parse_grid, read_list
+from deltaproduct_jax.training.records import CONFIG, is_there, read_results, saved_config
+from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, read_list
 from experiments.lib.sweeps.records import spell
 
 Group = tuple[str, ...]  # values of the grouping keys, as they are written
@@ -33,15 +32,16 @@ class Record:
     def value(self, key: str) -> str:
         """A setting as it is written; ConfigError, naming the closest, if there is none."""
         if key not in self.settings:
-            (closest,) = difflib.get_close_matches(key, sorted(self.settings), n=1, cutoff=0)
-            raise ConfigError(
-                f"{key!r} is no setting of run {self.name}; did you mean {closest!r}?"
-            )
+            closest = difflib.get_close_matches(key, sorted(self.settings), n=1, cutoff=0)
+            rest = f"did you mean {closest[0]!r}?" if closest else "it has none"
+            raise ConfigError(f"{key!r} is no setting of run {self.name}; {rest}")
         return spell(self.settings[key]) or "none"
 
     def entry(self, length: int | None) -> dict[str, Any]:
         """The test scores at a length, the longest if None; ConfigError if it was not tested."""
         entries = {entry["length"]: entry for entry in self.results["test"]}
+        if not entries:
+            raise ConfigError(f"the results of run {self.name} have no test lengths")
         wanted = max(entries) if length is None else length
         if wanted not in entries:
             tested = ", ".join(map(str, entries))
@@ -79,17 +79,18 @@ def read_records(source: Path) -> list[Record]:
     """
     if source.suffix == ".csv":
         folders = [source.parent / RUNS / name for name in _names(source)]
-    elif (source / LIST).exists():
+    elif is_there(source / LIST):
         folders = [source / RUNS / run.name for run in read_list(source)[1]]
     else:
         folders = sorted(path.parent for path in source.glob(f"*/{CONFIG}"))
     records = []
     for folder in folders:
-        if (folder / RESULTS).exists():
-            sections = read_json(folder / CONFIG).values()
+        results = read_results(folder)
+        if results is not None:
+            sections = saved_config(folder).values()
             settings = {name: value for section in sections for name, value in section.items()}
             settings |= _factors(settings)
-            records.append(Record(folder.name, settings, read_json(folder / RESULTS)))
+            records.append(Record(folder.name, settings, results))
     if not records:
         raise ConfigError(
             f"source={str(source)!r} holds no finished run; it may be the folder of a sweep, its "
@@ -100,7 +101,7 @@ def read_records(source: Path) -> list[Record]:
 
 def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
     """The factors a token where a run left them to its mixer, which has its own default."""
-    mixer = MIXERS.get(settings.get("mixer"))
+    mixer = MIXERS.get(str(settings.get("mixer")))
     if mixer is None or settings.get("num_householder") is not None:
         return {}
     factors = mixer.default("num_householder")
@@ -110,11 +111,17 @@ def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
 def _names(path: Path) -> list[str]:
     try:
         with open(path, newline="") as file:
-            return [row["run"] for row in csv.DictReader(file)]
+            names = [row["run"] or "" for row in csv.DictReader(file)]
     except OSError as error:
         raise ConfigError(f"source={str(path)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:  # bytes that are no text, a field without an end
+        raise ConfigError(f"source={str(path)!r} is no table: {error}") from error
     except KeyError as error:
         raise ConfigError(f"source={str(path)!r} has no column 'run'") from error
+    wrong = [name for name in names if not is_run_name(name)]
+    if wrong:
+        raise ConfigError(f"source={str(path)!r}: run={wrong[0]!r} is no name of a run's folder")
+    return names
 
 
 def choose(records: Sequence[Record], where: str) -> list[Record]:

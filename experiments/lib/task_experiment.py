@@ -5,10 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import train
 from deltaproduct_jax.training.plugins import PluginConfig
+from deltaproduct_jax.training.records import RESULTS, is_there
 from experiments.lib import flags
 
 Row = Mapping[str, Any]  # column of a table -> text, whole number or accuracy
@@ -27,6 +30,22 @@ MODEL: dict[str, Any] = {
     "param_dtype": "float32",
     "remat": "none",
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class StartConfig:
+    """How this start of a run differs from others of the same run; no part of its configuration."""
+
+    resume_from: int | None = setting(
+        None,
+        "step of the checkpoint to go on from, once: later and damaged ones are renamed; 0 begins "
+        "the run again beside its old records; none: the newest",
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.resume_from is not None:
+            require_at_least("resume_from", self.resume_from, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +76,7 @@ class TaskExperiment:
 
     def configure(self, sections: Mapping[str, Mapping[str, Any]]) -> RunConfig:
         """The run that flags describe."""
-        given, model = sections["task"], sections["model"]
-        kind = self.task.variant(given) if hasattr(self.task, "variant") else self.task
-        task = kind(**given)
+        task, model = self._task(sections["task"]), sections["model"]
         return RunConfig(
             task=task,
             model=ModelConfig.variant(model)(vocab_size=task.vocab_size, **model),
@@ -67,16 +84,45 @@ class TaskExperiment:
             plugins=PluginConfig(**sections["plugins"]),
         )
 
+    def _task(self, given: Mapping[str, Any]) -> Any:
+        kind = self.task.variant(given) if hasattr(self.task, "variant") else self.task
+        return kind(**given)
+
     def command(self, argv: Sequence[str]) -> None:
         """Trains as the flags say, prints a table and draws the figure."""
-        parsed = flags.parse(argv, self.sections, self.presets, exclude=NOT_FLAGS)
+        sections = {**self.sections, "start": StartConfig}
+        parsed = flags.parse(argv, sections, self.presets, exclude=NOT_FLAGS)
         config, workdir = self.configure(parsed.sections), parsed.workdir
-        results = train(config, workdir, [f"experiments.{self.name}", *argv])
+        self._check_vocabulary(parsed.saved)
+        start = StartConfig(**parsed.sections["start"])
+        was_finished = is_there(workdir / RESULTS)
+        argv = [f"experiments.{self.name}", *argv]
+        results = train(config, workdir, argv, resume_from=start.resume_from)
+        try:
+            self._show(config, results, workdir)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if not was_finished:
+                raise
+            raise RunDirectoryError(
+                f"{workdir / RESULTS} does not hold the scores of {self.name}: {error!r}"
+            ) from error
+
+    def _check_vocabulary(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises ConfigError if the file of --config has a vocabulary that is not its task's."""
+        size = saved.get("model", {}).get("vocab_size")
+        if size is not None and "task" in saved:
+            wanted = self._task(saved["task"]).vocab_size
+            if size != wanted:
+                raise ConfigError(f"--config: vocab_size={size} must be the task's, {wanted}")
+
+    def _show(self, config: RunConfig, results: Mapping[str, Any], workdir: Path) -> None:
+        """Prints the table, and draws the figure unless it is newer than the results."""
         print(self.table(results))
         if self.figure is None:
             return
         picture = workdir / self.figure
-        if not picture.exists():
+        made = (workdir / RESULTS).stat().st_mtime
+        if not picture.exists() or picture.stat().st_mtime < made:
             self.draw(config, results, picture)
 
     def table(self, results: Mapping[str, Any]) -> str:

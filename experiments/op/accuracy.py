@@ -38,7 +38,7 @@ import numpy as np
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops.precision import PRECISIONS
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.accuracy import (
     BARS,
@@ -81,6 +81,7 @@ class AccuracyConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("length", "long_length", "num_heads", "num_householder"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("head_dim", "long_head_dim"):

@@ -23,7 +23,7 @@ import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.ops.selection import select_implementation
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import (
@@ -54,6 +54,7 @@ class RuleConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("states", "head_dim", "num_householder"):
             for value in getattr(self, name):
                 require_at_least(name, value, 1)

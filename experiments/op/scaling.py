@@ -22,7 +22,7 @@ import numpy as np
 
 from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import (
@@ -55,6 +55,7 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("base_length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("lengths", "num_householder"):

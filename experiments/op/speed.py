@@ -30,7 +30,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.peers import fla, flashqla
@@ -99,6 +99,7 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("value_dim", "num_v_heads"):

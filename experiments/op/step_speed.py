@@ -29,7 +29,7 @@ import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import TrainConfig
 from experiments.lib import flags
 from experiments.lib.bench import training_steps
@@ -89,6 +89,7 @@ class StepConfig:
 
     def __post_init__(self) -> None:
         """Checks every field; the model's are the model's to check."""
+        check_fields(self)
         for name in ("batch_size", "length", "steps", "repeats"):
             require_at_least(name, getattr(self, name), 1)
         if len(self.num_heads) != len(self.num_householder) or not self.num_heads:

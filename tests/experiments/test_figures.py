@@ -48,7 +48,8 @@ def add_run(folder, name, settings, accuracy):
             "scaled_accuracy": value / 2,
         }
         entries.append({"length": length, "loss": 1, "strict": strict})
-    (run / "results.json").write_text(json.dumps({"steps": 3, "test": entries}))
+    results = {"steps": 3, "best_step": 3, "parameters": {"total": 7}, "test": entries}
+    (run / "results.json").write_text(json.dumps(results))
 
 
 @pytest.fixture
@@ -209,8 +210,57 @@ ERRORS = {
     "no curve": (["--metric=loss"], "metric='loss' is no curve in the results of run"),
     "idle threshold": (["--threshold=0.5"], "threshold=0.5 needs kind=escape"),
     "idle band": (["--kind=table", "--band"], "band=True needs kind=cumulative"),
+    "no threshold": (["--kind=escape", "--threshold=nan"], "threshold=nan must be a finite number"),
+    "a folder": (["--name=../x"], r"name='\.\./x' must be the name of a file, without folders"),
     "bad filter": (["--where=seed"], "--where='seed': 'seed' must be key=value"),
 }
+
+
+DAMAGED = [
+    ("results.json", b"{}", r"results\.json: \w+ is missing"),
+    ("results.json", b"\xff", r"results\.json is not valid JSON"),
+    ("config.json", b"[]", r"config\.json: \[\] must be an object"),
+    ("config.json", b'{"task": "S3"}', r"config\.json: task='S3' must be an object"),
+    ("config.json", b'{"a": ' * 9000, r"config\.json is nested too deeply"),
+    ("cumulative", ["a", 0.5], "metric='strict.cumulative' is no curve"),
+    ("cumulative", [], "metric='strict.cumulative' is no curve"),
+    (
+        "token_accuracy",
+        None,
+        r"results\.json: test\[0\]\.strict\.token_accuracy=None must be a fin",
+    ),
+    ("length", "4", r"results\.json: test\[0\]\.length='4' must be a whole number"),
+]
+
+
+@pytest.mark.parametrize(("what", "content", "says"), DAMAGED)
+def test_damaged_records_are_one_line(what, content, says, source, tmp_path, capsys):
+    run = source / "runs" / "S3-2-0"
+    if isinstance(content, bytes):
+        (run / what).write_bytes(content)
+    else:
+        results = json.loads((run / "results.json").read_text())
+        for entry in results["test"]:
+            (entry if what == "length" else entry["strict"])[what] = content
+        (run / "results.json").write_text(json.dumps(results))
+    assert draw(source, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert re.search(says, error)
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("run\n../../evil\n", "run='../../evil' is no name of a run's folder"),
+        ("name\nx\n", "has no column 'run'"),
+        ("run\n\xff\xfe", "is no table: 'utf-8' codec"),
+    ],
+)
+def test_a_damaged_table_of_runs_is_one_line(content, says, tmp_path, capsys):
+    (tmp_path / "results.csv").write_bytes(content.encode("latin1"))
+    assert draw(tmp_path / "results.csv", tmp_path / "out") == 2
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ERRORS)

@@ -8,6 +8,7 @@ from absl import flags as absl_flags
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import setting
+from experiments import state_tracking
 from experiments.lib import flags
 
 
@@ -106,19 +107,23 @@ def test_a_saved_config_is_given_again(tmp_path):
     ("content", "message"),
     [
         ("{", "is not valid JSON"),
-        ("[1]", "must hold the sections cake, oven"),
-        ('{"cake": 3}', "must hold the sections cake, oven"),
+        ("[1]", r"\[1\] must be an object .*; it must hold cake, oven"),
+        ('{"cake": 3}', "cake=3 must be an object of keys and values; it must hold cake, oven"),
+        ('{"cake": {"sugar": NaN}}', "NaN is no number of JSON"),
+        ('{"cake": {"sugar": Infinity}}', "Infinity is no number of JSON"),
+        ('{"cake": {"sugar": -1e400}}', "-1e400 is larger than any float"),
+        ('{"cake": ' + "[" * 5000, "is nested too deeply"),
         ('{"bread": {}}', "'bread' is no section; it may be one of cake, oven"),
         (
             '{"cake": {"layer": 1}}',
             "'layer' is no field of section 'cake'; it may be one of lay",
         ),
-        ('{"cake": {"layers": "2"}}', 'layers="2" is not known; it must be a whole number'),
-        ('{"cake": {"layers": true}}', "layers=true is not known; it must be a whole number"),
-        ('{"cake": {"layers": 2.5}}', r"layers=2\.5 is not known; it must be a whole number"),
-        ('{"cake": {"glazed": 1}}', "glazed=1 is not known; it must be true or false"),
-        ('{"cake": {"cuts": [1.5]}}', r"cuts=\[1\.5\] is not known; it must be whole numbers such"),
-        ('{"cake": {"name": null}}', "name=null is not known; it must be a text"),
+        ('{"cake": {"layers": "2"}}', "layers='2' must be a whole number"),
+        ('{"cake": {"layers": true}}', "layers=True must be a whole number"),
+        ('{"cake": {"layers": 2.5}}', r"layers=2\.5 must be a whole number"),
+        ('{"cake": {"glazed": 1}}', "glazed=1 must be true or false"),
+        ('{"cake": {"cuts": [1.5]}}', r"cuts\[0\]=1\.5 must be a whole number"),
+        ('{"cake": {"name": null}}', "name=None must be a text"),
     ],
 )
 def test_a_bad_config_is_explained(tmp_path, content, message):
@@ -136,7 +141,7 @@ def test_a_bad_config_is_explained(tmp_path, content, message):
         ("--layers=2.5", "flag --layers=2.5: it must be a whole number$"),
         ("--layers=", "flag --layers=: it must be a whole number$"),
         ("--layers", "Missing value for flag --layers"),
-        ("--sugar=much", "flag --sugar=much: it must be a number$"),
+        ("--sugar=much", "flag --sugar=much: it must be a finite number$"),
         ("--glazed=maybe", "flag --glazed=maybe"),
         ("--cherries=some", "flag --cherries=some: it must be a whole number or none$"),
         ("--cuts=4,,8", "flag --cuts=4,,8: it must be whole numbers such as 4,8,16$"),
@@ -197,3 +202,40 @@ def test_other_errors_keep_their_traceback():
 
     with pytest.raises(ValueError, match="a bug"):
         flags.run(command, [])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--workdir=file", "file cannot be a directory: Not a directory"),
+        ("--workdir=file/run", "file/run cannot be a directory: Not a directory"),
+        (f"--workdir={'x' * 300}", "cannot be a directory: File name too long"),
+        (f"--workdir={'x/' * 2100}", "cannot be a directory: File name too long"),
+        ("--workdir=a\0b", r"argument '--workdir=a\\x00b' must be UTF-8 without a NUL"),
+        ("--name=\udcff", r"argument '--name=\\udcff' must be UTF-8 without a NUL"),
+        ("--workdir=~nobody-of-this-name/x", "begins with a home that is not known"),
+        ("--config=.", r"--config=\. cannot be read: Is a directory"),
+    ],
+)
+def test_paths_and_texts_that_cannot_be_are_explained(argument, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises((ConfigError, RunDirectoryError), match=message):
+        parse(argument)
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "saved.json").write_text('{"cake": {"layers": 4}}')
+    parsed = flags.parse(["--workdir=~/run", "--config=~/saved.json"], SECTIONS, PRESETS)
+    assert parsed.workdir == tmp_path / "run"
+    assert parsed.sections["cake"] == {"layers": 4}
+
+
+def test_a_vocabulary_that_is_not_the_tasks_is_refused(tmp_path, capsys):
+    saved = {"task": {"group": "S3"}, "model": {"vocab_size": 14}}
+    (tmp_path / "saved.json").write_text(json.dumps(saved))
+    argv = [f"--workdir={tmp_path / 'run'}", f"--config={tmp_path / 'saved.json'}"]
+    assert state_tracking.main(argv) == 2
+    assert "--config: vocab_size=14 must be the task's, 13" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

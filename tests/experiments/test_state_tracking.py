@@ -170,7 +170,7 @@ ERRORS = {
     "no config": ([], only("metrics.jsonl"), r"has metrics\.jsonl but no config\.json"),
     "torn run.json": ([], unfinished(write("run.json", b"{")), r"run\.json is not valid JSON"),
     "damaged metrics": (
-        [], unfinished(write("metrics.jsonl", b"{}\n")), r"metrics\.jsonl, line 1, is no record",
+        [], unfinished(write("metrics.jsonl", b"{}\n")), r"metrics\.jsonl, line 1: step is missing",
     ),
     "lost metrics": (
         [], unfinished(write("metrics.jsonl", b"")), r"does not hold every record up to step 12",
@@ -178,7 +178,9 @@ ERRORS = {
     "another model": (
         [], unfinished(other_model), r"checkpoint 12 in .* is of another model: .* there, .* here",
     ),
-    "damaged checkpoint": ([], unfinished(damaged_checkpoints), r"checkpoints .* cannot be read"),
+    "damaged checkpoint": (
+        [], unfinished(damaged_checkpoints), r"checkpoint 12 .* is damaged: .*--resume_from=",
+    ),
     "full disk": ([], unfinished(full_disk), r"cannot be written: No space left on device"),
     "read-only disk": ([], unfinished(read_only_disk), r"cannot be written: Read-only"),
     "full disk at the start": (

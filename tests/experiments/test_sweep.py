@@ -1,6 +1,7 @@
 """Sweeps: expanded and checked first, resumed after anything, no run lost and none run twice."""
 
 import io
+import json
 import re
 import subprocess
 import sys
@@ -80,6 +81,12 @@ REFUSED = {
     "idle gpus": (["seed=1"], {"launcher": "none", "gpus": "0,1"}, r"gpus=.* needs launcher=local"),
     "unknown script": (["seed=1"], {"script": "absent"}, r"script='absent' is not known; it may"),
     "no such script": (["seed=1"], {"script": "json"}, r"one of .*state_tracking"),
+    "script elsewhere": (["seed=1"], {"script": "../x"}, r"script='../x' is not known; it may"),
+    "script of spaces": (["seed=1"], {"script": "a b.c"}, r"script='a b.c' is not known; it may"),
+    "very many": (["seed=0:1000000000"], {}, r"0:1000000000 makes 1,000,000,000 runs, and 10,000"),
+    "many together": (["seed=0:200;steps=1:200"], {}, r"makes 39,800 runs, and 10,000 are"),
+    "more than asked": (["seed=0:3"], {"max_runs": 2}, r"makes 3 runs, and 2 are the most"),
+    "no runs": (["seed=0:3"], {"max_runs": 0}, r"max_runs=0 is too small"),
 }  # fmt: skip
 
 
@@ -228,15 +235,77 @@ def test_a_grid_may_grow_and_not_shrink_or_change(tmp_path, capsys):
     assert "holds a sweep of tests.stand_in, not of state_tracking" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "content", ["{", "[]", '{"script": "tests.stand_in", "runs": [{"name": "a"}]}']
-)
-def test_a_damaged_list_is_one_line(content, tmp_path, capsys):
+SAVED = {"name": "seed=0", "settings": {"seed": "0"}, "keys": ["seed"], "config": {"train": {}}}
+LISTS = [
+    ("{", "runs.json is not valid JSON"),
+    ("[]", r"runs.json: \[\] must be an object"),
+    ('{"script": "tests.stand_in", "runs": [{"name": "a"}]}', r"runs\[0\].\w+ is missing"),
+    ('{"script": 3, "runs": []}', "script=3 must be a text"),
+    (SAVED | {"name": "../../evil"}, r"runs\[0\].name='../../evil' is no name of a run's folder"),
+    (SAVED | {"name": ".."}, r"runs\[0\].name='..' is no name"),
+    (SAVED | {"name": "a\0"}, r"runs\[0\].name='a.x00' is no name"),
+    (SAVED | {"settings": {"seed": 0}}, r"runs\[0\].settings.seed=0 must be a text"),
+    (SAVED | {"settings": {}}, r"runs\[0\].keys has 'seed', which is not in its settings"),
+    (SAVED | {"config": {"train": 7}}, r"runs\[0\].config.train=7 must be an object"),
+]
+
+
+@pytest.mark.parametrize(("content", "says"), LISTS)
+def test_a_damaged_list_is_one_line(content, says, tmp_path, capsys):
+    if isinstance(content, dict):
+        content = json.dumps({"script": SCRIPT, "runs": [content]})
     (tmp_path / "runs.json").write_text(content)
     assert run(tmp_path, "seed=0") == 2
     error = capsys.readouterr().err
-    assert re.search(r"runs\.json is not (valid JSON|the list of a sweep)", error)
+    assert re.search(says, error)
     assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.json"]
+
+
+DAMAGED = [
+    ("results.json", b"{}", r"results\.json: \w+ is missing"),
+    ("results.json", b'{"steps": 3, "best_step": 3, "parameters": {}, "test": 7}', "test=7 must"),
+    ("metrics.jsonl", b'{"step": "three"}\n', r"metrics\.jsonl, line 1: step='three' must be"),
+    ("metrics.jsonl", b'{"tokens": 8, "tokens_per_second": 0}\n', "line 1: tokens_per_second must"),
+    ("attempts.jsonl", b'{"time": 1, "exit_code": 2, "seconds": 1}\n', "line 1: error is missing"),
+    ("attempts.jsonl", b"[" * 9000 + b"\n", r"attempts\.jsonl, line 1 is nested too deeply"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "says"), DAMAGED)
+def test_a_damaged_record_is_named_in_the_tables_and_the_rest_goes_on(
+    name, content, says, tmp_path, capsys
+):
+    assert run(tmp_path, "seed=0:2") == 0
+    (tmp_path / "runs" / "seed=0" / name).write_bytes(content)
+    capsys.readouterr()
+    assert sweep.main([f"--workdir={tmp_path}", "--launcher=none"]) == 0
+    assert re.search(f"seed=0  damaged  .*{says}", capsys.readouterr().out)
+    assert table(tmp_path)["seed=0"]["state"] == "damaged"
+    assert re.search(says, table(tmp_path)["seed=0"]["error"])
+    assert table(tmp_path)["seed=1"]["state"] == "done"
+    if name == "attempts.jsonl":  # the sweep's own, which it would add to
+        assert run(tmp_path) == 2
+        assert re.search(says, capsys.readouterr().err)
+
+
+def test_results_without_content_are_not_done(tmp_path):
+    assert run(tmp_path, "seed=0") == 0
+    (tmp_path / "runs" / "seed=0" / "results.json").write_text("{}")
+    assert run(tmp_path, "seed=0") == 0
+    assert starts(tmp_path) == {"seed=0": 2}
+    assert table(tmp_path)["seed=0"]["state"] == "done"
+
+
+def test_attempts_are_never_torn(tmp_path):
+    (only,) = sweep_grid.expand(SCRIPT, ["seed=0"], "")
+    folder = sweep_records.RunFolder(tmp_path, only)
+    folder.add_attempt(2, 1.5, "first")
+    with open(folder.path / "attempts.jsonl", "ab") as file:
+        file.write(b'{"time": 3')
+    folder.add_attempt(2, 2.5, "second")
+    assert [attempt["error"] for attempt in folder.attempts()] == ["first", "second"]
+    assert folder.seconds() == 4.0
 
 
 @needs_submitit

@@ -64,15 +64,18 @@ def test_killed_twice_and_resumed_without_loss(tmp_path):
         assert [json.loads(row)["step"] for row in rows] == list(range(1, 151))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_ctrl_c_stops_the_children(name, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_ctrl_c_stops_the_children(name, code, tmp_path):
     sweeping = process(tmp_path, "seed=0:3", fixed="steps=2000;step_ms=20", workers=2)
     wait_until(lambda: len(starts(tmp_path)) == 2 and rows_in(tmp_path) > 1)
     pids = [int(path.read_text()) for path in tmp_path.glob("runs/*/at_work")]
     sweeping.send_signal(getattr(signal, name))
     out = sweeping.communicate(timeout=30)[0]
-    assert sweeping.returncode == 130
-    assert "stopping; the same command goes on" in out
+    assert sweeping.returncode == code
+    assert "stopping; runs finish their step and save" in out
+    spoken = "Ctrl-C" if name == "SIGINT" else name
+    last = f"stopped by {spoken}; the same command goes on in {tmp_path}"
+    assert out.splitlines()[-1] == last
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -100,22 +103,38 @@ TINY = {
 }  # fmt: skip
 
 
+def sweep_of(workdir, **fields):
+    """A sweep over seeds of real runs that compile quickly."""
+    config = run_config(**(TINY | fields)).to_dict()
+    values = {name: value for part in config.values() for name, value in part.items()}
+    del values["vocab_size"], values["seed"]
+    fixed = ";".join(f"{k}={re.sub('[][ ]', '', str(v))}" for k, v in values.items())
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "experiments.sweep", f"--workdir={workdir}", "--workers=2"]
+    command += ["--script=state_tracking", "--grid=seed=0:3", f"--fixed={fixed}"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_children_of_a_stopped_sweep_save_their_last_step(tmp_path):
+    sweeping = sweep_of(
+        tmp_path, steps=100_000, log_every=1, eval_every=50_000, checkpoint_every=50_000
+    )
+    wait_until(lambda: rows_in(tmp_path) > 100, 300)
+    sweeping.send_signal(signal.SIGTERM)
+    assert sweeping.wait(120) == 143
+    begun = [path for path in tmp_path.glob("runs/*") if (path / "config.json").exists()]
+    assert begun
+    for path in begun:
+        (saved,) = [int(step.name) for step in (path / "checkpoints").iterdir()]
+        last = json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+        assert last["step"] == saved > 0
+        assert not (path / "attempts.jsonl").exists()
+        assert "stopped by SIGTERM after step" in (path / "log.txt").read_text()
+
+
 @pytest.mark.slow
 def test_real_runs_killed_at_random_moments(tmp_path):
-    fields = {
-        name: value
-        for part in run_config(**TINY).to_dict().values()
-        for name, value in part.items()
-    }
-    del fields["vocab_size"], fields["seed"]
-    fixed = ";".join(f"{k}={re.sub('[][ ]', '', str(v))}" for k, v in fields.items())
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-    def sweep_of(workdir):
-        command = [sys.executable, "-m", "experiments.sweep", f"--workdir={workdir}", "--workers=2"]
-        command += ["--script=state_tracking", "--grid=seed=0:3", f"--fixed={fixed}"]
-        return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
-
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     assert sweep_of(undisturbed).wait() == 0
     chance = random.Random(0)

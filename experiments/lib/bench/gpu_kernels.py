@@ -14,7 +14,7 @@ from deltaproduct_jax.ops.cut import default_span
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 
 # Where q and scores stand among the arrays of a walk, whose summary has no output.
 UNREAD = (0, 5)
@@ -36,6 +36,7 @@ class PassConfig:
 
     def __post_init__(self) -> None:
         """Checks every field."""
+        check_fields(self)
         for name in ("batch_size", "length", "num_heads"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("head_dim", "num_householder"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.settings import misfit
 from experiments.lib.figures.style import COLORS, add_legend, mark_trained, new_axes, new_figure
 from experiments.lib.run_records import Record, grouped, label
 
@@ -26,7 +27,7 @@ def curves_of(records: Sequence[Record], metric: str, length: int | None) -> np.
         found: Any = record.entry(length)
         for name in metric.split("."):
             found = found.get(name) if isinstance(found, dict) else None
-        if not isinstance(found, list):
+        if not found or misfit(found, list[float], metric) is not None:
             raise ConfigError(
                 f"metric={metric!r} is no curve in the results of run {record.name}; it may be "
                 f"{CURVE}"

@@ -12,20 +12,21 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import re
 import time
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from absl import flags as absl_flags
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, is_module_name
 from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.plugins import absolute, import_plugins
-from deltaproduct_jax.training.records import refuse_other_config
+from deltaproduct_jax.training.records import ConfigFile, is_there, refuse_other_config
 from experiments.lib import flags
 
 LIST = "runs.json"
@@ -33,8 +34,21 @@ RUNS = "runs"
 RANGE = re.compile(r"(-?\d+):(-?\d+)(?::([1-9]\d*))?")
 # What a run of any task takes from the task itself, so that it has no flag.
 NO_FLAGS = ("vocab_size",)
+MOST_RUNS = 10_000  # unless a flag says more
 LONGEST_NAME = 150  # of 255 that file systems allow, since Orbax and editors add to names
 LOCK_WAIT_S = 60.0
+
+
+class _SavedRun(TypedDict):
+    name: str
+    settings: dict[str, str]
+    keys: list[str]
+    config: ConfigFile
+
+
+class _SavedList(TypedDict):
+    script: str
+    runs: list[_SavedRun]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +81,7 @@ def load_script(script: str) -> types.ModuleType:
     """The module of a script; ConfigError if there is none, or none that can be swept."""
     name, folder = module_name(script), Path(__file__).parents[2]
     try:
-        module = importlib.import_module(name)
+        module = importlib.import_module(name) if is_module_name(name) else None
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the script is there, and something it needs is not
@@ -87,8 +101,12 @@ def _is_script(path: Path) -> bool:
     return all(re.search(rf"^{name}\b", text, re.M) for name in ("SECTIONS", "PRESETS"))
 
 
-def parse_grid(flag: str, text: str) -> dict[str, list[str]]:
-    """The values of every key, in the order written; ConfigError where that cannot be read."""
+def parse_grid(flag: str, text: str, most: int = MOST_RUNS) -> dict[str, list[str]]:
+    """The values of every key, in the order written.
+
+    Raises:
+        ConfigError: it cannot be read, or a key has more than ``most`` values.
+    """
     values: dict[str, list[str]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         key, equals, listed = (piece.strip() for piece in part.partition("="))
@@ -96,7 +114,8 @@ def parse_grid(flag: str, text: str) -> dict[str, list[str]]:
             raise ConfigError(f"{flag}={text!r}: {part!r} must be key=value or key=value,value")
         if key in values:
             raise ConfigError(f"{flag}={text!r} has {key!r} twice; give all its values at once")
-        values[key] = [value for item in _split(flag, listed) for value in _expand(flag, item)]
+        items = _split(flag, listed)
+        values[key] = [value for item in items for value in _expand(flag, item, most)]
     if not values:
         raise ConfigError(f"{flag}={text!r} is empty; it may be seed=0:5;num_householder=1,2")
     return values
@@ -131,28 +150,42 @@ def _split(flag: str, listed: str) -> list[str]:
     return [item.strip() for item in items]
 
 
-def _expand(flag: str, item: str) -> list[str]:
+def _expand(flag: str, item: str, most: int) -> list[str]:
     match = RANGE.fullmatch(item)
     if match is None:
         return [_bare(item)]
     start, stop, step = int(match[1]), int(match[2]), int(match[3] or 1)
     if start >= stop:
         raise ConfigError(f"{flag}: range {item} is empty; 0:5 is 0,1,2,3,4")
-    return [str(number) for number in range(start, stop, step)]
+    numbers = range(start, stop, step)
+    _require_fewer(flag, f"range {item}", -(-(stop - start) // step), most)
+    return [str(number) for number in numbers]
+
+
+def _require_fewer(flag: str, what: str, count: int, most: int) -> None:
+    """Raises ConfigError where there would be too many runs, before any is made."""
+    if count > most:
+        raise ConfigError(
+            f"{flag}: {what} makes {count:,} runs, and {most:,} are the most; a sweep takes more "
+            "with --max_runs"
+        )
 
 
 def _bare(value: str) -> str:
     return value[1:-1] if value.startswith("(") and value.endswith(")") else value
 
 
-def expand(script: str, grids: Sequence[str], fixed: str) -> list[Run]:
+def expand(script: str, grids: Sequence[str], fixed: str, most: int = MOST_RUNS) -> list[Run]:
     """All runs of the grids, each configuration once; nothing is started by looking at them.
 
     Raises:
-        ConfigError: a key is no flag of the script, or a run's settings make no sense.
+        ConfigError: a key is no flag of the script, a run's settings make no sense, or there are
+            more than ``most`` runs.
     """
     module, constants = load_script(script), parse_fixed(fixed)
-    parsed = [parse_grid("--grid", text) for text in grids]
+    parsed = [parse_grid("--grid", text, most) for text in grids]
+    count = sum(math.prod(map(len, grid.values())) for grid in parsed)
+    _require_fewer("--grid", "what is given", count, most)
     _import_plugins(constants, parsed)
     refuse_unknown(module, script, "--fixed", constants)
     runs: list[Run] = []
@@ -212,9 +245,14 @@ def build(module: types.ModuleType, settings: Mapping[str, str]) -> dict[str, An
         parsed = flags.parse(
             ["--workdir=.", *written], module.SECTIONS, module.PRESETS, exclude=NO_FLAGS
         )
-        return module.configure(parsed.sections).to_dict()
+        config = module.configure(parsed.sections).to_dict()
     except (absl_flags.Error, ConfigError) as error:
         raise ConfigError(f"run {' '.join(written)}: {error}") from error
+    try:  # a script's own classes may not ask
+        json.dumps(config, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(f"run {' '.join(written)}: a number is not finite") from error
+    return config
 
 
 def name_of(swept: Mapping[str, str], taken: set[str]) -> str:
@@ -226,6 +264,11 @@ def name_of(swept: Mapping[str, str], taken: set[str]) -> str:
         name = f"{name[:LONGEST_NAME]}-{digest}"
     numbered = (f"{name}~{number}" for number in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if each not in taken)
+
+
+def is_run_name(name: str) -> bool:
+    """Whether :func:`name_of` may have made a name: one folder, in the sweep's own."""
+    return re.fullmatch("[A-Za-z0-9_+~=,-][A-Za-z0-9._+~=,-]*", name) is not None
 
 
 @contextlib.contextmanager
@@ -244,15 +287,26 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def read_list(folder: Path) -> tuple[str, list[Run]]:
     """Script and runs of a saved list; RunDirectoryError if it is not one."""
     path = folder / LIST
-    saved = read_json(path)
-    try:
-        runs = [Run(**(run | {"keys": tuple(run["keys"])})) for run in saved["runs"]]
-        return saved["script"], runs
-    except (TypeError, KeyError) as error:
-        raise RunDirectoryError(f"{path} is not the list of a sweep") from error
+    saved = read_json(path, _SavedList)
+    runs = []
+    for index, run in enumerate(saved["runs"]):
+        place, name, keys = f"{path}: runs[{index}]", run["name"], tuple(run["keys"])
+        if not is_run_name(name):
+            raise RunDirectoryError(f"{place}.name={name!r} is no name of a run's folder")
+        unset = [key for key in keys if key not in run["settings"]]
+        if unset:
+            raise RunDirectoryError(f"{place}.keys has {unset[0]!r}, which is not in its settings")
+        runs.append(Run(name, run["settings"], keys, run["config"]))
+    return saved["script"], runs
 
 
-def claim(folder: Path, script: str | None, grids: Sequence[str], fixed: str) -> list[Run]:
+def claim(
+    folder: Path,
+    script: str | None,
+    grids: Sequence[str],
+    fixed: str,
+    most: int = MOST_RUNS,
+) -> list[Run]:
     """The runs of a sweep, saved in its folder before any is started.
 
     A folder that holds a sweep goes on with it: without grids as it was, with grids only if they
@@ -262,7 +316,7 @@ def claim(folder: Path, script: str | None, grids: Sequence[str], fixed: str) ->
         ConfigError: the grids cannot be honoured.
         RunDirectoryError: the folder holds another sweep, or cannot be read or written.
     """
-    saved_script, saved = read_list(folder) if (folder / LIST).exists() else (None, [])
+    saved_script, saved = read_list(folder) if is_there(folder / LIST) else (None, [])
     if saved_script is None and (script is None or not grids):
         raise ConfigError(
             f"--{'script' if script is None else 'grid'} is missing: {folder} holds no sweep to go "
@@ -279,7 +333,7 @@ def claim(folder: Path, script: str | None, grids: Sequence[str], fixed: str) ->
         refuse_other_config(run.config, build(module, run.settings), folder / RUNS / run.name)
     if not grids:
         return saved
-    wanted = expand(saved_script or script, grids, fixed)
+    wanted = expand(saved_script or script, grids, fixed, most)
     with folder_lock(folder):
         if (folder / LIST).exists():  # or has come into being, by another process
             saved_script, saved = read_list(folder)

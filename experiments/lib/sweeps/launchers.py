@@ -14,17 +14,21 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import write_file
+from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.training.locks import RUN_LOCK, Lock
+from deltaproduct_jax.training.stopping import exit_code
 from experiments.lib.sweeps.grid import module_name, parse_fixed
 from experiments.lib.sweeps.records import LOG, RunFolder
 
 CLAIM, JOB = ".claim", "job.json"
 ROOT = Path(__file__).resolve().parents[3]
 GRACE_S = 10.0
+SAVING_S = 120.0  # for a step, an evaluation and a checkpoint, or for compiling them
+# How a process ends that a signal asked to: it takes the signal itself, or dies of it.
+ENDED_BY_SIGTERM = (-signal.SIGTERM, exit_code(signal.SIGTERM))
 NO_RESULTS = "ended without results.json"
 
 
@@ -77,15 +81,19 @@ class Attempt:
         self._lock.release()
         return error
 
-    def stop(self) -> None:
-        """Ends the process; the run can go on later, and the attempt does not count."""
+    def ask_to_stop(self) -> None:
+        """Tells the process to finish its step and save."""
         if self.process.poll() is None:
             self.process.terminate()
-            try:
-                self.process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+
+    def stop(self) -> None:
+        """Ends the process; the run can go on later, and the attempt does not count."""
+        self.ask_to_stop()
+        try:
+            self.process.wait(SAVING_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
         self._lock.release()
 
 
@@ -136,6 +144,10 @@ class LocalLauncher:
         return begin(self._script, folder, variables, new_session=True)
 
 
+class _JobFile(TypedDict):
+    job_id: str
+
+
 class Job:
     """A job of a cluster that makes one attempt at a run."""
 
@@ -158,6 +170,9 @@ class Job:
         error = f"job {self._job.job_id} ended without a record: {self._job.state}"
         self.folder.add_attempt(1, 0.0, error)
         return error
+
+    def ask_to_stop(self) -> None:
+        """Nothing: a cluster sends its signals when the job is cancelled."""
 
     def stop(self) -> None:
         """Cancels the job; the run can go on later."""
@@ -220,7 +235,7 @@ class SubmititLauncher:
         if not path.exists():
             return None
         executor = self._executor._executor
-        job = executor.job_class(executor.folder, json.loads(path.read_text())["job_id"])
+        job = executor.job_class(executor.folder, read_json(path, _JobFile)["job_id"])
         return None if job.done() else job
 
 
@@ -238,7 +253,7 @@ def run_in_job(script: str, folder: RunFolder) -> str | None:
     try:
         while attempt.process.poll() is None:
             time.sleep(0.2)
-        if attempt.process.returncode == -signal.SIGTERM:
+        if attempt.process.returncode in ENDED_BY_SIGTERM:
             return None  # cancelled or preempted with the whole job
         return attempt.poll()
     finally:

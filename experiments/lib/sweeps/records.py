@@ -5,6 +5,7 @@ what it printed, and ``attempts.jsonl``, a line for every attempt that ended in 
 ``results.csv`` and ``results.parquet`` are derived from these at any time.
 """
 
+import contextlib
 import csv
 import importlib.util
 import io
@@ -13,17 +14,37 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import read_json, write_file
-from deltaproduct_jax.training.records import CONFIG, METRICS, RESULTS
+from deltaproduct_jax.files import decode, read_lines, write_file
+from deltaproduct_jax.training.records import CONFIG, METRICS, read_results
 from experiments.lib.sweeps.grid import RUNS, Run, folder_lock, read_list
 
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 CSV, PARQUET = "results.csv", "results.parquet"
 TAIL_BYTES = 1 << 16
 Row = dict[str, Any]  # column -> value
+
+
+class Ended(TypedDict):
+    """A line of attempts.jsonl; ``error`` is empty if the attempt ended well."""
+
+    time: float
+    exit_code: int
+    seconds: float
+    error: str
+
+
+class _Columns(TypedDict, total=False):
+    """What is looked at of metrics.jsonl, where a script of somebody else's may have less."""
+
+    step: int
+    tokens: float
+    tokens_per_second: float
+
+
+_MetricsLine = Annotated[dict[str, float], _Columns]
 
 
 def has_parquet() -> bool:
@@ -40,31 +61,33 @@ class RunFolder:
         self._results: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any] | None:
-        """The outcome, None before the end; an unreadable one is left to the run to complain of."""
-        if self._results is None and (self.path / RESULTS).exists():
-            try:
-                self._results = read_json(self.path / RESULTS)
-            except RunDirectoryError:
-                return None
+        """The outcome, None before the end; a damaged one is left to the run to complain of."""
+        if self._results is None:
+            with contextlib.suppress(RunDirectoryError):
+                self._results = read_results(self.path)
         return self._results
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The last rows of its metrics, as far as they are whole."""
-        lines = _tail(self.path / METRICS).split(b"\n")[:-1]
-        return [row for row in map(_object, lines) if row is not None]
+    def last_row(self) -> dict[str, float]:
+        """The last whole line of its metrics, empty without any.
 
-    def attempts(self) -> list[dict[str, Any]]:
-        """The attempts that ended in the sight of a sweep."""
-        try:
-            lines = (self.path / ATTEMPTS).read_bytes().splitlines()
-        except FileNotFoundError:
-            return []
-        return [entry for entry in map(_object, lines) if entry is not None]
+        Raises:
+            RunDirectoryError: the line is damaged.
+        """
+        lines = _tail(self.path / METRICS).split(b"\n")[:-1]
+        if not lines:
+            return {}
+        return decode(lines[-1], _MetricsLine, f"{self.path / METRICS}, last line")
+
+    def attempts(self) -> list[Ended]:
+        """The attempts that ended in the sight of a sweep; RunDirectoryError if damaged."""
+        return read_lines(self.path / ATTEMPTS, Ended)
 
     def add_attempt(self, exit_code: int, seconds: float, error: str) -> None:
         """Records how an attempt ended; ``error`` is empty if it ended well."""
         entry = {"time": time.time(), "exit_code": exit_code, "seconds": seconds, "error": error}
-        write_file(self.path / ATTEMPTS, json.dumps(entry).encode() + b"\n", append=True)
+        # The whole file, so that no line is ever torn.
+        lines = [json.dumps(attempt) + "\n" for attempt in (*self.attempts(), entry)]
+        write_file(self.path / ATTEMPTS, "".join(lines).encode())
 
     def seconds(self) -> float:
         """Time that these attempts took together."""
@@ -90,15 +113,25 @@ class RunFolder:
 
     def row(self) -> Row:
         """The run as a row of the tables: name, state, settings, outcome, what went wrong."""
-        state, attempts = self.state(), self.attempts()
         settings = {k: v for section in self.run.config.values() for k, v in section.items()}
         swept = {key: settings.get(key, self.run.settings[key]) for key in self.run.keys}
-        row = {"run": self.run.name, "state": state, **(swept | settings)}
-        row |= outcomes("results", self.results() or {})
-        row["train_seconds"] = train_seconds(self.path / METRICS)
-        row["attempts"] = len(attempts)
-        row["error"] = attempts[-1]["error"] if state == "failed" else None
-        return row
+        row = {"run": self.run.name, "state": "damaged", **(swept | settings)}
+        try:
+            return row | self._outcome()
+        except RunDirectoryError as error:
+            return row | {"error": str(error)}
+
+    def _outcome(self) -> Row:
+        """State, outcome and what went wrong; RunDirectoryError if a record is damaged."""
+        results = read_results(self.path)
+        state, attempts = self.state(), self.attempts()
+        return {
+            "state": state,
+            **outcomes("results", results or {}),
+            "train_seconds": train_seconds(self.path / METRICS),
+            "attempts": len(attempts),
+            "error": attempts[-1]["error"] if state == "failed" else None,
+        }
 
 
 def _tail(path: Path) -> bytes:
@@ -110,15 +143,6 @@ def _tail(path: Path) -> bytes:
     except FileNotFoundError:
         return b""
     return data if size <= TAIL_BYTES else data.partition(b"\n")[2]
-
-
-def _object(line: bytes) -> dict[str, Any] | None:
-    """A line of JSON, None if a kill has torn it."""
-    try:
-        value = json.loads(line)
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
 
 
 def outcomes(name: str, value: Any) -> dict[str, float | int | str]:
@@ -138,18 +162,21 @@ def outcomes(name: str, value: Any) -> dict[str, float | int | str]:
 
 
 def train_seconds(path: Path) -> float | None:
-    """Seconds spent training, compiling and evaluating left out, over all attempts."""
-    try:
-        rows = [_object(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except FileNotFoundError:
-        return None
-    total, before = 0.0, 0
-    for row in filter(None, rows):
-        if "tokens_per_second" not in row:
+    """Seconds spent training, compiling and evaluating left out, over all attempts.
+
+    Raises:
+        RunDirectoryError: the metrics are damaged.
+    """
+    total, before = 0.0, 0.0
+    rows = read_lines(path, _MetricsLine)
+    for number, row in enumerate(rows, start=1):
+        if not {"tokens", "tokens_per_second"} <= row.keys():
             return None
+        if not row["tokens_per_second"] > 0:
+            raise RunDirectoryError(f"{path}, line {number}: tokens_per_second must be above 0")
         total += (row["tokens"] - before) / row["tokens_per_second"]
         before = row["tokens"]
-    return total
+    return total if rows else None
 
 
 def write_tables(folder: Path, finished: dict[str, Row] | None = None) -> list[Row]:

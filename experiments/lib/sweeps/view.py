@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TextIO
 
+from deltaproduct_jax.errors import RunDirectoryError
 from experiments.lib.sweeps.records import RunFolder
 
 # In this order on a terminal that is too low for all.
@@ -31,9 +32,12 @@ class Entry:
 
     def cells(self) -> tuple[str, ...]:
         """State, progress, accuracy, time and error."""
-        results, row = self.folder.results(), {}
+        results, row, error = self.folder.results(), {}, self.error
         if results is None and self.state != "waiting":
-            row = (self.folder.rows() or [{}])[-1]
+            try:
+                row = self.folder.last_row()
+            except RunDirectoryError as damaged:
+                error = error or str(damaged)
         step = row.get("step", 0) if results is None else results.get("steps", self.steps)
         accuracy = final(results) if results is not None else latest(row)
         seconds = self.seconds
@@ -41,7 +45,7 @@ class Entry:
             seconds = time.monotonic() - self.began
         spent = f"{int(seconds) // 60}:{int(seconds) % 60:02d}" if seconds else ""
         failures = f" ({self.failures} failed)" if self.failures else ""
-        return self.state + failures, f"{step}/{self.steps}", accuracy, spent, self.error
+        return self.state + failures, f"{step}/{self.steps}", accuracy, spent, error
 
 
 def final(results: dict[str, Any]) -> str:
@@ -53,7 +57,7 @@ def final(results: dict[str, Any]) -> str:
     )
 
 
-def latest(row: dict[str, Any]) -> str:
+def latest(row: dict[str, float]) -> str:
     """What the last row says of an unfinished run."""
     names = {"valid_sequence_accuracy": "valid", "accuracy": "train accuracy", "loss": "loss"}
     return next((f"{text} {row[name]:.3f}" for name, text in names.items() if name in row), "")

@@ -1,0 +1,63 @@
+"""Whether a run fits into memory at all: what it certainly needs, against what there is."""
+
+import contextlib
+import functools
+import os
+from pathlib import Path
+
+import jax
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.step import TrainState
+
+# Limits that a container sets, by the version of control groups.
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def require_memory_of_config(config: RunConfig) -> None:
+    """Raises ConfigError, naming the fields, if a run needs more memory than there is.
+
+    Counted is only what no compiler can leave out, and without making a model, which of many layers
+    takes long: the MLPs' weights, and the logits in float32 of a batch at each length.
+    """
+    model, task, train = config.model, config.task, config.train
+    weights = 3 * model.num_layers * model.hidden_size * model.mlp_width
+    layers = f"num_layers={model.num_layers} and hidden_size={model.hidden_size}"
+    # With their gradient and the optimiser's two moments.
+    _require(layers, 4 * weights * model.jax_dtypes["param_dtype"].itemsize)
+    vocab_bytes = model.vocab_size * 4
+    rows = train.batch_size // train.accumulation_steps
+    lengths = f"train_length={task.train_length} and batch_size={train.batch_size}"
+    _require(lengths, rows * task.train_length * vocab_bytes)
+    for length in sorted({*task.test_lengths, config.select_length}):
+        what = f"sequences of {length} tokens with eval_batch_size={train.eval_batch_size}"
+        _require(what, train.eval_batch_size * length * vocab_bytes)
+
+
+def require_memory_of_state(state: TrainState) -> None:
+    """Raises ConfigError if ``state``, of which only the shapes are looked at, does not fit."""
+    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(state.params)]  # gradients too
+    _require("parameters of this size", sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+
+
+def _require(what: str, needed: int) -> None:
+    limit = available_bytes()
+    if needed > limit:
+        raise ConfigError(
+            f"{what} need at least {needed / 2**30:,.0f} GiB of memory; there are "
+            f"{limit / 2**30:,.0f} GiB"
+        )
+
+
+@functools.cache
+def available_bytes() -> int:
+    """Memory of all devices together; of the machine, or its container, where they share it."""
+    stats = [device.memory_stats() for device in jax.devices()]
+    if all(entry and "bytes_limit" in entry for entry in stats):
+        return sum(entry["bytes_limit"] for entry in stats)
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            limits.append(int(Path(path).read_text()))
+    return min(limits)

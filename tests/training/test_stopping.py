@@ -1,0 +1,201 @@
+"""Ctrl-C and SIGTERM save and say how to go on; a finished run goes further where that is right."""
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny_run
+from tiny_run import curve, run_config, snapshot
+
+from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.training import loop, records
+from deltaproduct_jax.training.progress import Progress
+from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
+
+SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled_once):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+        train(workdir)
+    return workdir
+
+
+def train(workdir, **fields):
+    return loop.train(run_config(**fields), workdir, ["test"])
+
+
+def rows_in(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def signal_after(patch, number, step):
+    """Sends this process a signal when the record of ``step`` is shown."""
+    show = Progress.show
+
+    def shown(self, row):
+        show(self, row)
+        if row["step"] == step:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)  # until the thread that waits for signals has had its turn
+
+    patch.setattr(Progress, "show", shown)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown", "stops_after", "code"),
+    # The record of step 2 is shown while step 3, which has none, is under way.
+    [("SIGINT", 2, 3, 130), ("SIGTERM", 4, 5, 143), SLOW("SIGHUP", 10, 11, 129)],
+)
+def test_a_signal_finishes_the_step_and_saves(
+    name, shown, stops_after, code, tmp_path, finished, monkeypatch
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+        signal_after(patch, getattr(signal, name), shown)
+        with pytest.raises(Stopped) as stopped:
+            train(tmp_path)
+    spoken = "Ctrl-C" if name == "SIGINT" else name
+    says = f"stopped by {spoken} after step {stops_after} of 12; the same command goes on in"
+    assert str(stopped.value) == f"{says} {tmp_path}"
+    assert stopped.value.exit_code == code
+    assert (tmp_path / "checkpoints" / str(stops_after)).is_dir()
+    assert [row["step"] for row in rows_in(tmp_path)][-1] <= stops_after
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(tmp_path)
+    assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
+    assert (tmp_path / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert kept == {path.name for path in (finished / "checkpoints").iterdir()}
+    starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+    assert [start["resumed_from"] for start in starts] == [None, stops_after]
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
+    lower = loop.Trainer.lower
+
+    def interrupted(self, state):
+        os.kill(os.getpid(), signal.SIGINT)
+        lower(self, state)
+        time.sleep(0.1)
+
+    monkeypatch.setattr(loop.Trainer, "lower", interrupted)
+    with pytest.raises(Stopped, match="stopped by Ctrl-C before the first step"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+TWICE = """
+import signal, time
+from deltaproduct_jax.training.stopping import stop_on_signals
+with stop_on_signals() as request:
+    print("ready", flush=True)
+    while not request.is_set():
+        time.sleep(0.01)
+    print(request.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_signal_ends_at_once():
+    process = subprocess.Popen(
+        [sys.executable, "-c", TWICE], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "SIGTERM\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 130
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as request:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not request.wait(0.1)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+CONSTANT = {"schedule": "constant", "eval_every": 5, "log_every": 3}
+
+
+def test_a_finished_run_goes_further_as_if_it_had_never_ended(tmp_path):
+    """Except that its old last step was evaluated, and may have been the best."""
+    extended, whole = tmp_path / "extended", tmp_path / "whole"
+    old = train(extended, **CONSTANT)
+    new = train(extended, **CONSTANT, steps=20)
+    train(whole, **CONSTANT, steps=20)
+    assert (old["steps"], new["steps"]) == (12, 20)
+    rows = {row["step"]: row for row in curve(rows_in(extended))}
+    assert rows.pop(12)["valid_loss"] > 0  # for the other run a step without an evaluation
+    assert list(rows.values()) == [row for row in curve(rows_in(whole)) if row["step"] != 12]
+    assert json.loads((extended / "config.json").read_text())["train"]["steps"] == 20
+    assert json.loads((extended / "results.aside1.json").read_text()) == old
+    starts = json.loads((extended / "run.json").read_text())["starts"]
+    assert [start.get("extended_from") for start in starts] == [None, 12]
+    with pytest.raises(RunDirectoryError, match=r"steps \(20 there, 12 here\)"):
+        train(extended, **CONSTANT)
+    assert train(extended, **CONSTANT, steps=20) == new
+
+
+@pytest.mark.parametrize("writes_before", [SLOW(0), 1, SLOW(2)])
+def test_a_kill_while_a_run_is_extended_loses_nothing(writes_before, tmp_path, monkeypatch):
+    old = train(tmp_path, **CONSTANT)
+    real, left = records.write_file, [writes_before]
+
+    def broken(path, data, **options):
+        if path.name in ("run.json", "config.json", "results.json"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise RunDirectoryError("killed")
+        real(path, data, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "write_file", broken)
+        with pytest.raises(RunDirectoryError, match="killed"):
+            train(tmp_path, **CONSTANT, steps=20)
+    assert train(tmp_path, **CONSTANT, steps=20)["steps"] == 20
+    kept = [json.loads(path.read_text()) for path in tmp_path.glob("results.aside*.json")]
+    assert kept == [old]
+
+
+REFUSED = [
+    ({}, "schedule=cosine is spread over all steps"),
+    (CONSTANT | {"curriculum": (2,)}, "curriculum is spread"),
+    (CONSTANT | {"grow_from": 2}, "grow_from is spread"),
+]
+
+
+@pytest.mark.parametrize(("fields", "says"), REFUSED)
+def test_where_steps_made_would_have_been_others_a_line_says_why_not(
+    fields, says, tmp_path, finished
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    (workdir / "config.json").write_text(json.dumps(run_config(**fields).to_dict()))
+    before = snapshot(workdir)
+    with pytest.raises(RunDirectoryError, match=f"steps=24 cannot extend the 12 steps .* {says}"):
+        train(workdir, **fields, steps=24)
+    assert snapshot(workdir) == before
