@@ -350,8 +350,9 @@ def walk(
             DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
-            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens,
-            of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
+            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+            full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S,
+            HAS_O, HAS_G, HAS_RESETS,
         )),
         (load_tiles, (
             q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol,
@@ -366,8 +367,9 @@ def walk(
             DECAYS, HAS_O, HAS_V, START,
         )),
         (prepare_blocks, (
-            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens,
-            of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
+            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+            full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S,
+            HAS_O, HAS_G, HAS_RESETS,
         )),
         (load_tiles, (
             q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol,
