@@ -1,1 +1,1 @@
-"""GPU kernels in Gluon, with specialised warps, for Hopper; `hopper.py` launches them."""
+"""GPU kernels in Gluon, with specialised warps, for Hopper; `passes.py` launches them."""
