@@ -134,21 +134,31 @@ def _refusals_named(call: Callable[[], Any], direction: str, shape: Shape) -> Ca
     return run
 
 
-def load_torch() -> Any:
+# What a peer is called, the module that must import, and the package that has it.
+FLA = ("fla", "fla.ops.gated_delta_product", "flash-linear-attention")
+
+
+def load_torch(peer: tuple[str, str, str] = FLA) -> Any:
+    """PyTorch, where the peer can run.
+
+    Raises:
+        ConfigError: torch, the peer's package or a GPU is missing.
+    """
+    name, module, package = peer
     # With FlashQLA installed it would run that: a peer of its own.
     os.environ.setdefault("FLA_FLASH_QLA", "0")
     try:
         import torch
 
-        importlib.import_module("fla.ops.gated_delta_product")
+        importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"peer=fla needs torch and flash-linear-attention: {error}; install both, or leave it"
+            f"peer={name} needs torch and {package}: {error}; install both, or leave it"
         ) from error
     if os.environ.get("TRITON_CACHE_DIR") == "":  # jax-triton leaves it so, and the peer needs one
         del os.environ["TRITON_CACHE_DIR"]
     if not torch.cuda.is_available():
-        raise ConfigError("peer=fla needs a CUDA GPU that torch can use, and there is none")
+        raise ConfigError(f"peer={name} needs a CUDA GPU that torch can use, and there is none")
     _compile_side_by_side()
     return torch
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError
 from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch, waited_for
 from experiments.lib.bench.timing import FORWARD, Compiled, Results, Shape, cotangent
 
 NAMES = ("flashqla", "flashqla_interleaved")
+PEER = ("flashqla", "flash_qla", "flash-qla")
 
 
 def compile_peer(shape: Shape, arrays: Mapping[str, jax.Array], direction: str) -> Compiled:
@@ -41,13 +41,8 @@ def _program(
     shape: Shape, arrays: Mapping[str, jax.Array], direction: str
 ) -> tuple[Callable[[], tuple[Any, ...]], tuple[str, ...]]:
     """One call: o of all updates and the final state, or gradients; the names of the first ones."""
-    torch = load_torch()
-    try:
-        from flash_qla import chunk_gated_delta_rule
-    except ImportError as error:
-        raise ConfigError(
-            f"peer=flashqla needs flash-qla and tilelang: {error}; install both, or leave it"
-        ) from error
+    torch = load_torch(PEER)
+    from flash_qla import chunk_gated_delta_rule
 
     inputs = {name: to_torch(x) for name, x in arrays.items()}
     if "g" not in inputs:  # it has no form without
