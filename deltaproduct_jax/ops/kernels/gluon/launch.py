@@ -36,6 +36,15 @@ call_p = core.Primitive("delta_product_gluon")
 call_p.multiple_results = True
 
 
+def is_supported() -> bool:
+    """Whether jaxlib, with its part for CUDA, launches kernels with descriptors of tiles."""
+    try:
+        from jax._src.lib import gpu_triton
+    except ImportError:
+        return False
+    return hasattr(gpu_triton, "create_tma_descriptor_parameter")
+
+
 def launch(
     kernel: Any,
     arrays: Sequence[jax.Array],

@@ -31,7 +31,8 @@ def has_versions() -> bool:
         triton = _release(importlib.metadata.version("triton"))
     except importlib.metadata.PackageNotFoundError:
         return False
-    return sys.version_info >= (3, 12) and _release(jax.__version__) >= (0, 11) and triton >= (3, 7)
+    new_enough = _release(jax.__version__) >= (0, 11) and triton >= (3, 7)
+    return sys.version_info >= (3, 12) and new_enough and launch.is_supported()
 
 
 def _release(version: str) -> tuple[int, ...]:
