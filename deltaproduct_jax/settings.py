@@ -142,6 +142,7 @@ def spell(annotation: Any) -> str:
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "true or false"}
     names |= {types.NoneType: "none", None: "none", dict: "an object of keys and values"}
     names |= {tuple[int, ...]: "whole numbers such as 4,8,16", tuple[str, ...]: "texts"}
+    names |= {tuple[float, ...]: "numbers such as .7,.3"}
     if annotation in names:
         return names[annotation]
     if typing.get_origin(annotation) in (list, tuple):

@@ -141,15 +141,16 @@ def test_folders_that_hold_no_run_or_no_checkpoint_yet(tmp_path):
     refuse(unevaluated, "no checkpoint that was evaluated yet")
     assert load_run(unevaluated, "newest").step == 6
     shutil.rmtree(unevaluated / "checkpoints" / "6" / "default")
-    refuse(unevaluated, "cannot be read", 6)
+    refuse(unevaluated, "is damaged: it has no default", 6)
 
 
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ("{", "is not valid JSON"),
-        ("[]", "its sections must be task, model, train"),
-        ('{"task": {}, "model": 3, "train": {}}', "its sections must be task, model, train"),
+        ("[]", "[] must be an object of keys and values"),
+        ('{"task": {}, "model": 3, "train": {}}', "model=3 must be an object of keys and values"),
+        ('{"task": {"group": "S3"}, "train": {}}', "sections must be task, model, train"),
         ('{"task": {"groups": "S3"}, "model": {}, "train": {}}', "the fields groups of section"),
         ('{"task": {"group": "S3"}, "model": {"width": 1}, "train": {}}', "'width' is no field"),
         ('{"task": {"group": "S3"}, "model": {}, "train": {"steps": "x"}}', "describes no run"),

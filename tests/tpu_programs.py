@@ -103,12 +103,12 @@ def train_step(*, in_shard_map: bool):
     """A step of training on 256 chips, the batch cut over all of them."""
     mesh = mesh_of("v5e:16x16", (256,), ("data",))
     optimizer, schedule = make_optimizer(TrainConfig()), make_schedule(TrainConfig())
-    graphdef, params = split_model(SequenceModel(MODEL, rngs=nnx.Rngs(0)))
+    definition, params = split_model(SequenceModel(MODEL, rngs=nnx.Rngs(0)))
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
     cut = PartitionSpec("data")
     batch = Batch(*(jax.ShapeDtypeStruct((256, 128), d) for d in (jnp.int32, jnp.int32, bool)))
     axis = "data" if in_shard_map else None
-    step = make_train_step(graphdef, optimizer, schedule, accumulation_steps=1, axis_name=axis)
+    step = make_train_step(definition, optimizer, schedule, accumulation_steps=1, axis_name=axis)
     if in_shard_map:
         specs = {"in_specs": (WHOLE, cut), "out_specs": (WHOLE, WHOLE)}
         step = jax.shard_map(step, mesh=mesh, **specs)

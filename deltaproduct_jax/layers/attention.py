@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.padding import without_padding
-from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.ops.debug import check_range
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 ROPE_BASE = 10_000.0
@@ -49,7 +51,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         head_dim: width ``K`` of queries and keys, even.
         expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
         max_length: tokens that the state for decoding holds. Sequences read at once may be longer,
-            but then nothing can follow them: a step beyond it returns NaN.
+            but then nothing can follow them: a step beyond it is an error, and NaN under jit.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
         dtype: dtype of the computation; the softmax is taken in float32 at least.
@@ -74,8 +76,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        value_dim = check_sizes(hidden_size, num_heads, head_dim, initializer, expand_v=expand_v)
-        require_at_least("max_length", max_length, 1)
+        value_dim = value_width(num_heads, head_dim, expand_v=expand_v)
         check_even(head_dim)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
         self.max_length, self.dtype = max_length, jnp.dtype(dtype)
@@ -103,6 +104,8 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """Mixes whole sequences; see :class:`RecurrentMixer` for the arguments."""
+        if state is not None:
+            self._check_room(state.length, self.max_length)
         if not x.shape[1]:
             return x, self.init_state(x.shape[0]) if state is None else state
         mix = lambda x, ids, length: self._whole(x, state, ids, length)
@@ -112,6 +115,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         self, state: AttentionState, x: Float[Array, "B D"]
     ) -> tuple[Float[Array, "B D"], AttentionState]:
         """One token for every row: returns the outputs and the state after it."""
+        self._check_room(state.length, self.max_length - 1)
         q, k, v = self._inputs(x[:, None], state.length[:, None])
         rows = jnp.arange(x.shape[0])
         state = AttentionState(
@@ -156,6 +160,18 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
             return jnp.where(kept[..., None, None], x, 0)
 
         return self._output(o, before), AttentionState(gather(k), gather(v), total)
+
+    def _check_room(self, length: jax.Array, most: int) -> None:
+        """ValueError, where they are known, if the states of rows hold more than ``most`` tokens.
+
+        Under jit they are not, and the outputs of such rows are NaN; ``ops.checked`` finds them.
+        """
+        check_range("state.length", length, 0, most)
+        if not isinstance(length, jax.core.Tracer) and np.any(np.asarray(length) > most):
+            raise ValueError(
+                f"state.length={np.asarray(length).tolist()} leaves no room for what follows in "
+                f"max_length={self.max_length}; make the layer with a larger max_length"
+            )
 
     def _inputs(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
         """q, k, v ``[B, T, H, *]``; q and k rotated to their position ``[B, T]``."""

@@ -18,12 +18,19 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.layers.checks import (
+    as_inputs,
+    as_like,
+    check_width,
+    checks_arguments,
+    refuse_swapped,
+)
 from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.projection import convolutions, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
@@ -97,6 +104,8 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    implementations = AVAILABLE
+
     def __init__(
         self,
         hidden_size: int,
@@ -123,11 +132,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         rngs: nnx.Rngs,
     ):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        value_dim = check_sizes(
-            hidden_size, num_heads, head_dim, initializer, num_v_heads=num_v_heads,
-            expand_v=expand_v,
-        )  # fmt: skip
-        require_at_least("num_householder", num_householder, 1)
+        value_dim = value_width(num_heads, head_dim, num_v_heads=num_v_heads, expand_v=expand_v)
         require_one_of("qk_activation", qk_activation, QK_ACTIVATIONS)
 
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
@@ -200,6 +205,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
 
     def token_factors(self, x: Float[Array, "B T D"]) -> TokenFactors:
         """Keys, step sizes and decays of the tokens of whole sequences, read from their start."""
+        x = as_inputs(x, ("B", "T", "D"), self)
         _, k, _, beta, g, _ = self._inputs(x, self.init_state(x.shape[0]), None, None)
         return TokenFactors(k, beta, g)
 
@@ -293,6 +299,7 @@ class DeltaProductCell(nnx.RNNCellBase):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    @checks_arguments
     def __init__(self, in_features: int, *, rngs: nnx.Rngs, **options: Unpack[DeltaProductOptions]):
         self.in_features = in_features
         self.mixer = GatedDeltaProduct(in_features, rngs=rngs, **options)
@@ -309,7 +316,14 @@ class DeltaProductCell(nnx.RNNCellBase):
             input_shape: shape of one token's input, batch axes included.
             rngs: needed with ``carry_init`` only; of an ``Rngs`` the stream ``carry`` is used.
             carry_init: initialiser of the recurrent state; None for zeros.
+
+        Raises:
+            ConfigError: the shape is of inputs of another width, or ``rngs`` is missing.
         """
+        if not input_shape or input_shape[-1] != self.in_features:
+            raise ConfigError(
+                f"input_shape={tuple(input_shape)} must end in in_features={self.in_features}"
+            )
         batch = tuple(input_shape[:-1])
         state = self.mixer.init_state(1)
         state = jax.tree.map(lambda a: jnp.broadcast_to(a[0], batch + a.shape[1:]), state)
@@ -325,7 +339,10 @@ class DeltaProductCell(nnx.RNNCellBase):
         self, carry: DeltaProductState, inputs: Float[Array, "*batch D"]
     ) -> tuple[DeltaProductState, Float[Array, "*batch D"]]:
         """One token."""
+        refuse_swapped(carry, inputs)
+        check_width("inputs", inputs, self.in_features)
         batch = inputs.shape[:-1]
+        carry = as_like("carry", carry, jax.eval_shape(lambda: self.initialize_carry(inputs.shape)))
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), carry)
         y, flat = self.mixer.step(flat, inputs.reshape(-1, inputs.shape[-1]))
         carry = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)
@@ -367,7 +384,6 @@ def _register(name: str, gated: bool, one_factor: bool) -> None:
         state=DeltaProductState,
         defaults=defaults | ({"num_householder": 1} if one_factor else {}),
         fixed={"use_forget_gate": gated},
-        implementations=AVAILABLE,
         check=_check_one_factor if one_factor else _check_conv_size,
         idle=lambda values: [*_idle(values), *(["num_householder"] if one_factor else [])],
     )

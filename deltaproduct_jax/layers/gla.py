@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.ops.baselines import (
     extended_gate,
@@ -58,6 +58,8 @@ class GatedLinearAttention(RecurrentMixer[GLAState]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    implementations = IMPLEMENTATIONS
+
     def __init__(
         self,
         hidden_size: int,
@@ -75,7 +77,7 @@ class GatedLinearAttention(RecurrentMixer[GLAState]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        value_dim = check_sizes(hidden_size, num_heads, head_dim, initializer, expand_v=expand_v)
+        value_dim = value_width(num_heads, head_dim, expand_v=expand_v)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
         self.allow_neg_eigval = allow_neg_eigval
         self.implementation, self.chunk_size = implementation, chunk_size
@@ -130,4 +132,4 @@ class GatedLinearAttention(RecurrentMixer[GLAState]):
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
 
-register_mixer("gla", GatedLinearAttention, state=GLAState, implementations=IMPLEMENTATIONS)
+register_mixer("gla", GatedLinearAttention, state=GLAState)

@@ -17,7 +17,7 @@ from deltaproduct_jax.layers.initializers import decay_step_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.projection import convolutions, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
@@ -71,6 +71,8 @@ class Mamba2(RecurrentMixer[Mamba2State]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    implementations = IMPLEMENTATIONS
+
     def __init__(
         self,
         hidden_size: int,
@@ -91,10 +93,7 @@ class Mamba2(RecurrentMixer[Mamba2State]):
         rngs: nnx.Rngs,
     ):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        value_dim = check_sizes(
-            hidden_size, num_heads, head_dim, initializer, num_v_heads=num_v_heads,
-            expand_v=expand_v,
-        )  # fmt: skip
+        value_dim = value_width(num_heads, head_dim, num_v_heads=num_v_heads, expand_v=expand_v)
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self.allow_neg_eigval = allow_neg_eigval
@@ -167,4 +166,4 @@ class Mamba2(RecurrentMixer[Mamba2State]):
         return self.o_proj(self.o_norm(o))
 
 
-register_mixer("mamba2", Mamba2, state=Mamba2State, implementations=IMPLEMENTATIONS)
+register_mixer("mamba2", Mamba2, state=Mamba2State)

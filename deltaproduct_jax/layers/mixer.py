@@ -12,7 +12,16 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from deltaproduct_jax.layers import checks
 from deltaproduct_jax.layers.padding import without_padding
+
+_CHECKS = {
+    "__init__": checks.checks_arguments,
+    "__call__": checks.checks_sequences,
+    "for_later_blocks": checks.checks_sequences,
+    "init_state": checks.checks_batch_size,
+    "step": checks.checks_token,
+}
 
 State = TypeVar("State")  # what a mixer keeps of the past, a named tuple of arrays
 
@@ -28,9 +37,24 @@ class SequenceMixer(nnx.Module, Generic[State]):
     ``mixer.for_later_blocks(x, state=, segment_ids=, mask=)`` is asked of the model's first block,
     with what that block's mixer takes, and returns keywords that the mixers of all later blocks get
     beside theirs, in calls and in steps (there T is 1). None, as here, passes nothing on.
+
+    What a subclass defines of these, and its constructor, refuses arguments that do not fit before
+    it begins, see ``layers/checks.py``; its own code meets JAX arrays of the right shapes.
+
+    Attributes:
+        implementations: what the keyword ``implementation`` may be, if the layer takes it.
+        hidden_size: width ``D``, the constructor's first argument.
     """
 
+    implementations: ClassVar[tuple[str, ...]] = ()
     for_later_blocks: ClassVar[Callable[..., dict[str, Any]] | None] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Puts the checks before the methods that the class defines."""
+        super().__init_subclass__(**kwargs)
+        for name, check in _CHECKS.items():
+            if callable(vars(cls).get(name)):
+                setattr(cls, name, check(vars(cls)[name]))
 
     @abc.abstractmethod
     def init_state(self, batch_size: int) -> State:

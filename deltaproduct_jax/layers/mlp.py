@@ -5,6 +5,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
 
 
@@ -27,6 +28,7 @@ class SwiGLU(nnx.Module):
         rngs: source of the parameter keys.
     """
 
+    @checks_arguments
     def __init__(
         self,
         hidden_size: int,
@@ -42,10 +44,12 @@ class SwiGLU(nnx.Module):
         normal = nnx.initializers.normal(initializer_range)
         down = mlp_down_init(initializer, initializer_range, intermediate_size, num_layers)
         shared = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        self.hidden_size = hidden_size
         self.gate_proj = nnx.Linear(hidden_size, intermediate_size, kernel_init=normal, **shared)
         self.up_proj = nnx.Linear(hidden_size, intermediate_size, kernel_init=normal, **shared)
         self.down_proj = nnx.Linear(intermediate_size, hidden_size, kernel_init=down, **shared)
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to every token on its own."""
+        check_width("x", x, self.hidden_size)
         return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -6,6 +6,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -22,6 +23,7 @@ class RMSNorm(nnx.Module):
         param_dtype: dtype of the scale.
     """
 
+    @checks_arguments
     def __init__(
         self,
         width: int,
@@ -30,12 +32,13 @@ class RMSNorm(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
     ):
-        self.eps = eps
+        self.width, self.eps = width, eps
         self.dtype = jnp.dtype(dtype)
         self.scale = nnx.Param(jnp.ones((width,), param_dtype))
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Normalises ``x``."""
+        check_width("x", x, self.width)
         wide = accumulator_dtype(self.dtype)
         x = x.astype(wide)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
@@ -57,6 +60,7 @@ class HeadNorm(nnx.Module):
         param_dtype: dtype of scale and bias, each ``[H, width]``.
     """
 
+    @checks_arguments
     def __init__(
         self,
         num_heads: int,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.layers.initializers import INITIALIZERS, conv_init, projection_init
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers.initializers import conv_init, projection_init
 from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -53,12 +53,7 @@ def convolutions(
     param_dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> Callable[..., ShortConv]:
-    """A function ``(channels, activation=silu)`` that makes short convolutions.
-
-    Raises:
-        ConfigError: ``conv_size`` is below 1.
-    """
-    require_at_least("conv_size", conv_size, 1)
+    """A function ``(channels, activation=silu)`` that makes short convolutions."""
     taps = conv_init(initializer, initializer_range, conv_size)
 
     def convolve(
@@ -76,30 +71,15 @@ def convolutions(
     return convolve
 
 
-def check_sizes(
-    hidden_size: int,
-    num_heads: int,
-    head_dim: int,
-    initializer: str,
-    *,
-    num_v_heads: int | None = None,
-    expand_v: float = 1.0,
+def value_width(
+    num_heads: int, head_dim: int, *, num_v_heads: int | None = None, expand_v: float = 1.0
 ) -> int:
-    """Checks what all mixers are told, and returns the value width ``V``.
+    """The value width ``V``.
 
     Raises:
-        ConfigError: naming the argument, when one is out of range or does not fit another.
+        ConfigError: the value heads, or their width, do not fit the others.
     """
-    require_at_least("hidden_size", hidden_size, 1)
-    require_one_of("initializer", initializer, INITIALIZERS)
-    check_heads(num_heads, num_heads if num_v_heads is None else num_v_heads, head_dim, expand_v)
-    return round(head_dim * expand_v)
-
-
-def check_heads(num_heads: int, num_v_heads: int, head_dim: int, expand_v: float) -> None:
-    """Raises ConfigError unless the head sizes are positive and fit each other."""
-    require_at_least("num_heads", num_heads, 1)
-    require_at_least("head_dim", head_dim, 1)
+    num_v_heads = num_heads if num_v_heads is None else num_v_heads
     if num_v_heads < num_heads or num_v_heads % num_heads:
         raise ConfigError(
             f"num_v_heads={num_v_heads} must be a positive multiple of num_heads={num_heads}"
@@ -110,3 +90,4 @@ def check_heads(num_heads: int, num_v_heads: int, head_dim: int, expand_v: float
             f"expand_v={expand_v} times head_dim={head_dim} is {value_dim}; the value width must "
             "be a whole number of at least 1"
         )
+    return round(value_dim)

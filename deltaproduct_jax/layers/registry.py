@@ -27,7 +27,6 @@ class RegisteredMixer:
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any]
     by_block: Callable[[int], Mapping[str, Any]]
-    implementations: tuple[str, ...]
     check: Callable[[Any], None]
     idle: Callable[[Mapping[str, Any]], Iterable[str]]
 
@@ -72,7 +71,6 @@ def register_mixer(
     defaults: Mapping[str, Any] | None = None,
     fixed: Mapping[str, Any] | None = None,
     by_block: Callable[[int], Mapping[str, Any]] = lambda block: {},
-    implementations: Iterable[str] = (),
     check: Callable[[Any], None] = lambda config: None,
     idle: Callable[[Mapping[str, Any]], Iterable[str]] = lambda values: (),
 ) -> None:
@@ -87,7 +85,6 @@ def register_mixer(
         defaults: what a field of a model means where none is given, if not the layer's default.
         fixed: keywords of the layer that the name decides.
         by_block: (number of the block, from 0) -> keywords of the layer that depend on it.
-        implementations: what ``implementation`` may be, if the layer takes it.
         check: raises ConfigError for a configuration that the mixer cannot honour.
         idle: (values of fields) -> those among the mixer's that mean nothing beside the others, so
             that a preset's value gives way.
@@ -99,6 +96,5 @@ def register_mixer(
         raise ConfigError(f"layer={layer!r} of mixer {name!r} must be a class of SequenceMixer")
     refuse_taken("mixer", name, layer, MIXERS[name].layer if name in MIXERS else None)
     MIXERS[name] = RegisteredMixer(
-        name, layer, state, config, defaults or {}, fixed or {}, by_block, tuple(implementations),
-        check, idle,
+        name, layer, state, config, defaults or {}, fixed or {}, by_block, check, idle,
     )  # fmt: skip

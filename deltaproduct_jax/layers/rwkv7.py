@@ -20,14 +20,16 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from deltaproduct_jax.layers.checks import checks_sequences
 from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import compact, only_counted, without_padding
-from deltaproduct_jax.layers.projection import check_sizes, projections
+from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
+from deltaproduct_jax.ops.checks import as_array, check_shape
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 # Blends of x and the token before it: channel c of D starts at weight 1 - (c / D)**power.
@@ -101,6 +103,8 @@ class RWKV7(SequenceMixer[RWKV7State]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    implementations = IMPLEMENTATIONS
+
     def __init__(
         self,
         hidden_size: int,
@@ -119,7 +123,7 @@ class RWKV7(SequenceMixer[RWKV7State]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        value_dim = check_sizes(hidden_size, num_heads, head_dim, initializer, expand_v=expand_v)
+        value_dim = value_width(num_heads, head_dim, expand_v=expand_v)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
         self.allow_neg_eigval, self.value_residual = allow_neg_eigval, value_residual
         self.implementation, self.chunk_size = implementation, chunk_size
@@ -179,6 +183,7 @@ class RWKV7(SequenceMixer[RWKV7State]):
                 ``segment_ids`` and ``mask``; needed with ``value_residual``.
         """
         state = self.init_state(x.shape[0]) if state is None else state
+        x, v_first = x.astype(self.dtype), self._check_v_first(v_first, x.shape[:2])
 
         def mix(x, segment_ids, length):
             shifted, last = shift(x, state.last, segment_ids, length)
@@ -208,7 +213,8 @@ class RWKV7(SequenceMixer[RWKV7State]):
         v_first: Float[Array, "B 1 H V"] | None = None,
     ) -> tuple[Float[Array, "B D"], RWKV7State]:
         """One token for every row: returns the outputs and the state after it."""
-        x = x[:, None]
+        x = x[:, None].astype(self.dtype)
+        v_first = self._check_v_first(v_first, x.shape[:2])
         shifted, last = shift(x, state.last, None, None)
         inputs, gate = self._inputs(x, shifted, v_first)
         r, k, v, kk, b, g = (a[:, 0] for a in inputs)
@@ -216,6 +222,7 @@ class RWKV7(SequenceMixer[RWKV7State]):
         y = self._output(o[:, None], *inputs[:3], gate)
         return y[:, 0], RWKV7State(recurrent, last)
 
+    @checks_sequences
     def values(
         self,
         x: Float[Array, "B T D"],
@@ -229,11 +236,27 @@ class RWKV7(SequenceMixer[RWKV7State]):
         length = None
         if mask is not None:
             x, segment_ids, length = compact(x, segment_ids, mask)
+        x = x.astype(self.dtype)
         return self._values(x, shift(x, last, segment_ids, length)[0])
 
     def for_later_blocks(self, x: Float[Array, "B T D"], **read: Any) -> dict[str, Any]:
         """See :class:`SequenceMixer`: the first block's values, which later ones blend in."""
         return {"v_first": self.values(x, **read)}
+
+    def _check_v_first(self, v_first: Any, rows: tuple[int, ...]) -> jax.Array | None:
+        """``v_first`` as a JAX array; ValueError unless it is there and fits, where it is used."""
+        if not self.value_residual:
+            return None
+        if v_first is None:
+            raise ValueError(
+                "v_first must be what values() of the model's first block returned, since "
+                "value_residual=True, got None"
+            )
+        v_first = as_array("v_first", v_first)
+        sizes = dict(zip(("B", "T"), rows, strict=True))
+        sizes |= {"H": self.num_heads, "V": self.value_dim}
+        check_shape("v_first", v_first.shape, ("B", "T", "H", "V"), sizes)
+        return v_first
 
     def _blend(self, name: str, x: jax.Array, shifted: jax.Array) -> jax.Array:
         return x + (shifted - x) * getattr(self, f"x_{name}")[...].astype(x.dtype)[None, None]
@@ -298,5 +321,4 @@ register_mixer(
     RWKV7,
     state=RWKV7State,
     by_block=lambda block: {"value_residual": block > 0},
-    implementations=IMPLEMENTATIONS,
 )

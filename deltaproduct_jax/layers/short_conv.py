@@ -8,6 +8,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -27,6 +28,7 @@ class ShortConv(nnx.Module):
         rngs: source of the parameter key.
     """
 
+    @checks_arguments
     def __init__(
         self,
         channels: int,
@@ -66,6 +68,7 @@ class ShortConv(nnx.Module):
             The convolution, in the dtype of ``u``, and the last ``conv_size - 1`` inputs of the
             row's last segment, zero where that segment is shorter.
         """
+        check_width("u", u, self.channels)
         B, T, _ = u.shape
         tail = self.conv_size - 1
         padded = jnp.concatenate([state.astype(u.dtype), u], axis=1)

@@ -21,7 +21,7 @@ from deltaproduct_jax.layers.initializers import projection_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import check_sizes, convolutions, projections
+from deltaproduct_jax.layers.projection import convolutions, projections
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
@@ -86,6 +86,8 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    implementations = IMPLEMENTATIONS
+
     def __init__(
         self,
         hidden_size: int,
@@ -102,7 +104,6 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_sizes(hidden_size, num_heads, head_dim, initializer)
         check_blocks(num_heads, head_dim)
         inner = num_heads * head_dim
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -209,7 +210,6 @@ class SLSTM(RecurrentMixer[SLSTMState]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        check_sizes(hidden_size, num_heads, head_dim, initializer)
         self.num_heads, self.head_dim = num_heads, head_dim
         self.dtype = jnp.dtype(dtype)
         project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
@@ -260,7 +260,6 @@ register_mixer(
     "mlstm",
     MLSTM,
     state=MLSTMLayerState,
-    implementations=IMPLEMENTATIONS,
     check=lambda config: check_blocks(config.num_heads, config.head_dim),
 )
 register_mixer("slstm", SLSTM, state=SLSTMState)

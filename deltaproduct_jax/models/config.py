@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.layers.checks import check_options
 from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import swiglu_width
-from deltaproduct_jax.layers.projection import check_heads
+from deltaproduct_jax.layers.projection import value_width
 from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer
-from deltaproduct_jax.ops import checks
 from deltaproduct_jax.settings import check_fields, setting
 
 # Not None, since "none" is one of the values that the field may have.
@@ -20,6 +20,7 @@ AUTO = "auto"
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
 REMAT: tuple[str, ...] = ("none", "products", "blocks")
 
+_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim")
 _OPTIONAL_SIZES = ("num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size")
 # Fields that not every mixer has: its layer's keywords tell. Elsewhere they must not be given.
 MIXER_FIELDS: tuple[str, ...] = (
@@ -93,7 +94,10 @@ class ModelConfig:
     initializer: str = setting("paper", "paper: the official code's draws; fla: N(0, range)")
     initializer_range: float = setting(0.02, "standard deviation of normal draws")
     dtype: str = setting("float32", f"dtype of the computation, one of {', '.join(DTYPES)}")
-    param_dtype: str = setting("float32", f"dtype of the parameters, one of {', '.join(DTYPES)}")
+    param_dtype: str = setting(
+        "float32",
+        f"dtype of the parameters, one of {', '.join(DTYPES)}; training keeps float32 copies",
+    )
     remat: str = setting(
         "none",
         "what a block computes anew for its gradient: none; all but its matrix products and the "
@@ -115,20 +119,16 @@ class ModelConfig:
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("param_dtype", self.param_dtype, DTYPES)
         require_one_of("remat", self.remat, REMAT)
-        try:
-            checks.check_implementation(self.implementation, self.registered.implementations)
-            checks.check_chunk_size(self.chunk_size, self.implementation)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        for name in ("vocab_size", "hidden_size", "num_layers", *_OPTIONAL_SIZES):
+        implementations = self.registered.layer.implementations
+        check_options(self.implementation, self.chunk_size, implementations)
+        for name in (*_SIZES, *_OPTIONAL_SIZES):
             if name not in _OPTIONAL_SIZES or getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
         for name in ("hidden_ratio", "norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
-        num_v_heads = self.num_heads if self.num_v_heads is None else self.num_v_heads
         expand_v = self.value_of("expand_v") if self.registered.takes("expand_v") else 1.0
-        check_heads(self.num_heads, num_v_heads, self.head_dim, expand_v)
+        value_width(self.num_heads, self.head_dim, num_v_heads=self.num_v_heads, expand_v=expand_v)
         self.registered.check(self)
 
     @property

@@ -4,14 +4,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from deltaproduct_jax.layers.checks import as_rows, as_state, checks_arguments, refuse_swapped
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
-from deltaproduct_jax.ops import RESIDUAL_NAMES
+from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
+from deltaproduct_jax.ops.debug import check_range, is_checking
 
 MixerState = Any  # of the class that the mixer is registered with
 ModelState = list[MixerState]
@@ -105,6 +108,7 @@ class SequenceModel(nnx.Module):
         rngs: source of the parameter keys.
     """
 
+    @checks_arguments
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
         normal = nnx.initializers.normal(config.initializer_range)
@@ -150,8 +154,11 @@ class SequenceModel(nnx.Module):
         mask: Bool[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T vocab"], ModelState]:
         """As calling the model, from a state; returns the logits and the state after the tokens."""
+        tokens = _as_tokens(tokens, ("B", "T"))
+        segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
+        self._check_ids(tokens, mask)
         if state is not None:
-            self._check_state(state)
+            state = self._as_state(state, tokens.shape[0])
         before = [None] * len(self.layers) if state is None else state
         x, after = self.embeddings(tokens), []
         read = {"segment_ids": segment_ids, "mask": mask}
@@ -166,7 +173,10 @@ class SequenceModel(nnx.Module):
         self, state: ModelState, tokens: Int[Array, " B"]
     ) -> tuple[Float[Array, "B vocab"], ModelState]:
         """One token for every row: returns the logits after it and the new state."""
-        self._check_state(state)
+        refuse_swapped(state, tokens)
+        tokens = _as_tokens(tokens, ("B",))
+        self._check_ids(tokens, None)
+        state = self._as_state(state, tokens.shape[0])
         x, after = self.embeddings(tokens), []
         passed_on = self.layers[0].for_later_blocks(x[:, None], state=state[0])
         for layer, (block, entry) in enumerate(zip(self.layers, state, strict=True)):
@@ -174,18 +184,38 @@ class SequenceModel(nnx.Module):
             after.append(entry)
         return self._head(x), after
 
-    def _check_state(self, state: ModelState) -> None:
-        """ValueError unless there is an entry a block, of the mixer's class."""
+    def _as_state(self, state: ModelState, batch_size: int) -> ModelState:
+        """``state`` in JAX arrays; ValueError unless there is an entry a block that fits it."""
         wanted = self.config.registered.state
-        kinds = [type(entry).__name__ for entry in state]
-        if len(state) != len(self.layers) or not all(isinstance(e, wanted) for e in state):
+        kinds = [type(entry).__name__ for entry in state] if isinstance(state, list | tuple) else []
+        if len(kinds) != len(self.layers) or not all(isinstance(e, wanted) for e in state):
             raise ValueError(
-                f"state must hold {len(self.layers)} of {wanted.__name__}, one a block, got {kinds}"
+                f"state must hold {len(self.layers)} of {wanted.__name__}, one a block, got "
+                f"{kinds or type(state).__name__}"
             )
+        return [
+            as_state(f"state[{index}]", entry, block.attn, batch_size)
+            for index, (block, entry) in enumerate(zip(self.layers, state, strict=True))
+        ]
+
+    def _check_ids(self, tokens: jax.Array, mask: jax.Array | None) -> None:
+        """Looks for ids that no embedding has, inside ``ops.checked``; elsewhere they give NaN."""
+        if is_checking():
+            counted = tokens if mask is None else jnp.where(mask, tokens, 0)
+            check_range("tokens", counted, 0, self.config.vocab_size - 1)
 
     def _head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
         return self.embeddings.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+
+
+def _as_tokens(tokens: Any, layout: tuple[str, ...]) -> jax.Array:
+    """``tokens`` as a JAX array; ValueError unless they are whole numbers of this layout."""
+    tokens = checks.as_array("tokens", tokens)
+    checks.check_shape("tokens", tokens.shape, layout, {})
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"tokens must have an integer dtype, got {tokens.dtype.name}")
+    return tokens
 
 
 def _runner(remat: str) -> Callable[..., tuple[jax.Array, MixerState]]:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
@@ -97,12 +98,14 @@ def delta_product(
     checks.check_implementation(implementation, AVAILABLE)
     checks.check_chunk_size(chunk_size, implementation)
     precision = checks.check_precision(precision)
+    checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     arrays = _arrays(
         q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, segment_ids=segment_ids
     )
     checks.check_inputs(arrays)
     q, k, v, beta, g, initial_state, segment_ids = arrays.values()
     scale = checks.check_scale(scale, q.shape[-1])
+    check_op_values(k, beta, g, use_qk_l2norm=use_qk_l2norm)
     if use_qk_l2norm:
         # Rounded to bfloat16 again, unit vectors are no longer of length 1.
         rounded = precision in (None, "default")
@@ -158,10 +161,12 @@ def delta_product_step(
     Raises:
       ValueError: an argument has the wrong shape or dtype.
     """
+    checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     arrays = _arrays(q=q, k=k, v=v, beta=beta, g=g, state=state)
     checks.check_inputs(arrays, one_token=True)
     q, k, v, beta, g, state = arrays.values()
     scale = checks.check_scale(scale, q.shape[-1])
+    check_op_values(k, beta, g, use_qk_l2norm=use_qk_l2norm)
     if use_qk_l2norm:
         q, k = _l2_normalise(q), _l2_normalise(k)
     return step(state, q, k, v, beta, g, scale=scale)

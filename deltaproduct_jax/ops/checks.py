@@ -4,6 +4,7 @@ Dimension letters: B batch, T tokens, R Householder factors per token, H key hea
 K key width, V value width.
 """
 
+import math
 import numbers
 from typing import Any
 
@@ -48,7 +49,7 @@ def check_inputs(arrays: dict[str, jax.Array | None], *, one_token: bool = False
     for name, array in arrays.items():
         if array is not None:
             layout = tuple(d for d in LAYOUT[name] if not (one_token and d == "T"))
-            _check_shape(name, array.shape, layout, sizes)
+            check_shape(name, array.shape, layout, sizes)
     if sizes["Hv"] % sizes["H"]:
         raise ValueError(
             f"v has Hv={sizes['Hv']} value heads and k has H={sizes['H']} key heads; "
@@ -57,9 +58,10 @@ def check_inputs(arrays: dict[str, jax.Array | None], *, one_token: bool = False
     _check_dtypes(arrays)
 
 
-def _check_shape(
+def check_shape(
     name: str, shape: tuple[int, ...], layout: tuple[str, ...], sizes: dict[str, int]
 ) -> None:
+    """ValueError unless ``shape`` has the sizes of ``layout``; adds those that were not known."""
     wanted = "[" + ", ".join(layout) + "]"
     known = ", ".join(f"{d}={sizes[d]}" for d in layout if d in sizes)
     known = f" with {known}" if known else ""
@@ -83,8 +85,7 @@ def _check_shape(
 
 def _check_dtypes(arrays: dict[str, jax.Array | None]) -> None:
     dtype = arrays["q"].dtype
-    if dtype.name not in DTYPES:
-        raise ValueError(f"q must have a dtype among {', '.join(DTYPES)}, got {dtype.name}")
+    check_floating("q", dtype)
     wide = accumulator_dtype(dtype)
     allowed_by_name = {
         "k": {dtype},
@@ -102,23 +103,62 @@ def _check_dtypes(arrays: dict[str, jax.Array | None]) -> None:
                 f"{name} must be {names} when q is {dtype.name}, got {array.dtype.name}; "
                 f"cast it with {name}.astype(...)"
             )
-    ids = arrays.get("segment_ids")
-    if ids is not None and not jnp.issubdtype(ids.dtype, jnp.integer):
+    if arrays.get("segment_ids") is not None:
+        check_segment_dtype(arrays["segment_ids"].dtype)
+
+
+def check_floating(name: str, dtype: np.dtype) -> None:
+    """ValueError unless the op computes in ``dtype``."""
+    if dtype.name not in DTYPES:
+        raise ValueError(f"{name} must have a dtype among {', '.join(DTYPES)}, got {dtype.name}")
+
+
+def as_dtype(name: str, value: Any) -> np.dtype:
+    """``value`` as the dtype that it names; ValueError unless the op computes in it."""
+    try:
+        dtype = None if value is None else jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype is None or dtype.name not in DTYPES:
+        raise ValueError(f"{name}={value!r} must be a dtype among {', '.join(DTYPES)}")
+    return dtype
+
+
+def check_segment_dtype(dtype: np.dtype) -> None:
+    """ValueError unless ids of segments may have this dtype."""
+    if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"segment_ids must have an integer dtype, got {ids.dtype.name}; "
+            f"segment_ids must have an integer dtype, got {dtype.name}; "
             "one id per token, a new segment wherever the id changes"
         )
+
+
+def check_size(name: str, size: Any, minimum: int) -> None:
+    """ValueError unless ``size`` is a whole number of at least ``minimum``; it may be symbolic."""
+    if jax.export.is_symbolic_dim(size):
+        return
+    if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < minimum:
+        raise ValueError(f"{name} must be a whole number of at least {minimum}, got {size!r}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """ValueError unless ``value`` is True or False; the text "false" would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_scale(scale: Any, key_width: int) -> float:
     """The number that multiplies q: ``scale``, or K**-0.5 for None."""
     if scale is None:
         return key_width**-0.5
-    if isinstance(scale, jax.core.Tracer) or not isinstance(scale, numbers.Real | np.number):
+    known = isinstance(scale, numbers.Real | np.number) and not isinstance(scale, bool)
+    if not known:
         raise ValueError(
             f"scale must be a Python number or None (K**-0.5), got {type(scale).__name__}; "
             "a computed or learnt scale belongs on q: delta_product(scale * q, ..., scale=1)"
         )
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}; None is K**-0.5")
     return float(scale)
 
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
+from deltaproduct_jax.ops.checks import check_shape, check_size
+
 
 def starts_of_segments(segment_ids: Integer[Array, "B T"]) -> Bool[Array, "B T"]:
     """True where the id differs from the token before; never at the first token of a row.
@@ -24,11 +26,21 @@ def segment_ids_from_cu_seqlens(
       cu_seqlens: bounds in tokens, not decreasing; may be traced.
       num_tokens: T, the length of the row; tokens past the last bound get an id of their own.
 
+    Raises:
+      ValueError: the bounds are no integers in one dimension, or ``num_tokens`` is no size.
+
     Returns:
       ids [1, T], int32: the index of the sequence that each token belongs to.
     """
+    cu_seqlens = jnp.asarray(cu_seqlens)
+    if cu_seqlens.ndim != 1 or not jnp.issubdtype(cu_seqlens.dtype, jnp.integer):
+        raise ValueError(
+            "cu_seqlens must be integers in one dimension, [0, l_1, l_1 + l_2, ...], got "
+            f"{cu_seqlens.dtype.name} of shape {cu_seqlens.shape}"
+        )
+    check_size("num_tokens", num_tokens, 0)
     positions = jnp.arange(num_tokens)
-    ids = jnp.searchsorted(jnp.asarray(cu_seqlens), positions, side="right") - 1
+    ids = jnp.searchsorted(cu_seqlens, positions, side="right") - 1
     return ids.astype(jnp.int32)[None]
 
 
@@ -70,6 +82,13 @@ def carry_state(
       state: final state of the earlier piece.
       last_ids: id of each row's last token before the cut.
       next_ids: id of each row's first token after it.
+
+    Raises:
+      ValueError: there is not one id a row.
     """
+    sizes: dict[str, int] = {}
+    check_shape("state", state.shape, ("B", "Hv", "K", "V"), sizes)
+    for name, ids in (("last_ids", last_ids), ("next_ids", next_ids)):
+        check_shape(name, ids.shape, ("B",), sizes)
     same = jnp.asarray(last_ids) == jnp.asarray(next_ids)
     return jnp.where(same[:, None, None, None], state, 0)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops import kernels
+from deltaproduct_jax.ops import checks, kernels
 
 AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -53,20 +53,27 @@ def select_implementation(
       The name of an implementation.
 
     Raises:
-      ValueError: the platform has another name.
+      ValueError: an argument may not have that value, or the sizes do not fit each other.
     """
     if platform not in PLATFORMS:
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
-    sizes = {"B": B, "T": T, "R": R, "H": H or Hv, "Hv": Hv, "K": K, "V": V}
+    sizes = {"B": B, "T": T, "R": R, "H": Hv if H is None else H, "Hv": Hv, "K": K, "V": V}
+    for name, size in sizes.items():
+        checks.check_size(name, size, 0 if name in ("B", "T") else 1)
+    if Hv % sizes["H"]:
+        raise ValueError(f"Hv={Hv} must be a multiple of H={H}")
+    checks.check_flag("differentiated", differentiated)
+    dtype = checks.as_dtype("dtype", dtype)
+    checks.check_chunk_size(chunk_size, None)
+    precision = checks.check_precision(precision)
     for name, kernel in kernels.KERNELS.items():
         if (
             platform == kernel.platform
             and chunk_size is None
             and T > 1
             and min(K, V) >= kernel.least_width
-            and kernels.reason_against(name, **sizes, dtype=jnp.dtype(dtype), precision=precision)
-            is None
+            and kernels.reason_against(name, **sizes, dtype=dtype, precision=precision) is None
             and kernels.load(name).is_ready()
         ):
             return name

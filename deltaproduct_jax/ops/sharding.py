@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.api import delta_product
+from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.packing import carry_state
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE
@@ -110,8 +111,10 @@ def sharded_delta_product(
     checks.check_inputs(arrays)
     checks.check_implementation(implementation, AVAILABLE)
     checks.check_chunk_size(chunk_size, implementation)
+    checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     axes = _check_axes(mesh, batch=batch_axis, head=head_axis, sequence=sequence_axis)
     _check_divisible(mesh, axes, arrays["k"].shape)
+    check_op_values(arrays["k"], arrays["beta"], arrays.get("g"), use_qk_l2norm=use_qk_l2norm)
     options = {
         "scale": checks.check_scale(scale, arrays["q"].shape[-1]),
         "use_qk_l2norm": use_qk_l2norm,

@@ -222,6 +222,8 @@ class Checkpoints:
         self._refuse_damaged_metrics(step)
         if self._saved.get(step) is None:
             raise DamagedCheckpointError(self.directory, step, f"it has no {METRICS}")
+        if not (self.directory / str(step) / ITEM).is_dir():
+            raise DamagedCheckpointError(self.directory, step, f"it has no {ITEM}")
         try:
             saved = self._manager.item_metadata(step)
             if saved is None:
@@ -253,7 +255,9 @@ class Checkpoints:
 
     def _check_same_model(self, step: int, saved: Any, like: TrainState) -> None:
         have, want = _shapes(saved["params"]), _shapes(like.params)
-        differing = sorted(name for name in have | want if have.get(name) != want.get(name))
+        # Version 0.1 trained parameters of bfloat16 as they were; Orbax reads them as float32.
+        fit = {name: text.replace("bfloat16", "float32") for name, text in have.items()}
+        differing = sorted(name for name in fit | want if fit.get(name) != want.get(name))
         if differing:
             shown = "; ".join(
                 f"{name} is {have.get(name, 'absent')} there, {want.get(name, 'absent')} here"

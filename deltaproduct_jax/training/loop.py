@@ -28,6 +28,7 @@ from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecor
 from deltaproduct_jax.training.runs import restore_run
 from deltaproduct_jax.training.step import (
     Metrics,
+    ModelDefinition,
     Params,
     TrainState,
     init_state,
@@ -73,8 +74,8 @@ def train(
     with stop_on_signals() as request:
         require_memory_of_config(config)
         require_memory_of_state(jax.eval_shape(lambda: _first_state(config)[1]))
-        graphdef, state = _first_state(config)
-        trainer = Trainer(config, graphdef, _key(config.seeds()["data"]))
+        definition, state = _first_state(config)
+        trainer = Trainer(config, definition, _key(config.seeds()["data"]))
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.lower(state)
         _go_on(request, "before the first step", workdir)
@@ -137,11 +138,11 @@ def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
         )
 
 
-def _first_state(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+def _first_state(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
     """The model's description, and the state before the first step."""
     model = SequenceModel(config.model, rngs=nnx.Rngs(_key(config.seeds()["init"])))
-    graphdef, params = split_model(model)
-    return graphdef, init_state(params, make_optimizer(config.train))
+    definition, params = split_model(model)
+    return definition, init_state(params, make_optimizer(config.train))
 
 
 def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
@@ -161,13 +162,13 @@ def _key(seed: int) -> jax.Array:
 class Trainer:
     """The compiled steps of a run, and the loop over them."""
 
-    def __init__(self, config: RunConfig, graphdef: nnx.GraphDef, data_key: jax.Array):
+    def __init__(self, config: RunConfig, definition: ModelDefinition, data_key: jax.Array):
         self.config = config
         self.data_key = data_key
         self.stopwatch = Stopwatch()
         task, train = config.task, config.train
         update = make_train_step(
-            graphdef, make_optimizer(train), make_schedule(train), train.accumulation_steps
+            definition, make_optimizer(train), make_schedule(train), train.accumulation_steps
         )
 
         def train_step(length: int, state: TrainState, key: jax.Array):
@@ -182,7 +183,7 @@ class Trainer:
 
         def eval_step(length: int, params: Params, key: jax.Array):
             batch = task.batch(key, train.eval_batch_size, length)
-            loss, correct_BT = loss_and_correct(graphdef, params, batch)
+            loss, correct_BT = loss_and_correct(definition, params, batch)
             return loss, correct_BT, batch.mask
 
         # A save under way holds on to the arrays it writes; JAX then does not reuse their memory.

@@ -24,8 +24,8 @@ def require_memory_of_config(config: RunConfig) -> None:
     model, task, train = config.model, config.task, config.train
     weights = 3 * model.num_layers * model.hidden_size * model.mlp_width
     layers = f"num_layers={model.num_layers} and hidden_size={model.hidden_size}"
-    # With their gradient and the optimiser's two moments.
-    _require(layers, 4 * weights * model.jax_dtypes["param_dtype"].itemsize)
+    # With their gradient and the optimiser's two moments, in float32 whatever the model holds.
+    _require(layers, 4 * weights * 4)
     vocab_bytes = model.vocab_size * 4
     rows = train.batch_size // train.accumulation_steps
     lengths = f"train_length={task.train_length} and batch_size={train.batch_size}"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from deltaproduct_jax.training.config import TrainConfig
@@ -25,7 +26,13 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), every parameter decayed."""
+    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), every parameter decayed.
+
+    Moments and updates are in float32 at least, whatever the dtype of the parameters: in bfloat16
+    the second moment would never decay, since .999 of a number is rounded to that number.
+    Parameters in bfloat16 would lose the updates in the same way; ``step.init_state`` keeps them
+    in float32.
+    """
     adamw = optax.adamw(
         make_schedule(config),
         b1=config.adam_b1,
@@ -36,7 +43,25 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     if config.clip_norm is not None:
         adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
 
-    return optax.GradientTransformation(adamw.init, _promoting(adamw.update))
+    def init(params: optax.Params) -> optax.OptState:
+        return adamw.init(at_least_float32(params))
+
+    def update(
+        grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return adamw.update(at_least_float32(grads), state, at_least_float32(params))
+
+    return optax.GradientTransformation(init, _promoting(update))
+
+
+def at_least_float32(tree: Any) -> Any:
+    """A tree of arrays with those of narrower floating dtypes in float32."""
+
+    def widen(x: jax.Array) -> jax.Array:
+        narrow = jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+        return x.astype(jnp.float32) if narrow else x
+
+    return jax.tree.map(widen, tree)
 
 
 def _promoting(function: Callable) -> Callable:

@@ -15,7 +15,7 @@ from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, ConfigFile
-from deltaproduct_jax.training.step import TrainState, init_state, split_model
+from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
 
 
 class Run(NamedTuple):
@@ -42,11 +42,11 @@ def restore_run(config: RunConfig, directory: Path, checkpoint: str | int) -> Ru
     """The run in ``directory``, whose configuration is known; see :func:`load_run`."""
     if not (directory / CHECKPOINTS).is_dir():
         raise RunDirectoryError(f"{directory} has no {CHECKPOINTS} yet")
-    graphdef, like = _shapes_of(config)
+    definition, like = _shapes_of(config)
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
         step = _step_of(checkpoint, checkpoints, directory)
         params = checkpoints.restore(step, like=like).params
-    return Run(nnx.merge(graphdef, params), config, step)
+    return Run(definition.with_params(params), config, step)
 
 
 def read_config(directory: Path) -> RunConfig:
@@ -64,14 +64,14 @@ def read_config(directory: Path) -> RunConfig:
         raise RunDirectoryError(f"{path} describes no run: {error}") from error
 
 
-def _shapes_of(config: RunConfig) -> tuple[nnx.GraphDef, TrainState]:
+def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
     """The model's description and the shapes of a checkpoint, without drawing parameters."""
     model = nnx.eval_shape(lambda: SequenceModel(config.model, rngs=nnx.Rngs(0)))
-    graphdef, params = split_model(model)
+    definition, params = split_model(model)
     state = jax.eval_shape(lambda params: init_state(params, make_optimizer(config.train)), params)
     # A checkpoint names the devices that it was written on; here it is to lie where arrays do.
     here = jnp.zeros(()).sharding
-    return graphdef, jax.tree.map(
+    return definition, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), state
     )
 

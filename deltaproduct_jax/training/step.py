@@ -1,9 +1,13 @@
 """One step of training and one of evaluation, as pure functions of arrays.
 
-The model is split once: ``graphdef`` is static, ``params`` is a plain nested dict of arrays.
+The model is split once: ``definition`` is static, ``params`` is a plain nested dict of arrays.
+What is trained is in float32 at least, whatever the model holds: in bfloat16 a weight near 1 stays
+where it is when 1e-3 is added to it. The model computes with these numbers rounded to its dtypes.
+
 Dimension key: ``B`` sequences, ``T`` positions, ``A`` parts of an accumulated batch.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,38 +17,60 @@ import optax
 from flax import nnx
 
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.optimizer import at_least_float32
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that changes from step to step, and all that a checkpoint holds."""
+    """All that changes from step to step, and all that a checkpoint holds.
 
-    step: jax.Array  # updates made, int32
+    Attributes:
+        step: updates made, int32.
+        params: parameters, in float32 at least.
+        opt_state: the optimiser's state, its moments in float32 at least.
+    """
+
+    step: jax.Array
     params: Params
     opt_state: optax.OptState
 
 
-def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+@dataclasses.dataclass(frozen=True)
+class ModelDefinition:
+    """A model without its parameters: their structure, and the dtypes in which it holds them."""
+
+    graphdef: nnx.GraphDef
+    dtypes: dict[str, Any]
+
+    def with_params(self, params: Params) -> nnx.Module:
+        """The model with these parameters, rounded to its dtypes."""
+        rounded = jax.tree.map(lambda x, dtype: x.astype(dtype), params, self.dtypes)
+        return nnx.merge(self.graphdef, rounded)
+
+
+def split_model(model: nnx.Module) -> tuple[ModelDefinition, Params]:
     """The model as a static description and a plain nested dict of its parameters."""
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
+    graphdef, state = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(state)
+    return ModelDefinition(graphdef, jax.tree.map(lambda x: x.dtype, params)), params
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; it holds the parameters in float32 at least."""
+    params = at_least_float32(params)
     return TrainState(jnp.zeros((), dtype=jnp.int32), params, optimizer.init(params))
 
 
 def loss_and_correct(
-    graphdef: nnx.GraphDef, params: Params, batch: Batch
+    definition: ModelDefinition, params: Params, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy summed over the counted positions, in float32, and correct answers ``[B, T]``.
 
     The answer at a position is the likeliest token, the smallest id where several are.
     """
-    model = nnx.merge(graphdef, params)
+    model = definition.with_params(params)
     logits_BTV = model(batch.inputs).astype(jnp.float32)
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.targets)
     correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets
@@ -52,7 +78,7 @@ def loss_and_correct(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef,
+    definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation_steps: int,
@@ -76,7 +102,7 @@ def make_train_step(
 
     def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            loss, correct_BT = loss_and_correct(graphdef, params, batch)
+            loss, correct_BT = loss_and_correct(definition, params, batch)
             return loss / count, jnp.sum(correct_BT, where=batch.mask, dtype=jnp.float32)
 
         (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)

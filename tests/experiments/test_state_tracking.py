@@ -355,10 +355,10 @@ def configure(argv) -> RunConfig:
 def model_of(*argv):
     """The parameters a command starts from, and the program that computes its logits."""
     model = SequenceModel(configure(argv).model, rngs=nnx.Rngs(0))
-    graphdef, params = split_model(model)
+    definition, params = split_model(model)
     tokens = jnp.zeros((1, 8), dtype=jnp.int32)
     with jax.numpy_dtype_promotion("standard"):  # for Flax's norm of bfloat16
-        program = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(tokens))(params)
+        program = jax.make_jaxpr(lambda params: definition.with_params(params)(tokens))(params)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return str(program), [(str(path), np.asarray(leaf).tobytes()) for path, leaf in leaves]
 

@@ -68,8 +68,8 @@ def expected_of(params):
 
 
 def test_the_readme_has_an_example_of_each():
-    expected = ["Plain JAX", "Flax NNX", "Flax Linen", "Equinox", "Haiku", "A saved program"]
-    assert list(EXAMPLES) == expected
+    expected = ["Plain JAX", "Flax NNX", "Flax Linen", "Equinox", "Haiku"]
+    assert list(EXAMPLES) == [*expected, "What no error can say", "A saved program"]
 
 
 # Where the example keeps its parameters.
@@ -83,7 +83,34 @@ PARAMETERS = {
 }
 
 
-@pytest.mark.parametrize("title", EXAMPLES)
+def test_values_are_looked_at():
+    names = {}
+    exec(compile(EXAMPLES["What no error can say"], README.name, "exec"), names)
+    assert names["said"].startswith("k must hold vectors of length 1 at most, got one of length 1")
+    assert np.all(np.isfinite(names["o"]))
+
+
+class WrongBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return GatedDeltaProduct(16, **SIZES, rngs=nnx.Rngs(0))(x)[0]
+
+
+def test_made_in_the_wrong_place_nothing_trains():
+    """As the page says; made in the right one, all of it does: the examples."""
+    x = jnp.ones((2, 6, 16))
+    wrong = hk.transform(lambda x: GatedDeltaProduct(16, **SIZES, rngs=nnx.Rngs(0))(x)[0])
+    for init in (WrongBlock().init, wrong.init):
+        assert not jax.tree.leaves(jax.eval_shape(init, jax.random.key(0), x))
+    layer = nnx.eval_shape(lambda: GatedDeltaProduct(16, **SIZES, rngs=nnx.Rngs(0)))
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    right = bridge.to_linen(GatedDeltaProduct, 16, **SIZES)
+    assert size(jax.eval_shape(right.init, jax.random.key(0), x)["params"]) == size(
+        nnx.state(layer, nnx.Param)
+    )
+
+
+@pytest.mark.parametrize("title", PARAMETERS)
 def test_examples_compute_what_the_layer_does(title):
     names = {}
     exec(compile(EXAMPLES[title], f"{README.name}: {title}", "exec"), names)

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from deltaproduct_jax.ops import (
+    carry_state,
     cu_seqlens_from_segment_ids,
     delta_product,
     delta_product_step,
+    segment_ids_from_cu_seqlens,
+    select_implementation,
 )
 
 B, T, R, H, Hv, K, V = 2, 5, 3, 2, 4, 8, 6
@@ -111,6 +114,13 @@ CASES = {
         inputs(scale=jnp.ones(())),
         "scale must be a Python number or None (K**-0.5)",
     ),
+    "scale that is no number": (inputs(scale=float("nan")), "scale must be finite, got nan"),
+    "endless scale": (inputs(scale=np.float32("-inf")), "scale must be finite, got -inf"),
+    "scale of truth": (inputs(scale=True), "scale must be a Python number or None"),
+    "a text for a truth": (
+        inputs(use_qk_l2norm="false"),
+        "use_qk_l2norm must be True or False, got 'false'",
+    ),
 }
 
 
@@ -168,6 +178,42 @@ def test_forward_mode_names_the_remedy(implementation, where):
     }
     with pytest.raises(TypeError, match='implementation="recurrent" or "associative"'):
         calls[where]()
+
+
+SIZES = {"B": 1, "T": 8, "R": 2, "Hv": 4, "K": 16, "V": 16, "differentiated": False}
+SELECTIONS = {
+    "platform='zz' is not known": {"platform": "zz", "B": -1},
+    "B must be a whole number of at least 0, got -1": {"B": -1},
+    "T must be a whole number of at least 0, got 8.0": {"T": 8.0},
+    "K must be a whole number of at least 1, got True": {"K": True},
+    "H must be a whole number of at least 1, got 0": {"H": 0},
+    "Hv=4 must be a multiple of H=3": {"H": 3},
+    "differentiated must be True or False, got 'no'": {"differentiated": "no"},
+    "dtype='int8' must be a dtype among bfloat16": {"dtype": "int8"},
+    "dtype=None must be a dtype among": {"dtype": None},
+    "chunk_size must be at least 1, got -1": {"chunk_size": -1},
+    "precision='exact' is not known": {"precision": "exact"},
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_questions_about_implementations():
+    for text, change in SELECTIONS.items():
+        with pytest.raises(ValueError, match=re.escape(text)):
+            select_implementation(**{"platform": "cpu"} | SIZES | change)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_packing():
+    state, ids = jnp.zeros((B, Hv, K, V)), jnp.zeros((B,), int)
+    with pytest.raises(ValueError, match=re.escape("next_ids must have shape [B] with B=2, got")):
+        carry_state(state, ids, ids[:1])
+    with pytest.raises(ValueError, match="state must have 4 dimensions"):
+        carry_state(state[0], ids, ids)
+    with pytest.raises(ValueError, match="cu_seqlens must be integers in one dimension"):
+        segment_ids_from_cu_seqlens(jnp.array([0.0, 3.0]), 3)
+    with pytest.raises(ValueError, match="num_tokens must be a whole number of at least 0, got -3"):
+        segment_ids_from_cu_seqlens(jnp.array([0, 3]), -3)
 
 
 def test_segment_ids_of_unknown_values():

@@ -1,5 +1,6 @@
 """Checkpoints: the best and the newest both stay, and only the same model is restored."""
 
+import json
 import types
 
 import jax
@@ -51,6 +52,20 @@ def test_later_of_equals_is_the_best():
     policy = BestAndNewest(selections)
     assert policy.should_preserve(infos, context=None) == [False, True, False, False, True]
     assert policy.should_preserve([], context=None) == []
+
+
+def test_what_version_0_1_trained_in_bfloat16_goes_on_in_float32(tmp_path):
+    """It had parameters and moments in the model's dtype, and no checksum."""
+    narrow = lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    saved = jax.tree.map(narrow, state_at(3))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(saved, 3, (0.5, 0.5))
+    metrics = tmp_path / "3" / "metrics" / "metrics"
+    metrics.write_text(json.dumps({"selection": json.loads(metrics.read_text())["selection"]}))
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(3, like=init_state(saved.params, OPTIMIZER))
+    assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(restored))
+    jax.tree.map(np.testing.assert_array_equal, restored, state_at(3))
 
 
 def test_a_save_keeps_its_values_while_training_goes_on(tmp_path):

@@ -95,9 +95,9 @@ def test_losses_by_hand(tmp_path):
     fields = {"steps": 4, "log_every": 1, "curriculum": (2,), "curriculum_fraction": 0.5}
     train(tmp_path, **fields)
     config = run_config(**fields)
-    graphdef, params = initial(config)
+    definition, params = initial(config)
     optimizer = make_optimizer(config.train)
-    update = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config.train), 1))
+    update = jax.jit(make_train_step(definition, optimizer, make_schedule(config.train), 1))
     state, losses = init_state(params, optimizer), []
     draw = jax.jit(config.task.batch, static_argnums=(1, 2))
     for index, length in enumerate((2, 2, 4, 4)):
@@ -113,9 +113,9 @@ def test_losses_of_a_growing_prefix_by_hand(tmp_path):
     fields = {"steps": 4, "log_every": 1, "grow_from": 2, "curriculum_fraction": 0.75}
     train(tmp_path, **fields)
     config = run_config(**fields)
-    graphdef, params = initial(config)
+    definition, params = initial(config)
     optimizer = make_optimizer(config.train)
-    update = jax.jit(make_train_step(graphdef, optimizer, make_schedule(config.train), 1))
+    update = jax.jit(make_train_step(definition, optimizer, make_schedule(config.train), 1))
     state, losses = init_state(params, optimizer), []
     draw = jax.jit(config.task.batch, static_argnums=(1, 2))
     for index, length in enumerate((2, 3, 4, 4)):
@@ -132,7 +132,7 @@ def test_losses_of_a_growing_prefix_by_hand(tmp_path):
 def test_test_scores_by_hand(finished):
     config = run_config()
     results = json.loads((finished / "results.json").read_text())
-    graphdef, params = initial(config)
+    definition, params = initial(config)
     like = init_state(params, make_optimizer(config.train))
     with Checkpoints(finished / "checkpoints") as checkpoints:
         best = checkpoints.restore(results["best_step"], like=like).params
@@ -142,7 +142,7 @@ def test_test_scores_by_hand(finished):
         corrects = []
         for index in (2 * position, 2 * position + 1):
             batch = draw(batch_key(data_key(config), "test", index), 16, entry["length"])
-            corrects.append(np.asarray(loss_and_correct(graphdef, best, batch)[1]))
+            corrects.append(np.asarray(loss_and_correct(definition, best, batch)[1]))
         correct = np.concatenate(corrects)
         assert entry["paper"]["token_accuracy"] == correct.mean()
         assert entry["strict"]["token_accuracy"] == correct[:, 1:].mean()

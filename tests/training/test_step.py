@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -39,16 +40,16 @@ def random_batch(batch_size=8, length=6, seed=0) -> Batch:
 
 
 def step_with(train: TrainConfig, model: nnx.Module):
-    graphdef, params = split_model(model)
+    definition, params = split_model(model)
     optimizer = make_optimizer(train)
-    step = make_train_step(graphdef, optimizer, make_schedule(train), train.accumulation_steps)
+    step = make_train_step(definition, optimizer, make_schedule(train), train.accumulation_steps)
     return jax.jit(step), init_state(params, optimizer)
 
 
 def test_loss_and_answers_by_hand():
-    graphdef, params = split_model(Bigram(nnx.Rngs(0)))
+    definition, params = split_model(Bigram(nnx.Rngs(0)))
     batch = random_batch()
-    loss, correct = loss_and_correct(graphdef, params, batch)
+    loss, correct = loss_and_correct(definition, params, batch)
     logits = np.asarray(params["table"], dtype=np.float64)[batch.inputs]
     probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     taken = np.take_along_axis(probabilities, np.asarray(batch.targets)[..., None], axis=-1)
@@ -58,9 +59,61 @@ def test_loss_and_answers_by_hand():
 
 
 def test_loss_is_float32_for_a_bfloat16_model():
-    graphdef, params = split_model(Bigram(nnx.Rngs(0), dtype=jnp.bfloat16))
-    loss, _ = loss_and_correct(graphdef, params, random_batch())
+    definition, params = split_model(Bigram(nnx.Rngs(0), dtype=jnp.bfloat16))
+    loss, _ = loss_and_correct(definition, params, random_batch())
     assert loss.dtype == jnp.float32
+
+
+def moments_of(state):
+    return [optax.tree_utils.tree_get(state.opt_state, name) for name in ("mu", "nu")]
+
+
+def test_a_bfloat16_model_trains():
+    """Its norm scales start at 1, where bfloat16 has no number nearer than 4e-3."""
+    config = ModelConfig(
+        vocab_size=VOCAB, hidden_size=8, num_heads=2, head_dim=4,
+        intermediate_size=8, param_dtype="bfloat16",
+    )  # fmt: skip
+    train = TrainConfig(batch_size=4, accumulation_steps=2, schedule="constant", weight_decay=0.0)
+    step, state = step_with(train, SequenceModel(config, rngs=nnx.Rngs(0)))
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves((state.params, moments_of(state)))}
+    assert kinds == {"float32"}
+    for seed in range(60):
+        state, metrics = step(state, random_batch(batch_size=4, seed=seed))
+        assert np.isfinite(metrics["loss"])
+    scales = [
+        np.asarray(leaf)
+        for path, leaf in jax.tree.leaves_with_path(state.params)
+        if "scale" in jax.tree_util.keystr(path)
+    ]
+    moved = np.abs(np.concatenate(scales) - 1)
+    assert len(moved) == 3 * 8 + 4
+    assert np.all(moved > 0)
+    # Once gradients are 0, both moments decay as they should.
+    grads = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), state.params)
+    _, after = make_optimizer(train).update(grads, state.opt_state, state.params)
+    after = state._replace(opt_state=after)
+    for old, new, kept in zip(moments_of(state), moments_of(after), (0.9, 0.999), strict=True):
+        jax.tree.map(lambda a, b, k=kept: np.testing.assert_allclose(b, k * a, rtol=1e-6), old, new)
+
+
+def test_a_model_computes_with_parameters_of_its_own_dtypes():
+    definition, params = split_model(Bigram(nnx.Rngs(0), dtype=jnp.bfloat16))
+    state = init_state(params, make_optimizer(TrainConfig()))
+    table = definition.with_params(state.params).table[...]
+    assert (table.dtype, state.params["table"].dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(table, params["table"])
+    nudged = {"table": state.params["table"] * (1 + 2**-12)}  # lost when it is rounded
+    losses = [loss_and_correct(definition, p, random_batch())[0] for p in (params, nudged)]
+    assert losses[0] == losses[1]
+
+
+def test_moments_are_float32_for_bfloat16_parameters_given_to_the_optimizer():
+    params = {"a": jnp.ones((3,), jnp.bfloat16)}
+    optimizer = make_optimizer(TrainConfig())
+    updates, state = optimizer.update(params, optimizer.init(params), params)
+    assert updates["a"].dtype == jnp.float32
+    assert optax.tree_utils.tree_get(state, "nu")["a"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("accumulation_steps", [2, 8])
@@ -83,15 +136,15 @@ def test_accumulated_step_is_the_step_of_the_whole_batch(accumulation_steps):
 def test_a_step_over_devices_is_the_step_of_the_whole_batch(parts):
     """Devices count different numbers of positions."""
     train = TrainConfig(batch_size=8, accumulation_steps=parts, clip_norm=0.5)
-    graphdef, params = split_model(Bigram(nnx.Rngs(0)))
+    definition, params = split_model(Bigram(nnx.Rngs(0)))
     optimizer, schedule = make_optimizer(train), make_schedule(train)
     state, batch = init_state(params, optimizer), random_batch()
-    step = make_train_step(graphdef, optimizer, schedule, parts, axis_name=("data", "rest"))
+    step = make_train_step(definition, optimizer, schedule, parts, axis_name=("data", "rest"))
     mesh = jax.make_mesh((2, 2), ("data", "rest"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(("data", "rest"))
     step = jax.shard_map(step, mesh=mesh, in_specs=(whole, cut), out_specs=(whole, whole))
     after, metrics = jax.jit(step)(state, batch)
-    step = make_train_step(graphdef, optimizer, schedule, accumulation_steps=1)
+    step = make_train_step(definition, optimizer, schedule, accumulation_steps=1)
     expected, expected_metrics = jax.jit(step)(state, batch)
     for name in expected_metrics:
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5)
@@ -107,8 +160,8 @@ def test_metrics_of_a_step():
     table, new_table = (np.asarray(s.params["table"], np.float64) for s in (state, after))
 
     def loss_of(table):
-        graphdef, _ = split_model(Bigram(nnx.Rngs(0)))
-        loss, correct = loss_and_correct(graphdef, {"table": table}, batch)
+        definition, _ = split_model(Bigram(nnx.Rngs(0)))
+        loss, correct = loss_and_correct(definition, {"table": table}, batch)
         return loss / float(batch.mask.sum()), correct
 
     (loss, correct), grad = jax.value_and_grad(loss_of, has_aux=True)(state.params["table"])

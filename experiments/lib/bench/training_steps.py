@@ -47,12 +47,12 @@ def our_rows(
     optimizer = make_optimizer(training)
     model = SequenceModel(model_config, rngs=nnx.Rngs(0))
     parameters = count_parameters(model)["total"]
-    graphdef, params = split_model(model)
+    definition, params = split_model(model)
     state = init_state(params, optimizer)
     del model, params  # the first step donates the arrays
     inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
     batch = Batch(inputs, targets, jnp.ones(inputs.shape, bool))
-    step = make_train_step(graphdef, optimizer, make_schedule(training), 1)
+    step = make_train_step(definition, optimizer, make_schedule(training), 1)
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     seconds = time.perf_counter() - began

@@ -1,0 +1,151 @@
+"""What is prepared and what is drawn: the fields that are flags."""
+
+import dataclasses
+import fnmatch
+from typing import Any
+
+from deltaproduct_jax.data import standard_library, workers
+from deltaproduct_jax.data.packing import PACKINGS
+from deltaproduct_jax.data.splits import split_of
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.settings import check_fields, setting
+
+HELD_OUT = 0.005
+VOCAB_SIZE, TRAIN_BYTES = 32_000, 2**28
+FEWEST_OF_BPE = 257  # BOS and every byte
+MOST_OF_BPE = 2**24
+SAME_BYTES = ("workers",)  # fields that change nothing of what is written
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What is prepared, and how; raises ConfigError where the fields make no sense."""
+
+    sources: tuple[str, ...] = setting(
+        (),
+        "a file or folder of text (a document a file), .jsonl or .parquet; may be repeated",
+        repeated=True,
+    )
+    pattern: tuple[str, ...] = setting(
+        ("*.txt", "*.jsonl", "*.parquet"), "which files of a folder are taken, as in *.c,*.h"
+    )
+    text_field: str = setting("text", "the field or column of a document's text")
+    tokenizer: str = setting(
+        "bpe",
+        "bytes, bpe (trained on the sources), mistral (the paper's), or the path of a "
+        "tokenizer.json or of a SentencePiece model",
+    )
+    bos: str | None = setting(
+        None, "of a tokenizer.json, the token that begins a document; none: the usual names"
+    )
+    vocab_size: int | None = setting(None, f"of bpe; none: {VOCAB_SIZE}")
+    train_bytes: int | None = setting(None, f"of text that bpe is trained on; none: {TRAIN_BYTES}")
+    valid_fraction: float | None = setting(
+        None, f"documents for validation; none: {HELD_OUT}, or 0 with valid_paths"
+    )
+    test_fraction: float | None = setting(
+        None, f"documents for the test; none: {HELD_OUT}, or 0 with test_paths"
+    )
+    valid_paths: tuple[str, ...] = setting(
+        (), "files for validation, as in */drivers/*; before any fraction"
+    )
+    test_paths: tuple[str, ...] = setting((), "files for the test, written alike")
+    shard_bytes: int = setting(2**26, "of sources, about, that a shard is made of")
+    workers: int | None = setting(None, "processes; none: one for every core")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_fields(self)
+        if self.tokenizer != "bpe":
+            for name in ("vocab_size", "train_bytes"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(
+                        f"{name}={getattr(self, name)} is only for tokenizer=bpe, which is "
+                        f"trained; tokenizer={self.tokenizer} is what it is"
+                    )
+        elif self.bos is not None:
+            raise ConfigError(f"bos={self.bos!r} is only for a tokenizer.json, got tokenizer=bpe")
+        require_at_least("vocab_size", self.bpe_size, FEWEST_OF_BPE)
+        if self.bpe_size > MOST_OF_BPE:
+            raise ConfigError(
+                f"vocab_size={self.bpe_size} is too large; it must be at most {MOST_OF_BPE}"
+            )
+        for name, least in (("shard_bytes", 1), ("train_bytes", 1), ("workers", 1)):
+            if getattr(self, name) is not None:
+                require_at_least(name, getattr(self, name), least)
+        for name, value in zip(("valid_fraction", "test_fraction"), self.fractions, strict=True):
+            if not 0 <= value < 1:
+                raise ConfigError(f"{name}={value} must be at least 0 and below 1")
+        if sum(self.fractions) >= 1:
+            raise ConfigError(
+                f"valid_fraction={self.fractions[0]} and test_fraction={self.fractions[1]} leave "
+                "nothing to train on; their sum must be below 1"
+            )
+
+    @property
+    def bpe_size(self) -> int:
+        """Tokens of a BPE that is trained."""
+        return VOCAB_SIZE if self.vocab_size is None else self.vocab_size
+
+    @property
+    def bpe_bytes(self) -> int:
+        """Of text that a BPE is trained on."""
+        return TRAIN_BYTES if self.train_bytes is None else self.train_bytes
+
+    @property
+    def fractions(self) -> tuple[float, float]:
+        """Of documents, for validation and for the test."""
+        valid = 0.0 if self.valid_paths else HELD_OUT
+        test = 0.0 if self.test_paths else HELD_OUT
+        return (
+            valid if self.valid_fraction is None else self.valid_fraction,
+            test if self.test_fraction is None else self.test_fraction,
+        )
+
+    @property
+    def processes(self) -> int:
+        """How many work at once."""
+        return workers.cores() if self.workers is None else self.workers
+
+    def split_of(self, path: str, text: str) -> str:
+        """The split of a document, by its file or by what it says."""
+        for split, patterns in (("valid", self.valid_paths), ("test", self.test_paths)):
+            if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
+                return split
+        return split_of(text.encode(), *self.fractions)
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that what is written depends on, as JSON has them."""
+        fields = dataclasses.asdict(self)
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if name not in SAME_BYTES
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamConfig:
+    """Which text, and how it is packed; raises ConfigError where the fields make no sense."""
+
+    data: tuple[str, ...] = setting(
+        (standard_library.NAME,),
+        f"folders of experiments.prepare_text, or {standard_library.NAME}: Python's own sources",
+    )
+    data_weights: tuple[float, ...] = setting(
+        (), "shares of the folders in every stretch of rows; none: alike"
+    )
+    packing: str = setting("concatenate", f"one of {', '.join(PACKINGS)}")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_fields(self)
+        require_one_of("packing", self.packing, PACKINGS)
+        if not self.data:
+            raise ConfigError("data is empty; it must name a folder at least")
+        if self.data_weights and len(self.data_weights) != len(self.data):
+            raise ConfigError(
+                f"data_weights={self.data_weights} must be as many as data={self.data}"
+            )
+        if not all(weight > 0 for weight in self.data_weights):
+            raise ConfigError(f"data_weights={self.data_weights} must be greater than 0")

@@ -1,0 +1,120 @@
+"""The tokens of one split, read through memory maps."""
+
+import bisect
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deltaproduct_jax.data.manifest import MANIFEST, read_manifest
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import user_path
+
+# Every map keeps a file open, of which a process may often have 1,024.
+MAPS_OPEN = 512
+
+
+class Corpus:
+    """Documents of one split, one after another; the token that begins each is ``bos_id``.
+
+    Attributes:
+        name: where it comes from, as a user wrote it.
+        offsets: [documents + 1] int64, where documents begin, and where the last ends.
+        tokenizer: what made the ids; alike for corpora whose ids mean the same.
+        vocab_size: ids are below it.
+        bos_id: the token that begins every document.
+        num_bytes: of the text, for bits per byte.
+        fingerprint: of the tokens and the tokenizer; another place does not change it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[Callable[[], np.ndarray]],
+        offsets: Sequence[np.ndarray],
+        *,
+        tokenizer: str,
+        vocab_size: int,
+        bos_id: int,
+        num_bytes: int,
+        fingerprint: str,
+    ):
+        self.name = name
+        self.tokenizer, self.vocab_size, self.bos_id = tokenizer, vocab_size, bos_id
+        self.num_bytes, self.fingerprint = num_bytes, fingerprint
+        sizes = np.array([part[-1] for part in offsets], np.int64)
+        bases = np.cumsum(sizes) - sizes
+        ends = [part[1:] + base for part, base in zip(offsets, bases, strict=True)]
+        self.offsets = np.concatenate([np.zeros(1, np.int64), *ends])
+        self._bases = bases.tolist()
+        self._shard = functools.lru_cache(MAPS_OPEN)(lambda index: shards[index]())
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, BOS counted."""
+        return int(self.offsets[-1])
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[documents] int64, tokens of each, BOS counted."""
+        return np.diff(self.offsets)
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Fills ``out`` with the tokens from ``start`` on, which must be of one document."""
+        shard = bisect.bisect_right(self._bases, start) - 1
+        start -= self._bases[shard]
+        out[:] = self._shard(shard)[start : start + len(out)]
+
+    def document(self, index: int) -> np.ndarray:
+        """The tokens of one document, int32."""
+        start, stop = self.offsets[index : index + 2].tolist()
+        out = np.empty(stop - start, np.int32)
+        self.read(start, out)
+        return out
+
+
+def open_corpus(directory: str | Path, split: str) -> Corpus:
+    """Opens one split of a directory that `prepare` made.
+
+    Raises:
+        ConfigError: it has no such split.
+        RunDirectoryError: it was not prepared to the end, or its files are not what they were.
+    """
+    directory = user_path(str(directory))
+    manifest = read_manifest(directory)
+    if split not in manifest["splits"]:
+        raise ConfigError(
+            f"{directory} has no split {split!r}; it has {', '.join(manifest['splits'])}, as "
+            "fractions and paths of experiments.prepare_text had it"
+        )
+    said, tokenizer = manifest["splits"][split], manifest["tokenizer"]
+    names = [shard["name"] for shard in said["shards"]]
+    opened = [functools.partial(_map, directory / f"{name}.tokens.npy") for name in names]
+    offsets = [np.array(_map(directory / f"{name}.offsets.npy")) for name in names]
+    for shard, of_shard, tokens in zip(said["shards"], offsets, opened, strict=True):
+        if not len(tokens()) == of_shard[-1] == shard["tokens"]:
+            raise RunDirectoryError(f"{directory / shard['name']} is not what {MANIFEST} says")
+    hashes = [
+        tokenizer["sha256"],
+        *(h for shard in said["shards"] for h in shard["sha256"].values()),
+    ]
+    return Corpus(
+        str(directory),
+        opened,
+        offsets,
+        tokenizer=f"{tokenizer['kind']} {tokenizer['sha256']}",
+        vocab_size=tokenizer["vocab_size"],
+        bos_id=tokenizer["bos_id"],
+        num_bytes=said["bytes"],
+        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+    )
+
+
+def _map(path: Path) -> np.ndarray:
+    try:
+        # As a plain array: slices of np.memmap cost several times as much.
+        return np.load(path, mmap_mode="r").view(np.ndarray)
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error}") from error

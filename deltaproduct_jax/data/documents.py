@@ -1,0 +1,239 @@
+"""Documents in files: text, JSON lines and Parquet, cut into pieces that are read one by one.
+
+What cannot be read as a document is counted and left out; what can be put right is counted too:
+
+- ``null``: the field is missing or null;
+- ``malformed``: a line that is no JSON object, or a field that is no text;
+- ``empty``: text without a character;
+- ``invalid_utf8``: bytes that are no UTF-8 were replaced by U+FFFD.
+"""
+
+import dataclasses
+import fnmatch
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.data.optional import require
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import errors_as_one_line, user_path
+
+KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+ROWS_AT_ONCE = 64  # of a Parquet file: few, since a single one may be gigantic
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A file: its name as the user wrote it, its size, and when it was last written."""
+
+    path: str
+    bytes: int
+    modified_ns: int
+
+    @property
+    def kind(self) -> str:
+        """``text`` (one document), ``jsonl`` or ``parquet``."""
+        return KINDS.get(Path(self.path).suffix.lower(), "text")
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """A part of a file: bytes of text or JSON lines, row groups of Parquet."""
+
+    path: str
+    kind: str
+    start: int
+    stop: int
+    weight: int  # bytes that it is about, for the size of pieces and the progress bar
+
+
+def list_sources(paths: Sequence[str], patterns: Sequence[str]) -> list[Source]:
+    """Every file once: those named, and those in the folders named whose name matches a pattern.
+
+    Raises:
+        ConfigError: a path is not there or compressed, or no file is left.
+    """
+    if not paths or not all(paths):
+        raise ConfigError("sources is empty; give --sources=FILE_OR_FOLDER, as often as you like")
+    found: dict[Path, Source] = {}
+    for path in map(user_path, paths):
+        if not path.exists():
+            raise ConfigError(f"sources={str(path)!r} is not there; it must be a file or a folder")
+        for file in _files_of(path, patterns):
+            if file.suffix.lower() in COMPRESSED:
+                raise ConfigError(f"sources: {file} is compressed; unpack it first")
+            if not _is_utf8(file):
+                raise ConfigError(f"sources: the name of {str(file)!r} is no UTF-8; rename it")
+            stat = file.stat()
+            source = Source(file.as_posix(), stat.st_size, stat.st_mtime_ns)
+            found.setdefault(file.resolve(), source)
+    if not found:
+        raise ConfigError(
+            f"sources={list(paths)} hold no file that matches pattern={','.join(patterns)}"
+        )
+    return list(found.values())
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _files_of(path: Path, patterns: Sequence[str]) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = [
+        Path(folder, name)
+        for folder, _, names in os.walk(path)
+        for name in names
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+    return sorted(filter(Path.is_file, files), key=Path.as_posix)
+
+
+def plan_pieces(sources: Iterable[Source], piece_bytes: int) -> list[tuple[Slice, ...]]:
+    """Cuts large files and gathers small ones, in order, to pieces of about ``piece_bytes``."""
+    pieces: list[tuple[Slice, ...]] = []
+    waiting: list[Slice] = []
+    for source in sources:
+        for part in _slices(source, piece_bytes):
+            waiting.append(part)
+            if sum(s.weight for s in waiting) >= piece_bytes:
+                pieces.append(tuple(waiting))
+                waiting = []
+    return [*pieces, tuple(waiting)] if waiting else pieces
+
+
+def _slices(source: Source, piece_bytes: int) -> Iterator[Slice]:
+    path, kind, size = source.path, source.kind, source.bytes
+    if kind == "text":
+        yield Slice(path, kind, 0, size, size)
+    elif kind == "jsonl":
+        for start in range(0, size, piece_bytes):
+            stop = min(start + piece_bytes, size)
+            yield Slice(path, kind, start, stop, stop - start)
+    else:
+        yield from _row_groups(path, piece_bytes)
+
+
+def _row_groups(path: str, piece_bytes: int) -> Iterator[Slice]:
+    metadata = _parquet(path).metadata
+    start = weight = 0
+    for group in range(metadata.num_row_groups):
+        weight += metadata.row_group(group).total_byte_size
+        if weight >= piece_bytes or group + 1 == metadata.num_row_groups:
+            yield Slice(path, "parquet", start, group + 1, weight)
+            start, weight = group + 1, 0
+
+
+def _parquet(path: str) -> Any:
+    parquet = require("pyarrow.parquet", f"sources: {path}")
+    arrow = require("pyarrow", f"sources: {path}")
+    try:
+        return parquet.ParquetFile(path, memory_map=True)
+    except (arrow.ArrowInvalid, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"sources: {path} cannot be read as Parquet: {reason}") from error
+
+
+def read(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
+    """The documents of a slice, in order, none empty; notes in ``counts`` what was wrong.
+
+    Raises:
+        ConfigError: a Parquet file without the column ``text_field``, or with another type there.
+        RunDirectoryError: a file cannot be read.
+    """
+    readers = {"text": _read_text, "jsonl": _read_lines, "parquet": _read_rows}
+    for text in readers[part.kind](part, text_field, counts):
+        if text:
+            yield text
+        else:
+            counts["empty"] += 1
+
+
+def _read_text(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
+    with errors_as_one_line(Path(part.path), "read"):
+        data = Path(part.path).read_bytes()
+    yield _decode(data, counts)
+
+
+def _read_lines(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
+    """Lines that begin in the slice, wherever they end."""
+    for line in _lines_from(part):
+        text = _field_of(_decode(line, counts), text_field, counts) if line.strip() else None
+        if text is not None:
+            yield _without_surrogates(text, counts)
+
+
+def _lines_from(part: Slice) -> Iterator[bytes]:
+    with errors_as_one_line(Path(part.path), "read"), open(part.path, "rb") as file:
+        if part.start:
+            file.seek(part.start - 1)
+            file.readline()  # the rest of a line that began in the slice before
+        while file.tell() < part.stop and (line := file.readline()):
+            yield line
+
+
+def _field_of(line: str, text_field: str, counts: Counter[str]) -> str | None:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
+        counts["malformed"] += 1
+        return None
+    text = entry.get(text_field) if isinstance(entry, dict) else entry
+    if isinstance(entry, dict) and (text is None or isinstance(text, str)):
+        counts["null"] += text is None
+        return text
+    counts["malformed"] += 1
+    return None
+
+
+def _read_rows(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
+    arrow = require("pyarrow", f"sources: {part.path}")
+    file = _parquet(part.path)
+    columns = file.schema_arrow.names
+    if text_field not in columns:
+        raise ConfigError(
+            f"text_field={text_field!r} is no column of {part.path}; it may be one of {columns}"
+        )
+    groups = range(part.start, part.stop)
+    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[text_field]):
+        column = batch.column(0)
+        if arrow.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        try:
+            # As bytes: Parquet promises UTF-8 and files break that promise.
+            values = column.cast(arrow.large_binary())
+        except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError) as error:
+            raise ConfigError(
+                f"text_field={text_field!r} of {part.path} holds {column.type}; it must be text"
+            ) from error
+        for value in values:
+            data = value.as_py()
+            counts["null"] += data is None
+            if data is not None:
+                yield _decode(data, counts)
+
+
+def _decode(data: bytes, counts: Counter[str]) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        counts["invalid_utf8"] += 1
+        return data.decode(errors="replace")
+
+
+def _without_surrogates(text: str, counts: Counter[str]) -> str:
+    """JSON can spell half of a surrogate pair, which no encoding can write."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        counts["invalid_utf8"] += 1
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

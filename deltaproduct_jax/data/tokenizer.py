@@ -1,0 +1,259 @@
+"""Text to token ids and back: bytes, Hugging Face's tokenizers, SentencePiece, and a BPE of ours.
+
+Ids of documents never hold ``bos_id`` (BOS begins every document, and who writes it is
+`deltaproduct_jax.data.shards`): text that spells it out is text.
+"""
+
+import hashlib
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from deltaproduct_jax.data.manifest import TokenizerFacts, read_manifest
+from deltaproduct_jax.data.optional import require
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import errors_as_one_line, user_path
+
+MISTRAL = ("mistral_common", "data/tokenizer.model.v1")
+BOS = "<s>"  # of a BPE that is trained here
+BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
+# Longer texts are given to a tokenizer in stretches: it then needs little memory, and its time
+# grows linearly.
+STRETCH = 2**18
+
+
+class Tokenizer(Protocol):
+    """A text's ids, and the text of ids."""
+
+    kind: str
+    data: bytes  # the file that it was made from
+    vocab_size: int
+    bos_id: int
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text, without BOS."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8, and 256 for BOS."""
+
+    kind = "bytes"
+    data = b""
+    vocab_size = 257
+    bos_id = 256
+
+    def encode(self, text: str) -> Sequence[int]:
+        """The bytes of a text."""
+        return text.encode()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of bytes; BOS is left out, and what is no UTF-8 becomes U+FFFD."""
+        return bytes(int(i) for i in ids if i < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json``, as the package tokenizers writes it."""
+
+    kind = "huggingface"
+
+    def __init__(self, data: bytes, name: str, bos: str | None = None):
+        package = require("tokenizers", f"tokenizer={name}")
+        try:
+            self._tokenizer = package.Tokenizer.from_buffer(data)
+        except Exception as error:  # the package raises nothing narrower
+            raise ConfigError(f"tokenizer={name} is no tokenizer.json: {error}") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True  # a text that spells BOS out is text
+        self.data = data
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        names = [n for n in ((bos,) if bos else BOS_NAMES) if n in vocabulary]
+        if not names:
+            what = f"bos={bos!r} is no token of" if bos else "bos is missing, and none is known in"
+            raise ConfigError(f"{what} tokenizer={name}; name the token that begins a document")
+        self.bos_id = vocabulary[names[0]]
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text, without special tokens."""
+        # "fast" leaves out where in the text each token stands.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        return self._tokenizer.decode([int(i) for i in ids])
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, data: bytes, name: str):
+        package = require("sentencepiece", f"tokenizer={name}")
+        try:
+            self._model = package.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise ConfigError(f"tokenizer={name} is no SentencePiece model: {error}") from error
+        if self._model.bos_id() < 0:
+            raise ConfigError(f"tokenizer={name} has no BOS, the token that begins a document")
+        self.data = data
+        self.vocab_size = self._model.vocab_size()
+        self.bos_id = self._model.bos_id()
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Ids of a text."""
+        return self._model.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without control tokens."""
+        return self._model.decode([int(i) for i in ids])
+
+
+def open_tokenizer(spec: str, bos: str | None = None) -> Tokenizer:
+    """A tokenizer by name.
+
+    Args:
+        spec: ``bytes``, ``mistral`` (the paper's 32,000 pieces), or the path of a tokenizer.json or
+            of a SentencePiece model.
+        bos: the token that begins a document, for a tokenizer.json; without it the usual names.
+
+    Raises:
+        ConfigError: there is no such file, it is neither, or its package is not installed.
+    """
+    path = _mistral() if spec == "mistral" else user_path(spec)
+    if spec == "bytes":
+        tokenizer: Tokenizer = ByteTokenizer()
+    elif not path.is_file():
+        raise ConfigError(
+            f"tokenizer={spec!r} is not known; it may be bytes, bpe, mistral, or the path of a "
+            "tokenizer.json or of a SentencePiece model"
+        )
+    else:
+        with errors_as_one_line(path, "read"):
+            data = path.read_bytes()
+        if data.lstrip().startswith(b"{"):
+            return HuggingFaceTokenizer(data, spec, bos)
+        tokenizer = SentencePieceTokenizer(data, spec)
+    if bos is not None:
+        raise ConfigError(f"bos={bos!r} is only for a tokenizer.json; tokenizer={spec} has its own")
+    return tokenizer
+
+
+def _mistral() -> Path:
+    """The model inside mistral-common, which is not imported: it wants an older NumPy."""
+    package, name = MISTRAL
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        if (path := Path(folder) / name).is_file():
+            return path
+    raise ConfigError(
+        "tokenizer=mistral is in the package mistral-common, which is not installed; install it "
+        "with: pip install --no-deps mistral-common"
+    )
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
+    """A byte-level BPE learnt from texts; every text has ids, and decodes to itself.
+
+    Raises:
+        ConfigError: the package tokenizers is not installed.
+    """
+    package = require("tokenizers", "tokenizer=bpe")
+    level = package.pre_tokenizers.ByteLevel
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = level(add_prefix_space=False)
+    tokenizer.decoder = package.decoders.ByteLevel()
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS],
+        initial_alphabet=sorted(level.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((s for t in texts for s in stretches(t, STRETCH)), trainer)
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), "bpe", BOS)
+
+
+def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Iterator[Sequence[int]]]:
+    """A function from a text to its ids, a stretch of at most ``limit`` characters at a time.
+
+    The cuts change no id where a tokenizer splits text at single spaces, as all known ones do.
+    """
+    # SentencePiece writes a space before a text: after a cut it stands for the one that was there.
+    writes_space = list(tokenizer.encode("x y")) == [
+        *tokenizer.encode("x"),
+        *tokenizer.encode("y"),
+    ]
+
+    def encode(text: str) -> Iterator[Sequence[int]]:
+        for index, stretch in enumerate(stretches(text, limit)):
+            has_space = index > 0 and stretch[0] == " "
+            yield tokenizer.encode(stretch[1:] if writes_space and has_space else stretch)
+
+    return encode
+
+
+def stretches(text: str, limit: int) -> Iterator[str]:
+    """Cuts a text before single spaces between words, or anywhere if there is none for long."""
+    start = 0
+    while len(text) - start > limit:
+        stop = _last_space(text, start + 1 + limit // 2, start + limit) or start + limit
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
+def _last_space(text: str, low: int, high: int) -> int | None:
+    at = text.rfind(" ", low, high)
+    while at > 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+        at = text.rfind(" ", low, at)
+    return None
+
+
+FILES = {"bytes": None, "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
+
+
+def describe(tokenizer: Tokenizer) -> TokenizerFacts:
+    """What a manifest says of a tokenizer."""
+    return {
+        "kind": tokenizer.kind,
+        "file": FILES[tokenizer.kind],
+        "sha256": hashlib.sha256(tokenizer.data).hexdigest(),
+        "vocab_size": tokenizer.vocab_size,
+        "bos_id": tokenizer.bos_id,
+    }
+
+
+def tokenizer_of(directory: Path) -> Tokenizer:
+    """The tokenizer of a prepared directory, which holds a copy of it.
+
+    Raises:
+        RunDirectoryError: the directory was not prepared, or the file is not the one it was.
+    """
+    return load_tokenizer(directory, read_manifest(directory)["tokenizer"])
+
+
+def load_tokenizer(directory: Path, said: TokenizerFacts) -> Tokenizer:
+    """The tokenizer that `describe` described, from its file in ``directory``."""
+    if said["kind"] == "bytes":
+        return ByteTokenizer()
+    path = directory / (said["file"] or "")
+    with errors_as_one_line(path, "read"):
+        data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != said["sha256"]:
+        raise RunDirectoryError(f"{path} is not the tokenizer that the tokens were made with")
+    if said["kind"] == "sentencepiece":
+        return SentencePieceTokenizer(data, str(path))
+    tokenizer = HuggingFaceTokenizer(data, str(path), _name_of(data, said["bos_id"]))
+    return tokenizer
+
+
+def _name_of(data: bytes, token_id: int) -> str:
+    tokenizer = require("tokenizers", "tokenizer.json").Tokenizer.from_buffer(data)
+    return tokenizer.id_to_token(token_id)

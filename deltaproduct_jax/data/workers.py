@@ -1,0 +1,134 @@
+"""The same function on many items, by processes that do not outlive the one that started them."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from deltaproduct_jax.errors import RunDirectoryError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+LINE_EVERY_S = 10.0  # where there is no terminal for a bar
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run(
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    processes: int,
+    what: str,
+    *,
+    in_threads: bool = False,
+) -> list[Result]:
+    """``[function(item) for item in items]``, with a progress bar over the sum of ``sizes``.
+
+    Args:
+        function: can be pickled; is called here if one worker is enough.
+        items: what it is called with.
+        sizes: bytes of each, for the bar.
+        processes: how many work at once.
+        what: is being done, for the bar.
+        in_threads: of this process instead, for work that leaves Python alone.
+
+    Raises:
+        RunDirectoryError: a process was killed.
+        Exception: what ``function`` raised; items that nobody has begun are left.
+    """
+    results: dict[int, Result] = {}
+    progress = Progress(sum(sizes), what)
+    workers = min(processes, len(items))
+    if workers <= 1:
+        done = ((index, function(item)) for index, item in enumerate(items))
+    else:
+        pool = ThreadPoolExecutor(workers) if in_threads else _processes(workers)
+        done = _by(pool, function, items)
+    try:
+        for index, result in done:
+            results[index] = result
+            progress.add(sizes[index])
+    finally:
+        progress.close()
+    return [results[index] for index in range(len(items))]
+
+
+def _processes(workers: int) -> Executor:
+    # Not forked: this process has threads of JAX's and of tokenizers', which a fork would break.
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+
+
+def _by(
+    pool: Executor, function: Callable[[Item], Result], items: Sequence[Item]
+) -> Iterator[tuple[int, Result]]:
+    try:
+        futures = {pool.submit(function, item): index for index, item in enumerate(items)}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+    except BrokenProcessPool as error:
+        raise RunDirectoryError(
+            "a worker process was killed, perhaps for want of memory; the same command goes on, "
+            "and --workers=1 needs the least"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work on a pipe that it holds open itself: a kill above it goes unseen."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent alone says what Ctrl-C did
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class Progress:
+    """Bytes done, on standard error: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, total: int, what: str):
+        self._total, self._what, self._done = total, what, 0
+        self._began = self._shown = time.perf_counter()
+        self._bar = None
+        if sys.stderr.isatty() and total:
+            self._bar = tqdm(total=total, desc=what, unit="B", unit_scale=True, dynamic_ncols=True)
+
+    def add(self, size: int) -> None:
+        """``size`` more bytes are done."""
+        self._done += size
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.update(size)
+        elif now - self._shown >= LINE_EVERY_S:
+            self._shown = now
+            rate = self._done / (now - self._began)
+            print(
+                f"{self._what} {self._done / 1e6:,.0f}/{self._total / 1e6:,.0f} MB  "
+                f"{rate / 1e6:,.1f} MB/s  left {(self._total - self._done) / rate:,.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def close(self) -> None:
+        """Leaves the terminal's line."""
+        if self._bar is not None:
+            self._bar.close()

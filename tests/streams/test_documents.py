@@ -1,0 +1,123 @@
+"""Documents from files that are not what they should be, cut anywhere."""
+
+import json
+import os
+from collections import Counter
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from deltaproduct_jax.data.documents import list_sources, plan_pieces, read
+from deltaproduct_jax.errors import ConfigError
+
+GIGANTIC = "words of a gigantic document " * 20_000
+
+
+def documents(path, piece_bytes=2**20, field="text"):
+    """All documents of a file or folder, and what was wrong."""
+    counts = Counter()
+    pieces = plan_pieces(list_sources([str(path)], ["*"]), piece_bytes)
+    texts = [t for piece in pieces for part in piece for t in read(part, field, counts)]
+    return texts, {name: count for name, count in counts.items() if count}
+
+
+def parquet_of(path, values, kind=None, rows=2):
+    """A file whose text need not be UTF-8, in groups of few rows."""
+    column = pyarrow.array(values, pyarrow.binary()).view(pyarrow.string())
+    column = column.cast(kind) if kind is not None else column
+    table = pyarrow.table({"url": pyarrow.array(range(len(values))), "text": column})
+    pyarrow.parquet.write_table(table, path, row_group_size=rows)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2**30])
+def test_parquet_with_nulls_empty_gigantic_and_invalid(tmp_path, piece_bytes):
+    values = [b"one", None, b"", GIGANTIC.encode(), b"ab\xffc", "ä€".encode(), None]
+    parquet_of(tmp_path / "a.parquet", values)
+    texts, counts = documents(tmp_path, piece_bytes)
+    assert texts == ["one", GIGANTIC, "ab\ufffdc", "ä€"]
+    assert counts == {"null": 2, "empty": 1, "invalid_utf8": 1}
+
+
+def test_parquet_with_a_dictionary_of_texts(tmp_path):
+    kind = pyarrow.dictionary(pyarrow.int32(), pyarrow.string())
+    parquet_of(tmp_path / "a.parquet", [b"one", b"two", None, b"one"], kind)
+    assert documents(tmp_path) == (["one", "two", "one"], {"null": 1})
+
+
+LINES = [
+    ({"text": "one"}, "one"),
+    ({"text": "two\nlines, ä"}, "two\nlines, ä"),
+    ({"text": ""}, "empty"),
+    ({"text": None}, "null"),
+    ({"other": "text"}, "null"),
+    ({"text": 3}, "malformed"),
+    (["text"], "malformed"),
+]
+
+
+def test_json_lines_of_every_kind(tmp_path):
+    lines = [json.dumps(entry).encode() for entry, _ in LINES]
+    lines += [b"", b'{"text": "cut', b"[" * 100_000, b'{"text": "\xff"}', b'{"text": "\\ud83d"}']
+    lines += [json.dumps({"text": GIGANTIC}).encode()]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    texts, counts = documents(tmp_path)
+    assert texts == ["one", "two\nlines, ä", "\ufffd", "\ufffd", GIGANTIC]
+    assert counts == {"empty": 1, "null": 2, "malformed": 4, "invalid_utf8": 2}
+
+
+# Lines of 15 bytes: every cut is where a line begins.
+@example(texts=["ab", "cd", "ef", "gh"], piece=15)
+@settings(max_examples=25, deadline=None)
+@given(texts=st.lists(st.text(min_size=1, max_size=30), max_size=10), piece=st.integers(7, 200))
+def test_json_lines_cut_anywhere(texts, piece, tmp_path_factory):
+    path = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert documents(path, piece)[0] == texts
+
+
+def test_a_folder_of_text_is_read_in_order(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "b.c").write_bytes(b"b\xfe")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "c.txt").write_text("")
+    texts, counts = documents(tmp_path, piece_bytes=1)
+    assert texts == ["a", "b\ufffd"]
+    assert counts == {"invalid_utf8": 1, "empty": 1}
+    named = [str(tmp_path / "a.txt"), str(tmp_path), str(tmp_path / "deep/../a.txt")]
+    assert len(list_sources(named, ["*.txt"])) == 2  # each once
+
+
+def test_small_files_make_one_piece_and_large_ones_several(tmp_path):
+    for name in "abcdef":
+        (tmp_path / f"{name}.txt").write_text(name * 10)
+    (tmp_path / "g.jsonl").write_text("\n" * 65)
+    sizes = [len(piece) for piece in plan_pieces(list_sources([str(tmp_path)], ["*"]), 30)]
+    assert sizes == [3, 3, 1, 1, 1]
+
+
+def test_errors_name_the_flag(tmp_path):
+    parquet_of(tmp_path / "a.parquet", [b"one"])
+    (tmp_path / "b.jsonl.gz").write_bytes(b"")
+    (tmp_path / "c.parquet").write_bytes(b"no parquet")
+    for path, field, words in (
+        ("nowhere", "text", "sources=.*is not there"),
+        ("a.parquet", "txt", r"text_field='txt' is no column of .*\['url', 'text'\]"),
+        ("a.parquet", "url", "text_field='url'.*int64; it must be text"),
+        ("b.jsonl.gz", "text", "is compressed"),
+        ("c.parquet", "text", "cannot be read as Parquet"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            documents(tmp_path / path, field=field)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match="hold no file that matches pattern="):
+        list_sources([str(tmp_path)], ["*.txt"])
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("one")
+    with pytest.raises(ConfigError, match="is no UTF-8"):
+        list_sources([str(tmp_path)], ["*.txt"])
+    with pytest.raises(ConfigError, match="sources is empty"):
+        list_sources([], ["*"])
+    with pytest.raises(ConfigError, match="sources is empty"):
+        list_sources([""], ["*"])

@@ -1,0 +1,131 @@
+"""Tokenizers: whole texts and cut ones have the same ids, and come back."""
+
+import io
+import json
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deltaproduct_jax.data.tokenizer import (
+    describe,
+    encoder,
+    load_tokenizer,
+    open_tokenizer,
+    stretches,
+    train_bpe,
+)
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+
+TEXTS = ["the cat sat on the mat, and the dog <s> sat\n\n  on\tthe log.  ", "täglich 日本 " * 20]
+
+
+def sentencepiece_model():
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 5),
+        model_writer=model,
+        vocab_size=320,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "tokenizer.json").write_bytes(train_bpe(TEXTS, 300).data)
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
+    return folder
+
+
+NAMES = ["bytes", "tokenizer.json", "tokenizer.model"]
+
+
+def opened(files, name):
+    return open_tokenizer(name if name == "bytes" else str(files / name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_come_back_and_never_hold_bos(files, name):
+    tokenizer = opened(files, name)
+    for text in TEXTS:
+        ids = list(tokenizer.encode(text))
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([tokenizer.bos_id, *ids]) == text
+        assert max(ids) < tokenizer.vocab_size
+        assert tokenizer.bos_id not in ids  # TEXTS[0] spells it out
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("limit", [40, 41, 57])
+def test_cuts_change_no_id(files, name, limit):
+    tokenizer = opened(files, name)
+    text = TEXTS[0] * 20
+    pieces = list(encoder(tokenizer, limit)(text))
+    assert len(pieces) > 20
+    assert [i for piece in pieces for i in piece] == list(tokenizer.encode(text))
+
+
+@settings(max_examples=40, deadline=None)
+@given(text=st.text(alphabet="ab \n", max_size=200), limit=st.integers(1, 20))
+def test_stretches_are_the_text_and_short(text, limit):
+    parts = list(stretches(text, limit))
+    assert "".join(parts) == text
+    assert all(0 < len(part) <= limit for part in parts) or parts == [""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_is_the_same_tokenizer(files, name):
+    tokenizer = opened(files, name)
+    said = json.loads(json.dumps(describe(tokenizer)))
+    copy = load_tokenizer(files, said)
+    assert describe(copy) == said
+    assert list(copy.encode(TEXTS[1])) == list(tokenizer.encode(TEXTS[1]))
+
+
+def test_another_file_in_its_place_is_refused(files, tmp_path):
+    said = describe(opened(files, "tokenizer.json"))
+    (tmp_path / "tokenizer.json").write_bytes(train_bpe(TEXTS, 290).data)
+    with pytest.raises(RunDirectoryError, match="is not the tokenizer"):
+        load_tokenizer(tmp_path, said)
+
+
+def test_bpe_is_the_same_each_time_and_as_large_as_asked():
+    first, second = train_bpe(TEXTS, 280), train_bpe(iter(TEXTS), 280)
+    assert first.data == second.data
+    assert first.vocab_size == 280
+    assert len(first.encode(TEXTS[0])) < len(TEXTS[0].encode())
+
+
+def test_the_papers_pieces_are_found_without_importing_their_package(tmp_path, monkeypatch):
+    package = tmp_path / "mistral_common"
+    (package / "data").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path)
+    (package / "__init__.py").write_text("raise ImportError('this one is not to be imported')")
+    with pytest.raises(ConfigError, match="pip install --no-deps mistral-common"):
+        open_tokenizer("mistral")
+    (package / "data" / "tokenizer.model.v1").write_bytes(sentencepiece_model())
+    assert open_tokenizer("mistral").kind == "sentencepiece"
+
+
+def test_errors_name_the_flag(files, tmp_path):
+    (tmp_path / "no.json").write_text("{}")
+    (tmp_path / "no.model").write_text("nothing")
+    path = str(files / "tokenizer.json")
+    for spec, bos, words in (
+        ("words", None, "tokenizer='words' is not known; it may be bytes, bpe, mistral"),
+        (str(tmp_path / "no.json"), None, "is no tokenizer.json"),
+        (str(tmp_path / "no.model"), None, "is no SentencePiece model"),
+        (path, "<none>", "bos='<none>' is no token of tokenizer="),
+        ("bytes", "<s>", "bos='<s>' is only for a tokenizer.json"),
+    ):
+        with pytest.raises(ConfigError, match=words) as error:
+            open_tokenizer(spec, bos)
+        assert "\n" not in str(error.value)
