@@ -97,8 +97,7 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     if not keep_states and gluon.takes(tokens, options, compute_capability()):
-        fixed = options._replace(spans=0, more=False)
-        return *batched(gluon.forward, fixed)(tokens, initial_state), None
+        return *batched(gluon.forward, options)(tokens, initial_state), None
     options = options if keep_states else options._replace(spans=0, more=False)
     o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
@@ -393,8 +392,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
 
 def compute_capability() -> int:
     """Of the GPU that is here, or of the one that is named, or compiled for without any."""
-    named = os.environ.get(COMPUTE_CAPABILITY_VARIABLE)
-    if named:
+    if named := os.environ.get(COMPUTE_CAPABILITY_VARIABLE):
         return int(named)
     try:
         return int(jax.devices("cuda")[0].compute_capability.replace(".", ""))
