@@ -17,16 +17,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.mixer import SequenceMixer
-from deltaproduct_jax.layers.padding import without_padding
+from deltaproduct_jax.layers.padding import along_rows, without_padding
 from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.debug import check_range
+from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.parts import along_rows_of, on_each_row
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 ROPE_BASE = 10_000.0
 
 
+@exported
 class AttentionState(NamedTuple):
     """Keys and values of the tokens so far, of the last segment only.
 
@@ -106,8 +109,9 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         """Mixes whole sequences; see :class:`RecurrentMixer` for the arguments."""
         if state is not None:
             self._check_room(state.length, self.max_length)
-        if not x.shape[1]:
+        if 0 in x.shape:
             return x, self.init_state(x.shape[0]) if state is None else state
+        state = along_rows_of(x, state)
         mix = lambda x, ids, length: self._whole(x, state, ids, length)
         return without_padding(mix, x, segment_ids, mask)
 
@@ -116,13 +120,11 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
     ) -> tuple[Float[Array, "B D"], AttentionState]:
         """One token for every row: returns the outputs and the state after it."""
         self._check_room(state.length, self.max_length - 1)
+        if 0 in x.shape:
+            return x.astype(self.dtype), state
+        state = along_rows_of(x, state)
         q, k, v = self._inputs(x[:, None], state.length[:, None])
-        rows = jnp.arange(x.shape[0])
-        state = AttentionState(
-            state.k.at[rows, state.length].set(k[:, 0], mode="drop"),
-            state.v.at[rows, state.length].set(v[:, 0], mode="drop"),
-            state.length + 1,
-        )
+        state = on_each_row(_append, state, k[:, 0], v[:, 0])
         visible = jnp.arange(self.max_length)[None] < state.length[:, None]
         o = self._attend(q, state.k, state.v, visible[:, None])
         return self._output(o, state.length)[:, 0], state
@@ -151,13 +153,12 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         held = goes_on[:, -1:]
         place = jnp.arange(self.max_length, dtype=jnp.int32)[None]
         source = place - held + start[:, -1:] + (k.shape[1] - T)
-        source = jnp.where(place < held, place, source)
+        source = jnp.clip(jnp.where(place < held, place, source), 0, k.shape[1] - 1)
         total = goes_on[:, -1] + count - start[:, -1]
         kept = place < total[:, None]
 
         def gather(x):
-            x = jnp.take_along_axis(x, source[..., None, None], axis=1, mode="clip")
-            return jnp.where(kept[..., None, None], x, 0)
+            return jnp.where(kept[..., None, None], along_rows(x, source), 0)
 
         return self._output(o, before), AttentionState(gather(k), gather(v), total)
 
@@ -195,6 +196,16 @@ def check_even(head_dim: int) -> None:
     """Raises ConfigError unless a head's channels can be rotated in pairs."""
     if head_dim % 2:
         raise ConfigError(f"head_dim={head_dim} must be even: positions rotate pairs")
+
+
+def _append(state: AttentionState, k: jax.Array, v: jax.Array) -> AttentionState:
+    """The state with one token more, where there is room."""
+    rows = jnp.arange(k.shape[0])
+    return AttentionState(
+        state.k.at[rows, state.length].set(k, mode="drop"),
+        state.v.at[rows, state.length].set(v, mode="drop"),
+        state.length + 1,
+    )
 
 
 def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"]) -> Float[Array, "B T H K"]:

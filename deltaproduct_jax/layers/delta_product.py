@@ -34,6 +34,7 @@ from deltaproduct_jax.layers.projection import convolutions, projections, value_
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE
 
@@ -43,6 +44,7 @@ QK_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+@exported
 class DeltaProductState(NamedTuple):
     """What a layer remembers of the tokens so far.
 

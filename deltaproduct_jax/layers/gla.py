@@ -24,12 +24,14 @@ from deltaproduct_jax.ops.baselines import (
     gated_linear_attention_step,
 )
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
+from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 GATE_RANK = 16
 GATE_TEMPERATURE = 16.0
 
 
+@exported
 class GLAState(NamedTuple):
     """What a layer remembers: ``recurrent`` is ``[B, H, K, V]``, in float32 at least."""
 

@@ -26,9 +26,11 @@ from deltaproduct_jax.ops.baselines import (
     gated_linear_attention_step,
 )
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
+from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
+@exported
 class Mamba2State(NamedTuple):
     """What a layer remembers of the tokens so far.
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers import checks
 from deltaproduct_jax.layers.padding import without_padding
+from deltaproduct_jax.ops.parts import along_rows_of
 
 _CHECKS = {
     "__init__": checks.checks_arguments,
@@ -96,12 +97,17 @@ class RecurrentMixer(SequenceMixer[State]):
             The outputs, and the state after the last token of each row's last segment.
         """
         state = self.init_state(x.shape[0]) if state is None else state
+        if 0 in x.shape:
+            return x.astype(self.dtype), state
+        state = along_rows_of(x, state)
         mix = lambda x, segment_ids, length: self._mix(x, state, segment_ids, length)
         return without_padding(mix, x, segment_ids, mask)
 
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""
-        y, state = self._token(x[:, None], state)
+        if 0 in x.shape:
+            return x.astype(self.dtype), state
+        y, state = self._token(x[:, None], along_rows_of(x, state))
         return y[:, 0], state
 
     @abc.abstractmethod

@@ -7,6 +7,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from deltaproduct_jax.ops.parts import on_each_row
+
+
+def along_rows(x: Shaped[Array, "B S *rest"], index: Int[Array, "B N"]) -> Array:
+    """Positions ``index`` of every row of ``x``: ``[B, N, *rest]``."""
+
+    def gather(x, index):
+        return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    return on_each_row(gather, x, index)
+
 
 def compact(
     x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None, mask: Bool[Array, "B T"]
@@ -22,20 +33,19 @@ def compact(
         The rows with padding behind, their segment ids (padding carries the last token's, so that
         it starts no segment), and how many tokens of each row count.
     """
-    order = jnp.argsort(~mask, axis=1, stable=True)
+    order = on_each_row(lambda mask: jnp.argsort(~mask, axis=1, stable=True), mask)
     length = jnp.sum(mask, axis=1)
-    x = jnp.take_along_axis(x, order[..., None], axis=1)
+    x = along_rows(x, order)
     if segment_ids is not None:
         position = jnp.minimum(jnp.arange(mask.shape[1])[None], jnp.maximum(length, 1)[:, None] - 1)
-        order = jnp.take_along_axis(order, position, axis=1)
-        segment_ids = jnp.take_along_axis(segment_ids, order, axis=1)
+        segment_ids = along_rows(segment_ids, along_rows(order, position))
     return x, segment_ids, length
 
 
 def spread(y: Float[Array, "B T D"], mask: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
     """Undoes :func:`compact` on outputs; padding gets zero."""
     position = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    y = jnp.take_along_axis(y, position[..., None], axis=1)
+    y = along_rows(y, position)
     return jnp.where(mask[..., None], y, 0)
 
 

@@ -23,13 +23,14 @@ from jaxtyping import Array, Bool, Float, Int
 from deltaproduct_jax.layers.checks import checks_sequences
 from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.norm import HeadNorm
-from deltaproduct_jax.layers.padding import compact, only_counted, without_padding
+from deltaproduct_jax.layers.padding import along_rows, compact, only_counted, without_padding
 from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.checks import as_array, check_shape
+from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 # Blends of x and the token before it: channel c of D starts at weight 1 - (c / D)**power.
@@ -37,6 +38,7 @@ _SHIFT_POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 _L2_EPS = 1e-12
 
 
+@exported
 class RWKV7State(NamedTuple):
     """What a layer remembers of the tokens so far.
 
@@ -313,7 +315,7 @@ def shift(
         before = jnp.where(first[..., None], 0, before)
     if length is None:
         return before, everything[:, -1]
-    return before, jnp.take_along_axis(everything, length[:, None, None], axis=1)[:, 0]
+    return before, along_rows(everything, length[:, None])[:, 0]
 
 
 register_mixer(

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
+from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -84,13 +85,14 @@ class ShortConv(nnx.Module):
                 shifted = jnp.where(same[..., None], shifted, 0)
             y = y + shifted * weight[tap][None, None]
 
-        if length is None:
-            length = jnp.full((B,), T)
         # Of ``padded``, the inputs number length .. length + tail - 1 are the last ``tail`` ones.
-        last = length[:, None] + jnp.arange(tail)[None]
-        state = jnp.take_along_axis(padded, last[..., None], axis=1)
-        if run is not None:
-            here = jnp.take_along_axis(run, last, axis=1)
+        if length is None:
+            state, here = padded[:, T:], None if run is None else run[:, T:]
+        else:
+            last = length[:, None] + jnp.arange(tail)[None]
+            state = along_rows(padded, last)
+            here = None if run is None else along_rows(run, last)
+        if here is not None:
             state = jnp.where((here == here[:, -1:])[..., None], state, 0)
         return self.activation(y).astype(u.dtype), state
 

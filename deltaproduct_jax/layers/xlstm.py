@@ -35,6 +35,7 @@ from deltaproduct_jax.ops.baselines import (
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.baselines.mlstm import mlstm_init
 from deltaproduct_jax.ops.baselines.slstm import slstm_init
+from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 BLOCK = 4  # channels of a block of the block-diagonal projections
@@ -42,6 +43,7 @@ BLOCK = 4  # channels of a block of the block-diagonal projections
 _CLOSED = -1e30
 
 
+@exported
 class MLSTMLayerState(NamedTuple):
     """What a layer remembers of the tokens so far.
 

@@ -15,6 +15,7 @@ from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
 from deltaproduct_jax.ops.debug import check_range, is_checking
+from deltaproduct_jax.ops.parts import gathered_along
 
 MixerState = Any  # of the class that the mixer is registered with
 ModelState = list[MixerState]
@@ -160,7 +161,7 @@ class SequenceModel(nnx.Module):
         if state is not None:
             state = self._as_state(state, tokens.shape[0])
         before = [None] * len(self.layers) if state is None else state
-        x, after = self.embeddings(tokens), []
+        x, after = self._embed(tokens), []
         read = {"segment_ids": segment_ids, "mask": mask}
         passed_on = self.layers[0].for_later_blocks(x, state=before[0], **read)
         run = _runner(self.config.remat)
@@ -177,7 +178,7 @@ class SequenceModel(nnx.Module):
         tokens = _as_tokens(tokens, ("B",))
         self._check_ids(tokens, None)
         state = self._as_state(state, tokens.shape[0])
-        x, after = self.embeddings(tokens), []
+        x, after = self._embed(tokens), []
         passed_on = self.layers[0].for_later_blocks(x[:, None], state=state[0])
         for layer, (block, entry) in enumerate(zip(self.layers, state, strict=True)):
             x, entry = block.step(entry, x, passed_on=passed_on if layer else None)
@@ -203,6 +204,9 @@ class SequenceModel(nnx.Module):
         if is_checking():
             counted = tokens if mask is None else jnp.where(mask, tokens, 0)
             check_range("tokens", counted, 0, self.config.vocab_size - 1)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embeddings(tokens, out_sharding=gathered_along(tokens))
 
     def _head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)

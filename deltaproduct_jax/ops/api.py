@@ -1,14 +1,17 @@
 """The public functions: check once, choose an implementation, call it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
 from deltaproduct_jax.ops.selection import AVAILABLE
@@ -103,23 +106,35 @@ def delta_product(
         q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, segment_ids=segment_ids
     )
     checks.check_inputs(arrays)
+    values = (arrays[name] for name in ("k", "beta", "g"))
+    check_op_values(*values, use_qk_l2norm=use_qk_l2norm)
+    options = {
+        "scale": checks.check_scale(scale, arrays["q"].shape[-1]),
+        "use_qk_l2norm": use_qk_l2norm,
+        "chunk_size": chunk_size,
+        "precision": precision,
+        "implementation": implementation,
+    }
+    return on_each_part(
+        functools.partial(_run, **options),
+        arrays,
+        checks.LAYOUT,
+        (checks.LAYOUT["o"], checks.LAYOUT["state"]),
+        check_vma=not kernels.is_interpreted(implementation),
+    )
+
+
+def _run(arrays, *, use_qk_l2norm, **options):
+    """`delta_product` on checked arguments, on one device or on a device's part of them."""
     q, k, v, beta, g, initial_state, segment_ids = arrays.values()
-    scale = checks.check_scale(scale, q.shape[-1])
-    check_op_values(k, beta, g, use_qk_l2norm=use_qk_l2norm)
     if use_qk_l2norm:
         # Rounded to bfloat16 again, unit vectors are no longer of length 1.
-        rounded = precision in (None, "default")
+        rounded = options["precision"] in (None, "default")
         q, k = _l2_normalise(q, rounded), _l2_normalise(k, rounded)
     if initial_state is None:
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
     resets = None if segment_ids is None else starts_of_segments(segment_ids)
-    options = {
-        "scale": scale,
-        "chunk_size": chunk_size,
-        "precision": precision,
-        "implementation": implementation,
-    }
     try:
         return dispatch(q, k, v, beta, g, initial_state, resets, **options)
     except TypeError as error:
@@ -164,12 +179,17 @@ def delta_product_step(
     checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     arrays = _arrays(q=q, k=k, v=v, beta=beta, g=g, state=state)
     checks.check_inputs(arrays, one_token=True)
-    q, k, v, beta, g, state = arrays.values()
-    scale = checks.check_scale(scale, q.shape[-1])
-    check_op_values(k, beta, g, use_qk_l2norm=use_qk_l2norm)
-    if use_qk_l2norm:
-        q, k = _l2_normalise(q), _l2_normalise(k)
-    return step(state, q, k, v, beta, g, scale=scale)
+    values = (arrays[name] for name in ("k", "beta", "g"))
+    check_op_values(*values, use_qk_l2norm=use_qk_l2norm)
+    layouts = {name: tuple(d for d in checks.LAYOUT[name] if d != "T") for name in arrays}
+
+    def run(arrays):
+        q, k, v, beta, g, state = arrays.values()
+        if use_qk_l2norm:
+            q, k = _l2_normalise(q), _l2_normalise(k)
+        return step(state, q, k, v, beta, g, scale=checks.check_scale(scale, q.shape[-1]))
+
+    return on_each_part(run, arrays, layouts, (("B", "Hv", "V"), layouts["state"]))
 
 
 def _arrays(**arguments) -> dict[str, jax.Array | None]:

@@ -51,8 +51,11 @@ def _affine_maps(k_BTRHK, v_BTRHGV, beta_BTRHG, g_BTHG, matmul):
     Bt = jnp.zeros((B, T, H, G, K, V), k_BTRHK.dtype)
     for r in range(R):
         k_BTHK, beta_BTHG = k_BTRHK[:, :, r], beta_BTRHG[:, :, r]
+        # Outer products by einsum: of a broadcast product the transposition is a sum of products,
+        # which at rank 7, under vmap, ends the process on a CPU (see _sum_of_group in chunked.py).
         write_BTHGK = beta_BTHG[..., None] * k_BTHK[..., None, :]
-        A -= write_BTHGK[..., None] * matmul("bthk,bthgkj->bthgj", k_BTHK, A)[..., None, :]
+        read_BTHGK = matmul("bthk,bthgkj->bthgj", k_BTHK, A)
+        A -= matmul("bthgk,bthgj->bthgkj", write_BTHGK, read_BTHGK)
         error_BTHGV = v_BTRHGV[:, :, r] - matmul("bthk,bthgkv->bthgv", k_BTHK, Bt)
-        Bt += write_BTHGK[..., None] * error_BTHGV[..., None, :]
+        Bt += matmul("bthgk,bthgv->bthgkv", write_BTHGK, error_BTHGV)
     return A, Bt

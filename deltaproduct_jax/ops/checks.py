@@ -25,6 +25,7 @@ LAYOUT = {
     "segment_ids": ("B", "T"),
     "initial_state": ("B", "Hv", "K", "V"),
     "state": ("B", "Hv", "K", "V"),
+    "o": ("B", "T", "Hv", "V"),
 }
 
 

@@ -332,14 +332,14 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
     drhs_into_NBHGMV = decays.into_update[..., None] * drhs_NBHGMV
 
     # Sums over the value heads G of a key head come before the products with q and k.
-    dqk_NBHCM = jnp.sum(scale * decays.within * beta_NBHG1M * dscores_NBHGCM, axis=3)
-    dkk_NBHMM = jnp.sum(decays.between * beta_NBHG1M * dlower_NBHGMM, axis=3)
+    dqk_NBHCM = _sum_of_group(scale * decays.within * beta_NBHG1M * dscores_NBHGCM)
+    dkk_NBHMM = _sum_of_group(decays.between * beta_NBHG1M * dlower_NBHGMM)
     dkk_NBHMM += jnp.swapaxes(dkk_NBHMM, -1, -2)
     dq_NBHCK = matmul("...cm,...mk->...ck", dqk_NBHCM, x.k)
     dq_NBHCK += matmul("...hgcv,...hgkv->...hck", do_into_NBHGCV, states_NBHGKV)
     dk_NBHMK = matmul("...cm,...ck->...mk", dqk_NBHCM, x.q)
     dk_NBHMK += matmul("...mn,...nk->...mk", dkk_NBHMM, x.k)
-    dk_NBHMK += jnp.sum((x.beta * decays.out)[..., None] * dwritten_NBHGMK, axis=3)
+    dk_NBHMK += _sum_of_group((x.beta * decays.out)[..., None] * dwritten_NBHGMK)
     dk_NBHMK -= matmul("...hgmv,...hgkv->...hmk", drhs_into_NBHGMV, states_NBHGKV)
 
     # Beta scales the columns of scores and gram and what is written to the state.
@@ -365,3 +365,13 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
         dg_NBHGC = decays_backward(dlogs, R, settings.gate_matmul)
     dx = ChunkedTokens(dq_NBHCK, dk_NBHMK, drhs_NBHGMV, dbeta_NBHGM, dg_NBHGC, None)
     return dx, dstate_BHGKV
+
+
+def _sum_of_group(x_NBHGXY):
+    """Sum over the value heads of a key head, term by term.
+
+    As a reduction over an axis in front of the last two it would end the process on a CPU: XLA of
+    jaxlib 0.10.2 fuses it with the products before it, and under `jax.vmap`, at rank 7, the fused
+    code writes beside its buffers. tests/ops/test_mapped.py has the smallest such program.
+    """
+    return functools.reduce(jnp.add, (x_NBHGXY[:, :, :, i] for i in range(x_NBHGXY.shape[3])))

@@ -91,7 +91,7 @@ def cut_for(
       platform: "cpu", "tpu", or "default" for all others.
       span: tokens from one kept state to the next.
       chunk_size: tokens in a chunk at most.
-      B: batch.
+      B: batch; where it is symbolic (`jax.export`), spans are worked on one by one.
       T: tokens.
       R: Householder factors per token.
       Hv: value heads.
@@ -101,6 +101,8 @@ def cut_for(
     chunk_size = max(c for c in range(1, min(chunk_size, span) + 1) if span % c == 0)
     spans = -(-T // span)
     entries = B * Hv * span * R * max(chunk_size * R, K, V)
+    if not isinstance(entries, int):  # a batch that is not known until the program runs
+        return Cut(span, chunk_size)
     most = ENTRIES_AT_ONCE[platform] // entries
     at_once = max((n for n in range(1, min(spans, most) + 1) if spans % n == 0), default=1)
     return Cut(span, chunk_size, at_once)

@@ -33,8 +33,13 @@ def dispatch(
 ):
     """Runs the named implementation, or the one that the rule picks, on checked arguments."""
     B, T = k.shape[:2]
-    if T == 0:
-        return jnp.zeros((B, 0, *v.shape[3:]), v.dtype), initial_state
+    if 0 in (B, T):
+        return jnp.zeros((B, T, *v.shape[3:]), v.dtype), initial_state
+    if implementation != "recurrent" and not isinstance(T, int):
+        raise ValueError(
+            f"implementation={implementation!r} cannot run T={T}, a symbolic length: "
+            "how a sequence is cut depends on it; 'recurrent' can, and B may be symbolic everywhere"
+        )
     tokens, initial_state = mark_all_varying((Tokens(q, k, v, beta, g, resets), initial_state))
     if implementation in kernels.KERNELS:
         _check_kernel(implementation, tokens, precision)

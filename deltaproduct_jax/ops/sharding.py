@@ -142,7 +142,9 @@ def _over_mesh(arrays, mesh, axes, options):
         mesh=mesh,
         in_specs=(in_specs,),
         out_specs=(spec(("B", "T", "Hv", "V")), spec(checks.LAYOUT["initial_state"])),
-        check_vma=not _is_interpreted(options["implementation"], mesh),
+        check_vma=not kernels.is_interpreted(
+            options["implementation"], None if isinstance(mesh, AbstractMesh) else mesh
+        ),
     )(arrays)
 
 
@@ -233,14 +235,6 @@ def _along_explicit_axes(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     spec = [(names,) if isinstance(names, str) else names or () for names in spec]
     kept = (tuple(n for n in names if n in explicit) or None for names in spec)
     return jax.sharding.reshard(x, jax.sharding.NamedSharding(mesh, PartitionSpec(*kept)))
-
-
-def _is_interpreted(implementation: str | None, mesh) -> bool:
-    """Whether a CPU runs a kernel: JAX's interpreter of kernels does not say what varies."""
-    kernel = kernels.KERNELS.get(implementation)
-    is_abstract = isinstance(mesh, AbstractMesh)
-    platform = jax.default_backend() if is_abstract else mesh.devices.flat[0].platform
-    return kernel is not None and kernel.interpreted and platform == "cpu"
 
 
 def _size(mesh, axis: tuple[str, ...]) -> int:

@@ -13,8 +13,13 @@ from deltaproduct_jax.ops import checks
 IMPLEMENTATIONS: tuple[str, ...] = ("recurrent", "chunked")
 
 
-def check_options(implementation: Any, chunk_size: Any) -> None:
-    """ValueError unless both are known and go together."""
+def check_options(implementation: Any, chunk_size: Any, T: Any) -> None:
+    """ValueError unless both are known and go together, and with the length of the sequence."""
+    if implementation != "recurrent" and not isinstance(T, int):
+        raise ValueError(
+            f"implementation={implementation!r} cannot run T={T}, a symbolic length; "
+            "'recurrent' can, and B may be symbolic everywhere"
+        )
     checks.check_implementation(implementation, IMPLEMENTATIONS)
     checks.check_chunk_size(chunk_size, implementation)
 

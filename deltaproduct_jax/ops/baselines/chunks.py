@@ -20,6 +20,7 @@ import numpy as np
 
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+from deltaproduct_jax.ops.varying import mark_all_varying
 
 DEFAULT_CHUNK = 64
 SUB_CHUNK = 16
@@ -78,6 +79,7 @@ def scan_tokens(
         return state, o
 
     along_T = (tuple(inputs), resets_of(segment_ids))
+    state, along_T = mark_all_varying((state, along_T))
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), along_T)
     state, o = jax.lax.scan(body, state, tokens)
     return jnp.moveaxis(o, 0, 1), state
@@ -113,6 +115,7 @@ def scan_chunks(
     """
     T, resets = inputs[0].shape[1], resets_of(segment_ids)
     C = chunk_length(chunk_size, T)
+    state, *inputs = mark_all_varying((state, *inputs))
     tokens = [split_heads(x, C) for x in inputs]
     tokens.append(None if resets is None else split(resets, C))
     state, o_NBHCV = jax.lax.scan(jax.checkpoint(body), state, tuple(tokens))

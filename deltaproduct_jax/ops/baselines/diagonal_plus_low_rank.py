@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.checks import check_scale
+from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
 
@@ -53,10 +54,25 @@ def diagonal_plus_low_rank(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size)
+    check_options(implementation, chunk_size, q.shape[1])
     _check(q, k, v, a, b, g, initial_state, "initial_state", segment_ids)
-    scale = check_scale(scale, q.shape[-1])
+    arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
+    keys, of_state = ("B", "T", "H", "K"), ("B", "H", "K", "V")
+    layouts = dict.fromkeys(arrays, keys)
+    options = {"implementation": implementation, "chunk_size": chunk_size}
+    return on_each_part(
+        functools.partial(_run, scale=check_scale(scale, q.shape[-1]), **options),
+        arrays | {"initial_state": initial_state, "segment_ids": segment_ids},
+        layouts | {"initial_state": of_state, "segment_ids": ("B", "T")},
+        (keys, of_state),
+    )
+
+
+def _run(arrays, *, scale, implementation, chunk_size):
+    q, k, v, a, b, g, initial_state, segment_ids = arrays.values()
     state = chunks.start(initial_state, k, v)
+    if 0 in v.shape:
+        return v, state
     if implementation == "recurrent":
         step = functools.partial(_step, scale=scale)
         return chunks.scan_tokens(

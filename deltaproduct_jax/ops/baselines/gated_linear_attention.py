@@ -14,7 +14,10 @@ from jaxtyping import Array, Bool, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.checks import check_scale
+from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+
+_KEYS, _STATE = ("B", "T", "H", "K"), ("B", "H", "K", "V")
 
 Gate = Float[Array, "B T H"] | Float[Array, "B T H K"]
 Sign = Bool[Array, "B T H"] | Bool[Array, "B T H K"]
@@ -55,10 +58,26 @@ def gated_linear_attention(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size)
+    check_options(implementation, chunk_size, q.shape[1])
     _check(q, k, v, g, negative, initial_state, "initial_state", segment_ids)
-    scale = check_scale(scale, q.shape[-1])
+    gate = ("B", "T", "H", "K")[: g.ndim]
+    layouts = {"q": _KEYS, "k": _KEYS, "v": _KEYS, "g": gate, "negative": gate}
+    arrays = {"q": q, "k": k, "v": v, "g": g, "negative": negative}
+    arrays |= {"initial_state": initial_state, "segment_ids": segment_ids}
+    options = {"implementation": implementation, "chunk_size": chunk_size}
+    return on_each_part(
+        functools.partial(_run, scale=check_scale(scale, q.shape[-1]), **options),
+        arrays,
+        layouts | {"initial_state": _STATE, "segment_ids": ("B", "T")},
+        (_KEYS, _STATE),
+    )
+
+
+def _run(arrays, *, scale, implementation, chunk_size):
+    q, k, v, g, negative, initial_state, segment_ids = arrays.values()
     state = chunks.start(initial_state, k, v)
+    if 0 in v.shape:
+        return v, state
     if implementation == "recurrent":
         step = functools.partial(_step, scale=scale)
         return chunks.scan_tokens(

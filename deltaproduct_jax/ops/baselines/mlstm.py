@@ -10,6 +10,7 @@ finds them all, and what is left is gated linear attention with one more value c
 normaliser's. There is no extended range: with negative gates the normaliser could vanish.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -20,11 +21,14 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
 from deltaproduct_jax.ops.baselines.gated_linear_attention import gated_linear_attention
+from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 _EPS = 1e-6
 
 
+@exported
 class MLSTMState(NamedTuple):
     """State of every head, in float32 at least.
 
@@ -76,12 +80,30 @@ def mlstm(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size)
+    check_options(implementation, chunk_size, q.shape[1])
     _check(q, k, v, i, log_f, initial_state, "initial_state", segment_ids)
+    arrays = {"q": q, "k": k, "v": v, "i": i, "log_f": log_f}
+    if initial_state is not None:
+        arrays |= initial_state._asdict()
+    of_state = MLSTMState(("B", "H", "K", "V"), ("B", "H", "K"), ("B", "H"))
+    keys, gate = ("B", "T", "H", "K"), ("B", "T", "H")
+    layouts = {"q": keys, "k": keys, "v": keys, "i": gate, "log_f": gate}
+    return on_each_part(
+        functools.partial(_run, implementation=implementation, chunk_size=chunk_size),
+        arrays | {"segment_ids": segment_ids},
+        layouts | of_state._asdict() | {"segment_ids": ("B", "T")},
+        (keys, of_state),
+    )
+
+
+def _run(arrays, *, implementation, chunk_size):
+    q, k, v, i, log_f, *of_state, segment_ids = arrays.values()
     B, _, H, K = q.shape
     wide = accumulator_dtype(q.dtype)
     empty = mlstm_init(B, H, K, v.shape[-1], q.dtype)
-    state = empty if initial_state is None else initial_state
+    state = MLSTMState(*of_state) if of_state else empty
+    if 0 in v.shape:
+        return v, state
     i, log_f = i.astype(wide), log_f.astype(wide)
     if implementation == "recurrent":
         return chunks.scan_tokens(_step, state, empty, (q, k, v, i, log_f), segment_ids)

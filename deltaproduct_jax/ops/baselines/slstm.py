@@ -16,6 +16,8 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_shapes
+from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 # m before the first token: far below any gate, so that the first token alone sets the scale, and
@@ -23,6 +25,7 @@ from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 _NO_TOKEN = -1e30
 
 
+@exported
 class SLSTMState(NamedTuple):
     """State of every cell, each ``[B, H, V]``, in float32 at least.
 
@@ -70,14 +73,31 @@ def slstm(
         ValueError: naming the argument, what it got and what it may be.
     """
     _check(x, recurrent, initial_state, "initial_state", segment_ids, mask)
+    arrays = {"x": x, "recurrent": recurrent}
+    arrays |= {} if initial_state is None else initial_state._asdict()
+    of_state = SLSTMState(*[("B", "H", "V")] * 4)
+    return on_each_part(
+        _run,
+        arrays | {"segment_ids": segment_ids, "mask": mask},
+        {"x": ("B", "T", "gates", "H", "V"), "recurrent": ("gates", "H", "V", "V")}
+        | of_state._asdict()
+        | {"segment_ids": ("B", "T"), "mask": ("B", "T")},
+        (("B", "T", "H", "V"), of_state),
+    )
+
+
+def _run(arrays):
+    x, recurrent, *of_state, segment_ids, mask = arrays.values()
     B, _, _, H, V = x.shape
     empty = slstm_init(B, H, V, x.dtype)
+    state = SLSTMState(*of_state) if of_state else empty
+    if 0 in x.shape:
+        return x[:, :, 0], state
 
     def step(state, x, keep):
         h, after = _step(state, x, recurrent)
         return h, after if keep is None else chunks.where_rows(keep, after, state)
 
-    state = empty if initial_state is None else initial_state
     return chunks.scan_tokens(step, state, empty, (x, mask), segment_ids)
 
 

@@ -26,6 +26,9 @@ import importlib
 from types import ModuleType
 from typing import NamedTuple
 
+import jax
+from jax.sharding import Mesh
+
 
 class Kernel(NamedTuple):
     """Where a kernel stands.
@@ -90,6 +93,19 @@ def load(name: str) -> ModuleType:
 
 def reason_against(name: str, **request) -> str | None:
     """Why a kernel cannot run what `unsupported` is asked for, or None."""
+    if not all(isinstance(request[size], int) for size in ("B", "T")):
+        return "a batch or length that is symbolic is not one that it is written for"
     if not is_installed(name):
         return f"package {KERNELS[name].package} is not installed, or does not import"
     return load(name).unsupported(**request)
+
+
+def is_interpreted(name: str | None, mesh: Mesh | None = None) -> bool:
+    """Whether a CPU runs a kernel: JAX's interpreter of kernels does not say what varies.
+
+    Args:
+      name: of an implementation, or None.
+      mesh: of the devices; None: those of the default backend.
+    """
+    platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return name in KERNELS and KERNELS[name].interpreted and platform == "cpu"

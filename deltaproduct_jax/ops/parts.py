@@ -1,0 +1,163 @@
+"""Functions of arrays that lie over explicit axes of a mesh, run on each device's part of them.
+
+Sequences and heads share nothing, so a function of them runs on every device's own ones: inside
+`jax.shard_map`, where what it makes, zeros and carries of scans, is of the size of a part. Axes of
+the other two kinds need nothing of this: Auto ones are the compiler's, Manual ones are cut already.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+# The dimensions that may be cut, and what is cut with them.
+_ROLES = {"B": "batch", "H": "heads", "Hv": "heads"}
+
+
+def on_each_part(
+    run: Callable[[dict[str, jax.Array]], Any],
+    arrays: Mapping[str, jax.Array | None],
+    layouts: Mapping[str, tuple[str, ...]],
+    out_layouts: Any,
+    *,
+    check_vma: bool = True,
+) -> Any:
+    """``run(arrays)``, over the explicit mesh axes along which batch and heads of the arrays lie.
+
+    An array that does not lie along an axis where others do is cut alike, which moves nothing.
+
+    Args:
+      run: takes the arrays by name, those that are None among them.
+      arrays: by name.
+      layouts: dimensions of every array, by name; "B" is the batch, "H" and "Hv" are heads.
+      out_layouts: the same for every result, in the structure of the results.
+      check_vma: of `jax.shard_map`.
+
+    Raises:
+      ValueError: an array lies over an axis along another dimension, or along two.
+    """
+    given = {name: x for name, x in arrays.items() if x is not None}
+    axes = _axes_of_roles(given, layouts)
+    if not axes:
+        return run(dict(arrays))
+    mesh = next(m for m in map(_mesh, given.values()) if not m.empty)
+    specs = {name: _spec(layouts[name], axes) for name in given}
+    cut = {name: _cut(x, mesh, specs[name]) for name, x in given.items()}
+    return jax.shard_map(
+        lambda cut: run({name: cut.get(name) for name in arrays}),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=jax.tree.map(lambda x: _spec(x, axes), out_layouts, is_leaf=_is_layout),
+        axis_names=frozenset(name for names in axes.values() for name in names),
+        check_vma=check_vma,
+    )(cut)
+
+
+def along_rows_of(like: jax.Array, tree: Any) -> Any:
+    """Arrays [B, ...], over the explicit axes along which the batch of ``like`` lies."""
+    names = _explicit_names(like)[0]
+    if not names:
+        return tree
+    spec = PartitionSpec(names)
+    return jax.tree.map(lambda x: _cut(x, _mesh(like), spec), tree)
+
+
+def on_each_row(run: Callable[..., Any], *trees: Any) -> Any:
+    """``run(*trees)``, arrays [B, ...] to arrays [B, ...], whose rows share nothing.
+
+    For gathers along a row, which JAX refuses where rows lie over explicit axes.
+    """
+    lies = [x for x in jax.tree.leaves(trees) if _explicit_names(x)[0]]
+    if not lies:
+        return run(*trees)
+    axes = _explicit_names(lies[0])[0]
+    spec = PartitionSpec(axes)
+    return jax.shard_map(
+        run, mesh=_mesh(lies[0]), in_specs=spec, out_specs=spec, axis_names=frozenset(axes)
+    )(*along_rows_of(lies[0], trees))
+
+
+def gathered_along(index: jax.Array) -> NamedSharding | None:
+    """How ``table[index]``, rows of a table that is whole, lies: as the index; None: no matter."""
+    names = _explicit_names(index)
+    if not any(names):
+        return None
+    return NamedSharding(_mesh(index), PartitionSpec(*(n or None for n in names), None))
+
+
+def _is_layout(x: Any) -> bool:
+    return type(x) is tuple and all(isinstance(d, str) for d in x)
+
+
+def _mesh(x: jax.Array):
+    """That of ``x``; outside jit with its devices, without which nothing could be moved there."""
+    abstract = jax.typeof(x).sharding.mesh
+    return abstract if isinstance(x, jax.core.Tracer) or abstract.empty else x.sharding.mesh
+
+
+def _explicit_names(x: jax.Array) -> list[tuple[str, ...]]:
+    """Per dimension the explicit mesh axes of several devices along which ``x`` lies."""
+    sharding = jax.typeof(x).sharding
+    types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
+    spec = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
+    spec += [()] * (x.ndim - len(spec))
+    kept = lambda name: types[name] == AxisType.Explicit and sharding.mesh.shape[name] > 1
+    return [tuple(filter(kept, names)) for names in spec]
+
+
+def _axes_of_roles(arrays, layouts) -> dict[str, tuple[str, ...]]:
+    """The axes of batch and heads, if any; ValueError where an array lies otherwise."""
+    axes: dict[str, tuple[str, ...]] = {}
+    for name, x in arrays.items():
+        for dimension, names in zip(layouts[name], _explicit_names(x), strict=True):
+            if not names:
+                continue
+            role, text = _ROLES.get(dimension), "/".join(names)
+            if dimension == "T":
+                raise ValueError(
+                    f"{name} lies over the mesh axis {text!r} along T; here rows are whole, and "
+                    f"sharded_delta_product(..., sequence_axis={text!r}) cuts them"
+                )
+            if role is None:
+                raise ValueError(
+                    f"{name} lies over the mesh axis {text!r} along {dimension}; it may lie over "
+                    "an axis along B and heads, and jax.sharding.reshard lays it out so"
+                )
+            if axes.setdefault(role, names) != names or _shared(axes):
+                raise ValueError(
+                    f"{name} lies over the mesh axis {text!r} along {dimension}, where others lie "
+                    f"over {axes}; all arrays must agree, as jax.sharding.reshard makes them"
+                )
+    for name, x in arrays.items():
+        for dimension, size in zip(layouts[name], x.shape, strict=True):
+            names = axes.get(_ROLES.get(dimension, ""), ())
+            devices = math.prod(_size(arrays, axis) for axis in names)
+            if names and size % devices:
+                raise ValueError(
+                    f"{name} has {dimension}={size}, which must be a multiple of the {devices} "
+                    f"devices of the mesh axis {'/'.join(names)!r} over which others lie"
+                )
+    return axes
+
+
+def _shared(axes: dict[str, tuple[str, ...]]) -> bool:
+    names = [name for role in axes.values() for name in role]
+    return len(names) > len(set(names))
+
+
+def _size(arrays, axis: str) -> int:
+    return next(_mesh(x).shape[axis] for x in arrays.values() if axis in _mesh(x).axis_names)
+
+
+def _spec(layout: tuple[str, ...], axes: dict[str, tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(axes.get(_ROLES.get(d, "")) or None for d in layout))
+
+
+def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
+    """``x`` laid out as ``spec`` says, and along other dimensions as it is."""
+    names = [*spec] + [None] * (x.ndim - len(spec))
+    kept = [old or None for old in _explicit_names(x)]
+    whole = PartitionSpec(*(new or old for new, old in zip(names, kept, strict=True)))
+    return jax.sharding.reshard(x, NamedSharding(mesh, whole))

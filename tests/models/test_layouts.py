@@ -1,0 +1,80 @@
+"""Models over explicit axes of a mesh, with empty inputs, and saved with a symbolic batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+
+ALL = ("gated_delta_product", "transformer", "mamba2", "gla", "mlstm", "slstm", "rwkv7")
+# One of them whenever tests run, the others, which take as long again each, with --slow.
+MIXERS = [ALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ALL[1:])]
+
+
+def make(mixer):
+    more = {"use_short_conv": True} if "delta" in mixer else {}
+    sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8}
+    config = ModelConfig(vocab_size=7, mixer=mixer, num_layers=1, **sizes, **more)
+    return nnx.split(SequenceModel(config, rngs=nnx.Rngs(0)))
+
+
+def inputs(B=2, T=5):
+    rng = np.random.default_rng(3)
+    ids = jnp.asarray(rng.integers(0, 7, (B, T)), jnp.int32)
+    return ids, ids // 4, jnp.asarray(rng.uniform(size=(B, T)) < 0.7)
+
+
+def read(graph, params, tokens, segment_ids, mask):
+    """Logits of a sequence and of one token more, and the state after it."""
+    model = nnx.merge(graph, params)
+    y, state = model.forward(tokens, segment_ids=segment_ids, mask=mask)
+    return y, *model.step(state, tokens[:, 0])
+
+
+def close(got, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ALL)
+def test_the_batch_over_an_explicit_axis(mixer):
+    graph, params = make(mixer)
+
+    def run(params, *arrays):
+        outs, pull = jax.vjp(lambda p: read(graph, p, *arrays)[:2], params)
+        return outs, pull(outs)[0]
+
+    run = jax.jit(run)
+    mesh = jax.make_mesh((2,), ("data",))
+    whole = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    rows = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
+    got = run(whole, *rows)
+    assert got[0][0].sharding.spec[0] == "data"
+    close(got, run(params, *inputs()))
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_empty_in_empty_out(mixer):
+    model = nnx.merge(*make(mixer))
+    for B, T in ((0, 3), (2, 0)):
+        y, state = model.forward(jnp.zeros((B, T), jnp.int32), mask=jnp.ones((B, T), bool))
+        assert y.shape == (B, T, 7)
+        close(state, model.init_state(B))
+    y, _ = model.step(model.init_state(0), jnp.zeros(0, jnp.int32))
+    assert y.shape == (0, 7)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_a_model_is_saved_with_its_parameters_as_arguments(mixer, unchecked):
+    graph, params = make(mixer)
+    leaves, tree = jax.tree.flatten(params)
+    run = jax.jit(lambda leaves, *arrays: read(graph, tree.unflatten(leaves), *arrays))
+    (b,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((b, 5), x.dtype) for x in inputs()]
+    saved = jax.export.export(run)(leaves, *shapes).serialize()
+    got = jax.export.deserialize(saved).call(leaves, *inputs())
+    assert type(got[2][0]).__name__.endswith("State")
+    close(got, run(leaves, *inputs()))
