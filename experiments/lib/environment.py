@@ -20,7 +20,11 @@ OLDEST_PYTHON = (3, 11)
 STAMP = "requirements.sha256"
 # Packages that stand beside the others, where only those who ask for them find them: with libtpu
 # among the others, every program would look for a TPU and complain that there is none.
-EXTRAS = {"tpu": "requirements-tpu.txt", "gpu": "requirements-gpu.txt"}
+EXTRAS = {
+    "tpu": "requirements-tpu.txt",
+    "gpu": "requirements-gpu.txt",
+    "gluon": "requirements-gluon.txt",
+}
 # Those that the tests' own process shall find; Triton only a child finds, or every program of every
 # test would hold a branch for GPUs.
 ON_PATH = ("tpu",)

@@ -7,7 +7,8 @@
 Each implementation, and the peer, is first held against the recurrence in float64 on two sequences
 of 256 tokens, and refused where it is wrong. The programs then run in turn; the table shows median
 [min - max] of a call, compile time apart, the temporary memory that the compiler reports, and the
-ratio to the first implementation named.
+ratio to the first implementation named. On a GPU it also shows the time on the GPU itself, the sum
+of the kernels that the profiler saw; the ratio is of those where there are some.
 
 ``--directions=step`` times decoding instead: `delta_product_step`, whatever ``--implementations``
 says, from token to token in one program; the table has the time of one token.
@@ -31,6 +32,8 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
+from experiments.lib.bench.device_time import time_on_device
+from experiments.lib.bench.peers import fla, flashqla
 from experiments.lib.bench.peers.jax_packages import PACKAGES, peer_op
 from experiments.lib.bench.report import (
     TIMES,
@@ -63,6 +66,7 @@ from experiments.lib.figures.benchmarks import draw_speed
 # The gradient of the recurrence keeps several states a token: more sequences of 16 heads of 128 do
 # not fit on a TPU of 16 GB.
 CHECKED_SEQUENCES = 2
+OF_TORCH = ("fla", *flashqla.NAMES)
 TOKENS_OF_DECODING = 8
 
 
@@ -88,8 +92,9 @@ class SpeedConfig:
     budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
     peer: str | None = setting(
         None,
-        "comma list of packages to time too: jla (jax-linear-attention), ejkernel, or fla "
-        "(flash-linear-attention, on a GPU in bfloat16)",
+        "comma list of packages to time too: jla (jax-linear-attention), ejkernel, or, on a GPU in "
+        "bfloat16, fla (flash-linear-attention), flashqla (n_h = 1) and flashqla_interleaved "
+        "(n_h > 1)",
     )
 
     def __post_init__(self) -> None:
@@ -112,9 +117,10 @@ class SpeedConfig:
         for direction in self.directions.split(","):
             require_one_of("directions", direction, [FORWARD, BACKWARD, STEP])
         for name in self.peers:
-            require_one_of("peer", name, ["fla", *PACKAGES])
-        if "fla" in self.peers and self.dtype != "bfloat16":
-            raise ConfigError(f"peer=fla refuses dtype={self.dtype!r}; give dtype=bfloat16")
+            require_one_of("peer", name, [*OF_TORCH, *PACKAGES])
+        for name in set(self.peers) & set(OF_TORCH):
+            if self.dtype != "bfloat16":
+                raise ConfigError(f"peer={name} refuses dtype={self.dtype!r}; give dtype=bfloat16")
         if STEP in self.directions.split(",") and set(self.peers) - {"fla"}:
             raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
         if self.peers and self.value_heads != self.num_heads:
@@ -122,7 +128,7 @@ class SpeedConfig:
                 f"num_v_heads={self.num_v_heads} with peer={self.peer!r}: peers are timed "
                 f"with as many as num_heads={self.num_heads}"
             )
-        for name in set(self.peers) - {"fla"}:
+        for name in set(self.peers) - set(OF_TORCH):
             peer_op(name)  # an error now, not after the first rows
 
     @property
@@ -153,15 +159,19 @@ def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any
     prepare = _decoding if direction == STEP else _whole_sequences
     programs, errors = prepare(config, shape, direction)
     time_in_turn(programs, config.repeats, config.budget_s)
+    kernels = time_on_device(programs)
     summaries = {name: entry.summary() for name, entry in programs.items()}
-    first = next(iter(summaries.values()))["median_ms"]
+    taken = {name: sum(kernels[name].values()) or x["median_ms"] for name, x in summaries.items()}
+    first = next(iter(taken.values()))
     return [
         {
             "num_householder": n_h,
             "direction": direction,
             "implementation": name,
             **summary,
-            "times_faster_than_first": first / summary["median_ms"],
+            "device_ms": sum(kernels[name].values()) or None,
+            "kernels_ms": {kernel: round(x, 4) for kernel, x in kernels[name].items()},
+            "times_faster_than_first": first / taken[name],
             "worst_error": errors[name],
         }
         for name, summary in summaries.items()
@@ -179,7 +189,7 @@ def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Progr
     checked = short.inputs()
     want = exact_results(checked, direction)
     programs, errors = {}, {}
-    peers = [name for name in config.peers if name != "fla"]
+    peers = [name for name in config.peers if name not in OF_TORCH]
     for name in [*config.names, *peers]:
         implementation = None if name == "auto" else name
         if name in peers:
@@ -188,11 +198,13 @@ def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Progr
         # First, as the check may compile the same program.
         programs[name] = compile_program(function, arrays)
         errors[name] = checked_error(name, short, jax.jit(function)(checked), want)
-    if "fla" in config.peers:
-        from experiments.lib.bench.peers.fla import compile_peer, peer_results
-
-        errors["fla"] = checked_error("fla", short, peer_results(short, checked, direction), want)
-        programs["fla"] = compile_peer(shape, arrays, direction)
+    for name in config.peers:
+        if name not in OF_TORCH or (name in flashqla.NAMES and name != flashqla.NAMES[shape.R > 1]):
+            continue
+        peer = flashqla if name in flashqla.NAMES else fla
+        got = peer.peer_results(short, checked, direction)
+        errors[name] = checked_error(name, short, got, want)
+        programs[name] = peer.compile_peer(shape, arrays, direction)
     return programs, errors
 
 
@@ -207,14 +219,22 @@ def _decoding(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
     ours = compile_program(decoding, tokens, calls=DECODING_ROUNDS * shape.T)
     programs, errors = {STEP: ours}, {STEP: checked_error(STEP, shape, ours.run(), want)}
     if config.peer:
-        from experiments.lib.bench.peers.fla import compile_peer_decoding, to_numpy
-
-        programs["fla"] = compile_peer_decoding(shape, tokens)
-        errors["fla"] = checked_error("fla", shape, to_numpy(programs["fla"].run()), want)
+        programs["fla"] = fla.compile_peer_decoding(shape, tokens)
+        errors["fla"] = checked_error("fla", shape, fla.to_numpy(programs["fla"].run()), want)
     return programs, errors
 
 
-HEAD = ("n_h", "direction", "implementation", *TIMES, "x faster", "compile s", "temp MiB", "error")
+HEAD = (
+    "n_h",
+    "direction",
+    "implementation",
+    *TIMES,
+    "on the GPU, ms",
+    "x faster",
+    "compile s",
+    "temp MiB",
+    "error",
+)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -223,6 +243,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             *(row[name] for name in ("num_householder", "direction", "implementation")),
             *times(row),
+            shown(row["device_ms"], ".3f"),
             *(f"{row['times_faster_than_first']:.2f}", f"{row['compile_s']:.1f}"),
             *(shown(row["temp_mib"], ".1f"), f"{row['worst_error']:.1e}"),
         ]

@@ -17,7 +17,7 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
         picked = {
             (r["direction"], r["num_householder"]): r for r in rows if r["implementation"] == name
         }
-        heights = [picked[group]["median_ms"] for group in groups]
+        heights = [picked.get(group, {"median_ms": float("nan")})["median_ms"] for group in groups]
         offset = (index - (len(names) - 1) / 2) * 0.8 / len(names)
         places = [place + offset for place in range(len(groups))]
         axes.bar(places, heights, 0.8 / len(names), label=name)

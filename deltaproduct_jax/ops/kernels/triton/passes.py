@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.kernels.triton import tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
@@ -47,7 +48,7 @@ def unsupported(*, dtype, B: int, T: int, R: int, H: int, Hv: int, K: int, V: in
 
 def is_ready() -> bool:
     """Whether the GPU has the shared memory, over 128 KiB, that tiles for 128 x 128 states take."""
-    return _compute_capability() in LARGE_SHARED_MEMORY
+    return compute_capability() in LARGE_SHARED_MEMORY
 
 
 def kept_span(span: int, **sizes) -> int:
@@ -95,6 +96,8 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    if not keep_states and gluon.takes(tokens, options, compute_capability()):
+        return *batched(gluon.forward, options)(tokens, initial_state), None
     options = options if keep_states else options._replace(spans=0, more=False)
     o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
@@ -379,7 +382,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         name=f"delta_product_{name}",
         num_warps=launch.warps,
         num_stages=launch.stages,
-        compute_capability=_compute_capability(),
+        compute_capability=compute_capability(),
         input_output_aliases=aliases or {},
         **{keyword: tuple(outs)},
         **{key: value for key, value in meta.items() if key in kernel.arg_names},
@@ -387,9 +390,9 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
     return tuple(mark_varying_as(x, arrays[0]) for x in results)
 
 
-def _compute_capability() -> int:
-    named = os.environ.get(COMPUTE_CAPABILITY_VARIABLE)
-    if named:
+def compute_capability() -> int:
+    """Of the GPU that is here, or of the one that is named, or compiled for without any."""
+    if named := os.environ.get(COMPUTE_CAPABILITY_VARIABLE):
         return int(named)
     try:
         return int(jax.devices("cuda")[0].compute_capability.replace(".", ""))

@@ -33,12 +33,12 @@ def compile_peer(shape: Shape, arrays: Mapping[str, jax.Array], direction: str) 
     Raises:
         ConfigError: torch, the package or a GPU is missing, or the peer refuses to run.
     """
-    return _compiled(_waited_for(_program(shape, arrays, direction), direction, shape))
+    return as_compiled(waited_for(_program(shape, arrays, direction), direction, shape))
 
 
 def peer_results(shape: Shape, arrays: Mapping[str, jax.Array], direction: str) -> Results:
     """What the peer computes, arranged as our own program's results; raises as `compile_peer`."""
-    got = to_numpy(_waited_for(_program(shape, arrays, direction), direction, shape)())
+    got = to_numpy(waited_for(_program(shape, arrays, direction), direction, shape)())
     if direction == FORWARD:
         return got
     return {name: x.reshape(arrays[name].shape) for name, x in zip(arrays, got, strict=True)}
@@ -57,17 +57,17 @@ def compile_peer_decoding(shape: Shape, arrays: Mapping[str, Any]) -> Compiled:
     from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
 
     def as_updates(token: Mapping[str, jax.Array]) -> dict[str, Any]:
-        updates = {name: _to_torch(token[name]) for name in ("k", "v", "beta")}
+        updates = {name: to_torch(token[name]) for name in ("k", "v", "beta")}
         last, first = shape.R - 1, 0
         for name, place in (("q", last), ("g", first)):
             if name in token:
-                x = _to_torch(token[name]).unsqueeze(1)
+                x = to_torch(token[name]).unsqueeze(1)
                 updates[name] = x.new_zeros(x.shape[0], shape.R, *x.shape[2:])
                 updates[name][:, place] = x[:, 0]
         return updates
 
     tokens = [as_updates(token) for token in arrays["tokens"]]
-    start = _to_torch(arrays["state"])
+    start = to_torch(arrays["state"])
 
     @torch.no_grad()
     def decode() -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ def compile_peer_decoding(shape: Shape, arrays: Mapping[str, Any]) -> Compiled:
         return replay
 
     replay = _refusals_named(recorded, STEP, shape)()
-    return _compiled(_waited_for(replay, STEP, shape), calls=DECODING_ROUNDS * len(tokens))
+    return as_compiled(waited_for(replay, STEP, shape), calls=DECODING_ROUNDS * len(tokens))
 
 
 def to_numpy(results: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
@@ -104,13 +104,16 @@ def to_numpy(results: tuple[Any, ...]) -> tuple[np.ndarray, ...]:
     return tuple(x.detach().float().cpu().numpy() for x in results)
 
 
-def _compiled(run: Callable[[], Any], calls: int = 1) -> Compiled:
+def as_compiled(run: Callable[[], Any], calls: int = 1) -> Compiled:
+    """A program that is compiled by its first run."""
     began = time.perf_counter()
     run()
     return Compiled(run, time.perf_counter() - began, None, calls)
 
 
-def _waited_for(call: Callable[[], Any], direction: str, shape: Shape) -> Callable[[], Any]:
+def waited_for(call: Callable[[], Any], direction: str, shape: Shape) -> Callable[[], Any]:
+    """``call`` until the GPU is done; its refusals are errors of the configuration."""
+
     def run() -> Any:
         result = call()
         load_torch().cuda.synchronize()
@@ -126,24 +129,36 @@ def _refusals_named(call: Callable[[], Any], direction: str, shape: Shape) -> Ca
         try:
             return call()
         except RuntimeError as error:
-            raise ConfigError(f"peer=fla cannot run {direction} at {shape}: {error}") from error
+            raise ConfigError(f"the peer cannot run {direction} at {shape}: {error}") from error
 
     return run
 
 
-def load_torch() -> Any:
+# What a peer is called, the module that must import, and the package that has it.
+FLA = ("fla", "fla.ops.gated_delta_product", "flash-linear-attention")
+
+
+def load_torch(peer: tuple[str, str, str] = FLA) -> Any:
+    """PyTorch, where the peer can run.
+
+    Raises:
+        ConfigError: torch, the peer's package or a GPU is missing.
+    """
+    name, module, package = peer
+    # With FlashQLA installed it would run that: a peer of its own.
+    os.environ.setdefault("FLA_FLASH_QLA", "0")
     try:
         import torch
 
-        importlib.import_module("fla.ops.gated_delta_product")
+        importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"peer=fla needs torch and flash-linear-attention: {error}; install both, or leave it"
+            f"peer={name} needs torch and {package}: {error}; install both, or leave it"
         ) from error
     if os.environ.get("TRITON_CACHE_DIR") == "":  # jax-triton leaves it so, and the peer needs one
         del os.environ["TRITON_CACHE_DIR"]
     if not torch.cuda.is_available():
-        raise ConfigError("peer=fla needs a CUDA GPU that torch can use, and there is none")
+        raise ConfigError(f"peer={name} needs a CUDA GPU that torch can use, and there is none")
     _compile_side_by_side()
     return torch
 
@@ -172,7 +187,8 @@ def _compile_side_by_side() -> None:
     Autotuner.prune_configs = compiled
 
 
-def _to_torch(x: jax.Array) -> Any:
+def to_torch(x: jax.Array) -> Any:
+    """An array as a tensor on the GPU, bfloat16 or float32."""
     torch = load_torch()
     tensor = torch.from_numpy(np.array(x, np.float32)).cuda()
     return tensor.to(torch.bfloat16) if x.dtype == jnp.bfloat16 else tensor
@@ -185,7 +201,7 @@ def _program(
     torch = load_torch()
     from fla.ops.gated_delta_product import chunk_gated_delta_product
 
-    inputs = {name: _to_torch(x) for name, x in arrays.items()}
+    inputs = {name: to_torch(x) for name, x in arrays.items()}
     for name in ("k", "v", "beta"):  # the peer folds the factors into time
         inputs[name] = inputs[name].flatten(1, 2)
 
@@ -202,6 +218,6 @@ def _program(
     for tensor in inputs.values():
         tensor.requires_grad_(True)
     sizes = ((shape.B, shape.T, shape.H, shape.V), (shape.B, shape.H, shape.K, shape.V))
-    o, final_state = (_to_torch(cotangent(size)) for size in sizes)
+    o, final_state = (to_torch(cotangent(size)) for size in sizes)
     cotangents = [o.to(torch.bfloat16), final_state]
     return backward

@@ -1,0 +1,1 @@
+"""GPU kernels in Gluon, with specialised warps, for Hopper; `passes.py` launches them."""

@@ -1,0 +1,173 @@
+"""Are the kernels of a GPU right there? Each case against the recurrence in float64, on the GPU.
+
+    python -m experiments.hardware.gpu_check --workdir=runs/gpu_check
+    python -m experiments.hardware.gpu_check --workdir=runs/gpu_check --peer=flashqla
+
+runs `delta_product(implementation="triton")` forward in bfloat16, as it is called in inference, and
+shows the relative errors of outputs and final states, and which kernels ran. The first cases are of
+shapes: few and many tokens, factors, grouped heads, packing, widths, pieces. The others are of what
+is hard to compute: 2048 tokens, 16 heads, from a state of zeros. With a peer, FlashQLA's errors
+stand beside those with one factor.
+
+Source: this project.
+Expect: 3e-3 where beta is random or something is forgotten; more with beta = 2 throughout and no
+decay, most with identical keys, since all bfloat16 products drift there.
+Takes: two minutes on an H200, mostly compiling.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaproduct_jax.ops import delta_product, kernels
+from deltaproduct_jax.ops.kernels.gluon import passes as gluon
+from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.settings import setting
+from experiments.lib import flags
+from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.timing import FORWARD, Shape, machine
+
+LONG = {"T": 2048, "H": 16}
+CASES = {
+    "one token": {"T": 1},
+    "63 tokens, n_h = 2": {"T": 63, "R": 2, "B": 2},
+    "65 tokens, grouped heads": {"T": 65, "Hv": 4, "gated": False},
+    "packed, n_h = 3, grouped heads": {"T": 200, "R": 3, "Hv": 4, "packed": True},
+    "n_h = 5": {"T": 130, "R": 5},
+    "packed, n_h = 8": {"T": 130, "R": 8, "gated": False, "packed": True},
+    "64 x 128, packed": {"T": 200, "R": 2, "K": 64, "packed": True},
+    "128 x 64": {"T": 200, "R": 2, "V": 64},
+    "64 x 64": {"T": 200, "K": 64, "V": 64},
+    "in pieces, packed": {"T": 4096, "packed": True},
+    "in pieces, n_h = 3, no gates": {"T": 2100, "R": 3, "gated": False},
+    "random": LONG,
+    "random, n_h = 2": {**LONG, "R": 2},
+    "g = -20": {**LONG, "kind": "decay"},
+    "g = -1e4 now and then": {**LONG, "kind": "forgets"},
+    "beta = 2": {**LONG, "gated": False, "kind": "twos"},
+    "beta = 2, keys agree to .99": {**LONG, "gated": False, "kind": "agree"},
+    "beta = 2, identical keys": {**LONG, "gated": False, "kind": "same"},
+    "64k tokens": {"T": 65536, "H": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckConfig:
+    """What is held against float64."""
+
+    peer: str | None = setting(None, "flashqla, or none")
+    cases: tuple[str, ...] = setting(tuple(CASES), "which")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Sizes and kind of a case."""
+
+    T: int
+    R: int = 1
+    B: int = 1
+    H: int = 2
+    K: int = 128
+    V: int = 128
+    Hv: int | None = None
+    gated: bool = True
+    packed: bool = False
+    kind: str = "random"
+
+    def shape(self) -> Shape:
+        """The same for the benchmarks."""
+        sizes = (self.B, self.T, self.H, self.K, self.V, self.R)
+        return Shape(*sizes, "bfloat16", self.gated, self.Hv)
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """Inputs: those of the benchmarks, changed to what the case is about."""
+        arrays = self.shape().inputs()
+        if self.kind in ("twos", "agree", "same"):
+            arrays["beta"] = jnp.full_like(arrays["beta"], 2.0)
+        if self.kind in ("agree", "same"):
+            k = arrays["k"].astype(jnp.float32)
+            # Two of length 1 that share one direction, and .1 of their own, agree to .99.
+            k = k[:, :1, :1, :1] + (0.1 if self.kind == "agree" else 0.0) * k
+            arrays["k"] = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(jnp.bfloat16)
+        if self.kind == "decay":
+            arrays["g"] = jnp.full_like(arrays["g"], -20.0)
+        if self.kind == "forgets":
+            every = (jnp.arange(self.T) % 8 == 0)[None, :, None]
+            arrays["g"] = jnp.where(every, -1e4, arrays["g"])
+        if self.packed:
+            starts = jax.random.bernoulli(jax.random.key(1), 0.03, (self.B, self.T))
+            arrays["segment_ids"] = jnp.cumsum(starts, axis=1)
+        return arrays
+
+
+def row_of(name: str, peer: str | None) -> dict[str, Any]:
+    """Errors of one case."""
+    case = Case(**CASES[name])
+    arrays = case.arrays()
+    with jax.enable_x64(True):
+        wide = {
+            key: x if key == "segment_ids" else jnp.asarray(np.asarray(x, np.float64))
+            for key, x in arrays.items()
+        }
+        run = functools.partial(delta_product, implementation="recurrent")
+        want = jax.device_get(jax.jit(lambda a: run(**a))(wide))
+    run = functools.partial(delta_product, implementation="triton")
+    got = jax.device_get(jax.jit(lambda a: run(**a))(arrays))
+    row = {"case": name, "kernels": kernels_of(case, arrays)}
+    row |= dict(zip(("o", "final_state"), map(_error, got, want), strict=True))
+    if peer and case.R == 1 and case.T == LONG["T"]:
+        from experiments.lib.bench.peers import flashqla
+
+        theirs = flashqla.peer_results(case.shape(), arrays, FORWARD)
+        row["peer"] = _error(theirs[0], want[0])
+    return row
+
+
+def kernels_of(case: Case, arrays: dict[str, jax.Array]) -> str:
+    """Those that `delta_product` chose."""
+    named = [arrays[name] for name in ("q", "k", "v", "beta")]
+    tokens = Tokens(*named, arrays.get("g"), arrays.get("segment_ids"))
+    options = kernels.Options(1.0, None, 0, interpret=False)
+    capability = kernels.load("triton").compute_capability()
+    if not gluon.takes(tokens, options, capability):
+        return "Triton"
+    groups = -(-case.T // gluon.GROUP)
+    pieces = gluon.pieces_for(case.B * (case.Hv or case.H), groups)
+    return "Gluon" if pieces == 1 else f"Gluon, {pieces} pieces"
+
+
+def _error(x: Any, ref: Any) -> float:
+    x, ref = np.asarray(x, np.float64), np.asarray(ref, np.float64)
+    return float(np.linalg.norm(x - ref) / np.linalg.norm(ref))
+
+
+def command(argv: Sequence[str]) -> None:
+    """Prints the table, writes check.json and check.md."""
+    parsed = flags.parse(argv, {"check": CheckConfig}, {"default": {}})
+    config = CheckConfig(**parsed.sections["check"])
+    rows = []
+    for name in config.cases:
+        rows.append(row_of(name, config.peer))
+        print(rows[-1], file=sys.stderr, flush=True)
+    head = ("case", "kernels", "o", "final state", *(["FlashQLA, o"] if config.peer else []))
+    lines = [
+        [
+            *(row["case"], row["kernels"], f"{row['o']:.1e}", f"{row['final_state']:.1e}"),
+            *([f"{row['peer']:.1e}" if "peer" in row else "-"] if config.peer else []),
+        ]
+        for row in rows
+    ]
+    record = {"command": command_line("hardware.gpu_check", argv), "machine": machine()}
+    record["rows"] = rows
+    about = f"Relative errors against float64; {record['machine']}."
+    print(write_report(parsed.workdir, "check", record, about, markdown(head, lines)))
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

@@ -1,0 +1,86 @@
+"""What test_gluon.py runs apart, where the newer Triton is found: prints one JSON object.
+
+Compiles every kernel that a pass with the sizes given as JSON launches, without a GPU, and reads
+what the assembler makes of it: registers, spilt bytes, spills in loops, shared memory, warps.
+"""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import triton
+
+from deltaproduct_jax.compilers.gpu import spills_in_loops
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.gluon import launch, passes
+from deltaproduct_jax.ops.layout import Tokens
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def resources(program, registers):
+    """What the compiled kernel takes, with at most so many registers."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, binary = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(launch.limited(program.asm["ptx"], registers))
+        assemble = [TOOLS / "ptxas", "-v", "-arch=sm_90a", ptx, "-o", binary]
+        report = subprocess.run(assemble, capture_output=True, text=True, check=True).stderr
+        show = [TOOLS / "cuobjdump", "-sass", binary]
+        code = subprocess.run(show, capture_output=True, text=True, check=True).stdout
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
+        "spilt_bytes": int(re.search(r"(\d+) bytes spill stores", report)[1]),
+        "spills_in_loops": spills_in_loops(code),
+        "shared_bytes": program.metadata.shared,
+        "scratch_bytes": program.metadata.global_scratch_size,
+        "warps": program.metadata.num_warps,
+        "products": len(re.findall("HGMMA", code)),
+    }
+
+
+def compiled_kernels(*, R, K, V, gated, packed, pieces):
+    """Resources of the kernels of a forward pass, by name."""
+    B, T, H, Hv = (1, 4096, 1, 2) if pieces else (8, 4096, 16, 16)
+    found = {}
+
+    def launched(kernel, arrays, outs, grid, *, warps, tiles, registers=None, **constants):
+        del grid
+        dtypes = tuple(str(x.dtype) for x in (*arrays, *outs))
+        program = launch.compiled(
+            kernel, dtypes, warps, tuple(tiles.items()), tuple(constants.items())
+        )
+        name = "_".join([kernel.__name__, *constants.get("START", "").split()])
+        found[name] = resources(program, registers)
+        return [jnp.zeros(x.shape, x.dtype) for x in outs]
+
+    launch.launch = launched
+    passes.composed = lambda call, *_, **__: jnp.zeros(call.states(call.pieces, V).shape)
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    wide = functools.partial(array, dtype=jnp.float32)
+    tokens = Tokens(
+        array(B, T, H, K),
+        array(B, T, R, H, K),
+        array(B, T, R, Hv, V),
+        wide(B, T, R, Hv),
+        wide(B, T, Hv) if gated else None,
+        array(B, T, dtype=jnp.bool_) if packed else None,
+    )
+    options = Options(K**-0.5, None, 0, interpret=False)
+    jax.eval_shape(functools.partial(passes.forward, options), tokens, wide(B, Hv, K, V))
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(compiled_kernels(**json.loads(sys.argv[1]))))

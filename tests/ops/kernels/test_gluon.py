@@ -1,0 +1,82 @@
+"""The kernels in Gluon without a GPU: compiled, and what they take of a multiprocessor.
+
+There is no interpreter of Gluon. `python -m experiments.hardware.gpu_check` holds them against
+float64 on a GPU; experiments/results/gpu/forward/ has what it printed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.lib import environment
+
+TESTS = Path(__file__).parents[2]
+SHARED = 227 * 1024
+# Of a walk: what ptxas moves to memory outside of the loop over blocks.
+SPILT_BY_WALKS = 32
+# `inverse` keeps some 60 numbers in memory while it substitutes, so that more programs fit.
+SPILT_BY_INVERSE = 320
+
+if not environment.extra_folder("gluon").exists():
+    pytest.skip("needs Triton 3.7 (tests/run.py --extra=gluon)", allow_module_level=True)
+
+
+def compiled(**sizes) -> dict:
+    """Runs gluon_child.py in a process of its own, where the newer Triton is found."""
+    path = [environment.extra_folder("gluon"), TESTS, TESTS.parent]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    sizes = {"R": 2, "K": 128, "V": 128, "gated": True, "packed": False, "pieces": False} | sizes
+    command = [sys.executable, "-W", "ignore", str(TESTS / "gluon_child.py"), json.dumps(sizes)]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+def check(kernels: dict) -> None:
+    """Every kernel fits, uses the tensor cores, and wants no scratch memory."""
+    for name, kernel in kernels.items():
+        assert kernel["shared_bytes"] <= SHARED, (name, kernel)
+        assert kernel["scratch_bytes"] == 0, (name, kernel)
+        if name == "gate_sums":
+            assert kernel["spilt_bytes"] == 0
+            continue
+        assert kernel["products"] > 0, (name, kernel)
+        most = SPILT_BY_INVERSE if name == "inverse" else SPILT_BY_WALKS
+        assert kernel["spilt_bytes"] <= most, (name, kernel)
+        # Registers of all programs that are to run at once on a multiprocessor.
+        programs = 5 if name == "inverse" else 1
+        assert kernel["registers"] * 32 * kernel["warps"] * programs <= 65536, (name, kernel)
+
+
+def test_a_pass_compiles_for_hopper_and_fits():
+    kernels = compiled()
+    assert set(kernels) == {"gate_sums", "inverse", "walk_whole"}
+    # Two of 64 columns, one that prepares, one that loads.
+    assert kernels["walk_whole"]["warps"] == 16
+    check(kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"R": 1},
+        {"R": 1, "gated": False},
+        {"R": 3},
+        {"R": 3, "packed": True, "pieces": True},
+        {"R": 8, "gated": False, "packed": True},
+        {"R": 2, "K": 64, "pieces": True},
+        {"R": 1, "V": 64},
+        {"R": 2, "K": 64, "V": 64, "packed": True},
+    ],
+    ids=str,
+)
+def test_other_sizes_compile_for_hopper_and_fit(sizes):
+    kernels = compiled(**sizes)
+    walks = {"walk_whole", "walk_ends", "walk_maps"} if sizes.get("pieces") else {"walk_whole"}
+    assert {name for name in kernels if name.startswith("walk")} == walks
+    check(kernels)
