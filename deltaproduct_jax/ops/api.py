@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from deltaproduct_jax.ops import checks, kernels
+from deltaproduct_jax.ops import checks, kernels, placement
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
@@ -98,6 +98,23 @@ def delta_product(
       Siems, Carstensen, Zela, Hutter, Pontil, Grazzi. DeltaProduct: Improving State-Tracking in
       Linear RNNs via Householder Products. 2025. https://arxiv.org/abs/2502.10297
     """
+    spread = placement.current()
+    if spread is not None:
+        with placement.placed(None):  # what runs on each device is the op as it is
+            return spread.op(
+                q,
+                k,
+                v,
+                beta,
+                g,
+                scale=scale,
+                initial_state=initial_state,
+                segment_ids=segment_ids,
+                use_qk_l2norm=use_qk_l2norm,
+                chunk_size=chunk_size,
+                implementation=implementation,
+                precision=precision,
+            )
     checks.check_implementation(implementation, AVAILABLE)
     checks.check_chunk_size(chunk_size, implementation)
     precision = checks.check_precision(precision)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.optimizer import at_least_float32
 
@@ -64,14 +65,19 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def loss_and_correct(
-    definition: ModelDefinition, params: Params, batch: Batch
+    definition: ModelDefinition, params: Params, batch: Batch, layout: Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy summed over the counted positions, in float32, and correct answers ``[B, T]``.
 
-    The answer at a position is the likeliest token, the smallest id where several are.
+    The answer at a position is the likeliest token, the smallest id where several are. With a
+    ``layout`` the model runs over its mesh.
     """
-    model = definition.with_params(params)
-    logits_BTV = model(batch.inputs).astype(jnp.float32)
+    if layout is None:
+        logits_BTV = definition.with_params(params)(batch.inputs)
+    else:
+        with layout.placed():
+            logits_BTV = definition.with_params(layout.gather(params))(batch.inputs)
+    logits_BTV = logits_BTV.astype(jnp.float32)
     # Masked before anything is computed of them: 0 times a NaN would be one of the gradient.
     counted_BTV = jnp.where(batch.mask[..., None], logits_BTV, 0)
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(counted_BTV, batch.targets)
@@ -85,6 +91,7 @@ def make_train_step(
     schedule: optax.Schedule,
     accumulation_steps: int,
     axis_name: str | tuple[str, ...] | None = None,
+    layout: Layout | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
 
@@ -93,7 +100,10 @@ def make_train_step(
 
     With ``axis_name`` it is a body for `jax.shard_map`: the batch is cut over the devices of that
     axis of the mesh, or of several, the state is the same on all of them, and so are the new state
-    and the metrics, those of the whole batch. A kernel can be spread over devices in no other way.
+    and the metrics, those of the whole batch.
+
+    With ``layout`` it is to be jitted on a state and a batch that lie as the layout says, and the
+    new state lies so again.
     """
 
     def of_device(tree: Any) -> Any:
@@ -104,7 +114,7 @@ def make_train_step(
 
     def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            loss, correct_BT = loss_and_correct(definition, params, batch)
+            loss, correct_BT = loss_and_correct(definition, params, batch, layout)
             return loss / count, jnp.sum(correct_BT, where=batch.mask, dtype=jnp.float32)
 
         (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
@@ -112,6 +122,8 @@ def make_train_step(
 
     def accumulated(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
         parts_ABT = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), batch)
+        if layout is not None:
+            parts_ABT = layout.cut_batch(parts_ABT, parts=True)
 
         def add_part(total: Any, part: Batch) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradients(params, part, count)), None
@@ -125,6 +137,8 @@ def make_train_step(
         count = over_devices(jnp.sum(batch.mask, dtype=jnp.float32))
         compute = gradients if accumulation_steps == 1 else accumulated
         grads, metrics = over_devices(compute(of_device(state.params), batch, count))
+        if layout is not None:
+            grads = layout.pin(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {
@@ -133,7 +147,8 @@ def make_train_step(
             "update_norm": global_norm(updates),
             "learning_rate": jnp.asarray(schedule(state.step), dtype=jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        after = TrainState(state.step + 1, params, opt_state)
+        return after if layout is None else layout.pin(after), metrics
 
     return train_step
 

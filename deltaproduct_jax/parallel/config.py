@@ -1,0 +1,92 @@
+"""Where a run runs, as settings: the mesh and the processes. They are no part of what a run is."""
+
+import dataclasses
+
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.settings import setting
+
+# In the order in which neighbouring devices are given out, the last one's the closest.
+AXES = ("data", "fsdp", "sequence", "tensor")
+DEFAULT_MESH = "data:-1,fsdp:1,tensor:1,sequence:1"
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceConfig:
+    """Devices of a run; raises ConfigError where the fields make no sense.
+
+    None of them changes what is computed beyond rounding, so that they are not in config.json: a
+    run goes on over any other mesh.
+    """
+
+    mesh: str = setting(
+        DEFAULT_MESH,
+        "devices along each axis, -1 for what is left: data cuts batches; fsdp cuts batches, "
+        "parameters and AdamW's moments; tensor cuts heads and the MLP's width; sequence cuts "
+        "tokens; an axis that is not named has 1",
+    )
+    distributed: bool = setting(
+        False, "join the processes of a TPU pod or a SLURM job, which JAX finds by itself"
+    )
+    coordinator_address: str | None = setting(
+        None, "host:port of process 0, where no cluster is found; with the two flags below"
+    )
+    num_processes: int | None = setting(None, "processes of the run, with coordinator_address")
+    process_id: int | None = setting(None, "number of this process, from 0")
+
+    def __post_init__(self):
+        self.sizes()
+        given = {
+            name: getattr(self, name)
+            for name in ("coordinator_address", "num_processes", "process_id")
+        }
+        missing = [name for name, value in given.items() if value is None]
+        if missing and len(missing) < len(given):
+            raise ConfigError(
+                f"{missing[0]} is missing; coordinator_address, num_processes and process_id "
+                "belong together"
+            )
+        if missing:
+            return
+        require_at_least("num_processes", self.num_processes, 1)
+        if not 0 <= self.process_id < self.num_processes:
+            raise ConfigError(
+                f"process_id={self.process_id} must be from 0 to {self.num_processes - 1}, one "
+                f"less than num_processes={self.num_processes}"
+            )
+
+    def sizes(self) -> dict[str, int]:
+        """Devices along every axis as written, -1 among them."""
+        sizes = dict.fromkeys(AXES, 1)
+        seen = set()
+        for part in self.mesh.split(","):
+            name, colon, text = part.strip().partition(":")
+            digits = text.isascii() and text.isdigit() and int(text) > 0
+            if name not in AXES or name in seen or not colon or not (text == "-1" or digits):
+                raise ConfigError(
+                    f"mesh={self.mesh!r} is not known; it may be as {DEFAULT_MESH!r}: each axis "
+                    "once at most, with its devices, at least 1, or -1 for what is left"
+                )
+            seen.add(name)
+            sizes[name] = int(text)
+        if list(sizes.values()).count(-1) > 1:
+            raise ConfigError(f"mesh={self.mesh!r} has -1 more than once; one axis may have it")
+        return sizes
+
+    def sizes_of(self, devices: int) -> dict[str, int]:
+        """Devices along every axis when there are so many."""
+        sizes = self.sizes()
+        fixed = 1
+        for size in sizes.values():
+            fixed *= max(size, 1)
+        if -1 in sizes.values():
+            if devices % fixed:
+                raise ConfigError(
+                    f"mesh={self.mesh!r} takes a multiple of {fixed} devices; there are {devices}"
+                )
+            return {name: devices // fixed if n == -1 else n for name, n in sizes.items()}
+        if fixed > devices:
+            raise ConfigError(
+                f"mesh={self.mesh!r} takes {fixed} devices; there are {devices}; -1 as the size "
+                "of an axis is what is left"
+            )
+        return sizes

@@ -1,0 +1,206 @@
+"""Where the arrays of a run lie on its mesh, and how a model is traced for it.
+
+Parameters and all that is kept for each of them (AdamW's moments) are cut over fsdp and tensor.
+A block gathers its own over fsdp just before it runs, in the part that is rematerialised, so that
+no more than a block's are whole at a time; their gradients are cut again as soon as they are there.
+The op runs inside `jax.shard_map`, where kernels can; all else is left to the compiler.
+
+Shape suffixes: B batch, T tokens, D model width.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.ops import placement
+from deltaproduct_jax.ops.sharding import sharded_delta_product
+from deltaproduct_jax.parallel.config import AXES, DeviceConfig
+from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_of_model
+
+BLOCKS = "layers"  # of a model: the list of what gathers its own parameters
+
+
+def make_mesh(config: DeviceConfig) -> Mesh:
+    """The mesh over all devices of the run, or over the first that suffice in a single process.
+
+    Raises:
+        ConfigError: there are not as many devices as it takes.
+    """
+    devices = jax.devices()
+    sizes = config.sizes_of(len(devices))
+    count = int(np.prod(list(sizes.values())))
+    if count < len(devices):
+        if jax.process_count() > 1:
+            raise ConfigError(
+                f"mesh={config.mesh!r} takes {count} of {len(devices)} devices; with several "
+                "processes it must take all"
+            )
+        devices = devices[:count]
+    shape = tuple(sizes[name] for name in AXES)
+    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+class Layout:
+    """A mesh and what lies where on it. Over one device it changes nothing at all.
+
+    Args:
+        mesh: with the axes of `AXES`.
+        names: logical names of the model's parameters by path, see `names_of_model`.
+    """
+
+    def __init__(self, mesh: Mesh, names: Mapping[Path, Names | None]):
+        self.mesh = mesh
+        self.sizes = dict(mesh.shape)
+        self.is_one = mesh.size == 1
+        self._names = names
+
+    @classmethod
+    def of_model(cls, config: DeviceConfig, make_model: Callable[[], nnx.Module]) -> "Layout":
+        """The layout of a model that is described but not made."""
+        return cls(make_mesh(config), names_of_model(nnx.eval_shape(make_model)))
+
+    def devices_of(self, name: str) -> int:
+        """Devices over which a logical axis is cut."""
+        return int(np.prod([self.sizes[axis] for axis in MESH_AXES[name]]))
+
+    def require_divisible(self, name: str, **sizes: int | None) -> None:
+        """Raises ConfigError unless the sizes, by the flags that set them, can be cut."""
+        devices = self.devices_of(name)
+        for flag, size in sizes.items():
+            if size is not None and size % devices:
+                cutting = [axis for axis in MESH_AXES[name] if self.sizes[axis] > 1]
+                raise ConfigError(
+                    f"{flag}={size} must be a multiple of the {devices} devices of mesh axis "
+                    f"{' and '.join(cutting)}; give another mesh or {flag}"
+                )
+
+    def _sharding(self, *axes: str | tuple[str, ...] | None) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    @property
+    def whole(self) -> NamedSharding:
+        """The same on every device."""
+        return self._sharding()
+
+    def _of_parameter(self, path: Path, shape: tuple[int, ...], *, fsdp: bool) -> NamedSharding:
+        return self._sharding(*cut(self._names[path], shape, self.sizes, fsdp=fsdp))
+
+    def shardings(self, tree: Any) -> Any:
+        """Of a state of training, of its shapes, or of a part of it.
+
+        What ends in a parameter's path and has a parameter's rank lies as that parameter does; all
+        else is the same everywhere.
+        """
+
+        def of_leaf(keys: Any, leaf: Any) -> NamedSharding:
+            path = self._parameter_of(keys)
+            if path is None or not leaf.ndim:
+                return self.whole
+            return self._of_parameter(path, leaf.shape, fsdp=True)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, tree)
+
+    def _parameter_of(self, keys: Any) -> Path | None:
+        path = _path_of(keys)
+        ends = (path[start:] for start in range(len(path)))
+        return next((end for end in ends if end in self._names), None)
+
+    def pin(self, tree: Any) -> Any:
+        """A tree as :meth:`shardings` has it, while a program is traced."""
+        return tree if self.is_one else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def cut_batch(self, batch: Any, *, parts: bool = False) -> Any:
+        """Arrays [B, T], or [A, B, T] in ``parts``, cut over the mesh while a program is traced.
+
+        T is filled up at its end to what the sequence's axis divides: with zeros, and False in a
+        mask, so that nothing of it counts.
+        """
+        if self.is_one:
+            return batch
+        filled = -jax.tree.leaves(batch)[0].shape[-1] % self.sizes["sequence"]
+        sharding = self._sharding(*[None] * parts, MESH_AXES["batch"], "sequence")
+
+        def of_array(x: jax.Array) -> jax.Array:
+            x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, filled)])
+            return jax.lax.with_sharding_constraint(x, sharding)
+
+        return jax.tree.map(of_array, batch)
+
+    def gather(self, params: Any) -> Any:
+        """A model's parameters as they are used, but for the blocks', who gather their own."""
+        if self.is_one:
+            return params
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, x: x if _path_of(keys)[0] == BLOCKS else self._gathered(keys, x), params
+        )
+
+    def _gathered(self, keys: Any, x: jax.Array) -> jax.Array:
+        path = self._parameter_of(keys)
+        stored, used = (self._of_parameter(path, x.shape, fsdp=fsdp) for fsdp in (True, False))
+        return _moved(x, stored, used)
+
+    def placed(self) -> Any:
+        """A context in which a model is traced for this mesh."""
+        if self.is_one:
+            return placement.placed(placement.current())
+        op = functools.partial(
+            sharded_delta_product,
+            mesh=self.mesh,
+            batch_axis=MESH_AXES["batch"],
+            head_axis=MESH_AXES["heads"],
+            sequence_axis=MESH_AXES["sequence"],
+        )
+        return placement.placed(placement.Placement(op, self._place_block))
+
+    def _place_block(self, block: nnx.Module, x: jax.Array) -> tuple[nnx.Module, jax.Array]:
+        graphdef, state = nnx.split(block)
+        params = nnx.to_pure_dict(state)
+        prefix = self._prefix_of_block(params)
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, p: self._gathered((*prefix, *keys), p), params
+        )
+        cut_BTD = self._sharding(MESH_AXES["batch"], "sequence", None)
+        return nnx.merge(graphdef, params), jax.lax.with_sharding_constraint(x, cut_BTD)
+
+    def _prefix_of_block(self, params: Any) -> tuple[Any, ...]:
+        """Keys before a block's own: those of any block that has the same parameters."""
+        paths = {_path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(params)}
+        heads = {path[:2] for path in self._names if path[0] == BLOCKS}
+        for head in sorted(heads):
+            if paths <= {path[2:] for path in self._names if path[:2] == head}:
+                return tuple(jax.tree_util.DictKey(key) for key in head)
+        raise ValueError(f"a block has parameters that none of the model's has: {sorted(paths)}")
+
+
+def _path_of(keys: Any) -> Path:
+    """Keys of a tree as text: of dicts, named tuples and sequences."""
+    return tuple(
+        str(next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name)))
+        for key in keys
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _moved_forward(x, stored, used):
+    return _moved(x, stored, used), None
+
+
+def _moved_backward(stored, used, _, cotangent):
+    # Not as it is used: the sum over devices may then scatter what it sums.
+    return (jax.lax.with_sharding_constraint(cotangent, stored),)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
