@@ -1,0 +1,100 @@
+"""The processes of one run: how they find each other, take turns, agree to stop, and fail as one."""
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.parallel.config import DeviceConfig
+
+# Without a sign of life for so long a process is given up, and all others with it.
+HEARTBEAT_TIMEOUT_S = 30
+# Until all have come. Some start minutes later than others where a scheduler starts them.
+INITIALIZATION_TIMEOUT_S = 300
+
+
+def join(config: DeviceConfig) -> None:
+    """Joins the other processes, if there are to be any; before JAX is asked for a device.
+
+    Raises:
+        ConfigError: there is no cluster, or the others did not come.
+    """
+    if not config.distributed and config.coordinator_address is None:
+        return
+    given = {
+        "coordinator_address": config.coordinator_address,
+        "num_processes": config.num_processes,
+        "process_id": config.process_id,
+    }
+    try:
+        jax.distributed.initialize(
+            **(given if config.coordinator_address is not None else {}),
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            initialization_timeout=INITIALIZATION_TIMEOUT_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        which = f"coordinator_address={config.coordinator_address!r}"
+        if config.coordinator_address is None:
+            which = "distributed=True, without coordinator_address,"
+        raise ConfigError(f"{which} does not join any processes: {reason}") from error
+
+
+def are_joined() -> bool:
+    """Whether this process is one of several, or has joined itself alone."""
+    return jax.distributed.is_initialized()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes records and speaks."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_goes_first(what: str) -> Iterator[None]:
+    """The first process does what is inside before all others do; ``what`` names the occasion."""
+    if jax.process_count() > 1 and not is_first():
+        multihost_utils.sync_global_devices(what)
+    yield
+    if jax.process_count() > 1 and is_first():
+        multihost_utils.sync_global_devices(what)
+
+
+class Preemption:
+    """All processes stop behind the same step, whichever of them was asked to.
+
+    JAX's service agrees on the step. It has a handler for SIGTERM of its own, so that this process
+    must not have one; other signals are passed on to it.
+    """
+
+    def __init__(self):
+        self._passed_on = False
+
+    def reached(self, step: int, *, asked: bool) -> bool:
+        """Whether to stop behind ``step``; to be asked at every step, and true at one only.
+
+        Args:
+            step: the number of the step that was made.
+            asked: whether this process was asked to stop in another way than by SIGTERM.
+        """
+        if asked and not self._passed_on:
+            self._passed_on = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def leave(code: int) -> None:
+    """Ends a joined process at once if it failed; nothing otherwise.
+
+    A process that leaves in order waits for all others, who wait for it in the midst of a step.
+    Without its sign of life they end too.
+    """
+    if code and are_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
