@@ -29,6 +29,12 @@ jaxtyping.install_import_hook(
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+from deltaproduct_jax.parallel import layout
+
+# Runs take one device, as on most CPUs; the others are for tests that ask for them.
+_all_devices = layout.all_devices
+layout.all_devices = lambda: _all_devices()[:1]
+
 # With CI set in the environment, a skip for any other reason fails the run.
 ALLOWED_SKIPS = (
     "needs a GPU",
@@ -73,6 +79,14 @@ def strict_promotion_of_dtypes(request):
         yield
         return
     with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_devices():
+    """Runs take all simulated devices, as they do for users."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "all_devices", _all_devices)
         yield
 
 

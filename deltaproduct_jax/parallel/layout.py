@@ -28,13 +28,18 @@ from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_o
 BLOCKS = "layers"  # of a model: the list of what gathers its own parameters
 
 
+def all_devices() -> list[jax.Device]:
+    """The devices of all processes of the run."""
+    return jax.devices()
+
+
 def make_mesh(config: DeviceConfig) -> Mesh:
     """The mesh over all devices of the run, or over the first that suffice in a single process.
 
     Raises:
         ConfigError: there are not as many devices as it takes.
     """
-    devices = jax.devices()
+    devices = all_devices()
     sizes = config.sizes_of(len(devices))
     count = int(np.prod(list(sizes.values())))
     if count < len(devices):
@@ -117,6 +122,10 @@ class Layout:
     def pin(self, tree: Any) -> Any:
         """A tree as :meth:`shardings` has it, while a program is traced."""
         return tree if self.is_one else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def everywhere(self, tree: Any) -> Any:
+        """A tree with all of it on every device, while a program is traced."""
+        return tree if self.is_one else jax.lax.with_sharding_constraint(tree, self.whole)
 
     def cut_batch(self, batch: Any, *, parts: bool = False) -> Any:
         """Arrays [B, T], or [A, B, T] in ``parts``, cut over the mesh while a program is traced.

@@ -1,4 +1,4 @@
-"""The processes of one run: how they find each other, take turns, agree to stop, and fail as one."""
+"""The processes of one run: how they find each other, take turns, agree to stop, fail together."""
 
 import contextlib
 import os

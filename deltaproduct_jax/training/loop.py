@@ -14,6 +14,9 @@ from flax import nnx
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.models import SequenceModel, count_parameters
+from deltaproduct_jax.parallel import processes
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
@@ -26,25 +29,30 @@ from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
 from deltaproduct_jax.training.runs import restore_run
+from deltaproduct_jax.training.start import data_key, first_state, layout_of, make_key, shapes_of
 from deltaproduct_jax.training.step import (
     Metrics,
     ModelDefinition,
     Params,
     TrainState,
-    init_state,
     loss_and_correct,
     make_train_step,
-    split_model,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
 
 
 def train(
-    config: RunConfig, workdir: Path, argv: Sequence[str], *, resume_from: int | None = None
+    config: RunConfig,
+    workdir: Path,
+    argv: Sequence[str],
+    *,
+    resume_from: int | None = None,
+    devices: DeviceConfig | None = None,
 ) -> dict[str, Any]:
     """Trains a model, or goes on where a killed run of the same configuration stood.
 
-    The parameters, the data and so the curve of losses depend on ``config`` alone. A finished run
+    The parameters, the data and so the curve of losses depend on ``config`` alone, to rounding on
+    whatever devices, and bit for bit on the same mesh. A finished run
     is not touched: its results are returned again. With more ``steps`` it goes further, where no
     step that it has made depends on their number.
 
@@ -54,6 +62,8 @@ def train(
         argv: the command, for the record.
         resume_from: step of the checkpoint to go on from, those after it and damaged ones being
             renamed; 0 begins again beside the old records; None is the newest.
+        devices: where it runs; None is all devices, along the batch. Several processes call this
+            alike, each once it has joined.
 
     Returns:
         What results.json holds: the best checkpoint's scores on the test split at all lengths.
@@ -66,6 +76,11 @@ def train(
         Stopped: a signal asked for the end; all is saved.
     """
     require_directory(workdir)
+    if resume_from is not None and jax.process_count() > 1:
+        raise ConfigError(
+            f"resume_from={resume_from} is for a single process; go on with one, and then with "
+            f"{jax.process_count()}"
+        )
     fresh = not is_there(workdir / CONFIG)
     if not fresh:
         results = RunRecords(workdir, config).results()
@@ -73,15 +88,19 @@ def train(
             return _finished(results, workdir, resume_from)
     with stop_on_signals() as request:
         require_memory_of_config(config)
-        require_memory_of_state(jax.eval_shape(lambda: _first_state(config)[1]))
-        definition, state = _first_state(config)
-        trainer = Trainer(config, definition, _key(config.seeds()["data"]))
+        make_model = partial(_make_model, config)
+        layout = layout_of(config, make_model, devices or DeviceConfig())
+        definition, shapes = shapes_of(config, make_model)
+        require_memory_of_state(shapes)
+        state = first_state(config, make_model, layout)
+        trainer = Trainer(config, definition, layout)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.lower(state)
         _go_on(request, "before the first step", workdir)
         with run_lock(workdir):
-            records = RunRecords(workdir, config)
-            results = records.results()  # another process may have ended the run since
+            with processes.first_goes_first("claim the run directory"):
+                records = RunRecords(workdir, config)
+                results = records.results()  # another process may have ended the run since
             if results is not None:
                 return _finished(results, workdir, resume_from)
             return _train(trainer, state, records, argv, request, resume_from)
@@ -102,13 +121,16 @@ def _train(
     resume_from: int | None,
 ) -> dict[str, Any]:
     config, workdir = trainer.config, records.directory
-    resume.prepare(records, resume_from, state)
+    with processes.first_goes_first("prepare the run directory"):
+        if processes.is_first():
+            resume.prepare(records, resume_from, state)
 
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         newest = checkpoints.newest()
         state = resume.newest_state(checkpoints, state)
-        records.cut_back(newest or 0)
-        records.add_start(describe_start(argv, config.seeds(), newest))
+        with processes.first_goes_first("cut the records back"):
+            records.cut_back(newest or 0)
+        records.add_start(describe_start(argv, config.seeds(), newest, trainer.layout.sizes))
 
         state = trainer.run(state, records, checkpoints, request)
         _go_on(request, f"after step {int(state.step)} of {config.train.steps}", workdir)
@@ -138,11 +160,8 @@ def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
         )
 
 
-def _first_state(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
-    """The model's description, and the state before the first step."""
-    model = SequenceModel(config.model, rngs=nnx.Rngs(_key(config.seeds()["init"])))
-    definition, params = split_model(model)
-    return definition, init_state(params, make_optimizer(config.train))
+def _make_model(config: RunConfig) -> nnx.Module:
+    return SequenceModel(config.model, rngs=nnx.Rngs(make_key(config.seeds()["init"])))
 
 
 def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
@@ -154,21 +173,21 @@ def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
     return restore_run(config, workdir, "best").model
 
 
-def _key(seed: int) -> jax.Array:
-    # The implementation is named so that no default of JAX's can change the curve.
-    return jax.random.key(seed, impl="threefry2x32")
-
-
 class Trainer:
     """The compiled steps of a run, and the loop over them."""
 
-    def __init__(self, config: RunConfig, definition: ModelDefinition, data_key: jax.Array):
+    def __init__(self, config: RunConfig, definition: ModelDefinition, layout: Layout):
         self.config = config
-        self.data_key = data_key
+        self.layout = layout
+        self.data_key = data_key(config, layout)
         self.stopwatch = Stopwatch()
         task, train = config.task, config.train
         update = make_train_step(
-            definition, make_optimizer(train), make_schedule(train), train.accumulation_steps
+            definition,
+            make_optimizer(train),
+            make_schedule(train),
+            train.accumulation_steps,
+            layout,
         )
 
         def train_step(length: int, state: TrainState, key: jax.Array):
@@ -179,12 +198,14 @@ class Trainer:
                 counted = ahead + config.counted_at(state.step + 1)
                 is_counted = jnp.arange(ahead + length)[None, :] < counted
                 batch = batch._replace(mask=batch.mask & is_counted)
-            return update(state, batch)
+            return update(state, layout.cut_batch(batch))
 
         def eval_step(length: int, params: Params, key: jax.Array):
             batch = task.batch(key, train.eval_batch_size, length)
-            loss, correct_BT = loss_and_correct(definition, params, batch)
-            return loss, correct_BT, batch.mask
+            loss, correct_BT = loss_and_correct(definition, params, layout.cut_batch(batch), layout)
+            outputs = loss, correct_BT[:, : batch.mask.shape[1]], batch.mask
+            # Every process scores them.
+            return layout.everywhere(outputs)
 
         # A save under way holds on to the arrays it writes; JAX then does not reuse their memory.
         self._train_step = CompiledByLength(train_step, self.stopwatch, donate=True)
@@ -227,7 +248,7 @@ class Trainer:
             if pending is not None:
                 record(self._row(*pending, records.rows))
                 pending = None
-            stopping = request.is_set()
+            stopping = request.reached(step)
             if not (self._stops_at(step) or stopping):
                 if config.is_logged(step):
                     pending = step, metrics

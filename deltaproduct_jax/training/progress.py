@@ -8,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from deltaproduct_jax.parallel import processes
+
 
 class Stopwatch:
     """Time spent training since the last look; compiling and evaluating are left out."""
@@ -46,11 +48,14 @@ class Progress:
         self._first = first_step
         self._began = time.perf_counter()
         self._bar = None
-        if sys.stderr.isatty():
+        self._is_shown = processes.is_first()
+        if self._is_shown and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows one row of metrics."""
+        if not self._is_shown:
+            return
         shown = {
             "loss": f"{row['loss']:.4f}",
             "accuracy": f"{row['accuracy']:.3f}",

@@ -4,7 +4,7 @@ import importlib.metadata
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ PACKAGES = ("deltaproduct_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpo
 
 
 def describe_start(
-    argv: Sequence[str], seeds: dict[str, int], resumed_from: int | None
+    argv: Sequence[str],
+    seeds: dict[str, int],
+    resumed_from: int | None,
+    mesh: Mapping[str, int],
 ) -> dict[str, Any]:
     """One entry of run.json."""
     return {
@@ -28,6 +31,7 @@ def describe_start(
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
+        "mesh": dict(mesh),
         "seeds": seeds,
     }
 

@@ -90,7 +90,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     accumulation_steps: int,
-    axis_name: str | tuple[str, ...] | None = None,
     layout: Layout | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
@@ -98,19 +97,9 @@ def make_train_step(
     With ``accumulation_steps`` A > 1 the batch is cut into A parts whose gradients are added one
     after another: the same update to rounding, with the activations of one part in memory.
 
-    With ``axis_name`` it is a body for `jax.shard_map`: the batch is cut over the devices of that
-    axis of the mesh, or of several, the state is the same on all of them, and so are the new state
-    and the metrics, those of the whole batch.
-
     With ``layout`` it is to be jitted on a state and a batch that lie as the layout says, and the
     new state lies so again.
     """
-
-    def of_device(tree: Any) -> Any:
-        return tree if axis_name is None else jax.lax.pcast(tree, axis_name, to="varying")
-
-    def over_devices(tree: Any) -> Any:
-        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
     def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
         def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
@@ -131,12 +120,12 @@ def make_train_step(
         first = jax.tree.map(lambda x: x[0], parts_ABT)
         shapes = jax.eval_shape(gradients, params, first, count)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add_part, of_device(zeros), parts_ABT)[0]
+        return jax.lax.scan(add_part, zeros, parts_ABT)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        count = over_devices(jnp.sum(batch.mask, dtype=jnp.float32))
+        count = jnp.sum(batch.mask, dtype=jnp.float32)
         compute = gradients if accumulation_steps == 1 else accumulated
-        grads, metrics = over_devices(compute(of_device(state.params), batch, count))
+        grads, metrics = compute(state.params, batch, count)
         if layout is not None:
             grads = layout.pin(grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

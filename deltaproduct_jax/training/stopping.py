@@ -10,6 +10,8 @@ import signal
 import threading
 from collections.abc import Iterator
 
+from deltaproduct_jax.parallel import processes
+
 # Ctrl-C, what schedulers and `kill` send, and a terminal that is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
@@ -43,6 +45,14 @@ class StopRequest:
         """Whether the end was asked for."""
         return self._event.is_set()
 
+    def was_asked(self) -> bool:
+        """Whether this very process was asked."""
+        return self.is_set()
+
+    def reached(self, step: int) -> bool:
+        """Whether to end behind ``step``; a loop asks at every step."""
+        return self.is_set()
+
     def wait(self, seconds: float) -> bool:
         """Sleeps, not beyond the request; whether there is one."""
         return self._event.wait(seconds)
@@ -54,13 +64,37 @@ class StopRequest:
         return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
+class SharedStopRequest(StopRequest):
+    """The same for the processes of one run: it is set in all of them behind the same step."""
+
+    def __init__(self):
+        super().__init__()
+        self._asked = threading.Event()
+        self._preemption = processes.Preemption()
+
+    def set(self, signal_number: int) -> None:
+        """Asks all processes for the end."""
+        self._asked.set()
+
+    def was_asked(self) -> bool:
+        """Whether this very process was asked, other than by SIGTERM."""
+        return self._asked.is_set()
+
+    def reached(self, step: int) -> bool:
+        """Whether all are to end behind ``step``."""
+        if self._preemption.reached(step, asked=self.was_asked()):
+            super().set(signal.SIGTERM)
+        return self.is_set()
+
+
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Inside, signals set the request instead of raising or killing; a second one ends the process.
 
     Only a process's main thread can take signals; in another the request is never set by them.
     """
-    request = StopRequest()
+    joined = processes.are_joined()
+    request = SharedStopRequest() if joined else StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -68,7 +102,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     # the number of a signal is in the pipe at once, and a thread waits there.
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
-    known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
+    # Of several processes, JAX itself takes SIGTERM and tells the others.
+    names = [name for name in NAMES if not (joined and name == "SIGTERM")]
+    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
     # What is ignored stays so: nohup and shells without job control ignore some on purpose.
     numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
@@ -90,6 +126,6 @@ def _watch(receiving: int, numbers: list[int], request: StopRequest) -> None:
     while data := os.read(receiving, 1):
         if data[0] not in numbers:  # a signal of somebody else's
             continue
-        if request.is_set():
+        if request.was_asked():
             os._exit(exit_code(data[0]))
         request.set(data[0])

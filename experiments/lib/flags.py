@@ -9,17 +9,20 @@ import dataclasses
 import logging
 import signal
 import sys
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json, require_directory, user_path
+from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.settings import is_union, misfit, spell
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
@@ -302,19 +305,33 @@ def _show(value: Any) -> str:
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a command; its exit code. Errors of the user's become one line, others propagate.
 
-    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM.
+    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM. Of several
+    processes, one that fails ends here, and the others with it.
     """
     _quieten_orbax()
     try:
+        return _run(command, argv)
+    except BaseException:
+        if processes.are_joined():
+            traceback.print_exc()
+        processes.leave(1)
+        raise
+
+
+def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+    try:
         command(argv)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        if processes.is_first():
+            print(stopped, file=sys.stderr)
         return stopped.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
         return exit_code(signal.SIGINT)
     except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        which = f" in process {jax.process_index()}" if processes.are_joined() else ""
+        print(f"error{which}: {' '.join(str(error).split())}", file=sys.stderr)
+        processes.leave(USAGE_ERROR)
         return USAGE_ERROR
     return 0
 

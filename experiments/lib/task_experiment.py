@@ -7,6 +7,8 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.parallel import processes
+from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import train
@@ -90,14 +92,18 @@ class TaskExperiment:
 
     def command(self, argv: Sequence[str]) -> None:
         """Trains as the flags say, prints a table and draws the figure."""
-        sections = {**self.sections, "start": StartConfig}
+        sections = {**self.sections, "start": StartConfig, "devices": DeviceConfig}
         parsed = flags.parse(argv, sections, self.presets, exclude=NOT_FLAGS)
+        devices = DeviceConfig(**parsed.sections["devices"])
+        processes.join(devices)
         config, workdir = self.configure(parsed.sections), parsed.workdir
         self._check_vocabulary(parsed.saved)
         start = StartConfig(**parsed.sections["start"])
         was_finished = is_there(workdir / RESULTS)
         argv = [f"experiments.{self.name}", *argv]
-        results = train(config, workdir, argv, resume_from=start.resume_from)
+        results = train(config, workdir, argv, resume_from=start.resume_from, devices=devices)
+        if not processes.is_first():
+            return
         try:
             self._show(config, results, workdir)
         except (KeyError, TypeError, ValueError, IndexError) as error:

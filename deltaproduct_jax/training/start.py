@@ -1,0 +1,65 @@
+"""What a run starts from: where its arrays lie, the state before its first step, its keys."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
+
+MakeModel = Callable[[], nnx.Module]
+
+
+def layout_of(config: RunConfig, make_model: MakeModel, devices: DeviceConfig) -> Layout:
+    """The mesh of a run, and what lies where on it.
+
+    Raises:
+        ConfigError: there are not as many devices, or an axis does not divide what it cuts.
+    """
+    layout = Layout.of_model(devices, make_model)
+    train, model = config.train, config.model
+    layout.require_divisible("batch", batch_size=train.batch_size)
+    layout.require_divisible("batch", eval_batch_size=train.eval_batch_size)
+    if (train.batch_size // train.accumulation_steps) % layout.devices_of("batch"):
+        rows = train.batch_size // train.accumulation_steps
+        layout.require_divisible("batch", **{"batch_size over accumulation_steps": rows})
+    layout.require_divisible("heads", num_heads=model.num_heads, num_v_heads=model.num_v_heads)
+    layout.require_divisible("mlp", intermediate_size=model.mlp_width)
+    layout.require_divisible("embed", hidden_size=model.hidden_size)
+    return layout
+
+
+def shapes_of(config: RunConfig, make_model: MakeModel) -> tuple[ModelDefinition, TrainState]:
+    """The model's description and the shapes of its state, without drawing parameters."""
+    definition, params = split_model(nnx.eval_shape(make_model))
+    optimizer = make_optimizer(config.train)
+    return definition, jax.eval_shape(lambda params: init_state(params, optimizer), params)
+
+
+def first_state(config: RunConfig, make_model: MakeModel, layout: Layout) -> TrainState:
+    """The state before the first step; over a mesh each device draws only what lies on it."""
+
+    def draw() -> TrainState:
+        _, params = split_model(make_model())
+        return init_state(params, make_optimizer(config.train))
+
+    if layout.is_one:
+        return draw()  # not jitted, which would round otherwise
+    return jax.jit(draw, out_shardings=layout.shardings(jax.eval_shape(draw)))()
+
+
+def data_key(config: RunConfig, layout: Layout) -> jax.Array:
+    """The key that all batches are drawn from, the same on every device."""
+    if layout.is_one:
+        return make_key(config.seeds()["data"])
+    return jax.jit(lambda: make_key(config.seeds()["data"]), out_shardings=layout.whole)()
+
+
+def make_key(seed: int) -> jax.Array:
+    """A key of a seed."""
+    # The implementation is named so that no default of JAX's can change the curve.
+    return jax.random.key(seed, impl="threefry2x32")
