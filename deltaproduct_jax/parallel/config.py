@@ -3,7 +3,7 @@
 import dataclasses
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 
 # In the order in which neighbouring devices are given out, the last one's the closest.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -34,6 +34,7 @@ class DeviceConfig:
     process_id: int | None = setting(None, "number of this process, from 0")
 
     def __post_init__(self):
+        check_fields(self)
         self.sizes()
         given = {
             name: getattr(self, name)

@@ -1,0 +1,180 @@
+"""The same numbers on any mesh: of steps, of whole runs, after a kill, and from mesh to mesh."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import tiny_run
+from flax import nnx
+from tiny_run import curve, run_config
+
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training import loop
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.progress import Progress
+from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
+from deltaproduct_jax.training.step import make_train_step
+
+pytestmark = pytest.mark.usefixtures("all_devices")
+
+ONE = "data:1"
+MIXED = "data:2,fsdp:2,tensor:2"
+LONG = "fsdp:2,tensor:2,sequence:2"
+TASK = GroupTask("Z3", train_length=6)  # 7 positions, which no axis divides
+
+
+def config_of(mixer, **fields) -> RunConfig:
+    sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 2, "intermediate_size": 8}
+    model = ModelConfig(vocab_size=TASK.vocab_size, mixer=mixer, **(sizes | fields))
+    return RunConfig(TASK, model, TrainConfig(batch_size=8, eval_batch_size=8, learning_rate=1e-2))
+
+
+def first_losses(config: RunConfig, mesh: str, steps: int) -> np.ndarray:
+    """Loss and norms of the first steps."""
+    make = lambda: SequenceModel(config.model, rngs=nnx.Rngs(make_key(1)))
+    layout = layout_of(config, make, DeviceConfig(mesh=mesh))
+    definition, _ = shapes_of(config, make)
+    optimizer, schedule = make_optimizer(config.train), make_schedule(config.train)
+    update = make_train_step(
+        definition, optimizer, schedule, config.train.accumulation_steps, layout
+    )
+
+    @jax.jit
+    def step(state):
+        batch = TASK.batch(batch_key(make_key(0), "train", state.step), 8, TASK.train_length)
+        return update(state, layout.cut_batch(batch))
+
+    state, found = first_state(config, make, layout), []
+    for _ in range(steps):
+        state, metrics = step(state)
+        found.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")])
+    for leaf, wanted in zip(*map(jax.tree.leaves, (state, layout.shardings(state))), strict=True):
+        assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+    return np.array(found)
+
+
+def check_same_numbers(config: RunConfig, meshes: list[str], steps: int) -> None:
+    expected = first_losses(config, ONE, steps)
+    assert expected[-1, 0] < expected[0, 0]
+    for mesh in meshes:
+        found = first_losses(config, mesh, steps)
+        np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-5, err_msg=mesh)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=mesh)
+
+
+def test_the_first_steps_are_the_same():
+    """Two factors a token, a gate and convolutions, whose inputs lie behind an edge of a piece."""
+    config = config_of("gated_delta_product", use_short_conv=True, implementation="recurrent")
+    check_same_numbers(config, [LONG], steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_the_first_50_steps_of_every_mixer_are_the_same(mixer):
+    fields = {"remat": "products"} if mixer.startswith("gated") else {}
+    config = config_of(mixer, num_layers=2, **fields)
+    meshes = ["data:8", "fsdp:8", "tensor:2", "sequence:2", MIXED, LONG]
+    check_same_numbers(config, meshes, steps=50)
+
+
+@pytest.mark.slow
+def test_accumulated_steps_are_the_same():
+    config = config_of("delta_product")
+    train = TrainConfig(batch_size=8, accumulation_steps=2, clip_norm=0.5, eval_batch_size=8)
+    check_same_numbers(RunConfig(TASK, config.model, train), [MIXED, "fsdp:4"], steps=10)
+
+
+def test_no_device_ever_holds_the_whole_model():
+    config = config_of("delta_product", intermediate_size=4096)
+    make = lambda: SequenceModel(config.model, rngs=nnx.Rngs(make_key(1)))
+    layout = Layout.of_model(DeviceConfig(mesh="fsdp:8"), make)
+    state = first_state(config, make, layout)
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    held = dict.fromkeys(jax.devices(), 0)
+    for leaf in jax.tree.leaves(state):
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    assert max(held.values()) < 1.05 * total / 8
+    alone = first_state(config, make, Layout.of_model(DeviceConfig(mesh=ONE), make))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state, alone)
+
+
+class Killed(BaseException):
+    """Stands in for SIGKILL: nobody handles it."""
+
+
+def train(workdir, mesh, **fields):
+    config = run_config(hidden_size=16, **fields)
+    return loop.train(config, workdir, ["test"], devices=DeviceConfig(mesh=mesh))
+
+
+def rows_in(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, all_devices):
+    """A run on one device, the same over a mesh, and that one killed behind step 8."""
+    folder = tmp_path_factory.mktemp("runs")
+    show = Progress.show
+
+    def shown(self, row):
+        show(self, row)
+        if row["step"] == 8:
+            raise Killed
+
+    with pytest.MonkeyPatch.context() as patch, tiny_run.compiled_once(folder / "compiled"):
+        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+        results = {
+            mesh: train(folder / name, mesh) for name, mesh in (("one", ONE), ("mesh", MESH))
+        }
+        with patch.context() as killing:
+            killing.setattr(Progress, "show", shown)
+            with pytest.raises(Killed):
+                train(folder / "killed", MESH)
+        yield folder, results
+
+
+MESH = "data:2,fsdp:2,sequence:2"
+
+
+def test_a_run_over_a_mesh_is_the_run_of_one_device(runs):
+    folder, results = runs
+    one, mesh = (curve(rows_in(folder / name)) for name in ("one", "mesh"))
+    assert [row.keys() for row in one] == [row.keys() for row in mesh]
+    for a, b in zip(one, mesh, strict=True):
+        for name in a:
+            assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
+    (start,) = json.loads((folder / "mesh/run.json").read_text())["starts"]
+    assert start["mesh"] == {"data": 2, "fsdp": 2, "sequence": 2, "tensor": 1}
+    assert results[MESH]["best_step"] == results[ONE]["best_step"]
+    for a, b in zip(results[ONE]["test"], results[MESH]["test"], strict=True):
+        assert b["strict"] == a["strict"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+    assert (folder / "one/config.json").read_text() == (folder / "mesh/config.json").read_text()
+
+
+def test_killed_and_resumed_on_the_same_mesh_it_is_the_same_bit_for_bit(runs, tmp_path):
+    folder, results = runs
+    workdir = shutil.copytree(folder / "killed", tmp_path / "run")
+    assert [row["step"] for row in rows_in(workdir)] == [2, 4, 6, 8]
+    assert train(workdir, MESH) == results[MESH]
+    assert curve(rows_in(workdir)) == curve(rows_in(folder / "mesh"))
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:8", ONE])
+def test_a_run_goes_on_over_another_mesh(runs, tmp_path, mesh):
+    folder, results = runs
+    workdir = shutil.copytree(folder / "killed", tmp_path / "run")
+    again = train(workdir, mesh, checkpoint_every=6)
+    assert again["best_step"] == results[MESH]["best_step"]
+    for a, b in zip(rows_in(workdir), rows_in(folder / "mesh"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -1,0 +1,156 @@
+"""The mesh as a setting, names of parameters, and the line about a size that is not divided."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+from tiny_run import run_config
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.parallel.config import AXES, DEFAULT_MESH, DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.parallel.names import MESH_AXES, cut, names_of_model
+from deltaproduct_jax.tasks.registry import TASKS
+from deltaproduct_jax.training.start import layout_of
+
+pytestmark = pytest.mark.usefixtures("all_devices")
+SIZES = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "intermediate_size": 16}
+
+
+def model_of(mixer, **fields):
+    having = MIXERS[mixer].takes
+    more = {"use_short_conv": True, "use_output_gate": True, "beta_bias": 1.0}
+    fields = {name: value for name, value in more.items() if having(name)} | fields
+    config = ModelConfig(vocab_size=6, mixer=mixer, num_layers=2, **SIZES, **fields)
+    return nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
+
+
+def sizes(**given):
+    return dict.fromkeys(AXES, 1) | given
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices", "expected"),
+    [
+        (DEFAULT_MESH, 8, {"data": 8}),
+        (DEFAULT_MESH, 1, {}),
+        ("fsdp:-1,tensor:2", 8, {"fsdp": 4, "tensor": 2}),
+        ("data:2, sequence:2", 8, {"data": 2, "sequence": 2}),
+    ],
+)
+def test_devices_along_the_axes(mesh, devices, expected):
+    assert DeviceConfig(mesh=mesh).sizes_of(devices) == sizes(**expected)
+
+
+@pytest.mark.parametrize(
+    "mesh", ["", "data", "data:0", "data:-2", "data:1.5", "rows:2", "data:2,data:2", "data:²"]
+)
+def test_a_mesh_that_is_none(mesh):
+    with pytest.raises(ConfigError, match="it may be as 'data:-1,fsdp:1,tensor:1,sequence:1'"):
+        DeviceConfig(mesh=mesh)
+
+
+def test_meshes_that_do_not_fit():
+    with pytest.raises(ConfigError, match="has -1 more than once"):
+        DeviceConfig(mesh="data:-1,fsdp:-1")
+    with pytest.raises(ConfigError, match="takes a multiple of 3 devices; there are 8"):
+        DeviceConfig(mesh="data:-1,fsdp:3").sizes_of(8)
+    with pytest.raises(ConfigError, match="takes 16 devices; there are 8"):
+        DeviceConfig(mesh="data:16").sizes_of(8)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"coordinator_address": "h:1"}, "num_processes is missing"),
+        ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
+        ({"coordinator_address": "h:1", "num_processes": 0, "process_id": 0}, "at least 1"),
+        ({"distributed": 1}, "true or false"),
+    ],
+)
+def test_processes_that_are_none(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        DeviceConfig(**fields)
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_parameter_of_ours_has_names(mixer):
+    names = names_of_model(model_of(mixer))
+    assert [path for path, found in names.items() if found is None] == []
+    assert {name for found in names.values() for name in found} <= {*MESH_AXES, None}
+    blocks = {path: found for path, found in names.items() if path[2:3] == ("attn",)}
+    assert any("heads" in found for found in blocks.values())
+
+
+def test_a_parameter_from_outside_says_its_names_itself():
+    class Outside(nnx.Module):
+        def __init__(self):
+            own = {"out_sharding": ("mlp", "embed"), "eager_sharding": False}
+            self.named = nnx.Param(np.zeros((4, 4)), **own)
+            self.nameless = nnx.Param(np.zeros((2, 6)))
+
+    model = Outside()
+    assert names_of_model(model) == {("named",): ("mlp", "embed"), ("nameless",): None}
+    mesh = Layout.of_model(DeviceConfig(mesh="fsdp:2,tensor:2"), Outside)
+    found = mesh.shardings({"named": np.zeros((4, 4)), "nameless": np.zeros((2, 6))})
+    assert found["named"].spec == PartitionSpec("tensor", "fsdp")
+    assert found["nameless"].spec == PartitionSpec(None, "fsdp")  # its longest axis
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "expected"),
+    [
+        (("embed", "heads"), (8, 6), ("fsdp", "tensor")),
+        (("vocab", "embed"), (7, 8), (None, "fsdp")),
+        (("embed", "heads"), (6, 8), (None, "tensor")),  # 4 does not divide 6
+        (None, (3, 4, 12), (None, None, "fsdp")),
+        (None, (), ()),
+    ],
+)
+def test_where_a_parameter_is_cut(names, shape, expected):
+    found = sizes(fsdp=4, tensor=2)
+    assert cut(names, shape, found) == expected
+    whole = tuple(None if axis == "fsdp" else axis for axis in expected)
+    assert cut(names, shape, found, fsdp=False) == whole
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields", "message"),
+    [
+        ("data:4,fsdp:2", {"batch_size": 12}, "batch_size=12 .* 8 devices .* data and fsdp"),
+        ("data:8", {"eval_batch_size": 4}, "eval_batch_size=4 .* 8 devices of mesh axis data"),
+        ("data:4", {"accumulation_steps": 4}, "accumulation_steps=2 .* 4 devices"),
+        ("tensor:2", {"num_heads": 3}, "num_heads=3 .* 2 devices of mesh axis tensor"),
+        ("tensor:2", {"intermediate_size": 9}, "intermediate_size=9 .* mesh axis tensor"),
+        ("fsdp:4", {"hidden_size": 6}, "hidden_size=6 .* 4 devices of mesh axis fsdp"),
+    ],
+)
+def test_a_size_that_an_axis_does_not_divide(mesh, fields, message):
+    config = run_config(**fields)
+    make = lambda: SequenceModel(config.model, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=message):
+        layout_of(config, make, DeviceConfig(mesh=mesh))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_row_depends_on_its_number_and_not_on_how_many_there_are(name):
+    """So that any process can draw its own rows, and those alone."""
+    task = TASKS[name]()
+    length = task.train_length
+    few, many = (task.batch(jax.random.key(3), rows, length) for rows in (4, 12))
+    for a, b in zip(few, many, strict=True):
+        np.testing.assert_array_equal(a, b[:4])
+    assert len({np.asarray(row).tobytes() for row in many.inputs}) > 6
+
+
+def test_settings_of_devices_are_no_fields_of_a_run():
+    """They are not in config.json, so that a run goes on over any mesh."""
+    sections = run_config().to_dict().values()
+    fields = itertools.chain.from_iterable(sections)
+    assert not {field.name for field in dataclasses.fields(DeviceConfig)} & set(fields)
