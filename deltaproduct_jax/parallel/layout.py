@@ -148,14 +148,17 @@ class Layout:
         """A model's parameters as they are used, but for the blocks', who gather their own."""
         if self.is_one:
             return params
-        return jax.tree_util.tree_map_with_path(
-            lambda keys, x: x if _path_of(keys)[0] == BLOCKS else self._gathered(keys, x), params
-        )
 
-    def _gathered(self, keys: Any, x: jax.Array) -> jax.Array:
+        # An embedding's gradient is a scatter, which to be cut would first gather what it scatters.
+        def of_leaf(keys: Any, x: jax.Array) -> jax.Array:
+            return x if _path_of(keys)[0] == BLOCKS else self._gathered(keys, x, summed_whole=True)
+
+        return jax.tree_util.tree_map_with_path(of_leaf, params)
+
+    def _gathered(self, keys: Any, x: jax.Array, *, summed_whole: bool = False) -> jax.Array:
         path = self._parameter_of(keys)
         stored, used = (self._of_parameter(path, x.shape, fsdp=fsdp) for fsdp in (True, False))
-        return _moved(x, stored, used)
+        return _moved(x, used, (used, stored) if summed_whole else (stored,))
 
     def placed(self) -> Any:
         """A context in which a model is traced for this mesh."""
@@ -199,17 +202,20 @@ def _path_of(keys: Any) -> Path:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _moved(x: jax.Array, stored: NamedSharding, used: NamedSharding) -> jax.Array:
+def _moved(x: jax.Array, used: NamedSharding, back: tuple[NamedSharding, ...]) -> jax.Array:
+    """``x`` laid out as ``used``; its gradient as ``back`` says, one after another."""
     return jax.lax.with_sharding_constraint(x, used)
 
 
-def _moved_forward(x, stored, used):
-    return _moved(x, stored, used), None
+def _moved_forward(x, used, back):
+    return _moved(x, used, back), None
 
 
-def _moved_backward(stored, used, _, cotangent):
+def _moved_backward(used, back, _, cotangent):
     # Not as it is used: the sum over devices may then scatter what it sums.
-    return (jax.lax.with_sharding_constraint(cotangent, stored),)
+    for sharding in back:
+        cotangent = jax.lax.with_sharding_constraint(cotangent, sharding)
+    return (cotangent,)
 
 
 _moved.defvjp(_moved_forward, _moved_backward)

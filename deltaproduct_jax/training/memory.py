@@ -52,12 +52,16 @@ def _require(what: str, needed: int) -> None:
 
 @functools.cache
 def available_bytes() -> int:
-    """Memory of all devices together; of the machine, or its container, where they share it."""
-    stats = [device.memory_stats() for device in jax.devices()]
+    """Memory of all devices together; of the machine, or its container, where they share it.
+
+    A process sees its own devices; those of the others are taken to be as large.
+    """
+    processes = jax.process_count()
+    stats = [device.memory_stats() for device in jax.local_devices()]
     if all(entry and "bytes_limit" in entry for entry in stats):
-        return sum(entry["bytes_limit"] for entry in stats)
+        return processes * sum(entry["bytes_limit"] for entry in stats)
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in LIMITS:
         with contextlib.suppress(OSError, ValueError):  # not there, or "max"
             limits.append(int(Path(path).read_text()))
-    return min(limits)
+    return processes * min(limits)

@@ -1,0 +1,36 @@
+"""One process of several that train the tiny run; a program of its own.
+
+``python -m tests.parallel_process FLAGS`` is ``python -m experiments.state_tracking FLAGS`` with a
+model that compiles at once. Environment variable DIE_AT makes a process fail, as a bug would,
+behind that step; ASK_AT makes it print the step and wait until its standard input says something.
+"""
+
+import os
+import sys
+
+import tiny_run
+
+from deltaproduct_jax.training import loop
+from deltaproduct_jax.training.stopping import SharedStopRequest
+from experiments import state_tracking
+
+
+def main() -> int:
+    """Exit code of the command."""
+    loop.SequenceModel = tiny_run.TinyModel
+    reached = SharedStopRequest.reached
+
+    def behind(self, step):
+        if step == int(os.environ.get("DIE_AT", -1)):
+            raise RuntimeError(f"made to fail behind step {step}")
+        if step == int(os.environ.get("ASK_AT", -1)):
+            print("waiting", flush=True)
+            sys.stdin.readline()
+        return reached(self, step)
+
+    SharedStopRequest.reached = behind
+    return state_tracking.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
