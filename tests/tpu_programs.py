@@ -15,12 +15,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.compilers.tpu import lowering_for, mesh_of
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops import delta_product, sharded_delta_product
 from deltaproduct_jax.ops.checks import LAYOUT
+from deltaproduct_jax.parallel.config import AXES, DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.parallel.names import names_of_model
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -99,20 +102,24 @@ def loss(arrays, ids, op=delta_product):
     return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.cos(state))
 
 
-def train_step(*, in_shard_map: bool):
-    """A step of training on 256 chips, the batch cut over all of them."""
-    mesh = mesh_of("v5e:16x16", (256,), ("data",))
+def train_step(*, placed: bool):
+    """A step of training on 256 chips: batch, parameters and heads cut, or told nothing of it."""
+    sizes = DeviceConfig(mesh="data:-1,fsdp:8,tensor:2").sizes_of(256)
+    devices = mesh_of("v5e:16x16", tuple(sizes[axis] for axis in AXES), AXES).devices
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    model = nnx.eval_shape(lambda: SequenceModel(MODEL, rngs=nnx.Rngs(0)))
+    layout = Layout(mesh, names_of_model(model))
     optimizer, schedule = make_optimizer(TrainConfig()), make_schedule(TrainConfig())
-    definition, params = split_model(SequenceModel(MODEL, rngs=nnx.Rngs(0)))
+    definition, params = split_model(model)
     state = jax.eval_shape(functools.partial(init_state, optimizer=optimizer), params)
-    cut = PartitionSpec("data")
     batch = Batch(*(jax.ShapeDtypeStruct((256, 128), d) for d in (jnp.int32, jnp.int32, bool)))
-    axis = "data" if in_shard_map else None
-    step = make_train_step(definition, optimizer, schedule, accumulation_steps=1, axis_name=axis)
-    if in_shard_map:
-        specs = {"in_specs": (WHOLE, cut), "out_specs": (WHOLE, WHOLE)}
-        step = jax.shard_map(step, mesh=mesh, **specs)
-    return mesh, step, (abstract(state, mesh), abstract(batch, mesh, cut))
+    cut = abstract(batch, mesh, PartitionSpec(("data", "fsdp")))
+    step = make_train_step(definition, optimizer, schedule, 1, layout if placed else None)
+    shardings = layout.shardings(state)
+    state = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings
+    )
+    return mesh, step, (state, cut)
 
 
 def transformed():
@@ -143,8 +150,8 @@ def sequence():
 
 
 PROGRAMS = {
-    "step in shard_map": functools.partial(train_step, in_shard_map=True),
-    "step under jit": functools.partial(train_step, in_shard_map=False),
+    "step over a mesh": functools.partial(train_step, placed=True),
+    "step without a layout": functools.partial(train_step, placed=False),
     "transformed": transformed,
     "sequence": sequence,
     **{name: functools.partial(gradient, case) for name, case in GRADIENTS.items()},

@@ -1,4 +1,4 @@
-"""Where a run runs, as settings: the mesh and the processes. They are no part of what a run is."""
+"""Where a run runs, as settings: mesh, processes, a trace. They are no part of what a run is."""
 
 import dataclasses
 
@@ -32,10 +32,14 @@ class DeviceConfig:
     )
     num_processes: int | None = setting(None, "processes of the run, with coordinator_address")
     process_id: int | None = setting(None, "number of this process, from 0")
+    profile_steps: str | None = setting(
+        None, "first and last step of a trace that is written to the run directory, as 10:13"
+    )
 
     def __post_init__(self):
         check_fields(self)
         self.sizes()
+        self.profiled_steps()
         given = {
             name: getattr(self, name)
             for name in ("coordinator_address", "num_processes", "process_id")
@@ -54,6 +58,19 @@ class DeviceConfig:
                 f"process_id={self.process_id} must be from 0 to {self.num_processes - 1}, one "
                 f"less than num_processes={self.num_processes}"
             )
+
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First and last step of the trace, None without one."""
+        if self.profile_steps is None:
+            return None
+        first, _, last = self.profile_steps.partition(":")
+        whole = all(text.isascii() and text.isdigit() for text in (first, last))
+        if not whole or not 0 < int(first) <= int(last):
+            raise ConfigError(
+                f"profile_steps={self.profile_steps!r} is not known; it may be as '10:13', first "
+                "and last step, from 1"
+            )
+        return int(first), int(last)
 
     def sizes(self) -> dict[str, int]:
         """Devices along every axis as written, -1 among them."""

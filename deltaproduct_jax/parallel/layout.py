@@ -73,6 +73,11 @@ class Layout:
         """The layout of a model that is described but not made."""
         return cls(make_mesh(config), names_of_model(nnx.eval_shape(make_model)))
 
+    @property
+    def device_kind(self) -> str:
+        """JAX's name of the chips."""
+        return self.mesh.devices.flat[0].device_kind
+
     def devices_of(self, name: str) -> int:
         """Devices over which a logical axis is cut."""
         return int(np.prod([self.sizes[axis] for axis in MESH_AXES[name]]))

@@ -1,6 +1,7 @@
 """The training loop: reads from top to bottom in the order in which things happen."""
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
@@ -39,6 +41,7 @@ from deltaproduct_jax.training.step import (
     make_train_step,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.throughput import Throughput
 
 
 def train(
@@ -89,11 +92,15 @@ def train(
     with stop_on_signals() as request:
         require_memory_of_config(config)
         make_model = partial(_make_model, config)
-        layout = layout_of(config, make_model, devices or DeviceConfig())
+        devices = devices or DeviceConfig()
+        layout = layout_of(config, make_model, devices)
         definition, shapes = shapes_of(config, make_model)
         require_memory_of_state(shapes)
         state = first_state(config, make_model, layout)
-        trainer = Trainer(config, definition, layout)
+        parameters = count_parameters(shapes.params)["total"]
+        throughput = Throughput(layout.mesh.size, layout.device_kind, parameters)
+        profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
+        trainer = Trainer(config, definition, layout, throughput, profiler)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.lower(state)
         _go_on(request, "before the first step", workdir)
@@ -148,6 +155,8 @@ def _train(
             "test": tests,
         }
     records.write_results(results)
+    if processes.is_first():
+        print(trainer.throughput.summary(records.rows, records.starts()), file=sys.stderr)
     return results
 
 
@@ -176,9 +185,18 @@ def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
 class Trainer:
     """The compiled steps of a run, and the loop over them."""
 
-    def __init__(self, config: RunConfig, definition: ModelDefinition, layout: Layout):
+    def __init__(
+        self,
+        config: RunConfig,
+        definition: ModelDefinition,
+        layout: Layout,
+        throughput: Throughput,
+        profiler: Profiler,
+    ):
         self.config = config
         self.layout = layout
+        self.throughput = throughput
+        self.profiler = profiler
         self.data_key = data_key(config, layout)
         self.stopwatch = Stopwatch()
         task, train = config.task, config.train
@@ -243,6 +261,7 @@ class Trainer:
 
         while step < config.train.steps and not self._suffices(records.rows):
             step += 1
+            self.profiler.before(step, state)
             state, metrics = self._train_step(config.length_at(step), state, self.data_key)
             # Only now that this step is under way are the numbers of an earlier one fetched.
             if pending is not None:
@@ -261,6 +280,7 @@ class Trainer:
             self._save(state, row, records, checkpoints, always=stopping)
             if stopping:
                 break
+        self.profiler.close(state)
         progress.close()
         checkpoints.wait()
         return state
@@ -309,13 +329,15 @@ class Trainer:
                 )
         lengths = sum(config.length_at(s) for s in range(last + 1, step + 1))
         tokens = lengths * config.train.batch_size
+        speed = tokens / self.stopwatch.lap()
         return {
             "step": step,
             **numbers,
             "length": config.counted_at(step),
             "tokens": tokens + (rows[-1]["tokens"] if rows else 0),
-            "tokens_per_second": tokens / self.stopwatch.lap(),
+            "tokens_per_second": speed,
             "time": time.time(),
+            **self.throughput.columns(speed),
         }
 
 

@@ -72,9 +72,11 @@ def test_meshes_that_do_not_fit():
         ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
         ({"coordinator_address": "h:1", "num_processes": 0, "process_id": 0}, "at least 1"),
         ({"distributed": 1}, "true or false"),
+        ({"profile_steps": "13:10"}, "profile_steps='13:10' .* '10:13'"),
+        ({"profile_steps": "3"}, "profile_steps='3'"),
     ],
 )
-def test_processes_that_are_none(fields, message):
+def test_settings_that_are_none(fields, message):
     with pytest.raises(ConfigError, match=message):
         DeviceConfig(**fields)
 

@@ -8,6 +8,8 @@ import pytest
 from flax import nnx
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -132,6 +134,7 @@ def test_accumulated_step_is_the_step_of_the_whole_batch(accumulation_steps):
     np.testing.assert_allclose(*(moment["table"] for moment in moments), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.usefixtures("all_devices")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_a_step_over_devices_is_the_step_of_the_whole_batch(parts):
     """Devices count different numbers of positions."""
@@ -139,11 +142,10 @@ def test_a_step_over_devices_is_the_step_of_the_whole_batch(parts):
     definition, params = split_model(Bigram(nnx.Rngs(0)))
     optimizer, schedule = make_optimizer(train), make_schedule(train)
     state, batch = init_state(params, optimizer), random_batch()
-    step = make_train_step(definition, optimizer, schedule, parts, axis_name=("data", "rest"))
-    mesh = jax.make_mesh((2, 2), ("data", "rest"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    whole, cut = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(("data", "rest"))
-    step = jax.shard_map(step, mesh=mesh, in_specs=(whole, cut), out_specs=(whole, whole))
-    after, metrics = jax.jit(step)(state, batch)
+    layout = Layout.of_model(DeviceConfig(mesh="data:2,fsdp:2"), lambda: Bigram(nnx.Rngs(0)))
+    step = make_train_step(definition, optimizer, schedule, parts, layout)
+    spread = jax.device_put(state, layout.shardings(state))
+    after, metrics = jax.jit(step)(spread, jax.device_put(batch, layout.whole))
     step = make_train_step(definition, optimizer, schedule, accumulation_steps=1)
     expected, expected_metrics = jax.jit(step)(state, batch)
     for name in expected_metrics:

@@ -1,0 +1,57 @@
+"""Speed against a chip's peak, and the part of the time that was not lost, worked out by hand."""
+
+import pytest
+
+from deltaproduct_jax.training.throughput import Throughput, goodput, peak_of, training_seconds
+
+# 100 tokens in 10 s, then 300 in 10 s, the second after a pause of 80 s.
+ROWS = [
+    {"tokens": 100, "tokens_per_second": 10.0, "time": 1030.0},
+    {"tokens": 400, "tokens_per_second": 30.0, "time": 1120.0},
+]
+STARTS = [{"time": "1970-01-01T00:16:40Z"}, {"time": "1970-01-01T00:18:30Z"}]  # 1000 s, 1110 s
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("cpu", None),
+        ("TPU v99", None),
+    ],
+)
+def test_peaks_of_chips(kind, peak):
+    assert peak_of(kind) == peak
+
+
+def test_columns_of_a_row():
+    one = Throughput(devices=1, device_kind="cpu", parameters=7)
+    assert one.columns(100.0) == {}  # the tokens per second of one device are in the row already
+    many = Throughput(devices=4, device_kind="TPU v4", parameters=10**9)
+    columns = many.columns(4 * 275e12 / 6e9 / 2)
+    assert columns["tokens_per_second_per_device"] == pytest.approx(275e12 / 6e9 / 2)
+    assert columns["mfu"] == pytest.approx(0.5)
+
+
+def test_goodput_counts_steps_and_all_the_time_since_the_first_start():
+    assert training_seconds(ROWS) == pytest.approx(20)
+    assert goodput(ROWS, STARTS) == pytest.approx(20 / 120)
+
+
+def test_the_line_at_the_end_of_a_run():
+    unknown = Throughput(devices=2, device_kind="cpu", parameters=10)
+    line = unknown.summary(ROWS, STARTS)
+    assert line == (
+        "2 devices (cpu): 10 tokens/s each, MFU not known, since the chip's peak is not, "
+        "goodput 17%"
+    )
+    known = Throughput(devices=1, device_kind="TPU v4", parameters=10**9)
+    rows = [*ROWS[:1], ROWS[1] | {"memory_peak_bytes": 3 * 2**30}]
+    assert known.summary(rows, STARTS) == (
+        "1 device (TPU v4): 20 tokens/s each, MFU 0.0%, goodput 17%, memory peak 3.0 GiB"
+    )
