@@ -2,11 +2,12 @@
 
 ``python -m tests.parallel_process FLAGS`` is ``python -m experiments.state_tracking FLAGS`` with a
 model that compiles at once. Environment variable DIE_AT makes a process fail, as a bug would,
-behind that step; ASK_AT makes it print the step and wait until its standard input says something.
+behind that step; ASK_AT makes it say so, wait for a line of its standard input, and go slowly.
 """
 
 import os
 import sys
+import time
 
 import tiny_run
 
@@ -23,9 +24,12 @@ def main() -> int:
     def behind(self, step):
         if step == int(os.environ.get("DIE_AT", -1)):
             raise RuntimeError(f"made to fail behind step {step}")
-        if step == int(os.environ.get("ASK_AT", -1)):
+        ask_at = int(os.environ.get("ASK_AT", sys.maxsize))
+        if step == ask_at:
             print("waiting", flush=True)
             sys.stdin.readline()
+        if step > ask_at:  # processes take a second to agree, which are many steps of this model
+            time.sleep(0.1)
         return reached(self, step)
 
     SharedStopRequest.reached = behind

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MESH = "data:-1,fsdp:2"
 
 
-def start(workdir: Path, number: int, *, mesh: str = MESH, devices: int = 4, **extra):
+def start(workdir: Path, number: int, *, mesh: str = MESH, devices: int = 4, steps=12, **extra):
     """Starts the processes of a run, with ``devices`` in all; ``extra`` is for the last of them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -26,7 +26,8 @@ def start(workdir: Path, number: int, *, mesh: str = MESH, devices: int = 4, **e
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // number}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
-    flags = [*flags_for(workdir, hidden_size=16, num_heads=2), f"--mesh={mesh}"]
+    fields = {"hidden_size": 16, "num_heads": 2, "schedule": "constant", "steps": steps}
+    flags = [*flags_for(workdir, **fields), f"--mesh={mesh}"]
     joining = [f"--coordinator_address={address}", f"--num_processes={number}"]
     return [
         subprocess.Popen(
@@ -59,9 +60,10 @@ def rows_in(workdir):
 
 def test_two_processes_stop_together_and_go_on(tmp_path):
     """One is sent SIGTERM, both stop behind the same step, and one process ends the run."""
-    workdir = tmp_path / "run"
-    first, last = start(workdir, 2, ASK_AT="7")
-    assert last.stdout.readline() == "waiting\n", finish([first, last])
+    workdir, steps = tmp_path / "run", 300
+    first, last = start(workdir, 2, steps=steps, ASK_AT="5")
+    said = iter(last.stdout.readline, "")
+    assert any(line == "waiting\n" for line in said), finish([first, last])
     last.send_signal(signal.SIGTERM)
     last.stdin.write("\n")
     last.stdin.flush()
@@ -69,15 +71,19 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
     assert [code for code, *_ in stopped] == [143, 143], stopped
     assert "stopped by SIGTERM after step" in stopped[0][2]
     assert "stopped" not in stopped[1][2]
-    steps = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    assert 7 <= steps[-1] < 12
-    ((code, said, errors),) = finish(start(workdir, 1))
+    at = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    assert 5 <= at < steps
+    # One process goes on where the two stood, a little further.
+    config = json.loads((workdir / "config.json").read_text())
+    last_step = config["train"]["steps"] = at + 4
+    (workdir / "config.json").write_text(json.dumps(config))
+    ((code, said, errors),) = finish(start(workdir, 1, steps=last_step))
     assert code == 0, errors
     assert "best checkpoint" in said
     starts = json.loads((workdir / "run.json").read_text())["starts"]
     assert [s["process_count"] for s in starts] == [2, 1]
-    assert starts[1]["resumed_from"] == steps[-1]
-    assert [row["step"] for row in rows_in(workdir)] == [2, 4, 6, 8, 10, 12]
+    assert starts[1]["resumed_from"] == at
+    assert rows_in(workdir)[-1]["step"] == last_step
 
 
 @pytest.mark.slow
@@ -86,7 +92,8 @@ def test_the_run_is_the_same_whatever_the_number_of_processes(tmp_path):
     for number, workdir in folders.items():
         ended = finish(start(workdir, number))
         assert [code for code, *_ in ended] == [0] * number, ended
-        assert [bool(said) for _, said, _ in ended] == [True] + [False] * (number - 1)
+        tables = ["best checkpoint" in said for _, said, _ in ended]
+        assert tables == [True] + [False] * (number - 1)
     one, *others = (curve(rows_in(workdir)) for workdir in folders.values())
     for other in others:
         for a, b in zip(one, other, strict=True):
