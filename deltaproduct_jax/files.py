@@ -101,6 +101,10 @@ def require_directory(path: Path) -> None:
     """Raises RunDirectoryError unless ``path`` is a directory or may become one."""
     if "\0" in str(path):
         raise RunDirectoryError(f"{str(path)!r} cannot be a directory: it has a NUL character")
+    if path.parts[:1] == ("gs:",):
+        raise RunDirectoryError(
+            f"{path} is in a bucket; it may be a directory on a disk, shared by all processes"
+        )
     with errors_as_one_line(path, "a directory"):
         try:
             (path / ("x" * ROOM_FOR_NAMES)).stat()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,7 +11,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from tiny_run import run_config
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.config import AXES, DEFAULT_MESH, DeviceConfig
@@ -156,3 +158,8 @@ def test_settings_of_devices_are_no_fields_of_a_run():
     sections = run_config().to_dict().values()
     fields = itertools.chain.from_iterable(sections)
     assert not {field.name for field in dataclasses.fields(DeviceConfig)} & set(fields)
+
+
+def test_a_bucket_is_no_directory():
+    with pytest.raises(RunDirectoryError, match=r"gs:/bucket/run is in a bucket"):
+        require_directory(Path("gs://bucket/run"))
