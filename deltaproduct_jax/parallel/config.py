@@ -1,4 +1,4 @@
-"""Where a run runs, as settings: mesh, processes, a trace. They are no part of what a run is."""
+"""Where a run runs, as settings: mesh, processes, what is kept. They are no part of what a run is."""
 
 import dataclasses
 
@@ -34,6 +34,10 @@ class DeviceConfig:
     process_id: int | None = setting(None, "number of this process, from 0")
     profile_steps: str | None = setting(
         None, "first and last step of a trace that is written to the run directory, as 10:13"
+    )
+
+    compilation_cache: str | None = setting(
+        None, "directory of compiled programs, which the next start need not compile; none: none"
     )
 
     def __post_init__(self):

@@ -137,7 +137,9 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), dtype=jnp.float32),
         }
         after = TrainState(state.step + 1, params, opt_state)
-        return after if layout is None else layout.pin(after), metrics
+        if layout is None:
+            return after, metrics
+        return layout.pin(after), layout.everywhere(metrics)
 
     return train_step
 

@@ -95,6 +95,7 @@ class TaskExperiment:
         sections = {**self.sections, "start": StartConfig, "devices": DeviceConfig}
         parsed = flags.parse(argv, sections, self.presets, exclude=NOT_FLAGS)
         devices = DeviceConfig(**parsed.sections["devices"])
+        processes.keep_programs(devices)
         processes.join(devices)
         config, workdir = self.configure(parsed.sections), parsed.workdir
         self._check_vocabulary(parsed.saved)

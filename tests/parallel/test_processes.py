@@ -27,7 +27,8 @@ def start(workdir: Path, number: int, *, mesh: str = MESH, devices: int = 4, ste
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     fields = {"hidden_size": 16, "num_heads": 2, "schedule": "constant", "steps": steps}
-    flags = [*flags_for(workdir, **fields), f"--mesh={mesh}"]
+    cache = f"--compilation_cache={workdir.parent / 'programs'}"
+    flags = [*flags_for(workdir, **fields), f"--mesh={mesh}", cache]
     joining = [f"--coordinator_address={address}", f"--num_processes={number}"]
     return [
         subprocess.Popen(
@@ -84,6 +85,7 @@ def test_two_processes_stop_together_and_go_on(tmp_path):
     assert [s["process_count"] for s in starts] == [2, 1]
     assert starts[1]["resumed_from"] == at
     assert rows_in(workdir)[-1]["step"] == last_step
+    assert any((tmp_path / "programs").iterdir())
 
 
 @pytest.mark.slow
