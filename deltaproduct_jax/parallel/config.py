@@ -1,4 +1,4 @@
-"""Where a run runs, as settings: mesh, processes, what is kept. They are no part of what a run is."""
+"""Where a run runs, as settings: mesh, processes, a cache. They are no part of what a run is."""
 
 import dataclasses
 
