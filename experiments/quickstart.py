@@ -26,6 +26,7 @@ if __name__ == "__main__":
     if not environment.inside():
         environment.go_on_inside("experiments.quickstart")
 
+from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.training.loop import train
 from experiments import state_tracking
 from experiments.lib import flags
@@ -33,6 +34,7 @@ from experiments.lib.figures.plots import plot_cumulative
 
 NUM_HOUSEHOLDERS = (1, 2)
 WORKDIR = "runs/quickstart"
+ONE = DeviceConfig(mesh="data:1")  # which any batch fits
 
 
 def command(argv: Sequence[str]) -> None:
@@ -51,7 +53,8 @@ def command(argv: Sequence[str]) -> None:
         name = f"{config.task.group}_seed{config.train.seed}_nh{n_h}"
         print(f"{config.task.group}, n_h = {n_h}, seed {config.train.seed}:", file=sys.stderr)
         directory = parsed.workdir / name
-        results_by_n_h[n_h] = train(config, directory, ["experiments.quickstart", *argv])
+        argv_of_run = ["experiments.quickstart", *argv]
+        results_by_n_h[n_h] = train(config, directory, argv_of_run, devices=ONE)
     figure = parsed.workdir / f"{config.task.group}_seed{config.train.seed}.png"
     curves = {f"n_h = {n_h}": results for n_h, results in results_by_n_h.items()}
     print(table(config.task.group, config.task.train_length, results_by_n_h))
