@@ -59,13 +59,16 @@ def rows_in(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_stop_together_and_go_on(tmp_path):
-    """One is sent SIGTERM, both stop behind the same step, and one process ends the run."""
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_two_processes_stop_together_and_go_on(tmp_path, number):
+    """One is sent a signal, both stop behind the same step, and one process ends the run."""
     workdir, steps = tmp_path / "run", 300
     first, last = start(workdir, 2, steps=steps, ASK_AT="5")
     said = iter(last.stdout.readline, "")
     assert any(line == "waiting\n" for line in said), finish([first, last])
-    last.send_signal(signal.SIGTERM)
+    last.send_signal(number)
     last.stdin.write("\n")
     last.stdin.flush()
     stopped = finish([first, last])

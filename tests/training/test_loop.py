@@ -282,10 +282,11 @@ def test_only_the_first_process_writes(tmp_path, monkeypatch):
 
 def test_progress_is_plain_lines_when_piped(tmp_path, capsys):
     train(tmp_path)
-    lines = capsys.readouterr().err.splitlines()
+    *lines, summary = capsys.readouterr().err.splitlines()
     assert re.match(r"step 2/12  loss \d\.\d+  accuracy \d\.\d+  tokens/s [\d,]+  left", lines[0])
     assert "valid" in lines[1]
     assert len(lines) == 6
+    assert re.fullmatch(r"1 device \(cpu\): [\d,]+ tokens/s each, MFU .*, goodput \d+%", summary)
 
 
 def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
