@@ -133,9 +133,8 @@ def runs(tmp_path_factory, all_devices):
 
     with pytest.MonkeyPatch.context() as patch, tiny_run.compiled_once(folder / "compiled"):
         patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
-        results = {
-            mesh: train(folder / name, mesh) for name, mesh in (("one", ONE), ("mesh", MESH))
-        }
+        results = {ONE: train(folder / "one", ONE, profile_steps="3:3")}
+        results[MESH] = train(folder / "mesh", MESH)
         with patch.context() as killing:
             killing.setattr(Progress, "show", shown)
             with pytest.raises(Killed):
