@@ -21,7 +21,7 @@ from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training import checkpoints, loop
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
-from deltaproduct_jax.training.step import split_model
+from deltaproduct_jax.training.step import init_state, split_model
 from experiments import state_tracking
 from experiments.lib import flags
 
@@ -118,7 +118,7 @@ def other_model(patch, workdir):
     with checkpoints.Checkpoints(directory) as store:
         model = tiny_run.TinyModel(ModelConfig(vocab_size=99, hidden_size=4), rngs=nnx.Rngs(0))
         optimizer = loop.make_optimizer(TrainConfig())
-        store.save(loop.init_state(split_model(model)[1], optimizer), int(newest.name), (1.0,))
+        store.save(init_state(split_model(model)[1], optimizer), int(newest.name), (1.0,))
 
 
 def damaged_checkpoints(patch, workdir):
