@@ -13,11 +13,11 @@ from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
-from deltaproduct_jax.ops import RESIDUAL_NAMES, checks, placement
+from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
 from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import starts_of_segments
-from deltaproduct_jax.ops.parts import gathered_along
+from deltaproduct_jax.ops.parts import gathered_along, placement
 
 MixerState = Any  # of the class that the mixer is registered with
 ModelState = list[MixerState]
@@ -248,7 +248,7 @@ def _runner(remat: str) -> Callable[..., tuple[jax.Array, MixerState]]:
         mask: jax.Array | None,
         passed_on: Mapping[str, Any] | None,
     ) -> tuple[jax.Array, MixerState]:
-        spread = placement.current()
+        spread = placement()
         if spread is not None:
             block, x = spread.block(block, x)
         return block(x, state=state, segment_ids=segment_ids, mask=mask, passed_on=passed_on)

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from deltaproduct_jax.ops import checks, kernels, placement
+from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import starts_of_segments
-from deltaproduct_jax.ops.parts import on_each_part
+from deltaproduct_jax.ops.parts import on_each_part, placed, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
 from deltaproduct_jax.ops.selection import AVAILABLE
@@ -98,9 +98,9 @@ def delta_product(
       Siems, Carstensen, Zela, Hutter, Pontil, Grazzi. DeltaProduct: Improving State-Tracking in
       Linear RNNs via Householder Products. 2025. https://arxiv.org/abs/2502.10297
     """
-    spread = placement.current()
+    spread = placement()
     if spread is not None:
-        with placement.placed(None):  # what runs on each device is the op as it is
+        with placed(None):  # what runs on each device is the op as it is
             return spread.op(
                 q,
                 k,

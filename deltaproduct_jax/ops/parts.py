@@ -3,11 +3,16 @@
 Sequences and heads share nothing, so a function of them runs on every device's own ones: inside
 `jax.shard_map`, where what it makes, zeros and carries of scans, is of the size of a part. Axes of
 the other two kinds need nothing of this: Auto ones are the compiler's, Manual ones are cut already.
+
+Layers and models know nothing of meshes with Auto axes. Whoever trains over one says by `placed`,
+for the time of a trace, how the op is spread over it and what a block does to its parameters.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -161,3 +166,37 @@ def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     kept = [old or None for old in _explicit_names(x)]
     whole = PartitionSpec(*(new or old for new, old in zip(names, kept, strict=True)))
     return jax.sharding.reshard(x, NamedSharding(mesh, whole))
+
+
+class Placement(NamedTuple):
+    """How a model that is being traced lies on a mesh.
+
+    Attributes:
+      op: what `delta_product` calls instead of itself, with its own arguments.
+      block: (block of a model, its input [B, T, D]) -> both as they are to be used.
+    """
+
+    op: Callable[..., tuple[Any, Any]]
+    block: Callable[[Any, Any], tuple[Any, Any]]
+
+
+_CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement")
+
+
+def placement() -> Placement | None:
+    """The placement of what is being traced, None on one device and within one device's piece."""
+    return _CURRENT.get(None)
+
+
+@contextlib.contextmanager
+def placed(placement: Placement | None) -> Iterator[None]:
+    """Inside, what is traced lies as ``placement`` says.
+
+    It is to be entered inside the function that `jax.jit` traces: a program found again does not
+    look here.
+    """
+    token = _CURRENT.set(placement)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)

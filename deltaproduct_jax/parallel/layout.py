@@ -20,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.ops import placement
+from deltaproduct_jax.ops.parts import Placement, placed, placement
 from deltaproduct_jax.ops.sharding import sharded_delta_product
 from deltaproduct_jax.parallel.config import AXES, DeviceConfig
 from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_of_model
@@ -168,7 +168,7 @@ class Layout:
     def placed(self) -> Any:
         """A context in which a model is traced for this mesh."""
         if self.is_one:
-            return placement.placed(placement.current())
+            return placed(placement())
         op = functools.partial(
             sharded_delta_product,
             mesh=self.mesh,
@@ -176,7 +176,7 @@ class Layout:
             head_axis=MESH_AXES["heads"],
             sequence_axis=MESH_AXES["sequence"],
         )
-        return placement.placed(placement.Placement(op, self._place_block))
+        return placed(Placement(op, self._place_block))
 
     def _place_block(self, block: nnx.Module, x: jax.Array) -> tuple[nnx.Module, jax.Array]:
         graphdef, state = nnx.split(block)
