@@ -62,7 +62,8 @@ def contained(
     of_state = [_bad(x, (0, 1)) for x in jax.tree.leaves(state)] if check_state else []
     bad_BTH = _any_of(of_tokens)
     reached_BTH = reach(bad_BTH, _any_of(of_state), resets, axis_name)
-    link_BTH = mark_varying_as(jnp.zeros_like(reached_BTH, jnp.float32), reached_BTH)
+    (tokens, state), link_BTH = _mapped_alike((tokens, state), reached_BTH)
+    link_BTH = mark_varying_as(link_BTH, reached_BTH)
     (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes, axis_name)
     pull = functools.partial(_finite_cotangents, axis_name=axis_name)
     return _spoil(run(mark(tokens, bad_BTH), state), link_BTH, reached_BTH, resets, pull, axis_name)
@@ -95,7 +96,7 @@ def confined(
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
     y, after = run(only_finite(x), only_finite(state))
-    link_BT1 = jnp.zeros_like(reached_BT1, jnp.float32)
+    _, link_BT1 = _mapped_alike((), reached_BT1)
     y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
     spoilt = iter(spoilt)
     return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
@@ -198,6 +199,17 @@ def _bad(x: jax.Array, kept: tuple[int, ...]) -> jax.Array:
     """
     others = tuple(axis for axis in range(x.ndim) if axis not in kept)
     return ~jnp.isfinite(jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=others, initial=0))
+
+
+def _mapped_alike(operands: Any, reached_BTH: jax.Array) -> tuple[Any, jax.Array]:
+    """The operands as they are, and zeros; under `jax.vmap` all are mapped if any is.
+
+    The rules of JAX for mapped functions with a derivative of their own want results and their
+    tangents to be mapped alike, and `linear` maps all of its results. XLA drops the choices.
+    """
+    some_B = reached_BTH[:, 0, 0]  # by row, so that nothing moves where rows lie over a mesh
+    operands = jax.tree.map(lambda x: jnp.where(_like(some_B, x), x, x), operands)
+    return operands, jnp.where(reached_BTH, jnp.float32(0), jnp.float32(0))
 
 
 def _any_of(flags: list[jax.Array]) -> jax.Array | None:
