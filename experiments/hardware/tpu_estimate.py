@@ -58,7 +58,7 @@ class EstimateConfig:
     length: int = setting(1024, "tokens T")
     num_heads: int = setting(4, "heads H")
     head_dim: int = setting(128, "key width K and value width V")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("bfloat16", "of q, k and v: float32 or bfloat16")
     generations: str = setting("v5e,v6e", f"comma list of {', '.join(GENERATIONS)}")

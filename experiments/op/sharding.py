@@ -75,7 +75,7 @@ class ShardingConfig:
     length: int = setting(1024, "tokens T")
     num_heads: int = setting(4, "heads H")
     head_dim: int = setting(32, "key width K and value width V")
-    num_householder: tuple[int, ...] = setting((2,), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((2,), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
     implementation: str | None = setting(None, "of the op; none: by platform and shape")

@@ -63,8 +63,8 @@ from experiments.lib.bench.timing import (
 )
 from experiments.lib.figures.benchmarks import draw_speed
 
-# The gradient of the recurrence keeps several states a token: more sequences of 16 heads of 128 do
-# not fit on a TPU of 16 GB.
+# The gradient of the recurrence keeps several states per token: more sequences of 16 heads of 128
+# do not fit on a TPU of 16 GB.
 CHECKED_SEQUENCES = 2
 OF_TORCH = ("fla", *flashqla.NAMES)
 TOKENS_OF_DECODING = 8
@@ -80,7 +80,7 @@ class SpeedConfig:
     num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
     head_dim: int = setting(64, "key width K")
     value_dim: int | None = setting(None, "value width V; none: head_dim")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
     implementations: str = setting(

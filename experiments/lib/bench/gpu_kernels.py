@@ -18,7 +18,7 @@ from deltaproduct_jax.settings import check_fields, setting
 
 # Where q and scores stand among the arrays of a walk, whose summary has no output.
 UNREAD = (0, 5)
-# Of an H100: bytes and bfloat16 operations a second.
+# Of an H100: bytes and bfloat16 operations per second.
 BANDWIDTH, PEAK = 3.35e12, 989e12
 
 
@@ -30,7 +30,7 @@ class PassConfig:
     length: int = setting(4096, "tokens T")
     num_heads: int = setting(16, "heads H")
     head_dim: tuple[int, ...] = setting((64, 128, 256), "key width K and value width V, in turn")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     dtype: str = setting("bfloat16", "of q, k and v: float32, float16 or bfloat16")
     gated: bool = setting(True, "with a decay g")
 

@@ -1,4 +1,4 @@
-"""Constructions read random words until they err: how long they hold, and by how much."""
+"""Constructions read random words until they fail: how long they hold, and how far off."""
 
 import dataclasses
 import itertools
