@@ -99,6 +99,13 @@ def test_checkpoints_by_name_and_step():
     assert snapshot(RUN) == before
 
 
+def test_a_directory_below_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", str(RUN.parent))
+    assert load_run(f"~/{RUN.name}").step == 4
+    with pytest.raises(ConfigError, match="NUL"):
+        load_run("runs/\0")
+
+
 def test_a_notebook_has_an_event_loop_already():
     async def cell():
         return load_run(RUN).step

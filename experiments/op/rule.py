@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_each_at_least
 from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -58,8 +58,7 @@ class RuleConfig:
         """Checks every field."""
         check_fields(self)
         for name in ("states", "head_dim", "num_householder"):
-            for value in getattr(self, name):
-                require_at_least(name, value, 1)
+            require_each_at_least(name, getattr(self, name), 1)
         require_at_least("length", self.length, 2)
         require_at_least("repeats", self.repeats, 1)
 

@@ -27,7 +27,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops import sharded_delta_product
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
@@ -89,8 +94,7 @@ class ShardingConfig:
         check_fields(self)
         for name in ("devices", "batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
-        for n_h in self.num_householder:
-            require_at_least("num_householder", n_h, 1)
+        require_each_at_least("num_householder", self.num_householder, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         require_one_of("implementation", self.implementation, [None, *AVAILABLE])
         for direction in self.directions.split(","):

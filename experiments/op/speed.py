@@ -28,7 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -109,8 +114,7 @@ class SpeedConfig:
             raise ConfigError(
                 f"num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
             )
-        for n_h in self.num_householder:
-            require_at_least("num_householder", n_h, 1)
+        require_each_at_least("num_householder", self.num_householder, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         for name in self.names:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])

@@ -77,7 +77,7 @@ class StepConfig:
     dtype: str = setting("bfloat16", "dtype of our computation; parameters are float32")
     remat: str = setting("products", "what our blocks compute anew: none, products or blocks")
     implementation: str | None = setting(None, "of our op; none: by platform and shape")
-    steps: int = setting(4, "steps a timed round")
+    steps: int = setting(4, "steps per timed round")
     repeats: int = setting(6, "timed rounds, after one that warms up")
     budget_s: float = setting(30.0, "seconds after which no further round of a model begins")
     peer: str | None = setting(None, "fla: flash-linear-attention's model too, on a GPU")

@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.cut import default_span
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
@@ -40,8 +45,7 @@ class PassConfig:
         for name in ("batch_size", "length", "num_heads"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("head_dim", "num_householder"):
-            for size in getattr(self, name):
-                require_at_least(name, size, 1)
+            require_each_at_least(name, getattr(self, name), 1)
         require_one_of("dtype", self.dtype, ["bfloat16", "float16", "float32"])
 
     def described(self) -> str:

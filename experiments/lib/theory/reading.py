@@ -149,7 +149,7 @@ def device() -> str:
 
 
 def thinned(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few points a decade, each with the largest deviation since the one before; and the last."""
+    """A few points per decade, each with the largest deviation since the last; and the last one."""
     kept, largest, due = [], 0.0, 0.0
     for point in curve:
         largest = max(largest, point["deviation"])
