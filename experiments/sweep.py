@@ -79,6 +79,8 @@ class SweepConfig:
         require_at_least("max_runs", self.max_runs, 1)
         require_at_least("workers", self.workers, 1)
         require_at_least("retries", self.retries, 0)
+        for number in self.gpus:
+            require_at_least("gpus", number, 0)
         if self.slurm and self.launcher != "slurm":
             raise ConfigError(f"slurm={self.slurm!r} needs launcher=slurm, got {self.launcher!r}")
         if self.gpus and self.launcher != "local":
@@ -121,7 +123,7 @@ class Scheduler:
         self._start = start
         self._retries = retries
         self._changed = changed
-        self._slots: list[tuple[Entry, Running] | None] = [None] * workers
+        self._slots: list[tuple[Entry, Running] | None] = [None] * min(workers, len(entries))
         self._queue: deque[Entry] = deque()
         for entry in entries:
             if not self._is_done(entry):

@@ -64,6 +64,13 @@ def test_the_extra_test_has_every_other_but_those_of_a_platform(setup):
             assert not missing, f"{name} needs {missing}, which the extra test has not"
 
 
+def test_the_readme_lists_every_extra(setup):
+    listed = re.findall(
+        r"^pip install '\.\[(\w+)\]'", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(setup["options.extras_require"])
+
+
 def test_what_tests_need_is_pinned_within_its_range(setup):
     pinned = requirements((ROOT / "requirements.txt").read_text())
     (versions,) = ({each.name: str(each.specifier).removeprefix("==") for each in pinned},)
