@@ -84,7 +84,7 @@ class FigureConfig:
     threshold: float | None = setting(
         None, f"score from which a run has escaped; none: {THRESHOLD}"
     )
-    band: bool = setting(False, "a band from the worst run to the best instead of a line each")
+    band: bool = setting(False, "a band from the worst run to the best instead of every run's line")
     name: str | None = setting(None, "of the files; none: the kind")
 
     def __post_init__(self):

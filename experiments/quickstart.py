@@ -3,10 +3,10 @@
     python3 experiments/quickstart.py
 
 needs nothing but Python 3.11 or newer. It sets up ``.venv``, trains the permutation group S3 with
-one Householder factor a token (n_h = 1, DeltaNet) and with two, and compares them up to eight times
-the length they were trained at. Flags are those of ``experiments.state_tracking``, for example
-``--seed=1``; ``--workdir`` is runs/quickstart unless given. A killed run goes on with the same
-command.
+one Householder factor per token (n_h = 1, DeltaNet) and with two, and compares them up to eight
+times the length they were trained at. Flags are those of ``experiments.state_tracking``, for
+example ``--seed=1``; ``--workdir`` is runs/quickstart unless given. A killed run goes on with the
+same command.
 
 Source: https://arxiv.org/abs/2502.10297, the word problem of S3 in one layer by n_h; the setup is a
     small one of this project (`experiments.state_tracking`, preset "default").

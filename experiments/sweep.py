@@ -4,9 +4,10 @@
         --grid="group=S3,S4;num_householder=1,2;seed=0:3" --fixed="steps=2000"
 
 The runs are expanded, checked and saved in ``runs.json`` before the first is started; each is a
-child process with its folder under ``runs/`` (the syntax of grids: ``sweep_grid.py``). What is done
-is skipped, what died is tried again from its last checkpoint, and no run is ever run twice at once:
-the same command, or only ``--workdir``, goes on after a kill, and several may share a folder.
+child process with its folder under ``runs/`` (``lib/sweeps/grid.py`` has the syntax of grids). What
+is done is skipped, what died is tried again from its last checkpoint, and no run is ever run twice
+at once: the same command, or only ``--workdir``, goes on after a kill, and several may share a
+folder.
 ``results.csv`` and ``results.parquet`` hold every run with its settings and outcome; with
 ``--launcher=none`` they are made from the records without starting anything.
 
@@ -16,7 +17,7 @@ The exit code is 0 if all runs are done, 1 if one has failed for good, 130 after
 SIGTERM.
 
 Source: this project; grids and seeds as the papers behind ``--script`` have them.
-Expect: a line a run in results.csv; experiments/results/state_tracking/ holds several sweeps.
+Expect: a line of results.csv for every run; experiments/results/state_tracking/ has several sweeps.
 Takes: what its runs take, by the number of ``--workers``.
 """
 
@@ -78,6 +79,8 @@ class SweepConfig:
         require_at_least("max_runs", self.max_runs, 1)
         require_at_least("workers", self.workers, 1)
         require_at_least("retries", self.retries, 0)
+        for number in self.gpus:
+            require_at_least("gpus", number, 0)
         if self.slurm and self.launcher != "slurm":
             raise ConfigError(f"slurm={self.slurm!r} needs launcher=slurm, got {self.launcher!r}")
         if self.gpus and self.launcher != "local":
@@ -120,7 +123,7 @@ class Scheduler:
         self._start = start
         self._retries = retries
         self._changed = changed
-        self._slots: list[tuple[Entry, Running] | None] = [None] * workers
+        self._slots: list[tuple[Entry, Running] | None] = [None] * min(workers, len(entries))
         self._queue: deque[Entry] = deque()
         for entry in entries:
             if not self._is_done(entry):

@@ -22,7 +22,7 @@ of rows that differ in nothing but in how far they read, the one that read furth
 Source: https://arxiv.org/abs/2502.10297, theorems 1 and 4 and appendix; Z_m in two layers:
     https://arxiv.org/abs/2411.12537, theorem 6.
 Expect: not one error in 1M tokens in float32; experiments/results/theory/theory.md has all.
-Takes: minutes with ``--preset=quick``; all of it 1.5 to 8 minutes a row on an H100.
+Takes: minutes with ``--preset=quick``; all of it 1.5 to 8 minutes per row on an H100.
 """
 
 import dataclasses

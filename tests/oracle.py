@@ -3,7 +3,7 @@
     S <- exp(g_t) S;   S <- S + beta_tr k_tr (v_tr - S^T k_tr)^T for r = 1..R;   o_t = scale S^T q_t
 
 The loops over tokens and factors are explicit, batch and heads are array axes. The reverse pass
-differentiates these lines one by one; test_ops_oracle.py holds it against finite differences.
+differentiates these lines one by one; test_oracle.py holds it against finite differences.
 """
 
 import numpy as np

@@ -64,6 +64,13 @@ def test_the_extra_test_has_every_other_but_those_of_a_platform(setup):
             assert not missing, f"{name} needs {missing}, which the extra test has not"
 
 
+def test_the_readme_lists_every_extra(setup):
+    listed = re.findall(
+        r"^pip install '\.\[(\w+)\]'", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(setup["options.extras_require"])
+
+
 def test_what_tests_need_is_pinned_within_its_range(setup):
     pinned = requirements((ROOT / "requirements.txt").read_text())
     (versions,) = ({each.name: str(each.specifier).removeprefix("==") for each in pinned},)
@@ -97,6 +104,13 @@ def test_checkpoints_by_name_and_step():
     assert leaves_equal(parameters[0], parameters[2])
     assert not leaves_equal(parameters[0], parameters[1])
     assert snapshot(RUN) == before
+
+
+def test_a_directory_below_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", str(RUN.parent))
+    assert load_run(f"~/{RUN.name}").step == 4
+    with pytest.raises(ConfigError, match="NUL"):
+        load_run("runs/\0")
 
 
 def test_a_notebook_has_an_event_loop_already():

@@ -1,4 +1,4 @@
-"""What test_kernels_triton.py runs apart, where Triton is found: prints one JSON object.
+"""What test_triton.py runs apart, where Triton is found: prints one JSON object.
 
 ``interpret``: errors against the oracle, kernels run by Triton's interpreter, which knows no
 bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.

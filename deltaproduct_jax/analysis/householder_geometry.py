@@ -6,7 +6,7 @@ dimensions the head acts as a group of rotations and reflections there: in the D
 (https://arxiv.org/abs/2502.10297) a model that has learnt S4 keeps its keys in three dimensions,
 where S4 is the rotation group of the cube. Computed in float64.
 
-Dimension key: ``T`` tokens looked at, ``R`` factors a token, ``Hv`` value heads, ``K`` key width.
+Dimension key: ``T`` tokens looked at, ``R`` factors per token, ``Hv`` value heads, ``K`` key width.
 """
 
 import dataclasses

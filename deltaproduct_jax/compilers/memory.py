@@ -10,7 +10,7 @@ def memory_of(compiled: Any) -> dict[str, int | None]:
       compiled: what ``jax.jit(f).lower(...).compile()`` gives.
 
     Returns:
-      "temp_bytes", "argument_bytes" and "output_bytes"; None each where the compiler says nothing.
+      "temp_bytes", "argument_bytes" and "output_bytes"; each None where the compiler says nothing.
       Outputs that share the memory of a donated argument are counted with both.
     """
     memory = compiled.memory_analysis()

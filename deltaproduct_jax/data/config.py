@@ -23,7 +23,7 @@ class PrepareConfig:
 
     sources: tuple[str, ...] = setting(
         (),
-        "a file or folder of text (a document a file), .jsonl or .parquet; may be repeated",
+        "a file or folder of text (each file one document), .jsonl or .parquet; may be repeated",
         repeated=True,
     )
     pattern: tuple[str, ...] = setting(

@@ -1,7 +1,7 @@
 """Which tokens stand in which row: documents cut to length, or first-fit with segment ids.
 
 A packing is a pure function from a row's index to the row, for as many epochs as are asked for.
-What it keeps in memory is some 16 bytes a document, never tokens.
+What it keeps in memory is some 16 bytes per document, never tokens.
 
 Dimension key: ``T`` positions of a row.
 """

@@ -135,7 +135,7 @@ class TokenStream:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the text, by the shares of the mixture: turns a loss a token into bits a byte."""
+        """Of the text, by the shares of the mixture: turns a loss per token into bits per byte."""
         weights = self.config.data_weights or [1.0] * len(self.corpora)
         per_token = [corpus.num_bytes / corpus.num_tokens for corpus in self.corpora]
         return float(np.average(per_token, weights=weights))

@@ -84,9 +84,9 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         head_dim: key width ``K`` of a head.
         num_v_heads: value heads ``Hv``, a multiple of ``num_heads``; None for ``num_heads``.
         expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
-        num_householder: Householder factors ``R`` a token (the paper's n_h).
+        num_householder: Householder factors ``R`` per token (the paper's n_h).
         allow_neg_eigval: beta in (0, 2), eigenvalues in (-1, 1), instead of (0, 1).
-        use_forget_gate: a decay a token and value head.
+        use_forget_gate: a decay for every token and value head.
         use_output_gate: gate the normalised output by ``silu(x W_g)``.
         use_short_conv: causal convolution over ``conv_size`` tokens on q, k and v.
         conv_size: taps of the convolution.
@@ -368,7 +368,7 @@ def _check_one_factor(config: Any) -> None:
     if config.num_householder not in (None, 1):
         raise ConfigError(
             f"num_householder={config.num_householder} does not fit mixer={config.mixer!r}, which "
-            "has one factor a token; give num_householder=1 or a delta_product mixer"
+            "has one factor per token; give num_householder=1 or a delta_product mixer"
         )
     _check_conv_size(config)
 

@@ -54,7 +54,7 @@ class ModelConfig:
     mixer: str = setting(
         "delta_product",
         f"sequence mixer, one of {', '.join(MIXERS)}, or a plug-in's; gated_ adds a forget gate, "
-        "the delta_nets have one Householder factor a token; a field that a mixer lacks is an "
+        "the delta_nets have one Householder factor per token; a field that a mixer lacks is an "
         "error",
     )
     hidden_size: int = setting(128, "width D of the residual stream")
@@ -64,7 +64,7 @@ class ModelConfig:
     head_dim: int = setting(32, "key width K of a head")
     expand_v: float | None = setting(None, "value width over key width; none: 1")
     num_householder: int | None = setting(
-        None, "Householder factors a token (the paper's n_h); none: 2, or the 1 of the delta_nets"
+        None, "Householder factors per token (the paper's n_h); none: 2, or the 1 of the delta_nets"
     )
     allow_neg_eigval: bool | None = setting(
         None, "eigenvalues in (-1, 1), not (0, 1); none: wherever the mixer can"
@@ -191,7 +191,7 @@ class ModelConfig:
 
     @property
     def label(self) -> str:
-        """What tells the model apart in a figure: its factors a token, or else its mixer."""
+        """What tells the model apart in a figure: its factors per token, or else its mixer."""
         factors = self.value_of("num_householder")
         return self.mixer if factors is None else f"n_h = {factors}"
 

@@ -206,7 +206,7 @@ class SequenceModel(nnx.Module):
         kinds = [type(entry).__name__ for entry in state] if isinstance(state, list | tuple) else []
         if len(kinds) != len(self.layers) or not all(isinstance(e, wanted) for e in state):
             raise ValueError(
-                f"state must hold {len(self.layers)} of {wanted.__name__}, one a block, got "
+                f"state must hold {len(self.layers)} of {wanted.__name__}, one per block, got "
                 f"{kinds or type(state).__name__}"
             )
         return [

@@ -47,7 +47,7 @@ def finite_group(name: str) -> FiniteGroup:
     parts = [_parse(part, name) for part in name.split("_x_")]
     order = int(np.prod([_order(kind, n) for kind, n in parts], dtype=object))
     if order > MAX_ORDER:
-        raise ConfigError(f"group={name!r} has {order} elements; it may have up to {MAX_ORDER}")
+        raise ConfigError(f"group={name!r} has too many elements; it may have up to {MAX_ORDER}")
     group = functools.reduce(_direct_product, (_build(kind, n) for kind, n in parts))
     group.table.setflags(write=False)
     return group

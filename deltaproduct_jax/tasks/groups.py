@@ -7,7 +7,7 @@ Sources: Merrill et al., https://arxiv.org/abs/2404.08819; the variants are thos
 DeltaProduct paper, https://arxiv.org/abs/2502.10297, and of Grazzi et al.,
 https://arxiv.org/abs/2411.12537.
 
-Dimension key: ``B`` sequences, ``L`` elements a sequence, ``T`` = L + 1 positions.
+Dimension key: ``B`` sequences, ``L`` elements per sequence, ``T`` = L + 1 positions.
 """
 
 import dataclasses

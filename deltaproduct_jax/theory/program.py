@@ -218,7 +218,7 @@ class Program:
         *,
         rows: Sequence[int] | slice = slice(None),
     ) -> None:
-        """Queries ``[S, d, d]``, a row a head, in the situations that ``rows`` of a feature are."""
+        """Queries ``[S, d, d]``, a row per head, where the feature's situations are ``rows``."""
         width = self.at[feature].stop - self.at[feature].start
         situations, d = np.arange(width)[rows], queries.shape[-1]
         q = np.zeros((width, self.H, self.K))

@@ -24,7 +24,7 @@ class TrainConfig:
     """How a model is trained and watched; raises ConfigError where the fields make no sense."""
 
     steps: int = setting(500, "updates of the parameters")
-    batch_size: int = setting(64, "sequences an update")
+    batch_size: int = setting(64, "sequences per update")
     accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
     learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
     schedule: str = setting("cosine", "learning rate after the warm-up: cosine or constant")
@@ -50,7 +50,7 @@ class TrainConfig:
     log_every: int = setting(10, "steps between records")
     eval_every: int = setting(100, "steps between evaluations on the validation split")
     checkpoint_every: int = setting(100, "steps between checkpoints")
-    eval_sequences: int = setting(512, "sequences an evaluation, at each length")
+    eval_sequences: int = setting(512, "sequences per evaluation, at each length")
     eval_batch_size: int = setting(128, "sequences evaluated at a time")
     select_length: int | None = setting(
         None, "length whose validation accuracy selects the best checkpoint; none: the longest"
@@ -58,6 +58,11 @@ class TrainConfig:
     stop_accuracy: float | None = setting(
         None, "stop once the validation sequence accuracy reaches this; none: never"
     )
+
+    @classmethod
+    def without_use(cls, values: Mapping[str, Any]) -> list[str]:
+        """Fields of a preset that mean nothing beside these values."""
+        return ["end_learning_rate"] if values.get("schedule") == "constant" else []
 
     def __post_init__(self):
         check_fields(self)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json
+from deltaproduct_jax.files import read_json, user_path
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -34,8 +34,8 @@ class Run(NamedTuple):
 
 def load_run(directory: str | os.PathLike[str], checkpoint: str | int = "best") -> Run:
     """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called."""
-    config = read_config(Path(directory))
-    return restore_run(config, Path(directory), checkpoint)
+    path = user_path(os.fspath(directory))
+    return restore_run(read_config(path), path, checkpoint)
 
 
 def restore_run(config: RunConfig, directory: Path, checkpoint: str | int) -> Run:

@@ -71,7 +71,7 @@ def command(argv: Sequence[str]) -> None:
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line a head."""
+    """A line for every head."""
     lines = ["head  reflecting  smallest beta  components for 95% (about zero)"]
     for index, head in enumerate(found["heads"]):
         needed = [int(np.searchsorted(head[name], 0.95) + 1) for name in CURVES]

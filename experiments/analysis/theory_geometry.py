@@ -67,7 +67,7 @@ class ComparisonConfig:
 
 
 def table(models: Sequence[dict[str, Any]]) -> str:
-    """A line a head, as Markdown."""
+    """A line for every head, as Markdown."""
     names = ("smallest_beta", "dimensions", "off_circle", "off_angle", "as_constructed")
     names += ("off_copy",)
     lines = []

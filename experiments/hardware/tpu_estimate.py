@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
-from deltaproduct_jax.errors import require_at_least, require_one_of
+from deltaproduct_jax.errors import require_at_least, require_each_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
@@ -58,7 +58,7 @@ class EstimateConfig:
     length: int = setting(1024, "tokens T")
     num_heads: int = setting(4, "heads H")
     head_dim: int = setting(128, "key width K and value width V")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("bfloat16", "of q, k and v: float32 or bfloat16")
     generations: str = setting("v5e,v6e", f"comma list of {', '.join(GENERATIONS)}")
@@ -75,8 +75,7 @@ class EstimateConfig:
         check_fields(self)
         for name in ("batch_size", "length", "num_heads", "head_dim"):
             require_at_least(name, getattr(self, name), 1)
-        for n_h in self.num_householder:
-            require_at_least("num_householder", n_h, 1)
+        require_each_at_least("num_householder", self.num_householder, 1)
         if self.chunk_size is not None:
             require_at_least("chunk_size", self.chunk_size, 1)
         require_at_least("timeout_s", self.timeout_s, 1)
@@ -91,7 +90,7 @@ class EstimateConfig:
 
 
 def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) -> list[dict]:
-    """One row an implementation."""
+    """One row per implementation."""
     rows = []
     for implementation in config.implementations.split(","):
         sizes = (config.batch_size, config.length, config.num_heads, *[config.head_dim] * 2, n_h)

@@ -100,7 +100,7 @@ def read_records(source: Path) -> list[Record]:
 
 
 def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
-    """The factors a token where a run left them to its mixer, which has its own default."""
+    """The factors per token where a run left them to its mixer, which has its own default."""
     mixer = MIXERS.get(str(settings.get("mixer")))
     if mixer is None or settings.get("num_householder") is not None:
         return {}

@@ -8,11 +8,11 @@ rounding q, k and v. There is a table for o, one for the worst gradient (of q, k
 random cotangents of o and of the last state), and one for g's own, which strong decay ruins first.
 
 What exceeds the project's bars is marked and listed. In float32 they are 1e-5 for o and 3e-5 for a
-gradient, or 30 times what the plain recurrence errs in float32, if that is more. In bfloat16 they
+gradient, or 30 times the plain recurrence's error in float32, if that is more. In bfloat16 they
 are 1e-2 and 2e-2; on inputs without decay whose beta exceeds 1, where errors of the state never die
-out, both are scaled up to 4 times what the recurrence errs in o when it rounds the operands of its
+out, both are scaled up to 4 times the recurrence's error in o when it rounds the operands of its
 products to bfloat16, which the last column shows. In float16 they are an eighth of bfloat16's, in
-float64 1e-13 and 1e-12, or 30 times what the recurrence errs. The recurrence of the op itself
+float64 1e-13 and 1e-12, or 30 times the recurrence's error. The recurrence of the op itself
 computes in float32 at least and rounds only its results. What an implementation does not take has
 no column. On a CPU "pallas_tpu" is interpreted; "triton" runs on a GPU alone.
 
@@ -61,7 +61,7 @@ class AccuracyConfig:
     head_dim: int = setting(64, "key width K and value width V of the short inputs")
     long_head_dim: int = setting(16, "key width K and value width V of the long inputs")
     num_heads: int = setting(1, "heads H")
-    num_householder: int = setting(2, "Householder factors a token")
+    num_householder: int = setting(2, "Householder factors per token")
     implementations: str = setting(
         ",".join(("recurrent", "associative", "chunked", *ELSEWHERE)),
         "comma list; recurrent, which bars refer to, among them",

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_each_at_least
 from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -46,7 +46,9 @@ class RuleConfig:
 
     states: tuple[int, ...] = setting((1, 4, 32, 128), "states, B times Hv, in turn")
     head_dim: tuple[int, ...] = setting((16, 32, 64, 128), "key width K and value width V, in turn")
-    num_householder: tuple[int, ...] = setting((1, 2, 3, 4), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3, 4), "Householder factors per token, in turn"
+    )
     length: int = setting(1024, "tokens T with up to 4 states; with more, fewer in proportion")
     gated: bool = setting(True, "with a decay g")
     repeats: int = setting(15, "timed rounds")
@@ -56,13 +58,12 @@ class RuleConfig:
         """Checks every field."""
         check_fields(self)
         for name in ("states", "head_dim", "num_householder"):
-            for value in getattr(self, name):
-                require_at_least(name, value, 1)
+            require_each_at_least(name, getattr(self, name), 1)
         require_at_least("length", self.length, 2)
         require_at_least("repeats", self.repeats, 1)
 
     def shapes(self) -> list[Shape]:
-        """One shape a combination; states are heads, up to 4 a sequence."""
+        """One shape per combination; states are heads, up to 4 per sequence."""
         shapes = []
         for states, K, R in itertools.product(self.states, self.head_dim, self.num_householder):
             H = next(h for h in (4, 3, 2, 1) if states % h == 0)

@@ -50,7 +50,7 @@ class ScalingConfig:
     num_heads: int = setting(2, "heads H")
     head_dim: int = setting(16, "key width K and value width V")
     implementation: str = setting("chunked", f"one of {', '.join(AVAILABLE)}")
-    repeats: int = setting(7, "timed calls a point; the median counts")
+    repeats: int = setting(7, "timed calls per point; the median counts")
     budget_s: float = setting(30.0, "seconds after which no further call of a point begins")
 
     def __post_init__(self) -> None:

@@ -27,7 +27,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops import sharded_delta_product
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
@@ -75,7 +80,7 @@ class ShardingConfig:
     length: int = setting(1024, "tokens T")
     num_heads: int = setting(4, "heads H")
     head_dim: int = setting(32, "key width K and value width V")
-    num_householder: tuple[int, ...] = setting((2,), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((2,), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
     implementation: str | None = setting(None, "of the op; none: by platform and shape")
@@ -89,8 +94,7 @@ class ShardingConfig:
         check_fields(self)
         for name in ("devices", "batch_size", "length", "num_heads", "head_dim", "repeats"):
             require_at_least(name, getattr(self, name), 1)
-        for n_h in self.num_householder:
-            require_at_least("num_householder", n_h, 1)
+        require_each_at_least("num_householder", self.num_householder, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         require_one_of("implementation", self.implementation, [None, *AVAILABLE])
         for direction in self.directions.split(","):

@@ -28,7 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -63,8 +68,8 @@ from experiments.lib.bench.timing import (
 )
 from experiments.lib.figures.benchmarks import draw_speed
 
-# The gradient of the recurrence keeps several states a token: more sequences of 16 heads of 128 do
-# not fit on a TPU of 16 GB.
+# The gradient of the recurrence keeps several states per token: more sequences of 16 heads of 128
+# do not fit on a TPU of 16 GB.
 CHECKED_SEQUENCES = 2
 OF_TORCH = ("fla", *flashqla.NAMES)
 TOKENS_OF_DECODING = 8
@@ -80,7 +85,7 @@ class SpeedConfig:
     num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
     head_dim: int = setting(64, "key width K")
     value_dim: int | None = setting(None, "value width V; none: head_dim")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
     implementations: str = setting(
@@ -109,8 +114,7 @@ class SpeedConfig:
             raise ConfigError(
                 f"num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
             )
-        for n_h in self.num_householder:
-            require_at_least("num_householder", n_h, 1)
+        require_each_at_least("num_householder", self.num_householder, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         for name in self.names:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])

@@ -1,11 +1,11 @@
-"""How fast does a 340M-parameter language model train: tokens a second of whole training steps.
+"""How fast does a 340M-parameter language model train: tokens per second of whole training steps.
 
     python -m experiments.op.step_speed --workdir=runs/step                  # a GPU of 80 GB
     python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside the peer
     python -m experiments.op.step_speed --workdir=runs/step --preset=small   # a CPU, to see it run
 
 The shapes are the published ones of the paper's language models, with tied embeddings and
-convolutions: 8 heads of 128 with one factor a token (341,594,112 parameters), 4 with two
+convolutions: 8 heads of 128 with one factor per token (341,594,112 parameters), 4 with two
 (316,379,136). A step is the project's own: cross entropy of the next token, gradient, clipping,
 AdamW, in bfloat16 with float32 parameters. ``--peer=fla`` trains the same model as
 flash-linear-attention has it, in PyTorch. Tokens are drawn at random and stay the same.
@@ -69,7 +69,7 @@ class StepConfig:
     vocab_size: int = setting(32000, "number of token ids")
     hidden_size: int = setting(1024, "width D of the residual stream")
     num_layers: int = setting(24, "number of blocks")
-    num_householder: tuple[int, ...] = setting((1, 2), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2), "Householder factors per token, in turn")
     num_heads: tuple[int, ...] = setting((8, 4), "heads H, a number for each num_householder")
     head_dim: int = setting(128, "key width K and value width V")
     intermediate_size: int = setting(2816, "width of the SwiGLU's hidden layer")
@@ -77,7 +77,7 @@ class StepConfig:
     dtype: str = setting("bfloat16", "dtype of our computation; parameters are float32")
     remat: str = setting("products", "what our blocks compute anew: none, products or blocks")
     implementation: str | None = setting(None, "of our op; none: by platform and shape")
-    steps: int = setting(4, "steps a timed round")
+    steps: int = setting(4, "steps per timed round")
     repeats: int = setting(6, "timed rounds, after one that warms up")
     budget_s: float = setting(30.0, "seconds after which no further round of a model begins")
     peer: str | None = setting(None, "fla: flash-linear-attention's model too, on a GPU")
@@ -105,7 +105,7 @@ class StepConfig:
 
     @property
     def models(self) -> list[tuple[int, int]]:
-        """Factors a token and heads of each model."""
+        """Factors per token and heads of each model."""
         return list(zip(self.num_householder, self.num_heads, strict=True))
 
     def model(self, num_householder: int, num_heads: int) -> ModelConfig:
@@ -168,7 +168,7 @@ def measure(config: StepConfig, num_householder: int, num_heads: int) -> Iterato
 def _completed(
     rows: list[Row], config: StepConfig, num_householder: int, num_heads: int, ours: Row
 ) -> list[Row]:
-    """The rows with their shape, tokens a second, and how much faster ours is."""
+    """The rows with their shape, tokens per second, and how much faster ours is."""
     for row in rows:
         row |= {"num_householder": num_householder, "num_heads": num_heads}
         if "error" not in row:

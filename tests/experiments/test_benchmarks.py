@@ -7,8 +7,11 @@ import types
 import pytest
 
 from deltaproduct_jax import delta_product
+from deltaproduct_jax.errors import ConfigError
+from experiments.hardware.tpu_estimate import EstimateConfig
 from experiments.lib import flags
 from experiments.lib.bench import timing
+from experiments.lib.bench.gpu_kernels import PassConfig
 from experiments.lib.bench.peers import jax_packages as peer_jax
 from experiments.op import rule as op_rule
 from experiments.op import scaling as op_scaling
@@ -124,6 +127,24 @@ def test_errors_of_the_speed_benchmark(argument, text, tmp_path, capsys):
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (op_rule.RuleConfig, "states"),
+        (op_rule.RuleConfig, "head_dim"),
+        (op_speed.SpeedConfig, "num_householder"),
+        (op_sharding.ShardingConfig, "num_householder"),
+        (EstimateConfig, "num_householder"),
+        (PassConfig, "head_dim"),
+    ],
+)
+def test_nothing_to_measure_is_refused(config, name):
+    with pytest.raises(ConfigError, match=f"^{name} is empty; it may be numbers from 1 on"):
+        config(**{name: ()})
+    with pytest.raises(ConfigError, match=f"^{name}=0 is too small"):
+        config(**{name: (2, 0)})
 
 
 def test_scaling_writes_slopes_and_plot(tmp_path):

@@ -7,6 +7,7 @@ import json
 import pytest
 from sweep_helpers import ROOT
 
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig
 from experiments.lib import flags
@@ -39,6 +40,14 @@ def test_every_preset_is_held():
         f"{s}/{p}" for s in SCRIPTS for p in importlib.import_module(f"experiments.{s}").PRESETS
     }
     assert found == SAVED.keys()
+
+
+def test_a_constant_learning_rate_has_no_end_of_a_presets():
+    assert resolved("state_tracking", "default")["train"]["end_learning_rate"] > 0
+    constant = resolved("state_tracking", "default", "--schedule=constant")
+    assert constant["train"]["end_learning_rate"] == 0
+    with pytest.raises(ConfigError, match=r"end_learning_rate=0\.1 needs schedule=cosine"):
+        resolved("state_tracking", "default", "--schedule=constant", "--end_learning_rate=.1")
 
 
 def test_what_presets_leave_to_the_mixer_is_what_it_was():

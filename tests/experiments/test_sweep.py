@@ -77,6 +77,7 @@ REFUSED = {
     "fixed alone": ([], {"fixed": "seed=1"}, r"--grid is missing"),
     "unknown launcher": (["seed=1"], {"launcher": "cloud"}, r"launcher='cloud' is not known"),
     "no workers": (["seed=1"], {"workers": "0"}, r"workers=0 is too small"),
+    "no such gpu": (["seed=1"], {"gpus": "0,-1"}, r"gpus=-1 is too small"),
     "idle slurm": (["seed=1"], {"slurm": "cluster=local"}, r"slurm=.* needs launcher=slurm"),
     "idle gpus": (["seed=1"], {"launcher": "none", "gpus": "0,1"}, r"gpus=.* needs launcher=local"),
     "unknown script": (["seed=1"], {"script": "absent"}, r"script='absent' is not known; it may"),
@@ -350,6 +351,11 @@ def test_workers_share_the_cores_and_gpus(monkeypatch):
     assert "NPROC" not in sweep_launchers.environment(workers=1)
     monkeypatch.setenv("NPROC", "5")
     assert sweep_launchers.environment(workers=3)["NPROC"] == "5"
+
+
+def test_more_workers_than_runs_are_none_too_many():
+    scheduler = sweep.Scheduler([], lambda run, slot: None, 10**15, retries=0, changed=print)
+    assert not scheduler.step()
 
 
 class Terminal(io.StringIO):

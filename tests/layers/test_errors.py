@@ -335,7 +335,7 @@ def test_models():
     refused("mask must have dtype bool", model, ids, mask=ids)
     refused("segment_ids must have an integer dtype", model, ids, segment_ids=x[..., 0])
     refused("tokens must have 1 dimensions [B], got 2", model.step, state, ids)
-    text = "state must hold 1 of DeltaProductState, one a block, got ArrayImpl"
+    text = "state must hold 1 of DeltaProductState, one per block, got ArrayImpl"
     refused(text, model.step, ids, ids[:, 0])
     refused(text, model.forward, ids, state=state[0].recurrent)
     refused("the state comes first, got int32[2] before a list", model.step, ids[:, 0], state)

@@ -209,7 +209,7 @@ def test_a_wrong_setting_is_one_clear_error(change, text):
 def test_a_state_of_another_model_is_refused():
     model = SequenceModel(SMALL, rngs=nnx.Rngs(0))
     state = model.init_state(2)
-    with pytest.raises(ValueError, match="state must hold 2 of DeltaProductState, one a block"):
+    with pytest.raises(ValueError, match="state must hold 2 of DeltaProductState, one per block"):
         model.step(state[:1], tokens()[:, 0])
     with pytest.raises(ValueError, match="got \\['tuple', 'DeltaProductState'\\]"):
         model.forward(tokens(), state=[(), state[1]])

@@ -80,7 +80,7 @@ def test_oracle(name):
     assert_close((o, final), gradients, expected, expected_gradients, 1e-6)
 
 
-# Where the others differ from these, test_ops_accuracy.py has cases of the kind.
+# Where the others differ from these, test_accuracy.py has cases of the kind.
 FAST = (
     "n1_t1_gated", "n3_t65_gated_l2norm_scale1", "n4_t63_gated_betaedges",
     "n2_t130_strongdecay", "n2_t129_longmemory", "n3_varlen_ungated",

@@ -98,7 +98,7 @@ def test_unknown_groups_are_refused(name):
 
 @pytest.mark.parametrize("name", ["S8", "S9999", "A8", "Z9999", "A5_x_A5_x_Z2"])
 def test_groups_too_large_for_a_table_are_refused(name):
-    with pytest.raises(ConfigError, match="elements; it may have up to 5040"):
+    with pytest.raises(ConfigError, match="too many elements; it may have up to 5040"):
         finite_group(name)
 
 

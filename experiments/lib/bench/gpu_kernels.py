@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.cut import default_span
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
@@ -18,7 +23,7 @@ from deltaproduct_jax.settings import check_fields, setting
 
 # Where q and scores stand among the arrays of a walk, whose summary has no output.
 UNREAD = (0, 5)
-# Of an H100: bytes and bfloat16 operations a second.
+# Of an H100: bytes and bfloat16 operations per second.
 BANDWIDTH, PEAK = 3.35e12, 989e12
 
 
@@ -30,7 +35,7 @@ class PassConfig:
     length: int = setting(4096, "tokens T")
     num_heads: int = setting(16, "heads H")
     head_dim: tuple[int, ...] = setting((64, 128, 256), "key width K and value width V, in turn")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors a token, in turn")
+    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     dtype: str = setting("bfloat16", "of q, k and v: float32, float16 or bfloat16")
     gated: bool = setting(True, "with a decay g")
 
@@ -40,8 +45,7 @@ class PassConfig:
         for name in ("batch_size", "length", "num_heads"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("head_dim", "num_householder"):
-            for size in getattr(self, name):
-                require_at_least(name, size, 1)
+            require_each_at_least(name, getattr(self, name), 1)
         require_one_of("dtype", self.dtype, ["bfloat16", "float16", "float32"])
 
     def described(self) -> str:

@@ -29,7 +29,7 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> Non
 
 # Column of a row, and what it is called.
 MEASURES = {"median_ms": "ms a call (median)", "temp_mib": "temporary memory, MiB"}
-VARIED = {"T": "tokens T", "num_householder": "factors a token n_h"}
+VARIED = {"T": "tokens T", "num_householder": "factors per token n_h"}
 
 
 @beside_records

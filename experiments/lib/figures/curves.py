@@ -121,7 +121,7 @@ def bars_of(
 
 
 def draw_bars(axes: "Axes", rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
-    """A cluster of bars a column of an escape table, a bar a row; no bar where nothing was run."""
+    """A cluster of bars per column of an escape table, a bar per row; none where nothing ran."""
     values = [column.removesuffix(" escaped") for column in rows[0] if column.endswith(" escaped")]
     width = 0.8 / len(rows)
     for index, row in enumerate(rows):

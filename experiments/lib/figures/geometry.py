@@ -16,7 +16,7 @@ MOST_COMPONENTS = 10
 
 @beside_records
 def draw_heads(found: Mapping[str, Any], title: str, path: Path) -> None:
-    """Draws three panels a head: betas, variance explained, eigenvalues."""
+    """Draws three panels for every head: betas, variance explained, eigenvalues."""
     heads = found["heads"]
     figure = new_figure(11, 3.2 * len(heads))
     figure.suptitle(title)
@@ -48,7 +48,7 @@ def draw_heads(found: Mapping[str, Any], title: str, path: Path) -> None:
 
 @beside_records
 def draw_models(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws a row a model; heads that hold a copy in colours, in front of the others in grey."""
+    """Draws every model in a row: heads that hold a copy in colours, before the grey others."""
     figure = new_figure(11, 2.6 * len(models))
     rows = figure.subplots(len(models), 3, squeeze=False, width_ratios=(1.3, 1.3, 1))
     for (betas, components, plane), model in zip(rows, models, strict=True):

@@ -216,7 +216,7 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
 
 
 def to_csv(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
-    """A line a run; lists as 4,8,16, truth as true and false, nothing for none."""
+    """A line for every run; lists as 4,8,16, truth as true and false, nothing for none."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)

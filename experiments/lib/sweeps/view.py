@@ -1,4 +1,4 @@
-"""How a sweep shows itself: a table that redraws itself on a terminal, else a line a change."""
+"""How a sweep shows itself: on a terminal a table redrawn in place, else a line per change."""
 
 import shutil
 import sys
@@ -94,7 +94,7 @@ class View:
         self._next = 0.0
 
     def update(self) -> None:
-        """Draws the table anew if a second has passed, or prints a line a changed run."""
+        """Draws the table anew if a second has passed, or prints a line for every changed run."""
         if not self._live:
             self._print_changes()
         elif time.monotonic() >= self._next:

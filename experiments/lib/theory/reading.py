@@ -1,4 +1,4 @@
-"""Constructions read random words until they err: how long they hold, and by how much."""
+"""Constructions read random words until they fail: how long they hold, and how far off."""
 
 import dataclasses
 import itertools
@@ -149,7 +149,7 @@ def device() -> str:
 
 
 def thinned(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few points a decade, each with the largest deviation since the one before; and the last."""
+    """A few points per decade, each with the largest deviation since the last; and the last one."""
     kept, largest, due = [], 0.0, 0.0
     for point in curve:
         largest = max(largest, point["deviation"])

@@ -1,6 +1,6 @@
 """The TPU kernel as a CPU interprets it: composition, planning, its own products and its errors.
 
-Its accuracy is a row of the matrix in test_ops_accuracy.py, and test_tpu_compile.py has the
+Its accuracy is a row of the matrix in test_accuracy.py, and test_tpu_compile.py has the
 compiler for the chips.
 """
 

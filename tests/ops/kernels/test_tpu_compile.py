@@ -149,7 +149,7 @@ def test_a_gradient_is_expected_to_take_longer(generation, compiled):
     assert backward > 1.5 * forward
 
 
-@pytest.mark.slow  # compiles as long as all the others together; on a CPU: test_ops_composition.py
+@pytest.mark.slow  # compiles as long as all the others together; on a CPU: test_composition.py
 def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
     """A state for each token would be 32 times the states, sequences of T * R tokens 3 copies."""
     (found,), shape = tpu_compiler.compile_apart([LONG], profile=False, timeout_s=280), LONG.shape

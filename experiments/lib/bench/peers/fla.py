@@ -167,8 +167,8 @@ def load_torch(peer: tuple[str, str, str] = FLA) -> Any:
 def _compile_side_by_side() -> None:
     """Has Triton compile all launches that it will try for a kernel on all cores.
 
-    The peer tries dozens a kernel, a model has dozens of kernels, and one after another they take
-    many minutes. What is tried and what is chosen stay the same.
+    The peer tries dozens for every kernel, a model has dozens of kernels, and one after another
+    they take many minutes. What is tried and what is chosen stay the same.
     """
     import triton
     from triton.runtime.autotuner import Autotuner

@@ -1,8 +1,9 @@
 """Gated delta rules of other JAX packages as programs of our benchmarks, imported when asked for.
 
 Each is the package's chunked form in plain JAX, called through its own interface with its own chunk
-size. What has one factor a token is given the published interleaved form: a sequence R times longer
-whose queries are zero but at the last update of a token, and whose gates are but at the first.
+size. What has one factor per token is given the published interleaved form: a sequence R times
+longer whose queries are zero but at the last update of a token, and whose gates are but at the
+first.
 """
 
 import importlib
