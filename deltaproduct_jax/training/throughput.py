@@ -1,4 +1,4 @@
-"""How well a run uses its devices: tokens a second, part of their peak, time not lost, memory."""
+"""How well a run uses its devices: tokens per second, part of their peak, time not lost, memory."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
