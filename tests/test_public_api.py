@@ -133,6 +133,8 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are():
     assert str(error.value) == (
         f"checkpoint=5 is not in {RUN}; it may be 'best', 'newest', or a step among 4, 6"
     )
+    with pytest.raises(ConfigError, match=r"checkpoint=4\.0 is not in"):
+        load_run(RUN, 4.0)
     with pytest.raises(ConfigError, match="checkpoint='last' is not in"):
         load_run(RUN, "last")
 

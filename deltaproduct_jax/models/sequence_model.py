@@ -221,6 +221,9 @@ class SequenceModel(nnx.Module):
             check_range("tokens", counted, 0, self.config.vocab_size - 1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
+        # No id counts from the end: below 0 it is out of range, and its embedding NaN.
+        tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+        tokens = jnp.where(tokens < 0, jnp.iinfo(tokens.dtype).max, tokens)
         return self.embeddings(tokens, out_sharding=gathered_along(tokens))
 
     def _head(self, x: jax.Array) -> jax.Array:

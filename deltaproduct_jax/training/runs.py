@@ -90,7 +90,7 @@ def _step_of(checkpoint: str | int, checkpoints: Checkpoints, directory: Path) -
         return best
     if checkpoint == "newest":
         return steps[-1]
-    if checkpoint not in steps:
+    if isinstance(checkpoint, bool | float) or checkpoint not in steps:  # True is 1, 4.0 is 4
         raise ConfigError(
             f"checkpoint={checkpoint!r} is not in {directory}; it may be 'best', 'newest', or a "
             f"step among {', '.join(map(str, steps))}"

@@ -227,3 +227,14 @@ def test_the_model_says_where_it_starts_from_other_defaults_than_the_layer():
     }  # fmt: skip
     for text in ("6 heads of 256", "4 heads of 32 in 128", "``expand_v`` 2", "``norm_eps`` 1e-5"):
         assert text in " ".join(ModelConfig.__doc__.split())
+
+
+@pytest.mark.parametrize("bad", [-1, -13, 13, 2**31 - 1])
+def test_an_id_that_is_none_is_nan_from_there_on(bad):
+    """Counted from the end, -1 would look like a token."""
+    model = SequenceModel(SMALL, rngs=nnx.Rngs(0))
+    ids = tokens()
+    got, whole = run(model, ids.at[0, 4].set(bad)), run(model, ids)
+    assert np.isnan(got[0, 4:]).all()
+    np.testing.assert_array_equal(got[0, :4], whole[0, :4])
+    np.testing.assert_array_equal(got[1], whole[1])
