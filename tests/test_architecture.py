@@ -82,7 +82,7 @@ def has_main(path):
     return any("__name__" in ast.unparse(test) for test in tests)
 
 
-@pytest.mark.parametrize("part", ALLOWED)
+@pytest.mark.parametrize("part", sorted(ALLOWED))
 def test_imports_point_one_way(part):
     folder = PACKAGE / part
     files = sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{part}.py"]
