@@ -140,7 +140,7 @@ def only(name):
 # What is wrong: (flags added, what is done to a finished run before, what the line says).
 ERRORS = {
     "unknown group": (["--group=S99x"], None, r"group='S99x' is not known; it may be one of Sn"),
-    "group too large": (["--group=S9"], None, r"group='S9' has 362880 elements"),
+    "group too large": (["--group=S9"], None, r"group='S9' has too many elements"),
     "unknown flag": (["--stepz=3"], None, r"command line flag 'stepz'. Did you mean: steps"),
     "not a number": (["--steps=many"], None, r"flag --steps=many: it must be a whole number"),
     "no value": (["--steps"], None, r"Missing value for flag --steps"),
