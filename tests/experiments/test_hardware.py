@@ -177,6 +177,7 @@ def by_chunks(monkeypatch):
     monkeypatch.setattr(gpu_check.gluon, "has_versions", lambda: True)
 
 
+@pytest.mark.slow
 def test_the_check_shows_errors_and_kernels(by_chunks, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(gpu_check.CASES, "narrow", {"T": 9, "K": 8, "V": 8, "packed": True})
     gpu_check.command([f"--workdir={tmp_path}", "--cases=one token,narrow"])
