@@ -44,7 +44,7 @@ def contained(
       run: takes the tokens as they are, and a finite state; replaces what is not finite by 0
         (`only_finite`) and returns outputs [B, T, H, ...] and a tree of states [B, H, ...]. So a
         loop can do it piece by piece, with what it reads anyway.
-      tokens: a tree of floating-point arrays [B, T, ...], T at least 1.
+      tokens: a tree of floating-point arrays [B, T, ...].
       state: a tree of floating-point arrays [B, H, ...].
       resets: [B, T] bool, True where the state starts anew, or None.
       head_axes: the tree of ``tokens`` with the axis of heads of each; a head may stand for a
@@ -55,7 +55,7 @@ def contained(
       mark: what ``run`` is given of the tokens and of the bad ones among them, [B, T, H] bool.
     """
     leaves, axes = jax.tree.leaves(tokens), jax.tree.leaves(head_axes)
-    if not leaves[0].shape[1]:
+    if 0 in leaves[0].shape[:2]:  # nothing is bad, and empty arrays lose the axes they vary over
         return run(tokens, state)
     H = max(x.shape[axis] for x, axis in zip(leaves, axes, strict=True))
     of_tokens = [_repeat(_bad(x, (0, 1, a)), H) for x, a in zip(leaves, axes, strict=True)]

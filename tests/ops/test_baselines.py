@@ -146,6 +146,31 @@ def test_no_tokens_leave_the_state(op):
     agree(after, state, 0)
 
 
+FORMS = [(op, form) for op in OPS for form in ("recurrent", "chunked")][:-1]
+QUICK = {("diagonal_signed", "recurrent"), ("slstm", "recurrent")}  # compiled in a second each
+
+
+@pytest.mark.parametrize(
+    ("op", "implementation"),
+    [pytest.param(*form, marks=[] if form in QUICK else [pytest.mark.slow]) for form in FORMS],
+)
+def test_mapped_over_one_argument_gradients_equal_a_loop(op, implementation):
+    """Those of all arguments, which every call but the mapped one shares."""
+    mapped = {"slstm": "x", "mlstm": "log_f", "low_rank": "b"}.get(op, "v")
+    first, *others = (draw(op, seed, T=6) for seed in range(3))
+    first = {n: jnp.asarray(a, a.dtype if a.dtype == bool else "float32") for n, a in first.items()}
+    flags = {n: first.pop(n) for n in ("negative",) if n in first}
+    options = (("implementation", implementation),)
+
+    def results(x, a):
+        return outcome(op, x | {mapped: a}, flags, None, None, options)
+
+    copies = [jnp.asarray(other[mapped], "float32") for other in others]
+    got = jax.vmap(results, in_axes=(None, 0))(first, jnp.stack(copies))
+    loop = [results(first, copy) for copy in copies]
+    agree(got, jax.tree.map(lambda *a: np.stack(a), *loop), 1e-5)
+
+
 # Where gates vanish and inputs are large: values that some arguments take, and a factor for others.
 EXTREMES = {
     "closed": (LINEAR, {"g": -1e4}, 1.0),

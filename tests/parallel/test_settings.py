@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -122,6 +123,42 @@ def test_where_a_parameter_is_cut(names, shape, expected):
     assert cut(names, shape, found) == expected
     whole = tuple(None if axis == "fsdp" else axis for axis in expected)
     assert cut(names, shape, found, fsdp=False) == whole
+
+
+def test_every_logical_axis_says_what_cuts_it():
+    """Over all four axes of a mesh, as the message about a size that is not divided has it."""
+    cuts = {"data": 2, "fsdp": 3, "sequence": 5, "tensor": 7}
+    mesh = SimpleNamespace(shape=cuts, size=210)
+    layout, one = Layout(mesh, {}), Layout(SimpleNamespace(shape=sizes(), size=1), {})
+    expected = {
+        "batch": (6, "data and fsdp"),
+        "sequence": (5, "sequence"),
+        "vocab": (7, "tensor"),
+        "heads": (7, "tensor"),
+        "mlp": (7, "tensor"),
+        "embed": (3, "fsdp"),
+    }
+    assert expected.keys() == MESH_AXES.keys()
+    for name, (devices, axes) in expected.items():
+        assert layout.devices_of(name) == devices
+        layout.require_divisible(name, width=2 * devices, other=None)
+        with pytest.raises(
+            ConfigError, match=f"^width={devices + 1} must be a multiple of the {devices} devices "
+            f"of mesh axis {axes}; give another mesh or width$"
+        ):  # fmt: skip
+            layout.require_divisible(name, other=devices, width=devices + 1)
+        one.require_divisible(name, width=1)
+
+
+@pytest.mark.parametrize("name", [name for name in MESH_AXES if name != "batch"])
+def test_where_an_axis_of_each_name_is_cut(name):
+    """Where its size is divided; another of the same name, which nothing is left for, is whole."""
+    (axis,), found = MESH_AXES[name], sizes(fsdp=13, sequence=5, tensor=7)
+    size = found[axis]
+    assert cut((name, None), (2 * size, 1), found) == (axis, None)
+    assert cut((None, name), (1, 2 * size + 1), found) == (None, None)
+    assert cut((name, name), (size, size), found).count(axis) == 1
+    assert cut((name,), (size,), sizes()) == ((None,) if name == "embed" else (axis,))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""The layer, the cell and the ops by token or over a mesh: symbolic, empty and cut batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import Case, cast
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from deltaproduct_jax.layers import DeltaProductCell, GatedDeltaProduct
+from deltaproduct_jax.ops import delta_product_step, sharded_delta_product
+
+SIZES = {"num_heads": 2, "head_dim": 4, "num_householder": 2}
+CASE = Case(T=4, R=2, B=2, H=2, G=2, K=4, V=3)
+
+
+def close(got, expected):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, expected)
+
+
+def arrays_of(**sizes):
+    arrays = cast(Case(**{**vars(CASE), **sizes}).arrays(), "float32")
+    return {name: jnp.asarray(x) for name, x in arrays.items()}
+
+
+def token_of(B):
+    arrays = arrays_of(B=B)
+    state = arrays.pop("initial_state")
+    return {"state": state, **{name: x[:, 0] for name, x in arrays.items()}}
+
+
+def symbolic(tree):
+    """The shapes of a tree with a batch of any size."""
+    (b,) = jax.export.symbolic_shape("b")
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct((b, *x.shape[1:]), x.dtype), tree)
+
+
+def saved(function, *before, shapes):
+    """``function`` after a way through bytes, with its derivative."""
+    exported = jax.export.export(jax.jit(function))(*before, shapes)
+    return jax.export.deserialize(exported.serialize(vjp_order=1)).call
+
+
+@pytest.mark.slow
+def test_a_step_is_exported_for_any_batch(unchecked):
+    step = jax.jit(lambda token: delta_product_step(**token, use_qk_l2norm=True))
+    back = saved(step, shapes=symbolic(token_of(2)))
+    for B in (1, 3):
+        close(back(token_of(B)), step(token_of(B)))
+    total = lambda step: lambda token: sum(jnp.sum(jnp.sin(x)) for x in step(token))
+    one, other = (jax.jit(jax.grad(total(f)))(token_of(3)) for f in (back, step))
+    close(one, other)
+
+
+@pytest.mark.slow
+def test_a_layer_is_exported_for_any_batch(unchecked):
+    layer = GatedDeltaProduct(8, **SIZES, use_short_conv=True, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+    leaves, tree = jax.tree.flatten(params)
+
+    def run(leaves, given):
+        layer = nnx.merge(graph, tree.unflatten(leaves))
+        y, state = layer(given["x"], state=given["state"], mask=given["mask"])
+        return y, jax.tree.leaves(state)
+
+    def given(B):
+        x = jax.random.normal(jax.random.key(B), (B, 5, 8))
+        mask = jnp.arange(5)[None] < 5 - jnp.arange(B)[:, None]
+        return {"x": x, "state": layer.init_state(B), "mask": mask}
+
+    run = jax.jit(run)
+    back = saved(run, leaves, shapes=symbolic(given(2)))
+    for B in (1, 3):
+        close(back(leaves, given(B)), run(leaves, given(B)))
+
+
+@pytest.mark.parametrize("sequence_axis", [None, "sequence"])
+@pytest.mark.parametrize(("B", "T"), [(0, 4), (2, 0)])
+def test_empty_in_empty_out_over_a_mesh(B, T, sequence_axis):
+    mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(AxisType.Auto,) * 2)
+    run = functools.partial(
+        sharded_delta_product, mesh=mesh, batch_axis="data", sequence_axis=sequence_axis
+    )
+    arrays = arrays_of(B=B, T=T)
+    o, state = run(**arrays)
+    assert o.shape == (B, T, 4, 3)
+    np.testing.assert_array_equal(state, arrays["initial_state"])
+    gradients = jax.grad(lambda a: run(**a)[1].sum())(arrays)
+    np.testing.assert_array_equal(gradients["initial_state"], np.ones_like(state))
+
+
+@pytest.mark.slow
+def test_a_cell_over_an_explicit_axis():
+    """A carry of its own making or a cut one; the outputs lie as the tokens do."""
+    cell = DeltaProductCell(8, **SIZES, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(cell)
+    x = jax.random.normal(jax.random.key(0), (4, 3, 8))
+
+    @jax.jit
+    def run(params, carry, x):
+        cell = nnx.merge(graph, params)
+        outputs = []
+        for t in range(x.shape[1]):
+            carry, y = cell(carry, x[:, t])
+            outputs.append(y)
+        return jnp.stack(outputs, axis=1), jax.tree.leaves(carry)
+
+    carry = cell.initialize_carry((4, 8), nnx.Rngs(carry=1), nnx.initializers.normal(1.0))
+    expected = run(params, carry, x)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    got = run(*jax.device_put((params, carry, x), (whole, rows, rows)))
+    assert got[0].sharding.spec[0] == "data"
+    assert got[1][0].sharding.spec[0] == "data"
+    close(got, expected)
