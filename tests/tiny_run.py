@@ -92,7 +92,7 @@ def _spell(value: Any) -> str:
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of metrics without what the clock says."""
-    clock = ("time", "tokens_per_second")
+    clock = ("time", "tokens_per_second", "tokens_per_second_per_device", "mfu")
     return [{name: row[name] for name in row if name not in clock} for row in rows]
 
 
