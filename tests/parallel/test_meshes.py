@@ -148,7 +148,10 @@ MESH = "data:2,fsdp:2,sequence:2"
 def test_a_run_over_a_mesh_is_the_run_of_one_device(runs):
     folder, results = runs
     one, mesh = (rows_in(folder / name) for name in ("one", "mesh"))
-    assert all(b.keys() - a.keys() == {"tokens_per_second_per_device"} for a, b in zip(one, mesh))
+    assert all(
+        b.keys() - a.keys() == {"tokens_per_second_per_device"}
+        for a, b in zip(one, mesh, strict=True)
+    )
     for a, b in zip(curve(one), curve(mesh), strict=True):
         for name in a:
             assert b[name] == pytest.approx(a[name], rel=1e-5), (a["step"], name)
