@@ -2,6 +2,8 @@
 
 ``interpret``: errors against the oracle, kernels run by Triton's interpreter, which knows no
 bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.
+``interpret all`` and ``compile all`` take every case and every pass; what runs otherwise stands in
+``QUICK`` and in ``QUICK_PASSES``.
 """
 
 import contextlib
@@ -53,6 +55,18 @@ NARROW = (
     "extreme decay",
     "in pieces",
 )
+# By dtype; the only ones that the ordinary tests run.
+QUICK = {
+    "float32": (
+        "gated",
+        "one factor, ungated",
+        "packed, grouped, odd widths",
+        "mixed decay, packed",
+    ),
+    "float16": ("one factor", "identical keys, beta 2", "in pieces"),
+}
+PASSES = tuple(itertools.product((1, 2, 3), (True, False)))  # factors, gated
+QUICK_PASSES = ((2, True),)
 
 
 def inputs(case: Case, dtype: str):
@@ -107,13 +121,14 @@ def relative(x, reference) -> float:
     return float(max(difference - 1e-30, 0) / max(np.linalg.norm(reference), 1e-300))
 
 
-def interpret() -> dict:
+def interpret(every: bool) -> dict:
     passes.call = triton_interpreter.call
     found, pieces = {}, {}
+    cases = {"float32": tuple(CASES), "float16": NARROW} if every else QUICK
     for name, case in CASES.items():
         if name.startswith("in pieces"):
             tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 10
-        for dtype in ("float32", "float16") if name in NARROW else ("float32",):
+        for dtype in (dtype for dtype, names in cases.items() if name in names):
             with counted_pieces() as pieces[f"{name}, {dtype}"]:
                 found[f"{name}, {dtype}"] = errors(case, dtype)
     with counted_pieces() as pieces["vmap"]:
@@ -184,7 +199,7 @@ def one_token(name: str = "step") -> dict[str, float]:
     return {"o": relative(o, want[0][:, 0]), "final_state": relative(final_state, want[1])}
 
 
-def compile_for_cuda() -> dict:
+def compile_for_cuda(every: bool) -> dict:
     from experiments.hardware import gpu_compile
 
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
@@ -199,7 +214,7 @@ def compile_for_cuda() -> dict:
     # Passes in pieces, and of whole ones the kernels that know of pieces.
     of_passes = []
     is_walk = lambda call: call.name in ("walk", "walk_back")
-    for R, gated in itertools.product((1, 2, 3), (True, False)):
+    for R, gated in PASSES if every else QUICK_PASSES:
         found = some(lambda call: True, R, batch_size=1, length=32768, gated=gated)
         found += [r | {"kernel": r["kernel"] + ", whole"} for r in some(is_walk, R, gated=gated)]
         of_passes += [r | {"gated": gated} for r in found]
@@ -296,4 +311,6 @@ def lower_step() -> list[int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(interpret() if sys.argv[1] == "interpret" else compile_for_cuda()))
+    mode, *every = sys.argv[1:]
+    found = {"interpret": interpret, "compile": compile_for_cuda}[mode](every=bool(every))
+    print(json.dumps(found))

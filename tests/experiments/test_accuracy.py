@@ -131,6 +131,7 @@ def test_accuracy_writes_table_and_json(tmp_path, capsys):
         assert f"| {entry['input']} | 9 | 4 | " in printed
 
 
+@pytest.mark.slow
 def test_full_precision_rounds_no_operand(tmp_path):
     arguments = [f"--workdir={tmp_path}", *TINY, "--dtypes=bfloat16"]
     arguments += ["--implementations=recurrent,chunked_as_gpu"]

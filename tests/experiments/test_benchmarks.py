@@ -5,6 +5,7 @@ import sys
 import types
 
 import pytest
+from quick import quick
 
 from deltaproduct_jax import delta_product
 from deltaproduct_jax.errors import ConfigError
@@ -81,7 +82,7 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", peer_jax.PACKAGES)
+@pytest.mark.parametrize("name", quick(peer_jax.PACKAGES, list(peer_jax.PACKAGES)[:1]))
 def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
     """Stand-ins with the peers' interfaces, made of our own op: layouts, gates and read-outs."""
 
@@ -147,6 +148,7 @@ def test_nothing_to_measure_is_refused(config, name):
         config(**{name: (2, 0)})
 
 
+@pytest.mark.slow
 def test_scaling_writes_slopes_and_plot(tmp_path):
     sizes = ["--lengths=32,64,128", "--num_householder=2,1", "--base_length=32", "--repeats=2"]
     op_scaling.command([f"--workdir={tmp_path}", *sizes, "--num_heads=1", "--head_dim=4"])

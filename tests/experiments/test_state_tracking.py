@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from quick import quick
 from tiny_run import curve, flags_for, snapshot
 
 from deltaproduct_jax import files
@@ -279,13 +280,10 @@ def lively(tmp_path_factory, compiled_once):
 
 
 RUN_FIELDS = [f.name for f in (*dataclasses.fields(GroupTask), *dataclasses.fields(TrainConfig))]
-TWICE = ("filler", "grow_from", "stop_accuracy")  # a run of their own to compare with
+QUICK = ("group", "eval_lengths", "batch_size", "learning_rate", "curriculum", "seed")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] if n in TWICE else []) for n in RUN_FIELDS],
-)
+@pytest.mark.parametrize("name", quick(RUN_FIELDS, QUICK))
 def test_every_field_of_task_and_training_changes_the_run(name, lively, tmp_path):
     base, fields = lively, {}
     if name == "filler":  # fills only what is repeated

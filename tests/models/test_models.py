@@ -137,6 +137,7 @@ def test_what_is_computed_anew_is_not_kept(mixer):
     assert kept["blocks"] < kept["products"] < 0.7 * kept["none"]
 
 
+@pytest.mark.slow
 def test_what_is_computed_anew_changes_no_gradient():
     def gradients(remat: str):
         loss, params = loss_with(remat, "delta_product")

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 from bars import assert_within_bars
 from helpers import Case, errors
+from quick import quick
 
 CASES = {
     "no token": Case(T=0, R=2),
@@ -35,9 +36,7 @@ PLAIN = ("no token", "five factors", "grouped, ungated, packed", "all at once")
 
 # What people run by default is tested as they run it: fully optimised, the rest when --slow.
 OPTIMISED = (
-    ("all at once", "float32"),
     ("beta 2, parallel keys", "float32"),
-    ("one short of a chunk", "float64"),
     ("all at once", "bfloat16"),
 )
 
@@ -109,7 +108,7 @@ def test_chunked_fully_optimised(name, dtype):
     assert_within_bars({**CASES, **HARD}[name], "chunked", dtype, optimised=True)
 
 
-@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
+@pytest.mark.parametrize("implementation", quick(["recurrent", "chunked"], ["recurrent"]))
 def test_float16(implementation):
     """Only inputs, outputs and gradients are rounded, to 2^-12 each."""
     optimised = implementation == "chunked"
@@ -120,7 +119,7 @@ def test_float16(implementation):
     assert max(of_gradients.values()) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["one short of a chunk", "all at once"])
+@pytest.mark.parametrize("name", quick(["one short of a chunk", "all at once"], ["all at once"]))
 def test_precision_highest_removes_the_rounding_of_bfloat16_operands(name):
     """What remains is the rounding of o and of the gradients themselves, 2^-9 each."""
     of_outputs, of_gradients = errors(
@@ -131,6 +130,7 @@ def test_precision_highest_removes_the_rounding_of_bfloat16_operands(name):
     assert max(of_gradients.values()) < 8e-3
 
 
+@pytest.mark.slow
 def test_precision_highest_keeps_normalised_keys_at_unit_length():
     """Reflections by keys that were rounded to bfloat16 would be off by 1e-2 here."""
     case = Case(T=128, B=1, gate=None, beta=(2.0, 2.0), l2norm=True)
@@ -144,17 +144,17 @@ def test_hard_inputs(name):
     assert_within_bars(HARD[name], "chunked", "float32")
 
 
-@pytest.mark.parametrize("name", KERNEL)
+@pytest.mark.parametrize("name", quick(KERNEL, ["no token", "grouped, ungated, packed"]))
 def test_kernels_float32(name):
     assert_within_bars(CASES[name], "pallas_tpu", "float32")
 
 
-@pytest.mark.parametrize("name", KERNEL_NARROW)
+@pytest.mark.parametrize("name", quick(KERNEL_NARROW, ["one short of a chunk"]))
 def test_kernels_bfloat16(name):
     assert_within_bars(CASES[name], "pallas_tpu", "bfloat16")
 
 
-@pytest.mark.parametrize("name", KERNEL_HARD)
+@pytest.mark.parametrize("name", quick(KERNEL_HARD, ["g of all sizes"]))
 def test_kernels_hard_inputs(name):
     assert_within_bars(HARD[name], "pallas_tpu", "float32")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from bars import assert_within_bars, run_as
 from helpers import Case, errors, plain_bfloat16_error, relative_error
+from quick import quick
 
 from deltaproduct_jax.ops import chunked
 from deltaproduct_jax.ops.cut import Cut, cut_for, default_chunk_size, default_span
@@ -37,7 +38,7 @@ ALSO_OPTIMISED = pytest.mark.parametrize(
 
 @ALSO_OPTIMISED
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", quick(["float32", "bfloat16"], ["bfloat16"]))
 def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
     case = CASES[name]
     if dtype == "bfloat16" and name != "three factors, ungated":
@@ -47,7 +48,7 @@ def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
 
 @ALSO_OPTIMISED
 @pytest.mark.parametrize("gate", ["slow", None])
-@pytest.mark.parametrize("keys", ["unit", "identical", "parallel"])
+@pytest.mark.parametrize("keys", quick(["unit", "identical", "parallel"], ["parallel"]))
 def test_reflections_in_bfloat16_err_like_plain_products(keys, gate, optimised, as_elsewhere):
     """Applied in one pass, the inverse would make errors of five to thirty times these."""
     case = Case(T=192, B=1, H=1, K=32, V=32, beta=(2.0, 2.0), keys=keys, gate=gate, seed=1)
@@ -71,7 +72,7 @@ class ThreePasses(Matmul):
 
 
 @ALSO_OPTIMISED
-@pytest.mark.parametrize("keys", ["unit", "parallel"])
+@pytest.mark.parametrize("keys", quick(["unit", "parallel"], ["parallel"]))
 def test_three_passes_are_enough_with_bfloat16_inputs(keys, optimised, monkeypatch):
     """The error against float64 is that of an exact inverse, by which bfloat16 is multiplied."""
     case = Case(

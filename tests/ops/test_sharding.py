@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Case, cast, draw_cotangents, relative_error
+from quick import quick
 
 from deltaproduct_jax.ops import delta_product, sharded_delta_product, sharding
 
@@ -64,7 +65,7 @@ def worst_error(case, mesh, dtype="float32", segment_ids=None):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 8), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize("shape", quick([(2, 2, 2), (1, 1, 8), (1, 2, 3)], [(2, 2, 2)]), ids=str)
 def test_a_mesh_equals_one_device(shape, name):
     """In float64, so that nothing but the order of sums can differ."""
     assert worst_error(CASES[name], make_mesh(*shape), "float64") < 1e-12
@@ -81,7 +82,7 @@ SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", quick([(1, 1, 8), (2, 1, 2)], [(1, 1, 8)]), ids=str)
 def test_segments_may_begin_anywhere(shape):
     """Ids return, so that a change, and not a value, must count; rows differ in theirs."""
     mesh = make_mesh(*shape)

@@ -89,6 +89,7 @@ def check_same(workdir: Path, undisturbed: Path) -> None:
 FAST = {"steps": 40, "log_every": 1, "eval_every": 10, "checkpoint_every": 8}
 
 
+@pytest.mark.slow
 def test_killed_twice(tmp_path):
     killed, undisturbed = tmp_path / "killed", tmp_path / "undisturbed"
     # Before the first checkpoint, then after one, with a torn line and a torn save left behind.

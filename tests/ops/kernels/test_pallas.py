@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Case, cast, errors, plain_bfloat16_error, relative_error
+from quick import quick
 
 from deltaproduct_jax.ops import delta_product, select_implementation, sharded_delta_product
 from deltaproduct_jax.ops.kernels.pallas import passes
@@ -78,6 +79,7 @@ def test_over_a_mesh_with_the_sequence_axis():
     assert_close(gradient(arrays, ids, "pallas_tpu"), expected)
 
 
+@pytest.mark.slow
 def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
     """As on a chip with little memory: one head after the other."""
     case = Case(T=17, R=2, B=1, H=2, G=2, K=8, V=8)
@@ -96,7 +98,9 @@ def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
     assert_close(gradient(arrays, None, "pallas_tpu"), expected)
 
 
-@pytest.mark.parametrize("case", [LONG, LONG_AND_PLAIN], ids=["gates and segments", "neither"])
+@pytest.mark.parametrize(
+    "case", quick([LONG, LONG_AND_PLAIN], [LONG]), ids=["gates and segments", "neither"]
+)
 def test_a_state_every_second_span(case):
     """Nothing but these is kept: an array that a kernel does not fill holds NaN if interpreted."""
     arrays, ids = inputs(case)
@@ -112,6 +116,7 @@ def test_a_state_every_second_span(case):
     assert_close(pullback(jnp.float32(1)), (expected,))
 
 
+@pytest.mark.slow
 def test_other_platforms_keep_as_many_states_as_the_kernel(monkeypatch):
     """As on a TPU, where None may run the kernel, and a program may still be lowered for a CPU."""
     case = Case(T=200, R=2, B=1, H=1, K=64, V=64)

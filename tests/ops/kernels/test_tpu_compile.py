@@ -1,10 +1,12 @@
 """The op compiles for TPUs, without a TPU: no solver inside, no more memory than promised."""
 
+import functools
 import json
 import subprocess
 import sys
 
 import pytest
+from quick import quick
 from tpu_programs import GRADIENTS
 
 from deltaproduct_jax.compilers import child, tpu
@@ -24,16 +26,23 @@ CASES = [  # v6e float32 compiles for 10 seconds, with v5e's cut
     ("v6e", FORWARD, "bfloat16"),
     ("v6e", BACKWARD, "bfloat16"),
 ]
+# The gradient holds both kernels. 16 heads are what the vector memory of v4 has to be planned for;
+# the large one's arrays do not fit on the chip.
 COMPILATIONS = {
     (generation, direction, dtype): Compilation(
         generation, "chunked", direction, Shape(**{**vars(SHAPE), "dtype": dtype})
     )
     for generation, direction, dtype in CASES
+} | {
+    "small chip": Compilation(
+        "v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16")
+    ),
+    "large": Compilation(
+        "v5e", "pallas_tpu", BACKWARD, Shape(8, 4096, 16, 128, 128, 2, "bfloat16")
+    ),
 }
-# The gradient holds both kernels. 16 heads are what the vector memory of v4 has to be planned for.
-SMALL_CHIP = Compilation("v4", "pallas_tpu", BACKWARD, Shape(1, 128, 16, 128, 128, 2, "bfloat16"))
-# Large enough for its arrays not to fit on the chip.
-LARGE = Compilation("v5e", "pallas_tpu", BACKWARD, Shape(8, 4096, 16, 128, 128, 2, "bfloat16"))
+LARGE = COMPILATIONS["large"].shape
+QUICK = (*CASES[:2], "small chip")
 # Large enough for its states, one every 32 tokens, not to fit on the chip, where memory is not
 # counted.
 LONG_SHAPE = Shape(B=1, T=8192, H=2, K=128, V=128, R=4, dtype="bfloat16")
@@ -41,17 +50,21 @@ LONG = Compilation("v5e", "chunked", BACKWARD, LONG_SHAPE)
 SPAN = 32
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    """What the compiler says of every program, all compiled by one child process."""
-    wanted = {**COMPILATIONS, "small chip": SMALL_CHIP, "large": LARGE}
-    figures = tpu_compiler.compile_apart(list(wanted.values()), profile=False, timeout_s=280)
-    return dict(zip(wanted, figures, strict=True))
+def compiled(key) -> dict:
+    """What the compiler says of a program; all of its kind are compiled by one child process."""
+    return _compiled(tuple(name for name in COMPILATIONS if (name in QUICK) == (key in QUICK)))[key]
 
 
-@pytest.mark.parametrize("key", COMPILATIONS, ids=" ".join)
-def test_the_chunked_form_compiles_without_a_solver(key, compiled):
-    found = compiled[key]
+@functools.cache
+def _compiled(names) -> dict:
+    wanted = [COMPILATIONS[name] for name in names]
+    figures = tpu_compiler.compile_apart(wanted, profile=False, timeout_s=280)
+    return dict(zip(names, figures, strict=True))
+
+
+@pytest.mark.parametrize("key", quick(CASES, QUICK), ids=" ".join)
+def test_the_chunked_form_compiles_without_a_solver(key):
+    found = compiled(key)
     assert "error" not in found
     solvers = [name for name in found["custom_calls"] if "riangular" in name]
     assert not solvers, "on a TPU a solve costs more than all the rest"
@@ -59,20 +72,21 @@ def test_the_chunked_form_compiles_without_a_solver(key, compiled):
     assert found["model_cycles"] > 0
 
 
-@pytest.mark.parametrize("name", ["small chip", "large"])
-def test_no_loop_over_chunks_is_left_outside_the_kernels(name, compiled):
-    found = compiled[name]
+@pytest.mark.parametrize("name", quick(["small chip", "large"], QUICK))
+def test_no_loop_over_chunks_is_left_outside_the_kernels(name):
+    found = compiled(name)
     assert "error" not in found, found["error"]
     assert found["custom_calls"]["tpu_custom_call"] == 2
     assert not found["loops"]
 
 
-def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
+@pytest.mark.slow
+def test_kernels_read_and_write_little_more_than_their_arrays():
     """Inputs twice, cotangents, and of the states, one a chunk, every second out and in again.
 
     With all of them it would be 1.6 times inputs, outputs and one state per chunk.
     """
-    found, shape = compiled["large"], LARGE.shape
+    found, shape = compiled("large"), LARGE
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
     least = found["argument_bytes"] + found["output_bytes"] + states
     assert 1.25 * least < found["hbm_bytes"] < 1.45 * least
@@ -80,13 +94,19 @@ def test_kernels_read_and_write_little_more_than_their_arrays(compiled):
 
 
 PROGRAMS = ("step over a mesh", "step without a layout", "transformed", "sequence", *GRADIENTS)
+QUICK_PROGRAMS = ("transformed", "v4 bfloat16", "newest float32")
 
 
-@pytest.fixture(scope="module")
-def around():
-    """Custom calls and collectives of programs that hold the op, by name."""
+def around(name) -> dict:
+    """Custom calls and collectives of a program that holds the op."""
+    kind = [n for n in PROGRAMS if (n in QUICK_PROGRAMS) == (name in QUICK_PROGRAMS)]
+    return _around(tuple(kind))[name]
+
+
+@functools.cache
+def _around(names) -> dict:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.tpu_programs", *PROGRAMS],
+        [sys.executable, "-m", "tests.tpu_programs", *names],
         cwd=environment.ROOT,
         env=tpu.child_environment(tpu_compiler.EXTRA),
         capture_output=True,
@@ -94,32 +114,34 @@ def around():
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(PROGRAMS, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_a_training_step_on_256_chips_holds_the_kernels(around):
+@pytest.mark.slow
+def test_a_training_step_on_256_chips_holds_the_kernels():
     """Through its layout. XLA cannot cut a kernel by itself: None then runs the chunked form."""
-    found = around["step over a mesh"]
+    found = around("step over a mesh")
     assert found["tpu_custom_call"] == 2
     assert found["all-gather"] > 0
     assert found["all-reduce"] > 0
-    assert "tpu_custom_call" not in around["step without a layout"]
+    assert "tpu_custom_call" not in around("step without a layout")
 
 
-def test_the_kernels_compile_mapped_rematerialised_packed_with_grouped_heads(around):
-    assert around["transformed"]["tpu_custom_call"] == 2
-    assert "all-reduce" not in around["transformed"]
+def test_the_kernels_compile_mapped_rematerialised_packed_with_grouped_heads():
+    assert around("transformed")["tpu_custom_call"] == 2
+    assert "all-reduce" not in around("transformed")
 
 
-@pytest.mark.parametrize("name", GRADIENTS)
-def test_the_kernels_compile_for_every_generation_and_are_all_there_is(name, around):
+@pytest.mark.parametrize("name", quick(GRADIENTS, QUICK_PROGRAMS))
+def test_the_kernels_compile_for_every_generation_and_are_all_there_is(name):
     """None chooses them; `GRADIENTS` says for what."""
-    assert around[name] == {"tpu_custom_call": 2}
+    assert around(name) == {"tpu_custom_call": 2}
 
 
-def test_the_kernels_compile_along_a_cut_sequence(around):
-    assert around["sequence"]["tpu_custom_call"] == 2
-    assert around["sequence"]["collective-permute"] > 1
+@pytest.mark.slow
+def test_the_kernels_compile_along_a_cut_sequence():
+    assert around("sequence")["tpu_custom_call"] == 2
+    assert around("sequence")["collective-permute"] > 1
 
 
 def test_a_solver_would_be_seen(monkeypatch):
@@ -140,10 +162,10 @@ def test_a_solver_would_be_seen(monkeypatch):
     assert any("riangular" in name for name in found["custom_calls"]), found
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v6e"])
-def test_a_gradient_is_expected_to_take_longer(generation, compiled):
+@pytest.mark.parametrize("generation", quick(["v5e", "v6e"], ["v5e"]))
+def test_a_gradient_is_expected_to_take_longer(generation):
     forward, backward = (
-        compiled[generation, direction, "bfloat16"]["model_cycles"]
+        compiled((generation, direction, "bfloat16"))["model_cycles"]
         for direction in (FORWARD, BACKWARD)
     )
     assert backward > 1.5 * forward

@@ -24,13 +24,13 @@ if not environment.extra_folder("gpu").exists():
     pytest.skip("needs Triton (tests/run.py --extra=gpu)", allow_module_level=True)
 
 
-def child(mode: str) -> dict:
+def child(mode: str, *every: str) -> dict:
     """Runs triton_child.py in a process of its own: the interpreter is chosen at import."""
     path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
-    command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode, *every]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
 
@@ -45,11 +45,27 @@ def compiled():
     return child("compile")
 
 
+@pytest.fixture(scope="module")
+def everything():
+    """Both, of every case and pass."""
+    return child("interpret", "all") | child("compile", "all")
+
+
 @pytest.mark.parametrize("dtype", BARS)
 def test_outputs_and_gradients_are_those_of_the_oracle(dtype, interpreted):
+    check_errors(dtype, interpreted, at_least=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", BARS)
+def test_all_outputs_and_gradients_are_those_of_the_oracle(dtype, everything):
+    check_errors(dtype, everything, at_least=7)
+
+
+def check_errors(dtype, found, at_least):
     outputs_bar, gradients_bar = BARS[dtype]
-    cases = {name: e for name, e in interpreted["errors"].items() if name.endswith(dtype)}
-    assert len(cases) >= 3
+    cases = {name: e for name, e in found["errors"].items() if name.endswith(dtype)}
+    assert len(cases) >= at_least
     over = {}
     for name, errors in cases.items():
         recurrent = errors.pop("recurrent")
@@ -62,9 +78,17 @@ def test_outputs_and_gradients_are_those_of_the_oracle(dtype, interpreted):
 
 
 def test_sequences_are_cut_into_pieces_where_a_case_says_so(interpreted):
-    pieces = interpreted["pieces"]
+    check_pieces(dict(interpreted["pieces"]), cut=1)
+
+
+@pytest.mark.slow
+def test_all_sequences_are_cut_into_pieces_where_a_case_says_so(everything):
+    check_pieces(dict(everything["pieces"]), cut=3)
+
+
+def check_pieces(pieces, cut):
     mapped = pieces.pop("vmap")
-    assert sum("in pieces" in name for name in pieces) == 3
+    assert sum("in pieces" in name for name in pieces) == cut
     for name, counts in pieces.items():
         assert counts == [5 if "in pieces" in name else 1], name
     assert mapped == [4, 5]  # of the mapped call and of the others
@@ -100,9 +124,17 @@ def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compil
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
 
 
-def test_the_kernels_of_whole_passes_spill_nothing(compiled):
-    rows = compiled["passes"]
-    assert len(rows) == 6 * (8 + 2)
+def test_the_kernels_of_a_whole_pass_spill_nothing(compiled):
+    check_spills(compiled["passes"], passes=1)
+
+
+@pytest.mark.slow
+def test_the_kernels_of_all_whole_passes_spill_nothing(everything):
+    check_spills(everything["passes"], passes=6)
+
+
+def check_spills(rows, passes):
+    assert len(rows) == passes * (8 + 2)
     spilt = {(r["kernel"], r["num_householder"], r["gated"]): r["spilt_bytes"] for r in rows}
     assert len(spilt) == len(rows)
     assert not any(spilt.values()), spilt
