@@ -3,6 +3,7 @@
 import gc
 import importlib.metadata
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -30,6 +31,9 @@ jaxtyping.install_import_hook(
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from deltaproduct_jax.parallel import layout
+
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Runs take one device, as on most CPUs; the others are for tests that ask for them.
 _all_devices = layout.all_devices
