@@ -208,6 +208,7 @@ def test_errors_of_the_sharding_benchmark(argument, text, tmp_path, capsys):
     assert text in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_rule_is_held_against_what_was_timed(tmp_path, capsys):
     sizes = ["--states=2,8", "--head_dim=4", "--num_householder=1,2", "--length=160"]
     op_rule.command([f"--workdir={tmp_path}", *sizes, "--repeats=2"])

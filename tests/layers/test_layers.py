@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import quick
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import DeltaProductCell, GatedDeltaProduct, SwiGLU
@@ -105,7 +106,7 @@ def test_outputs_and_gradients_are_those_of_the_reference():
             assert error < 2e-7, f"{name}: {error}"  # the stored numbers are rounded to float32
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", quick(VARIANTS, ["gated_conv", "grouped"]))
 def test_steps_and_pieces_agree_with_the_whole(variant):
     layer, x = make_layer(variant), inputs()
     y, final = run(layer, x)
@@ -137,7 +138,7 @@ def test_segments_share_nothing(variant):
 
 
 @pytest.mark.parametrize("with_segments", [False, True])
-@pytest.mark.parametrize("variant", ["plain", "gated_conv", "grouped"])
+@pytest.mark.parametrize("variant", quick(["plain", "gated_conv", "grouped"], ["gated_conv"]))
 def test_padding_anywhere_changes_nothing(variant, with_segments):
     layer, x = make_layer(variant), inputs(B=4)
     mask = np.ones((4, 11), bool)

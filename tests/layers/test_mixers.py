@@ -159,7 +159,11 @@ NONE, ALL = np.zeros((B, T), int), np.ones((B, T), bool)
 MASK = np.array([[0] * 4 + [1] * 7, [1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], [0] * 11], bool)
 
 
-@pytest.mark.parametrize("mixer", BASELINES)
+# Whose programs are compiled in the ordinary tests; the three that follow share them.
+WIDE = ("transformer", "mamba2", "mlstm")
+
+
+@pytest.mark.parametrize("mixer", quick(BASELINES, WIDE))
 def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
     model, ids = wide_models[mixer], tokens()
     whole = forward_plain(model, ids)
@@ -176,7 +180,7 @@ def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
 
 
 @pytest.mark.parametrize("mask", [ALL, MASK], ids=["whole", "padded"])
-@pytest.mark.parametrize("mixer", BASELINES)
+@pytest.mark.parametrize("mixer", quick(BASELINES, WIDE))
 def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models, x64):
     model, ids, new = wide_models[mixer], tokens(), np.zeros((B, T), bool)
     start = forward_plain(model, tokens(seed=1)[:, :5])[1]
@@ -190,7 +194,7 @@ def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models,
     agree((other[mask], other_state), (logits[mask], state), 0)
 
 
-@pytest.mark.parametrize("mixer", BASELINES)
+@pytest.mark.parametrize("mixer", quick(BASELINES, WIDE))
 def test_no_position_sees_a_later_token_or_another_row(mixer, wide_models, x64):
     ids = tokens()
     changed = ids.at[0, 6].set((ids[0, 6] + 1) % VOCAB)

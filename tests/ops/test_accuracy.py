@@ -31,6 +31,8 @@ CASES = {
     "beta up to 1": Case(T=130, R=1, B=1, gate=None, beta=(0.0, 1.0)),
 }
 
+QUICK = ("no token", "one token", "ungated, one factor", "five factors", "all at once")
+
 # The cases that the two plain implementations run too.
 PLAIN = ("no token", "five factors", "grouped, ungated, packed", "all at once")
 
@@ -66,27 +68,30 @@ def affordable(case, implementation):
     return case
 
 
-def matrix(names):
+def matrix(names, kept):
     """Every case for the chunked form, which has most to go wrong; a few for the plain ones."""
     plain = [name for name in names if name in PLAIN]
     pairs = [(name, "chunked") for name in names]
-    return pairs + [(name, i) for name in plain for i in ("recurrent", "associative")]
+    pairs += [(name, i) for name in plain for i in ("recurrent", "associative")]
+    marks = {True: (), False: pytest.mark.slow}
+    return [pytest.param(*pair, marks=marks[pair[0] in kept]) for pair in pairs]
 
 
-@pytest.mark.parametrize(("name", "implementation"), matrix(CASES))
+@pytest.mark.parametrize(("name", "implementation"), matrix(CASES, QUICK))
 def test_float32(name, implementation):
     assert_within_bars(affordable(CASES[name], implementation), implementation, "float32")
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), matrix(["all at once", "one short of a chunk"])
+    ("name", "implementation"), matrix(["all at once", "one short of a chunk"], QUICK)
 )
 def test_float64(name, implementation):
     assert_within_bars(affordable(CASES[name], implementation), implementation, "float64")
 
 
 @pytest.mark.parametrize(
-    ("name", "implementation"), matrix(["one short of a chunk", "all at once", "beta up to 1"])
+    ("name", "implementation"),
+    matrix(["one short of a chunk", "all at once", "beta up to 1"], QUICK),
 )
 def test_bfloat16(name, implementation):
     assert_within_bars(affordable(CASES[name], implementation), implementation, "bfloat16")

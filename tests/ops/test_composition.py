@@ -173,6 +173,7 @@ def test_shard_map_over_batch_and_heads():
     assert_trees_close(jax.jit(sharded)(arrays), delta_product(**arrays))
 
 
+@pytest.mark.slow
 def test_shard_map_with_replicated_arguments():
     """A learnt initial state is the same on every device; its gradient is summed over them."""
     arrays = inputs()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from quick import quick
 from tiny_run import curve, run_config, snapshot
 
 from deltaproduct_jax import files
@@ -233,7 +234,15 @@ class BrokenDisk:
 
 @pytest.mark.parametrize(
     ("number", "writes_before"),
-    [*((errno.ENOSPC, n) for n in (0, 1, 2, 3, 5, 8, 12, 15)), (errno.EROFS, 0), (errno.EROFS, 9)],
+    quick(
+        [
+            *((errno.ENOSPC, n) for n in (0, 1, 2, 3, 5, 8, 12, 15)),
+            (errno.EROFS, 0),
+            (errno.EROFS, 9),
+        ],
+        [(errno.ENOSPC, 0), (errno.ENOSPC, 12), (errno.EROFS, 9)],
+        unpack=True,
+    ),
 )
 def test_a_failed_write_is_one_line_and_the_run_goes_on_later(
     tmp_path, finished, number, writes_before
