@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
@@ -23,6 +22,7 @@ from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
+from deltaproduct_jax.training.growth import counted_part
 from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -91,7 +91,7 @@ def train(
             return _finished(results, workdir, resume_from)
     with stop_on_signals() as request:
         require_memory_of_config(config)
-        make_model = partial(_make_model, config)
+        make_model = partial(initial_model, config)
         devices = devices or DeviceConfig()
         layout = layout_of(config, make_model, devices)
         definition, shapes = shapes_of(config, make_model)
@@ -169,7 +169,8 @@ def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
         )
 
 
-def _make_model(config: RunConfig) -> nnx.Module:
+def initial_model(config: RunConfig) -> nnx.Module:
+    """A run's model before its first step."""
     return SequenceModel(config.model, rngs=nnx.Rngs(make_key(config.seeds()["init"])))
 
 
@@ -211,11 +212,7 @@ class Trainer:
         def train_step(length: int, state: TrainState, key: jax.Array):
             # The key's index is the number of updates made: the data need no state of their own.
             batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
-            if train.grow_from is not None:
-                ahead = batch.mask.shape[1] - length  # what a task puts before a sequence
-                counted = ahead + config.counted_at(state.step + 1)
-                is_counted = jnp.arange(ahead + length)[None, :] < counted
-                batch = batch._replace(mask=batch.mask & is_counted)
+            batch = counted_part(config, batch, state.step, length)
             return update(state, layout.cut_batch(batch))
 
         def eval_step(length: int, params: Params, key: jax.Array):
