@@ -24,7 +24,7 @@ from pathlib import Path
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.together import train_together
+from deltaproduct_jax.training.together.group import train_together
 from experiments.lib import flags
 from experiments.lib.sweeps.grid import Run, load_script, read_list
 from experiments.lib.sweeps.records import LOG, RunFolder

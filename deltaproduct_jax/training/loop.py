@@ -22,7 +22,6 @@ from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
-from deltaproduct_jax.training.growth import counted_part
 from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -37,6 +36,7 @@ from deltaproduct_jax.training.step import (
     ModelDefinition,
     Params,
     TrainState,
+    counting_first,
     loss_and_correct,
     make_train_step,
 )
@@ -212,7 +212,8 @@ class Trainer:
         def train_step(length: int, state: TrainState, key: jax.Array):
             # The key's index is the number of updates made: the data need no state of their own.
             batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
-            batch = counted_part(config, batch, state.step, length)
+            if train.grow_from is not None:
+                batch = counting_first(batch, config.counted_at(state.step + 1), length)
             return update(state, layout.cut_batch(batch))
 
         def eval_step(length: int, params: Params, key: jax.Array):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from deltaproduct_jax.training.config import TrainConfig
-from deltaproduct_jax.training.numbers import Numbers
+from deltaproduct_jax.training.together.numbers import Numbers
 
 
 def make_schedule(config: TrainConfig, numbers: Numbers | None = None) -> optax.Schedule:

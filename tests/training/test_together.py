@@ -12,11 +12,12 @@ from tiny_run import curve, run_config
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.parallel import layout
-from deltaproduct_jax.training import loop, together
-from deltaproduct_jax.training.numbers import FREE, Numbers, program_of
+from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.stopping import Stopped
-from deltaproduct_jax.training.together import is_worth_compiling, train_together
+from deltaproduct_jax.training.together import group as together
+from deltaproduct_jax.training.together.group import is_worth_compiling, train_together
+from deltaproduct_jax.training.together.numbers import FREE, Numbers, program_of
 
 COMMON = {
     "train_length": 2, "eval_lengths": (2, 3), "select_length": 2, "grow_from": 1,

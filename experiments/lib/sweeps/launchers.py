@@ -13,8 +13,8 @@ from typing import Any, TypedDict
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.numbers import program_of
 from deltaproduct_jax.training.stopping import exit_code
+from deltaproduct_jax.training.together.numbers import program_of
 from experiments.lib.sweeps.attempts import Attempt, Claims, begin, begin_process, environment
 from experiments.lib.sweeps.gpus import gpu_of, share_of, visible_gpus
 from experiments.lib.sweeps.grid import Run, parse_fixed

@@ -1,4 +1,4 @@
-"""Runs that differ only in numbers (`numbers.py`), trained together by one compiled program.
+"""Runs that differ only in numbers (`numbers.FREE`), trained together by one compiled program.
 
 Each run is what it would be alone: the same data, the same losses to rounding, its own directory,
 early stop and best checkpoint. It may have been begun alone, and may go on alone. Whoever is behind
@@ -23,7 +23,13 @@ from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, batches_of, scored
-from deltaproduct_jax.training.mapped import (
+from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
+from deltaproduct_jax.training.progress import Stopwatch
+from deltaproduct_jax.training.provenance import describe_start
+from deltaproduct_jax.training.records import CONFIG, is_there
+from deltaproduct_jax.training.step import Metrics, Params
+from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.together.mapped import (
     MappedProgram,
     mesh_of_runs,
     numbers_of,
@@ -32,14 +38,8 @@ from deltaproduct_jax.training.mapped import (
     slots_for,
     stacked,
 )
-from deltaproduct_jax.training.member import Member, Outcome, require_same_models
-from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
-from deltaproduct_jax.training.numbers import FREE, program_of
-from deltaproduct_jax.training.progress import Stopwatch
-from deltaproduct_jax.training.provenance import describe_start
-from deltaproduct_jax.training.records import CONFIG, is_there
-from deltaproduct_jax.training.step import Metrics, Params
-from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.together.member import Member, Outcome, require_same_models
+from deltaproduct_jax.training.together.numbers import FREE, program_of
 
 
 def train_together(

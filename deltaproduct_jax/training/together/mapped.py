@@ -16,9 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
-from deltaproduct_jax.training.growth import counted_part
 from deltaproduct_jax.training.loop import CompiledByLength
-from deltaproduct_jax.training.numbers import Numbers
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.step import (
@@ -26,9 +24,11 @@ from deltaproduct_jax.training.step import (
     ModelDefinition,
     Params,
     TrainState,
+    counting_first,
     loss_and_correct,
     make_train_step,
 )
+from deltaproduct_jax.training.together.numbers import Numbers
 
 RUNS = "runs"  # the mesh's only axis
 
@@ -59,7 +59,8 @@ class MappedProgram:
             length: int, state: TrainState, key: jax.Array, numbers: Numbers, takes_part: jax.Array
         ) -> tuple[TrainState, Metrics]:
             batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
-            batch = counted_part(config, batch, state.step, length)
+            if train.grow_from is not None:
+                batch = counting_first(batch, config.counted_at(state.step + 1), length)
             optimizer, schedule = make_optimizer(train, numbers), make_schedule(train, numbers)
             update = make_train_step(definition, optimizer, schedule, train.accumulation_steps)
             after, metrics = update(state, batch)
