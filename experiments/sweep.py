@@ -23,11 +23,8 @@ Takes: what its runs take, by the number of ``--workers``.
 
 import dataclasses
 import sys
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import jax
 
@@ -36,14 +33,18 @@ from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib import flags
 from experiments.lib.sweeps.grid import MOST_RUNS, claim, read_list
-from experiments.lib.sweeps.launchers import LocalLauncher, SubmititLauncher
+from experiments.lib.sweeps.launchers import (
+    LocalLauncher,
+    SubmititLauncher,
+    TogetherLauncher,
+    require_described,
+)
 from experiments.lib.sweeps.records import CSV, Row, RunFolder, has_parquet, write_tables
+from experiments.lib.sweeps.scheduler import Scheduler
 from experiments.lib.sweeps.view import Entry, View
 
-LAUNCHERS = ("local", "slurm", "none")
+LAUNCHERS = ("local", "vmap", "slurm", "none")
 POLL_S = 0.1
-# Runs that another process is at are looked at again after so long.
-ELSEWHERE_S = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,16 +62,23 @@ class SweepConfig:
     )
     fixed: str = setting("", "settings that all runs share, as steps=2000;batch_size=64")
     launcher: str = setting(
-        "local", "local: processes here; slurm: jobs through submitit; none: only the tables"
+        "local",
+        "local: a process here for each run; vmap: one for all runs that differ only in numbers, "
+        "which train in one program; slurm: jobs through submitit; none: only the tables",
     )
-    workers: int = setting(1, "runs at a time (slurm: jobs queued or running)")
+    workers: int = setting(
+        1, "processes at a time (slurm: jobs queued or running), each with a GPU of its own"
+    )
+    together: int = setting(64, "runs that train in one program at most (launcher=vmap)")
     retries: int = setting(1, "times that a run which died is tried again")
     max_runs: int = setting(MOST_RUNS, "runs that the grids may make; more is taken for a slip")
     gpus: tuple[int, ...] = setting(
-        (), "numbers of GPUs handed round to local workers; empty: every worker sees all"
+        (), "numbers of GPUs handed round to workers here; empty: all, or all to a single worker"
     )
     slurm: str = setting(
-        "", "submitit's parameters of a job, as slurm_partition=gpu;gpus_per_node=1;timeout_min=240"
+        "",
+        "submitit's parameters of a job, as slurm_partition=gpu;gpus_per_node=1;timeout_min=240; "
+        "cluster=local among them runs the jobs on this machine, without SLURM",
     )
 
     def __post_init__(self):
@@ -78,111 +86,20 @@ class SweepConfig:
         require_one_of("launcher", self.launcher, LAUNCHERS)
         require_at_least("max_runs", self.max_runs, 1)
         require_at_least("workers", self.workers, 1)
+        require_at_least("together", self.together, 1)
         require_at_least("retries", self.retries, 0)
         for number in self.gpus:
             require_at_least("gpus", number, 0)
         if self.slurm and self.launcher != "slurm":
             raise ConfigError(f"slurm={self.slurm!r} needs launcher=slurm, got {self.launcher!r}")
-        if self.gpus and self.launcher != "local":
-            raise ConfigError(f"gpus={self.gpus} needs launcher=local, got {self.launcher!r}")
-
-
-class Running(Protocol):
-    """An attempt at a run that is under way."""
-
-    def poll(self) -> str | None:
-        """None while it runs; then what went wrong, empty if nothing did."""
-
-    def ask_to_stop(self) -> None:
-        """Tells it to end, without waiting for that."""
-
-    def stop(self) -> None:
-        """Ends it so that the run can go on later."""
-
-
-class Scheduler:
-    """Keeps the workers busy until every run is done or has failed for good.
-
-    Args:
-        entries: the runs, in the order in which they are started.
-        start: begins an attempt at a run as worker number ``slot``; None if another process is at
-            the run.
-        workers: attempts at a time.
-        retries: times that a run which died is tried again.
-        changed: called whenever a run has come to an end.
-    """
-
-    def __init__(
-        self,
-        entries: Sequence[Entry],
-        start: Callable[[RunFolder, int], Running | None],
-        workers: int,
-        retries: int,
-        changed: Callable[[], None],
-    ):
-        self._start = start
-        self._retries = retries
-        self._changed = changed
-        self._slots: list[tuple[Entry, Running] | None] = [None] * min(workers, len(entries))
-        self._queue: deque[Entry] = deque()
-        for entry in entries:
-            if not self._is_done(entry):
-                self._queue.append(entry)
-
-    def _is_done(self, entry: Entry) -> bool:
-        if entry.folder.results() is None:
-            return False
-        entry.state, entry.error = "done", ""
-        return True
-
-    def step(self) -> bool:
-        """Looks at what runs and starts what can be started; False once nothing is left to do."""
-        for slot, busy in enumerate(self._slots):
-            if busy is not None and (error := busy[1].poll()) is not None:
-                self._slots[slot] = None
-                self._ended(busy[0], error)
-        for slot, busy in enumerate(self._slots):
-            if busy is None:
-                self._fill(slot)
-        return bool(self._queue) or any(self._slots)
-
-    def _ended(self, entry: Entry, error: str) -> None:
-        entry.seconds = entry.folder.seconds()
-        if not self._is_done(entry):
-            entry.failures += 1
-            entry.error = error
-            again = entry.failures <= self._retries
-            entry.state = "waiting" if again else "failed"
-            if again:
-                self._queue.append(entry)
-        self._changed()
-
-    def _fill(self, slot: int) -> None:
-        """Starts the first run in the queue that nobody is at."""
-        for _ in range(len(self._queue)):
-            entry = self._queue.popleft()
-            if time.monotonic() < entry.look_again:
-                self._queue.append(entry)
-                continue
-            running = self._start(entry.folder, slot)
-            if running is not None:
-                entry.state, entry.began = "running", time.monotonic()
-                self._slots[slot] = entry, running
-                return
-            if self._is_done(entry):  # by another process
-                self._changed()
-                continue
-            entry.state, entry.look_again = "elsewhere", time.monotonic() + ELSEWHERE_S
-            self._queue.append(entry)
-
-    def stop(self) -> None:
-        """Ends what runs, all at the same time."""
-        for busy in filter(None, self._slots):
-            busy[1].ask_to_stop()
-        for busy in filter(None, self._slots):
-            busy[1].stop()
-            busy[0].state = "waiting"
-        self._slots = [None] * len(self._slots)
+        if self.gpus and self.launcher not in ("local", "vmap"):
+            raise ConfigError(
+                f"gpus={self.gpus} needs launcher=local or launcher=vmap, got {self.launcher!r}"
+            )
+        if self.together != type(self).together and self.launcher != "vmap":
+            raise ConfigError(
+                f"together={self.together} needs launcher=vmap, got {self.launcher!r}"
+            )
 
 
 def command(argv: Sequence[str]) -> None:
@@ -191,7 +108,8 @@ def command(argv: Sequence[str]) -> None:
     config, workdir = SweepConfig(**parsed.sections["sweep"]), parsed.workdir.absolute()
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
-    runs = claim(workdir, config.script, config.grid, config.fixed, config.max_runs)
+    accept = require_described if config.launcher == "vmap" else lambda run: None
+    runs = claim(workdir, config.script, config.grid, config.fixed, config.max_runs, accept)
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if config.launcher == "none":
@@ -199,6 +117,7 @@ def command(argv: Sequence[str]) -> None:
         return
     launcher = make_launcher(config, workdir)
     entries = [Entry(RunFolder(workdir, run)) for run in runs]
+    units = launcher.units([entry for entry in entries if not entry.is_done()])
 
     finished: dict[str, Row] = {}
 
@@ -206,15 +125,15 @@ def command(argv: Sequence[str]) -> None:
         write_tables(workdir, finished)
 
     changed()
-    scheduler = Scheduler(entries, launcher.start, config.workers, config.retries, changed)
-    view = View(entries)
+    scheduler = Scheduler(units, launcher.start, config.workers, config.retries, changed)
+    view = View(entries, config.workers * max(map(len, units), default=1))
     with stop_on_signals() as request:
         try:
             while not request.is_set() and scheduler.step():
                 view.update()
                 request.wait(POLL_S)
             if request.is_set():
-                print("stopping; runs finish their step and save", file=sys.stderr, flush=True)
+                view.say("stopping; runs finish their step and save")
         finally:
             scheduler.stop()  # nothing is left to stop where all has ended
         write_tables(workdir)
@@ -227,9 +146,13 @@ def command(argv: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def make_launcher(config: SweepConfig, workdir: Path) -> LocalLauncher | SubmititLauncher:
+def make_launcher(
+    config: SweepConfig, workdir: Path
+) -> LocalLauncher | TogetherLauncher | SubmititLauncher:
     """Where the runs are started."""
     script, _ = read_list(workdir)
+    if config.launcher == "vmap":
+        return TogetherLauncher(workdir, config.workers, config.gpus, config.together)
     if config.launcher == "slurm":
         return SubmititLauncher(script, config.slurm, workdir)
     return LocalLauncher(script, config.workers, config.gpus)

@@ -3,6 +3,7 @@
 import struct
 
 from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.plugin_hparams_pb2 import HParamsPluginData
 
 
 def crc32c(data: bytes) -> int:
@@ -34,5 +35,26 @@ def read_events(path) -> list[Event]:
 
 
 def scalars(events: list[Event]) -> list[tuple[int, dict[str, float]]]:
+    """Step and numbers by tag of all events, without those of the page of hyperparameters."""
     assert events[0].file_version == "brain.Event:2"
-    return [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[1:]]
+    assert all(
+        value.metadata.plugin_data.plugin_name == "hparams"
+        for e in events[1:4]
+        for value in e.summary.value
+    )
+    return [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events[4:]]
+
+
+def hyperparameters(events: list[Event]) -> tuple[dict[str, object], list[str]]:
+    """Settings by name, and tags of the outcomes shown beside them."""
+    values = [value for event in events[1:4] for value in event.summary.value]
+    data = [HParamsPluginData.FromString(value.metadata.plugin_data.content) for value in values]
+    assert [value.tag for value in values] == [
+        f"_hparams_/{name}" for name in ("experiment", "session_start_info", "session_end_info")
+    ]
+    settings = {
+        name: getattr(value, value.WhichOneof("kind"))
+        for name, value in data[1].session_start_info.hparams.items()
+    }
+    assert {info.name for info in data[0].experiment.hparam_infos} == settings.keys()
+    return settings, [info.name.tag for info in data[0].experiment.metric_infos]

@@ -349,7 +349,7 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
     of_gram_NBHGMM = dlower_NBHGMM * p.gram
     wide_k_NBH1MK = x.k[:, :, :, None].astype(x.beta.dtype)
     of_keys_NBHGM = decays.out * jnp.sum(dwritten_NBHGMK * wide_k_NBH1MK, axis=-1)
-    dbeta_NBHGM = jnp.sum(of_scores_NBHGCM, axis=-2) + jnp.sum(of_gram_NBHGMM, axis=-2)
+    dbeta_NBHGM = _sum_of_rows(of_scores_NBHGCM) + _sum_of_rows(of_gram_NBHGMM)
     dbeta_NBHGM += of_keys_NBHGM
 
     dg_NBHGC = None
@@ -377,3 +377,9 @@ def _sum_of_group(x_NBHGXY):
     code writes beside its buffers. tests/ops/test_mapped.py has the smallest such program.
     """
     return functools.reduce(jnp.add, (x_NBHGXY[:, :, :, i] for i in range(x_NBHGXY.shape[3])))
+
+
+def _sum_of_rows(x_NBHGXY):
+    """Sum over the axis before the last, as a product with ones for the same reason."""
+    ones = jnp.ones(x_NBHGXY.shape[-2], x_NBHGXY.dtype)
+    return jnp.einsum("...xy,x->...y", x_NBHGXY, ones, precision=jax.lax.Precision.HIGHEST)

@@ -1,7 +1,7 @@
 """Evaluation of a model on a split of its task, and the results of a finished run."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,14 +59,26 @@ def evaluate(
     length: int,
 ) -> Evaluation:
     """Scores ``eval_sequences`` fresh sequences of ``length``; the same ones at every call."""
+    outputs = [
+        jax.device_get(eval_step(length, params, batch_key(data_key, split, index)))
+        for index in batches_of(config, length)
+    ]
+    return scored(config, outputs)
+
+
+def batches_of(config: RunConfig, length: int) -> range:
+    """Numbers of the batches of an evaluation at ``length``, within their split."""
     batches = config.train.eval_sequences // config.train.eval_batch_size
     # Batches of the lengths are numbered on, so that no two lengths share a key.
     lengths = sorted({*config.task.test_lengths, config.select_length})
     first = lengths.index(length) * batches
-    outputs = [
-        jax.device_get(eval_step(length, params, batch_key(data_key, split, first + index)))
-        for index in range(batches)
-    ]
+    return range(first, first + batches)
+
+
+def scored(
+    config: RunConfig, outputs: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
+) -> Evaluation:
+    """The evaluation of what an evaluation step returned for each batch."""
     losses, corrects_BT, masks_BT = zip(*outputs, strict=True)
     mask_BT = np.concatenate(masks_BT)
     return Evaluation(

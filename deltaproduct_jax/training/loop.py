@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
@@ -37,6 +36,7 @@ from deltaproduct_jax.training.step import (
     ModelDefinition,
     Params,
     TrainState,
+    counting_first,
     loss_and_correct,
     make_train_step,
 )
@@ -91,7 +91,7 @@ def train(
             return _finished(results, workdir, resume_from)
     with stop_on_signals() as request:
         require_memory_of_config(config)
-        make_model = partial(_make_model, config)
+        make_model = partial(initial_model, config)
         devices = devices or DeviceConfig()
         layout = layout_of(config, make_model, devices)
         definition, shapes = shapes_of(config, make_model)
@@ -169,7 +169,8 @@ def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
         )
 
 
-def _make_model(config: RunConfig) -> nnx.Module:
+def initial_model(config: RunConfig) -> nnx.Module:
+    """A run's model before its first step."""
     return SequenceModel(config.model, rngs=nnx.Rngs(make_key(config.seeds()["init"])))
 
 
@@ -212,10 +213,7 @@ class Trainer:
             # The key's index is the number of updates made: the data need no state of their own.
             batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
             if train.grow_from is not None:
-                ahead = batch.mask.shape[1] - length  # what a task puts before a sequence
-                counted = ahead + config.counted_at(state.step + 1)
-                is_counted = jnp.arange(ahead + length)[None, :] < counted
-                batch = batch._replace(mask=batch.mask & is_counted)
+                batch = counting_first(batch, config.counted_at(state.step + 1), length)
             return update(state, layout.cut_batch(batch))
 
         def eval_step(length: int, params: Params, key: jax.Array):

@@ -8,40 +8,47 @@ import jax.numpy as jnp
 import optax
 
 from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.together.numbers import Numbers
 
 
-def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Learning rate as a function of the updates made before: warm-up, then cosine or constant."""
+def make_schedule(config: TrainConfig, numbers: Numbers | None = None) -> optax.Schedule:
+    """Learning rate as a function of the updates made before: warm-up, then cosine or constant.
+
+    ``numbers``, which may be traced, take the place of the configuration's.
+    """
+    numbers = numbers or Numbers.of(config)
+    peak, end = numbers.learning_rate, numbers.end_learning_rate
     steps_left = config.steps - config.warmup_steps
     if config.schedule == "constant" or not steps_left:
-        after = optax.constant_schedule(config.learning_rate)
+        after = optax.constant_schedule(peak)
     else:
-        after = optax.cosine_decay_schedule(
-            config.learning_rate, steps_left, alpha=config.end_learning_rate / config.learning_rate
-        )
+        after = optax.cosine_decay_schedule(peak, steps_left, alpha=end / peak)
     if not config.warmup_steps:
         return _promoting(after)
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
     return _promoting(optax.join_schedules([warmup, after], [config.warmup_steps]))
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(
+    config: TrainConfig, numbers: Numbers | None = None
+) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), every parameter decayed.
 
     Moments and updates are in float32 at least, whatever the dtype of the parameters: in bfloat16
     the second moment would never decay, since .999 of a number is rounded to that number.
     Parameters in bfloat16 would lose the updates in the same way; ``step.init_state`` keeps them
-    in float32.
+    in float32. ``numbers``, which may be traced, take the place of the configuration's.
     """
+    numbers = numbers or Numbers.of(config)
     adamw = optax.adamw(
-        make_schedule(config),
+        make_schedule(config, numbers),
         b1=config.adam_b1,
         b2=config.adam_b2,
-        eps=config.adam_eps,
-        weight_decay=config.weight_decay,
+        eps=numbers.adam_eps,
+        weight_decay=numbers.weight_decay,
     )
-    if config.clip_norm is not None:
-        adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    if numbers.clip_norm is not None:
+        adamw = optax.chain(optax.clip_by_global_norm(numbers.clip_norm), adamw)
 
     def init(params: optax.Params) -> optax.OptState:
         return adamw.init(at_least_float32(params))

@@ -187,7 +187,8 @@ class RunRecords:
             if stale.name != events.FILE_NAME:
                 with errors_as_one_line(stale, "removed"):
                     stale.unlink()
-        content = events.header() + b"".join(events.encode(row) for row in self.rows)
+        header = events.header(self._config.to_dict())
+        content = header + b"".join(events.encode(row) for row in self.rows)
         write_file(self.directory / events.FILE_NAME, content)
 
     def append(self, row: Row) -> None:

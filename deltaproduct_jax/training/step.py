@@ -64,6 +64,16 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     return TrainState(jnp.zeros((), dtype=jnp.int32), params, optimizer.init(params))
 
 
+def counting_first(batch: Batch, counted: jax.Array, length: int) -> Batch:
+    """A batch of ``length`` tokens of which the first ``counted``, which may be traced, count.
+
+    What a task puts before a sequence counts as well.
+    """
+    ahead = batch.mask.shape[1] - length
+    is_counted = jnp.arange(ahead + length)[None, :] < ahead + counted
+    return batch._replace(mask=batch.mask & is_counted)
+
+
 def loss_and_correct(
     definition: ModelDefinition, params: Params, batch: Batch, layout: Layout | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,7 @@ from deltaproduct_jax.settings import is_union, misfit, spell
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
+from experiments.lib.sweeps.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
@@ -308,6 +309,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM. Of several
     processes, one that fails ends here, and the others with it.
     """
+    end_with_parent()
     _quieten_orbax()
     try:
         return _run(command, argv)

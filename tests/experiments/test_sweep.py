@@ -1,11 +1,9 @@
 """Sweeps: expanded and checked first, resumed after anything, no run lost and none run twice."""
 
-import io
 import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 from sweep_helpers import SCRIPT, names, needs_submitit, run, starts, table
@@ -13,10 +11,9 @@ from sweep_helpers import SCRIPT, names, needs_submitit, run, starts, table
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.training.locks import Lock
 from experiments import sweep
+from experiments.lib.sweeps import attempts as sweep_attempts
 from experiments.lib.sweeps import grid as sweep_grid
-from experiments.lib.sweeps import launchers as sweep_launchers
 from experiments.lib.sweeps import records as sweep_records
-from experiments.lib.sweeps import view as sweep_view
 
 
 @pytest.mark.parametrize(
@@ -80,6 +77,9 @@ REFUSED = {
     "no such gpu": (["seed=1"], {"gpus": "0,-1"}, r"gpus=-1 is too small"),
     "idle slurm": (["seed=1"], {"slurm": "cluster=local"}, r"slurm=.* needs launcher=slurm"),
     "idle gpus": (["seed=1"], {"launcher": "none", "gpus": "0,1"}, r"gpus=.* needs launcher=local"),
+    "idle together": (["seed=1"], {"together": 3}, r"together=3 needs launcher=vmap, got 'local'"),
+    "none together": (["seed=1"], {"launcher": "vmap", "together": 0}, r"together=0 is too small"),
+    "not ours": (["seed=1"], {"launcher": "vmap"}, r"launcher=vmap is for scripts .* seed=1"),
     "unknown script": (["seed=1"], {"script": "absent"}, r"script='absent' is not known; it may"),
     "no such script": (["seed=1"], {"script": "json"}, r"one of .*state_tracking"),
     "script elsewhere": (["seed=1"], {"script": "../x"}, r"script='../x' is not known; it may"),
@@ -205,12 +205,20 @@ def test_a_run_that_ends_without_results_has_failed(tmp_path):
     folder = sweep_records.RunFolder(tmp_path, sweep_grid.read_list(tmp_path)[1][0])
     assert folder.state() == "started"
     program = [sys.executable, "-c", "print('quiet')"]
-    (folder.path / "log.txt").write_text("quiet\n")
+    log = folder.path / "log.txt"
+    log.write_text("quiet\n")
     process = subprocess.Popen(program, stdout=subprocess.DEVNULL)
     process.wait()
-    attempt = sweep_launchers.Attempt(folder, Lock(folder.path / ".claim"), process, 0)
-    assert attempt.poll() == "ended without results.json, with exit code 0"
+    attempt = sweep_attempts.Attempt(sweep_attempts.Claims([folder]), process, log)
+    assert attempt.poll() == ["ended without results.json, with exit code 0"]
     assert folder.state() == "failed"
+
+
+def test_what_ended_out_of_sight_took_an_attempt(tmp_path):
+    assert run(tmp_path, "seed=0") == 0
+    (tmp_path / "runs" / "seed=0" / "attempts.jsonl").unlink()
+    assert sweep.main([f"--workdir={tmp_path}", "--launcher=none"]) == 0
+    assert table(tmp_path)["seed=0"]["attempts"] == "1"
 
 
 def test_a_grid_may_grow_and_not_shrink_or_change(tmp_path, capsys):
@@ -340,46 +348,25 @@ def test_without_pyarrow_the_csv_is_written_alone(tmp_path, capsys, monkeypatch)
     assert not (tmp_path / "results.parquet").exists()
 
 
-def test_workers_share_the_cores_and_gpus(monkeypatch):
-    monkeypatch.setattr(sweep_launchers, "cores", lambda: 8)
+def test_workers_share_the_cores(monkeypatch):
+    monkeypatch.setattr(sweep_attempts, "cores", lambda: 8)
     for name in ("NPROC", "OMP_NUM_THREADS", "XLA_PYTHON_CLIENT_PREALLOCATE"):
         monkeypatch.delenv(name, raising=False)
-    shared = sweep_launchers.environment(workers=3, gpu=1)
+    shared = sweep_attempts.environment(workers=3, gpus=["1", "3"])
     assert (shared["NPROC"], shared["OMP_NUM_THREADS"]) == ("2", "2")
     assert shared["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
-    assert shared["CUDA_VISIBLE_DEVICES"] == "1"
-    assert "NPROC" not in sweep_launchers.environment(workers=1)
+    assert shared["CUDA_VISIBLE_DEVICES"] == "1,3"
+    assert "NPROC" not in sweep_attempts.environment(workers=1)
     monkeypatch.setenv("NPROC", "5")
-    assert sweep_launchers.environment(workers=3)["NPROC"] == "5"
+    assert sweep_attempts.environment(workers=3)["NPROC"] == "5"
 
 
 def test_more_workers_than_runs_are_none_too_many():
-    scheduler = sweep.Scheduler([], lambda run, slot: None, 10**15, retries=0, changed=print)
+    scheduler = sweep.Scheduler([], lambda runs, slot: None, 10**15, retries=0, changed=print)
     assert not scheduler.step()
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_the_table_redraws_itself_on_a_terminal(tmp_path, monkeypatch):
-    monkeypatch.setenv("LINES", "6")
-    monkeypatch.setenv("COLUMNS", "40")
-    runs = sweep_grid.expand(SCRIPT, ["seed=0:9"], "")
-    entries = [sweep_view.Entry(sweep_records.RunFolder(tmp_path, run)) for run in runs]
-    entries[7].state, entries[7].began = "running", time.monotonic() - 65
-    (tmp_path / "runs" / "seed=7").mkdir(parents=True)
-    rows = b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 1.25}\n{"step": 3, "lo'
-    (tmp_path / "runs" / "seed=7" / "metrics.jsonl").write_bytes(rows)
-    view = sweep_view.View(entries, stream := Terminal())
-    view.update()
-    first = stream.getvalue()
-    view.update()
-    assert stream.getvalue() == first  # not more than once a second
-    view.close()
-    lines = first.replace("\x1b[2K", "").split("\n")
-    assert re.match(r"seed=7  running  2/3   loss 1.250  1:05$", lines[1])
-    assert lines[-2] == "9 runs: 1 running, 8 waiting; 6 not sho"
-    assert all(len(line) < 40 for line in lines)
-    assert stream.getvalue().count("\x1b[5A") == 1
+def test_jobs_without_slurm_are_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        sweep.main(["--help"])
+    assert "cluster=local" in capsys.readouterr().out

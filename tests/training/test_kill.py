@@ -81,7 +81,7 @@ def check_same(workdir: Path, undisturbed: Path) -> None:
     assert curve(rows) == curve(rows_in(undisturbed))
     events = scalars(read_events(workdir / "events.out.tfevents.0.run"))
     assert [step for step, _ in events] == [row["step"] for row in rows]
-    assert [values["loss"] for _, values in events] == [row["loss"] for row in rows]
+    assert [values["train/loss"] for _, values in events] == [row["loss"] for row in rows]
     assert (workdir / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
     assert checkpoints_in(workdir) == checkpoints_in(undisturbed)
 

@@ -5,7 +5,7 @@ import json
 import os
 
 import pytest
-from event_files import read_events, scalars
+from event_files import hyperparameters, read_events, scalars
 from tiny_run import run_config, snapshot
 
 from deltaproduct_jax import files
@@ -43,9 +43,24 @@ def test_rows_and_events_say_the_same(recorded):
     events = read_events(recorded / FILE_NAME)
     assert [step for step, _ in scalars(events)] == [2, 4, 6, 8, 10, 12]
     for step, values in scalars(events):
-        wanted = {"loss": 1 / step, "accuracy": step / 100, "tokens": 8 * step}
-        assert values == pytest.approx(wanted | {"tokens_per_second": 4.0})
-    assert events[1].wall_time == 1002.0
+        wanted = {"train/loss": 1 / step, "train/accuracy": step / 100, "train/tokens": 8 * step}
+        assert values == pytest.approx(wanted | {"train/tokens_per_second": 4.0})
+    assert events[4].wall_time == 1002.0
+
+
+def test_events_are_grouped_and_begin_with_the_settings(recorded):
+    run = RunRecords(recorded, CONFIG)
+    run.cut_back(0)
+    run.append(row(2) | {"valid_loss": 0.5, "valid_sequence_accuracy": 0.25})
+    events = read_events(recorded / FILE_NAME)
+    ((_, values),) = scalars(events)
+    assert (values["valid/loss"], values["train/loss"]) == (0.5, 0.5)
+    assert {name.partition("/")[0] for name in values} == {"train", "valid"}
+    settings, outcomes = hyperparameters(events)
+    assert settings["learning_rate"] == CONFIG.train.learning_rate
+    assert (settings["group"], settings["eval_lengths"]) == ("Z3", "4,6")
+    assert settings["tie_embeddings"] is False
+    assert set(outcomes) - values.keys() == set()
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"step": 14, "lo', b'{"step": 14, "loss": 0.1}', b"\x00"])
@@ -66,7 +81,7 @@ def test_cut_back(recorded, torn, step):
     (file,) = recorded.glob("events.*")
     events = scalars(read_events(file))
     assert [step for step, _ in events] == steps
-    assert events[-1][1]["loss"] == 7.0
+    assert events[-1][1]["train/loss"] == 7.0
 
 
 def test_cut_back_to_the_start(recorded):

@@ -16,7 +16,7 @@ import math
 import re
 import time
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -306,6 +306,7 @@ def claim(
     grids: Sequence[str],
     fixed: str,
     most: int = MOST_RUNS,
+    accept: Callable[[Run], None] = lambda run: None,
 ) -> list[Run]:
     """The runs of a sweep, saved in its folder before any is started.
 
@@ -313,7 +314,7 @@ def claim(
     hold every run that is there, to which theirs are added.
 
     Raises:
-        ConfigError: the grids cannot be honoured.
+        ConfigError: the grids cannot be honoured, or ``accept`` raises it of a run.
         RunDirectoryError: the folder holds another sweep, or cannot be read or written.
     """
     saved_script, saved = read_list(folder) if is_there(folder / LIST) else (None, [])
@@ -331,9 +332,11 @@ def claim(
     module = load_script(saved_script or script)
     for run in saved:  # the program may have changed since
         refuse_other_config(run.config, build(module, run.settings), folder / RUNS / run.name)
+    wanted = expand(saved_script or script, grids, fixed, most) if grids else saved
+    for run in wanted:
+        accept(run)
     if not grids:
         return saved
-    wanted = expand(saved_script or script, grids, fixed, most)
     with folder_lock(folder):
         if (folder / LIST).exists():  # or has come into being, by another process
             saved_script, saved = read_list(folder)

@@ -93,15 +93,6 @@ class RunFolder:
         """Time that these attempts took together."""
         return sum(entry["seconds"] for entry in self.attempts())
 
-    def last_line(self, since: int = 0) -> str:
-        """The last line of the log, if it was written after its first ``since`` bytes."""
-        with open(self.path / LOG, "rb") as file:
-            file.seek(max(since, os.path.getsize(self.path / LOG) - TAIL_BYTES))
-            lines = file.read().decode(errors="replace").split("\n")
-        # A bar that redraws itself leaves what it drew before in the same line.
-        lines = [line.rpartition("\r")[2].strip() for line in lines]
-        return next(filter(None, reversed(lines)), "")
-
     def state(self) -> str:
         """As far as records tell: done, failed, started or pending."""
         if self.results() is not None:
@@ -129,9 +120,25 @@ class RunFolder:
             "state": state,
             **outcomes("results", results or {}),
             "train_seconds": train_seconds(self.path / METRICS),
-            "attempts": len(attempts),
+            # One that came to its end out of every sweep's sight took one nevertheless.
+            "attempts": max(len(attempts), int(state == "done")),
             "error": attempts[-1]["error"] if state == "failed" else None,
         }
+
+
+def size_of(path: Path) -> int:
+    """Bytes in a file, 0 without one."""
+    return os.path.getsize(path) if path.exists() else 0
+
+
+def last_line(path: Path, since: int = 0) -> str:
+    """The last line of a log, if it was written after its first ``since`` bytes."""
+    with open(path, "rb") as file:
+        file.seek(max(since, os.path.getsize(path) - TAIL_BYTES))
+        lines = file.read().decode(errors="replace").split("\n")
+    # A bar that redraws itself leaves what it drew before in the same line.
+    lines = [line.rpartition("\r")[2].strip() for line in lines]
+    return next(filter(None, reversed(lines)), "")
 
 
 def _tail(path: Path) -> bytes:

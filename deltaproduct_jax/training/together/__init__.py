@@ -1,0 +1,1 @@
+"""Runs that differ only in numbers, trained together by one compiled program."""

@@ -1,0 +1,314 @@
+"""Runs that differ only in numbers (`numbers.FREE`), trained together by one compiled program.
+
+Each run is what it would be alone: the same data, the same losses to rounding, its own directory,
+early stop and best checkpoint. It may have been begun alone, and may go on alone. Whoever is behind
+catches up first; whoever has stopped is left out of the program once that saves more time than
+compiling a smaller one takes.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import require_directory
+from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.evaluation import Evaluation, batches_of, scored
+from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
+from deltaproduct_jax.training.progress import Stopwatch
+from deltaproduct_jax.training.provenance import describe_start
+from deltaproduct_jax.training.records import CONFIG, is_there
+from deltaproduct_jax.training.step import Metrics, Params
+from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.together.mapped import (
+    MappedProgram,
+    mesh_of_runs,
+    numbers_of,
+    put,
+    shapes_in_slots,
+    slots_for,
+    stacked,
+)
+from deltaproduct_jax.training.together.member import Member, Outcome, require_same_models
+from deltaproduct_jax.training.together.numbers import FREE, program_of
+
+
+def train_together(
+    configs: Sequence[RunConfig], workdirs: Sequence[Path], argv: Sequence[str]
+) -> list[Outcome]:
+    """Trains runs in one program on the devices of this process, or goes on where they stood.
+
+    Args:
+        configs: of the runs; they differ in the numbers of `numbers.FREE` alone.
+        workdirs: a run directory each, as `loop.train` takes it.
+        argv: the command, for the record.
+
+    Returns:
+        Of each run what results.json holds, or the error that ended it. The others went on.
+
+    Raises:
+        ConfigError: the runs do not fit into one program, or not into this machine.
+        Stopped: a signal asked for the end; all is saved.
+    """
+    _require_one_program(configs)
+    for workdir in workdirs:
+        require_directory(workdir)
+    require_memory_of_config(configs[0])
+    with stop_on_signals() as request:
+        mesh = mesh_of_runs()
+        runs = zip(configs, workdirs, strict=True)
+        members = [Member(config, workdir, mesh.size) for config, workdir in runs]
+        require_same_models(members)
+        try:
+            Group(members, mesh, request).train(argv)
+        finally:
+            for member in reversed(members):
+                member.close()
+    return [member.outcome for member in members]
+
+
+def _require_one_program(configs: Sequence[RunConfig]) -> None:
+    if len({program_of(config.to_dict()) for config in configs}) != 1:
+        names = ", ".join(name for names in FREE.values() for name in names)
+        raise ConfigError(f"runs that are trained together may differ in {names} alone")
+
+
+class Pauses:
+    """Pauses of one kind, in which all stopwatches stand still; ``seconds`` is their sum."""
+
+    def __init__(self, watches: Sequence[Stopwatch]):
+        self._watches = watches
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of every account but this one."""
+        began = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            for watch in self._watches:
+                stack.enter_context(watch.paused())
+            yield
+        self.seconds += time.perf_counter() - began
+
+
+class Group:
+    """The members, who has which slot of the program, and the loop over its steps."""
+
+    def __init__(self, members: Sequence[Member], mesh: Mesh, request: StopRequest):
+        self.members = members
+        self.config = members[0].config  # for what all have in common
+        self._request = request
+        self._mesh = mesh
+        self._watch = Stopwatch()
+        watches = [self._watch, *(member.stopwatch for member in members)]
+        self._compiling, self._evaluating = Pauses(watches), Pauses(watches)
+        self._programs: dict[int, MappedProgram] = {}  # by their number of slots
+        self._training: list[Member] = []
+        self._steps_made, self._seconds = 0, 0.0
+
+    def train(self, argv: Sequence[str]) -> None:
+        """Trains every member to its end."""
+        slots = slots_for(len(self.members), self._mesh)
+        first = self.members[0]
+        like = shapes_in_slots(first.like, slots, self._mesh)
+        require_memory_of_state(like)
+        if not all(is_there(member.workdir / CONFIG) for member in self.members):
+            self._lower(slots)  # what this machine cannot run leaves nothing behind
+        self._go_on("before the first step")
+        start = describe_start(argv, {}, None, dict(self._mesh.shape))
+        for member in self.members:
+            member.open(start | {"runs_together": len(self.members)})
+        self._run()
+        self._test()
+
+    def _go_on(self, where: str) -> None:
+        if self._request.is_set():
+            raise Stopped(
+                f"stopped by {self._request.name} {where}; the same command goes on",
+                self._request.signal_number,
+            )
+
+    def _program(self, slots: int) -> MappedProgram:
+        if slots not in self._programs:
+            definition = self.members[0].definition
+            self._programs[slots] = MappedProgram(
+                self.config, definition, self._mesh, self._compiling
+            )
+        return self._programs[slots]
+
+    def _lower(self, slots: int) -> None:
+        first = self.members[0]
+        of_one = (first.like, first.data_key, numbers_of(self.config.train), np.bool_(True))
+        shapes = shapes_in_slots(of_one, slots, self._mesh)
+        try:
+            self._program(slots).train_step.lower(self.config.length_at(1), *shapes)
+        except ValueError as error:
+            if self.config.model.implementation is None:
+                raise
+            raise ConfigError(str(error)) from error
+
+    def _seat(self, members: Sequence[Member]) -> None:
+        """Moves the states of these members into slots of a program that is no larger than needed.
+
+        What is left of the slots repeats the first member, and nobody looks at it.
+        """
+        slots = slots_for(len(members), self._mesh)
+        in_slots = [*members, *[members[0]] * (slots - len(members))]
+        place = lambda tree: put(tree, self._mesh)
+        self.program, self._seated = self._program(slots), list(members)
+        self._state = place(stacked([member.state for member in in_slots]))
+        self._keys = place(jnp.stack([member.data_key for member in in_slots]))
+        self._numbers = place(stacked([numbers_of(member.config.train) for member in in_slots]))
+        self._training = []
+        for member in members:
+            member.state = None
+
+    def _let_train(self, training: list[Member]) -> None:
+        """From here on these make steps, and the rest of those seated do not."""
+        if training == self._training:
+            return
+        for member in training:
+            member.sharing = len(training)
+            if member not in self._training:
+                member.stopwatch.lap()
+        self._training = training
+        takes_part = [member in training for member in self._seated]
+        spare = slots_for(len(self._seated), self._mesh) - len(self._seated)
+        self._takes_part = put(np.array(takes_part + [False] * spare), self._mesh)
+
+    def _run(self) -> None:
+        """Steps until every member is over, or until asked to end."""
+        going = [member for member in self.members if not member.is_over()]
+        if going:
+            self._seat(going)
+        self._watch.lap()
+        pending: tuple[int, Metrics, list[Member]] | None = None
+        while going:
+            step = 1 + min(member.step for member in going)
+            self._let_train([member for member in going if member.step == step - 1])
+            metrics = self._step(step)
+            # Only now that this step is under way are the numbers of an earlier one fetched.
+            if pending is not None:
+                self._note(*pending)
+                pending = None
+            stopping = self._request.reached(step)
+            if not (stopping or self._training[0].stops_at(step)):
+                if self.config.is_logged(step):
+                    pending = step, metrics, self._training
+                continue
+            self._look(step, metrics, save=stopping)
+            self._go_on(f"after step {step} of {self.config.train.steps}")
+            going = [member for member in going if not member.is_over()]
+            self._make_room(going)
+
+    def _step(self, step: int) -> Metrics:
+        arguments = self._state, self._keys, self._numbers, self._takes_part
+        self._state, metrics = self.program.train_step(self.config.length_at(step), *arguments)
+        for member in self._training:
+            member.step = step
+        self._steps_made += 1
+        return metrics
+
+    def _of_each(self, tree: Any, members: Sequence[Member]) -> Iterator[tuple[Member, Any]]:
+        """Each of these members with its part of arrays [S, ...], in the host's memory."""
+        on_host = jax.device_get(tree)
+        for slot, member in enumerate(self._seated):
+            if member in members:
+                yield member, jax.tree.map(lambda x, slot=slot: x[slot], on_host)
+
+    def _note(self, step: int, metrics: Metrics, training: Sequence[Member]) -> None:
+        for member, own in self._of_each(metrics, training):
+            member.note(step, own)
+        self._show(step)
+
+    def _look(self, step: int, metrics: Metrics, *, save: bool) -> None:
+        """Evaluates, records and saves those that made a step."""
+        evaluations: dict[Member, Evaluation] = {}
+        numbers = dict(self._of_each(metrics, self._training))
+        if self.config.is_evaluated(step):
+            with self._evaluating.paused():
+                length = self.config.select_length
+                evaluations = self._evaluate(self._state.params, "valid", length, self._training)
+        for member, state in self._of_each(self._state, self._training):
+            state = jax.device_put(state)
+            member.stand_at(step, numbers[member], evaluations.get(member), state, save=save)
+        self._show(step)
+
+    def _evaluate(
+        self, params: Params, split: str, length: int, members: Sequence[Member]
+    ) -> dict[Member, Evaluation]:
+        """What the parameters of each of these members, in its slot of ``params``, are worth."""
+        outputs: dict[Member, list[Any]] = {member: [] for member in members}
+        for index in batches_of(self.config, length):
+            keys = jax.vmap(lambda key, index=index: batch_key(key, split, index))(self._keys)
+            found = self.program.eval_step(length, params, put(keys, self._mesh))
+            for member, own in self._of_each(found, members):
+                outputs[member].append(own)
+        return {member: scored(member.config, own) for member, own in outputs.items()}
+
+    def _make_room(self, going: Sequence[Member]) -> None:
+        """Goes on with a smaller program where that pays."""
+        self._seconds += self._watch.lap()
+        if not going:
+            return
+        steps_left = self.config.train.steps - min(member.step for member in going)
+        seconds_left = steps_left * self._seconds / self._steps_made
+        have, want = (slots_for(len(each), self._mesh) for each in (self._seated, going))
+        if is_worth_compiling(have, want, seconds_left, self._compiling.seconds):
+            for member, state in self._of_each(self._state, going):
+                member.state = state
+            self._seat(going)
+
+    def _test(self) -> None:
+        """Scores the best checkpoint of every member that came to its end."""
+        over = []
+        for member in self.members:
+            if member.outcome is None:
+                member.state = member.best()
+                over += [member] if member.outcome is None else []
+        if not over:
+            return
+        self._seat(over)
+        tests: dict[Member, list[dict[str, Any]]] = {member: [] for member in over}
+        for length in self.config.task.test_lengths:
+            found = self._evaluate(self._state.params, "test", length, over)
+            for member, evaluation in found.items():
+                tests[member].append(evaluation.to_dict(length))
+            self._go_on("before the results")
+        for member in over:
+            member.end(tests[member])
+
+    def _show(self, step: int) -> None:
+        """A line on standard error: the least and the largest of the runs."""
+        last = [member.records.rows[-1:] for member in self._training if member.outcome is None]
+        rows = [row for (row,) in filter(None, last) if row["step"] == step]
+        if not rows:
+            return
+        text = f"step {step}/{self.config.train.steps}  {len(rows)} runs"
+        for name in ("loss", "accuracy", "valid_sequence_accuracy"):
+            values = [row[name] for row in rows if name in row]
+            if values:
+                text += f"  {name} {min(values):.4f} to {max(values):.4f}"
+        speed = sum(row["tokens_per_second"] for row in rows)
+        print(f"{text}  tokens/s {speed:,.0f}", file=sys.stderr, flush=True)
+
+
+def is_worth_compiling(have: int, want: int, seconds_left: float, compiling: float) -> bool:
+    """Whether a program of fewer slots saves more time than making it takes.
+
+    Args:
+        have: slots of the program in use.
+        want: slots that are needed.
+        seconds_left: until the end, with the program in use.
+        compiling: seconds that compiling has taken so far.
+    """
+    return want <= have // 2 and (1 - want / have) * seconds_left > compiling

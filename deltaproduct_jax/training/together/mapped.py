@@ -1,0 +1,119 @@
+"""The steps of several runs as one program: mapped over the runs of a device, cut over devices.
+
+Every array has the runs in front: ``[S, ...]`` for the ``S`` slots of a program, each of which
+holds one run. A device of the mesh holds ``S / devices`` of them whole, and they exchange nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from deltaproduct_jax.parallel import layout
+from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.loop import CompiledByLength
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.progress import Stopwatch
+from deltaproduct_jax.training.step import (
+    Metrics,
+    ModelDefinition,
+    Params,
+    TrainState,
+    counting_first,
+    loss_and_correct,
+    make_train_step,
+)
+from deltaproduct_jax.training.together.numbers import Numbers
+
+RUNS = "runs"  # the mesh's only axis
+
+
+def mesh_of_runs() -> Mesh:
+    """All devices of this process, along the runs."""
+    devices = np.array(layout.all_devices())
+    return Mesh(devices, (RUNS,), axis_types=(AxisType.Auto,))
+
+
+class MappedProgram:
+    """The compiled steps for the slots of a group.
+
+    Args:
+        config: of any of the runs, which differ in their numbers alone.
+        definition: of any of their models.
+        mesh: over which the slots are cut.
+        stopwatch: paused while something compiles.
+    """
+
+    def __init__(
+        self, config: RunConfig, definition: ModelDefinition, mesh: Mesh, stopwatch: Stopwatch
+    ):
+        self._mesh = mesh
+        task, train = config.task, config.train
+
+        def train_one(
+            length: int, state: TrainState, key: jax.Array, numbers: Numbers, takes_part: jax.Array
+        ) -> tuple[TrainState, Metrics]:
+            batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
+            if train.grow_from is not None:
+                batch = counting_first(batch, config.counted_at(state.step + 1), length)
+            optimizer, schedule = make_optimizer(train, numbers), make_schedule(train, numbers)
+            update = make_train_step(definition, optimizer, schedule, train.accumulation_steps)
+            after, metrics = update(state, batch)
+            keep = lambda new, old: jnp.where(takes_part, new, old)
+            return jax.tree.map(keep, after, state), metrics
+
+        def eval_one(length: int, params: Params, key: jax.Array):
+            batch = task.batch(key, train.eval_batch_size, length)
+            loss, correct_BT = loss_and_correct(definition, params, batch)
+            return loss, correct_BT, batch.mask
+
+        # (length, state, keys [S], numbers [S], takes_part [S]) -> (state, metrics [S])
+        self.train_step = CompiledByLength(self._mapped(train_one), stopwatch, donate=True)
+        # (length, params, keys [S]) -> (loss [S], correct [S, B, T], mask [S, B, T])
+        self.eval_step = CompiledByLength(self._mapped(eval_one), stopwatch)
+
+    def _mapped(self, function: Callable) -> Callable:
+        def mapped(length: int, *arrays: Any) -> Any:
+            run = jax.vmap(partial(function, length))
+            if self._mesh.size > 1:
+                spec = PartitionSpec(RUNS)
+                # In shard_map, so that kernels run on each device.
+                run = jax.shard_map(
+                    run, mesh=self._mesh, in_specs=spec, out_specs=spec, check_vma=False
+                )
+            return run(*arrays)
+
+        return mapped
+
+
+def slots_for(runs: int, mesh: Mesh) -> int:
+    """Slots that so many runs take: as many on every device."""
+    return -(-runs // mesh.size) * mesh.size
+
+
+def put(tree: Any, mesh: Mesh) -> Any:
+    """A tree of arrays ``[S, ...]`` where programs want it."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(RUNS)))
+
+
+def shapes_in_slots(tree: Any, slots: int, mesh: Mesh) -> Any:
+    """Shapes of what one run has, in all slots."""
+    sharding = NamedSharding(mesh, PartitionSpec(RUNS))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype, sharding=sharding), tree
+    )
+
+
+def stacked(trees: Sequence[Any]) -> Any:
+    """Trees of the same structure as one of arrays ``[S, ...]`` in the host's memory."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(list(trees)))
+
+
+def numbers_of(train: TrainConfig) -> Numbers:
+    """The numbers of a run as a program takes them, float32."""
+    return jax.tree.map(np.float32, Numbers.of(train))

@@ -1,0 +1,202 @@
+"""A run that is trained together with others: all that a run does, but for computing.
+
+It has the directory, locks, records, checkpoints and the rules of a run that is trained alone, by
+being one (`Trainer`); its steps and evaluations are computed for it. What goes wrong with it, such
+as a loss that is no number or a damaged checkpoint, ends it and none of the others.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.models import count_parameters
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.training import resume
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.evaluation import Evaluation
+from deltaproduct_jax.training.locks import run_lock
+from deltaproduct_jax.training.loop import Trainer, initial_model
+from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.profiling import PROFILE, Profiler
+from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
+from deltaproduct_jax.training.start import layout_of
+from deltaproduct_jax.training.step import Metrics, TrainState, init_state, split_model
+from deltaproduct_jax.training.throughput import Throughput
+
+Outcome = dict[str, Any] | RunDirectoryError | FloatingPointError
+# Columns of a row that are of the devices, which the run shares with the others.
+SHARED = ("mfu", "tokens_per_second_per_device")
+
+
+class Member(Trainer):
+    """One of the runs of a group.
+
+    Args:
+        config: of the run.
+        workdir: its directory.
+        mesh_size: devices that the group is spread over.
+
+    Attributes:
+        step: the last one made.
+        outcome: what results.json holds, or what went wrong; None before the end.
+        state: before its first step, or where it was taken up; None once the group has it.
+        like: the shapes of a state.
+        statics: what its model keeps beside parameters, by its place.
+        sharing: runs that train on the devices now.
+    """
+
+    def __init__(self, config: RunConfig, workdir: Path, mesh_size: int):
+        model = initial_model(config)
+        definition, params = split_model(model)
+        self.workdir = workdir
+        self.step = 0
+        self.outcome: Outcome | None = None
+        self.state: TrainState | None = init_state(params, make_optimizer(config.train))
+        self.like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+        )
+        self.definition = definition
+        self.statics = _statics(model)
+        self.sharing = 1
+        self._held = contextlib.ExitStack()
+        layout = layout_of(config, lambda: model, DeviceConfig(mesh="data:1"))
+        parameters = count_parameters(params)["total"]
+        throughput = Throughput(mesh_size, layout.device_kind, parameters)
+        super().__init__(config, definition, layout, throughput, Profiler(None, workdir / PROFILE))
+
+    @contextlib.contextmanager
+    def contained(self) -> Iterator[None]:
+        """What goes wrong inside becomes the run's outcome."""
+        try:
+            yield
+        except (RunDirectoryError, FloatingPointError) as error:
+            self.outcome = error
+
+    def open(self, start: Mapping[str, Any]) -> None:
+        """Takes the run directory, and what is in it: a finished run, or one that goes on.
+
+        Args:
+            start: what run.json is to say of this start, but for what is the run's own.
+        """
+        with self.contained():
+            self._held.enter_context(run_lock(self.workdir))
+            self.records = RunRecords(self.workdir, self.config)
+            self.outcome = self.records.results()
+            if self.outcome is not None:
+                return
+            resume.prepare(self.records, None, self.state)
+            self.checkpoints = Checkpoints(self.workdir / CHECKPOINTS)
+            self._held.enter_context(self.checkpoints)
+            newest = self.checkpoints.newest()
+            self.state = resume.newest_state(self.checkpoints, self.state)
+            self.step = newest or 0
+            self.records.cut_back(self.step)
+            own = {"resumed_from": newest, "seeds": self.config.seeds()}
+            self.records.add_start({**start, **own})
+
+    def close(self) -> None:
+        """Gives the directory back, once every save has reached the disk."""
+        with self.contained():
+            self._held.close()
+
+    def is_over(self) -> bool:
+        """Whether it makes no more steps."""
+        if self.outcome is not None or self.step >= self.config.train.steps:
+            return True
+        return self._suffices(self.records.rows)
+
+    def stops_at(self, step: int) -> bool:
+        """Whether there is anything to do behind ``step`` but to note its numbers."""
+        return self._stops_at(step)
+
+    def note(self, step: int, metrics: Metrics) -> None:
+        """Records a step behind which nothing else is done."""
+        if self.outcome is not None:
+            return
+        with self.contained():
+            self.records.append(self._row(step, metrics, self.records.rows))
+
+    def stand_at(
+        self,
+        step: int,
+        metrics: Metrics,
+        evaluation: Evaluation | None,
+        state: TrainState,
+        *,
+        save: bool,
+    ) -> None:
+        """Records a step and saves the state behind it, if that is due or asked for.
+
+        Args:
+            step: its number.
+            metrics: of the step.
+            evaluation: of the validation split, if it was evaluated.
+            state: behind the step.
+            save: whether to save it in any case.
+        """
+        if self.outcome is not None:
+            return
+        with self.contained():
+            row = self._row(step, metrics, self.records.rows)
+            if evaluation is not None:
+                row |= evaluation.to_row()
+            if self.config.is_logged(step):
+                self.records.append(row)
+            self._save(state, row, self.records, self.checkpoints, always=save)
+
+    def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
+        row = super()._row(step, metrics, rows)
+        return row | {name: self.sharing * row[name] for name in SHARED if name in row}
+
+    def best(self) -> TrainState | None:
+        """The state of its best checkpoint; None, and an outcome, where there is none."""
+        with self.contained():
+            self._best_step, state = resume.best_state(self.checkpoints, self.like)
+            return state
+        return None
+
+    def end(self, tests: Sequence[dict[str, Any]]) -> None:
+        """Writes the results; ``tests`` has an entry for each test length."""
+        with self.contained():
+            results = {
+                "steps": self.step,
+                "best_step": self._best_step,
+                "parameters": count_parameters(self.like.params),
+                "test": list(tests),
+            }
+            self.records.write_results(results)
+            self.outcome = results
+
+
+def require_same_models(members: Sequence[Member]) -> None:
+    """ConfigError if a number in which runs differ is kept by a model, to be read at every step."""
+    first = members[0]
+    for member in members[1:]:
+        for place, value in member.statics.items():
+            there = first.statics.get(place)
+            if value != there:
+                raise ConfigError(
+                    f"{member.workdir.name} cannot be trained together with {first.workdir.name}: "
+                    f"their models differ beyond parameters, {place} being {value} and {there}; "
+                    "give another launcher"
+                )
+
+
+def _statics(model: nnx.Module) -> dict[str, Any]:
+    """Numbers, texts and configurations that the parts of a model keep, by their place."""
+    found: dict[str, Any] = {}
+    for path, part in nnx.iter_modules(model):
+        for name, value in vars(part).items():
+            is_plain = isinstance(value, bool | int | float | str | tuple | np.generic)
+            # The model's own configuration is read for what all runs of a program share.
+            if is_plain or (path and dataclasses.is_dataclass(value)):
+                found[".".join(map(str, (*path, name)))] = value
+    return found
