@@ -1,11 +1,16 @@
-"""The reference's models: folders as it writes them, and what it computes with them."""
+"""The reference's models: folders as it writes them, what it computes with them, and ours."""
 
 import functools
 import json
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from safetensors.numpy import load_file, save_file
+
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 
 FOLDERS = Path(__file__).parent / "data" / "fla"
 NAMES = ("a_gated", "b_ungated")
@@ -55,3 +60,16 @@ def as_fork(name):
     saved["use_gate"] = saved.pop("use_output_gate")
     saved |= {"expand_k": 1.0, "layer_type": "product", "norm_first": False, "clamp_min": None}
     return saved, content
+
+
+def drawn(config: ModelConfig):
+    """A model of ours with parameters of no particular kind, for which nothing is compiled."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+    draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    return nnx.merge(graph, jax.tree.map(draw, nnx.to_pure_dict(shapes)))
+
+
+def parameters(model):
+    """Arrays of a model by their place."""
+    return nnx.to_pure_dict(nnx.state(model, nnx.Param))

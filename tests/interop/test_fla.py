@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden_models import FOLDERS, NAMES, as_fork, config, golden, tensors, write
+from golden_models import FOLDERS, NAMES, as_fork, config, drawn, golden, parameters, tensors, write
 from helpers import IMPLEMENTATIONS, relative_error
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.interop.fla.tensors import key_and_turn
-from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import make_mesh
 
@@ -179,18 +179,13 @@ def test_float16_is_converted_when_asked(tmp_path):
     assert all(np.array_equal(found[key], x.astype(np.float32)) for key, x in half.items())
 
 
-def drawn(mixer, **fields):
-    """A small model whose parameters are all different."""
+def tiny(mixer, **fields):
     fields = {"use_output_gate": True, "use_short_conv": True} | fields
-    config = ModelConfig(mixer=mixer, **TINY, **fields)
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
-    rng = np.random.default_rng(0)
-    draw = lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return nnx.merge(graph, jax.tree.map(draw, nnx.to_pure_dict(shapes)))
+    return drawn(ModelConfig(mixer=mixer, **TINY, **fields))
 
 
 def assert_same_model(one, other):
-    values = [nnx.to_pure_dict(nnx.state(model, nnx.Param)) for model in (one, other)]
+    values = [parameters(one), parameters(other)]
     assert jax.tree.structure(values[0]) == jax.tree.structure(values[1])
     jax.tree.map(np.testing.assert_array_equal, *values)
     used = {"mixer", "norm_eps", "mlp_width", "tie_embeddings", *TINY}
@@ -213,13 +208,13 @@ def assert_same_model(one, other):
     ],
 )
 def test_ours_written_and_read_is_the_same_model(mixer, fields, tmp_path):
-    model = drawn(mixer, **fields)
+    model = tiny(mixer, **fields)
     fla.save(model, tmp_path)
     assert_same_model(model, fla.load(tmp_path, implementation="recurrent"))
 
 
 def test_several_files_with_an_index(tmp_path):
-    model = drawn("gated_delta_product")
+    model = tiny("gated_delta_product")
     fla.save(model, tmp_path, most_bytes=2000)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
@@ -246,7 +241,7 @@ def test_parameters_are_read_onto_a_mesh():
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):
-    model = drawn("gated_delta_product")
+    model = tiny("gated_delta_product")
     fla.save(model, tmp_path / "tiny", facts={"Training": {"tokens": 1234567, "loss": None}})
     card = (tmp_path / "tiny" / "README.md").read_text()
     assert card.startswith("# tiny\n\ngated_delta_product with 2 Householder factors per token")
@@ -299,7 +294,7 @@ def test_what_they_lack_is_not_written(mixer, fields, says, tmp_path):
 
 
 def test_a_folder_with_a_model_is_not_written_over(tmp_path):
-    model = drawn("delta_net")
+    model = tiny("delta_net")
     fla.save(model, tmp_path)
     with pytest.raises(RunDirectoryError, match=r"holds README.md, config.json, model.safetensors"):
         fla.save(model, tmp_path)
