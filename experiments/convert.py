@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
-from deltaproduct_jax.files import read_json, require_directory, to_json, user_path, write_file
+from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
+from deltaproduct_jax.files import require_directory, to_json, user_path, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.settings import check_fields, setting
@@ -87,15 +88,13 @@ def command(argv: Sequence[str]) -> None:
 
 def _read(source: Path, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
     """The model of either kind of directory, and what is known of it."""
-    saved = read_json(source / CONFIG, dict[str, Any])
-    if "model_type" in saved:
+    if is_folder_of_fla(source):
         if options.checkpoint != "best":
             raise ConfigError(f"checkpoint={options.checkpoint} is for runs; {source} is a folder")
         return fla.load(source, param_dtype=options.param_dtype), {}
     if options.param_dtype is not None:
         raise ConfigError(f"param_dtype={options.param_dtype} is for folders; {source} is a run")
-    named = options.checkpoint
-    run = load_run(source, int(named) if named.isascii() and named.isdigit() else named)
+    run = load_run(source, checkpoint_of(options.checkpoint))
     return run.model, facts_of_run(source, run.config, run.step)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.evaluation.command import register
+from deltaproduct_jax.evaluation.command import NAME, register
 from deltaproduct_jax.evaluation.tasks import PAPER
 from deltaproduct_jax.files import to_json, write_file
 from deltaproduct_jax.settings import check_fields, setting
@@ -46,7 +46,7 @@ class EvaluateConfig:
     dtype: str | None = setting(None, "dtype of the computation; none: the model's own")
     max_length: int = setting(2048, "tokens of a prompt and what follows; longer ones are cut left")
     add_bos: bool = setting(True, "BOS, the token that begins a document, stands before every text")
-    seed: int = setting(0, "of examples that are drawn for prompts, and of resampling")
+    seed: int = setting(0, "of examples drawn for prompts, of resampling, and of drawn tokens")
     mesh: str = setting("data:1", "devices: data and fsdp cut batches, tensor cuts heads")
 
     def __post_init__(self):
@@ -61,7 +61,7 @@ class EvaluateConfig:
 
     def model_args(self) -> dict[str, Any]:
         """Keywords of the harness's class."""
-        names = ("checkpoint", "tokenizer", "dtype", "max_length", "add_bos", "mesh")
+        names = ("checkpoint", "tokenizer", "dtype", "max_length", "add_bos", "mesh", "seed")
         return {"path": self.model} | {name: getattr(self, name) for name in names}
 
 
@@ -89,7 +89,7 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
     if unknown:
         raise ConfigError(f"tasks={','.join(unknown)}: the harness knows no such task")
     return harness.simple_evaluate(
-        model="deltaproduct",
+        model=NAME,
         model_args=options.model_args(),
         tasks=list(options.tasks),
         num_fewshot=options.num_fewshot,

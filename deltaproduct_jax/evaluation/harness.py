@@ -3,19 +3,21 @@
 Imported by the harness only, or where the extra ``evaluation`` is installed.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.models import open_model
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer
+from deltaproduct_jax.models.generation import Generator, Request, Sampling
 
-NAME = "deltaproduct"
 MAX_LENGTH = 2048
 
 
@@ -32,6 +34,7 @@ class DeltaProductLM(TemplateLM):
         max_gen_toks: tokens that are generated where a task says nothing.
         add_bos: whether BOS, the token that begins a document, stands before every text.
         mesh: devices, as the flag of that name.
+        seed: of tokens that a task wants drawn.
         max_batch_size: taken for the harness's sake; there is no search for a batch size.
         device: likewise; JAX's default devices are used.
 
@@ -53,6 +56,7 @@ class DeltaProductLM(TemplateLM):
         max_gen_toks: int = 256,
         add_bos: bool = True,
         mesh: str = "data:1",
+        seed: int = 0,
         max_batch_size: int | None = None,
         device: str | None = None,
     ):
@@ -64,12 +68,12 @@ class DeltaProductLM(TemplateLM):
         require_at_least("max_length", max_length, 2)
         require_at_least("max_gen_toks", max_gen_toks, 1)
         where = str(path or pretrained)
-        model, self.text = open_model(
+        model, self.text, self._ends = open_model(
             where, checkpoint=str(checkpoint), tokenizer=tokenizer, dtype=dtype
         )
         self.scorer = Scorer(model, batch_size=int(batch_size), mesh=mesh)
         self.max_length, self.max_gen_toks, self.add_bos = max_length, max_gen_toks, add_bos
-        self.batch_size = int(batch_size)
+        self.batch_size, self.seed = int(batch_size), seed
         self._name = where
 
     @property
@@ -135,3 +139,49 @@ class DeltaProductLM(TemplateLM):
         ids = self.tok_encode(text, add_special_tokens=False)
         windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
         return map(make_disjoint_window, windows)
+
+    @functools.cached_property
+    def _generator(self) -> Generator:
+        return Generator(
+            self.scorer.model,
+            rows=self.batch_size,
+            decode=self.text.decode,
+            vocab_size=self.text.vocab_size,
+        )
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes behind each prompt, up to a task's strings or the document's end.
+
+        Prompts are cut at their left where they and what is asked for exceed ``max_length``.
+        """
+        asked = [self._request(index, *request.args) for index, request in enumerate(requests)]
+        order = sorted(range(len(asked)), key=lambda index: -len(asked[index].prompt))
+        texts = [""] * len(asked)
+        with tqdm(total=len(asked), disable=disable_tqdm, desc="texts") as bar:
+            for piece in self._generator.stream((asked[i] for i in order), seed=self.seed):
+                texts[order[piece.index]] += piece.text
+                bar.update(piece.reason is not None)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
+
+    def _request(self, index: int, prompt: str, options: Mapping[str, Any]) -> Request:
+        given = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
+        most, stop = given.pop("max_gen_toks"), given.pop("until")
+        sampling = {name: given.pop(name) for name in ("top_k", "top_p", "min_p") if name in given}
+        is_drawn, temperature = given.pop("do_sample"), given.pop("temperature", 1.0)
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)}: no known option of a task that has text written"
+            )
+        if most >= self.max_length:
+            raise ConfigError(f"max_gen_toks={most} must be below max_length={self.max_length}")
+        ids = self.tok_encode(prompt) or [self.prefix_token_id]
+        return Request(
+            prompt=ids[most - self.max_length :],
+            max_tokens=most,
+            sampling=Sampling(temperature=temperature if is_drawn else 0.0, **sampling),
+            key=index,
+            stop_tokens=self._ends,
+            stop=tuple(string for string in stop if string),
+        )

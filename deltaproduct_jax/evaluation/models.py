@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -17,6 +17,20 @@ from deltaproduct_jax.training.runs import load_run
 
 # What a folder of Hugging Face's may hold, in the order in which they are tried.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+class Opened(NamedTuple):
+    """What :func:`open_model` returns.
+
+    Attributes:
+        model: the model.
+        tokenizer: what reads text for it.
+        ends: ids that end a document: BOS, which begins the next one, and the folder's EOS.
+    """
+
+    model: SequenceModel
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
 
 
 def is_folder_of_fla(directory: Path) -> bool:
@@ -35,7 +49,7 @@ def checkpoint_of(text: str) -> str | int:
 
 def open_model(
     path: str, *, checkpoint: str = "best", tokenizer: str | None = None, dtype: str | None = None
-) -> tuple[SequenceModel, Tokenizer]:
+) -> Opened:
     """The model in a directory, and the tokenizer that reads text for it.
 
     Args:
@@ -65,7 +79,14 @@ def open_model(
         raise ConfigError(
             f"tokenizer has {found.vocab_size} ids; the model has {model.config.vocab_size}"
         )
-    return (model if dtype is None else with_dtype(model, dtype)), found
+    ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory))))
+    return Opened(model if dtype is None else with_dtype(model, dtype), found, ends)
+
+
+def _eos_of(directory: Path) -> list[int]:
+    """The ids that a folder of Hugging Face's says end a document; a run has none."""
+    said = read_json(directory / CONFIG, dict[str, Any]).get("eos_token_id")
+    return [end for end in (said if isinstance(said, list) else [said]) if isinstance(end, int)]
 
 
 def _beside(directory: Path) -> Tokenizer | None:

@@ -104,6 +104,11 @@ class Scorer:
             progress(len(chosen))
         return [found[index] for index in range(len(pairs))]
 
+    @property
+    def model(self) -> SequenceModel:
+        """The model, with its parameters where they lie."""
+        return nnx.merge(self._graph, self._params)
+
     def _batch(self, pairs: list[Pair]) -> list[Scored]:
         inputs, targets, counted = self._rows(pairs)
         state = self._init()
