@@ -44,6 +44,7 @@ ALLOWED_SKIPS = (
     "needs a GPU",
     "needs libtpu",
     "needs Triton",
+    "needs lm_eval",
 )
 
 _unexpected_skips: list[str] = []

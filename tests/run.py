@@ -2,7 +2,8 @@
 
 All tests that are not marked slow run; ``--slow`` runs the slow ones instead. ``--extra=tpu`` adds
 the compiler for TPUs (package libtpu, 200 MB), ``--extra=gpu`` that of the GPU kernels (Triton, 200
-MB), ``--extra=gluon`` a newer one for those in Gluon; without them the tests that need them skip.
+MB), ``--extra=gluon`` a newer one for those in Gluon, ``--extra=evaluation`` lm-evaluation-harness
+(300 MB); without them the tests that need them skip.
 The whole run is shared by two processes. Anything else is passed on to pytest, which then is one
 process. Needs nothing but Python 3.11 or newer.
 """

@@ -1,4 +1,4 @@
-"""Packages that only work on text needs: imported where they are used, named where missing."""
+"""Packages that only some work needs: imported where they are used, named where missing."""
 
 import importlib
 from types import ModuleType
@@ -6,7 +6,7 @@ from types import ModuleType
 from deltaproduct_jax.errors import ConfigError
 
 
-def require(package: str, what: str) -> ModuleType:
+def require(package: str, what: str, extra: str = "data") -> ModuleType:
     """The module ``package``, or one line that says what it is for and how to install it.
 
     Raises:
@@ -19,5 +19,5 @@ def require(package: str, what: str) -> ModuleType:
         if (error.name or "").partition(".")[0] != root:
             raise  # it is there, and something that it needs itself is not
         raise ConfigError(
-            f"{what} needs the package {root}; pip install 'deltaproduct_jax[data]' installs it"
+            f"{what} needs the package {root}; pip install 'deltaproduct_jax[{extra}]' installs it"
         ) from error

@@ -24,10 +24,11 @@ EXTRAS = {
     "tpu": "requirements-tpu.txt",
     "gpu": "requirements-gpu.txt",
     "gluon": "requirements-gluon.txt",
+    "evaluation": "requirements-evaluation.txt",
 }
 # Those that the tests' own process shall find; Triton only a child finds, or every program of every
 # test would hold a branch for GPUs.
-ON_PATH = ("tpu",)
+ON_PATH = ("tpu", "evaluation")
 
 
 def extra_folder(extra: str) -> Path:

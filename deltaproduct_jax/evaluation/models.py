@@ -1,0 +1,111 @@
+"""A model and its tokenizer, from a run directory or a folder of flash-linear-attention."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from deltaproduct_jax.data.manifest import MANIFEST
+from deltaproduct_jax.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_of
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import read_json, user_path
+from deltaproduct_jax.interop import fla
+from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.training.records import CONFIG
+from deltaproduct_jax.training.runs import load_run
+
+# What a folder of Hugging Face's may hold, in the order in which they are tried.
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
+
+class Opened(NamedTuple):
+    """What :func:`open_model` returns.
+
+    Attributes:
+        model: the model.
+        tokenizer: what reads text for it.
+        ends: ids that end a document: BOS, which begins the next one, and the folder's EOS.
+    """
+
+    model: SequenceModel
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+
+
+def is_folder_of_fla(directory: Path) -> bool:
+    """Whether a directory's config.json is that of a model, not of a run.
+
+    Raises:
+        RunDirectoryError: it cannot be read.
+    """
+    return "model_type" in read_json(directory / CONFIG, dict[str, Any])
+
+
+def checkpoint_of(text: str) -> str | int:
+    """What ``load_run`` takes for a checkpoint: a step is a number."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def open_model(
+    path: str, *, checkpoint: str = "best", tokenizer: str | None = None, dtype: str | None = None
+) -> Opened:
+    """The model in a directory, and the tokenizer that reads text for it.
+
+    Args:
+        path: run directory, or folder of flash-linear-attention.
+        checkpoint: of a run: best, newest, or a step.
+        tokenizer: as ``data.tokenizer.open_tokenizer`` takes it; None for the one that belongs to
+            the directory: of a run that of its text, of a folder the file beside the model.
+        dtype: dtype of the computation; None for the model's own.
+
+    Raises:
+        ConfigError: there is no tokenizer, or it has ids that the model does not have.
+        RunDirectoryError: the directory cannot be read.
+    """
+    directory = user_path(path)
+    if is_folder_of_fla(directory):
+        model, own = fla.load(directory), _beside(directory)
+    else:
+        run = load_run(directory, checkpoint_of(checkpoint))
+        model, own = run.model, _of_text(run.config.task)
+    found = own if tokenizer is None else open_tokenizer(tokenizer)
+    if found is None:
+        raise ConfigError(
+            f"tokenizer is missing, and {directory} names none; it may be bytes, mistral, or the "
+            "path of a tokenizer.json or of a SentencePiece model"
+        )
+    if found.vocab_size > model.config.vocab_size:
+        raise ConfigError(
+            f"tokenizer has {found.vocab_size} ids; the model has {model.config.vocab_size}"
+        )
+    ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory))))
+    return Opened(model if dtype is None else with_dtype(model, dtype), found, ends)
+
+
+def _eos_of(directory: Path) -> list[int]:
+    """The ids that a folder of Hugging Face's says end a document; a run has none."""
+    said = read_json(directory / CONFIG, dict[str, Any]).get("eos_token_id")
+    return [end for end in (said if isinstance(said, list) else [said]) if isinstance(end, int)]
+
+
+def _beside(directory: Path) -> Tokenizer | None:
+    paths = (directory / name for name in TOKENIZERS)
+    return next((open_tokenizer(str(path)) for path in paths if path.is_file()), None)
+
+
+def _of_text(task: Any) -> Tokenizer | None:
+    """The tokenizer of the first prepared folder that a run reads."""
+    folders = [user_path(name) for name in getattr(task, "data", ())]
+    return next((tokenizer_of(f) for f in folders if (f / MANIFEST).is_file()), None)
+
+
+def with_dtype(model: SequenceModel, dtype: str) -> SequenceModel:
+    """The same parameters, computed with in another dtype.
+
+    Raises:
+        ConfigError: there is no such dtype.
+    """
+    config = dataclasses.replace(model.config, dtype=dtype)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))

@@ -1,0 +1,1 @@
+"""Models of other projects: their folders read into ours, and ours written as theirs."""

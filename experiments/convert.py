@@ -1,0 +1,116 @@
+"""Checkpoints of flash-linear-attention to ours and back, from and to folders and run directories.
+
+    python -m experiments.convert --source=runs/s3 --workdir=models/s3
+
+writes the best checkpoint of a run as a folder that flash-linear-attention loads, with a model
+card. ``--source`` may also be such a folder: it is written anew in today's format, that of the
+paper's fork included. With ``--to=run`` it becomes a run directory that training goes on from:
+
+    python -m experiments.convert --source=models/s3 --to=run --like=runs/s3 --workdir=runs/more
+    python -m experiments.state_tracking --config=runs/more/config.json --workdir=runs/more
+
+Source: https://github.com/fla-org/flash-linear-attention, its models' config.json and tensors.
+Expect: one line that says what was written; tensors are the same bit by bit.
+Takes: seconds for models of some megabytes; reading and writing the file for large ones.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
+from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
+from deltaproduct_jax.files import require_directory, to_json, user_path, write_file
+from deltaproduct_jax.interop import fla
+from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
+from deltaproduct_jax.training.runs import load_run, read_config
+from deltaproduct_jax.training.step import init_state, split_model
+from experiments.lib import flags
+from experiments.lib.model_facts import facts_of_run
+
+PRESETS: dict[str, dict[str, Any]] = {"default": {}}
+TARGETS = ("fla", "run")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertConfig:
+    """What is read and what is written; raises ConfigError where the fields make no sense."""
+
+    source: str = setting("", "run directory, or folder of flash-linear-attention")
+    to: str = setting("fla", "fla: a folder of flash-linear-attention; run: a run directory")
+    checkpoint: str = setting("best", "of a run directory: best, newest, or a step")
+    like: str | None = setting(
+        None, "run directory whose task and training a new run takes; for to=run"
+    )
+    param_dtype: str | None = setting(
+        None, "dtype to convert a folder's parameters to; none: as they are there"
+    )
+    bos_token_id: int | None = setting(1, "for config.json: id of the token that begins a document")
+    eos_token_id: int | None = setting(2, "for config.json: id of the token that ends one")
+    pad_token_id: int | None = setting(None, "for config.json: id of padding")
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.source:
+            raise ConfigError("--source is missing; give a run directory or a folder")
+        require_one_of("to", self.to, TARGETS)
+        if (self.to == "run") != (self.like is not None):
+            raise ConfigError(
+                f"to={self.to} and like={self.like} do not fit; like is for to=run, which needs it"
+            )
+
+    @property
+    def ids(self) -> dict[str, int | None]:
+        """Ids of special tokens."""
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return {name: getattr(self, name) for name in names}
+
+
+def command(argv: Sequence[str]) -> None:
+    """Reads, writes, and says so."""
+    parsed = flags.parse(argv, {"convert": ConvertConfig}, PRESETS)
+    options = ConvertConfig(**parsed.sections["convert"])
+    source = user_path(options.source)
+    model, facts = _read(source, options)
+    if options.to == "fla":
+        fla.save(model, parsed.workdir, facts=facts, **options.ids)
+    else:
+        _write_run(model, user_path(options.like), parsed.workdir)
+    print(f"{source} -> {parsed.workdir}")
+
+
+def _read(source: Path, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
+    """The model of either kind of directory, and what is known of it."""
+    if is_folder_of_fla(source):
+        if options.checkpoint != "best":
+            raise ConfigError(f"checkpoint={options.checkpoint} is for runs; {source} is a folder")
+        return fla.load(source, param_dtype=options.param_dtype), {}
+    if options.param_dtype is not None:
+        raise ConfigError(f"param_dtype={options.param_dtype} is for folders; {source} is a run")
+    run = load_run(source, checkpoint_of(options.checkpoint))
+    return run.model, facts_of_run(source, run.config, run.step)
+
+
+def _write_run(model: SequenceModel, like: Path, workdir: Path) -> None:
+    """A run that has made no step yet, with this model in its first checkpoint."""
+    other = read_config(like)
+    config = RunConfig(other.task, model.config, other.train, other.plugins)
+    require_directory(workdir)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise RunDirectoryError(f"{workdir} is not empty; give another workdir")
+    _, params = split_model(model)
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        checkpoints.save(init_state(params, make_optimizer(config.train)), 0, None)
+    # Last: without it the directory is no run, and none begins in it.
+    write_file(workdir / CONFIG, to_json(config.to_dict()))
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""The script between both worlds: a run, a folder, and a run again."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from golden_models import FOLDERS, as_fork, drawn, parameters, tensors, write
+from safetensors.numpy import load_file
+
+from deltaproduct_jax import load_run
+from deltaproduct_jax.files import to_json
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.step import init_state, split_model
+from experiments import convert, state_tracking
+
+COMMIT = "0123abc"
+ROW = {"step": 5, "loss": 1.25, "accuracy": 0.5, "tokens": 1920, "tokens_per_second": 1.0}
+ROW |= {"time": 1.0, "valid_token_accuracy": 0.5}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run as it stands after five steps, without a step having been made."""
+    task = GroupTask(group="Z3", train_length=6, eval_lengths=(6,))
+    model = ModelConfig(vocab_size=task.vocab_size, hidden_size=8, num_heads=2, head_dim=4)
+    train = TrainConfig(steps=8, batch_size=64, log_every=1, eval_sequences=64, eval_batch_size=64)
+    config = RunConfig(task, model, train)
+    folder = tmp_path_factory.mktemp("run")
+    _, params = split_model(drawn(model))
+    with Checkpoints(folder / "checkpoints") as checkpoints:
+        checkpoints.save(init_state(params, make_optimizer(train)), 5, (0.5,))
+    (folder / "config.json").write_bytes(to_json(config.to_dict()))
+    (folder / "run.json").write_bytes(to_json({"starts": [{"commit": COMMIT, "argv": ["a", "b"]}]}))
+    (folder / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
+    return folder
+
+
+def converted(source, workdir, *more):
+    assert (
+        convert.flags.run(convert.command, [f"--source={source}", f"--workdir={workdir}", *more])
+        == 0
+    )
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(run, tmp_path_factory):
+    """The run's best checkpoint."""
+    return converted(run, tmp_path_factory.mktemp("converted") / "f")
+
+
+def test_a_run_becomes_a_folder_with_its_card(folder):
+    card = (folder / "README.md").read_text()
+    said = {"task": "GroupTask", "steps": 5, "tokens": "1,920", "loss": 1.25, "commit": COMMIT}
+    for what, value in said.items():
+        assert f"| {what} | {value} |" in card
+
+
+def test_a_folder_becomes_a_run_that_is_the_same_model(run, folder, tmp_path, capsys):
+    new = converted(folder, tmp_path / "new", "--to=run", f"--like={run}")
+    assert capsys.readouterr().out == f"{folder} -> {new}\n"
+    before, after = load_run(run), load_run(new, "newest")
+    jax.tree.map(np.testing.assert_array_equal, parameters(before.model), parameters(after.model))
+    assert (before.config.task, before.config.train) == (after.config.task, after.config.train)
+    assert after.step == 0
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_a_folder(run, folder, tmp_path):
+    new = converted(folder, tmp_path / "new", "--to=run", f"--like={run}")
+    assert state_tracking.main([f"--config={new / 'config.json'}", f"--workdir={new}"]) == 0
+    starts = json.loads((new / "run.json").read_text())["starts"]
+    assert [start["resumed_from"] for start in starts] == [0]
+    rows = [json.loads(line) for line in (new / "metrics.jsonl").read_text().splitlines()]
+    # Parameters of order one, as these are, are far from where a run of its own begins.
+    assert rows[0]["step"] == 1
+    assert rows[0]["param_norm"] > 20
+
+
+def test_the_fork_is_written_in_todays_format(tmp_path):
+    fork = write(tmp_path / "fork", *as_fork("b_ungated"))
+    today = converted(fork, tmp_path / "today", "--eos_token_id=3", "--bos_token_id=none")
+    written = load_file(today / "model.safetensors")
+    assert written.keys() == tensors("b_ungated").keys()
+    saved = json.loads((today / "config.json").read_text())
+    assert (saved["bos_token_id"], saved["eos_token_id"]) == (None, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--source is missing"),
+        (["--source=RUN", "--to=run"], "to=run and like=None do not fit"),
+        (["--source=RUN", "--to=torch"], "to='torch' is not known"),
+        (["--source=RUN", "--param_dtype=bfloat16"], "param_dtype=bfloat16 is for folders"),
+        ([f"--source={FOLDERS / 'a_gated'}", "--checkpoint=4"], "checkpoint=4 is for runs"),
+        (["--source=RUN/nowhere"], "config.json cannot be read"),
+        (
+            [f"--source={FOLDERS / 'a_gated'}", "--to=run", "--like=RUN"],
+            "vocab_size=97 must be the task's",
+        ),
+    ],
+)
+def test_what_cannot_be_converted_is_one_line(arguments, says, run, tmp_path, capsys):
+    arguments = [argument.replace("RUN", str(run)) for argument in arguments]
+    code = convert.flags.run(convert.command, [f"--workdir={tmp_path / 'w'}", *arguments])
+    assert code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert not (tmp_path / "w").exists()
+
+
+def test_nothing_is_written_into_a_directory_in_use(run, folder, capsys):
+    argv = [f"--source={folder}", "--to=run", f"--like={run}", f"--workdir={run}"]
+    assert convert.flags.run(convert.command, argv) == 2
+    assert "is not empty" in capsys.readouterr().err
