@@ -226,11 +226,11 @@ class Generator:
         left = ENDLESS if request.max_tokens is None else request.max_tokens
         return Rows(
             state=self._fresh if request.prefix is None else request.prefix.state,
-            token=jnp.asarray([_last(request)], jnp.int32),
-            length=jnp.asarray([request.length], jnp.int32),
-            own=jnp.asarray([index if request.key is None else request.key], jnp.uint32),
-            left=jnp.asarray([left], jnp.int32),
-            stops=jnp.asarray([stops], jnp.int32),
+            token=np.asarray([_last(request)], np.int32),
+            length=np.asarray([request.length], np.int32),
+            own=np.asarray([index if request.key is None else request.key], np.uint32),
+            left=np.asarray([left], np.int32),
+            stops=np.asarray([stops], np.int32),
             rules=rules_of([request.sampling], self.vocab_size),
         )
 
@@ -330,7 +330,7 @@ def _last(request: Request) -> int:
     return request.prompt[-1] if request.prompt else request.prefix.token
 
 
-def _without_padding(prompts: Any, mask: Any) -> list[Sequence[int]]:
+def _without_padding(prompts: Any, mask: Any) -> list[Any]:
     if mask is None:
         return list(prompts)
     prompts, mask = np.asarray(prompts), np.asarray(mask)

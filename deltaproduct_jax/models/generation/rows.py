@@ -111,7 +111,7 @@ class Programs:
     def _put(self, rows: Rows, index: Int[Array, ""], row: Rows) -> Rows:
         """``rows`` with another row at one place."""
         write = jax.lax.dynamic_update_slice_in_dim
-        return self._map(lambda axis, x, y: write(x, y.astype(x.dtype), index, axis), rows, row)
+        return self._map(lambda axis, x, y: write(x, y, index, axis), rows, row)
 
     def _take(self, rows: Rows, index: Int[Array, ""]) -> Rows:
         """One of ``rows``, for itself."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
@@ -48,10 +49,10 @@ PLAIN = Sampling()
 class Rules(NamedTuple):
     """:class:`Sampling` of every row, in arrays, so that other values need no other program."""
 
-    temperature: Float[Array, " B"]
-    top_k: Int[Array, " B"]
-    top_p: Float[Array, " B"]
-    min_p: Float[Array, " B"]
+    temperature: Float[Array | np.ndarray, " B"]
+    top_k: Int[Array | np.ndarray, " B"]
+    top_p: Float[Array | np.ndarray, " B"]
+    min_p: Float[Array | np.ndarray, " B"]
 
 
 class Needs(NamedTuple):
@@ -67,10 +68,10 @@ ALL = Needs(draws=True, sorts=True)
 def rules_of(samplings: Sequence[Sampling], vocab_size: int) -> Rules:
     """The arrays of several rows' settings."""
     return Rules(
-        jnp.asarray([s.temperature for s in samplings], jnp.float32),
-        jnp.asarray([min(s.top_k or vocab_size, vocab_size) for s in samplings], jnp.int32),
-        jnp.asarray([s.top_p for s in samplings], jnp.float32),
-        jnp.asarray([s.min_p for s in samplings], jnp.float32),
+        np.asarray([s.temperature for s in samplings], np.float32),
+        np.asarray([min(s.top_k or vocab_size, vocab_size) for s in samplings], np.int32),
+        np.asarray([s.top_p for s in samplings], np.float32),
+        np.asarray([s.min_p for s in samplings], np.float32),
     )
 
 
@@ -101,6 +102,7 @@ def likely(
         rules: settings by row; a temperature of 0 counts as 1 here.
         sorts: False where no row has a ``top_k`` or ``top_p``.
     """
+    rules = Rules(*map(jnp.asarray, rules))
     temperature = jnp.where(rules.temperature > 0, rules.temperature, 1)
     scaled = logits.astype(jnp.float32) / temperature[:, None]
     # log(0) is -inf, and allows all.
@@ -130,7 +132,7 @@ def probabilities(logits: Float[Array, "B V"], rules: Rules) -> Float[Array, "B 
     scaled, kept = likely(logits, rules)
     best = jax.nn.one_hot(jnp.argmax(logits, axis=1), logits.shape[1])
     drawn = jax.nn.softmax(jnp.where(kept, scaled, -jnp.inf), axis=1)
-    return jnp.where(rules.temperature[:, None] > 0, drawn, best)
+    return jnp.where(jnp.asarray(rules.temperature)[:, None] > 0, drawn, best)
 
 
 def draw(
@@ -154,5 +156,5 @@ def draw(
         # token's own, whatever the others are: rounding then changes a draw only in a near tie.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         drawn = jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=1)
-        tokens = jnp.where(rules.temperature > 0, drawn, tokens)
+        tokens = jnp.where(jnp.asarray(rules.temperature) > 0, drawn, tokens)
     return jnp.where(jnp.isfinite(jnp.max(logits, axis=1)), tokens, -1).astype(jnp.int32)
