@@ -61,7 +61,8 @@ class Request:
 
     def __post_init__(self) -> None:
         """Checks every field, and makes plain ids of the prompt."""
-        prompt = np.asarray(self.prompt)
+        of_bytes = isinstance(self.prompt, bytes)  # ids as a tokenizer of bytes has them
+        prompt = np.asarray(list(self.prompt) if of_bytes else self.prompt)
         if prompt.ndim != 1 or not (prompt.size == 0 or np.issubdtype(prompt.dtype, np.integer)):
             raise ConfigError(f"prompt={shown(self.prompt)} must be whole numbers in one dimension")
         object.__setattr__(self, "prompt", prompt.tolist())
