@@ -107,8 +107,11 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         state: AttentionState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        num_segments: int | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """Mixes whole sequences; see :class:`RecurrentMixer` for the arguments."""
+        if num_segments is not None:
+            return self._by_segment(x, state, segment_ids, mask, num_segments)
         if state is not None:
             self._check_room(state.length, self.max_length)
         if 0 in x.shape:

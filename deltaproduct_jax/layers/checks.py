@@ -104,7 +104,10 @@ def check_options(implementation: Any, chunk_size: Any, available: Iterable[str]
 
 
 def checks_sequences(call: Function) -> Function:
-    """A method ``(x, *, state=, segment_ids=, mask=)`` of a mixer that first checks these."""
+    """A method ``(x, *, state=, segment_ids=, mask=)`` of a mixer that first checks these.
+
+    With ``num_segments`` among what else it takes, the state is one of every segment.
+    """
 
     @functools.wraps(call)
     def checked(
@@ -118,8 +121,11 @@ def checks_sequences(call: Function) -> Function:
     ) -> Any:
         x = as_inputs(x, ("B", "T", "D"), self)
         segment_ids, mask = as_rows(x.shape[:2], segment_ids, mask)
+        S = more.get("num_segments")
+        if S is not None:
+            checks.check_segments(S, segment_ids)
         if state is not None:
-            state = as_state("state", state, self, x.shape[0])
+            state = as_state("state", state, self, *(n for n in (x.shape[0], S) if n is not None))
         return call(self, x, state=state, segment_ids=segment_ids, mask=mask, **more)
 
     return typing.cast(Function, checked)
@@ -193,9 +199,20 @@ def refuse_swapped(state: Any, x: Any) -> None:
         )
 
 
-def as_state(name: str, state: Any, mixer: Any, batch_size: int) -> Any:
-    """``state`` in JAX arrays; ValueError unless ``mixer`` could have made it for so many rows."""
-    return as_like(name, state, jax.eval_shape(lambda: mixer.init_state(batch_size)))
+def as_state(name: str, state: Any, mixer: Any, *rows: int) -> Any:
+    """``state`` in JAX arrays; ValueError unless ``mixer`` could have made it for so many rows.
+
+    Of two numbers the second is of segments, each of which has a state.
+    """
+    return as_like(name, state, jax.eval_shape(lambda: states_of(mixer, *rows)))
+
+
+def states_of(mixer: Any, batch_size: int, num_segments: int | None = None) -> Any:
+    """The state of a mixer or model before the first token, of every row or every segment."""
+    if num_segments is None:
+        return mixer.init_state(batch_size)
+    state = mixer.init_state(batch_size * num_segments)
+    return jax.tree.map(lambda x: x.reshape(batch_size, num_segments, *x.shape[1:]), state)
 
 
 def as_like(name: str, tree: Any, like: Any) -> Any:

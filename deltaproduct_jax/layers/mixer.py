@@ -9,11 +9,13 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers import checks
 from deltaproduct_jax.layers.padding import without_padding
+from deltaproduct_jax.ops.packing import by_segment
 from deltaproduct_jax.ops.parts import along_rows_of
 
 _CHECKS = {
@@ -61,6 +63,24 @@ class SequenceMixer(nnx.Module, Generic[State]):
     def init_state(self, batch_size: int) -> State:
         """The state before the first token."""
 
+    def _by_segment(
+        self,
+        x: jax.Array,
+        state: State | None,
+        segment_ids: jax.Array,
+        mask: jax.Array | None,
+        num_segments: int,
+    ) -> tuple[jax.Array, State]:
+        """What a call with ``num_segments`` returns, for those that take it."""
+        state = checks.states_of(self, x.shape[0], num_segments) if state is None else state
+        mask = jnp.ones(x.shape[:2], bool) if mask is None else mask
+
+        def run(tokens: tuple[jax.Array, jax.Array], state: State, counts: jax.Array) -> Any:
+            x, mask = tokens
+            return self(x, state=state, mask=mask & counts)
+
+        return by_segment(run, (x, mask), state, segment_ids)
+
     @abc.abstractmethod
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""
@@ -82,6 +102,7 @@ class RecurrentMixer(SequenceMixer[State]):
         state: State | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        num_segments: int | None = None,
     ) -> tuple[Float[Array, "B T D"], State]:
         """Mixes whole sequences.
 
@@ -92,10 +113,15 @@ class RecurrentMixer(SequenceMixer[State]):
                 where it changes.
             mask: False at padding, anywhere in a row. Padding is skipped: neither convolution nor
                 recurrence sees it, and its output is zero.
+            num_segments: S, segments that a row has at most: every state is then one of each
+                segment, arrays ``[B, S, ...]``, both that before it and that after it. Outputs of
+                segments beyond the S-th are NaN.
 
         Returns:
             The outputs, and the state after the last token of each row's last segment.
         """
+        if num_segments is not None:
+            return self._by_segment(x, state, segment_ids, mask, num_segments)
         given = state is not None
         state = state if given else self.init_state(x.shape[0])
         if 0 in x.shape:

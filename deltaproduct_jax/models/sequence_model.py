@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from deltaproduct_jax.layers.checks import as_rows, as_state, checks_arguments, refuse_swapped
+from deltaproduct_jax.layers.checks import (
+    as_rows,
+    as_state,
+    checks_arguments,
+    refuse_swapped,
+    states_of,
+)
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
@@ -16,7 +22,7 @@ from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
 from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.debug import check_range, is_checking
-from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import gathered_along, placement
 
 MixerState = Any  # of the class that the mixer is registered with
@@ -155,11 +161,18 @@ class SequenceModel(nnx.Module):
         state: ModelState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
+        num_segments: int | None = None,
     ) -> tuple[Float[Array, "B T vocab"], ModelState]:
-        """As calling the model, from a state; returns the logits and the state after the tokens."""
+        """As calling the model, from a state; returns the logits and the state after the tokens.
+
+        With ``num_segments`` every state is one of each of a row's segments, arrays ``[B, S, ...]``
+        before and after it: of a packed row of prompts the state after each prompt.
+        """
         tokens = _as_tokens(tokens, ("B", "T"))
         segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
         self._check_ids(tokens, mask)
+        if num_segments is not None:
+            return self._by_segment(tokens, state, segment_ids, mask, num_segments)
         if state is not None:
             state = self._as_state(state, tokens.shape[0])
         before = [None] * len(self.layers) if state is None else state
@@ -169,6 +182,25 @@ class SequenceModel(nnx.Module):
         resets = None if segment_ids is None else starts_of_segments(segment_ids)
         run = lambda x, before: self._blocks_and_head(x, before, segment_ids, mask)
         return confined(run, x, before, resets, check_state=state is not None)
+
+    def _by_segment(
+        self,
+        tokens: jax.Array,
+        state: ModelState | None,
+        segment_ids: jax.Array | None,
+        mask: jax.Array | None,
+        num_segments: int,
+    ) -> tuple[jax.Array, ModelState]:
+        checks.check_segments(num_segments, segment_ids)
+        rows = (tokens.shape[0], num_segments)
+        state = states_of(self, *rows) if state is None else self._as_state(state, *rows)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
+
+        def run(given: Any, state: ModelState, counts: jax.Array) -> tuple[jax.Array, ModelState]:
+            tokens, mask = given
+            return self.forward(tokens, state=state, mask=mask & counts)
+
+        return by_segment(run, (tokens, mask), state, segment_ids)
 
     def _blocks_and_head(
         self,
@@ -200,7 +232,7 @@ class SequenceModel(nnx.Module):
             after.append(entry)
         return self._head(x), after
 
-    def _as_state(self, state: ModelState, batch_size: int) -> ModelState:
+    def _as_state(self, state: ModelState, *rows: int) -> ModelState:
         """``state`` in JAX arrays; ValueError unless there is an entry a block that fits it."""
         wanted = self.config.registered.state
         kinds = [type(entry).__name__ for entry in state] if isinstance(state, list | tuple) else []
@@ -210,7 +242,7 @@ class SequenceModel(nnx.Module):
                 f"{kinds or type(state).__name__}"
             )
         return [
-            as_state(f"state[{index}]", entry, block.attn, batch_size)
+            as_state(f"state[{index}]", entry, block.attn, *rows)
             for index, (block, entry) in enumerate(zip(self.layers, state, strict=True))
         ]
 

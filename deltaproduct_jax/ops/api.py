@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
-from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import on_each_part, placed, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
@@ -28,13 +28,14 @@ def delta_product(
     g: Float[Array | np.ndarray, "B T Hv"] | None = None,
     *,
     scale: float | None = None,
-    initial_state: Float[Array | np.ndarray, "B Hv K V"] | None = None,
+    initial_state: Float[Array | np.ndarray, "B *S Hv K V"] | None = None,
     segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
+    num_segments: int | None = None,
     use_qk_l2norm: bool = False,
     chunk_size: int | None = None,
     implementation: str | None = None,
     precision: str | jax.lax.Precision | None = None,
-) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B Hv K V"]]:
+) -> tuple[Float[Array, "B T Hv V"], Float[Array, "B *S Hv K V"]]:
     """(Gated) DeltaProduct over a sequence.
 
     With the state S [K, V] of one value head, for every token t::
@@ -57,6 +58,10 @@ def delta_product(
       segment_ids: integers [B, T]: several sequences in one row. The state starts anew where the
         id changes, and an id that returns is a new segment. ``initial_state`` continues the first
         segment of the row; ``final_state`` belongs to its last.
+      num_segments: S, segments that a row has at most: states are then by segment, [B, S, Hv, K,
+        V]. ``initial_state`` is that before each, and instead of ``final_state`` comes the one
+        after each; a segment that is not there keeps its own, and outputs of those beyond the
+        S-th are NaN. Every implementation can; rows are read in pieces of 64 tokens at most.
       use_qk_l2norm: replace q and k by x / sqrt(sum(x**2) + 1e-6), computed in float32; the
         result is rounded to the dtype of q, unless ``precision`` is "high" or "highest".
       chunk_size: tokens in a chunk of the chunked implementation; it changes speed and memory, not
@@ -98,6 +103,15 @@ def delta_product(
       Siems, Carstensen, Zela, Hutter, Pontil, Grazzi. DeltaProduct: Improving State-Tracking in
       Linear RNNs via Householder Products. 2025. https://arxiv.org/abs/2502.10297
     """
+    if num_segments is not None:
+        options = {
+            "scale": scale,
+            "use_qk_l2norm": use_qk_l2norm,
+            "chunk_size": chunk_size,
+            "implementation": implementation,
+            "precision": precision,
+        }
+        return _by_segment((q, k, v, beta, g), initial_state, segment_ids, num_segments, options)
     spread = placement()
     if spread is not None:
         with placed(None):  # what runs on each device is the op as it is
@@ -139,6 +153,28 @@ def delta_product(
         (checks.LAYOUT["o"], checks.LAYOUT["state"]),
         check_vma=not kernels.is_interpreted(implementation),
     )
+
+
+def _by_segment(tokens, initial_states, segment_ids, num_segments, options):
+    """`delta_product` with a state before and after every segment."""
+    checks.check_segments(num_segments, segment_ids)
+    if placement() is not None:
+        raise ValueError(
+            f"num_segments={num_segments} cannot run over a mesh; leave it None there, or give a "
+            "row to every segment"
+        )
+    names = ("q", "k", "v", "beta", "g")
+    arrays = _arrays(**dict(zip(names, tokens, strict=True)), segment_ids=segment_ids)
+    sizes, dtype = checks.check_inputs(arrays), arrays["q"].dtype
+    states = _arrays(initial_state=initial_states)["initial_state"]
+    shape = checks.check_states(states, num_segments, sizes, dtype)
+    states = jnp.zeros(shape, accumulator_dtype(dtype)) if states is None else states
+
+    def run(tokens, state, _):
+        # Of tokens that do not count beta and g are 0 as well.
+        return delta_product(*tokens, initial_state=state, **options)
+
+    return by_segment(run, tuple(arrays[n] for n in names), states, arrays["segment_ids"])
 
 
 def _run(arrays, *, use_qk_l2norm, **options):

@@ -36,12 +36,19 @@ def as_array(name: str, value: Any) -> jax.Array:
     return jnp.asarray(value)
 
 
-def check_inputs(arrays: dict[str, jax.Array | None], *, one_token: bool = False) -> None:
+def check_inputs(
+    arrays: dict[str, jax.Array | None],
+    *,
+    one_token: bool = False,
+) -> dict[str, int]:
     """Checks shapes and dtypes of q, k, v, beta and, where not None, g, states and segment_ids.
 
     Args:
       arrays: by argument name, q first; the first array with a dimension fixes its size.
       one_token: the arrays are those of one token, without the axis T.
+
+    Returns:
+      The size of every dimension.
 
     Raises:
       ValueError: names the argument, what it got and what it may be.
@@ -57,6 +64,28 @@ def check_inputs(arrays: dict[str, jax.Array | None], *, one_token: bool = False
             "Hv must be a multiple of H (each key head serves a group of Hv/H value heads)"
         )
     _check_dtypes(arrays)
+    return sizes
+
+
+def check_segments(num_segments: Any, segment_ids: Any) -> None:
+    """ValueError unless there may be so many segments, and ids say which is which."""
+    check_size("num_segments", num_segments, 1)
+    if segment_ids is None:
+        raise ValueError(
+            f"num_segments={num_segments} needs segment_ids; without them a row is one segment"
+        )
+
+
+def check_states(
+    states: jax.Array | None, num_segments: int, sizes: dict[str, int], dtype: np.dtype
+) -> tuple[int, ...]:
+    """The shape of states by segment; ValueError if ``states`` has another shape or dtype."""
+    layout = ("B", "S", "Hv", "K", "V")
+    sizes = sizes | {"S": num_segments}
+    if states is not None:
+        check_shape("initial_state", states.shape, layout, sizes)
+        _check_dtypes({"q": jnp.zeros((), dtype), "initial_state": states})
+    return tuple(sizes[d] for d in layout)
 
 
 def check_shape(

@@ -123,16 +123,12 @@ def parse(
         ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
         SystemExit: after ``--help``.
     """
-    for argument in argv:
-        if "\0" in argument or not _is_unicode(argument):
-            raise ConfigError(f"argument {argument!a} must be UTF-8 without a NUL character")
+    _check_text(argv)
     sections = chosen(argv, sections, presets)
     values = flags.FlagValues()
     fields = _define(values, sections, set(exclude))
     _define_common(values, presets)
-    rest = values(["", *argv], known_only=False)[1:]
-    if rest:
-        raise ConfigError(f"argument {rest[0]!r} is no flag; a flag is written --name=value")
+    _read(values, argv)
     if values.help:
         print(_help(values, sections, presets))
         raise SystemExit(0)
@@ -144,6 +140,41 @@ def parse(
     path = user_path(workdir)
     require_directory(path)
     return Parsed(resolved, path, saved)
+
+
+def parse_fields(argv: Sequence[str], sections: Sections) -> dict[str, dict[str, Any]]:
+    """Understands the command line of a command that writes no files: fields alone, by section.
+
+    Raises:
+        ConfigError, flags.Error: naming the flag, what it got and what it may be.
+        SystemExit: after ``--help``.
+    """
+    _check_text(argv)
+    values = flags.FlagValues()
+    owner = _define(values, sections, set())
+    _define_help(values)
+    _read(values, argv)
+    if values.help:
+        print("\n".join(_help_of_fields(values, sections, {})))
+        raise SystemExit(0)
+    found: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for name, section in owner.items():
+        if values[name].present:
+            value = values[name].value
+            found[section][name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _read(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    rest = values(["", *argv], known_only=False)[1:]
+    if rest:
+        raise ConfigError(f"argument {rest[0]!r} is no flag; a flag is written --name=value")
+
+
+def _check_text(argv: Sequence[str]) -> None:
+    for argument in argv:
+        if "\0" in argument or not _is_unicode(argument):
+            raise ConfigError(f"argument {argument!a} must be UTF-8 without a NUL character")
 
 
 def _is_unicode(text: str) -> bool:
@@ -211,6 +242,10 @@ def _define_common(values: flags.FlagValues, presets: Presets) -> None:
     flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
     flags.DEFINE_enum("preset", None, list(presets), f"one of {names}", flag_values=values)
     flags.DEFINE_string("config", None, "a saved config.json to run again", flag_values=values)
+    _define_help(values)
+
+
+def _define_help(values: flags.FlagValues) -> None:
     flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
 
 
@@ -284,16 +319,24 @@ def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
 
 def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str:
     lines = [f"--workdir=DIRECTORY is needed. Presets: {', '.join(presets)}.", ""]
+    lines += _help_of_fields(values, sections, presets["default"])
+    common = ("workdir", "preset", "config", "help")
+    return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in common)])
+
+
+def _help_of_fields(
+    values: flags.FlagValues, sections: Sections, defaults: Mapping[str, Any]
+) -> list[str]:
+    lines = []
     for section, config in sections.items():
         lines.append(f"{section}:")
         for field in dataclasses.fields(config):
             if field.name in values:
-                default = presets["default"].get(field.name, field.default)
+                default = defaults.get(field.name, field.default)
                 text = f"{field.metadata['help']} (default {_show(default)})"
                 lines.append(f"  --{field.name}: {text}")
         lines.append("")
-    common = ("workdir", "preset", "config", "help")
-    return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in common)])
+    return lines
 
 
 def _show(value: Any) -> str:

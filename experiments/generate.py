@@ -1,0 +1,132 @@
+"""Text from a trained language model, on standard output.
+
+    python -m experiments.generate --run=DIR --prompt=TEXT --max_tokens=100 --temperature=0.8 \\
+        --top_p=0.95
+
+goes on with the prompt, and shows the text as it comes. ``--prompt`` may be given several times,
+and ``--samples`` asks for several texts of each: they are written at the same time, and shown one
+after another. A text ends after ``--max_tokens``, at a ``--stop`` string, or where the model begins
+another document. The same ``--seed`` gives the same text, whatever is written beside it.
+
+Source: https://arxiv.org/abs/2502.10297; the recurrence lets a model write with a state that stays
+    as large as it was.
+Expect: the prompt and what follows it; tokens and seconds on standard error.
+Takes: seconds to load and compile, then 100 tokens in less than a second for a small model.
+"""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from deltaproduct_jax import load_run
+from deltaproduct_jax.data.tokenizer import Tokenizer
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
+from deltaproduct_jax.models.generation.generator import collect
+from deltaproduct_jax.settings import check_fields, setting
+from experiments.lib import flags
+from experiments.lib.run_tokenizer import tokenizer_of_run
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What is written; raises ConfigError where the fields make no sense."""
+
+    run: str = setting("", "run directory of a language model")
+    checkpoint: str = setting("best", "best, newest, or the step of one")
+    prompt: tuple[str, ...] = setting(
+        (), "text that is gone on with; may be repeated; none: a document's start", repeated=True
+    )
+    samples: int = setting(1, "texts for each prompt")
+    max_tokens: int = setting(100, "tokens of a text at most")
+    stop: tuple[str, ...] = setting((), "a string that ends a text; may be repeated", repeated=True)
+    seed: int = setting(0, "of all draws")
+    rows: int = setting(16, "texts that are written at the same time")
+    echo: bool = setting(True, "show the prompt before what follows it")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_fields(self)
+        if not self.run:
+            raise ConfigError("--run is missing; give the directory of a language model's run")
+        for name in ("samples", "max_tokens", "rows"):
+            require_at_least(name, getattr(self, name), 1)
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed={self.seed} must be from 0 to below 2**63")
+        if "" in self.stop:
+            raise ConfigError("stop holds an empty string, which ends any text")
+
+    @property
+    def texts(self) -> list[str]:
+        """The prompt of every text, in order."""
+        return [prompt for prompt in self.prompt or ("",) for _ in range(self.samples)]
+
+
+def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
+    """What is shown, as it comes; the last line of standard error says how long it took."""
+    run = load_run(
+        config.run, int(config.checkpoint) if config.checkpoint.isdecimal() else config.checkpoint
+    )
+    tokenizer = tokenizer_of_run(run.config)
+    generator = Generator(
+        run.model,
+        rows=min(config.rows, len(config.texts)),
+        decode=tokenizer.decode,
+        vocab_size=tokenizer.vocab_size,
+    )
+    began = time.perf_counter()
+    counted = _Counted(generator.stream(_requests(config, sampling, tokenizer), seed=config.seed))
+    shown = config.texts if config.echo else [""] * len(config.texts)
+    if len(shown) == 1:
+        yield shown[0]
+        yield from (piece.text for piece in counted)
+        yield "\n"
+    else:
+        found = collect(counted, len(shown))
+        for number, (prompt, completion) in enumerate(zip(shown, found, strict=True), 1):
+            yield f"== {number} of {len(shown)} ==\n{prompt}{completion.text}\n"
+    seconds = time.perf_counter() - began
+    print(f"{counted.tokens} tokens in {seconds:.2f} s, compiling included", file=sys.stderr)
+
+
+def _requests(
+    config: GenerateConfig, sampling: Sampling, tokenizer: Tokenizer
+) -> Iterator[Request]:
+    for prompt in config.texts:
+        yield Request(
+            [tokenizer.bos_id, *tokenizer.encode(prompt)],
+            max_tokens=config.max_tokens,
+            sampling=sampling,
+            stop_tokens=(tokenizer.bos_id,),
+            stop=config.stop,
+        )
+
+
+class _Counted:
+    """Pieces as they come, and how many tokens they had."""
+
+    def __init__(self, pieces: Iterator[Piece]):
+        self._pieces, self.tokens = pieces, 0
+
+    def __iter__(self) -> Iterator[Piece]:
+        for piece in self._pieces:
+            self.tokens += len(piece.tokens)
+            yield piece
+
+
+def command(argv: Sequence[str]) -> None:
+    """Writes text to standard output."""
+    values = flags.parse_fields(argv, {"generate": GenerateConfig, "sampling": Sampling})
+    texts = write(GenerateConfig(**values["generate"]), Sampling(**values["sampling"]))
+    try:
+        for text in texts:
+            print(text, end="", flush=True)
+    except BrokenPipeError:
+        # Whoever read has seen enough; Python would flush once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

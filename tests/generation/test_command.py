@@ -1,0 +1,162 @@
+"""The command that writes text, from a run directory; and the one that times writing."""
+
+import dataclasses
+import json
+import types
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltaproduct_jax import load_run
+from deltaproduct_jax.data.tokenizer import ByteTokenizer
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import to_json
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models.generation import Generator, Sampling
+from deltaproduct_jax.settings import setting
+from deltaproduct_jax.tasks.registry import TASKS, register_task
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
+from deltaproduct_jax.training.step import init_state, split_model
+from experiments import generate
+from experiments.lib import flags
+from experiments.lib.run_tokenizer import tokenizer_of_run
+from experiments.op import generation_speed
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes:
+    """Text of bytes, as a task that a run directory may name; nothing of it is trained here."""
+
+    data: tuple[str, ...] = setting(("stdlib",), "text")
+    train_length: int = setting(8, "tokens")
+
+    vocab_size: ClassVar[int] = 257
+    answers_every_token: ClassVar[bool] = True
+    test_lengths: ClassVar[tuple[int, ...]] = (8,)
+
+    def check_length(self, name, length):
+        """Any will do."""
+
+
+def save(run, config):
+    """A run directory with one checkpoint of a model that was not trained."""
+    model = SequenceModel(config.model, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(1)
+    nudge = lambda a: jnp.asarray(a + 0.4 * rng.normal(size=a.shape), a.dtype)
+    nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
+    state = init_state(split_model(model)[1], make_optimizer(config.train))
+    run.mkdir()
+    (run / CONFIG).write_bytes(to_json(config.to_dict()))
+    with Checkpoints(run / CHECKPOINTS) as checkpoints:
+        checkpoints.save(state, 3, (1.0, 1.0))
+        checkpoints.wait()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    register_task("bytes_of_test_command", Bytes)
+    sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8}
+    path = tmp_path_factory.mktemp("generate") / "run"
+    save(path, RunConfig(Bytes(), ModelConfig(vocab_size=257, **sizes), TrainConfig()))
+    yield path
+    del TASKS["bytes_of_test_command"]
+
+
+def written(capsys, run, *argv):
+    assert flags.run(generate.command, [f"--run={run}", *argv]) == 0
+    return capsys.readouterr()
+
+
+def test_the_text_is_the_generators(run, capsys):
+    model, _, step = load_run(run)
+    assert step == 3
+    tokenizer = ByteTokenizer()
+    prompt = [tokenizer.bos_id, *b"def f"]
+    sampling = Sampling(temperature=0.8, top_p=0.95)
+    generator = Generator(model, decode=tokenizer.decode)
+    options = {"sampling": sampling, "stop_tokens": (256,), "max_tokens": 40, "seed": 4}
+    found = generator.generate([prompt], **options)[0]
+    want = found.text
+    assert len(want) > 10
+    argv = ["--prompt=def f", "--max_tokens=40", "--temperature=0.8", "--top_p=0.95", "--seed=4"]
+    shown = written(capsys, run, *argv)
+    assert shown.out == f"def f{want}\n"
+    assert shown.err.startswith(f"{len(found.tokens)} tokens in ")
+    assert written(capsys, run, *argv, "--echo=false").out == f"{want}\n"
+    stop = want[8:10]
+    stopped = written(capsys, run, *argv, f"--stop={stop}").out
+    assert stopped == f"def f{want[: want.index(stop)]}\n"
+    # The same text again as the first of several, of which each is another.
+    several = written(capsys, run, *argv, "--samples=2", "--prompt=x", "--checkpoint=3").out
+    parts = several.split("== ")
+    assert [part.partition(" ==")[0] for part in parts[1:]] == [f"{i} of 4" for i in (1, 2, 3, 4)]
+    assert parts[1] == f"1 of 4 ==\ndef f{want}\n"
+    assert parts[2].startswith("2 of 4 ==\ndef f")
+    assert parts[2][11:] != parts[1][11:]
+    assert parts[3].startswith("3 of 4 ==\nx")
+
+
+def test_text_is_shown_as_it_comes(run, monkeypatch):
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *text, **options: shown.append((text, options)))
+    flags.run(generate.command, [f"--run={run}", "--prompt=a", "--max_tokens=40"])
+    texts = [text for (text,), options in shown if options.get("flush")]
+    assert texts[0] == "a"
+    assert len(texts) > 4  # 40 tokens are three strides
+
+
+def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
+    for argv, text in {
+        (): "--run is missing; give the directory of a language model's run",
+        (f"--run={tmp_path}",): "is no run directory",
+        (f"--run={run}", "--max_tokens=0"): "max_tokens=0 is too small",
+        (f"--run={run}", "--top_p=2"): "top_p=2.0 must be in (0, 1]",
+        (f"--run={run}", "--checkpoint=7"): "checkpoint=7 is not in",
+        (f"--run={run}", "--workdir=x"): "Unknown command line flag 'workdir'",
+        (f"--run={run}", "text"): "argument 'text' is no flag",
+        (f"--run={run}", "--stop="): "stop holds an empty string",
+        (f"--run={run}", "--seed=-1"): "seed=-1 must be from 0",
+    }.items():
+        assert flags.run(generate.command, list(argv)) == flags.USAGE_ERROR
+        error = capsys.readouterr().err
+        assert text in error
+        assert error.count("\n") == 1
+
+
+def test_a_run_without_text_is_named(run):
+    with pytest.raises(ConfigError, match="task First; it must be one that was trained on text"):
+        tokenizer_of_run(types.SimpleNamespace(task=type("First", (), {})()))
+
+
+def test_help_lists_every_field(capsys):
+    with pytest.raises(SystemExit):
+        generate.command(["--help"])
+    shown = capsys.readouterr().out
+    for config in (generate.GenerateConfig, Sampling):
+        for field in dataclasses.fields(config):
+            assert f"--{field.name}: {field.metadata['help']}" in shown
+    assert "--workdir" not in shown
+
+
+def test_writing_is_timed(tmp_path, capsys):
+    argv = [f"--workdir={tmp_path}", "--rows=2", "--max_tokens=4", "--stride=2", "--pieces=4"]
+    argv += ["--prompt_tokens=6", "--repeats=2", "--hidden_size=8", "--num_layers=1"]
+    argv += ["--num_heads=2", "--head_dim=4", "--intermediate_size=8", "--top_p=0.9"]
+    assert flags.run(generation_speed.command, argv) == 0
+    record = json.loads((tmp_path / "generation.json").read_text())
+    assert [(row["what"], row["name"]) for row in record["rows"]] == [
+        *(("write", name) for name in generation_speed.NAMES), ("read", "loop"), ("read", "pieces"),
+    ]  # fmt: skip
+    for row in record["rows"]:
+        assert 0 < row["least"] <= row["tokens_per_s"] <= row["most"]
+    assert record["rows"][0]["times_loop"] == 1
+    assert record["sampling"]["top_p"] == 0.9
+    assert "| write | 2 | scan |" in (tmp_path / "generation.md").read_text()
+    assert "| write | 2 | scan |" in capsys.readouterr().out
