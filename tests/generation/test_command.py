@@ -94,7 +94,8 @@ def test_the_text_is_the_generators(run, capsys):
     stopped = written(capsys, run, *argv, f"--stop={stop}").out
     assert stopped == f"def f{want[: want.index(stop)]}\n"
     # The same text again as the first of several, of which each is another.
-    several = written(capsys, run, *argv, "--samples=2", "--prompt=x", "--checkpoint=3").out
+    more = ["--samples=2", "--prompt=x", "--checkpoint=3", "--rows=1"]
+    several = written(capsys, run, *argv, *more).out
     parts = several.split("== ")
     assert [part.partition(" ==")[0] for part in parts[1:]] == [f"{i} of 4" for i in (1, 2, 3, 4)]
     assert parts[1] == f"1 of 4 ==\ndef f{want}\n"
@@ -145,6 +146,7 @@ def test_help_lists_every_field(capsys):
     assert "--workdir" not in shown
 
 
+@pytest.mark.slow
 def test_writing_is_timed(tmp_path, capsys):
     argv = [f"--workdir={tmp_path}", "--rows=2", "--max_tokens=4", "--stride=2", "--pieces=4"]
     argv += ["--prompt_tokens=6", "--repeats=2", "--hidden_size=8", "--num_layers=1"]

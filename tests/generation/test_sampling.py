@@ -86,10 +86,11 @@ def test_a_program_without_what_no_row_needs_draws_the_same(rows):
 
 
 def test_a_draw_depends_on_seed_key_and_place_alone():
-    logits = jax.random.normal(jax.random.key(3), (1, 1000)).repeat(6, axis=0)
-    rules = rules_of([Sampling()] * 6, 1000)
+    logits = jax.random.normal(jax.random.key(3), (1, 300)).repeat(6, axis=0)
+    rules = rules_of([Sampling()] * 6, 300)
     own, place = jnp.array([7, 7, 8, 7, 9, 7], jnp.uint32), jnp.array([4, 5, 4, 4, 4, 5])
-    seeded = jax.jit(lambda seed: draw(row_keys(jax.random.key(seed), own, place), logits, rules))
+    keys = lambda seed: row_keys(jax.random.key(seed), own, place)
+    seeded = jax.jit(lambda seed: draw(keys(seed), logits, rules, Needs(True, False)))
     drawn = seeded(0)
     assert drawn[0] == drawn[3]
     assert drawn[1] == drawn[5]

@@ -19,7 +19,7 @@ T, S, VOCAB = 78, 3, 11
 
 def model_of(mixer):
     sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8}
-    own = {"use_short_conv": True} if mixer == FAST else {}
+    own = {"use_short_conv": True, "implementation": "recurrent"} if mixer == FAST else {}
     layers = 2 if mixer == "rwkv7" else 1
     config = ModelConfig(vocab_size=VOCAB, mixer=mixer, num_layers=layers, **sizes, **own)
     model = SequenceModel(config, rngs=nnx.Rngs(0))

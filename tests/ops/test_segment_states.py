@@ -167,9 +167,22 @@ def test_pieces_hold_no_boundary_and_few_are_empty():
     numbers, ids = jnp.asarray(ids + 1), jnp.asarray(ids)
     places = jnp.broadcast_to(jnp.arange(50.0)[None], ids.shape)
     S = int(ids.max()) + 1
-    out, states = by_segment(run, (numbers, places), jnp.full((3, S), -1.0), ids, piece=4)
+    read = jax.jit(lambda *given: by_segment(run, *given, ids, piece=4))
+    out, states = read((numbers, places), jnp.full((3, S), -1.0))
     assert seen[0] == (3, 4)
     np.testing.assert_array_equal(out, places)
     for row in range(3):
         starts = [0, *(np.flatnonzero(np.diff(np.asarray(ids[row]))) + 1), 50]
         np.testing.assert_array_equal(states[row, : len(starts) - 1], np.asarray(starts[1:]) - 1)
+
+
+@pytest.mark.slow
+def test_rows_over_an_explicit_axis(packed):
+    arrays, ids = packed
+    run = lambda arrays, ids: delta_product(**arrays, segment_ids=ids, num_segments=S, **OPTIONS)
+    run = jax.jit(run)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    lie = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    got, want = run(*jax.device_put((arrays, ids), lie)), run(arrays, ids)
+    assert got[1].sharding.spec[0] == "data"
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)

@@ -122,9 +122,15 @@ class Generator:
             taken = [seat for seat in seats if seat is not None]
             if not taken:
                 return
-            needs = needs_of([seat.request.sampling for seat in taken])
-            options = {"stride": self.stride, "needs": needs, "vocab_size": self.vocab_size}
-            rows, drawn = self._programs.decode(self._params, rows, key, **options)
+            rows, drawn = self._programs.decode(
+                self._params,
+                rows,
+                key,
+                stride=self.stride,
+                needs=needs_of([seat.request.sampling for seat in taken]),
+                vocab_size=self.vocab_size,
+                keeps=any(seat.request.keep for seat in taken),
+            )
             drawn_B = np.asarray(drawn).T
             for place, seat in enumerate(seats):
                 if seat is None:

@@ -56,7 +56,10 @@ class Programs:
         self._graph, self._axes_of_state = graph, axes_of_state
         self.absorb = jax.jit(self._absorb)
         # What goes on needs no second copy of the state.
-        decode = {"static_argnames": ("stride", "needs", "vocab_size"), "donate_argnames": "rows"}
+        decode = {
+            "static_argnames": ("stride", "needs", "vocab_size", "keeps"),
+            "donate_argnames": "rows",
+        }
         self.decode = jax.jit(self._decode, **decode)
         self.put = jax.jit(self._put, donate_argnames="rows")
         self.take = jax.jit(self._take)
@@ -85,10 +88,13 @@ class Programs:
         stride: int,
         needs: Needs,
         vocab_size: int,
+        keeps: bool,
     ) -> tuple[Rows, Int[Array, "stride B"]]:
         """``stride`` tokens more in every row that goes on; -1 where a row has none.
 
-        A token of -2 says that the logits were not finite; the row ends there.
+        A token of -2 says that the logits were not finite; the row ends there. Only with ``keeps``
+        is the state of a row that has ended kept: all others are then read once more, and cannot
+        be changed in place.
         """
         model = self._model(params)
 
@@ -99,7 +105,7 @@ class Programs:
             drawn = draw(keys, logits[:, :vocab_size], rows.rules, needs)
             ends = (drawn < 0) | jnp.any(drawn[:, None] == rows.stops, axis=1)
             after = rows._replace(
-                state=self._where(goes_on, state, rows.state),
+                state=self._where(goes_on, state, rows.state) if keeps else state,
                 token=jnp.where(goes_on, drawn, rows.token),
                 length=rows.length + goes_on,
                 left=jnp.where(goes_on & ~ends, rows.left - 1, 0),
