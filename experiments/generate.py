@@ -20,22 +20,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from deltaproduct_jax import load_run
-from deltaproduct_jax.data.tokenizer import Tokenizer
 from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.evaluation.models import Opened, open_model
 from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.run_tokenizer import tokenizer_of_run
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
     """What is written; raises ConfigError where the fields make no sense."""
 
-    run: str = setting("", "run directory of a language model")
-    checkpoint: str = setting("best", "best, newest, or the step of one")
+    run: str = setting("", "run directory of a language model, or a folder as fla has them")
+    checkpoint: str = setting("best", "of a run: best, newest, or the step of one")
+    tokenizer: str | None = setting(
+        None, "bytes, mistral, or the path of one; none: the one that the text or folder had"
+    )
     prompt: tuple[str, ...] = setting(
         (), "text that is gone on with; may be repeated; none: a document's start", repeated=True
     )
@@ -66,18 +67,16 @@ class GenerateConfig:
 
 def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
     """What is shown, as it comes; the last line of standard error says how long it took."""
-    run = load_run(
-        config.run, int(config.checkpoint) if config.checkpoint.isdecimal() else config.checkpoint
-    )
-    tokenizer = tokenizer_of_run(run.config)
+    opened = open_model(config.run, checkpoint=config.checkpoint, tokenizer=config.tokenizer)
     generator = Generator(
-        run.model,
+        opened.model,
         rows=min(config.rows, len(config.texts)),
-        decode=tokenizer.decode,
-        vocab_size=tokenizer.vocab_size,
+        decode=opened.tokenizer.decode,
+        vocab_size=opened.tokenizer.vocab_size,
     )
+    requests = _requests(config, sampling, opened)
     began = time.perf_counter()
-    counted = _Counted(generator.stream(_requests(config, sampling, tokenizer), seed=config.seed))
+    counted = _Counted(generator.stream(requests, seed=config.seed))
     shown = config.texts if config.echo else [""] * len(config.texts)
     if len(shown) == 1:
         yield shown[0]
@@ -91,15 +90,14 @@ def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
     print(f"{counted.tokens} tokens in {seconds:.2f} s, compiling included", file=sys.stderr)
 
 
-def _requests(
-    config: GenerateConfig, sampling: Sampling, tokenizer: Tokenizer
-) -> Iterator[Request]:
+def _requests(config: GenerateConfig, sampling: Sampling, opened: Opened) -> Iterator[Request]:
+    tokenizer = opened.tokenizer
     for prompt in config.texts:
         yield Request(
             [tokenizer.bos_id, *tokenizer.encode(prompt)],
             max_tokens=config.max_tokens,
             sampling=sampling,
-            stop_tokens=(tokenizer.bos_id,),
+            stop_tokens=opened.ends,
             stop=config.stop,
         )
 

@@ -6,8 +6,14 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.manifest import MANIFEST
-from deltaproduct_jax.data.tokenizer import Tokenizer, open_tokenizer, tokenizer_of
+from deltaproduct_jax.data.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    open_tokenizer,
+    tokenizer_of,
+)
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, user_path
 from deltaproduct_jax.interop import fla
@@ -95,8 +101,11 @@ def _beside(directory: Path) -> Tokenizer | None:
 
 
 def _of_text(task: Any) -> Tokenizer | None:
-    """The tokenizer of the first prepared folder that a run reads."""
-    folders = [user_path(name) for name in getattr(task, "data", ())]
+    """The tokenizer of the first folder that is there of those that a run reads; all have one."""
+    names = getattr(task, "data", ())
+    if standard_library.NAME in names:
+        return ByteTokenizer()
+    folders = map(user_path, names)
     return next((tokenizer_of(f) for f in folders if (f / MANIFEST).is_file()), None)
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import types
 from typing import ClassVar
 
 import jax
@@ -13,7 +12,7 @@ from flax import nnx
 
 from deltaproduct_jax import load_run
 from deltaproduct_jax.data.tokenizer import ByteTokenizer
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.evaluation import models
 from deltaproduct_jax.files import to_json
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.generation import Generator, Sampling
@@ -26,7 +25,6 @@ from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
 from deltaproduct_jax.training.step import init_state, split_model
 from experiments import generate
 from experiments.lib import flags
-from experiments.lib.run_tokenizer import tokenizer_of_run
 from experiments.op import generation_speed
 
 
@@ -116,7 +114,7 @@ def test_text_is_shown_as_it_comes(run, monkeypatch):
 def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
     for argv, text in {
         (): "--run is missing; give the directory of a language model's run",
-        (f"--run={tmp_path}",): "is no run directory",
+        (f"--run={tmp_path}",): "config.json",
         (f"--run={run}", "--max_tokens=0"): "max_tokens=0 is too small",
         (f"--run={run}", "--top_p=2"): "top_p=2.0 must be in (0, 1]",
         (f"--run={run}", "--checkpoint=7"): "checkpoint=7 is not in",
@@ -131,9 +129,12 @@ def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
-def test_a_run_without_text_is_named(run):
-    with pytest.raises(ConfigError, match="task First; it must be one that was trained on text"):
-        tokenizer_of_run(types.SimpleNamespace(task=type("First", (), {})()))
+def test_a_run_without_text_needs_a_tokenizer(run, monkeypatch, capsys):
+    monkeypatch.setattr(models, "_of_text", lambda task: None)
+    argv = [f"--run={run}", "--prompt=a", "--max_tokens=2"]
+    assert flags.run(generate.command, argv) == flags.USAGE_ERROR
+    assert "tokenizer is missing, and" in capsys.readouterr().err
+    assert written(capsys, run, *argv[1:], "--tokenizer=bytes").out.startswith("a")
 
 
 def test_help_lists_every_field(capsys):
