@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -14,6 +17,7 @@ from deltaproduct_jax import load_run
 from deltaproduct_jax.data.tokenizer import ByteTokenizer
 from deltaproduct_jax.evaluation import models
 from deltaproduct_jax.files import to_json
+from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.generation import Generator, Sampling
 from deltaproduct_jax.settings import setting
@@ -26,6 +30,8 @@ from deltaproduct_jax.training.step import init_state, split_model
 from experiments import generate
 from experiments.lib import flags
 from experiments.op import generation_speed
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +151,24 @@ def test_help_lists_every_field(capsys):
         for field in dataclasses.fields(config):
             assert f"--{field.name}: {field.metadata['help']}" in shown
     assert "--workdir" not in shown
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough_ends_it_quietly(tmp_path):
+    """As ``| head -c 5`` does; the model is one of flash-linear-attention's folders."""
+    config = ModelConfig(
+        vocab_size=257, mixer="gated_delta_product", hidden_size=8, num_heads=2, head_dim=4,
+        intermediate_size=8, use_short_conv=True,
+    )  # fmt: skip
+    fla.save(SequenceModel(config, rngs=nnx.Rngs(0)), tmp_path)
+    command = [sys.executable, "-m", "experiments.generate", f"--run={tmp_path}"]
+    command += ["--tokenizer=bytes", "--max_tokens=100000", "--prompt=abcdefgh"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
+        assert process.stdout.read(5) == b"abcde"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 @pytest.mark.slow
