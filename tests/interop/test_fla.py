@@ -300,6 +300,14 @@ def test_what_they_lack_is_not_written(mixer, fields, says, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_blocks_of_another_kind_are_not_written(tmp_path):
+    model = tiny("delta_net")
+    model.layers[0].attn = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match="blocks of Linear beside its mixer 'delta_net'"):
+        fla.save(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_a_model_is_not_written_over(tmp_path):
     model = tiny("delta_net")
     fla.save(model, tmp_path)
