@@ -10,11 +10,13 @@ paper's fork included. With ``--to=run`` it becomes a run directory that trainin
     python -m experiments.state_tracking --config=runs/more/config.json --workdir=runs/more
 
 Source: https://github.com/fla-org/flash-linear-attention, its models' config.json and tensors.
-Expect: one line that says what was written; tensors are the same bit by bit.
+Expect: one line that says what was written and the most memory that it took: that of the model,
+    its largest tensor and about 300 MiB for Python and JAX; tensors are the same bit by bit.
 Takes: seconds for models of some megabytes; reading and writing the file for large ones.
 """
 
 import dataclasses
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
 from deltaproduct_jax.files import require_directory, to_json, user_path, write_file
 from deltaproduct_jax.interop import fla
-from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -83,7 +85,9 @@ def command(argv: Sequence[str]) -> None:
         fla.save(model, parsed.workdir, facts=facts, **options.ids)
     else:
         _write_run(model, user_path(options.like), parsed.workdir)
-    print(f"{source} -> {parsed.workdir}")
+    parameters = count_parameters(model)["total"]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"{source} -> {parsed.workdir}: {parameters:,} parameters, {peak:,.0f} MiB of memory")
 
 
 def _read(source: Path, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:

@@ -13,6 +13,7 @@ Takes: hours on an H100 for the paper's tasks, which the harness fetches from Hu
 """
 
 import dataclasses
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.command import NAME, register
 from deltaproduct_jax.evaluation.tasks import PAPER
-from deltaproduct_jax.files import to_json, write_file
+from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
@@ -71,8 +72,11 @@ def command(argv: Sequence[str]) -> None:
     options = EvaluateConfig(**parsed.sections["evaluate"])
     register()
     results = evaluate(options)
-    write_file(parsed.workdir / RESULTS, to_json(results))
-    print(require("lm_eval.utils", "evaluation", extra="evaluation").make_table(results))
+    utils = require("lm_eval.utils", "evaluation", extra="evaluation")
+    # Among them are functions of the tasks, which the harness writes by their names.
+    text = json.dumps(results, indent=2, default=utils.handle_non_serializable)
+    write_file(parsed.workdir / RESULTS, text.encode() + b"\n")
+    print(utils.make_table(results))
 
 
 def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:

@@ -1,10 +1,13 @@
 """lm-evaluation-harness on our models: tasks of JSON files, and scores that are taken by hand."""
 
+import functools
 import importlib.util
 import json
 import re
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_models import drawn
@@ -13,6 +16,7 @@ if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval (--extra=evaluation)", allow_module_level=True)
 
 from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation import command
@@ -84,6 +88,14 @@ def offline(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
 
 
+@pytest.fixture
+def few_tasks(monkeypatch):
+    """Without the harness's own tasks, thousands of files that it takes 15 seconds to list."""
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False)
+    )
+
+
 def made(folder, **options):
     return DeltaProductLM(str(folder), tokenizer="bytes", batch_size=2, **options)
 
@@ -95,9 +107,21 @@ def asked(kind, *arguments):
     ]
 
 
-def log_probability(lm, ids, count):
+@functools.cache
+def program(folder):
+    return jax.jit(fla.load(folder).__call__)
+
+
+def logits_of(folder, ids):
+    """Of a row by itself, filled up so that one program does for all."""
+    filled = np.zeros((1, 96), np.int32)
+    filled[0, : len(ids)] = ids
+    return np.asarray(program(folder)(jnp.asarray(filled)), np.float64)[0, : len(ids)]
+
+
+def log_probability(folder, ids, count):
     """Of the last ``count`` ids, each behind all that are before it."""
-    logits = np.asarray(lm.scorer.model(np.asarray([ids])), np.float64)[0]
+    logits = logits_of(folder, ids)
     chances = logits - np.log(np.sum(np.exp(logits), axis=1, keepdims=True))
     places = range(len(ids) - count, len(ids))
     return sum(chances[place - 1, ids[place]] for place in places)
@@ -121,7 +145,7 @@ def test_continuations_behind_prompts(folder, add_bos):
     ]
     scores = lm.loglikelihood(asked("loglikelihood", *cases), disable_tqdm=True)
     for ids, count, (score, _) in zip(rows, (2, 3, 2, 2, 2), scores, strict=True):
-        assert score == near(log_probability(lm, ids, count))
+        assert score == near(log_probability(folder, ids, count))
     with pytest.raises(ConfigError, match="max_length=16 is too small; a continuation has 17"):
         lm.loglikelihood(asked("loglikelihood", ("a", "b" * 17)), disable_tqdm=True)
 
@@ -133,22 +157,21 @@ def test_whole_texts_in_windows(folder, add_bos):
     ids = [BOS, *b"abcdefghij"]
     # Of ten tokens: four behind BOS, four behind the fourth, and two with a full window before.
     want = (
-        log_probability(lm, ids[0:5], 4)
-        + log_probability(lm, ids[4:9], 4)
-        + log_probability(lm, ids[6:11], 2)
+        log_probability(folder, ids[0:5], 4)
+        + log_probability(folder, ids[4:9], 4)
+        + log_probability(folder, ids[6:11], 2)
     )
     scores = lm.loglikelihood_rolling(
         asked("loglikelihood_rolling", *((text,) for text in texts)), disable_tqdm=True
     )
-    assert scores == [near(want), near(log_probability(lm, [BOS, *b"a"], 1)), 0]
+    assert scores == [near(want), near(log_probability(folder, [BOS, *b"a"], 1)), 0]
 
 
-def greedy(lm, ids, count):
+def greedy(folder, ids, count):
     """Ids that follow, each the likeliest, up to an end; of bytes alone."""
     found = []
     for _ in range(count):
-        logits = np.asarray(lm.scorer.model(np.asarray([ids + found])))[0, -1]
-        found.append(int(np.argmax(logits)))
+        found.append(int(np.argmax(logits_of(folder, ids + found)[-1])))
         if found[-1] in (BOS, 10):
             return found[:-1]
     return found
@@ -160,7 +183,7 @@ def test_text_is_written_up_to_its_end(folder):
     rows = [[BOS, *b"ab"], [BOS, *b"hello there"], [*b"z" * 16], [BOS]]
     cases = [(prompt, {"until": [], "max_gen_toks": 8}) for prompt in prompts]
     texts = lm.generate_until(asked("generate_until", *cases), disable_tqdm=True)
-    whole = [bytes(greedy(lm, ids, 8)).decode(errors="replace") for ids in rows]
+    whole = [bytes(greedy(folder, ids, 8)).decode(errors="replace") for ids in rows]
     assert texts == whole
     first = whole[0][:1]
     stopped = [("ab", {"until": [first], "max_gen_toks": 8})]
@@ -173,6 +196,7 @@ def test_text_is_written_up_to_its_end(folder):
             lm.generate_until(asked("generate_until", ("a", options)), disable_tqdm=True)
 
 
+@pytest.mark.usefixtures("few_tasks")
 def test_the_script_reports_what_the_harness_finds(folder, tasks, tmp_path, capsys):
     argv = [f"--model={folder}", f"--workdir={tmp_path}", f"--include_path={tasks}"]
     argv += ["--tokenizer=bytes", "--batch_size=4", "--max_length=32"]
@@ -183,7 +207,7 @@ def test_the_script_reports_what_the_harness_finds(folder, tasks, tmp_path, caps
     for doc in DOCUMENTS:
         rows = [[BOS, *doc["question"].encode(), *c.encode()][-33:] for c in doc["choices"]]
         counts = [len(c) + doc["question"].endswith(" ") for c in doc["choices"]]
-        scores = [log_probability(lm, ids, n) for ids, n in zip(rows, counts, strict=True)]
+        scores = [log_probability(folder, ids, n) for ids, n in zip(rows, counts, strict=True)]
         right.append(int(np.argmax(scores)) == doc["gold"])
     assert results["choices"]["acc,none"] == pytest.approx(np.mean(right))
     texts = [doc["text"] for doc in DOCUMENTS]
@@ -194,27 +218,29 @@ def test_the_script_reports_what_the_harness_finds(folder, tasks, tmp_path, caps
     assert re.search(r"\|choices\s*\|", capsys.readouterr().out)
 
 
-def test_what_cannot_be_evaluated_is_one_line(folder, tmp_path, capsys):
-    workdir = f"--workdir={tmp_path / 'w'}"
+@pytest.mark.usefixtures("few_tasks")
+def test_what_cannot_be_evaluated_is_one_line(folder, tasks, tmp_path, capsys):
+    more = [f"--workdir={tmp_path / 'w'}", f"--include_path={tasks}"]
     for arguments, says in (
         ([], "--model is missing"),
         ([f"--model={folder}"], "--tasks is missing"),
         ([f"--model={folder}", "--tasks=nonesuch"], "tasks=nonesuch: the harness knows no such"),
-        ([f"--model={folder}", "--tasks=piqa"], "tokenizer is missing"),
-        ([f"--model={folder}", "--tasks=piqa", "--tokenizer=nowhere"], "tokenizer='nowhere'"),
+        ([f"--model={folder}", "--tasks=whole"], "tokenizer is missing"),
+        ([f"--model={folder}", "--tasks=whole", "--tokenizer=nowhere"], "tokenizer='nowhere'"),
     ):
-        assert evaluate.flags.run(evaluate.command, [workdir, *arguments]) == 2
+        assert evaluate.flags.run(evaluate.command, [*more, *arguments]) == 2
         (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
         assert says in line
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_the_papers_tasks_are_known_to_the_harness():
-    from lm_eval.tasks import TaskManager
+    known = TaskManager()
+    assert all(known.match_tasks([name]) == [name] for name in PAPER_TASKS)
 
-    assert all(TaskManager().match_tasks([name]) == [name] for name in PAPER_TASKS)
 
-
+@pytest.mark.usefixtures("few_tasks")
 def test_the_console_script_hands_over(folder, tasks, tmp_path, monkeypatch, capsys):
     argv = ["deltaproduct-lm-eval", "run", "--model", "deltaproduct", "--tasks", "choices"]
     argv += ["--model_args", f"path={folder},tokenizer=bytes,max_length=32"]
@@ -223,6 +249,7 @@ def test_the_console_script_hands_over(folder, tasks, tmp_path, monkeypatch, cap
     assert command.main() == 0
     (found,) = tmp_path.rglob("results_*.json")
     assert json.loads(found.read_text())["results"]["choices"]["acc,none"] in (0, 1 / 3, 2 / 3, 1)
-    monkeypatch.setattr(sys, "argv", [*argv[:6], "--model_args", "path=nowhere"])
+    argv[argv.index("--model_args") + 1] = "path=nowhere"
+    monkeypatch.setattr(sys, "argv", argv)
     assert command.main() == 2
     assert "config.json cannot be read" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_a_run_becomes_a_folder_with_its_card(folder):
 
 def test_a_folder_becomes_a_run_that_is_the_same_model(run, folder, tmp_path, capsys):
     new = converted(folder, tmp_path / "new", "--to=run", f"--like={run}")
-    assert capsys.readouterr().out == f"{folder} -> {new}\n"
+    assert capsys.readouterr().out.startswith(f"{folder} -> {new}: 12,892 parameters, ")
     before, after = load_run(run), load_run(new, "newest")
     jax.tree.map(np.testing.assert_array_equal, parameters(before.model), parameters(after.model))
     assert (before.config.task, before.config.train) == (after.config.task, after.config.train)

@@ -41,6 +41,11 @@ def test_all_that_does_not_fit_is_one_error(tmp_path):
     assert text.endswith("of no dtype that is read: model.layers.0.mlp_norm.weight is I32")
 
 
+def test_layers_that_are_not_there_are_not_waited_for(tmp_path):
+    folder = write(tmp_path, config(NAME) | {"num_hidden_layers": 10**9}, tensors(NAME))
+    refused(folder, "has tensors of 2 layers; its config.json says num_hidden_layers=1000000000")
+
+
 def test_the_fork_is_compared_as_well(tmp_path):
     content = dict(tensors(NAME))
     key = "model.layers.0.attn.k_proj.weight"

@@ -75,6 +75,7 @@ def load(
     files = TensorFiles(folder)
     if param_dtype is not None:
         require_one_of("param_dtype", param_dtype, model_config.DTYPES)
+    _check_layers(files, folder, fields["num_layers"])
     held = param_dtype or _dtype_of(files, folder)
     config = ModelConfig(
         **fields,
@@ -95,6 +96,16 @@ def load(
         asked = None if param_dtype is None else leaf.dtype
         params[path] = _placed(_read(files, keys, turn, asked), shardings[path])
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params))
+
+
+def _check_layers(files: TensorFiles, folder: Path, num_layers: int) -> None:
+    """RunDirectoryError if there are fewer layers than said, before as many are described."""
+    found = set(re.findall(r"\blayers\.(\d+)\.", " ".join(files.facts)))
+    if num_layers > len(found):
+        raise RunDirectoryError(
+            f"{folder} has tensors of {len(found)} layers; its config.json says "
+            f"num_hidden_layers={num_layers}"
+        )
 
 
 def _dtype_of(files: TensorFiles, folder: Path) -> str:

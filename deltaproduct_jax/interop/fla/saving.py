@@ -71,6 +71,7 @@ def save(
         if number is not None and not 0 <= number < model.config.vocab_size:
             raise ConfigError(f"{name}={number} must be from 0 to {model.config.vocab_size - 1}")
     saved = options.to_options(model.config)
+    _refuse_other_blocks(model)
     params = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     tensors = dict(sorted(_writing(path, leaf) for path, leaf in params.items()))
     _refuse_taken(folder)
@@ -97,6 +98,16 @@ def _writing(path: tuple[str | int, ...], leaf: Any) -> tuple[str, Writing]:
     key, turn = key_and_turn(path)
     shape = turn.there(np.broadcast_to(np.float32(0), leaf.shape)).shape
     return key, Writing(shape, np.dtype(leaf.dtype), lambda: turn.there(np.asarray(leaf)))
+
+
+def _refuse_other_blocks(model: SequenceModel) -> None:
+    """ConfigError where some block has another mixer than config.json will say."""
+    kinds = {type(block.attn) for block in model.layers} - {model.config.registered.layer}
+    if kinds:
+        raise ConfigError(
+            f"model has blocks of {', '.join(kind.__name__ for kind in kinds)} beside its mixer "
+            f"{model.config.mixer!r}; hybrids are not written"
+        )
 
 
 def _refuse_taken(folder: Path) -> None:

@@ -1,0 +1,38 @@
+"""A model and its tokenizer from a directory: the tokenizer's own place, ends, dtype."""
+
+import json
+
+import pytest
+from golden_models import drawn
+
+from deltaproduct_jax.data.tokenizer import train_bpe
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.evaluation.models import open_model
+from deltaproduct_jax.interop import fla
+from deltaproduct_jax.models import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    fla.save(drawn(ModelConfig(vocab_size=260, hidden_size=8, num_heads=2, head_dim=4)), path)
+    return path
+
+
+def test_a_folder_has_its_tokenizer_and_its_ends(folder):
+    with pytest.raises(ConfigError, match=r"tokenizer is missing, and .* names none; it may be b"):
+        open_model(str(folder))
+    (folder / "tokenizer.json").write_bytes(train_bpe(["to be or not to be"] * 4, 258).data)
+    model, tokenizer, ends = open_model(str(folder), dtype="bfloat16")
+    assert tokenizer.decode(tokenizer.encode("to be")) == "to be"
+    assert ends == (tokenizer.bos_id, 2)
+    assert model.config.dtype == "bfloat16"
+    assert model.embeddings.embedding[...].dtype == "float32"
+    (folder / "tokenizer.json").write_bytes(train_bpe(["to be or not to be"] * 4, 264).data)
+    with pytest.raises(ConfigError, match=r"tokenizer has 26[1-9] ids; the model has 260"):
+        open_model(str(folder))
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(saved | {"eos_token_id": [3, 4]}))
+    assert open_model(str(folder), tokenizer="bytes").ends == (256, 3, 4)
+    with pytest.raises(RunDirectoryError, match=r"config.json cannot be read"):
+        open_model(str(folder / "nowhere"))
