@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from deltaproduct_jax.ops.kernels.gluon.parts import not_zero
+
 # What is less than this forgets everything in float32 too, and sums of it stay exact enough.
 LEAST_GATE = gl.constexpr(-1e6)
 
@@ -203,7 +205,7 @@ def inverse(
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row = pair * 128 + gl.arange(0, 128, flat)
     beta = gl.load(beta_ptr + (b * rows + row) * HV + hv, mask=row < rows, other=0.0)
-    betas.store(beta.to(gl.float32))
+    betas.store(not_zero(beta.to(gl.float32)))
     if HAS_G or HAS_RESETS:
         group = gl.minimum(row // (64 * R), NG - 1)
         at = sums_ptr + ((b * HV + hv) * NG + group) * 192 + (row // R) % 64

@@ -1,0 +1,283 @@
+"""Cotangents of a block from its error, the state before it and that behind it, in Gluon.
+
+Four warps of `walk_back`. Products of keys, queries, errors and cotangents of a block are made
+once with updates as rows and once as columns: then every left operand and every sum along a row
+stays in the registers that have it. Letters as in prepare.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from deltaproduct_jax.ops.kernels.gluon.parts import (
+    ACC,
+    COLUMN,
+    LINE,
+    ROW,
+    between,
+    decays,
+    left,
+    load_vectors,
+    matrix,
+    nothing,
+)
+
+
+@gluon.jit
+def over_values(rows, columns, z, NC: gl.constexpr):
+    """Begins the products of rows of one tile over V with those of another, [64, 64]."""
+    x = gl.zeros([64, 64], gl.float32, ACC)
+    for j in gl.static_range(NC):
+        of_columns = matrix(columns.index(z + j)).permute((1, 0))
+        x = warpgroup_mma(matrix(rows.index(z + j)), of_columns, x, use_acc=j > 0, is_async=True)
+    return x
+
+
+@gluon.jit
+def put_line(ptr, x):
+    """Writes 64 numbers, one a row."""
+    gl.store(ptr + gl.arange(0, 64, ROW), x)
+
+
+@gluon.jit
+def of_system(
+    k, eb, dyb, betas, of_updates, dbeta_ptr, row, rows, b, hv, r, z, R: gl.constexpr,
+    HV: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """What multiplies keys in dk on behalf of the system of errors; its terms of dg. Writes dbeta.
+
+    The system has the products of keys twice, once with an update as row and once as column: what
+    is below the diagonal here is of the first, what is above of the second.
+    """
+    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    apart = i_of[:, None] != j_of[None, :]
+    is_above = i_of[:, None] < j_of[None, :]
+    beta = betas.load(ROW)
+    weight = between(of_updates, of_updates, apart, is_above, HAS_G, HAS_RESETS)
+    weight *= gl.where(is_above, -beta[:, None], -betas.load(COLUMN)[None, :])
+    # One after the other: both at once do not fit into the registers.
+    Z = warpgroup_mma_wait(0, deps=[over_values(dyb, eb, z, NC)])
+    dbeta = gl.sum(gl.where(apart, 0.0, Z), axis=1) / beta
+    at = dbeta_ptr + (b.to(gl.int64) * rows + row + i_of) * HV + hv
+    gl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=row + i_of < rows)
+    above = warpgroup_mma_wait(0, deps=[over_values(eb, dyb, z, NC)])
+    Z = gl.where(is_above, above, Z) * weight
+    terms = beta
+    if HAS_G:
+        zero = gl.zeros([64, 64], gl.float32, ACC)
+        kk = warpgroup_mma(k, k.permute((1, 0)), zero, use_acc=False)
+        spans = (r * 64 + i_of)[:, None] // R != (r * 64 + j_of)[None, :] // R
+        kk = gl.where(spans, Z * kk, 0.0)
+        terms = gl.sum(gl.where(is_above, -kk, kk), axis=1)
+    return left(Z), terms
+
+
+@gluon.jit
+def of_keys(
+    dk, stage, k, q, eb, sb, dsb, dyb, pb, Z, into, out, b, row, qcol, z,
+    K: gl.constexpr,
+    NC: gl.constexpr, HAS_G: gl.constexpr,
+):  # fmt: skip
+    """Writes dk, 64 columns at a time; what decays to the ends of the block add to dg."""
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    of_into, of_out = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
+    tma.store_wait(0)
+    for h in gl.static_range(K // 64):
+        written, read = zero, zero
+        for j in gl.static_range(NC):
+            ds = dsb.index(z + j).slice(h * 64, 64, dim=1)
+            written = warpgroup_mma(
+                matrix(eb.index(z + j)), ds, written, use_acc=j > 0, is_async=True
+            )
+            s = matrix(sb.index(z + j)).slice(h * 64, 64, dim=1)
+            read = warpgroup_mma(matrix(dyb.index(z + j)), s, read, use_acc=j > 0, is_async=True)
+        some = k.slice(h * 64, 64, dim=1)
+        written, read = warpgroup_mma_wait(0, deps=[written, read])
+        written *= out[:, None]
+        read *= -into[:, None]
+        if HAS_G:
+            wide = some.load(ACC).to(gl.float32)
+            of_out += gl.sum(wide * written, axis=1)
+            of_into += gl.sum(wide * read, axis=1)
+        x = written + read
+        x = warpgroup_mma(pb, q.slice(h * 64, 64, dim=1), x, is_async=True)
+        x = warpgroup_mma(Z, some, x, is_async=True)
+        x = warpgroup_mma_wait(0, deps=[x])
+        matrix(stage.index(z)).slice(h * 64, 64, dim=1).store(x.to(gl.bfloat16))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dk, [b, row, qcol], stage.index(z))
+    return of_into, of_out
+
+
+@gluon.jit
+def of_whole_decay(sb, dsb, z, NC: gl.constexpr):
+    """Products of the state before a block with the cotangent of that behind it, added up."""
+    x = gl.zeros([64], gl.float32, ROW)
+    for j in gl.static_range(NC):
+        s = matrix(sb.index(z + j)).load(ACC).to(gl.float32)
+        x += gl.sum(s * dsb.index(z + j).load(ACC).to(gl.float32), axis=1)
+    return x
+
+
+@gluon.jit
+def find_cotangents(
+    handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
+    K: gl.constexpr, NG: gl.constexpr, S: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr, HAS_GRADIENTS: gl.constexpr,
+):  # fmt: skip
+    """Scores and decays of every block for those who hold the cotangent of the state; the rest.
+
+    Terms of dg are written for each block, [5, 64]: by update what counts up to its token and what
+    counts behind it, by token what scores make of a block and, of a group, what reading the state
+    makes, and what counts for the whole block, to be added up.
+    """
+    (
+        beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, pb, eb, sb, dsb, dyb, stage,
+        betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty, of_do, of_e,
+        of_states, ready, free, of_ds, of_dy, total, first, b, hv, pid,
+    ) = handed  # fmt: skip
+    DECAYS: gl.constexpr = HAS_G or HAS_RESETS
+    P: gl.constexpr = 1 if HAS_GRADIENTS else 2
+    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    every = gl.arange(0, 64, LINE) >= 0
+    zero = gl.zeros([64, 64], gl.float32, ACC)
+    share = gl.zeros([64, K], gl.float32, ACC)
+    beta, at, last, before, here = load_vectors(
+        beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
+    )
+    for m in range(total):
+        block = total - 1 - m
+        r = block % R
+        s, st, turn = m % S, m % 2, m // R
+        sq, z = turn % 2, nothing(m)
+        row = (first * R + block) * 64
+        mbarrier.wait(qfull.index(sq), (turn // 2) & 1)
+        mbarrier.wait(full.index(s), (m // S) & 1)
+        q, k = matrix(qb.index(sq)), matrix(kb.index(s))
+        scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
+        betas.store(beta)
+        if DECAYS:
+            into = decays(
+                at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
+            )
+            out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
+            intos.index(st).store(into)
+            outs.index(st).store(out * beta)
+            of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
+            tokens.index(st).store(of_t)
+            for part in gl.static_range(3):
+                of_updates.index(part).store(at[part])
+                of_tokens.index(part).store(here[part])
+        else:
+            outs.index(st).store(beta)
+        beta, at, last, before, here = load_vectors(
+            beta_ptr,
+            sums_ptr,
+            gl.maximum(block - 1, 0),
+            first,
+            b,
+            hv,
+            T,
+            R,
+            HV,
+            NG,
+            HAS_G,
+            HAS_RESETS,
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        upto = i_of[:, None] >= (r * 64 + j_of)[None, :] // R
+        factor = between(of_tokens, of_updates, upto, None, HAS_G, HAS_RESETS)
+        factor *= SCALE * betas.load(COLUMN)[None, :]
+        pb.index(z + m % P).store((scores * factor).to(gl.bfloat16))
+        fence_async_shared()
+        mbarrier.arrive(ready.index(st), count=1)
+        if HAS_GRADIENTS:
+            terms = terms_ptr + (pid.to(gl.int64) * (NG * R) + first * R + block) * 320
+            mbarrier.wait(of_e.index(0), m & 1)
+            mbarrier.wait(of_do.index(0), turn & 1)
+            ds = over_values(dob, eb, z, NC)
+            ds = warpgroup_mma_wait(0, deps=[ds])
+            ds *= factor
+            if HAS_G:
+                spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
+                put_line(terms + 128, gl.sum(gl.where(spans, ds * scores, 0.0), axis=1))
+            if R == 1:
+                share = warpgroup_mma(left(ds), k, gl.zeros_like(share), use_acc=False)
+            else:
+                share = warpgroup_mma(left(ds), k, share, use_acc=m % R > 0)
+            mbarrier.wait(of_states.index(0), m & 1)
+            of_start = gl.zeros([64], gl.float32, ROW)
+            if r == 0:
+                read = gl.zeros([64, K], gl.float32, ACC)
+                for j in gl.static_range(NC):
+                    do, state = matrix(dob.index(z + j)), matrix(sb.index(z + j))
+                    read = warpgroup_mma(do, state, read, is_async=True)
+                read = warpgroup_mma_wait(0, deps=[read])
+                if DECAYS:
+                    read *= (SCALE * tokens.index(st).load(ROW))[:, None]
+                else:
+                    read *= SCALE
+                if HAS_G:
+                    of_start = gl.sum(q.load(ACC).to(gl.float32) * read, axis=1)
+                tma.store_wait(0)
+                matrix(stage.index(z)).store((share + read).to(gl.bfloat16))
+                fence_async_shared()
+                here_row = (first + block // R) * 64
+                tma.async_copy_shared_to_global(dq, [b, here_row, hv * K], stage.index(z))
+            if HAS_G:
+                put_line(terms + 192, of_start)
+
+            upto = j_of[None, :] >= (r * 64 + i_of)[:, None] // R
+            factor = between(of_updates, of_tokens, upto, upto, HAS_G, HAS_RESETS)
+            factor *= (SCALE * betas.load(ROW))[:, None]
+            ds = warpgroup_mma_wait(0, deps=[over_values(eb, dob, z, NC)])
+            ds *= factor
+            begin = of_start
+            if HAS_G:
+                scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
+                spans = j_of[None, :] > (r * 64 + i_of)[:, None] // R
+                begin = gl.sum(gl.where(spans, ds * scores, 0.0), axis=1)
+            narrow = ds.to(gl.bfloat16)
+            if r == 0:
+                mbarrier.arrive(of_do.index(1), count=1)
+
+            mbarrier.wait(of_dy.index(0), m & 1)
+            # Nobody reads the scores any more.
+            pb.index(z).store(narrow)
+            fence_async_shared()
+            Z, of_system_g = of_system(
+                k, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, b, hv, r, z, R, HV, NC, HAS_G,
+                HAS_RESETS,
+            )  # fmt: skip
+            mbarrier.wait(of_ds.index(0), m & 1)
+            out = outs.index(st).load(ROW)
+            into = gl.full([64], 1.0, gl.float32, ROW)
+            if DECAYS:
+                into = intos.index(st).load(ROW)
+            of_into, of_out = of_keys(
+                dk, stage, k, q, eb, sb, dsb, dyb, pb.index(z), Z, into, out, b, row, hv * K, z, K,
+                NC, HAS_G,
+            )  # fmt: skip
+            if HAS_G:
+                token = (r * 64 + i_of) // R
+                is_new = (token > (r * 64 - 1) // R) | (r == 0)
+                put_line(terms, of_system_g - begin + gl.where(is_new, of_into, 0.0))
+                put_line(terms + 64, gl.where(token < (r * 64 + 63) // R, of_out, 0.0))
+                through = intos.index(st).slice(63, 1).load(ROW)
+                put_line(terms + 256, through * of_whole_decay(sb, dsb, z, NC))
+            mbarrier.arrive(of_ds.index(1), count=1)
+            mbarrier.arrive(of_dy.index(1), count=1)
+            mbarrier.arrive(of_e.index(1), count=1)
+            mbarrier.arrive(of_states.index(1), count=1)
+        mbarrier.arrive(empty.index(s), count=1)
+        if r == 0:
+            mbarrier.arrive(qempty.index(sq), count=1)
+    if HAS_GRADIENTS:
+        tma.store_wait(0)
