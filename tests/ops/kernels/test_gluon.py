@@ -17,7 +17,7 @@ from experiments.lib import environment
 TESTS = Path(__file__).parents[2]
 SHARED = 227 * 1024
 # Of a walk: what ptxas moves to memory outside of the loop over blocks.
-SPILT_BY_WALKS = 32
+SPILT_BY_WALKS = 40
 # `inverse` keeps some 60 numbers in memory while it substitutes, so that more programs fit.
 SPILT_BY_INVERSE = 320
 

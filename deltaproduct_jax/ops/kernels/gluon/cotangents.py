@@ -18,14 +18,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
-    LINE,
     ROW,
     between,
-    decays,
     left,
     load_vectors,
     matrix,
     nothing,
+    put_vectors,
 )
 
 
@@ -64,7 +63,7 @@ def of_system(
     # One after the other: both at once do not fit into the registers.
     Z = warpgroup_mma_wait(0, deps=[over_values(dyb, eb, z, NC)])
     dbeta = gl.sum(gl.where(apart, 0.0, Z), axis=1) / beta
-    at = dbeta_ptr + (b.to(gl.int64) * rows + row + i_of) * HV + hv
+    at = dbeta_ptr + (b * rows + row + i_of) * HV + hv
     gl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=row + i_of < rows)
     above = warpgroup_mma_wait(0, deps=[over_values(eb, dyb, z, NC)])
     Z = gl.where(is_above, above, Z) * weight
@@ -126,6 +125,52 @@ def of_whole_decay(sb, dsb, z, NC: gl.constexpr):
 
 
 @gluon.jit
+def of_queries(
+    dq, stage, share, q, dob, sb, tokens, b, row, qcol, st, z, SCALE: gl.constexpr,
+    K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Writes dq of a group, what scores make of it and what reading the state makes; its terms."""
+    read = gl.zeros([64, K], gl.float32, ACC)
+    for j in gl.static_range(NC):
+        do, state = matrix(dob.index(z + j)), matrix(sb.index(z + j))
+        read = warpgroup_mma(do, state, read, is_async=True)
+    read = warpgroup_mma_wait(0, deps=[read])
+    if HAS_G or HAS_RESETS:
+        read *= (SCALE * tokens.index(st).load(ROW))[:, None]
+    else:
+        read *= SCALE
+    terms = gl.zeros([64], gl.float32, ROW)
+    if HAS_G:
+        terms = gl.sum(q.load(ACC).to(gl.float32) * read, axis=1)
+    tma.store_wait(0)
+    matrix(stage.index(z)).store((share + read).to(gl.bfloat16))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dq, [b, row, qcol], stage.index(z))
+    return terms
+
+
+@gluon.jit
+def of_scores(
+    q, k, eb, dob, betas, of_updates, of_tokens, r, z, SCALE: gl.constexpr, R: gl.constexpr,
+    NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """What multiplies queries in dk, with updates as rows; by row its terms, where spans begin."""
+    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    token = (r * 64 + i_of)[:, None] // R
+    upto = j_of[None, :] >= token
+    factor = between(of_updates, of_tokens, upto, upto, HAS_G, HAS_RESETS)
+    factor *= (SCALE * betas.load(ROW))[:, None]
+    ds = warpgroup_mma_wait(0, deps=[over_values(eb, dob, z, NC)])
+    ds *= factor
+    terms = gl.zeros([64], gl.float32, ROW)
+    if HAS_G:
+        zero = gl.zeros([64, 64], gl.float32, ACC)
+        scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
+        terms = gl.sum(gl.where(j_of[None, :] > token, ds * scores, 0.0), axis=1)
+    return ds.to(gl.bfloat16), terms
+
+
+@gluon.jit
 def find_cotangents(
     handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
     K: gl.constexpr, NG: gl.constexpr, S: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
@@ -142,55 +187,35 @@ def find_cotangents(
         betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty, of_do, of_e,
         of_states, ready, free, of_ds, of_dy, total, first, b, hv, pid,
     ) = handed  # fmt: skip
+    wide = b.to(gl.int64)
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
-    every = gl.arange(0, 64, LINE) >= 0
+    lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     share = gl.zeros([64, K], gl.float32, ACC)
-    beta, at, last, before, here = load_vectors(
-        beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
-    )
+    vectors = load_vectors(
+        beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
+        HAS_RESETS,
+    )  # fmt: skip
     for m in range(total):
         block = total - 1 - m
         r = block % R
         s, st, turn = m % S, m % 2, m // R
         sq, z = turn % 2, nothing(m)
+        # Else the compiler keeps the token of every column from one use to the next.
+        again = r + z
         row = (first * R + block) * 64
         mbarrier.wait(qfull.index(sq), (turn // 2) & 1)
         mbarrier.wait(full.index(s), (m // S) & 1)
         q, k = matrix(qb.index(sq)), matrix(kb.index(s))
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        betas.store(beta)
-        if DECAYS:
-            into = decays(
-                at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
-            )
-            out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
-            intos.index(st).store(into)
-            outs.index(st).store(out * beta)
-            of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
-            tokens.index(st).store(of_t)
-            for part in gl.static_range(3):
-                of_updates.index(part).store(at[part])
-                of_tokens.index(part).store(here[part])
-        else:
-            outs.index(st).store(beta)
-        beta, at, last, before, here = load_vectors(
-            beta_ptr,
-            sums_ptr,
-            gl.maximum(block - 1, 0),
-            first,
-            b,
-            hv,
-            T,
-            R,
-            HV,
-            NG,
-            HAS_G,
+        put_vectors(vectors, lines, st, True, HAS_G, HAS_RESETS)
+        vectors = load_vectors(
+            beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
             HAS_RESETS,
-        )
+        )  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[scores])
         upto = i_of[:, None] >= (r * 64 + j_of)[None, :] // R
         factor = between(of_tokens, of_updates, upto, None, HAS_G, HAS_RESETS)
@@ -206,7 +231,7 @@ def find_cotangents(
             ds = warpgroup_mma_wait(0, deps=[ds])
             ds *= factor
             if HAS_G:
-                spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
+                spans = i_of[:, None] > (again * 64 + j_of)[None, :] // R
                 put_line(terms + 128, gl.sum(gl.where(spans, ds * scores, 0.0), axis=1))
             if R == 1:
                 share = warpgroup_mma(left(ds), k, gl.zeros_like(share), use_acc=False)
@@ -215,36 +240,14 @@ def find_cotangents(
             mbarrier.wait(of_states.index(0), m & 1)
             of_start = gl.zeros([64], gl.float32, ROW)
             if r == 0:
-                read = gl.zeros([64, K], gl.float32, ACC)
-                for j in gl.static_range(NC):
-                    do, state = matrix(dob.index(z + j)), matrix(sb.index(z + j))
-                    read = warpgroup_mma(do, state, read, is_async=True)
-                read = warpgroup_mma_wait(0, deps=[read])
-                if DECAYS:
-                    read *= (SCALE * tokens.index(st).load(ROW))[:, None]
-                else:
-                    read *= SCALE
-                if HAS_G:
-                    of_start = gl.sum(q.load(ACC).to(gl.float32) * read, axis=1)
-                tma.store_wait(0)
-                matrix(stage.index(z)).store((share + read).to(gl.bfloat16))
-                fence_async_shared()
-                here_row = (first + block // R) * 64
-                tma.async_copy_shared_to_global(dq, [b, here_row, hv * K], stage.index(z))
-            if HAS_G:
-                put_line(terms + 192, of_start)
-
-            upto = j_of[None, :] >= (r * 64 + i_of)[:, None] // R
-            factor = between(of_updates, of_tokens, upto, upto, HAS_G, HAS_RESETS)
-            factor *= (SCALE * betas.load(ROW))[:, None]
-            ds = warpgroup_mma_wait(0, deps=[over_values(eb, dob, z, NC)])
-            ds *= factor
-            begin = of_start
-            if HAS_G:
-                scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
-                spans = j_of[None, :] > (r * 64 + i_of)[:, None] // R
-                begin = gl.sum(gl.where(spans, ds * scores, 0.0), axis=1)
-            narrow = ds.to(gl.bfloat16)
+                of_start = of_queries(
+                    dq, stage, share, q, dob, sb, tokens, b, (first + block // R) * 64, hv * K, st,
+                    z, SCALE, K, NC, HAS_G, HAS_RESETS,
+                )  # fmt: skip
+            narrow, begin = of_scores(
+                q, k, eb, dob, betas, of_updates, of_tokens, again, z, SCALE, R, NC, HAS_G,
+                HAS_RESETS,
+            )  # fmt: skip
             if r == 0:
                 mbarrier.arrive(of_do.index(1), count=1)
 
@@ -253,8 +256,8 @@ def find_cotangents(
             pb.index(z).store(narrow)
             fence_async_shared()
             Z, of_system_g = of_system(
-                k, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, b, hv, r, z, R, HV, NC, HAS_G,
-                HAS_RESETS,
+                k, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, wide, hv, again + z, z, R, HV,
+                NC, HAS_G, HAS_RESETS,
             )  # fmt: skip
             mbarrier.wait(of_ds.index(0), m & 1)
             out = outs.index(st).load(ROW)
@@ -270,6 +273,7 @@ def find_cotangents(
                 is_new = (token > (r * 64 - 1) // R) | (r == 0)
                 put_line(terms, of_system_g - begin + gl.where(is_new, of_into, 0.0))
                 put_line(terms + 64, gl.where(token < (r * 64 + 63) // R, of_out, 0.0))
+                put_line(terms + 192, of_start)
                 through = intos.index(st).slice(63, 1).load(ROW)
                 put_line(terms + 256, through * of_whole_decay(sb, dsb, z, NC))
             mbarrier.arrive(of_ds.index(1), count=1)

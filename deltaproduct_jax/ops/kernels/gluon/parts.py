@@ -115,3 +115,33 @@ def load_vectors(
     before = sums_at(sums, at_first, real & (r > 0), HAS_RESETS)
     at_tokens = sums_at(sums, i_of, real, HAS_RESETS)
     return beta, at_updates, at_last, before, at_tokens
+
+
+@gluon.jit
+def put_vectors(
+    vectors, lines, st, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr
+):
+    """Puts what `load_vectors` found where others read it, in turn ``st``: beta, decays and sums.
+
+    Decays from the block before to its updates, and, times beta, from them to its last. With HAS_O
+    those to its tokens, and the sums that the scores' decays are made of.
+    """
+    beta, at, last, before, here = vectors
+    betas, intos, outs, tokens, of_tokens, of_updates = lines
+    every = gl.arange(0, 64, LINE) >= 0
+    betas.store(beta)
+    if HAS_G or HAS_RESETS:
+        into = decays(
+            at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
+        )
+        out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
+        intos.index(st).store(into)
+        outs.index(st).store(out * beta)
+        if HAS_O:
+            of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
+            tokens.index(st).store(of_t)
+            for part in gl.static_range(3):
+                of_updates.index(part).store(at[part])
+                of_tokens.index(part).store(here[part])
+    else:
+        outs.index(st).store(beta)

@@ -20,13 +20,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
-    LINE,
     ROW,
     between,
-    decays,
     left,
     load_vectors,
     matrix,
+    put_vectors,
 )
 
 
@@ -77,11 +76,9 @@ def prepare_blocks(
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     m_of = gl.arange(0, 64, ROW)[:, None]
     n_of = gl.arange(0, 64, COLUMN)[None, :]
-    every = gl.arange(0, 64, LINE) >= 0
+    lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    beta, at, last, before, here = load_vectors(
-        beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
-    )
+    vectors = load_vectors(beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS)
     for m in range(steps * R):
         n, r = m // R, m % R
         sq = n % 2
@@ -95,23 +92,8 @@ def prepare_blocks(
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        betas.store(beta)
-        if DECAYS:
-            into = decays(
-                at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
-            )
-            out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
-            intos.index(st).store(into)
-            outs.index(st).store(out * beta)
-            if HAS_O:
-                of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
-                tokens.index(st).store(of_t)
-                for part in gl.static_range(3):
-                    of_updates.index(part).store(at[part])
-                    of_tokens.index(part).store(here[part])
-        else:
-            outs.index(st).store(beta)
-        beta, at, last, before, here = load_vectors(
+        put_vectors(vectors, lines, st, HAS_O, HAS_G, HAS_RESETS)
+        vectors = load_vectors(
             beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
         )
         if HAS_O:
