@@ -124,6 +124,11 @@ class SpeedConfig:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])
         for direction in self.directions.split(","):
             require_one_of("directions", direction, [FORWARD, BACKWARD, STEP])
+        if self.gluon_gradients and BACKWARD not in self.directions.split(","):
+            raise ConfigError(
+                f"gluon_gradients=True runs nothing with directions={self.directions!r}; "
+                f"give directions={BACKWARD}"
+            )
         for name in self.peers:
             require_one_of("peer", name, [*OF_TORCH, *PACKAGES])
         for name in set(self.peers) & set(OF_TORCH):

@@ -12,6 +12,7 @@ import pytest
 
 from deltaproduct_jax.errors import ConfigError
 from experiments.hardware import gpu_check
+from experiments.lib import flags
 from experiments.lib.bench import device_time, timing
 from experiments.lib.bench.peers import fla, flashqla
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Compiled, Shape
@@ -160,6 +161,12 @@ def test_cases_of_the_check_are_what_they_are_called():
     assert packed.shape == (1, 200)
     assert 1 < len(np.unique(packed)) < 30
     assert gpu_check.Case(**SMALL, state=True).arrays()["initial_state"].shape == (1, 1, 8, 4)
+
+
+def test_cases_can_be_named_on_a_command_line():
+    given = [f"--cases={','.join(gpu_check.CASES)}"]
+    found = flags.parse_fields(given, {"check": gpu_check.CheckConfig})["check"]["cases"]
+    assert found == tuple(gpu_check.CASES)
 
 
 @pytest.mark.parametrize(

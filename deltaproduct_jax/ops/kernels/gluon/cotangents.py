@@ -126,24 +126,31 @@ def of_whole_decay(sb, dsb, z, NC: gl.constexpr):
 
 @gluon.jit
 def of_queries(
-    dq, stage, share, q, dob, sb, tokens, b, row, qcol, st, z, SCALE: gl.constexpr,
+    dq, stage, first, second, q, dob, sb, tokens, b, row, qcol, st, z, SCALE: gl.constexpr,
     K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """Writes dq of a group, what scores make of it and what reading the state makes; its terms."""
-    read = gl.zeros([64, K], gl.float32, ACC)
-    for j in gl.static_range(NC):
-        do, state = matrix(dob.index(z + j)), matrix(sb.index(z + j))
-        read = warpgroup_mma(do, state, read, is_async=True)
-    read = warpgroup_mma_wait(0, deps=[read])
-    if HAS_G or HAS_RESETS:
-        read *= (SCALE * tokens.index(st).load(ROW))[:, None]
-    else:
-        read *= SCALE
+    """Writes dq of a group, 64 columns at a time: what scores made of them, and reading the state.
+
+    Returns the terms of the latter.
+    """
     terms = gl.zeros([64], gl.float32, ROW)
-    if HAS_G:
-        terms = gl.sum(q.load(ACC).to(gl.float32) * read, axis=1)
+    scale = gl.full([64], SCALE, gl.float32, ROW)
+    if HAS_G or HAS_RESETS:
+        scale *= tokens.index(st).load(ROW)
     tma.store_wait(0)
-    matrix(stage.index(z)).store((share + read).to(gl.bfloat16))
+    for h in gl.static_range(K // 64):
+        read = gl.zeros([64, 64], gl.float32, ACC)
+        for j in gl.static_range(NC):
+            state = matrix(sb.index(z + j)).slice(h * 64, 64, dim=1)
+            do = matrix(dob.index(z + j))
+            read = warpgroup_mma(do, state, read, use_acc=j > 0, is_async=True)
+        read = warpgroup_mma_wait(0, deps=[read])
+        read *= scale[:, None]
+        if HAS_G:
+            wide = q.slice(h * 64, 64, dim=1).load(ACC).to(gl.float32)
+            terms += gl.sum(wide * read, axis=1)
+        read += first if h == 0 else second
+        matrix(stage.index(z)).slice(h * 64, 64, dim=1).store(read.to(gl.bfloat16))
     fence_async_shared()
     tma.async_copy_shared_to_global(dq, [b, row, qcol], stage.index(z))
     return terms
@@ -193,7 +200,7 @@ def find_cotangents(
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    share = gl.zeros([64, K], gl.float32, ACC)
+    first_half, second_half = zero, zero  # of dq's columns
     vectors = load_vectors(
         beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
         HAS_RESETS,
@@ -233,16 +240,20 @@ def find_cotangents(
             if HAS_G:
                 spans = i_of[:, None] > (again * 64 + j_of)[None, :] // R
                 put_line(terms + 128, gl.sum(gl.where(spans, ds * scores, 0.0), axis=1))
-            if R == 1:
-                share = warpgroup_mma(left(ds), k, gl.zeros_like(share), use_acc=False)
-            else:
-                share = warpgroup_mma(left(ds), k, share, use_acc=m % R > 0)
+            narrow, is_more = left(ds), m % R > 0
+            first_half = warpgroup_mma(
+                narrow, k.slice(0, 64, dim=1), zero if R == 1 else first_half, use_acc=is_more
+            )
+            if K == 128:
+                second_half = warpgroup_mma(
+                    narrow, k.slice(64, 64, dim=1), zero if R == 1 else second_half, use_acc=is_more
+                )
             mbarrier.wait(of_states.index(0), m & 1)
             of_start = gl.zeros([64], gl.float32, ROW)
             if r == 0:
                 of_start = of_queries(
-                    dq, stage, share, q, dob, sb, tokens, b, (first + block // R) * 64, hv * K, st,
-                    z, SCALE, K, NC, HAS_G, HAS_RESETS,
+                    dq, stage, first_half, second_half, q, dob, sb, tokens, b,
+                    (first + block // R) * 64, hv * K, st, z, SCALE, K, NC, HAS_G, HAS_RESETS,
                 )  # fmt: skip
             narrow, begin = of_scores(
                 q, k, eb, dob, betas, of_updates, of_tokens, again, z, SCALE, R, NC, HAS_G,
