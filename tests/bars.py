@@ -15,15 +15,20 @@ GATES = 1e-5
 OVER_PLAIN_BFLOAT16 = 4
 
 
+def bars_of(case, dtype):
+    """Of outputs and of gradients."""
+    if dtype != "bfloat16" or case.tame:
+        return OUTPUTS[dtype], GRADIENTS[dtype]
+    factor = max(1.0, OVER_PLAIN_BFLOAT16 * plain_bfloat16_error(case) / OUTPUTS[dtype])
+    return factor * OUTPUTS[dtype], factor * GRADIENTS[dtype]
+
+
 def assert_within_bars(case, implementation, dtype, **overrides):
     of_outputs, of_gradients = errors(case, implementation, dtype, **overrides)
     record(implementation, dtype, of_outputs, of_gradients)
     if dtype == "float32" and case.keys == "unit":
         assert of_gradients.get("dg", 0) <= GATES
-    outputs_bar, gradients_bar = OUTPUTS[dtype], GRADIENTS[dtype]
-    if dtype == "bfloat16" and not case.tame:
-        factor = max(1.0, OVER_PLAIN_BFLOAT16 * plain_bfloat16_error(case) / outputs_bar)
-        outputs_bar, gradients_bar = factor * outputs_bar, factor * gradients_bar
+    outputs_bar, gradients_bar = bars_of(case, dtype)
     over = {n: e for n, e in of_outputs.items() if not e <= outputs_bar}
     over |= {n: e for n, e in of_gradients.items() if not e <= gradients_bar}
     if over and dtype == "float32":

@@ -1,7 +1,9 @@
 """What test_gluon.py runs apart, where the newer Triton is found: prints one JSON object.
 
-Compiles every kernel that a pass with the sizes given as JSON launches, without a GPU, and reads
-what the assembler makes of it: registers, spilt bytes, spills in loops, shared memory, warps.
+Compiles every kernel that a pass, or with "gradients" both passes of a gradient, with the sizes
+given as JSON launches, without a GPU, and reads
+what the assembler makes of it: registers, spilt bytes, spills in loops, shared memory, warps, and
+whether it lets products run beside each other.
 """
 
 import functools
@@ -44,11 +46,12 @@ def resources(program, registers):
         "scratch_bytes": program.metadata.global_scratch_size,
         "warps": program.metadata.num_warps,
         "products": len(re.findall("HGMMA", code)),
+        "one_by_one": "wgmma.mma_async instructions are serialized" in report,
     }
 
 
-def compiled_kernels(*, R, K, V, gated, packed, pieces):
-    """Resources of the kernels of a forward pass, by name."""
+def compiled_kernels(*, R, K, V, gated, packed, pieces, gradients):
+    """Resources of the kernels of a forward pass, or of both passes of a gradient, by name."""
     B, T, H, Hv = (1, 4096, 1, 2) if pieces else (8, 4096, 16, 16)
     found = {}
 
@@ -58,7 +61,8 @@ def compiled_kernels(*, R, K, V, gated, packed, pieces):
         program = launch.compiled(
             kernel, dtypes, warps, tuple(tiles.items()), tuple(constants.items())
         )
-        name = "_".join([kernel.__name__, *constants.get("START", "").split()])
+        kept = "kept" * constants.get("HAS_KEPT", False)
+        name = " ".join([kernel.__name__, constants.get("START", ""), kept]).strip()
         found[name] = resources(program, registers)
         return [jnp.zeros(x.shape, x.dtype) for x in outs]
 
@@ -78,7 +82,21 @@ def compiled_kernels(*, R, K, V, gated, packed, pieces):
         array(B, T, dtype=jnp.bool_) if packed else None,
     )
     options = Options(K**-0.5, None, 0, interpret=False)
-    jax.eval_shape(functools.partial(passes.forward, options), tokens, wide(B, Hv, K, V))
+    state = wide(B, Hv, K, V)
+    if not gradients:
+        jax.eval_shape(functools.partial(passes.forward, options), tokens, state)
+        return found
+    slots = -(-T * R // 128)
+    fixed = passes.fixed(tokens, options._replace(spans=slots, slots=slots, more=True))
+    run = functools.partial(passes.forward_kept, fixed)
+    o, _, kept = jax.eval_shape(run, tokens, state)
+    more = passes.kept_more(tokens, fixed.options)
+    assert [(x.shape, x.dtype) for x in kept[1:]] == [(x.shape, x.dtype) for x in more]
+    run = functools.partial(passes.backward, fixed)
+    cotangents, of_state = jax.eval_shape(run, tokens, kept, o, state)
+    named = zip(cotangents[:5], tokens[:5], strict=True)
+    assert all(x is y is None or (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in named)
+    assert of_state.shape == state.shape
     return found
 
 

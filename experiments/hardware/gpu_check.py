@@ -2,6 +2,8 @@
 
     python -m experiments.hardware.gpu_check --workdir=runs/gpu_check
     python -m experiments.hardware.gpu_check --workdir=runs/gpu_check --peer=flashqla
+    python -m experiments.hardware.gpu_check --workdir=runs/gpu_check --gradients=true \\
+        --gluon_gradients=true
 
 runs `delta_product(implementation="triton")` forward in bfloat16, as it is called in inference, and
 shows the relative errors of outputs and final states, and which kernels ran. The first cases are of
@@ -25,34 +27,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.ops import delta_product, kernels
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
-from experiments.lib.bench.timing import FORWARD, Shape, machine
+from experiments.lib.bench.report import command_line, markdown, shown, write_report
+from experiments.lib.bench.timing import FORWARD, Shape, cotangent, machine
 
 LONG = {"T": 2048, "H": 16}
 CASES = {
     "one token": {"T": 1},
-    "63 tokens, n_h = 2": {"T": 63, "R": 2, "B": 2},
-    "65 tokens, grouped heads": {"T": 65, "Hv": 4, "gated": False},
-    "packed, n_h = 3, grouped heads": {"T": 200, "R": 3, "Hv": 4, "packed": True},
+    "63 tokens with n_h = 2": {"T": 63, "R": 2, "B": 2},
+    "65 tokens and grouped heads": {"T": 65, "Hv": 4, "gated": False},
+    "packed and grouped with n_h = 3": {"T": 200, "R": 3, "Hv": 4, "packed": True},
     "n_h = 5": {"T": 130, "R": 5},
-    "packed, n_h = 8": {"T": 130, "R": 8, "gated": False, "packed": True},
-    "64 x 128, packed": {"T": 200, "R": 2, "K": 64, "packed": True},
+    "packed with n_h = 8": {"T": 130, "R": 8, "gated": False, "packed": True},
+    "64 x 128 and packed": {"T": 200, "R": 2, "K": 64, "packed": True},
     "128 x 64": {"T": 200, "R": 2, "V": 64},
     "64 x 64": {"T": 200, "K": 64, "V": 64},
-    "in pieces, packed": {"T": 4096, "packed": True},
-    "in pieces, n_h = 3, no gates": {"T": 2100, "R": 3, "gated": False},
+    "in pieces and packed": {"T": 4096, "packed": True},
+    "in pieces with n_h = 3 and no gates": {"T": 2100, "R": 3, "gated": False},
+    "from a state with n_h = 2": {"T": 300, "R": 2, "Hv": 4, "state": True},
+    "in pieces from a state": {"T": 2100, "state": True},
     "random": LONG,
-    "random, n_h = 2": {**LONG, "R": 2},
+    "random with n_h = 2": {**LONG, "R": 2},
     "g = -20": {**LONG, "kind": "decay"},
     "g = -1e4 now and then": {**LONG, "kind": "forgets"},
+    "g = -inf now and then with n_h = 3": {**LONG, "R": 3, "kind": "never"},
     "beta = 2": {**LONG, "gated": False, "kind": "twos"},
-    "beta = 2, keys agree to .99": {**LONG, "gated": False, "kind": "agree"},
-    "beta = 2, identical keys": {**LONG, "gated": False, "kind": "same"},
+    "beta = 2 and keys agree to .99": {**LONG, "gated": False, "kind": "agree"},
+    "beta = 2 and identical keys": {**LONG, "gated": False, "kind": "same"},
     "64k tokens": {"T": 65536, "H": 1},
 }
 
@@ -63,6 +69,20 @@ class CheckConfig:
 
     peer: str | None = setting(None, "flashqla, or none")
     cases: tuple[str, ...] = setting(tuple(CASES), "which")
+    gradients: bool = setting(False, "those of every input too")
+    gluon_gradients: bool = setting(
+        False, "by the kernels in Gluon, which no rule chooses before they are measured"
+    )
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_fields(self)
+        if self.peer is not None:
+            require_one_of("peer", self.peer, ["flashqla"])
+        for name in self.cases:
+            require_one_of("cases", name, CASES)
+        if self.gluon_gradients and not self.gradients:
+            raise ConfigError("gluon_gradients=True needs gradients=True: no gradient is run else")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +98,7 @@ class Case:
     Hv: int | None = None
     gated: bool = True
     packed: bool = False
+    state: bool = False
     kind: str = "random"
 
     def shape(self) -> Shape:
@@ -97,45 +118,72 @@ class Case:
             arrays["k"] = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(jnp.bfloat16)
         if self.kind == "decay":
             arrays["g"] = jnp.full_like(arrays["g"], -20.0)
-        if self.kind == "forgets":
+        if self.kind in ("forgets", "never"):
             every = (jnp.arange(self.T) % 8 == 0)[None, :, None]
-            arrays["g"] = jnp.where(every, -1e4, arrays["g"])
+            least = -1e4 if self.kind == "forgets" else -jnp.inf
+            arrays["g"] = jnp.where(every, least, arrays["g"])
+        if self.state:
+            shape = (self.B, self.Hv or self.H, self.K, self.V)
+            arrays["initial_state"] = jax.random.normal(jax.random.key(2), shape)
         if self.packed:
             starts = jax.random.bernoulli(jax.random.key(1), 0.03, (self.B, self.T))
             arrays["segment_ids"] = jnp.cumsum(starts, axis=1)
         return arrays
 
 
-def row_of(name: str, peer: str | None) -> dict[str, Any]:
+GRADIENTS = ("q", "k", "v", "beta", "g", "initial_state")
+
+
+def row_of(name: str, config: CheckConfig) -> dict[str, Any]:
     """Errors of one case."""
     case = Case(**CASES[name])
     arrays = case.arrays()
+    run = _both_ways if config.gradients else _forward
     with jax.enable_x64(True):
         wide = {
             key: x if key == "segment_ids" else jnp.asarray(np.asarray(x, np.float64))
             for key, x in arrays.items()
         }
-        run = functools.partial(delta_product, implementation="recurrent")
-        want = jax.device_get(jax.jit(lambda a: run(**a))(wide))
-    run = functools.partial(delta_product, implementation="triton")
-    got = jax.device_get(jax.jit(lambda a: run(**a))(arrays))
-    row = {"case": name, "kernels": kernels_of(case, arrays)}
-    row |= dict(zip(("o", "final_state"), map(_error, got, want), strict=True))
-    if peer and case.R == 1 and case.T == LONG["T"]:
+        want = jax.device_get(jax.jit(functools.partial(run, "recurrent"))(wide))
+    got = jax.device_get(jax.jit(functools.partial(run, "triton"))(arrays))
+    row = {"case": name, "kernels": kernels_of(case, arrays, config.gradients)}
+    row |= {key: _error(got[key], want[key]) for key in want}
+    if config.peer and case.R == 1 and case.T == LONG["T"]:
         from experiments.lib.bench.peers import flashqla
 
         theirs = flashqla.peer_results(case.shape(), arrays, FORWARD)
-        row["peer"] = _error(theirs[0], want[0])
+        row["peer"] = _error(theirs[0], want["o"])
     return row
 
 
-def kernels_of(case: Case, arrays: dict[str, jax.Array]) -> str:
-    """Those that `delta_product` chose."""
+def _forward(implementation: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Outputs and final state."""
+    results = delta_product(**arrays, implementation=implementation)
+    return dict(zip(("o", "final_state"), results, strict=True))
+
+
+def _both_ways(implementation: str, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The same, and the gradients of a weighted sum of both."""
+    fixed = {key: x for key, x in arrays.items() if key not in GRADIENTS}
+
+    def run(some):
+        return _forward(implementation, some | fixed)
+
+    some = {key: arrays[key] for key in GRADIENTS if key in arrays}
+    results, pull = jax.vjp(run, some)
+    weights = {key: cotangent(x.shape).astype(x.dtype) for key, x in results.items()}
+    return results | {f"d{key}": x for key, x in pull(weights)[0].items()}
+
+
+def kernels_of(case: Case, arrays: dict[str, jax.Array], gradients: bool = False) -> str:
+    """Those that `delta_product` chose, forward or for gradients."""
     named = [arrays[name] for name in ("q", "k", "v", "beta")]
     tokens = Tokens(*named, arrays.get("g"), arrays.get("segment_ids"))
-    options = kernels.Options(1.0, None, 0, interpret=False)
+    # As many slots for states as there are updates are enough for any of them.
+    options = kernels.Options(1.0, None, case.T * case.R, interpret=False)
     capability = kernels.load("triton").compute_capability()
-    if not gluon.takes(tokens, options, capability):
+    takes = gluon.takes_gradients if gradients else gluon.takes
+    if not takes(tokens, options, capability):
         return "Triton"
     groups = -(-case.T // gluon.GROUP)
     pieces = gluon.pieces_for(case.B * (case.Hv or case.H), groups)
@@ -144,23 +192,27 @@ def kernels_of(case: Case, arrays: dict[str, jax.Array]) -> str:
 
 def _error(x: Any, ref: Any) -> float:
     x, ref = np.asarray(x, np.float64), np.asarray(ref, np.float64)
-    return float(np.linalg.norm(x - ref) / np.linalg.norm(ref))
+    difference = np.linalg.norm(x - ref)
+    return float(difference / np.linalg.norm(ref)) if np.any(ref) else float(difference)
 
 
 def command(argv: Sequence[str]) -> None:
     """Prints the table, writes check.json and check.md."""
     parsed = flags.parse(argv, {"check": CheckConfig}, {"default": {}})
     config = CheckConfig(**parsed.sections["check"])
+    gluon.choose_gradients(config.gluon_gradients)
     rows = []
     for name in config.cases:
-        rows.append(row_of(name, config.peer))
+        rows.append(row_of(name, config))
         print(rows[-1], file=sys.stderr, flush=True)
-    head = ("case", "kernels", "o", "final state", *(["FlashQLA, o"] if config.peer else []))
+    columns = {"o": "o", "final_state": "final state"}
+    if config.gradients:
+        columns |= {f"d{key}": f"d{key}".replace("_", " ") for key in GRADIENTS}
+    if config.peer:
+        columns["peer"] = "FlashQLA, o"
+    head = ("case", "kernels", *columns.values())
     lines = [
-        [
-            *(row["case"], row["kernels"], f"{row['o']:.1e}", f"{row['final_state']:.1e}"),
-            *([f"{row['peer']:.1e}" if "peer" in row else "-"] if config.peer else []),
-        ]
+        [row["case"], row["kernels"], *(shown(row.get(key), ".1e") for key in columns)]
         for row in rows
     ]
     record = {"command": command_line("hardware.gpu_check", argv), "machine": machine()}

@@ -10,7 +10,9 @@ import numpy as np
 import oracle
 import pytest
 
+from deltaproduct_jax.errors import ConfigError
 from experiments.hardware import gpu_check
+from experiments.lib import flags
 from experiments.lib.bench import device_time, timing
 from experiments.lib.bench.peers import fla, flashqla
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Compiled, Shape
@@ -141,12 +143,13 @@ SMALL = {"T": 17, "R": 2, "H": 1, "K": 8, "V": 4}
 def test_cases_of_the_check_are_what_they_are_called():
     arrays = {
         kind: gpu_check.Case(**SMALL, kind=kind).arrays()
-        for kind in ("random", "decay", "forgets", "twos", "agree", "same")
+        for kind in ("random", "decay", "forgets", "never", "twos", "agree", "same")
     }
     assert (arrays["decay"]["g"] == -20).all()
     forgets = np.asarray(arrays["forgets"]["g"][0, :, 0])
     assert list(np.flatnonzero(forgets == -1e4)) == [0, 8, 16]
     assert (np.delete(forgets, [0, 8, 16]) > -20).all()
+    assert list(np.flatnonzero(np.isneginf(arrays["never"]["g"][0, :, 0]))) == [0, 8, 16]
     for kind, beta in (("twos", True), ("agree", True), ("same", True), ("random", False)):
         assert bool((arrays[kind]["beta"] == 2).all()) is beta
     for kind, low, high in (("random", -1, 0.9), ("agree", 0.96, 0.998), ("same", 0.99, 1.01)):
@@ -157,6 +160,23 @@ def test_cases_of_the_check_are_what_they_are_called():
     packed = gpu_check.Case(T=200, H=1, K=4, V=4, packed=True).arrays()["segment_ids"]
     assert packed.shape == (1, 200)
     assert 1 < len(np.unique(packed)) < 30
+    assert gpu_check.Case(**SMALL, state=True).arrays()["initial_state"].shape == (1, 1, 8, 4)
+
+
+def test_cases_can_be_named_on_a_command_line():
+    given = [f"--cases={','.join(gpu_check.CASES)}"]
+    found = flags.parse_fields(given, {"check": gpu_check.CheckConfig})["check"]["cases"]
+    assert found == tuple(gpu_check.CASES)
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [{"gluon_gradients": True}, {"cases": ("twos",)}, {"peer": "fla"}, {"gradients": 1}],
+    ids=str,
+)
+def test_what_the_check_refuses(refused):
+    with pytest.raises(ConfigError, match=next(iter(refused))):
+        gpu_check.CheckConfig(**refused)
 
 
 @pytest.fixture
@@ -186,6 +206,18 @@ def test_the_check_shows_errors_and_kernels(by_chunks, tmp_path, monkeypatch, ca
     assert wrong["o"] == pytest.approx(0.5, abs=0.01)
     assert all(0 < x < 5e-3 for x in (right["o"], right["final_state"], wrong["final_state"]))
     assert f"| one token | Gluon | {wrong['o']:.1e} |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_check_shows_errors_of_gradients(by_chunks, tmp_path, monkeypatch, capsys):
+    sizes = {"T": 9, "K": 8, "V": 8, "Hv": 4, "packed": True, "state": True}
+    monkeypatch.setitem(gpu_check.CASES, "narrow", sizes)
+    gpu_check.command([f"--workdir={tmp_path}", "--cases=narrow", "--gradients=true"])
+    (row,) = json.loads((tmp_path / "check.json").read_text())["rows"]
+    assert row["kernels"] == "Triton"
+    errors = [row[f"d{name}"] for name in gpu_check.GRADIENTS]
+    assert all(0 < x < 1e-2 for x in errors)
+    assert f"| {errors[-1]:.1e} |" in capsys.readouterr().out
 
 
 def test_the_check_names_the_pieces(by_chunks):

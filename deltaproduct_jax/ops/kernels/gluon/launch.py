@@ -25,11 +25,15 @@ GLUON = {"bf16": "bfloat16"}
 
 
 class Tile(NamedTuple):
-    """An array as the copy engine sees it: three dimensions, and rows and columns of a tile."""
+    """An array as the copy engine sees it: three dimensions, and rows and columns of a tile.
+
+    With a dtype the memory is taken as if it held that one.
+    """
 
     shape: tuple[int, int, int]
     rows: int
     columns: int
+    dtype: str | None = None
 
 
 call_p = core.Primitive("delta_product_gluon")
@@ -101,7 +105,7 @@ def compiled(
     signature = {name: "*" + DTYPES[dtype] for name, dtype in zip(names, dtypes, strict=True)}
     for name, tile in tiles:
         block = [1, tile.rows, tile.columns]
-        dtype = signature[name][1:]
+        dtype = DTYPES[tile.dtype] if tile.dtype else signature[name][1:]
         layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, GLUON[dtype]))
         signature[name] = f"tensordesc<{dtype}{block},{layout!r}>"
     values = dict(constants)

@@ -3,9 +3,11 @@
 import functools
 import importlib.metadata
 import sys
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.gluon import launch
@@ -19,9 +21,27 @@ PROGRAMS_AT_ONCE = 132
 GROUPS_IN_A_PIECE = 4
 MOST_PIECES = 24
 STAGES = 3
+# Where states and errors are kept, room for them is taken from one stage; backward as well.
+STAGES_OF_GRADIENTS = 2
 # So that five programs of `inverse` share a multiprocessor, each of which mostly waits.
 INVERSE_REGISTERS = 96
 PLACEHOLDER = jax.ShapeDtypeStruct((8,), jnp.float32)
+
+
+class _Choice:
+    """Whether gradients run here too: not before a GPU has shown that they are right and fast."""
+
+    gradients = False
+
+
+def choose_gradients(chosen: bool) -> None:
+    """Lets "triton" run gradients by the Gluon kernels, where they take them, or not any more.
+
+    For measurements, before anything is traced: programs of before are forgotten.
+    """
+    if chosen != _Choice.gradients:
+        _Choice.gradients = chosen
+        jax.clear_caches()
 
 
 @functools.cache
@@ -57,34 +77,57 @@ def takes(tokens: Tokens, options: Options, capability: int) -> bool:
     )
 
 
+def takes_gradients(tokens: Tokens, options: Options, capability: int) -> bool:
+    """Whether they run gradients of these: chosen, and there is a slot for every two states."""
+    if not _Choice.gradients or not takes(tokens, options, capability):
+        return False
+    T, R = tokens.k.shape[1:3]
+    return 2 * (options.slots or options.spans) * GROUP >= T * R
+
+
 class Call:
     """Sizes of one call, and its launches."""
 
     def __init__(self, tokens: Tokens, options: Options) -> None:
         """Reads the sizes."""
-        from deltaproduct_jax.ops.kernels.gluon import prepare, walk
+        from deltaproduct_jax.ops.kernels.gluon import prepare, walk, walk_back
 
         self.tokens = tokens
         B, T, R, H, K = tokens.k.shape
         HV, V = tokens.v.shape[-2:]
         self.NG = -(-T // GROUP)
-        self.prepare, self.walk = prepare, walk
+        self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
+        self.slots = options.slots or options.spans
         self.pieces = pieces_for(B * HV, self.NG)
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
-        self.meta = {"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "V": V}
+        self.meta = {
+            "SCALE": options.scale,
+            "B": B,
+            "T": T,
+            "R": R,
+            "H": H,
+            "HV": HV,
+            "K": K,
+            "V": V,
+        }
         self.meta |= {"NG": self.NG, **self.gates}
         self.B, self.HV, self.K, self.V = B, HV, K, V
 
-        T, R, columns = self.meta["T"], self.meta["R"], (H * K, HV * V)
-        blocks = self.NG * R
+        blocks, states = self.NG * R, self.slots * B * HV * 2
+        tokens, updates = Tile((B, T, H * K), GROUP, K), Tile((B, T * R, H * K), GROUP, K)
         self.tiles = {
-            "q": Tile((B, T, columns[0]), GROUP, K),
-            "k": Tile((B, T * R, columns[0]), GROUP, K),
-            "v": Tile((B, T * R, columns[1]), GROUP, 64),
+            "q": tokens,
+            "k": updates,
+            "v": Tile((B, T * R, HV * V), GROUP, 64),
             "x_out": Tile((B * HV, blocks * 2 * 64, 64), 32, 32),
             "x": Tile((B * HV, blocks * 2 * 64, 64), 64, 64),
-            "o": Tile((B, T, columns[1]), GROUP, 64),
+            "o": Tile((B, T, HV * V), GROUP, 64),
+            "states": Tile((max(states, 1), V, K), GROUP, K, "bfloat16"),
+            "dq": Tile((B, T, HV * K), GROUP, K),
+            "dk": Tile((B, T * R, HV * K), GROUP, K),
         }
+        self.tiles |= {name: self.tiles["v"] for name in ("errors", "e", "dv")}
+        self.tiles["do"] = self.tiles["o"]
 
     def launch(self, kernel, arrays, outs, grid, *, warps=4, registers=None, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
@@ -106,22 +149,35 @@ class Call:
         grid = (self.NG, self.B, -(-self.HV // heads))
         return self.launch(self.prepare.gate_sums, arrays, [out], grid, warps=1, HEADS=heads)[0]
 
-    def inverse(self, sums: jax.Array) -> jax.Array:
-        """X of every block in two terms, [B, Hv, blocks, 2, 64, 64]."""
+    def of_inverse(self) -> jax.ShapeDtypeStruct:
+        """X of every block in two terms."""
         blocks = self.NG * self.meta["R"]
-        out = jax.ShapeDtypeStruct((self.B, self.HV, blocks, 2, 64, 64), jnp.bfloat16)
+        return jax.ShapeDtypeStruct((self.B, self.HV, blocks * 2, 64, 64), jnp.bfloat16)
+
+    def inverse(self, sums: jax.Array) -> jax.Array:
+        """X of every block in two terms, [B, Hv, 2 blocks, 64, 64]."""
+        blocks = self.NG * self.meta["R"]
         grid = (-(-blocks // 2), self.B * self.HV)
-        arrays = (self.tokens.k, self.tokens.beta, sums)
-        return self.launch(self.prepare.inverse, arrays, [out], grid, registers=INVERSE_REGISTERS)[
-            0
-        ]
+        arrays, outs = (self.tokens.k, self.tokens.beta, sums), [self.of_inverse()]
+        how = {"registers": INVERSE_REGISTERS}
+        return self.launch(self.prepare.inverse, arrays, outs, grid, **how)[0]
 
     def states(self, pieces: int, V: int) -> jax.ShapeDtypeStruct:
         """A state a piece."""
         return jax.ShapeDtypeStruct((self.B, self.HV, pieces, self.K, V), jnp.float32)
 
-    def walked(self, x, sums, start, *, has_o: bool, has_v: bool, mode: str):
-        """Outputs and the states after pieces."""
+    def kept_states(self) -> jax.ShapeDtypeStruct:
+        """Slots of a state of float32, each of which holds two of bfloat16."""
+        H = self.meta["H"]
+        shape = (self.slots, self.B, H, self.HV // H, self.K, self.V)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
+        """What each of ``pieces`` does to any state; of both ends nothing."""
+        return jax.ShapeDtypeStruct((self.B, self.HV, pieces - 2, self.K, self.K), jnp.float32)
+
+    def walked(self, x, sums, start, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False):
+        """Outputs, the states after pieces, kept states and errors."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
             "whole": (0, self.pieces, self.pieces),
@@ -131,14 +187,39 @@ class Call:
         V = self.V if has_v else self.K
         shape = (self.B, self.meta["T"], self.HV, V) if has_o else PLACEHOLDER.shape
         o = jax.ShapeDtypeStruct(shape, v.dtype)
+        errors = jax.ShapeDtypeStruct(v.shape if keeps else PLACEHOLDER.shape, v.dtype)
         more = {
             "STEPS": -(-self.NG // self.pieces),
-            **{"FIRST": first, "PIECES": pieces, "S": STAGES, "V": V},
-            **{"HAS_O": has_o, "HAS_V": has_v, "START": mode},
+            **{"FIRST": first, "PIECES": pieces, "V": V},
+            **{"S": STAGES_OF_GRADIENTS if keeps else STAGES},
+            **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
         }
         arrays = (q, k, v, x, beta, sums, start)
-        outs = [o, self.states(pieces, V)]
+        outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
+
+    def walked_back(self, x, sums, start, do, e, states, *, mode: str):
+        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces."""
+        q, k, v, beta = self.tokens[:4]
+        T, R = self.meta["T"], self.meta["R"]
+        is_whole, gated = mode == "whole", self.gates["HAS_G"]
+        of_keys = (self.B, T, self.HV, self.K), (self.B, T, R, self.HV, self.K)
+        terms = (self.B, self.HV, self.NG, R, 5, GROUP)
+        shapes = [*of_keys, v.shape, beta.shape, terms if gated else PLACEHOLDER.shape]
+        dtypes = [q.dtype, k.dtype, v.dtype, beta.dtype, jnp.float32]
+        if not is_whole:
+            shapes = 5 * [PLACEHOLDER.shape]
+        outs = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
+        first = 0 if is_whole else 1
+        more = {
+            "STEPS": -(-self.NG // self.pieces),
+            **{"FIRST": first, "PIECES": self.pieces, "S": STAGES_OF_GRADIENTS},
+            **{"HAS_GRADIENTS": is_whole, "START": mode},
+        }
+        arrays = (q, k, x, do, e, states, beta, sums, start)
+        outs.append(self.states(self.pieces, self.V))
+        grid = (self.B * self.HV, self.pieces - first)
+        return self.launch(self.walk_back.walk_back, arrays, outs, grid, **more)
 
 
 def pieces_for(heads: int, groups: int) -> int:
@@ -154,16 +235,101 @@ def pieces_for(heads: int, groups: int) -> int:
 
 def forward(options: Options, tokens: Tokens, initial_state: jax.Array):
     """Outputs [B, T, Hv, V] and the final state [B, Hv, K, V]."""
-    call = Call(tokens, options)
+    return _forward(Call(tokens, options), initial_state, keeps=False)[:2]
+
+
+def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
+    """Outputs, the final state, and X, kept states, errors and maps, if there are any."""
     sums = call.sums()
     x = call.inverse(sums)
-    start = initial_state
+    start, maps = initial_state, None
     if call.pieces > 1:
-        _, ends = call.walked(x, sums, start, has_o=False, has_v=True, mode="ends")
-        _, maps = call.walked(x, sums, start, has_o=False, has_v=False, mode="maps")
+        ends = call.walked(x, sums, start, has_o=False, has_v=True, mode="ends")[1]
+        maps = call.walked(x, sums, start, has_o=False, has_v=False, mode="maps")[1]
         start = composed(call, initial_state, maps, ends, reverse=False)
-    o, after = call.walked(x, sums, start, has_o=True, has_v=True, mode="whole")
-    return o, after[:, :, -1]
+    o, after, states, errors = call.walked(
+        x, sums, start, has_o=True, has_v=True, mode="whole", keeps=keeps
+    )
+    return o, after[:, :, -1], x, states, errors, maps
+
+
+class Fixed(NamedTuple):
+    """Of one call, whatever axes are mapped over it: ``pieces`` are those of the call as written.
+
+    More sequences are cut into fewer pieces, or none, and then maps are found again.
+    """
+
+    options: Options
+    pieces: int
+
+
+def fixed(tokens: Tokens, options: Options) -> Fixed:
+    """What does not change under `jax.vmap`."""
+    return Fixed(options, Call(tokens, options).pieces)
+
+
+def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What a gradient keeps beside states: X, errors, and maps of pieces."""
+    call = Call(tokens, options)
+    maps = (call.maps(call.pieces),) if call.pieces > 1 else ()
+    v = tokens.v
+    return call.of_inverse(), jax.ShapeDtypeStruct(v.shape, v.dtype), *maps
+
+
+def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
+    """Outputs, the final state, and what `backward` needs."""
+    call = Call(tokens, fixed.options)
+    o, final_state, x, states, errors, maps = _forward(call, initial_state, keeps=True)
+    more = ()
+    if fixed.pieces > 1:
+        empty = call.maps(fixed.pieces)
+        more = (maps if fixed.pieces == call.pieces else jnp.zeros(empty.shape, empty.dtype),)
+    return o, final_state, (states, x, errors, *more)
+
+
+def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
+    """Cotangents of the tokens and of the initial state."""
+    call = Call(tokens, fixed.options)
+    states, x, errors, *maps = kept
+    sums, start = call.sums(), dfinal_state
+    arrays = (do, errors, states)
+    if call.pieces > 1:
+        if fixed.pieces != call.pieces:  # whatever they begin with
+            maps = [call.walked(x, sums, start, has_o=False, has_v=False, mode="maps")[1]]
+        *_, ends = call.walked_back(x, sums, start, *arrays, mode="ends")
+        start = composed(call, dfinal_state, maps[0], ends, reverse=True)
+    dq, dk, dv, dbeta, terms, before = call.walked_back(x, sums, start, *arrays, mode="whole")
+    q, k, g = tokens.q, tokens.k, tokens.g
+    if q.shape[2] != call.HV:  # of value heads; of a group they are added up
+        dq, dk = (
+            jnp.sum(dx.reshape(*x.shape[:-1], -1, x.shape[-1]).astype(jnp.float32), axis=-2)
+            for dx, x in ((dq, q), (dk, k))
+        )
+    dg = None if g is None else summed_terms(terms, g.shape[1]).astype(g.dtype)
+    return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
+
+
+def summed_terms(terms: jax.Array, T: int) -> jax.Array:
+    """The cotangent of g [B, T, Hv]: every term of a decay counts for the tokens that it spans.
+
+    Args:
+      terms: [B, Hv, groups, R, 5, 64], as `find_cotangents` writes them.
+      T: tokens.
+    """
+    R = terms.shape[3]
+    spans = jnp.asarray(np.stack([_spans(r, R) for r in range(R)]))
+    dg = jnp.einsum("bhnrpi,rpiu->bnuh", terms, spans, precision=jax.lax.Precision.HIGHEST)
+    return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
+
+
+def _spans(r: int, R: int) -> np.ndarray:
+    """For which tokens the terms of block r of a group count: [5, 64, 64 tokens] of 0 and 1."""
+    token = (r * GROUP + np.arange(GROUP))[:, None] // R  # of every update
+    before, last = (r * GROUP - 1) // R, token[-1]  # that the block before ends with
+    i, u = np.arange(GROUP)[:, None], np.arange(GROUP)[None, :]
+    upto, inside = (u > before) & (u <= token), (u > before) & (u <= last)
+    kinds = upto, (u > token) & (u <= last), (u > before) & (u <= i), u <= i, inside & (i >= 0)
+    return np.stack(kinds).astype(np.float32)
 
 
 def composed(call: Call, first, maps, ends, *, reverse: bool) -> jax.Array:

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from deltaproduct_jax.ops.kernels.gluon.parts import not_zero
+
 # What is less than this forgets everything in float32 too, and sums of it stay exact enough.
 LEAST_GATE = gl.constexpr(-1e6)
 
@@ -167,6 +169,57 @@ def copy_out(x, quarters, pid, block, p: gl.constexpr, NB: gl.constexpr):
 
 
 @gluon.jit
+def positions():
+    """Of rows and columns in the halves."""
+    i_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, OF_ROWS)), 1), 2)
+    j_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OF_COLUMNS)), 0), 0)
+    return i_of, j_of
+
+
+@gluon.jit
+def substituted(f, by_half):
+    """X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
+    i_of, j_of = positions()
+    X = gl.where(i_of > j_of, f.permute((1, 0, 2)).load(HALVES), 0.0)
+    X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
+    for i in gl.static_range(31):
+        # A negative zero, since adding it changes nothing, whatever the sign.
+        x = gl.sum(gl.where(i_of == i, X, -0.0), axis=0)
+        of_i = by_half.slice(i, 1, dim=1).load(OF_COLUMNS)
+        a = f.slice(i, 1, dim=1).permute((2, 0, 1)).load(HALVES)
+        X = gl.where(i_of > i, X - a * gl.expand_dims(of_i * x, 0), X)
+    return X
+
+
+@gluon.jit
+def decayed(X, sums, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
+    """X of the halves with decays."""
+    i_of, j_of = positions()
+    mask = i_of > j_of
+    if HAS_RESETS:
+        segments = sums.index(2)._reinterpret(gl.float32, [4, 32], PLAIN)
+        here = gl.expand_dims(segments.permute((1, 0)).load(OF_ROWS), 2)
+        mask = mask & (here == gl.expand_dims(segments.load(OF_COLUMNS), 0))
+    if HAS_G:
+        highs = sums.index(0)._reinterpret(gl.float32, [4, 32], PLAIN)
+        lows = sums.index(1)._reinterpret(gl.float32, [4, 32], PLAIN)
+        of_g = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
+        of_g -= gl.expand_dims(highs.load(OF_COLUMNS), 0)
+        low = gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2)
+        of_g += low - gl.expand_dims(lows.load(OF_COLUMNS), 0)
+        X *= gl.exp(gl.where(mask, of_g, 0.0))
+    return gl.where(mask, X, 0.0)
+
+
+@gluon.jit
+def put_halves(ts, X):
+    """Writes both terms of what is on the diagonals."""
+    high, low = two_terms(X)
+    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
+    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
+
+
+@gluon.jit
 def inverse(
     k, beta_ptr, sums_ptr, x_out,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
@@ -203,7 +256,7 @@ def inverse(
     flat: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     row = pair * 128 + gl.arange(0, 128, flat)
     beta = gl.load(beta_ptr + (b * rows + row) * HV + hv, mask=row < rows, other=0.0)
-    betas.store(beta.to(gl.float32))
+    betas.store(not_zero(beta.to(gl.float32)))
     if HAS_G or HAS_RESETS:
         group = gl.minimum(row // (64 * R), NG - 1)
         at = sums_ptr + ((b * HV + hv) * NG + group) * 192 + (row // R) % 64
@@ -225,47 +278,22 @@ def inverse(
     f = space._reinterpret(gl.float32, [8, 32, 32], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     f = f.slice(0, 4)
 
-    i_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(1, OF_ROWS)), 1), 2)
-    j_of = gl.expand_dims(gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, OF_COLUMNS)), 0), 0)
     by_half = betas._reinterpret(gl.float32, [4, 32], PLAIN)
-    X = gl.where(i_of > j_of, f.permute((1, 0, 2)).load(HALVES), 0.0)
-    X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
-    for i in gl.static_range(31):
-        # A negative zero, since adding it changes nothing, whatever the sign.
-        x = gl.sum(gl.where(i_of == i, X, -0.0), axis=0)
-        of_i = by_half.slice(i, 1, dim=1).load(OF_COLUMNS)
-        a = f.slice(i, 1, dim=1).permute((2, 0, 1)).load(HALVES)
-        X = gl.where(i_of > i, X - a * gl.expand_dims(of_i * x, 0), X)
+    X = substituted(f, by_half)
     gl.barrier()
 
-    high, low = two_terms(gl.where(i_of == j_of, 1.0, -X))
+    i_of, j_of = positions()
     ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
-    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
-    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
+    put_halves(ts, gl.where(i_of == j_of, 1.0, -X))
     fence_async_shared()
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
     X0, X1 = below(f0, f2, tiles, betas)
     X0, X1 = beside(X0, sums, 0, HAS_G, HAS_RESETS), beside(X1, sums, 1, HAS_G, HAS_RESETS)
 
-    mask = i_of > j_of
-    if HAS_RESETS:
-        segments = sums.index(2)._reinterpret(gl.float32, [4, 32], PLAIN)
-        here = gl.expand_dims(segments.permute((1, 0)).load(OF_ROWS), 2)
-        mask = mask & (here == gl.expand_dims(segments.load(OF_COLUMNS), 0))
-    if HAS_G:
-        highs = sums.index(0)._reinterpret(gl.float32, [4, 32], PLAIN)
-        lows = sums.index(1)._reinterpret(gl.float32, [4, 32], PLAIN)
-        of_g = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
-        of_g -= gl.expand_dims(highs.load(OF_COLUMNS), 0)
-        low = gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2)
-        of_g += low - gl.expand_dims(lows.load(OF_COLUMNS), 0)
-        X *= gl.exp(gl.where(mask, of_g, 0.0))
-    X = gl.where(mask, X, 0.0)
+    X = decayed(X, sums, HAS_G, HAS_RESETS)
     gl.barrier()
     # In the place of T: what is on the diagonals, then what is beside them.
-    high, low = two_terms(X)
-    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
-    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
+    put_halves(ts, X)
     high, low = two_terms(X0)
     tiles.index(4).store(high)
     tiles.index(5).store(low)

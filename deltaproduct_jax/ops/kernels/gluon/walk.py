@@ -17,45 +17,27 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
-ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
-COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
-
-LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-
-
-@gluon.jit
-def left(x):
-    """As the left operand of a product."""
-    return gl.convert_layout(x.to(gl.bfloat16), LEFT, assert_trivial=True)
-
-
-@gluon.jit
-def matrix(tile):
-    """A tile [1, rows, columns] as a matrix."""
-    return tile.reshape([tile.shape[1], tile.shape[2]])
-
-
-@gluon.jit
-def decays(high, low, segments, from_high, from_low, from_segments, mask,
-           HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):  # fmt: skip
-    """Decays between positions; 0 outside ``mask`` and across segments."""
-    if HAS_RESETS:
-        mask = mask & (segments == from_segments)
-    if HAS_G:
-        sums = (high - from_high) + (low - from_low)
-        return gl.where(mask, gl.exp(gl.where(mask, sums, 0.0)), 0.0)
-    return gl.where(mask, 1.0, 0.0)
+from deltaproduct_jax.ops.kernels.gluon.parts import (
+    ACC,
+    COLUMN,
+    ROW,
+    between,
+    left,
+    load_vectors,
+    matrix,
+    put_vectors,
+)
 
 
 @gluon.jit
 def load_tiles(
-    q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b, pid, qcol, vcol,
-    R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr,
-    HAS_V: gl.constexpr,
+    handed, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr,
+    HAS_O: gl.constexpr, HAS_V: gl.constexpr,
 ):  # fmt: skip
     """One warp: tiles of q, a group ahead, and of k, v and X, up to S blocks ahead."""
+    (
+        q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b, pid, qcol, vcol,
+    ) = handed  # fmt: skip
     size: gl.constexpr = 64 * K * 2 + 2 * 64 * 64 * 2 + (NC * 64 * 64 * 2 if HAS_V else 0)
     for m in range(steps * R):
         n = m // R
@@ -81,75 +63,22 @@ def load_tiles(
 
 
 @gluon.jit
-def between(to, start, mask, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
-    """`decays` from columns to rows, whose sums of gates and resets lie in shared memory."""
-    if HAS_G:
-        high, low = to.index(0).load(ROW)[:, None], to.index(1).load(ROW)[:, None]
-        from_high = start.index(0).load(COLUMN)[None, :]
-        from_low = start.index(1).load(COLUMN)[None, :]
-    else:
-        high, low, from_high, from_low = 0.0, 0.0, 0.0, 0.0
-    segments, from_segments = 0.0, 0.0
-    if HAS_RESETS:
-        segments = to.index(2).load(ROW)[:, None]
-        from_segments = start.index(2).load(COLUMN)[None, :]
-    return decays(high, low, segments, from_high, from_low, from_segments, mask, HAS_G, HAS_RESETS)
-
-
-@gluon.jit
-def sums_at(sums, position, mask, HAS_RESETS: gl.constexpr):
-    """Sums of gates in two parts, and of resets, at a position of a group."""
-    high = gl.load(sums + position, mask=mask, other=0.0)
-    low = gl.load(sums + position + 64, mask=mask, other=0.0)
-    segments = low
-    if HAS_RESETS:
-        segments = gl.load(sums + position + 128, mask=mask, other=0.0)
-    return high, low, segments
-
-
-@gluon.jit
-def load_vectors(
-    beta_ptr, sums_ptr, m, first, b, hv, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
-    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
-):  # fmt: skip
-    """Of block m: beta, and sums at its updates, at its last, before it, and at its tokens."""
-    i_of = gl.arange(0, 64, LINE)
-    group, r = first + m // R, m % R
-    row = (first * R + m) * 64 + i_of
-    inside = row < T * R
-    beta = gl.load(beta_ptr + (b * (T * R) + row) * HV + hv, mask=inside, other=0.0)
-    beta = beta.to(gl.float32)
-    none = gl.zeros([64], gl.float32, LINE)
-    if not (HAS_G or HAS_RESETS):
-        of_none = (none, none, none)
-        return beta, of_none, of_none, of_none, of_none
-    sums = sums_ptr + ((b * HV + hv) * NG + group) * 192
-    real = (i_of >= 0) & (group < NG)
-    at_updates = sums_at(sums, (r * 64 + i_of) // R, real, HAS_RESETS)
-    at_last = sums_at(sums, (r * 64 + 63) // R + i_of * 0, real, HAS_RESETS)
-    # Before a group's first block there are none.
-    at_first = gl.maximum(r * 64 - 1, 0) // R + i_of * 0
-    before = sums_at(sums, at_first, real & (r > 0), HAS_RESETS)
-    at_tokens = sums_at(sums, i_of, real, HAS_RESETS)
-    return beta, at_updates, at_last, before, at_tokens
-
-
-@gluon.jit
 def prepare_blocks(
-    beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
-    full, empty, qfull, qempty, ready, free, first, steps, b, hv,
-    SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr, NG: gl.constexpr,
-    S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
+    NG: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: scores and decays of every block, two blocks deep."""
+    (
+        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        full, empty, qfull, qempty, ready, free, first, steps, b, hv,
+    ) = handed  # fmt: skip
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     m_of = gl.arange(0, 64, ROW)[:, None]
     n_of = gl.arange(0, 64, COLUMN)[None, :]
-    every = gl.arange(0, 64, LINE) >= 0
+    lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    beta, at, last, before, here = load_vectors(
-        beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
-    )
+    vectors = load_vectors(beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS)
     for m in range(steps * R):
         n, r = m // R, m % R
         sq = n % 2
@@ -163,30 +92,15 @@ def prepare_blocks(
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        betas.store(beta)
-        if DECAYS:
-            into = decays(
-                at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
-            )
-            out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
-            intos.index(st).store(into)
-            outs.index(st).store(out * beta)
-            if HAS_O:
-                of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
-                tokens.index(st).store(of_t)
-                for part in gl.static_range(3):
-                    of_updates.index(part).store(at[part])
-                    of_tokens.index(part).store(here[part])
-        else:
-            outs.index(st).store(beta)
-        beta, at, last, before, here = load_vectors(
+        put_vectors(vectors, lines, st, HAS_O, HAS_G, HAS_RESETS)
+        vectors = load_vectors(
             beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
         )
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
             upto = m_of >= (r * 64 + n_of) // R
             if DECAYS:
-                p *= SCALE * between(of_tokens, of_updates, upto, HAS_G, HAS_RESETS)
+                p *= SCALE * between(of_tokens, of_updates, upto, None, HAS_G, HAS_RESETS)
             else:
                 p = gl.where(upto, SCALE * p, 0.0)
             p *= betas.load(COLUMN)[None, :]
@@ -201,12 +115,15 @@ def prepare_blocks(
 
 @gluon.jit
 def hold_state(
-    out, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens,
-    full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index, SCALE: gl.constexpr,
-    R: gl.constexpr, K: gl.constexpr, V: gl.constexpr, S: gl.constexpr, J: gl.constexpr,
-    DECAYS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, START: gl.constexpr,
+    handed, SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    SEQUENCES: gl.constexpr, S: gl.constexpr, DECAYS: gl.constexpr, HAS_O: gl.constexpr,
+    HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr, START: gl.constexpr, J: gl.constexpr,
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs."""
+    (
+        out, states, errors, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, sb, eb, intos, outs,
+        tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index,
+    ) = handed  # fmt: skip
     NC: gl.constexpr = V // 64
     rows = J * 64 + gl.arange(0, 64, ROW)
     keys = gl.arange(0, K, COLUMN)
@@ -227,6 +144,14 @@ def hold_state(
         s = m % S
         st = m % 2
         narrow = left(state)
+        block = first * R + m
+        if HAS_KEPT:
+            # In pairs, in the place of one state of float32 each.
+            tma.store_wait(0)
+            matrix(sb.index(J)).store(state.to(gl.bfloat16))
+            fence_async_shared()
+            kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
+            tma.async_copy_shared_to_global(states, [kept, J * 64, 0], sb.index(J))
         if HAS_O and r == 0:
             mbarrier.wait(qfull.index(sq), (n // 2) & 1)
             q = matrix(qb.index(sq)).permute((1, 0))
@@ -260,8 +185,12 @@ def hold_state(
             state *= intos.index(st).slice(63, 1).load(COLUMN)[None, :]
         e = warpgroup_mma_wait(0, deps=[e])
         e = rounded - e
-        kept = left(e * outs.index(st).load(COLUMN)[None, :])
-        state = warpgroup_mma(kept, k, state, is_async=True)
+        if HAS_KEPT:
+            matrix(eb.index(J)).permute((1, 0)).store(e.to(gl.bfloat16))
+            fence_async_shared()
+            tma.async_copy_shared_to_global(errors, [b, block * 64, ocol + J * 64], eb.index(J))
+        written = left(e * outs.index(st).load(COLUMN)[None, :])
+        state = warpgroup_mma(written, k, state, is_async=True)
         if HAS_O:
             o = warpgroup_mma(left(e), pb.index(st).permute((1, 0)), o, is_async=True)
             o, state = warpgroup_mma_wait(0, deps=[o, state])
@@ -282,17 +211,19 @@ def hold_state(
 
 @gluon.jit
 def walk(
-    q, k, v, x, beta_ptr, sums_ptr, start_ptr, o, final_ptr,
-    SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr,
-    K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
+    q, k, v, x, beta_ptr, sums_ptr, start_ptr, o, final_ptr, states, errors,
+    SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
-    HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, START: gl.constexpr,
+    HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr,
+    START: gl.constexpr,
 ):  # fmt: skip
     """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
     They begin with the states given if START is "whole"; for "ends" with nothing, but for piece 0,
     which has its true beginning; for "maps" with the identity. Without HAS_O only the states;
-    without HAS_V as if all values were zeros.
+    without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
+    state before every block, transposed and in bfloat16, and the errors of its updates.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
@@ -315,6 +246,8 @@ def walk(
     xb = gl.allocate_shared_memory(bf16, [2 * S, 1, 64, 64], tile)
     pb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, 64], small)
     ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 1, 64, 64], tile)
+    sb = gl.allocate_shared_memory(bf16, [NC if HAS_KEPT else 1, 1, 64, K], keys)
+    eb = gl.allocate_shared_memory(bf16, [NC if HAS_KEPT else 1, 1, 64, 64], tile)
     betas = gl.allocate_shared_memory(gl.float32, [64], line)
     intos = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     outs = gl.allocate_shared_memory(gl.float32, [2, 64], line)
@@ -337,42 +270,34 @@ def walk(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=NC)
     fence_async_shared()
+    hold = (
+        o, states, errors, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, sb, eb, intos, outs,
+        tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
+    )  # fmt: skip
+    prepare = (
+        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        full, empty, qfull, qempty, ready, free, first, steps, b, hv,
+    )  # fmt: skip
+    load = (
+        q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol, vcol,
+    )  # fmt: skip
+    # Sizes stand where they are used, since a name would make numbers of the program of them.
     if NC == 2:
         gl.warp_specialize([
-        (hold_state, (
-            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full, empty,
-            qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
-            DECAYS, HAS_O, HAS_V, START,
-        )),
-        (hold_state, (
-            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full, empty,
-            qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 1,
-            DECAYS, HAS_O, HAS_V, START,
-        )),
-        (prepare_blocks, (
-            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
-            full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S,
-            HAS_O, HAS_G, HAS_RESETS,
-        )),
-        (load_tiles, (
-            q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol,
-            vcol, R, K, NC, S, HAS_O, HAS_V,
-        )),
+            (hold_state, (
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
+            )),
+            (hold_state, (
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 1,
+            )),
+            (prepare_blocks, (prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS)),
+            (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V)),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-        (hold_state, (
-            o, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, intos, outs, tokens, full, empty,
-            qfull, qempty, ready, free, first, steps, b32, vcol, pid, index, SCALE, R, K, V, S, 0,
-            DECAYS, HAS_O, HAS_V, START,
-        )),
-        (prepare_blocks, (
-            beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
-            full, empty, qfull, qempty, ready, free, first, steps, b, hv, SCALE, T, R, HV, NG, S,
-            HAS_O, HAS_G, HAS_RESETS,
-        )),
-        (load_tiles, (
-            q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol,
-            vcol, R, K, NC, S, HAS_O, HAS_V,
-        )),
+            (hold_state, (
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
+            )),
+            (prepare_blocks, (prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS)),
+            (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V)),
         ], [4, 1], [152, 24])  # fmt: skip

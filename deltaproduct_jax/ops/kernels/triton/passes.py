@@ -59,6 +59,8 @@ def kept_span(span: int, **sizes) -> int:
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What `prepare` makes, where that is small beside the states, and maps of pieces."""
+    if gluon.takes_gradients(tokens, options, compute_capability()):
+        return gluon.kept_more(tokens, options)
     return sum(_kept_more(tokens, options).values(), ())
 
 
@@ -98,6 +100,8 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     if not keep_states and gluon.takes(tokens, options, compute_capability()):
         return *batched(gluon.forward, options)(tokens, initial_state), None
+    if keep_states and _by_gluon(tokens, options):
+        return batched(gluon.forward_kept, gluon.fixed(tokens, options))(tokens, initial_state)
     options = options if keep_states else options._replace(spans=0, more=False)
     o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
@@ -105,7 +109,15 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    if _by_gluon(tokens, options):
+        fixed = gluon.fixed(tokens, options)
+        return batched(gluon.backward, fixed)(tokens, kept, do, dfinal_state)
     return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
+
+
+def _by_gluon(tokens: Tokens, options: Options) -> bool:
+    """Whether the kernels in Gluon run a gradient of these."""
+    return options.more and gluon.takes_gradients(tokens, options, compute_capability())
 
 
 def step(state, q, k, v, beta, g, *, scale: float):
@@ -134,10 +146,7 @@ class _Call:
         N = -(-T // tiles.chunk_size)
         pieces = tiling.pieces_for(B * HV, N, tiles.walk, V=V)
         span = -(-N // self.options.spans) if self.options.spans else 0
-        gates = {
-            "HAS_G": gated,
-            "HAS_RESETS": self.tokens.resets is not None,
-        }
+        gates = {"HAS_G": gated, "HAS_RESETS": self.tokens.resets is not None}
         meta = {
             **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
             **{"BK": tiles.key_columns, "V": V, "C": tiles.chunk_size, "N": N},
@@ -145,16 +154,11 @@ class _Call:
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
             "TWO": operand in NARROW,
-            **gates,
-            "DECAYS": any(gates.values()),
+            **{**gates, "DECAYS": any(gates.values())},
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
         }
-        for name, value in (
-            ("operand", operand),
-            ("tiling", tiles),
-            ("pieces", pieces),
-            ("meta", meta),
-        ):
+        found = {"operand": operand, "tiling": tiles, "pieces": pieces, "meta": meta}
+        for name, value in found.items():
             object.__setattr__(self, name, value)
 
     def matrices(self, rows: int, columns: int) -> jax.ShapeDtypeStruct:
@@ -244,8 +248,8 @@ def _composed(c: _Call, first, maps, ends, *, reverse: bool):
     """States [B, Hv, pieces, K, V] that pieces begin with, or cotangents, if ``reverse``."""
     launch = c.tiling.compose
     grid = (-(-c.meta["V"] // launch.columns), c.meta["B"] * c.meta["HV"])
-    more = {"ROWS": launch.keys, "REVERSE": reverse}
-    return c.launch("compose", (first, maps, ends), (c.of_pieces(),), grid, **more)[0]
+    arrays, more = (first, maps, ends), {"ROWS": launch.keys, "REVERSE": reverse}
+    return c.launch("compose", arrays, (c.of_pieces(),), grid, **more)[0]
 
 
 def _forward(fixed: _Fixed, tokens: Tokens, initial_state):
@@ -281,12 +285,10 @@ def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     states, *more = kept
     q, k, v, beta, g, _ = tokens
     B, T, R, HV, V = v.shape
-    H, K = k.shape[-2:]
-    N = c.meta["N"]
+    (H, K), N = k.shape[-2:], c.meta["N"]
     maps = more.pop() if "maps" in fixed.more else None
     prepared = more if "prepared" in fixed.more else _prepare(c)
-    missing = PREPARED - len(prepared)
-    prepared = (*prepared, *missing * (jnp.zeros(1, jnp.float32),))
+    prepared = (*prepared, *(PREPARED - len(prepared)) * (jnp.zeros(1, jnp.float32),))
     *prepared, sums = prepared
     x, _, into, out = prepared
     updates = jax.ShapeDtypeStruct(v.shape, c.operand)
@@ -351,10 +353,8 @@ def _step(scale: float, state, q, k, v, beta, g):
     meta = {"SCALE": scale, "R": R, "H": H, "HV": HV, "K": K, "V": V, "HAS_G": g is not None}
     meta |= {"BK": tiling.power_of_two(K), "BV": launch.columns}
     arrays = (q, k, v, beta, beta if g is None else g, state)
-    outs = (
-        jax.ShapeDtypeStruct((B, HV, V), v.dtype),
-        jax.ShapeDtypeStruct(state.shape, state.dtype),
-    )
+    o = jax.ShapeDtypeStruct((B, HV, V), v.dtype)
+    outs = (o, jax.ShapeDtypeStruct(state.shape, state.dtype))
     grid = (-(-V // launch.columns), B * HV)
     # The state in place: a loop that carries it would copy it once per token otherwise.
     in_place = {len(arrays) - 1: len(outs) - 1}

@@ -1,0 +1,147 @@
+"""What the walks of both directions are made of, in Gluon: layouts, tiles, decays, vectors.
+
+Letters as in prepare.py.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
+LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
+ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
+COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
+
+LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+
+# Stands for a beta of zero: dv is a multiple of beta, and dbeta what dv is a multiple of.
+LEAST_BETA = gl.constexpr(2.0**-64)
+
+
+@gluon.jit
+def not_zero(beta):
+    """beta, or next to nothing, by which one may divide."""
+    return gl.where(gl.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
+
+
+@gluon.jit
+def left(x):
+    """As the left operand of a product."""
+    return gl.convert_layout(x.to(gl.bfloat16), LEFT, assert_trivial=True)
+
+
+@gluon.jit
+def matrix(tile):
+    """A tile [1, rows, columns] as a matrix."""
+    return tile.reshape([tile.shape[1], tile.shape[2]])
+
+
+@gluon.jit
+def nothing(m):
+    """0, but not for the compiler, in a loop over m.
+
+    What is looked up by it is found anew in every round. Else the addresses of all tiles are found
+    before the loop, and there are more of them than registers.
+    """
+    return m >> 29
+
+
+@gluon.jit
+def decays(high, low, segments, from_high, from_low, from_segments, mask,
+           HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):  # fmt: skip
+    """Decays between positions; 0 outside ``mask`` and across segments."""
+    if HAS_RESETS:
+        mask = mask & (segments == from_segments)
+    if HAS_G:
+        sums = (high - from_high) + (low - from_low)
+        return gl.where(mask, gl.exp(gl.where(mask, sums, 0.0)), 0.0)
+    return gl.where(mask, 1.0, 0.0)
+
+
+@gluon.jit
+def between(of_rows, of_columns, mask, is_back, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
+    """`decays` from columns to rows, whose sums of gates and resets lie in shared memory.
+
+    They go from rows to columns where ``is_back``, unless that is None.
+    """
+    segments, from_segments = 0.0, 0.0
+    if HAS_RESETS:
+        segments = of_rows.index(2).load(ROW)[:, None]
+        from_segments = of_columns.index(2).load(COLUMN)[None, :]
+    high, low, from_high, from_low = 0.0, 0.0, 0.0, 0.0
+    if HAS_G:
+        high, low = of_rows.index(0).load(ROW)[:, None], of_rows.index(1).load(ROW)[:, None]
+        from_high = of_columns.index(0).load(COLUMN)[None, :]
+        from_low = of_columns.index(1).load(COLUMN)[None, :]
+        if is_back is not None:
+            high = (high - from_high) + (low - from_low)
+            high = gl.where(is_back, -high, high)
+            low, from_high, from_low = 0.0, 0.0, 0.0
+    return decays(high, low, segments, from_high, from_low, from_segments, mask, HAS_G, HAS_RESETS)
+
+
+@gluon.jit
+def sums_at(sums, position, mask, HAS_RESETS: gl.constexpr):
+    """Sums of gates in two parts, and of resets, at a position of a group."""
+    high = gl.load(sums + position, mask=mask, other=0.0)
+    low = gl.load(sums + position + 64, mask=mask, other=0.0)
+    segments = low
+    if HAS_RESETS:
+        segments = gl.load(sums + position + 128, mask=mask, other=0.0)
+    return high, low, segments
+
+
+@gluon.jit
+def load_vectors(
+    beta_ptr, sums_ptr, m, first, b, hv, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
+    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Of block m: beta, and sums at its updates, at its last, before it, and at its tokens."""
+    i_of = gl.arange(0, 64, LINE)
+    group, r = first + m // R, m % R
+    row = (first * R + m) * 64 + i_of
+    inside = row < T * R
+    beta = gl.load(beta_ptr + (b * (T * R) + row) * HV + hv, mask=inside, other=0.0)
+    beta = not_zero(beta.to(gl.float32))
+    none = gl.zeros([64], gl.float32, LINE)
+    if not (HAS_G or HAS_RESETS):
+        of_none = (none, none, none)
+        return beta, of_none, of_none, of_none, of_none
+    sums = sums_ptr + ((b * HV + hv) * NG + group) * 192
+    real = (i_of >= 0) & (group < NG)
+    at_updates = sums_at(sums, (r * 64 + i_of) // R, real, HAS_RESETS)
+    at_last = sums_at(sums, (r * 64 + 63) // R + i_of * 0, real, HAS_RESETS)
+    # Before a group's first block there are none.
+    at_first = gl.maximum(r * 64 - 1, 0) // R + i_of * 0
+    before = sums_at(sums, at_first, real & (r > 0), HAS_RESETS)
+    at_tokens = sums_at(sums, i_of, real, HAS_RESETS)
+    return beta, at_updates, at_last, before, at_tokens
+
+
+@gluon.jit
+def put_vectors(
+    vectors, lines, st, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr
+):
+    """Puts what `load_vectors` found where others read it, in turn ``st``: beta, decays and sums.
+
+    Decays from the block before to its updates, and, times beta, from them to its last. With HAS_O
+    those to its tokens, and the sums that the scores' decays are made of.
+    """
+    beta, at, last, before, here = vectors
+    betas, intos, outs, tokens, of_tokens, of_updates = lines
+    every = gl.arange(0, 64, LINE) >= 0
+    betas.store(beta)
+    if HAS_G or HAS_RESETS:
+        into = decays(
+            at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
+        )
+        out = decays(last[0], last[1], last[2], at[0], at[1], at[2], every, HAS_G, HAS_RESETS)
+        intos.index(st).store(into)
+        outs.index(st).store(out * beta)
+        if HAS_O:
+            of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
+            tokens.index(st).store(of_t)
+            for part in gl.static_range(3):
+                of_updates.index(part).store(at[part])
+                of_tokens.index(part).store(here[part])
+    else:
+        outs.index(st).store(beta)
