@@ -342,16 +342,26 @@ class Trainer:
 class CompiledByLength:
     """A function (length, *arrays), compiled once a length, outside the account of training."""
 
-    def __init__(self, function: Callable, stopwatch: Stopwatch, *, donate: bool = False):
+    def __init__(
+        self,
+        function: Callable,
+        stopwatch: Stopwatch,
+        *,
+        donate: bool = False,
+        compiler_options: dict[str, str] | None = None,
+    ):
         self._function = function
         self._stopwatch = stopwatch
-        self._donate = (0,) if donate else ()
+        self._options = {
+            "donate_argnums": (0,) if donate else (),
+            "compiler_options": compiler_options,
+        }
         self._lowered: dict[int, jax.stages.Lowered] = {}
         self._compiled: dict[int, Callable] = {}
 
     def lower(self, length: int, *arrays: Any) -> None:
         """Makes the program for ``length``, for a later call to compile and run."""
-        jitted = jax.jit(partial(self._function, length), donate_argnums=self._donate)
+        jitted = jax.jit(partial(self._function, length), **self._options)
         self._lowered[length] = jitted.lower(*arrays)
 
     def __call__(self, length: int, *arrays: Any) -> Any:

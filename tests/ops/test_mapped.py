@@ -37,6 +37,18 @@ x = jax.random.normal(jax.random.key(1), (1, 16, 8))
 rows = jax.jacrev(lambda x: m(x)[0][0, -1])(x)
 assert jnp.allclose(rows[3], jax.grad(lambda x: m(x)[0][0, -1, 3])(x), atol=1e-4)
 """
+# As where runs train together: whatever the gradient reads is mapped.
+WHOLE = """
+import jax, jax.numpy as jnp
+from deltaproduct_jax import delta_product
+shapes = [(2, 4, 17, 2, 8), (2, 4, 17, 2, 2, 8), (2, 4, 17, 2, 2, 8), (2, 4, 17, 2, 2)]
+a = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate(shapes)]
+run = lambda *a: delta_product(*a, use_qk_l2norm=True, implementation="chunked")[0]
+loss = jax.grad(lambda *a: jnp.sum(run(*a) * jnp.arange(8)), argnums=(0, 1, 2, 3))
+mapped = jax.jit(jax.vmap(loss))(*a)
+for x, y in zip(mapped, loss(*(x[1] for x in a))):
+    assert jnp.allclose(x[1], y, rtol=1e-3, atol=1e-3), abs(x[1] - y).max()
+"""
 # What was corrupted shows at the latest here.
 AFTER = """
 for n in range(20, 24):
@@ -52,6 +64,7 @@ print("alive")
         pytest.param(OP.replace("NAME", "'chunked'"), id="chunked"),
         pytest.param(OP.replace("NAME", "'associative'"), id="associative"),
         pytest.param(LAYER, id="layer"),
+        pytest.param(WHOLE, id="whole"),
     ],
 )
 def test_a_mapped_gradient_leaves_the_process_alive(program):

@@ -33,6 +33,18 @@ from deltaproduct_jax.training.together.numbers import Numbers
 RUNS = "runs"  # the mesh's only axis
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str] | None:
+    """What keeps XLA for CPUs of jaxlib 0.10 from fusing a product with its sum.
+
+    At rank 7, which mapping over runs reaches, it would write beside its buffers;
+    tests/ops/test_mapped.py has the smallest such program.
+    """
+    is_old = tuple(map(int, jax.__version__.split(".")[:2])) < (0, 11)
+    if mesh.devices.flat[0].platform != "cpu" or not is_old:
+        return None
+    return {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
 def mesh_of_runs() -> Mesh:
     """All devices of this process, along the runs."""
     devices = np.array(layout.all_devices())
@@ -72,10 +84,13 @@ class MappedProgram:
             loss, correct_BT = loss_and_correct(definition, params, batch)
             return loss, correct_BT, batch.mask
 
+        options = {"compiler_options": compiler_options(mesh)}
         # (length, state, keys [S], numbers [S], takes_part [S]) -> (state, metrics [S])
-        self.train_step = CompiledByLength(self._mapped(train_one), stopwatch, donate=True)
+        self.train_step = CompiledByLength(
+            self._mapped(train_one), stopwatch, donate=True, **options
+        )
         # (length, params, keys [S]) -> (loss [S], correct [S, B, T], mask [S, B, T])
-        self.eval_step = CompiledByLength(self._mapped(eval_one), stopwatch)
+        self.eval_step = CompiledByLength(self._mapped(eval_one), stopwatch, **options)
 
     def _mapped(self, function: Callable) -> Callable:
         def mapped(length: int, *arrays: Any) -> Any:
