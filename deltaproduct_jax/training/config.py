@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, recorded, setting
 from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
+from deltaproduct_jax.training.text import TextTask
 
 SCHEDULES = ("cosine", "constant")
 SEED_PURPOSES = ("init", "data")
@@ -53,7 +54,7 @@ class TrainConfig:
     eval_sequences: int = setting(512, "sequences per evaluation, at each length")
     eval_batch_size: int = setting(128, "sequences evaluated at a time")
     select_length: int | None = setting(
-        None, "length whose validation accuracy selects the best checkpoint; none: the longest"
+        None, "length whose evaluation selects the best checkpoint; none: the longest"
     )
     stop_accuracy: float | None = setting(
         None, "stop once the validation sequence accuracy reaches this; none: never"
@@ -123,15 +124,20 @@ def _require_divisible(config: TrainConfig, whole: str, part: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run; the model reads and writes the task's vocabulary."""
+    """A whole run; the model reads and writes the task's vocabulary.
 
-    task: Task
+    That of a text is looked at where the text is read: a run is also loaded where there is none.
+    """
+
+    task: Task | TextTask
     model: ModelConfig
     train: TrainConfig
     plugins: PluginConfig = dataclasses.field(default_factory=PluginConfig)
 
     def __post_init__(self):
-        if self.model.vocab_size != self.task.vocab_size:
+        if self.is_streamed:
+            self._check_streamed()
+        elif self.model.vocab_size != self.task.vocab_size:
             raise ConfigError(
                 f"vocab_size={self.model.vocab_size} must be the task's, {self.task.vocab_size}"
             )
@@ -146,8 +152,22 @@ class RunConfig:
         self.task.check_length("select_length", self.select_length)
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether batches are read from a stream that has a state, and not drawn from a key."""
+        return hasattr(self.task, "stream")
+
+    def _check_streamed(self) -> None:
+        for name in ("curriculum", "stop_accuracy"):
+            value = getattr(self.train, name)
+            if value:
+                raise ConfigError(
+                    f"{name}={value} needs a task whose batches are drawn from a key; "
+                    f"{type(self.task).__name__} is read from a stream"
+                )
+
+    @property
     def select_length(self) -> int:
-        """Length whose validation accuracy selects the best checkpoint."""
+        """Length whose evaluation selects the best checkpoint."""
         if self.train.select_length is not None:
             return self.train.select_length
         return self.task.test_lengths[-1]
@@ -207,7 +227,7 @@ class RunConfig:
         The section of plug-ins is there if the run has any.
         """
         return {
-            section.name: plain(dataclasses.asdict(getattr(self, section.name)))
+            section.name: plain(recorded(getattr(self, section.name)))
             for section in dataclasses.fields(self)
             if section.name != "plugins" or self.plugins.plugins
         }

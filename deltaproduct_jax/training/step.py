@@ -82,11 +82,12 @@ def loss_and_correct(
     The answer at a position is the likeliest token, the smallest id where several are. With a
     ``layout`` the model runs over its mesh.
     """
+    packed = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids}
     if layout is None:
-        logits_BTV = definition.with_params(params)(batch.inputs)
+        logits_BTV = definition.with_params(params)(batch.inputs, **packed)
     else:
         with layout.placed():
-            logits_BTV = definition.with_params(layout.gather(params))(batch.inputs)
+            logits_BTV = definition.with_params(layout.gather(params))(batch.inputs, **packed)
     logits_BTV = logits_BTV.astype(jnp.float32)
     # Masked before anything is computed of them: 0 times a NaN would be one of the gradient.
     counted_BTV = jnp.where(batch.mask[..., None], logits_BTV, 0)
