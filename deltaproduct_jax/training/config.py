@@ -13,6 +13,7 @@ from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import check_fields, recorded, setting
 from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
+from deltaproduct_jax.training.loss import LossSettings
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.text import TextTask
 
@@ -36,6 +37,16 @@ class TrainConfig:
     adam_b2: float = setting(0.999, "decay of AdamW's second moment")
     adam_eps: float = setting(1e-8, "epsilon of AdamW")
     clip_norm: float | None = setting(None, "largest global norm of the gradient; none: no limit")
+    loss_chunk_size: int | None = setting(
+        None,
+        "tokens of a batch whose logits exist at once; none: all",
+        recorded_if_set=True,
+    )
+    z_loss: float = setting(
+        0.0,
+        "weight of the squared logarithm of the softmax's denominator in what is minimised",
+        recorded_if_set=True,
+    )
     curriculum: tuple[int, ...] = setting(
         (), "lengths trained one after another before the full one"
     )
@@ -71,7 +82,9 @@ class TrainConfig:
             require_at_least(name, getattr(self, name), 1)
         for name in ("checkpoint_every", "eval_sequences", "eval_batch_size"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed"):
+        if self.loss_chunk_size is not None:
+            require_at_least("loss_chunk_size", self.loss_chunk_size, 1)
+        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed", "z_loss"):
             require_at_least(name, getattr(self, name), 0)
         require_one_of("schedule", self.schedule, SCHEDULES)
         for name in ("learning_rate", "adam_eps", "clip_norm"):
@@ -95,6 +108,32 @@ class TrainConfig:
         self._check_steps()
         _require_divisible(self, "batch_size", "accumulation_steps")
         _require_divisible(self, "eval_sequences", "eval_batch_size")
+
+    def _check_decay(self) -> None:
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"decay_fraction={self.decay_fraction!r} must be in (0, 1]")
+        for name, used in (("decay_fraction", "schedule=wsd"), ("muon_momentum", "optimizer=muon")):
+            field, value = used.split("=")
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and getattr(self, field) != value:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} needs {used}, got {field}={getattr(self, field)}"
+                )
+        if self.decay_steps + self.warmup_steps > self.steps and self.schedule == "wsd":
+            raise ConfigError(
+                f"decay_fraction={self.decay_fraction} of steps={self.steps} and "
+                f"warmup_steps={self.warmup_steps} must not overlap"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps at the end in which ``wsd`` falls."""
+        return max(1, round(self.steps * self.decay_fraction))
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What is minimised, and how it is computed."""
+        return LossSettings(self.loss_chunk_size, self.z_loss)
 
     def _check_steps(self) -> None:
         if self.steps > MAX_BATCH_INDEX:

@@ -209,6 +209,7 @@ class Trainer:
             make_schedule(train),
             train.accumulation_steps,
             layout,
+            train.loss_settings,
         )
 
         def train_step(length: int, state: TrainState, given: Any):
@@ -219,7 +220,9 @@ class Trainer:
 
         def eval_step(length: int, params: Params, given: Any):
             batch = source.eval_batch(given, length)
-            loss, correct_BT = loss_and_correct(definition, params, layout.cut_batch(batch), layout)
+            loss, correct_BT = loss_and_correct(
+                definition, params, layout.cut_batch(batch), layout, train.loss_settings
+            )
             outputs = loss, correct_BT[:, : batch.mask.shape[1]], batch.mask
             # Every process scores them.
             return layout.everywhere(outputs)

@@ -153,7 +153,12 @@ class Group:
 
     def _lower(self, slots: int) -> None:
         first = self.members[0]
-        of_one = (first.like, first.source.training(0), numbers_of(self.config.train), np.bool_(True))
+        of_one = (
+            first.like,
+            first.source.training(0),
+            numbers_of(self.config.train),
+            np.bool_(True),
+        )
         shapes = shapes_in_slots(of_one, slots, self._mesh)
         try:
             self._program(slots).train_step.lower(self.config.length_at(1), *shapes)
