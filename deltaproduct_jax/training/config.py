@@ -17,7 +17,9 @@ from deltaproduct_jax.training.loss import LossSettings
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.text import TextTask
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "wsd")
+OPTIMIZERS = ("adamw", "muon")
+DECAYED = ("all", "matrices")
 SEED_PURPOSES = ("init", "data")
 
 
@@ -28,11 +30,30 @@ class TrainConfig:
     steps: int = setting(500, "updates of the parameters")
     batch_size: int = setting(64, "sequences per update")
     accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
-    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
-    schedule: str = setting("cosine", "learning rate after the warm-up: cosine or constant")
+    optimizer: str = setting(
+        "adamw",
+        "adamw; or muon, for the matrices between hidden channels, and AdamW for the rest",
+        recorded_if_set=True,
+    )
+    learning_rate: float = setting(1e-3, "peak learning rate")
+    schedule: str = setting(
+        "cosine",
+        "learning rate after the warm-up: cosine; constant; or wsd (warm-up, stable, decay): "
+        "constant, then linear",
+    )
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
-    end_learning_rate: float = setting(0.0, "learning rate that a cosine falls to")
-    weight_decay: float = setting(0.01, "AdamW's decay, of every parameter")
+    end_learning_rate: float = setting(0.0, "learning rate that cosine and wsd fall to")
+    decay_fraction: float = setting(
+        0.2, "part of the steps, at their end, in which wsd falls", recorded_if_set=True
+    )
+    weight_decay: float = setting(0.01, "decay of the parameters, times the learning rate")
+    decayed: str = setting(
+        "all",
+        "parameters that decay: all, as in the paper; or matrices, which spares norms, biases and "
+        "convolutions",
+        recorded_if_set=True,
+    )
+    muon_momentum: float = setting(0.95, "decay of Muon's moment", recorded_if_set=True)
     adam_b1: float = setting(0.9, "decay of AdamW's first moment")
     adam_b2: float = setting(0.999, "decay of AdamW's second moment")
     adam_eps: float = setting(1e-8, "epsilon of AdamW")
@@ -74,7 +95,10 @@ class TrainConfig:
     @classmethod
     def without_use(cls, values: Mapping[str, Any]) -> list[str]:
         """Fields of a preset that mean nothing beside these values."""
-        return ["end_learning_rate"] if values.get("schedule") == "constant" else []
+        schedule = values.get("schedule", cls.schedule)
+        idle = ["end_learning_rate"] if schedule == "constant" else []
+        idle += [] if schedule == "wsd" else ["decay_fraction"]
+        return idle + ([] if values.get("optimizer") == "muon" else ["muon_momentum"])
 
     def __post_init__(self):
         check_fields(self)
@@ -87,11 +111,13 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed", "z_loss"):
             require_at_least(name, getattr(self, name), 0)
         require_one_of("schedule", self.schedule, SCHEDULES)
+        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        require_one_of("decayed", self.decayed, DECAYED)
         for name in ("learning_rate", "adam_eps", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value!r} must be greater than 0")
-        for name in ("adam_b1", "adam_b2", "curriculum_fraction"):
+        for name in ("adam_b1", "adam_b2", "muon_momentum", "curriculum_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
         if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
@@ -144,9 +170,10 @@ class TrainConfig:
             )
         if self.schedule == "constant" and self.end_learning_rate:
             raise ConfigError(
-                f"end_learning_rate={self.end_learning_rate} needs schedule=cosine; "
+                f"end_learning_rate={self.end_learning_rate} needs schedule=cosine or wsd; "
                 "a constant schedule ends where it began"
             )
+        self._check_decay()
         if self.end_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"end_learning_rate={self.end_learning_rate} must not exceed "
