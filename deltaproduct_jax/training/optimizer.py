@@ -20,7 +20,8 @@ def make_schedule(config: TrainConfig, numbers: Numbers | None = None) -> optax.
     """Learning rate as a function of the updates made before: warm-up, then as ``schedule`` says.
 
     ``wsd`` stays at the peak until a last part of the steps, in which it falls linearly (Hu et al.,
-    https://arxiv.org/abs/2404.06395). ``numbers``, which may be traced, take the place of the configuration's.
+    https://arxiv.org/abs/2404.06395). ``numbers``, which may be traced, take the place
+    of the configuration's.
     """
     numbers = numbers or Numbers.of(config)
     peak, end = numbers.learning_rate, numbers.end_learning_rate

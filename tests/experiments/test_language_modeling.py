@@ -11,7 +11,7 @@ from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.config import TrainConfig
 from experiments import language_modeling
-from experiments.language_modeling import PRESETS
+from experiments.lib.language_presets import PRESETS
 
 # With the paper's vocabulary of 32,000.
 PARAMETERS = {

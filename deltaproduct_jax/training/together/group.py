@@ -83,7 +83,7 @@ def _require_one_program(configs: Sequence[RunConfig]) -> None:
         raise ConfigError(f"runs that are trained together may differ in {names} alone")
     if configs[0].is_streamed:
         raise ConfigError(
-            f"runs on {type(configs[0].task).__name__}, whose batches come from a stream, cannot be "
+            f"runs on {type(configs[0].task).__name__}, whose batches come from a stream, are not "
             "trained together; give another launcher"
         )
 
