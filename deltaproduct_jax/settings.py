@@ -17,12 +17,31 @@ from deltaproduct_jax.errors import ConfigError
 SHOWN = 60  # characters of a value in an error
 
 
-def setting(default: Any, help: str, *, repeated: bool = False) -> Any:
+def setting(
+    default: Any, help: str, *, repeated: bool = False, recorded_if_set: bool = False
+) -> Any:
     """A dataclass field whose ``help`` becomes the text of its flag.
 
-    ``repeated`` is for a tuple of texts: the flag may be given several times, an entry each.
+    Args:
+        default: of the field.
+        help: a sentence without its full stop.
+        repeated: for a tuple of texts: the flag may be given several times, an entry each.
+        recorded_if_set: a record leaves the field out where it has its default, as records do that
+            are older than the field.
     """
-    return dataclasses.field(default=default, metadata={"help": help, "repeated": repeated})
+    metadata = {"help": help, "repeated": repeated, "recorded_if_set": recorded_if_set}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def recorded(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that a record of it has, with their values."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if not (
+            field.metadata.get("recorded_if_set") and getattr(config, field.name) == field.default
+        )
+    }
 
 
 def check_fields(config: Any) -> None:

@@ -1,8 +1,9 @@
 """One process of several that train the tiny run; a program of its own.
 
 ``python -m tests.parallel_process FLAGS`` is ``python -m experiments.state_tracking FLAGS`` with a
-model that compiles at once. Environment variable DIE_AT makes a process fail, as a bug would,
-behind that step; ASK_AT makes it say so, wait for a line of its standard input, and go slowly.
+model that compiles at once; SCRIPT=language_modeling in the environment is that script. DIE_AT
+there makes a process fail, as a bug would, behind that step; ASK_AT makes it say so, wait for a
+line of its standard input, and go slowly.
 """
 
 import os
@@ -13,7 +14,9 @@ import tiny_run
 
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.stopping import SharedStopRequest
-from experiments import state_tracking
+from experiments import language_modeling, state_tracking
+
+SCRIPTS = {"state_tracking": state_tracking, "language_modeling": language_modeling}
 
 
 def main() -> int:
@@ -33,7 +36,7 @@ def main() -> int:
         return reached(self, step)
 
     SharedStopRequest.reached = behind
-    return state_tracking.main(sys.argv[1:])
+    return SCRIPTS[os.environ.get("SCRIPT", "state_tracking")].main(sys.argv[1:])
 
 
 if __name__ == "__main__":

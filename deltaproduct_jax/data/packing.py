@@ -1,7 +1,7 @@
 """Which tokens stand in which row: documents cut to length, or first-fit with segment ids.
 
 A packing is a pure function from a row's index to the row, for as many epochs as are asked for.
-What it keeps in memory is some 16 bytes per document, never tokens.
+What it keeps in memory is some 16 bytes per document and 16 per row, never tokens.
 
 Dimension key: ``T`` positions of a row.
 """
@@ -17,6 +17,7 @@ from deltaproduct_jax.errors import ConfigError
 
 # Documents among which rows are filled; more fill them better and need more memory at once.
 WINDOW = 1024
+ROWS = 1  # after seeds and epoch: the order of rows, not of documents
 
 
 class Rows(NamedTuple):
@@ -49,8 +50,9 @@ def permutation(size: int, *seeds: int) -> np.ndarray:
 class Concatenated:
     """As the paper packs: BOS and documents one after another, cut to rows, no reset.
 
-    Every epoch has an order of documents of its own. Rows overlap by one token, so that each but
-    the first is a target once; an epoch's last tokens, fewer than a row, are left out.
+    Every epoch has an order of documents of its own, and then one of rows: those of one document
+    would else stand in one batch. Rows overlap by one token, so that each but the first is a target
+    once; an epoch's last tokens, fewer than a row, are left out.
     """
 
     def __init__(self, corpus: Corpus, length: int, *seeds: int):
@@ -66,19 +68,20 @@ class Concatenated:
         self._lock = threading.Lock()
         self._order_of = functools.lru_cache(2)(self._new_order)
 
-    def _new_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents in their order, and the position after each."""
+    def _new_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Documents in their order, the position after each, and the order of rows."""
         lengths = self._corpus.lengths
         order = permutation(len(lengths), *self._seeds, epoch)
-        return order, np.cumsum(lengths[order])
+        rows = permutation(self.rows_per_epoch, *self._seeds, epoch, ROWS)
+        return order, np.cumsum(lengths[order]), rows
 
     def row(self, index: int) -> Rows:
         """One row; its tokens may be of many documents."""
         epoch, index = divmod(index, self.rows_per_epoch)
         with self._lock:
-            order, ends = self._order_of(epoch)
+            order, ends, rows = self._order_of(epoch)
         tokens = np.empty(self._length + 1, np.int32)
-        at = index * self._length
+        at = int(rows[index]) * self._length
         document = int(np.searchsorted(ends, at, side="right"))
         filled = 0
         while filled < len(tokens):

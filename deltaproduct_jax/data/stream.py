@@ -85,8 +85,7 @@ class TokenStream:
             )
         self.config, self.split, self.seed = config, split, seed
         self.batch_size, self.length = batch_size, length
-        self.corpora = [_open(name, split) for name in config.data]
-        _check_same_tokens(self.corpora)
+        self.corpora = open_corpora(config, split)
         self._rows_here = batch_size // process_count
         self._first_row = process_index * self._rows_here
         self._step, self._read_ahead = 0, read_ahead
@@ -228,6 +227,13 @@ class TokenStream:
                 )
         stream._step = state["step"]
         return stream
+
+
+def open_corpora(config: StreamConfig, split: str) -> list[Corpus]:
+    """One split of every folder; ConfigError if their tokenizers differ."""
+    corpora = [_open(name, split) for name in config.data]
+    _check_same_tokens(corpora)
+    return corpora
 
 
 def _open(name: str, split: str) -> Corpus:

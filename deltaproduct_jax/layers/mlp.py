@@ -2,11 +2,14 @@
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
+
+POINT = "mlp_hidden"  # name of both widened products, for policies of `jax.checkpoint`
 
 
 def swiglu_width(hidden_size: int, hidden_ratio: float = 4.0) -> int:
@@ -52,4 +55,5 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Applies the layer to every token on its own."""
         check_width("x", x, self.hidden_size)
-        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (checkpoint_name(f(x), POINT) for f in (self.gate_proj, self.up_proj))
+        return self.down_proj(nnx.silu(gate) * up)

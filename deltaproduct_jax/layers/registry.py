@@ -38,6 +38,10 @@ class RegisteredMixer:
             own.pop(name, None)
         return own
 
+    def kind_of(self, block: int) -> tuple[str, Mapping[str, Any]]:
+        """What tells the layers of this and of other mixers apart, by the number of the block."""
+        return self.name, self.by_block(block)
+
     def takes(self, name: str) -> bool:
         """Whether a field of that name reaches the layer."""
         return name in self.keywords

@@ -10,15 +10,22 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.layers.checks import check_options
 from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS
 from deltaproduct_jax.layers.initializers import INITIALIZERS
+from deltaproduct_jax.layers.mlp import POINT as MLP_POINT
 from deltaproduct_jax.layers.mlp import swiglu_width
 from deltaproduct_jax.layers.projection import value_width
 from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer
+from deltaproduct_jax.ops import RESIDUAL_NAMES
 from deltaproduct_jax.settings import check_fields, setting
 
 # Not None, since "none" is one of the values that the field may have.
 AUTO = "auto"
 DTYPES: tuple[str, ...] = ("float32", "bfloat16")
-REMAT: tuple[str, ...] = ("none", "products", "blocks")
+REMAT: tuple[str, ...] = ("none", "products", "blocks", "named")
+# Arrays of a block that remat="named" may keep.
+POINTS: tuple[str, ...] = (
+    "mixer_input", *RESIDUAL_NAMES, "mixer_output", "mlp_input", MLP_POINT, "mlp_output",
+)  # fmt: skip
+ATTENTION = "transformer"  # the mixer of the blocks that attention_every names
 
 _SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim")
 _OPTIONAL_SIZES = ("num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size")
@@ -30,8 +37,13 @@ MIXER_FIELDS: tuple[str, ...] = (
 )  # fmt: skip
 
 
-def _fields_absent(mixer: RegisteredMixer) -> list[str]:
-    return [name for name in MIXER_FIELDS if not mixer.takes(name)]
+def _fields_absent(*mixers: RegisteredMixer) -> list[str]:
+    """Fields that none of the mixers has."""
+    return [name for name in MIXER_FIELDS if not any(mixer.takes(name) for mixer in mixers)]
+
+
+def _mixers(name: str, is_hybrid: bool) -> tuple[RegisteredMixer, ...]:
+    return (MIXERS[name], MIXERS[ATTENTION]) if is_hybrid else (MIXERS[name],)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,17 +113,39 @@ class ModelConfig:
     remat: str = setting(
         "none",
         "what a block computes anew for its gradient: none; all but its matrix products and the "
-        "op's results (products), in a fraction of the memory; or all (blocks), in the least",
+        "op's results (products), in a fraction of the memory; all (blocks), in the least; or all "
+        "but saved_points (named)",
     )
     implementation: str | None = setting(
         None, "how the op is computed; none: by platform and shape, see delta_product"
     )
     chunk_size: int | None = setting(None, "tokens in a chunk of the op; none: the op chooses")
+    saved_points: tuple[str, ...] = setting(
+        (), f"what remat=named keeps, among {', '.join(POINTS)}", recorded_if_set=True
+    )
+    scan_layers: bool = setting(
+        False,
+        "blocks run as a scan: many compile in the time of one, for a copy of their parameters",
+        recorded_if_set=True,
+    )
+    attention_every: int | None = setting(
+        None,
+        "a hybrid: of so many blocks the last is softmax attention in the mixer's place; none: no "
+        "block is",
+        recorded_if_set=True,
+    )
 
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""
         check_fields(self)
         require_one_of("mixer", self.mixer, MIXERS)
+        if self.attention_every is not None:
+            require_at_least("attention_every", self.attention_every, 2)
+            if self.mixer == ATTENTION:
+                raise ConfigError(
+                    f"attention_every={self.attention_every} puts attention between blocks of "
+                    f"another mixer; mixer={self.mixer!r} is attention itself"
+                )
         self._check_class()
         self._check_fields_of_mixer()
         require_one_of("qk_activation", self.qk_activation, (*QK_ACTIVATIONS, AUTO))
@@ -129,12 +163,24 @@ class ModelConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         expand_v = self.value_of("expand_v") if self.registered.takes("expand_v") else 1.0
         value_width(self.num_heads, self.head_dim, num_v_heads=self.num_v_heads, expand_v=expand_v)
-        self.registered.check(self)
+        for mixer in self.mixers:
+            mixer.check(self)
+        self._check_saved_points()
 
     @property
     def registered(self) -> RegisteredMixer:
         """The mixer, as it is registered."""
         return MIXERS[self.mixer]
+
+    @property
+    def mixers(self) -> tuple[RegisteredMixer, ...]:
+        """The mixer, and that of a hybrid's other blocks."""
+        return _mixers(self.mixer, self.attention_every is not None)
+
+    def mixer_of(self, block: int) -> RegisteredMixer:
+        """The mixer of a block, by its number from 0."""
+        every = self.attention_every
+        return self.mixers[-1 if every is not None and (block + 1) % every == 0 else 0]
 
     @classmethod
     def variant(cls, values: Mapping[str, Any]) -> type["ModelConfig"]:
@@ -151,7 +197,10 @@ class ModelConfig:
     def without_use(cls, values: Mapping[str, Any]) -> list[str]:
         """Fields of a preset that mean nothing for the mixer among these values."""
         mixer = MIXERS.get(values.get("mixer", cls.mixer))
-        return [] if mixer is None else [*mixer.idle(values), *_fields_absent(mixer)]
+        if mixer is None:
+            return []
+        is_hybrid = values.get("attention_every") not in (None, "none")
+        return [*mixer.idle(values), *_fields_absent(*_mixers(mixer.name, is_hybrid))]
 
     def _check_class(self) -> None:
         """ConfigError unless the fields are the mixer's, and all that its layer needs."""
@@ -173,7 +222,7 @@ class ModelConfig:
     def _check_fields_of_mixer(self) -> None:
         """ConfigError if a field is set that the mixer does not have."""
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _fields_absent(self.registered):
+        for name in _fields_absent(*self.mixers):
             value = getattr(self, name)
             if value == defaults[name] or (name == "allow_neg_eigval" and value is False):
                 continue
@@ -184,10 +233,18 @@ class ModelConfig:
                 f"{', '.join(having)}"
             )
 
-    def value_of(self, name: str) -> Any:
-        """A field as the mixer takes it: what it means where none, or "auto", is given."""
+    def _check_saved_points(self) -> None:
+        if self.saved_points and self.remat != "named":
+            raise ConfigError(
+                f"saved_points={self.saved_points} needs remat=named, got remat={self.remat}"
+            )
+        for point in self.saved_points:
+            require_one_of("saved_points", point, POINTS)
+
+    def value_of(self, name: str, mixer: RegisteredMixer | None = None) -> Any:
+        """A field as a mixer takes it: what it means where none, or "auto", is given."""
         value = getattr(self, name)
-        return self.registered.default(name) if value in (None, AUTO) else value
+        return (mixer or self.registered).default(name) if value in (None, AUTO) else value
 
     @property
     def label(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as named
 from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers.checks import (
@@ -19,25 +20,14 @@ from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
-from deltaproduct_jax.ops import RESIDUAL_NAMES, checks
+from deltaproduct_jax.models.stack import MixerState, given_to_blocks, run_blocks
+from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
-from deltaproduct_jax.ops.parts import gathered_along, placement
+from deltaproduct_jax.ops.parts import gathered_along
 
-MixerState = Any  # of the class that the mixer is registered with
 ModelState = list[MixerState]
-
-# What a rematerialised block keeps. All but matrix products and the op's own results is cheap to
-# compute anew from them, and most of what a block would keep: norms, convolutions, activations.
-_policies = jax.checkpoint_policies
-_KEPT = {
-    "products": _policies.save_from_both_policies(
-        _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*RESIDUAL_NAMES[1:]),
-    ),
-    "blocks": _policies.nothing_saveable,
-}
 
 
 class Block(nnx.Module):
@@ -72,9 +62,10 @@ class Block(nnx.Module):
         ``passed_on`` is what :meth:`for_later_blocks` of the first block returned.
         """
         read = {"state": state, "segment_ids": segment_ids, "mask": mask}
-        y, state = self.attn(self.attn_norm(x), **read, **(passed_on or {}))
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), state
+        y, state = self.attn(named(self.attn_norm(x), "mixer_input"), **read, **(passed_on or {}))
+        x = x + named(y, "mixer_output")
+        y = self.mlp(named(self.mlp_norm(x), "mlp_input"))
+        return x + named(y, "mlp_output"), state
 
     def step(
         self,
@@ -168,11 +159,37 @@ class SequenceModel(nnx.Module):
         With ``num_segments`` every state is one of each of a row's segments, arrays ``[B, S, ...]``
         before and after it: of a packed row of prompts the state after each prompt.
         """
+        if num_segments is not None:
+            return self._by_segment(tokens, state, segment_ids, mask, num_segments)
+        return self._read(tokens, state, segment_ids, mask, self._head)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """What :attr:`head` makes the logits of, for losses that take them piece by piece."""
+        return self._read(tokens, None, segment_ids, mask, self.norm)[0]
+
+    @property
+    def head(self) -> nnx.Embed | nnx.Linear:
+        """The last map: a linear one, or the embedding, to be asked by its ``attend``."""
+        return self.embeddings if self.config.tie_embeddings else self.lm_head
+
+    def _read(
+        self,
+        tokens: jax.Array,
+        state: ModelState | None,
+        segment_ids: jax.Array | None,
+        mask: jax.Array | None,
+        read_out: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, ModelState]:
+        """Reads the tokens; ``read_out`` makes the outputs of what the last block gives."""
         tokens = _as_tokens(tokens, ("B", "T"))
         segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
         self._check_ids(tokens, mask)
-        if num_segments is not None:
-            return self._by_segment(tokens, state, segment_ids, mask, num_segments)
         if state is not None:
             state = self._as_state(state, tokens.shape[0])
         before = [None] * len(self.layers) if state is None else state
@@ -180,7 +197,12 @@ class SequenceModel(nnx.Module):
         if mask is not None:
             x = jnp.where(mask[..., None], x, 0)
         resets = None if segment_ids is None else starts_of_segments(segment_ids)
-        run = lambda x, before: self._blocks_and_head(x, before, segment_ids, mask)
+
+        def run(x: jax.Array, before: list[MixerState | None]) -> tuple[jax.Array, ModelState]:
+            read = {"segment_ids": segment_ids, "mask": mask}
+            x, after = run_blocks(self.config, self.layers, x, before, **read)
+            return read_out(x), after
+
         return confined(run, x, before, resets, check_state=state is not None)
 
     def _by_segment(
@@ -191,6 +213,9 @@ class SequenceModel(nnx.Module):
         mask: jax.Array | None,
         num_segments: int,
     ) -> tuple[jax.Array, ModelState]:
+        tokens = _as_tokens(tokens, ("B", "T"))
+        segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
+        self._check_ids(tokens, mask)
         checks.check_segments(num_segments, segment_ids)
         rows = (tokens.shape[0], num_segments)
         state = states_of(self, *rows) if state is None else self._as_state(state, *rows)
@@ -202,21 +227,6 @@ class SequenceModel(nnx.Module):
 
         return by_segment(run, (tokens, mask), state, segment_ids)
 
-    def _blocks_and_head(
-        self,
-        x: jax.Array,
-        before: list[MixerState | None],
-        segment_ids: jax.Array | None,
-        mask: jax.Array | None,
-    ) -> tuple[jax.Array, ModelState]:
-        read = {"segment_ids": segment_ids, "mask": mask}
-        passed_on = self.layers[0].for_later_blocks(x, state=before[0], **read)
-        run, after = _runner(self.config.remat), []
-        for layer, (block, entry) in enumerate(zip(self.layers, before, strict=True)):
-            x, entry = run(block, x, entry, segment_ids, mask, passed_on if layer else None)
-            after.append(entry)
-        return self._head(x), after
-
     def step(
         self, state: ModelState, tokens: Int[Array, " B"]
     ) -> tuple[Float[Array, "B vocab"], ModelState]:
@@ -227,18 +237,20 @@ class SequenceModel(nnx.Module):
         state = self._as_state(state, tokens.shape[0])
         x, after = self._embed(tokens), []
         passed_on = self.layers[0].for_later_blocks(x[:, None], state=state[0])
-        for layer, (block, entry) in enumerate(zip(self.layers, state, strict=True)):
-            x, entry = block.step(entry, x, passed_on=passed_on if layer else None)
+        given = given_to_blocks(self.config, passed_on)
+        for block, entry, of_first in zip(self.layers, state, given, strict=True):
+            x, entry = block.step(entry, x, passed_on=of_first)
             after.append(entry)
         return self._head(x), after
 
     def _as_state(self, state: ModelState, *rows: int) -> ModelState:
         """``state`` in JAX arrays; ValueError unless there is an entry a block that fits it."""
-        wanted = self.config.registered.state
+        wanted = [self.config.mixer_of(layer).state for layer in range(len(self.layers))]
         kinds = [type(entry).__name__ for entry in state] if isinstance(state, list | tuple) else []
-        if len(kinds) != len(self.layers) or not all(isinstance(e, wanted) for e in state):
+        if len(kinds) != len(wanted) or not all(map(isinstance, state, wanted)):
+            names = " or ".join(dict.fromkeys(kind.__name__ for kind in wanted))
             raise ValueError(
-                f"state must hold {len(self.layers)} of {wanted.__name__}, one per block, got "
+                f"state must hold {len(self.layers)} of {names}, one per block, got "
                 f"{kinds or type(state).__name__}"
             )
         return [
@@ -270,25 +282,6 @@ def _as_tokens(tokens: Any, layout: tuple[str, ...]) -> jax.Array:
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens must have an integer dtype, got {tokens.dtype.name}")
     return tokens
-
-
-def _runner(remat: str) -> Callable[..., tuple[jax.Array, MixerState]]:
-    """Calls a block on whole sequences, and computes anew for its gradient what is not kept."""
-
-    def run(
-        block: Block,
-        x: jax.Array,
-        state: MixerState | None,
-        segment_ids: jax.Array | None,
-        mask: jax.Array | None,
-        passed_on: Mapping[str, Any] | None,
-    ) -> tuple[jax.Array, MixerState]:
-        spread = placement()
-        if spread is not None:
-            block, x = spread.block(block, x)
-        return block(x, state=state, segment_ids=segment_ids, mask=mask, passed_on=passed_on)
-
-    return nnx.remat(run, policy=_KEPT[remat]) if remat in _KEPT else run
 
 
 def count_parameters(model: nnx.Module | Mapping[str, Any]) -> dict[str, int]:

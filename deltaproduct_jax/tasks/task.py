@@ -19,6 +19,23 @@ class Batch(NamedTuple):
     inputs: jax.Array  # [B, T] int32
     targets: jax.Array  # [B, T] int32
     mask: jax.Array  # [B, T] bool
+    segment_ids: jax.Array | None = None  # [B, T] int32; the model starts anew where it changes
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A column of evaluations that ranks checkpoints, and which way it is better."""
+
+    name: str
+    larger_is_better: bool = True
+
+    def rank(self, value: float) -> float:
+        """A number that is larger for what is better."""
+        return value if self.larger_is_better else -value
+
+
+# What selects a checkpoint where a task says nothing else, the first before the second.
+ACCURACIES = (Metric("valid_sequence_accuracy"), Metric("valid_token_accuracy"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +52,11 @@ class Score:
 
 
 class Task(Protocol):
-    """A frozen dataclass that checks itself, each field with ``metadata={"help": ...}``."""
+    """A frozen dataclass that checks itself, each field with ``metadata={"help": ...}``.
+
+    Its batches are drawn from a key. One that has none and a method ``stream`` instead is read from
+    what has a state, as ``training/text.py`` reads text.
+    """
 
     train_length: int
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import re
 import sys
 import zlib
@@ -23,9 +24,10 @@ ITEM, METRICS, METADATA = "default", "metrics/metrics", "_CHECKPOINT_METADATA"  
 
 
 class SavedMetrics(TypedDict):
-    """What is saved beside a state: what ranks it, and the `checksum` of both."""
+    """What is saved beside a state: what ranks it, where a stream stood, a `checksum` of all."""
 
     selection: list[float]
+    data: NotRequired[dict[str, Any]]  # of a stream alone
     checksum: NotRequired[int]  # version 0.1 had none
 
 
@@ -193,10 +195,25 @@ class Checkpoints:
             if step in self._metrics_damage:
                 raise DamagedCheckpointError(self.directory, step, self._metrics_damage[step])
 
-    def save(self, state: TrainState, step: int, selection: Selection | None) -> None:
-        """Starts a save; ``selection`` ranks the checkpoint, None leaves it unranked."""
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        selection: Selection | None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts a save.
+
+        Args:
+            state: what is saved.
+            step: its number.
+            selection: ranks the checkpoint; None leaves it unranked.
+            data: where the stream of a run stands, None for a run without.
+        """
         metrics: SavedMetrics = {"selection": [float(part) for part in selection or ()]}
-        metrics["checksum"] = checksum(state, metrics["selection"])
+        if data is not None:
+            metrics["data"] = data
+        metrics["checksum"] = checksum(state, metrics["selection"], data)
         if (self.directory / str(step)).exists() and step not in self._manager.all_steps():
             set_aside(self.directory / str(step))  # of somebody else's
         self._selections[step] = tuple(metrics["selection"])
@@ -205,6 +222,10 @@ class Checkpoints:
             self._manager.save(
                 step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True
             )
+
+    def data(self, step: int) -> dict[str, Any] | None:
+        """Where the stream of a run stood at a checkpoint that `restore` found whole."""
+        return self._saved[step].get("data")
 
     def wait(self) -> None:
         """Returns when every save has reached the disk."""
@@ -237,8 +258,9 @@ class Checkpoints:
             raise
         except Exception as error:  # what Orbax raises depends on which byte is wrong
             raise DamagedCheckpointError(self.directory, step, str(error) or repr(error)) from error
-        wanted = self._saved[step].get("checksum")
-        if wanted is not None and checksum(state, self._saved[step]["selection"]) != wanted:
+        beside = self._saved[step]
+        found = checksum(state, beside["selection"], beside.get("data"))
+        if found != beside.get("checksum", found):
             raise DamagedCheckpointError(self.directory, step, "its numbers are not those saved")
         return state
 
@@ -301,14 +323,19 @@ class _FirstErrorOnly:
             self._show(unraisable)
 
 
-def checksum(state: TrainState, selection: Sequence[float]) -> int:
-    """A number of 32 bits that changes with any single bit of a state or its selection.
+def checksum(
+    state: TrainState, selection: Sequence[float], data: dict[str, Any] | None = None
+) -> int:
+    """A number of 32 bits that changes with any single bit of a state or what stands beside it.
 
     Storage has checksums of its own for small arrays only. This one is a sum of whole numbers, so
     that it is the same however the arrays lie on devices.
     """
     words = int(_sum_of_words(tuple(jax.tree.leaves(state))))
-    return (words + zlib.crc32(repr([float(part) for part in selection]).encode())) % 2**32
+    beside = repr([float(part) for part in selection])
+    if data is not None:
+        beside += json.dumps(data, sort_keys=True)
+    return (words + zlib.crc32(beside.encode())) % 2**32
 
 
 @functools.partial(jax.jit)

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, recorded, setting
 from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
+from deltaproduct_jax.training.loss import LossSettings
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
+from deltaproduct_jax.training.text import TextTask
 
-SCHEDULES = ("cosine", "constant")
+SCHEDULES = ("cosine", "constant", "wsd")
+OPTIMIZERS = ("adamw", "muon")
+DECAYED = ("all", "matrices")
 SEED_PURPOSES = ("init", "data")
 
 
@@ -26,15 +30,44 @@ class TrainConfig:
     steps: int = setting(500, "updates of the parameters")
     batch_size: int = setting(64, "sequences per update")
     accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
-    learning_rate: float = setting(1e-3, "peak learning rate of AdamW")
-    schedule: str = setting("cosine", "learning rate after the warm-up: cosine or constant")
+    optimizer: str = setting(
+        "adamw",
+        "adamw; or muon, for the matrices between hidden channels, and AdamW for the rest",
+        recorded_if_set=True,
+    )
+    learning_rate: float = setting(1e-3, "peak learning rate")
+    schedule: str = setting(
+        "cosine",
+        "learning rate after the warm-up: cosine; constant; or wsd (warm-up, stable, decay): "
+        "constant, then linear",
+    )
     warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
-    end_learning_rate: float = setting(0.0, "learning rate that a cosine falls to")
-    weight_decay: float = setting(0.01, "AdamW's decay, of every parameter")
+    end_learning_rate: float = setting(0.0, "learning rate that cosine and wsd fall to")
+    decay_fraction: float = setting(
+        0.2, "part of the steps, at their end, in which wsd falls", recorded_if_set=True
+    )
+    weight_decay: float = setting(0.01, "decay of the parameters, times the learning rate")
+    decayed: str = setting(
+        "all",
+        "parameters that decay: all, as in the paper; or matrices, which spares norms, biases and "
+        "convolutions",
+        recorded_if_set=True,
+    )
+    muon_momentum: float = setting(0.95, "decay of Muon's moment", recorded_if_set=True)
     adam_b1: float = setting(0.9, "decay of AdamW's first moment")
     adam_b2: float = setting(0.999, "decay of AdamW's second moment")
     adam_eps: float = setting(1e-8, "epsilon of AdamW")
     clip_norm: float | None = setting(None, "largest global norm of the gradient; none: no limit")
+    loss_chunk_size: int | None = setting(
+        None,
+        "tokens of a batch whose logits exist at once; none: all",
+        recorded_if_set=True,
+    )
+    z_loss: float = setting(
+        0.0,
+        "weight of the squared logarithm of the softmax's denominator in what is minimised",
+        recorded_if_set=True,
+    )
     curriculum: tuple[int, ...] = setting(
         (), "lengths trained one after another before the full one"
     )
@@ -53,7 +86,7 @@ class TrainConfig:
     eval_sequences: int = setting(512, "sequences per evaluation, at each length")
     eval_batch_size: int = setting(128, "sequences evaluated at a time")
     select_length: int | None = setting(
-        None, "length whose validation accuracy selects the best checkpoint; none: the longest"
+        None, "length whose evaluation selects the best checkpoint; none: the longest"
     )
     stop_accuracy: float | None = setting(
         None, "stop once the validation sequence accuracy reaches this; none: never"
@@ -62,7 +95,10 @@ class TrainConfig:
     @classmethod
     def without_use(cls, values: Mapping[str, Any]) -> list[str]:
         """Fields of a preset that mean nothing beside these values."""
-        return ["end_learning_rate"] if values.get("schedule") == "constant" else []
+        schedule = values.get("schedule", cls.schedule)
+        idle = ["end_learning_rate"] if schedule == "constant" else []
+        idle += [] if schedule == "wsd" else ["decay_fraction"]
+        return idle + ([] if values.get("optimizer") == "muon" else ["muon_momentum"])
 
     def __post_init__(self):
         check_fields(self)
@@ -70,14 +106,18 @@ class TrainConfig:
             require_at_least(name, getattr(self, name), 1)
         for name in ("checkpoint_every", "eval_sequences", "eval_batch_size"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed"):
+        if self.loss_chunk_size is not None:
+            require_at_least("loss_chunk_size", self.loss_chunk_size, 1)
+        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed", "z_loss"):
             require_at_least(name, getattr(self, name), 0)
         require_one_of("schedule", self.schedule, SCHEDULES)
+        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
+        require_one_of("decayed", self.decayed, DECAYED)
         for name in ("learning_rate", "adam_eps", "clip_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value!r} must be greater than 0")
-        for name in ("adam_b1", "adam_b2", "curriculum_fraction"):
+        for name in ("adam_b1", "adam_b2", "muon_momentum", "curriculum_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
         if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
@@ -95,6 +135,32 @@ class TrainConfig:
         _require_divisible(self, "batch_size", "accumulation_steps")
         _require_divisible(self, "eval_sequences", "eval_batch_size")
 
+    def _check_decay(self) -> None:
+        if not 0 < self.decay_fraction <= 1:
+            raise ConfigError(f"decay_fraction={self.decay_fraction!r} must be in (0, 1]")
+        for name, used in (("decay_fraction", "schedule=wsd"), ("muon_momentum", "optimizer=muon")):
+            field, value = used.split("=")
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default and getattr(self, field) != value:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} needs {used}, got {field}={getattr(self, field)}"
+                )
+        if self.decay_steps + self.warmup_steps > self.steps and self.schedule == "wsd":
+            raise ConfigError(
+                f"decay_fraction={self.decay_fraction} of steps={self.steps} and "
+                f"warmup_steps={self.warmup_steps} must not overlap"
+            )
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps at the end in which ``wsd`` falls."""
+        return max(1, round(self.steps * self.decay_fraction))
+
+    @property
+    def loss_settings(self) -> LossSettings:
+        """What is minimised, and how it is computed."""
+        return LossSettings(self.loss_chunk_size, self.z_loss)
+
     def _check_steps(self) -> None:
         if self.steps > MAX_BATCH_INDEX:
             raise ConfigError(f"steps={self.steps} is too large; it may be up to {MAX_BATCH_INDEX}")
@@ -104,9 +170,10 @@ class TrainConfig:
             )
         if self.schedule == "constant" and self.end_learning_rate:
             raise ConfigError(
-                f"end_learning_rate={self.end_learning_rate} needs schedule=cosine; "
+                f"end_learning_rate={self.end_learning_rate} needs schedule=cosine or wsd; "
                 "a constant schedule ends where it began"
             )
+        self._check_decay()
         if self.end_learning_rate > self.learning_rate:
             raise ConfigError(
                 f"end_learning_rate={self.end_learning_rate} must not exceed "
@@ -123,15 +190,20 @@ def _require_divisible(config: TrainConfig, whole: str, part: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """A whole run; the model reads and writes the task's vocabulary."""
+    """A whole run; the model reads and writes the task's vocabulary.
 
-    task: Task
+    That of a text is looked at where the text is read: a run is also loaded where there is none.
+    """
+
+    task: Task | TextTask
     model: ModelConfig
     train: TrainConfig
     plugins: PluginConfig = dataclasses.field(default_factory=PluginConfig)
 
     def __post_init__(self):
-        if self.model.vocab_size != self.task.vocab_size:
+        if self.is_streamed:
+            self._check_streamed()
+        elif self.model.vocab_size != self.task.vocab_size:
             raise ConfigError(
                 f"vocab_size={self.model.vocab_size} must be the task's, {self.task.vocab_size}"
             )
@@ -146,8 +218,22 @@ class RunConfig:
         self.task.check_length("select_length", self.select_length)
 
     @property
+    def is_streamed(self) -> bool:
+        """Whether batches are read from a stream that has a state, and not drawn from a key."""
+        return hasattr(self.task, "stream")
+
+    def _check_streamed(self) -> None:
+        for name in ("curriculum", "stop_accuracy"):
+            value = getattr(self.train, name)
+            if value:
+                raise ConfigError(
+                    f"{name}={value} needs a task whose batches are drawn from a key; "
+                    f"{type(self.task).__name__} is read from a stream"
+                )
+
+    @property
     def select_length(self) -> int:
-        """Length whose validation accuracy selects the best checkpoint."""
+        """Length whose evaluation selects the best checkpoint."""
         if self.train.select_length is not None:
             return self.train.select_length
         return self.task.test_lengths[-1]
@@ -207,7 +293,7 @@ class RunConfig:
         The section of plug-ins is there if the run has any.
         """
         return {
-            section.name: plain(dataclasses.asdict(getattr(self, section.name)))
+            section.name: plain(recorded(getattr(self, section.name)))
             for section in dataclasses.fields(self)
             if section.name != "plugins" or self.plugins.plugins
         }

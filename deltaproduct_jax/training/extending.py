@@ -51,7 +51,7 @@ def is_extension(saved: Any, config: RunConfig) -> bool:
 
 def spread_over_steps(train: TrainConfig) -> str | None:
     """The setting by which an early step depends on how many there will be, None without one."""
-    if train.schedule == "cosine" and train.end_learning_rate != train.learning_rate:
+    if train.schedule != "constant" and train.end_learning_rate != train.learning_rate:
         return f"schedule={train.schedule}"
     grows = "grow_from" if train.grow_from is not None else "curriculum" if train.curriculum else ""
     return grows if grows and train.curriculum_fraction else None

@@ -17,7 +17,6 @@ from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
-from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -30,7 +29,8 @@ from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
 from deltaproduct_jax.training.runs import restore_run
-from deltaproduct_jax.training.start import data_key, first_state, layout_of, make_key, shapes_of
+from deltaproduct_jax.training.source import source_of
+from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
 from deltaproduct_jax.training.step import (
     Metrics,
     ModelDefinition,
@@ -135,6 +135,8 @@ def _train(
     with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
         newest = checkpoints.newest()
         state = resume.newest_state(checkpoints, state)
+        if newest is not None:
+            trainer.source.resume(checkpoints.data(newest))
         with processes.first_goes_first("cut the records back"):
             records.cut_back(newest or 0)
         records.add_start(describe_start(argv, config.seeds(), newest, trainer.layout.sizes))
@@ -198,27 +200,29 @@ class Trainer:
         self.layout = layout
         self.throughput = throughput
         self.profiler = profiler
-        self.data_key = data_key(config, layout)
+        self.source = source = source_of(config, layout)
         self.stopwatch = Stopwatch()
-        task, train = config.task, config.train
+        train = config.train
         update = make_train_step(
             definition,
             make_optimizer(train),
             make_schedule(train),
             train.accumulation_steps,
             layout,
+            train.loss_settings,
         )
 
-        def train_step(length: int, state: TrainState, key: jax.Array):
-            # The key's index is the number of updates made: the data need no state of their own.
-            batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
+        def train_step(length: int, state: TrainState, given: Any):
+            batch = source.train_batch(given, state.step, length)
             if train.grow_from is not None:
                 batch = counting_first(batch, config.counted_at(state.step + 1), length)
             return update(state, layout.cut_batch(batch))
 
-        def eval_step(length: int, params: Params, key: jax.Array):
-            batch = task.batch(key, train.eval_batch_size, length)
-            loss, correct_BT = loss_and_correct(definition, params, layout.cut_batch(batch), layout)
+        def eval_step(length: int, params: Params, given: Any):
+            batch = source.eval_batch(given, length)
+            loss, correct_BT = loss_and_correct(
+                definition, params, layout.cut_batch(batch), layout, train.loss_settings
+            )
             outputs = loss, correct_BT[:, : batch.mask.shape[1]], batch.mask
             # Every process scores them.
             return layout.everywhere(outputs)
@@ -230,7 +234,7 @@ class Trainer:
     def lower(self, state: TrainState) -> None:
         """Makes the program of the first step; ConfigError if there is none for this machine."""
         try:
-            self._train_step.lower(self.config.length_at(1), state, self.data_key)
+            self._train_step.lower(self.config.length_at(1), state, self.source.training(0))
         except ValueError as error:
             if self.config.model.implementation is None:
                 raise
@@ -238,7 +242,7 @@ class Trainer:
 
     def evaluate(self, params: Params, split: str, length: int):
         """The evaluation of ``params`` on a split at one length."""
-        return evaluate(self.config, self._eval_step, params, self.data_key, split, length)
+        return evaluate(self._eval_step, params, self.source, split, length)
 
     def run(
         self,
@@ -247,7 +251,7 @@ class Trainer:
         checkpoints: Checkpoints,
         request: StopRequest,
     ) -> TrainState:
-        """Steps until the last, until the validation accuracy suffices, or until asked to end."""
+        """Steps until the last, until a validation suffices, or until asked to end."""
         config = self.config
         step = int(state.step)
         progress = Progress(step, config.train.steps)
@@ -258,9 +262,10 @@ class Trainer:
             progress.show(row)
 
         while step < config.train.steps and not self._suffices(records.rows):
+            given = self.source.training(step)
             step += 1
             self.profiler.before(step, state)
-            state, metrics = self._train_step(config.length_at(step), state, self.data_key)
+            state, metrics = self._train_step(config.length_at(step), state, given)
             # Only now that this step is under way are the numbers of an earlier one fetched.
             if pending is not None:
                 record(self._row(*pending, records.rows))
@@ -288,7 +293,7 @@ class Trainer:
         return self.config.is_evaluated(step) or step % self.config.train.checkpoint_every == 0
 
     def _suffices(self, rows: list[Row]) -> bool:
-        selection = selection_of(rows[-1]) if rows else None
+        selection = selection_of(rows[-1], self.source.selected_by) if rows else None
         enough = self.config.train.stop_accuracy
         return selection is not None and enough is not None and selection[0] >= enough
 
@@ -306,13 +311,14 @@ class Trainer:
         always: bool,
     ) -> None:
         """Saves when a checkpoint is due, and after an evaluation that was not beaten before."""
-        train, step, selection = self.config.train, row["step"], selection_of(row)
-        before = filter(None, map(selection_of, records.rows))
+        train, step, by = self.config.train, row["step"], self.source.selected_by
+        selection = selection_of(row, by)
+        before = filter(None, (selection_of(other, by) for other in records.rows))
         best_now = selection is not None and selection >= max(before)
         due = step % train.checkpoint_every == 0 or step == train.steps
         if always or due or best_now or self._suffices(records.rows):
             records.sync()
-            checkpoints.save(state, step, selection)
+            checkpoints.save(state, step, selection, self.source.state())
 
     def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
         """The record of one step; waits until its numbers are there."""
@@ -331,6 +337,7 @@ class Trainer:
         return {
             "step": step,
             **numbers,
+            **self.source.columns(numbers["loss"]),
             "length": config.counted_at(step),
             "tokens": tokens + (rows[-1]["tokens"] if rows else 0),
             "tokens_per_second": speed,

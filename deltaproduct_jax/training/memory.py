@@ -19,7 +19,7 @@ def require_memory_of_config(config: RunConfig) -> None:
     """Raises ConfigError, naming the fields, if a run needs more memory than there is.
 
     Counted is only what no compiler can leave out, and without making a model, which of many layers
-    takes long: the MLPs' weights, and the logits in float32 of a batch at each length.
+    takes long: the MLPs' weights, and the logits in float32 that exist at once at each length.
     """
     model, task, train = config.model, config.task, config.train
     weights = 3 * model.num_layers * model.hidden_size * model.mlp_width
@@ -28,11 +28,12 @@ def require_memory_of_config(config: RunConfig) -> None:
     _require(layers, 4 * weights * 4)
     vocab_bytes = model.vocab_size * 4
     rows = train.batch_size // train.accumulation_steps
+    at_once = lambda tokens: min(tokens, train.loss_chunk_size or tokens) * vocab_bytes
     lengths = f"train_length={task.train_length} and batch_size={train.batch_size}"
-    _require(lengths, rows * task.train_length * vocab_bytes)
+    _require(lengths, at_once(rows * task.train_length))
     for length in sorted({*task.test_lengths, config.select_length}):
         what = f"sequences of {length} tokens with eval_batch_size={train.eval_batch_size}"
-        _require(what, train.eval_batch_size * length * vocab_bytes)
+        _require(what, at_once(train.eval_batch_size * length))
 
 
 def require_memory_of_state(state: TrainState) -> None:

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW, its learning rate over time, and clipping of the gradient."""
+"""The optimiser: AdamW or Muon, its learning rate over time, and clipping of the gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,17 +10,27 @@ import optax
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.together.numbers import Numbers
 
+RMS_OF_ADAMW = 0.2  # root mean square of its updates over the learning rate
+# Parameters with several axes that are no matrices, by the end of their paths: norms, biases,
+# convolutions, RWKV-7's blends and bonus.
+SPARED = ("scale", "bias", "weight", "k_k", "k_a", "r_k")
+
 
 def make_schedule(config: TrainConfig, numbers: Numbers | None = None) -> optax.Schedule:
-    """Learning rate as a function of the updates made before: warm-up, then cosine or constant.
+    """Learning rate as a function of the updates made before: warm-up, then as ``schedule`` says.
 
-    ``numbers``, which may be traced, take the place of the configuration's.
+    ``wsd`` stays at the peak until a last part of the steps, in which it falls linearly (Hu et al.,
+    https://arxiv.org/abs/2404.06395). ``numbers``, which may be traced, take the place
+    of the configuration's.
     """
     numbers = numbers or Numbers.of(config)
     peak, end = numbers.learning_rate, numbers.end_learning_rate
     steps_left = config.steps - config.warmup_steps
     if config.schedule == "constant" or not steps_left:
         after = optax.constant_schedule(peak)
+    elif config.schedule == "wsd":
+        stable = steps_left - config.decay_steps
+        after = optax.linear_schedule(peak, end, config.decay_steps, transition_begin=stable)
     else:
         after = optax.cosine_decay_schedule(peak, steps_left, alpha=end / peak)
     if not config.warmup_steps:
@@ -32,7 +42,11 @@ def make_schedule(config: TrainConfig, numbers: Numbers | None = None) -> optax.
 def make_optimizer(
     config: TrainConfig, numbers: Numbers | None = None
 ) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), every parameter decayed.
+    """AdamW (Loshchilov and Hutter, https://arxiv.org/abs/1711.05101), or Muon beside it.
+
+    Muon (Jordan et al., https://kellerjordan.github.io/posts/muon) is for the matrices between
+    hidden channels. Its updates have the size of AdamW's (Liu et al.,
+    https://arxiv.org/abs/2502.16982), so that both take the same learning rate and decay.
 
     Moments and updates are in float32 at least, whatever the dtype of the parameters: in bfloat16
     the second moment would never decay, since .999 of a number is rounded to that number.
@@ -40,25 +54,55 @@ def make_optimizer(
     in float32. ``numbers``, which may be traced, take the place of the configuration's.
     """
     numbers = numbers or Numbers.of(config)
-    adamw = optax.adamw(
+    inner = optax.adamw(
         make_schedule(config, numbers),
         b1=config.adam_b1,
         b2=config.adam_b2,
         eps=numbers.adam_eps,
         weight_decay=numbers.weight_decay,
+        mask=_matrices if config.decayed == "matrices" else None,
     )
+    if config.optimizer == "muon":
+        muon = optax.contrib.muon(
+            make_schedule(config, numbers),
+            beta=config.muon_momentum,
+            weight_decay=numbers.weight_decay,
+            consistent_rms=RMS_OF_ADAMW,
+        )
+        inner = optax.partition({"muon": muon, "adamw": inner}, _optimizer_of_each)
     if numbers.clip_norm is not None:
-        adamw = optax.chain(optax.clip_by_global_norm(numbers.clip_norm), adamw)
+        inner = optax.chain(optax.clip_by_global_norm(numbers.clip_norm), inner)
 
     def init(params: optax.Params) -> optax.OptState:
-        return adamw.init(at_least_float32(params))
+        return inner.init(at_least_float32(params))
 
     def update(
         grads: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        return adamw.update(at_least_float32(grads), state, at_least_float32(params))
+        return inner.update(at_least_float32(grads), state, at_least_float32(params))
 
     return optax.GradientTransformation(init, _promoting(update))
+
+
+def _keys(path: Any) -> list[str]:
+    return [str(getattr(entry, "key", entry)) for entry in path]
+
+
+def _matrices(params: Any) -> Any:
+    """True for what maps channels: neither norms, biases and blends nor convolutions."""
+    is_matrix = lambda path, x: x.ndim > 1 and _keys(path)[-1] not in SPARED
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _optimizer_of_each(params: Any) -> Any:
+    """Muon for the kernels of linear maps; AdamW for embedding, head and all that is no matrix."""
+
+    def of_leaf(path: Any, x: jax.Array) -> str:
+        *before, name = _keys(path)
+        is_hidden = x.ndim == 2 and name == "kernel" and "lm_head" not in before
+        return "muon" if is_hidden else "adamw"
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 def at_least_float32(tree: Any) -> Any:

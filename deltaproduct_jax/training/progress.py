@@ -63,6 +63,10 @@ class Progress:
         }
         if "valid_sequence_accuracy" in row:
             shown["valid"] = f"{row['valid_sequence_accuracy']:.3f}"
+        if "bits_per_byte" in row:
+            shown["bits/byte"] = f"{row['bits_per_byte']:.3f}"
+        if "valid_bits_per_byte" in row:
+            shown["valid"] = f"{row['valid_bits_per_byte']:.3f}"
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(row["step"] - self._bar.n)

@@ -18,6 +18,7 @@ from flax import nnx
 
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.loss import PLAIN, Losses, LossSettings, losses_of
 from deltaproduct_jax.training.optimizer import at_least_float32
 
 Params = dict[str, Any]
@@ -74,25 +75,34 @@ def counting_first(batch: Batch, counted: jax.Array, length: int) -> Batch:
     return batch._replace(mask=batch.mask & is_counted)
 
 
+def losses_of_params(
+    definition: ModelDefinition,
+    params: Params,
+    batch: Batch,
+    layout: Layout | None = None,
+    settings: LossSettings = PLAIN,
+) -> Losses:
+    """The losses of a model with ``params``; with a ``layout`` it runs over its mesh."""
+    if layout is None:
+        return losses_of(definition.with_params(params), batch, settings)
+    with layout.placed():
+        model = definition.with_params(layout.gather(params))
+        return losses_of(model, batch, settings, layout)
+
+
 def loss_and_correct(
-    definition: ModelDefinition, params: Params, batch: Batch, layout: Layout | None = None
+    definition: ModelDefinition,
+    params: Params,
+    batch: Batch,
+    layout: Layout | None = None,
+    settings: LossSettings = PLAIN,
 ) -> tuple[jax.Array, jax.Array]:
     """Cross-entropy summed over the counted positions, in float32, and correct answers ``[B, T]``.
 
-    The answer at a position is the likeliest token, the smallest id where several are. With a
-    ``layout`` the model runs over its mesh.
+    The answer at a position is the likeliest token, the smallest id where several are.
     """
-    if layout is None:
-        logits_BTV = definition.with_params(params)(batch.inputs)
-    else:
-        with layout.placed():
-            logits_BTV = definition.with_params(layout.gather(params))(batch.inputs)
-    logits_BTV = logits_BTV.astype(jnp.float32)
-    # Masked before anything is computed of them: 0 times a NaN would be one of the gradient.
-    counted_BTV = jnp.where(batch.mask[..., None], logits_BTV, 0)
-    losses_BT = optax.softmax_cross_entropy_with_integer_labels(counted_BTV, batch.targets)
-    correct_BT = jnp.argmax(logits_BTV, axis=-1) == batch.targets
-    return jnp.sum(losses_BT, where=batch.mask), correct_BT
+    losses = losses_of_params(definition, params, batch, layout, settings._replace(z_loss=0.0))
+    return losses.objective, losses.correct
 
 
 def make_train_step(
@@ -101,6 +111,7 @@ def make_train_step(
     schedule: optax.Schedule,
     accumulation_steps: int,
     layout: Layout | None = None,
+    settings: LossSettings = PLAIN,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
 
@@ -108,16 +119,18 @@ def make_train_step(
     after another: the same update to rounding, with the activations of one part in memory.
 
     With ``layout`` it is to be jitted on a state and a batch that lie as the layout says, and the
-    new state lies so again.
+    new state lies so again. ``settings`` say what is minimised.
     """
 
     def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
-        def loss_fn(params: Params) -> tuple[jax.Array, jax.Array]:
-            loss, correct_BT = loss_and_correct(definition, params, batch, layout)
-            return loss / count, jnp.sum(correct_BT, where=batch.mask, dtype=jnp.float32)
+        def loss_fn(params: Params) -> tuple[jax.Array, Losses]:
+            losses = losses_of_params(definition, params, batch, layout, settings)
+            return losses.objective / count, losses
 
-        (loss, correct), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        return grads, {"loss": loss, "accuracy": correct / count}
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params)
+        correct = jnp.sum(losses.correct, where=batch.mask, dtype=jnp.float32)
+        metrics = {"loss": losses.cross_entropy / count, "accuracy": correct / count}
+        return grads, metrics | ({"z_loss": losses.z / count} if settings.z_loss else {})
 
     def accumulated(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
         parts_ABT = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), batch)

@@ -61,6 +61,7 @@ class TaskExperiment:
         rows: (entry of results.json's "test") -> rows of the table that is printed.
         figure: name of the picture in the run directory, None if there is none.
         draw: (run, results, path of the picture) draws it.
+        default_workdir: where to run if no flag says so; None where one must.
     """
 
     name: str
@@ -69,6 +70,7 @@ class TaskExperiment:
     rows: Callable[[Mapping[str, Any]], list[Row]]
     figure: str | None = None
     draw: Callable[[RunConfig, Mapping[str, Any], Path], None] | None = None
+    default_workdir: str | None = None
 
     @property
     def sections(self) -> flags.Sections:
@@ -93,7 +95,9 @@ class TaskExperiment:
     def command(self, argv: Sequence[str]) -> None:
         """Trains as the flags say, prints a table and draws the figure."""
         sections = {**self.sections, "start": StartConfig, "devices": DeviceConfig}
-        parsed = flags.parse(argv, sections, self.presets, exclude=NOT_FLAGS)
+        parsed = flags.parse(
+            argv, sections, self.presets, exclude=NOT_FLAGS, default_workdir=self.default_workdir
+        )
         devices = DeviceConfig(**parsed.sections["devices"])
         processes.keep_programs(devices)
         processes.join(devices)
@@ -133,7 +137,7 @@ class TaskExperiment:
             self.draw(config, results, picture)
 
     def table(self, results: Mapping[str, Any]) -> str:
-        """Accuracies of the best checkpoint on the test split."""
+        """Scores of the best checkpoint on the test split."""
         rows = [row for entry in results["test"] for row in self.rows(entry)]
         first = f"best checkpoint: step {results['best_step']} of {results['steps']}; test split:"
         return "\n".join([first, *table_lines(rows)])

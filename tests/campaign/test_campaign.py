@@ -249,7 +249,7 @@ def trained(tmp_path_factory, quick):
     """A finished run whose best checkpoint is not its newest."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        selection = lambda row: (1 / row["step"],) if "valid_loss" in row else None
+        selection = lambda row, _: (1 / row["step"],) if "valid_loss" in row else None
         patch.setattr(loop, "selection_of", selection)
         loop.train(run_config(), workdir, ["test"])
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"4", "12"}

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deltaproduct_jax.data.corpus import Corpus
 from deltaproduct_jax.data.packing import (
+    ROWS,
     Concatenated,
     FirstFit,
     cut_documents,
@@ -54,7 +55,9 @@ def test_concatenated_rows_are_the_documents_one_after_another(lengths, length):
     per_epoch = packing.rows_per_epoch
     assert per_epoch == (sum(lengths) - 1) // length
     for epoch in (0, 1):
-        rows = [packing.row(epoch * per_epoch + i) for i in range(per_epoch)]
+        drawn = [packing.row(epoch * per_epoch + i) for i in range(per_epoch)]
+        places = np.argsort(permutation(per_epoch, 0, epoch, ROWS))
+        rows = [drawn[place] for place in places]
         order = permutation(len(lengths), 0, epoch)
         wanted = [t for i in order for t in documents_of(corpus)[i]]
         inputs = [t for row in rows for t in row.inputs.tolist()]
@@ -62,6 +65,14 @@ def test_concatenated_rows_are_the_documents_one_after_another(lengths, length):
         assert inputs == wanted[: per_epoch * length]
         assert targets == wanted[1 : per_epoch * length + 1]
         assert all(row.mask.all() and row.segment_ids is None for row in rows)
+
+
+def test_rows_of_one_document_stand_apart():
+    """Or a batch would be of one document, and the next one too."""
+    packing = Concatenated(corpus_of([1000]), 8, 0)
+    first = [int(packing.row(i).inputs[0]) for i in range(packing.rows_per_epoch)]
+    assert len(set(first)) == len(first) == 124
+    assert sum(abs(a - b) <= 8 for a, b in itertools.pairwise(first)) < 12
 
 
 @settings(max_examples=40, deadline=None)

@@ -167,7 +167,7 @@ def tiny_model(monkeypatch):
     monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
     # The first evaluation is the best, so that a run keeps checkpoints 4 and 12.
     monkeypatch.setattr(
-        loop, "selection_of", lambda row: (1 / row["step"],) if "valid_loss" in row else None
+        loop, "selection_of", lambda row, _: (1 / row["step"],) if "valid_loss" in row else None
     )
 
 

@@ -22,11 +22,12 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.evaluation import Evaluation, batches_of, scored
+from deltaproduct_jax.training.evaluation import Evaluation, scored
 from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CONFIG, is_there
+from deltaproduct_jax.training.source import batches_of
 from deltaproduct_jax.training.step import Metrics, Params
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
 from deltaproduct_jax.training.together.mapped import (
@@ -80,6 +81,11 @@ def _require_one_program(configs: Sequence[RunConfig]) -> None:
     if len({program_of(config.to_dict()) for config in configs}) != 1:
         names = ", ".join(name for names in FREE.values() for name in names)
         raise ConfigError(f"runs that are trained together may differ in {names} alone")
+    if configs[0].is_streamed:
+        raise ConfigError(
+            f"runs on {type(configs[0].task).__name__}, whose batches come from a stream, are not "
+            "trained together; give another launcher"
+        )
 
 
 class Pauses:
@@ -147,7 +153,12 @@ class Group:
 
     def _lower(self, slots: int) -> None:
         first = self.members[0]
-        of_one = (first.like, first.data_key, numbers_of(self.config.train), np.bool_(True))
+        of_one = (
+            first.like,
+            first.source.training(0),
+            numbers_of(self.config.train),
+            np.bool_(True),
+        )
         shapes = shapes_in_slots(of_one, slots, self._mesh)
         try:
             self._program(slots).train_step.lower(self.config.length_at(1), *shapes)
@@ -166,7 +177,7 @@ class Group:
         place = lambda tree: put(tree, self._mesh)
         self.program, self._seated = self._program(slots), list(members)
         self._state = place(stacked([member.state for member in in_slots]))
-        self._keys = place(jnp.stack([member.data_key for member in in_slots]))
+        self._keys = place(jnp.stack([member.source.training(0) for member in in_slots]))
         self._numbers = place(stacked([numbers_of(member.config.train) for member in in_slots]))
         self._training = []
         for member in members:
@@ -253,7 +264,7 @@ class Group:
             found = self.program.eval_step(length, params, put(keys, self._mesh))
             for member, own in self._of_each(found, members):
                 outputs[member].append(own)
-        return {member: scored(member.config, own) for member, own in outputs.items()}
+        return {member: scored(member.source, split, own) for member, own in outputs.items()}
 
     def _make_room(self, going: Sequence[Member]) -> None:
         """Goes on with a smaller program where that pays."""

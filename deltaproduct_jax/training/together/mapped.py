@@ -74,14 +74,22 @@ class MappedProgram:
             if train.grow_from is not None:
                 batch = counting_first(batch, config.counted_at(state.step + 1), length)
             optimizer, schedule = make_optimizer(train, numbers), make_schedule(train, numbers)
-            update = make_train_step(definition, optimizer, schedule, train.accumulation_steps)
+            update = make_train_step(
+                definition,
+                optimizer,
+                schedule,
+                train.accumulation_steps,
+                settings=train.loss_settings,
+            )
             after, metrics = update(state, batch)
             keep = lambda new, old: jnp.where(takes_part, new, old)
             return jax.tree.map(keep, after, state), metrics
 
         def eval_one(length: int, params: Params, key: jax.Array):
             batch = task.batch(key, train.eval_batch_size, length)
-            loss, correct_BT = loss_and_correct(definition, params, batch)
+            loss, correct_BT = loss_and_correct(
+                definition, params, batch, settings=train.loss_settings
+            )
             return loss, correct_BT, batch.mask
 
         options = {"compiler_options": compiler_options(mesh)}

@@ -1,9 +1,11 @@
-"""The picture of a single run, which the commands that train draw from its results."""
+"""The picture of a single run, which the commands that train draw from its records."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deltaproduct_jax.files import read_lines
+from deltaproduct_jax.training.records import METRICS, MetricsLine
 from experiments.lib.figures.style import beside_records, mark_trained, new_axes, save
 
 
@@ -74,4 +76,25 @@ def plot_recall(results: Mapping[str, Any], path: Path) -> None:
         ylabel="fraction of queries answered",
         ylim=(0, 1.02),
     )
+    save(figure, path)
+
+
+@beside_records
+def plot_bits(run: Path, path: Path) -> None:
+    """Draws bits per byte over the tokens trained on, of batches and of the validation split.
+
+    Args:
+        run: a run directory of text.
+        path: where the picture goes.
+    """
+    rows = read_lines(run / METRICS, MetricsLine)
+    figure, axes = new_axes()
+    for name, label in (("bits_per_byte", "training"), ("valid_bits_per_byte", "validation")):
+        points = [(row["tokens"], row[name]) for row in rows if name in row]
+        axes.plot(*zip(*points, strict=True), label=label, marker="o" if "valid" in name else None)
+    # The first steps are far above all that follows.
+    lowest, half = min(row["bits_per_byte"] for row in rows), rows[len(rows) // 10]
+    axes.set(xlabel="tokens", ylabel="bits per byte")
+    axes.set_ylim(0.95 * lowest, 1.05 * half["bits_per_byte"])
+    axes.legend()
     save(figure, path)

@@ -1,0 +1,138 @@
+"""How long does a language model's training step compile, and how much memory does it take?
+
+    python -m experiments.op.step_compile --workdir=runs/compile --model=340m_1
+
+compiles the step of a preset on this machine, without running it: blocks one by one and as a scan
+(``--scan_layers``), logits of all tokens and of some thousand at once (``--loss_chunk_size``). Each
+row is a step; memory is the compiler's own count of what the program needs beside its arguments.
+
+Source: this project.
+Expect: experiments/results/language/compile.md, from two busy CPU cores.
+Takes: minutes; of 24 blocks one by one the longest.
+"""
+
+import dataclasses
+import itertools
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from deltaproduct_jax.compilers.memory import memory_of
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.loss import LossSettings
+from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.step import init_state, make_train_step, split_model
+from experiments.lib import flags
+from experiments.lib.bench.report import command_line, markdown, shown, write_report
+from experiments.lib.bench.timing import machine
+from experiments.lib.language_presets import PRESETS
+
+Row = dict[str, Any]
+HEAD = ("blocks", "tokens with logits at once", "compile s", "process s", "temporary MiB")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileConfig:
+    """What is compiled; the model's sizes are the preset's."""
+
+    model: str = setting("340m_1", "a preset of experiments.language_modeling")
+    num_layers: int = setting(24, "number of blocks")
+    rows: int = setting(8, "sequences B")
+    length: int = setting(4096, "tokens T")
+    vocab_size: int = setting(32000, "number of token ids")
+    chunks: tuple[int, ...] = setting((0, 4096), "values of loss_chunk_size in turn; 0: none")
+    scans: tuple[int, ...] = setting((1, 0), "blocks as a scan: 1 yes, 0 no, in turn")
+    remat: str = setting("products", "what a block computes anew")
+
+    def __post_init__(self) -> None:
+        """Checks every field; the model's are the model's to check."""
+        check_fields(self)
+        if self.model not in PRESETS:
+            raise ConfigError(f"model={self.model!r} is no preset; it may be {', '.join(PRESETS)}")
+        for name in ("num_layers", "rows", "length", "vocab_size"):
+            require_at_least(name, getattr(self, name), 1)
+        if not self.chunks or min(self.chunks) < 0 or not set(self.scans) <= {0, 1}:
+            raise ConfigError(
+                f"chunks={self.chunks} must be numbers from 0 on, and scans={self.scans} 0 or 1"
+            )
+
+    def model_config(self, scanned: bool) -> ModelConfig:
+        """The preset's model."""
+        names = ModelConfig.__dataclass_fields__.keys() & PRESETS[self.model].keys()
+        own = {"vocab_size": self.vocab_size, "num_layers": self.num_layers, "remat": self.remat}
+        return ModelConfig(
+            **{name: PRESETS[self.model][name] for name in names} | own, scan_layers=scanned
+        )
+
+
+def compiled_row(config: CompileConfig, scanned: bool, chunk: int) -> Row:
+    """Compiles one step; nothing is allocated."""
+    model_config = config.model_config(scanned)
+    train = TrainConfig(batch_size=config.rows)
+    definition, params = split_model(
+        nnx.eval_shape(lambda: SequenceModel(model_config, rngs=nnx.Rngs(0)))
+    )
+    optimizer = make_optimizer(train)
+    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
+    tokens = jax.ShapeDtypeStruct((config.rows, config.length), jnp.int32)
+    mask = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
+    step = make_train_step(
+        definition, optimizer, make_schedule(train), 1, settings=LossSettings(chunk or None)
+    )
+    began, spent = time.perf_counter(), time.process_time()
+    lowered = jax.jit(step, donate_argnums=0).lower(state, Batch(tokens, tokens, mask))
+    compiled = lowered.compile()
+    return {
+        "scan_layers": scanned,
+        "loss_chunk_size": chunk or None,
+        "compile_s": time.perf_counter() - began,
+        "process_s": time.process_time() - spent,
+        "temporary_mib": memory_of(compiled)["temp_bytes"] / 2**20,
+    }
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        [
+            "a scan" if row["scan_layers"] else "one by one",
+            row["loss_chunk_size"] or "all",
+            *(shown(row[name], ".0f") for name in ("compile_s", "process_s", "temporary_mib")),
+        ]
+        for row in rows
+    ]
+    return markdown(HEAD, lines)
+
+
+def command(argv: Sequence[str]) -> None:
+    """Compiles, prints the table, writes compile.json and compile.md."""
+    parsed = flags.parse(argv, {"compile": CompileConfig}, {"default": {}})
+    config = CompileConfig(**parsed.sections["compile"])
+    record = {
+        "command": command_line("op.step_compile", argv),
+        "config": dataclasses.asdict(config),
+        "machine": machine(),
+        "rows": [],
+    }
+    head = (
+        f"{config.model}, {config.num_layers} blocks, B={config.rows} T={config.length}, "
+        f"vocabulary {config.vocab_size}, remat={config.remat}; {record['machine']}"
+    )
+    for scanned, chunk in itertools.product(config.scans, config.chunks):
+        record["rows"].append(compiled_row(config, bool(scanned), chunk))
+        print(table(record["rows"][-1:]), file=sys.stderr)
+        text = write_report(parsed.workdir, "compile", record, head, table(record["rows"]))
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

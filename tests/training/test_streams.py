@@ -1,0 +1,238 @@
+"""Runs on text: batches after a kill, selection by the loss, rows over devices, packed rows."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_run
+from flax import nnx
+from tiny_run import curve
+
+from deltaproduct_jax.data.config import PrepareConfig
+from deltaproduct_jax.data.preparation import prepare
+from deltaproduct_jax.data.stream import TokenStream
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.tasks.task import Metric
+from deltaproduct_jax.training import loop
+from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.evaluation import selection_of
+from deltaproduct_jax.training.source import source_of
+from deltaproduct_jax.training.text import TextTask
+
+ONE = DeviceConfig(mesh="data:1")
+TRAIN = {
+    "steps": 12,
+    "batch_size": 4,
+    "learning_rate": 0.1,
+    "log_every": 1,
+    "eval_every": 4,
+    "checkpoint_every": 5,
+    "eval_sequences": 4,
+    "eval_batch_size": 2,
+}
+
+
+class NextToken(nnx.Module):
+    """Stands in for SequenceModel: logits by the last token, larger where a segment starts."""
+
+    def __init__(self, config, *, rngs):
+        self.embeddings = nnx.Embed(config.vocab_size, config.vocab_size, rngs=rngs)
+
+    def __call__(self, tokens, *, segment_ids=None):
+        logits = self.embeddings(tokens)
+        if segment_ids is None:
+            return logits
+        starts = jnp.diff(segment_ids, axis=1, prepend=0) != 0
+        return jnp.where(starts[..., None], 30 * logits, logits)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def tiny_model(monkeypatch):
+    monkeypatch.setattr(loop, "SequenceModel", NextToken)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A few rows of text for each split."""
+    path = tmp_path_factory.mktemp("text")
+    lines = [json.dumps({"text": f"document {i} " + "abc" * (i % 5)}) for i in range(60)]
+    (path / "text.jsonl").write_text("\n".join(lines))
+    config = PrepareConfig(
+        sources=(str(path / "text.jsonl"),), tokenizer="bytes", workers=1,
+        valid_fraction=0.2, test_fraction=0.2,
+    )  # fmt: skip
+    prepare(config, path / "tokens")
+    return str(path / "tokens")
+
+
+def config_of(folder, **fields):
+    values = TRAIN | {"data": (folder,), "train_length": 16, "eval_lengths": (16,)} | fields
+    parts = []
+    for kind in (TextTask, TrainConfig):
+        names = kind.__dataclass_fields__.keys() & values.keys()
+        parts.append(kind(**{name: values.pop(name) for name in names}))
+    assert not values
+    return RunConfig(parts[0], ModelConfig(vocab_size=257), parts[1])
+
+
+def rows_in(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SequenceModel", NextToken)
+        loop.train(config_of(folder), workdir, ["test"])
+    return workdir
+
+
+class KilledError(Exception):
+    """Where a kill would have been."""
+
+
+def test_a_killed_run_goes_on_in_the_middle_of_an_epoch(folder, undisturbed, tmp_path, monkeypatch):
+    """With the same batches bit by bit, also those that the kill took back."""
+    read = {"killed": {}, "resumed": {}}
+    plain = TokenStream.batch
+
+    def batch(stream, step, kind):
+        rows = plain(stream, step)
+        if stream.split == "train":
+            if kind == "killed" and step == 8:
+                raise KilledError
+            read[kind][step] = rows.inputs.copy()
+        return rows
+
+    for kind in ("killed", "resumed"):
+        monkeypatch.setattr(TokenStream, "batch", lambda *args, kind=kind: batch(*args, kind))
+        if kind == "killed":
+            with pytest.raises(KilledError):
+                loop.train(config_of(folder), tmp_path, ["test"])
+            with Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+                assert checkpoints.newest() in (5, 8)
+                state = checkpoints.data(checkpoints.newest())
+            assert state["step"] == checkpoints.newest()
+            stream = TokenStream.from_state(state)
+            assert state["step"] * stream.batch_size % stream.rows_per_epoch
+        else:
+            loop.train(config_of(folder), tmp_path, ["test"])
+    assert set(read["resumed"]) == set(range(state["step"], 12))
+    for step in set(read["killed"]) & set(read["resumed"]):
+        np.testing.assert_array_equal(read["killed"][step], read["resumed"][step])
+    assert curve(rows_in(tmp_path)) == curve(rows_in(undisturbed))
+    assert (tmp_path / "results.json").read_bytes() == (undisturbed / "results.json").read_bytes()
+
+
+def test_the_smallest_loss_is_the_best(undisturbed):
+    evaluated = {
+        row["step"]: row["valid_loss"] for row in rows_in(undisturbed) if "valid_loss" in row
+    }
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert len(set(evaluated.values())) == 3
+    assert results["best_step"] == min(evaluated, key=evaluated.get)
+    with Checkpoints(undisturbed / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.best() == results["best_step"]
+
+
+def test_a_metric_has_a_direction():
+    row = {"valid_loss": 2.0, "valid_token_accuracy": 0.5}
+    by = (Metric("valid_loss", larger_is_better=False), Metric("valid_token_accuracy"))
+    assert selection_of(row, by) == (-2.0, 0.5)
+    assert selection_of({"loss": 1.0}, by) is None
+
+
+def test_bits_per_byte_stand_beside_the_loss(folder, undisturbed):
+    splits = {}
+    for split in ("train", "valid", "test"):
+        stream = TextTask(data=(folder,)).stream(split, batch_size=1, length=16, seed=0)
+        splits[split] = stream.bytes_per_token
+    assert len(set(splits.values())) == 3
+    for row in rows_in(undisturbed):
+        want = row["loss"] / np.log(2) / splits["train"]
+        assert row["bits_per_byte"] == pytest.approx(want)
+    want = row["valid_loss"] / np.log(2) / splits["valid"]
+    assert row["valid_bits_per_byte"] == pytest.approx(want)
+    (entry,) = json.loads((undisturbed / "results.json").read_text())["test"]
+    assert entry["bits_per_byte"] == pytest.approx(entry["loss"] / np.log(2) / splits["test"])
+    assert (entry["length"], entry["tokens"]) == (16, 4 * 16)
+    assert 0 <= entry["token_accuracy"] < 1
+
+
+def test_packed_rows_reach_the_model_with_their_segments(folder, tmp_path):
+    config = config_of(folder, packing="first_fit", train_length=32, steps=1, accumulation_steps=2)
+    loop.train(config, tmp_path, ["test"])
+    model = NextToken(config.model, rngs=nnx.Rngs(config.seeds()["init"]))
+    stream = config.task.stream("train", batch_size=4, length=32, seed=config.seeds()["data"])
+    inputs, targets, mask, segment_ids = stream.batch(0)
+    assert len(np.unique(segment_ids[0])) > 1
+    losses = -jax.nn.log_softmax(model(inputs, segment_ids=segment_ids))
+    losses = np.take_along_axis(np.asarray(losses), targets[..., None], axis=-1)[..., 0]
+    assert rows_in(tmp_path)[0]["loss"] == pytest.approx(losses[mask].mean(), rel=1e-5)
+    plain = np.asarray(-jax.nn.log_softmax(model(inputs)))
+    plain = np.take_along_axis(plain, targets[..., None], axis=-1)[..., 0]
+    assert rows_in(tmp_path)[0]["loss"] != pytest.approx(plain[mask].mean(), rel=1e-3)
+
+
+@pytest.mark.usefixtures("all_devices")
+def test_rows_lie_over_the_devices_of_a_mesh(folder):
+    config = config_of(folder)
+    make = lambda: NextToken(config.model, rngs=nnx.Rngs(0))
+    layout = Layout.of_model(DeviceConfig(mesh="data:2,fsdp:2"), make)
+    one = Layout.of_model(ONE, make)
+    spread, whole = (source_of(config, each).training(3) for each in (layout, one))
+    assert len({str(shard.index) for shard in spread.inputs.addressable_shards}) == 4
+    assert spread.segment_ids is None
+    for a, b in zip(spread[:3], whole[:3], strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_other_text_is_not_gone_on_with(folder, undisturbed, tmp_path):
+    """A folder that was prepared anew under the same name."""
+    with Checkpoints(undisturbed / "checkpoints", read_only=True) as checkpoints:
+        checkpoints.data(checkpoints.newest())
+        state = checkpoints.data(checkpoints.newest())
+    config = config_of(folder)
+    layout = Layout.of_model(ONE, lambda: NextToken(config.model, rngs=nnx.Rngs(0)))
+    source = source_of(config, layout)
+    source.resume(state)
+    with pytest.raises(ConfigError, match="does not hold the tokens that the run began with"):
+        source.resume(state | {"fingerprints": ["of another text"]})
+
+
+def test_what_a_stream_lacks_is_refused(folder, tmp_path):
+    for fields, words in (
+        ({"curriculum": (8,)}, r"curriculum=\(8,\) needs a task whose batches are drawn"),
+        ({"stop_accuracy": 0.5}, "stop_accuracy=0.5 needs a task whose batches are drawn"),
+        ({"train_length": 0}, "train_length=0 is too small"),
+        ({"eval_lengths": (16, 8)}, r"eval_lengths=\(16, 8\) must ascend"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            config_of(folder, **fields)
+    config = config_of(folder)
+    small = RunConfig(config.task, ModelConfig(vocab_size=256), config.train)
+    with pytest.raises(ConfigError, match="vocab_size=256 must be at least that of the text's"):
+        loop.train(small, tmp_path, ["test"], devices=ONE)
+    missing = config_of(str(tmp_path / "nothing"))
+    with pytest.raises(RunDirectoryError, match="nothing"):
+        loop.train(missing, tmp_path, ["test"], devices=ONE)
+
+
+def test_a_run_on_text_comes_back_from_its_record(folder, undisturbed):
+    saved = json.loads((undisturbed / "config.json").read_text())
+    assert RunConfig.from_dict(saved) == config_of(folder)
+    saved["task"]["data"] = ["elsewhere"]  # where there is no text
+    assert RunConfig.from_dict(saved).task.data == ("elsewhere",)
