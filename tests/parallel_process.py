@@ -3,6 +3,7 @@
 ``python -m tests.parallel_process FLAGS`` is ``python -m experiments.state_tracking FLAGS`` with a
 model that compiles at once. Environment variable DIE_AT makes a process fail, as a bug would,
 behind that step; ASK_AT makes it say so, wait for a line of its standard input, and go slowly.
+STEP_S is how long each step takes at least, HEARTBEAT_S how soon the others of a dead one end.
 """
 
 import os
@@ -11,6 +12,7 @@ import time
 
 import tiny_run
 
+from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.stopping import SharedStopRequest
 from experiments import state_tracking
@@ -19,6 +21,9 @@ from experiments import state_tracking
 def main() -> int:
     """Exit code of the command."""
     loop.SequenceModel = tiny_run.TinyModel
+    given = os.environ.get("HEARTBEAT_S")
+    processes.HEARTBEAT_TIMEOUT_S = int(given or processes.HEARTBEAT_TIMEOUT_S)
+    step_s = float(os.environ.get("STEP_S", 0))
     reached = SharedStopRequest.reached
 
     def behind(self, step):
@@ -30,6 +35,7 @@ def main() -> int:
             sys.stdin.readline()
         if step > ask_at:  # processes take a second to agree, which are many steps of this model
             time.sleep(0.1)
+        time.sleep(step_s)
         return reached(self, step)
 
     SharedStopRequest.reached = behind

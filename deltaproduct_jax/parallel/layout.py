@@ -8,8 +8,10 @@ The op runs inside `jax.shard_map`, where kernels can; all else is left to the c
 Shape suffixes: B batch, T tokens, D model width.
 """
 
+import collections
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.parts import Placement, placed, placement
 from deltaproduct_jax.ops.sharding import sharded_delta_product
-from deltaproduct_jax.parallel.config import AXES, DeviceConfig
+from deltaproduct_jax.parallel.config import AXES, GROUPS, DeviceConfig
 from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_of_model
 
 BLOCKS = "layers"  # of a model: the list of what gathers its own parameters
@@ -40,8 +42,10 @@ def make_mesh(config: DeviceConfig) -> Mesh:
         ConfigError: there are not as many devices as it takes.
     """
     devices = all_devices()
+    if config.dcn_mesh is not None:
+        return _mesh_of(_hybrid_grid(config, devices))
     sizes = config.sizes_of(len(devices))
-    count = int(np.prod(list(sizes.values())))
+    count = math.prod(sizes.values())
     if count < len(devices):
         if jax.process_count() > 1:
             raise ConfigError(
@@ -50,8 +54,42 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             )
         devices = devices[:count]
     shape = tuple(sizes[name] for name in AXES)
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return _mesh_of(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+
+
+def _mesh_of(grid: np.ndarray) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _hybrid_grid(config: DeviceConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices along the axes: within a slice, or a process, as mesh says, those as dcn_mesh does.
+
+    Along an axis that both cut, the devices of one group are neighbours.
+    """
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    by_process = len(slices) == 1
+    group_of = "process_index" if by_process else "slice_index"
+    counts = collections.Counter(getattr(device, group_of) for device in devices)
+    outer = config.dcn_sizes_of(len(counts))
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"dcn_mesh={config.dcn_mesh!r} needs as many devices in each of the {GROUPS}; there "
+            f"are {', '.join(map(str, counts.values()))}"
+        )
+    each = len(devices) // len(counts)
+    inner = config.sizes_of(each)
+    if math.prod(inner.values()) < each:
+        raise ConfigError(
+            f"mesh={config.mesh!r} takes {math.prod(inner.values())} of {each} devices; with "
+            "dcn_mesh it must take all of each group"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner[name] for name in AXES),
+        tuple(outer[name] for name in AXES),
+        devices,
+        process_is_granule=by_process,
+        allow_split_physical_axes=True,
+    )
 
 
 class Layout:

@@ -35,6 +35,14 @@ class TrainConfig:
     adam_b2: float = setting(0.999, "decay of AdamW's second moment")
     adam_eps: float = setting(1e-8, "epsilon of AdamW")
     clip_norm: float | None = setting(None, "largest global norm of the gradient; none: no limit")
+    max_skipped_steps: int = setting(
+        10, "steps skipped in a row, as their loss or gradient is not finite, that end the run"
+    )
+    spike_deviations: float | None = setting(
+        None,
+        "skip a step whose loss or gradient norm is so many standard deviations above the mean of "
+        "the last 100; none: however high",
+    )
     curriculum: tuple[int, ...] = setting(
         (), "lengths trained one after another before the full one"
     )
@@ -68,12 +76,12 @@ class TrainConfig:
         check_fields(self)
         for name in ("steps", "batch_size", "accumulation_steps", "log_every", "eval_every"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("checkpoint_every", "eval_sequences", "eval_batch_size"):
+        for name in ("max_skipped_steps", "checkpoint_every", "eval_sequences", "eval_batch_size"):
             require_at_least(name, getattr(self, name), 1)
         for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed"):
             require_at_least(name, getattr(self, name), 0)
         require_one_of("schedule", self.schedule, SCHEDULES)
-        for name in ("learning_rate", "adam_eps", "clip_norm"):
+        for name in ("learning_rate", "adam_eps", "clip_norm", "spike_deviations"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value!r} must be greater than 0")

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
-from deltaproduct_jax.training.loop import CompiledByLength
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Stopwatch
+from deltaproduct_jax.training.skipping import Skipping
 from deltaproduct_jax.training.step import (
     Metrics,
     ModelDefinition,
@@ -62,7 +63,10 @@ class MappedProgram:
             if train.grow_from is not None:
                 batch = counting_first(batch, config.counted_at(state.step + 1), length)
             optimizer, schedule = make_optimizer(train, numbers), make_schedule(train, numbers)
-            update = make_train_step(definition, optimizer, schedule, train.accumulation_steps)
+            skipping = Skipping.of(train)
+            update = make_train_step(
+                definition, optimizer, schedule, train.accumulation_steps, skipping=skipping
+            )
             after, metrics = update(state, batch)
             keep = lambda new, old: jnp.where(takes_part, new, old)
             return jax.tree.map(keep, after, state), metrics
@@ -73,9 +77,13 @@ class MappedProgram:
             return loss, correct_BT, batch.mask
 
         # (length, state, keys [S], numbers [S], takes_part [S]) -> (state, metrics [S])
-        self.train_step = CompiledByLength(self._mapped(train_one), stopwatch, donate=True)
+        self.train_step = CompiledByLength(
+            self._mapped(train_one), "the training step of all runs", stopwatch, donate=True
+        )
         # (length, params, keys [S]) -> (loss [S], correct [S, B, T], mask [S, B, T])
-        self.eval_step = CompiledByLength(self._mapped(eval_one), stopwatch)
+        self.eval_step = CompiledByLength(
+            self._mapped(eval_one), "the evaluation of all runs", stopwatch
+        )
 
     def _mapped(self, function: Callable) -> Callable:
         def mapped(length: int, *arrays: Any) -> Any:
