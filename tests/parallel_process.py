@@ -3,7 +3,8 @@
 ``python -m tests.parallel_process FLAGS`` is ``python -m experiments.state_tracking FLAGS`` with a
 model that compiles at once. Environment variable DIE_AT makes a process fail, as a bug would,
 behind that step; ASK_AT makes it say so, wait for a line of its standard input, and go slowly.
-STEP_S is how long each step takes at least, HEARTBEAT_S how soon the others of a dead one end.
+STEP_S is how long each step takes at least, HEARTBEAT_S how soon the others of a dead one end, and
+JOIN_S how long they wait for one that does not come.
 """
 
 import os
@@ -21,8 +22,12 @@ from experiments import state_tracking
 def main() -> int:
     """Exit code of the command."""
     loop.SequenceModel = tiny_run.TinyModel
-    given = os.environ.get("HEARTBEAT_S")
-    processes.HEARTBEAT_TIMEOUT_S = int(given or processes.HEARTBEAT_TIMEOUT_S)
+    for name, variable in (
+        ("HEARTBEAT_TIMEOUT_S", "HEARTBEAT_S"),
+        ("INITIALIZATION_TIMEOUT_S", "JOIN_S"),
+    ):
+        if variable in os.environ:
+            setattr(processes, name, int(os.environ[variable]))
     step_s = float(os.environ.get("STEP_S", 0))
     reached = SharedStopRequest.reached
 

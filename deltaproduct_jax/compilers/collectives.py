@@ -23,9 +23,14 @@ _SENT = re.compile(
 )
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(?P<groups>\{[\d,{}]*\})\}")
 # Groups as the rows of a range of devices that is reshaped, transposed and cut.
-_COUNTED = re.compile(
-    r"replica_groups=\[(?P<cut>[\d,]+)\]<=\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+_RANGE = r"\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+_COUNTED = re.compile(rf"replica_groups=\[(?P<cut>[\d,]+)\]<={_RANGE}")
+# Groups along axes, or parts of axes, of a mesh of the compiler's own.
+_NAMED = re.compile(
+    rf"replica_groups=mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\({_RANGE}\))? "
+    r"\{(?P<along>[^}]*)\}"
 )
+_AXIS = re.compile(r"'(?P<name>\w+)'(?:=(?P<size>\d+))?(?::\((?P<before>\d+)\)(?P<part>\d+))?")
 
 
 class Sent(NamedTuple):
@@ -86,11 +91,35 @@ def _groups(line: str) -> Sequence[Sequence[int]]:
     if listed := _LISTED.search(line):
         return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed["groups"])]
     if counted := _COUNTED.search(line):
-        shape = _numbers(counted["shape"])
-        order = _numbers(counted["order"]) if counted["order"] else range(len(shape))
-        devices = np.arange(np.prod(shape)).reshape(shape).transpose(order)
-        return devices.reshape(_numbers(counted["cut"])).tolist()
+        return _range(counted).reshape(_numbers(counted["cut"])).tolist()
+    if named := _NAMED.search(line):
+        return _groups_along(named)
+    if "replica_groups=" in line and "replica_groups={}" not in line:
+        raise ValueError(f"groups of devices are not understood: {line.strip()[:300]}")
     return []
+
+
+def _groups_along(named: re.Match) -> list[list[int]]:
+    """Groups that differ along the named axes alone."""
+    sizes = {axis["name"]: int(axis["size"]) for axis in _AXIS.finditer(named["mesh"])}
+    devices = _range(named) if named["shape"] else np.arange(math.prod(sizes.values()))
+    rest = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    for axis in _AXIS.finditer(named["along"]):
+        place, size = list(sizes).index(axis["name"]), sizes[axis["name"]]
+        part = int(axis["part"] or size)
+        behind = size // (int(axis["before"] or 1) * part)
+        rest[place] -= rest[place] // behind % part * behind
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for device, where in zip(devices.ravel().tolist(), rest.T.tolist(), strict=True):
+        groups.setdefault(tuple(where), []).append(device)
+    return list(groups.values())
+
+
+def _range(match: re.Match) -> np.ndarray:
+    """Numbers of devices, reshaped and transposed."""
+    shape = _numbers(match["shape"])
+    order = _numbers(match["order"]) if match["order"] else range(len(shape))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order)
 
 
 def _numbers(text: str) -> list[int]:

@@ -37,6 +37,9 @@ GROUPS = """
   %c = f32[8]{0} all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %d = f32[3]{0} collective-permute(%x), source_target_pairs={{0,2},{1,3},{4,6},{5,7}}
   %e = f32[5]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  %f = f32[6]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}
+  %g = f32[7]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, dimensions={0}
+  %h = f32[9]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, dimensions={0}
 """
 
 
@@ -47,8 +50,13 @@ def test_the_axes_along_which_a_program_sends():
         (3, ("y",)),
         (4, ("y", "z")),
         (5, ("x", "y", "z")),
+        (6, ("z",)),
+        (7, ("z",)),
         (8, ("x",)),
+        (9, ("x", "y")),
     ]
+    with pytest.raises(ValueError, match="not understood: %a = f32"):
+        collectives_by_axis(GROUPS.replace("groups={{0,1}", "groups=odd{{0,1}"), {"x": 8})
 
 
 def test_collectives_of_a_real_program():

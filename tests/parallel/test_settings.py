@@ -199,8 +199,11 @@ def test_settings_of_devices_are_no_fields_of_a_run():
 
 
 def test_a_bucket_is_no_directory():
-    with pytest.raises(RunDirectoryError, match=r"gs:/bucket/run is in a bucket"):
-        require_directory(Path("gs://bucket/run"))
+    for bucket in ("gs://bucket/run", "s3://bucket/run"):
+        with pytest.raises(
+            RunDirectoryError, match=f"^{bucket} is in a bucket, which has no locks"
+        ):
+            require_directory(Path(bucket))
 
 
 class FakeDevice(SimpleNamespace):
