@@ -101,9 +101,11 @@ def require_directory(path: Path) -> None:
     """Raises RunDirectoryError unless ``path`` is a directory or may become one."""
     if "\0" in str(path):
         raise RunDirectoryError(f"{str(path)!r} cannot be a directory: it has a NUL character")
-    if path.parts[:1] == ("gs:",):
+    if path.parts[:1] in (("gs:",), ("s3:",)):
+        scheme, rest = path.parts[0], "/".join(path.parts[1:])
         raise RunDirectoryError(
-            f"{path} is in a bucket; it may be a directory on a disk, shared by all processes"
+            f"{scheme}//{rest} is in a bucket, which has no locks and no files to append records "
+            "to; it may be a directory on a disk, shared by all processes"
         )
     with errors_as_one_line(path, "a directory"):
         try:

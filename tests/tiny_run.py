@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,18 @@ def _spell(value: Any) -> str:
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of metrics without what the clock says."""
-    clock = ("time", "tokens_per_second", "tokens_per_second_per_device", "mfu")
+    clock = ("time", "tokens_per_second", "tokens_per_second_per_device", "mfu", "goodput")
     return [{name: row[name] for name in row if name not in clock} for row in rows]
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """The results of a run without what the clock says."""
+    return lasting(json.loads((directory / "results.json").read_text()))
+
+
+def lasting(results: dict[str, Any]) -> dict[str, Any]:
+    """The same of results that were read already."""
+    return {name: value for name, value in results.items() if name != "throughput"}
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:

@@ -1,6 +1,11 @@
 """What the devices of a compiled program send each other."""
 
+import math
 import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from deltaproduct_jax.compilers.hlo_traffic import array_bytes
 
@@ -16,6 +21,31 @@ COLLECTIVES = (
 _SENT = re.compile(
     rf" = (?P<shapes>\S.*?) (?P<kind>{'|'.join((*COLLECTIVES, 'send', 'recv'))})(?:-start)?\("
 )
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(?P<groups>\{[\d,{}]*\})\}")
+# Groups as the rows of a range of devices that is reshaped, transposed and cut.
+_RANGE = r"\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+_COUNTED = re.compile(rf"replica_groups=\[(?P<cut>[\d,]+)\]<={_RANGE}")
+# Groups along axes, or parts of axes, of a mesh of the compiler's own.
+_NAMED = re.compile(
+    rf"replica_groups=mesh\[(?P<mesh>[^\]]*)\](?:, device_ids=\({_RANGE}\))? "
+    r"\{(?P<along>[^}]*)\}"
+)
+_AXIS = re.compile(r"'(?P<name>\w+)'(?:=(?P<size>\d+))?(?::\((?P<before>\d+)\)(?P<part>\d+))?")
+
+
+class Sent(NamedTuple):
+    """An array that devices send each other.
+
+    Attributes:
+      kind: one of `COLLECTIVES`, "send" or "recv".
+      size: bytes of the array on one device, the larger of what goes in and comes out.
+      axes: of the mesh, those along which the devices that take part differ; all where a program
+        does not say who they are, which then are all.
+    """
+
+    kind: str
+    size: int
+    axes: tuple[str, ...]
 
 
 def collectives(text: str) -> list[tuple[str, int]]:
@@ -25,11 +55,72 @@ def collectives(text: str) -> list[tuple[str, int]]:
       text: what ``compiled.as_text()`` of JAX gives. Loops are not unrolled: what stands in one
         counts once.
     """
+    return sorted((sent.kind, sent.size) for sent in _all_sent(text, {}))
+
+
+def collectives_by_axis(text: str, mesh: Mapping[str, int]) -> list[Sent]:
+    """The same with the axes of the mesh, whose sizes by name are ``mesh``, the first slowest."""
+    return sorted(_all_sent(text, mesh))
+
+
+def _all_sent(text: str, mesh: Mapping[str, int]) -> list[Sent]:
     found = []
-    for match in _SENT.finditer(text):
-        sizes = array_bytes(match["shapes"])
+    for line in text.splitlines():
+        match = _SENT.search(line)
+        if match is None:
+            continue
+        sizes, kind = array_bytes(match["shapes"]), match["kind"]
+        axes = _axes(line, mesh) if mesh else ()
         # The compiler joins sums; a permute started ahead names its operand, result and handles.
-        found += [
-            (match["kind"], size) for size in (sizes if "reduce" in match["kind"] else [max(sizes)])
-        ]
-    return sorted(found)
+        found += [Sent(kind, size, axes) for size in (sizes if "reduce" in kind else [max(sizes)])]
+    return found
+
+
+def _axes(line: str, mesh: Mapping[str, int]) -> tuple[str, ...]:
+    differing = set()
+    for group in _groups(line) or [range(math.prod(mesh.values()))]:
+        places = np.unravel_index(group, tuple(mesh.values()))
+        differing |= {
+            name for name, along in zip(mesh, places, strict=True) if len(set(along.tolist())) > 1
+        }
+    return tuple(name for name in mesh if name in differing)
+
+
+def _groups(line: str) -> Sequence[Sequence[int]]:
+    """Numbers of the devices of each group; of each pair, for a permute."""
+    if listed := _LISTED.search(line):
+        return [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", listed["groups"])]
+    if counted := _COUNTED.search(line):
+        return _range(counted).reshape(_numbers(counted["cut"])).tolist()
+    if named := _NAMED.search(line):
+        return _groups_along(named)
+    if "replica_groups=" in line and "replica_groups={}" not in line:
+        raise ValueError(f"groups of devices are not understood: {line.strip()[:300]}")
+    return []
+
+
+def _groups_along(named: re.Match) -> list[list[int]]:
+    """Groups that differ along the named axes alone."""
+    sizes = {axis["name"]: int(axis["size"]) for axis in _AXIS.finditer(named["mesh"])}
+    devices = _range(named) if named["shape"] else np.arange(math.prod(sizes.values()))
+    rest = np.indices(tuple(sizes.values())).reshape(len(sizes), -1)
+    for axis in _AXIS.finditer(named["along"]):
+        place, size = list(sizes).index(axis["name"]), sizes[axis["name"]]
+        part = int(axis["part"] or size)
+        behind = size // (int(axis["before"] or 1) * part)
+        rest[place] -= rest[place] // behind % part * behind
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for device, where in zip(devices.ravel().tolist(), rest.T.tolist(), strict=True):
+        groups.setdefault(tuple(where), []).append(device)
+    return list(groups.values())
+
+
+def _range(match: re.Match) -> np.ndarray:
+    """Numbers of devices, reshaped and transposed."""
+    shape = _numbers(match["shape"])
+    order = _numbers(match["order"]) if match["order"] else range(len(shape))
+    return np.arange(math.prod(shape)).reshape(shape).transpose(order)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]

@@ -30,7 +30,7 @@ from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_ini
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import convolutions, projections, value_width
+from deltaproduct_jax.layers.projection import convolutions, in_parts, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
@@ -230,7 +230,8 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         run = segment_runs(segment_ids)
         mixed, tails = [], []
         for name, tail in (("q", state.q_conv), ("k", state.k_conv), ("v", state.v_conv)):
-            u = getattr(self, f"{name}_proj")(x)
+            project = getattr(self, f"{name}_proj")
+            u = project(x) if name == "q" or R == 1 else in_parts(project, x, R)
             if self.use_short_conv:
                 u, tail = getattr(self, f"{name}_conv1d")(u, tail, run, length)
             else:
@@ -242,10 +243,10 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         v = mixed[2].reshape(B, T, R, Hv, V)
 
         wide = accumulator_dtype(self.dtype)
-        b = self.b_proj(x).astype(wide)
+        b = in_parts(self.b_proj, x, R).astype(wide)
         if hasattr(self, "b_bias"):
-            b = b + self.b_bias[...].astype(wide)[None, None]
-        beta = jax.nn.sigmoid(b).reshape(B, T, R, Hv) * (2.0 if self.allow_neg_eigval else 1.0)
+            b = b + self.b_bias[...].astype(wide).reshape(R, Hv)[None, None]
+        beta = jax.nn.sigmoid(b) * (2.0 if self.allow_neg_eigval else 1.0)
         g = None
         if self.use_forget_gate:
             rate = jnp.exp(self.A_log[...].astype(wide))[None, None]

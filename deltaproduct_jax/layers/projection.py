@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.initializers import conv_init, projection_init
 from deltaproduct_jax.layers.short_conv import ShortConv
+from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -44,6 +45,21 @@ def projections(
         )
 
     return project
+
+
+def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
+    """``linear(x)`` of ``[B, T, D]`` without a bias, ``[B, T, parts, width]``.
+
+    Cut along ``width`` over a mesh, the columns of a part that belong to one device do not lie
+    together in the kernel; so it is the kernel that is laid out anew, once, and no activations.
+    """
+    kernel = linear.kernel[...]
+    kernel = kernel.reshape(kernel.shape[0], parts, -1)
+    spread = placement()
+    if spread is not None:
+        kernel = spread.heads(kernel)
+    x, kernel = (a.astype(linear.dtype) for a in (x, kernel))
+    return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
 def convolutions(

@@ -1,5 +1,6 @@
 """Causal depthwise convolution over a few tokens, with a state for decoding and packed rows."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.parts import with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -51,16 +53,16 @@ class ShortConv(nnx.Module):
 
     def __call__(
         self,
-        u: Float[Array, "B T channels"],
-        state: Float[Array, "B tail channels"],
+        u: Float[Array, "B T *channels"],
+        state: Float[Array, "B tail all_channels"],
         run: Int[Array, "B T"] | None = None,
         length: Int[Array, " B"] | None = None,
-    ) -> tuple[Float[Array, "B T channels"], Float[Array, "B tail channels"]]:
+    ) -> tuple[Float[Array, "B T *channels"], Float[Array, "B tail all_channels"]]:
         """Convolves ``u`` and returns the state for what follows.
 
         Args:
-            u: inputs.
-            state: the ``conv_size - 1`` inputs before ``u``, oldest first.
+            u: inputs; the channels may lie along several axes.
+            state: the ``conv_size - 1`` inputs before ``u``, oldest first, channels along one axis.
             run: number of the segment that each token belongs to, 0 for the row's first, counted
                 upwards; None when every row is one segment. ``state`` belongs to run 0.
             length: number of leading tokens of each row that count; None when all do.
@@ -69,32 +71,51 @@ class ShortConv(nnx.Module):
             The convolution, in the dtype of ``u``, and the last ``conv_size - 1`` inputs of the
             row's last segment, zero where that segment is shorter.
         """
-        check_width("u", u, self.channels)
-        B, T, _ = u.shape
+        if math.prod(jnp.shape(u)[2:]) != self.channels:
+            check_width("u", u, self.channels)
+        B, T, *channels = u.shape
         tail = self.conv_size - 1
-        padded = jnp.concatenate([state.astype(u.dtype), u], axis=1)
-        weight = self.weight[...].astype(accumulator_dtype(u.dtype))
+        before = state.astype(u.dtype).reshape(B, tail, *channels)
+        weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
+        past = None if run is None else jnp.zeros((B, tail), run.dtype)
+        y = with_past(_sum_of_taps, (u, run), (before, past), weight)
+
+        padded = jnp.concatenate([before, u], axis=1)
         if run is not None:
-            run = jnp.concatenate([jnp.zeros((B, tail), run.dtype), run], axis=1)
-
-        y = jnp.zeros((B, T, self.channels), weight.dtype)
-        for tap in range(self.conv_size):
-            shifted = padded[:, tap : tap + T].astype(weight.dtype)
-            if run is not None:
-                same = run[:, tap : tap + T] == run[:, tail:]
-                shifted = jnp.where(same[..., None], shifted, 0)
-            y = y + shifted * weight[tap][None, None]
-
+            run = jnp.concatenate([past, run], axis=1)
         # Of ``padded``, the inputs number length .. length + tail - 1 are the last ``tail`` ones.
         if length is None:
-            state, here = padded[:, T:], None if run is None else run[:, T:]
+            after, here = padded[:, T:], None if run is None else run[:, T:]
         else:
             last = length[:, None] + jnp.arange(tail)[None]
-            state = along_rows(padded, last)
+            after = along_rows(padded, last)
             here = None if run is None else along_rows(run, last)
         if here is not None:
-            state = jnp.where((here == here[:, -1:])[..., None], state, 0)
-        return self.activation(y).astype(u.dtype), state
+            after = jnp.where(_beside(here == here[:, -1:], after), after, 0)
+        return self.activation(y).astype(u.dtype), after.reshape(B, tail, self.channels)
+
+
+def _sum_of_taps(extended: tuple[jax.Array, jax.Array | None], weight: jax.Array) -> jax.Array:
+    """The convolution of inputs ``[B, tail + T, *channels]``, ``[B, T, *channels]``.
+
+    Beside the inputs stand the numbers of their segments, ``[B, tail + T]``, or None.
+    """
+    u, run = extended
+    tail = weight.shape[0] - 1
+    T = u.shape[1] - tail
+    y = jnp.zeros((u.shape[0], T, *u.shape[2:]), weight.dtype)
+    for tap in range(tail + 1):
+        shifted = u[:, tap : tap + T].astype(weight.dtype)
+        if run is not None:
+            same = run[:, tap : tap + T] == run[:, tail:]
+            shifted = jnp.where(_beside(same, shifted), shifted, 0)
+        y = y + shifted * weight[tap][None, None]
+    return y
+
+
+def _beside(tokens: jax.Array, u: jax.Array) -> jax.Array:
+    """What is the same for all channels of ``u``, with their axes."""
+    return tokens.reshape(*tokens.shape, *[1] * (u.ndim - 2))
 
 
 def segment_runs(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # The dimensions that may be cut, and what is cut with them.
@@ -174,10 +175,14 @@ class Placement(NamedTuple):
     Attributes:
       op: what `delta_product` calls instead of itself, with its own arguments.
       block: (block of a model, its input [B, T, D]) -> both as they are to be used.
+      heads: a kernel [D, parts, width], width that of all heads -> the same, cut as they are.
+      past: what `with_past` calls instead of itself where tokens are cut; None where they are not.
     """
 
     op: Callable[..., tuple[Any, Any]]
     block: Callable[[Any, Any], tuple[Any, Any]]
+    heads: Callable[[jax.Array], jax.Array]
+    past: Callable[..., jax.Array] | None
 
 
 _CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement")
@@ -200,3 +205,21 @@ def placed(placement: Placement | None) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+def with_past(compute: Callable[..., jax.Array], arrays: Any, before: Any, *others: Any) -> Any:
+    """``compute(extended, *others)``, each of ``arrays`` extended by what stands before it.
+
+    Over a mesh that cuts tokens, every device does so for its own, and is sent no more than that.
+
+    Args:
+      compute: takes arrays [B, tail + T, ...], any T, and gives one [B, T, ...].
+      arrays: a tree of arrays [B, T, ...].
+      before: the same of arrays [B, tail, ...].
+      others: whatever else ``compute`` takes, the same for all tokens.
+    """
+    spread = placement()
+    if spread is not None and spread.past is not None:
+        return spread.past(compute, arrays, before, *others)
+    extended = jax.tree.map(lambda x, past: jnp.concatenate([past, x], axis=1), arrays, before)
+    return compute(extended, *others)

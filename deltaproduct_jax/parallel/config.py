@@ -1,6 +1,7 @@
 """Where a run runs, as settings: mesh, processes, a cache. They are no part of what a run is."""
 
 import dataclasses
+import math
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.settings import check_fields, setting
@@ -8,6 +9,7 @@ from deltaproduct_jax.settings import check_fields, setting
 # In the order in which neighbouring devices are given out, the last one's the closest.
 AXES = ("data", "fsdp", "sequence", "tensor")
 DEFAULT_MESH = "data:-1,fsdp:1,tensor:1,sequence:1"
+GROUPS = "slices or processes"  # what dcn_mesh puts in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,11 @@ class DeviceConfig:
         "devices along each axis, -1 for what is left: data cuts batches; fsdp cuts batches, "
         "parameters and AdamW's moments; tensor cuts heads and the MLP's width; sequence cuts "
         "tokens; an axis that is not named has 1",
+    )
+    dcn_mesh: str | None = setting(
+        None,
+        "slices of TPUs, or else processes, along each axis, as data:2, -1 for what is left; mesh "
+        "is then of the devices of each; none: all devices are taken for equally near",
     )
     distributed: bool = setting(
         False, "join the processes of a TPU pod or a SLURM job, which JAX finds by itself"
@@ -43,6 +50,7 @@ class DeviceConfig:
     def __post_init__(self):
         check_fields(self)
         self.sizes()
+        self.dcn_sizes()
         self.profiled_steps()
         given = {
             name: getattr(self, name)
@@ -78,37 +86,55 @@ class DeviceConfig:
 
     def sizes(self) -> dict[str, int]:
         """Devices along every axis as written, -1 among them."""
-        sizes = dict.fromkeys(AXES, 1)
-        seen = set()
-        for part in self.mesh.split(","):
-            name, colon, text = part.strip().partition(":")
-            digits = text.isascii() and text.isdigit() and int(text) > 0
-            if name not in AXES or name in seen or not colon or not (text == "-1" or digits):
-                raise ConfigError(
-                    f"mesh={self.mesh!r} is not known; it may be as {DEFAULT_MESH!r}: each axis "
-                    "once at most, with its devices, at least 1, or -1 for what is left"
-                )
-            seen.add(name)
-            sizes[name] = int(text)
-        if list(sizes.values()).count(-1) > 1:
-            raise ConfigError(f"mesh={self.mesh!r} has -1 more than once; one axis may have it")
-        return sizes
+        return _sizes("mesh", self.mesh, DEFAULT_MESH)
+
+    def dcn_sizes(self) -> dict[str, int]:
+        """Slices, or processes, along every axis as written, -1 among them; 1 without any."""
+        return _sizes("dcn_mesh", "data:1" if self.dcn_mesh is None else self.dcn_mesh, "data:-1")
 
     def sizes_of(self, devices: int) -> dict[str, int]:
         """Devices along every axis when there are so many."""
-        sizes = self.sizes()
-        fixed = 1
-        for size in sizes.values():
-            fixed *= max(size, 1)
-        if -1 in sizes.values():
-            if devices % fixed:
-                raise ConfigError(
-                    f"mesh={self.mesh!r} takes a multiple of {fixed} devices; there are {devices}"
-                )
-            return {name: devices // fixed if n == -1 else n for name, n in sizes.items()}
-        if fixed > devices:
-            raise ConfigError(
-                f"mesh={self.mesh!r} takes {fixed} devices; there are {devices}; -1 as the size "
-                "of an axis is what is left"
-            )
+        return _filled("mesh", self.mesh, self.sizes(), devices, "devices")
+
+    def dcn_sizes_of(self, groups: int) -> dict[str, int]:
+        """Groups of devices along every axis when there are so many, of which all must be taken."""
+        sizes = _filled("dcn_mesh", self.dcn_mesh, self.dcn_sizes(), groups, GROUPS)
+        if math.prod(sizes.values()) != groups:
+            raise ConfigError(f"dcn_mesh={self.dcn_mesh!r} must take all of the {groups} {GROUPS}")
         return sizes
+
+
+def _sizes(flag: str, text: str, example: str) -> dict[str, int]:
+    """A mesh as it is written: sizes by axis, -1 among them."""
+    sizes = dict.fromkeys(AXES, 1)
+    seen = set()
+    for part in text.split(","):
+        name, colon, digits = part.strip().partition(":")
+        whole = digits.isascii() and digits.isdigit() and int(digits) > 0
+        if name not in AXES or name in seen or not colon or not (digits == "-1" or whole):
+            raise ConfigError(
+                f"{flag}={text!r} is not known; it may be as {example!r}: each axis once at most, "
+                "with its size, at least 1, or -1 for what is left"
+            )
+        seen.add(name)
+        sizes[name] = int(digits)
+    if list(sizes.values()).count(-1) > 1:
+        raise ConfigError(f"{flag}={text!r} has -1 more than once; one axis may have it")
+    return sizes
+
+
+def _filled(flag: str, text: str, sizes: dict[str, int], there: int, what: str) -> dict[str, int]:
+    """The sizes with a number for -1."""
+    fixed = math.prod(max(size, 1) for size in sizes.values())
+    if -1 in sizes.values():
+        if there % fixed:
+            raise ConfigError(
+                f"{flag}={text!r} takes a multiple of {fixed} {what}; there are {there}"
+            )
+        return {name: there // fixed if size == -1 else size for name, size in sizes.items()}
+    if fixed > there:
+        raise ConfigError(
+            f"{flag}={text!r} takes {fixed} {what}; there are {there}; -1 as the size of an axis "
+            "is what is left"
+        )
+    return sizes

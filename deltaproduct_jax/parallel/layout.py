@@ -8,8 +8,10 @@ The op runs inside `jax.shard_map`, where kernels can; all else is left to the c
 Shape suffixes: B batch, T tokens, D model width.
 """
 
+import collections
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +23,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.parts import Placement, placed, placement
+from deltaproduct_jax.ops.parts import with_past as whole_with_past
 from deltaproduct_jax.ops.sharding import sharded_delta_product
-from deltaproduct_jax.parallel.config import AXES, DeviceConfig
+from deltaproduct_jax.parallel.config import AXES, GROUPS, DeviceConfig
 from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_of_model
 
 BLOCKS = "layers"  # of a model: the list of what gathers its own parameters
@@ -40,8 +43,10 @@ def make_mesh(config: DeviceConfig) -> Mesh:
         ConfigError: there are not as many devices as it takes.
     """
     devices = all_devices()
+    if config.dcn_mesh is not None:
+        return _mesh_of(_hybrid_grid(config, devices))
     sizes = config.sizes_of(len(devices))
-    count = int(np.prod(list(sizes.values())))
+    count = math.prod(sizes.values())
     if count < len(devices):
         if jax.process_count() > 1:
             raise ConfigError(
@@ -50,8 +55,42 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             )
         devices = devices[:count]
     shape = tuple(sizes[name] for name in AXES)
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return _mesh_of(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+
+
+def _mesh_of(grid: np.ndarray) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _hybrid_grid(config: DeviceConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices along the axes: within a slice, or a process, as mesh says, those as dcn_mesh does.
+
+    Along an axis that both cut, the devices of one group are neighbours.
+    """
+    slices = {getattr(device, "slice_index", None) for device in devices}
+    by_process = len(slices) == 1
+    group_of = "process_index" if by_process else "slice_index"
+    counts = collections.Counter(getattr(device, group_of) for device in devices)
+    outer = config.dcn_sizes_of(len(counts))
+    if len(set(counts.values())) > 1:
+        raise ConfigError(
+            f"dcn_mesh={config.dcn_mesh!r} needs as many devices in each of the {GROUPS}; there "
+            f"are {', '.join(map(str, counts.values()))}"
+        )
+    each = len(devices) // len(counts)
+    inner = config.sizes_of(each)
+    if math.prod(inner.values()) < each:
+        raise ConfigError(
+            f"mesh={config.mesh!r} takes {math.prod(inner.values())} of {each} devices; with "
+            "dcn_mesh it must take all of each group"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        tuple(inner[name] for name in AXES),
+        tuple(outer[name] for name in AXES),
+        devices,
+        process_is_granule=by_process,
+        allow_split_physical_axes=True,
+    )
 
 
 class Layout:
@@ -176,7 +215,19 @@ class Layout:
             head_axis=MESH_AXES["heads"],
             sequence_axis=MESH_AXES["sequence"],
         )
-        return placed(Placement(op, self._place_block))
+        past = _with_past_of(self.mesh) if self.sizes["sequence"] > 1 else None
+        return placed(Placement(op, self._place_block, self._cut_heads, past))
+
+    def _cut_heads(self, kernel: jax.Array) -> jax.Array:
+        """A kernel ``[D, parts, width]`` cut along ``width``; its gradient goes the same way back.
+
+        As it is stored, all parts along one axis, a device has other columns of it. Left to itself
+        the compiler then moves activations, which are larger, or warns that it replicates.
+        """
+        (heads,), (embed,) = MESH_AXES["heads"], MESH_AXES["embed"]
+        kernel = _moved(kernel, self.whole, (self._sharding(embed),))
+        cut = self._sharding(None, None, heads)
+        return _moved(kernel, cut, (self._sharding(embed, None, heads),))
 
     def _place_block(self, block: nnx.Module, x: jax.Array) -> tuple[nnx.Module, jax.Array]:
         graphdef, state = nnx.split(block)
@@ -196,6 +247,39 @@ class Layout:
             if paths <= {path[2:] for path in self._names if path[:2] == head}:
                 return tuple(jax.tree_util.DictKey(key) for key in head)
         raise ValueError(f"a block has parameters that none of the model's has: {sorted(paths)}")
+
+
+def _with_past_of(mesh: Mesh) -> Callable[..., jax.Array]:
+    """`ops.parts.with_past` over a mesh: a device is sent the end of the piece before its own."""
+    axis = "sequence"
+    pieces = mesh.shape[axis]
+
+    def after_past(x: jax.Array, before: jax.Array) -> jax.Array:
+        count = before.shape[1]
+        ends = x[:, x.shape[1] - count :]
+        past = jax.lax.ppermute(ends, axis, [(i, i + 1) for i in range(pieces - 1)])
+        past = jnp.where(jax.lax.axis_index(axis) == 0, before, past)
+        return jnp.concatenate([past, x], axis=1)
+
+    def with_past(compute, arrays, before, *others):
+        tokens = {x.shape[1] for x in jax.tree.leaves(arrays)}
+        tail = max(x.shape[1] for x in jax.tree.leaves(before))
+        if any(T % pieces or T // pieces < tail for T in tokens):  # it would reach two pieces back
+            with placed(None):
+                return whole_with_past(compute, arrays, before, *others)
+        cut = PartitionSpec(None, axis)
+        run = jax.shard_map(
+            lambda arrays, before, *others: compute(
+                jax.tree.map(after_past, arrays, before), *others
+            ),
+            mesh=mesh,
+            in_specs=(cut, PartitionSpec(), *[PartitionSpec()] * len(others)),
+            out_specs=cut,
+            axis_names=frozenset({axis}),  # what else is cut is left to the compiler
+        )
+        return run(arrays, before, *others)
+
+    return with_past
 
 
 def _path_of(keys: Any) -> Path:

@@ -20,6 +20,7 @@ from deltaproduct_jax.files import errors_as_one_line, read_json, set_aside
 from deltaproduct_jax.training.step import TrainState
 
 Selection = tuple[float, ...]  # larger is better, compared entry by entry
+SKIPPED = "skipped"  # what a state has that older versions did not save
 ITEM, METRICS, METADATA = "default", "metrics/metrics", "_CHECKPOINT_METADATA"  # in a step's folder
 
 
@@ -250,10 +251,12 @@ class Checkpoints:
             if saved is None:
                 raise ValueError(f"it has no {ITEM}/_METADATA")
             self._check_same_model(step, saved, like)
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
-            state = TrainState(
-                **self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            )
+            have = {name: tree for name, tree in like._asdict().items() if name in saved}
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, have)
+            restored = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+            if SKIPPED not in saved:  # by a version that skipped no step
+                restored[SKIPPED] = _zeros(getattr(like, SKIPPED))
+            state = TrainState(**restored)
         except (RunDirectoryError, MemoryError):
             raise
         except Exception as error:  # what Orbax raises depends on which byte is wrong
@@ -347,6 +350,13 @@ def _sum_of_words(leaves: tuple[jax.Array, ...]) -> jax.Array:
         # An odd factor for each leaf, or two that have changed places would go unseen.
         total += jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32) * jnp.uint32(2 * index + 1)
     return total
+
+
+def _zeros(like: Any) -> Any:
+    """Zeros that lie where arrays, or their descriptions, do."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    make = lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+    return jax.jit(make, out_shardings=shardings)()
 
 
 def _one_line(text: str) -> str:

@@ -68,6 +68,14 @@ class TrainConfig:
         "weight of the squared logarithm of the softmax's denominator in what is minimised",
         recorded_if_set=True,
     )
+    max_skipped_steps: int = setting(
+        10, "steps skipped in a row, as their loss or gradient is not finite, that end the run"
+    )
+    spike_deviations: float | None = setting(
+        None,
+        "skip a step whose loss or gradient norm is so many standard deviations above the mean of "
+        "the last 100; none: however high",
+    )
     curriculum: tuple[int, ...] = setting(
         (), "lengths trained one after another before the full one"
     )
@@ -104,7 +112,7 @@ class TrainConfig:
         check_fields(self)
         for name in ("steps", "batch_size", "accumulation_steps", "log_every", "eval_every"):
             require_at_least(name, getattr(self, name), 1)
-        for name in ("checkpoint_every", "eval_sequences", "eval_batch_size"):
+        for name in ("max_skipped_steps", "checkpoint_every", "eval_sequences", "eval_batch_size"):
             require_at_least(name, getattr(self, name), 1)
         if self.loss_chunk_size is not None:
             require_at_least("loss_chunk_size", self.loss_chunk_size, 1)
@@ -113,7 +121,7 @@ class TrainConfig:
         require_one_of("schedule", self.schedule, SCHEDULES)
         require_one_of("optimizer", self.optimizer, OPTIMIZERS)
         require_one_of("decayed", self.decayed, DECAYED)
-        for name in ("learning_rate", "adam_eps", "clip_norm"):
+        for name in ("learning_rate", "adam_eps", "clip_norm", "spike_deviations"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value!r} must be greater than 0")

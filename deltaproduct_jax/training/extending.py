@@ -1,13 +1,27 @@
 """How two configurations differ, and whether a run of the one may go on as the other."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig, plain
 
 ABSENT = object()
 STEPS = "train.steps"
+
+
+def with_defaults(saved: Any, config: RunConfig) -> Any:
+    """A configuration as it was saved; a field that its version did not have has its default."""
+    if not isinstance(saved, Mapping):
+        return saved
+    filled = dict(saved)
+    for section in dataclasses.fields(config):
+        if isinstance(saved.get(section.name), Mapping):
+            fields = dataclasses.fields(getattr(config, section.name))
+            defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+            filled[section.name] = plain(defaults) | dict(saved[section.name])
+    return filled
 
 
 def differences(saved: Any, config: Any) -> dict[str, tuple[Any, Any]]:

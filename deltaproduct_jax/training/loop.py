@@ -3,12 +3,13 @@
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
@@ -19,6 +20,7 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
+from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
@@ -29,6 +31,7 @@ from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
 from deltaproduct_jax.training.runs import restore_run
+from deltaproduct_jax.training.skipping import Skipping, require_progress
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
 from deltaproduct_jax.training.step import (
@@ -41,7 +44,7 @@ from deltaproduct_jax.training.step import (
     make_train_step,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
-from deltaproduct_jax.training.throughput import Throughput
+from deltaproduct_jax.training.throughput import Goodput, Throughput, in_words
 
 
 def train(
@@ -75,9 +78,10 @@ def train(
         ConfigError: this machine cannot run ``config``.
         RunDirectoryError: ``workdir`` holds another run, is in use by another process, or cannot be
             read or written.
-        FloatingPointError: the loss or a norm is no longer finite.
+        FloatingPointError: too many steps in a row were skipped, or a norm is no longer finite.
         Stopped: a signal asked for the end; all is saved.
     """
+    began = time.time()
     require_directory(workdir)
     if resume_from is not None and jax.process_count() > 1:
         raise ConfigError(
@@ -100,7 +104,7 @@ def train(
         parameters = count_parameters(shapes.params)["total"]
         throughput = Throughput(layout.mesh.size, layout.device_kind, parameters)
         profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
-        trainer = Trainer(config, definition, layout, throughput, profiler)
+        trainer = Trainer(config, definition, layout, throughput, profiler, began)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.lower(state)
         _go_on(request, "before the first step", workdir)
@@ -139,7 +143,8 @@ def _train(
             trainer.source.resume(checkpoints.data(newest))
         with processes.first_goes_first("cut the records back"):
             records.cut_back(newest or 0)
-        records.add_start(describe_start(argv, config.seeds(), newest, trainer.layout.sizes))
+        sizes = trainer.layout.sizes
+        records.add_start(describe_start(argv, config.seeds(), newest, sizes, trainer.began))
 
         state = trainer.run(state, records, checkpoints, request)
         _go_on(request, f"after step {int(state.step)} of {config.train.steps}", workdir)
@@ -154,11 +159,12 @@ def _train(
             "steps": int(state.step),
             "best_step": best,
             "parameters": count_parameters(selected.params),
+            **trainer.of_run(records),
             "test": tests,
         }
     records.write_results(results)
     if processes.is_first():
-        print(trainer.throughput.summary(records.rows, records.starts()), file=sys.stderr)
+        print(in_words(results["throughput"], results["skipped_steps"]), file=sys.stderr)
     return results
 
 
@@ -195,8 +201,10 @@ class Trainer:
         layout: Layout,
         throughput: Throughput,
         profiler: Profiler,
+        began: float,
     ):
         self.config = config
+        self.began = began  # in seconds since 1970
         self.layout = layout
         self.throughput = throughput
         self.profiler = profiler
@@ -210,6 +218,7 @@ class Trainer:
             train.accumulation_steps,
             layout,
             train.loss_settings,
+            Skipping.of(train),
         )
 
         def train_step(length: int, state: TrainState, given: Any):
@@ -228,8 +237,10 @@ class Trainer:
             return layout.everywhere(outputs)
 
         # A save under way holds on to the arrays it writes; JAX then does not reuse their memory.
-        self._train_step = CompiledByLength(train_step, self.stopwatch, donate=True)
-        self._eval_step = CompiledByLength(eval_step, self.stopwatch)
+        self._train_step = CompiledByLength(
+            train_step, "the training step", self.stopwatch, donate=True
+        )
+        self._eval_step = CompiledByLength(eval_step, "the evaluation", self.stopwatch)
 
     def lower(self, state: TrainState) -> None:
         """Makes the program of the first step; ConfigError if there is none for this machine."""
@@ -244,6 +255,17 @@ class Trainer:
         """The evaluation of ``params`` on a split at one length."""
         return evaluate(self._eval_step, params, self.source, split, length)
 
+    def count_goodput(self, records: RunRecords) -> None:
+        """Begins to count from what is on record."""
+        self._goodput = Goodput(records.rows, records.starts())
+
+    def of_run(self, records: RunRecords) -> dict[str, Any]:
+        """What results.json has of a whole run beside its scores."""
+        return {
+            "skipped_steps": records.rows[-1].get("skipped_steps", 0),
+            "throughput": self.throughput.of_run(records.rows, records.starts(), time.time()),
+        }
+
     def run(
         self,
         state: TrainState,
@@ -255,6 +277,8 @@ class Trainer:
         config = self.config
         step = int(state.step)
         progress = Progress(step, config.train.steps)
+        self.count_goodput(records)
+        self.stopwatch.lap()
         pending: tuple[int, Metrics] | None = None
 
         def record(row: Row) -> None:
@@ -280,7 +304,8 @@ class Trainer:
                 row |= self._validate(state.params)
             if config.is_logged(step):
                 record(row)
-            self._save(state, row, records, checkpoints, always=stopping)
+            with self.stopwatch.paused():
+                self._save(state, row, records, checkpoints, always=stopping)
             if stopping:
                 break
         self.profiler.close(state)
@@ -323,59 +348,23 @@ class Trainer:
     def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
         """The record of one step; waits until its numbers are there."""
         config = self.config
-        numbers = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        last = rows[-1]["step"] if rows else 0
-        for name, value in numbers.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"{name} is {value} at step {step}: training broke down in steps {last + 1} to "
-                    f"{step}; a lower learning_rate, a warm-up or clip_norm may help"
-                )
-        lengths = sum(config.length_at(s) for s in range(last + 1, step + 1))
+        numbers = {name: np.asarray(x).item() for name, x in jax.device_get(metrics).items()}
+        last = rows[-1] if rows else {"step": 0, "tokens": 0, "skipped_steps": 0}
+        in_a_row = numbers.pop("skipped_in_a_row")
+        require_progress(numbers, in_a_row, last["step"], step, config.train.max_skipped_steps)
+        lengths = sum(config.length_at(s) for s in range(last["step"] + 1, step + 1))
         tokens = lengths * config.train.batch_size
         speed = tokens / self.stopwatch.lap()
-        return {
+        row = {
             "step": step,
-            **numbers,
+            **{name: value for name, value in numbers.items() if math.isfinite(value)},
             **self.source.columns(numbers["loss"]),
             "length": config.counted_at(step),
-            "tokens": tokens + (rows[-1]["tokens"] if rows else 0),
+            "tokens": tokens + last["tokens"],
             "tokens_per_second": speed,
             "time": time.time(),
             **self.throughput.columns(speed),
         }
-
-
-class CompiledByLength:
-    """A function (length, *arrays), compiled once a length, outside the account of training."""
-
-    def __init__(
-        self,
-        function: Callable,
-        stopwatch: Stopwatch,
-        *,
-        donate: bool = False,
-        compiler_options: dict[str, str] | None = None,
-    ):
-        self._function = function
-        self._stopwatch = stopwatch
-        self._options = {
-            "donate_argnums": (0,) if donate else (),
-            "compiler_options": compiler_options,
-        }
-        self._lowered: dict[int, jax.stages.Lowered] = {}
-        self._compiled: dict[int, Callable] = {}
-
-    def lower(self, length: int, *arrays: Any) -> None:
-        """Makes the program for ``length``, for a later call to compile and run."""
-        jitted = jax.jit(partial(self._function, length), **self._options)
-        self._lowered[length] = jitted.lower(*arrays)
-
-    def __call__(self, length: int, *arrays: Any) -> Any:
-        """Calls the function; ``arrays`` keep their shapes from call to call."""
-        if length not in self._compiled:
-            with self._stopwatch.paused():
-                if length not in self._lowered:
-                    self.lower(length, *arrays)
-                self._compiled[length] = self._lowered.pop(length).compile()
-        return self._compiled[length](*arrays)
+        self._goodput.add(row)
+        goodput = self._goodput.until(row["time"])
+        return row if goodput is None else row | {"goodput": goodput}

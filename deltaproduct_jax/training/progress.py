@@ -1,7 +1,8 @@
-"""How a run shows its progress: a bar on a terminal, plain lines elsewhere."""
+"""How a run shows its progress, and that it compiles: a bar on a terminal, else plain lines."""
 
 import contextlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from deltaproduct_jax.parallel import processes
+
+# Of a compilation that goes on: the first notice and those after it, on a terminal and elsewhere.
+NOTICES_S = {True: (2.0, 1.0), False: (10.0, 30.0)}
+CLEAR_LINE = "\r\x1b[2K"
 
 
 class Stopwatch:
@@ -40,6 +45,39 @@ class Stopwatch:
         return seconds
 
 
+@contextlib.contextmanager
+def compiling(what: str) -> Iterator[None]:
+    """Says on standard error that ``what`` is being compiled, and since when, if that takes long.
+
+    A line every half a minute, or on a terminal one that counts the seconds and vanishes.
+    """
+    if not processes.is_first():
+        yield
+        return
+    done, on_terminal = threading.Event(), sys.stderr.isatty()
+    watcher = threading.Thread(target=_say_compiling, args=(what, done, on_terminal), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _say_compiling(what: str, done: threading.Event, on_terminal: bool) -> None:
+    began = time.perf_counter()
+    wait, every = NOTICES_S[on_terminal]
+    begin, end = (CLEAR_LINE, "") if on_terminal else ("", "\n")
+    said = False
+    while not done.wait(wait):
+        seconds = time.perf_counter() - began
+        text = f"{begin}compiling {what}, {seconds:.0f} s so far"
+        print(text, end=end, file=sys.stderr, flush=True)
+        said, wait = True, every
+    if said and on_terminal:
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+
 class Progress:
     """Loss, accuracy, tokens per second and time left, on standard error."""
 
@@ -57,7 +95,7 @@ class Progress:
         if not self._is_shown:
             return
         shown = {
-            "loss": f"{row['loss']:.4f}",
+            "loss": f"{row['loss']:.4f}" if "loss" in row else "not finite",
             "accuracy": f"{row['accuracy']:.3f}",
             "tokens/s": f"{row['tokens_per_second']:,.0f}",
         }
@@ -67,6 +105,8 @@ class Progress:
             shown["bits/byte"] = f"{row['bits_per_byte']:.3f}"
         if "valid_bits_per_byte" in row:
             shown["valid"] = f"{row['valid_bits_per_byte']:.3f}"
+        if row.get("skipped_steps"):
+            shown["skipped"] = f"{row['skipped_steps']}"
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(row["step"] - self._bar.n)

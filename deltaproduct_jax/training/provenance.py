@@ -18,10 +18,11 @@ def describe_start(
     seeds: dict[str, int],
     resumed_from: int | None,
     mesh: Mapping[str, int],
+    began: float,
 ) -> dict[str, Any]:
-    """One entry of run.json."""
+    """One entry of run.json; ``began`` is when, in seconds since 1970."""
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "argv": list(argv),
         "resumed_from": resumed_from,
         "commit": _git("rev-parse", "HEAD"),

@@ -14,6 +14,7 @@ Whole files appear at once or not at all; a line that a kill has torn is cut off
 read is checked by the schemas below.
 """
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import jax
 
-from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import (
     errors_as_one_line,
     read_json,
@@ -33,7 +34,12 @@ from deltaproduct_jax.files import (
 )
 from deltaproduct_jax.training import events
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.extending import ABSENT, differences, is_extension
+from deltaproduct_jax.training.extending import (
+    ABSENT,
+    differences,
+    is_extension,
+    with_defaults,
+)
 
 CONFIG, RUN, METRICS, RESULTS = "config.json", "run.json", "metrics.jsonl", "results.json"
 CHECKPOINTS = "checkpoints"
@@ -44,16 +50,18 @@ class _Columns(TypedDict):
     """What every line of metrics.jsonl has; lines of evaluated steps have the valid ones too."""
 
     step: int
-    loss: float
+    loss: NotRequired[float]  # of a step that was skipped, if it was no number
     accuracy: float
     tokens: int
     tokens_per_second: float
     time: float
+    skipped_steps: NotRequired[int]  # so far; version 0.1 skipped none
     valid_sequence_accuracy: NotRequired[float]
     valid_token_accuracy: NotRequired[float]
 
 
 class _Start(TypedDict):
+    time: NotRequired[str]
     # The steps that the run had before it was told to go further.
     extended_from: NotRequired[int]
 
@@ -82,6 +90,8 @@ class Results(TypedDict):
     steps: int
     best_step: int
     parameters: dict[str, int]
+    skipped_steps: NotRequired[int]
+    throughput: NotRequired[dict[str, Any]]
     test: list[LengthScores]
 
 
@@ -105,7 +115,7 @@ class RunRecords:
     def _claim(self, config: ConfigFile) -> None:
         path = self.directory / CONFIG
         if is_there(path):
-            saved = read_json(path, ConfigFile)
+            saved = self._saved_config()
             if not is_extension(saved, self._config):
                 refuse_other_config(saved, config, self.directory)
             return
@@ -120,8 +130,10 @@ class RunRecords:
     @property
     def is_extended(self) -> bool:
         """Whether the run is to make more steps than config.json says."""
-        saved = read_json(self.directory / CONFIG, ConfigFile)
-        return saved != self._config.to_dict()
+        return self._saved_config() != self._config.to_dict()
+
+    def _saved_config(self) -> ConfigFile:
+        return with_defaults(saved_config(self.directory), self._config)
 
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run, None before its end."""
@@ -226,8 +238,14 @@ def read_results(directory: Path) -> dict[str, Any] | None:
 
 
 def refuse_other_config(saved: Any, config: dict[str, Any], directory: Path) -> None:
-    """Raises RunDirectoryError, naming the fields, unless both configurations are the same."""
+    """Raises RunDirectoryError, naming the fields, unless both configurations are the same.
+
+    A field that the version which saved the one did not have is the same at its default.
+    """
     differing = differences(saved, config)
+    if any(there is ABSENT for there, _ in differing.values()):
+        with contextlib.suppress(ConfigError):  # of a script that has sections of its own
+            differing = differences(with_defaults(saved, RunConfig.from_dict(config)), config)
     if differing:
         shown = ", ".join(
             f"{name.rpartition('.')[2]} ({_show(there)} there, {_show(here)} here)"

@@ -20,6 +20,7 @@ from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.loss import PLAIN, Losses, LossSettings, losses_of
 from deltaproduct_jax.training.optimizer import at_least_float32
+from deltaproduct_jax.training.skipping import Skipped, Skipping, chosen, none_skipped
 
 Params = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -29,14 +30,17 @@ class TrainState(NamedTuple):
     """All that changes from step to step, and all that a checkpoint holds.
 
     Attributes:
-        step: updates made, int32.
+        step: steps behind it, int32, those that were skipped among them.
         params: parameters, in float32 at least.
         opt_state: the optimiser's state, its moments in float32 at least.
+        skipped: which steps made no update. It comes last: all zero it adds nothing to the
+            checksum of a checkpoint, and older ones have none.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
+    skipped: Skipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,8 @@ def split_model(model: nnx.Module) -> tuple[ModelDefinition, Params]:
 def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step; it holds the parameters in float32 at least."""
     params = at_least_float32(params)
-    return TrainState(jnp.zeros((), dtype=jnp.int32), params, optimizer.init(params))
+    step = jnp.zeros((), dtype=jnp.int32)
+    return TrainState(step, params, optimizer.init(params), none_skipped())
 
 
 def counting_first(batch: Batch, counted: jax.Array, length: int) -> Batch:
@@ -112,6 +117,7 @@ def make_train_step(
     accumulation_steps: int,
     layout: Layout | None = None,
     settings: LossSettings = PLAIN,
+    skipping: Skipping | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """A pure function (state, batch) -> (state, metrics), to be jitted by the caller.
 
@@ -119,8 +125,10 @@ def make_train_step(
     after another: the same update to rounding, with the activations of one part in memory.
 
     With ``layout`` it is to be jitted on a state and a batch that lie as the layout says, and the
-    new state lies so again. ``settings`` say what is minimised.
+    new state lies so again. ``settings`` say what is minimised, ``skipping`` which steps change
+    nothing; None is the default.
     """
+    skipping = skipping or Skipping()
 
     def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
         def loss_fn(params: Params) -> tuple[jax.Array, Losses]:
@@ -151,15 +159,21 @@ def make_train_step(
         grads, metrics = compute(state.params, batch, count)
         if layout is not None:
             grads = layout.pin(grads)
+        grad_norm = global_norm(grads)
+        made, skipped = skipping.judge(state.skipped, metrics["loss"], grad_norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params, opt_state = chosen(made, (params, opt_state), (state.params, state.opt_state))
+        updates_before = state.step - state.skipped.total  # what the optimiser counts
         metrics |= {
-            "grad_norm": global_norm(grads),
+            "grad_norm": grad_norm,
             "param_norm": global_norm(params),
-            "update_norm": global_norm(updates),
-            "learning_rate": jnp.asarray(schedule(state.step), dtype=jnp.float32),
+            "update_norm": jnp.where(made, global_norm(updates), 0),
+            "learning_rate": jnp.asarray(schedule(updates_before), dtype=jnp.float32),
+            "skipped_steps": skipped.total,
+            "skipped_in_a_row": skipped.in_a_row,
         }
-        after = TrainState(state.step + 1, params, opt_state)
+        after = TrainState(state.step + 1, params, opt_state, skipped)
         if layout is None:
             return after, metrics
         return layout.pin(after), layout.everywhere(metrics)

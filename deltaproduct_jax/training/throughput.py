@@ -1,6 +1,7 @@
 """How well a run uses its devices: tokens per second, part of their peak, time not lost, memory."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -78,40 +79,94 @@ class Throughput:
         operations = OPERATIONS_A_PARAMETER_AND_TOKEN * self.parameters * tokens_per_second
         return operations / (self.devices * peak)
 
-    def summary(
-        self, rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]
-    ) -> str:
-        """One line on a whole run, from its records."""
-        seconds = training_seconds(rows)
-        speed = rows[-1]["tokens"] / seconds
-        devices = f"{self.devices} device{'s' if self.devices > 1 else ''} ({self.device_kind})"
-        parts = [f"{devices}: {speed / self.devices:,.0f} tokens/s each"]
-        utilisation = self.utilisation(speed)
-        parts.append(
-            "MFU not known, since the chip's peak is not"
-            if utilisation is None
-            else f"MFU {utilisation:.1%}"
-        )
-        parts.append(f"goodput {goodput(rows, starts):.0%}")
-        if "memory_peak_bytes" in rows[-1]:
-            parts.append(f"memory peak {rows[-1]['memory_peak_bytes'] / 2**30:.1f} GiB")
-        return ", ".join(parts)
+    def of_run(
+        self, rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]], now: float
+    ) -> dict[str, Any]:
+        """A whole run, from its records, as results.json has it; None for what is not known.
+
+        Args:
+            rows: of metrics.jsonl, at least one.
+            starts: of run.json.
+            now: when it ended, in seconds since 1970.
+        """
+        speed = rows[-1]["tokens"] / training_seconds(rows)
+        peaks = [row["memory_peak_bytes"] for row in rows if "memory_peak_bytes" in row]
+        return {
+            "devices": self.devices,
+            "device_kind": self.device_kind,
+            "tokens_per_second_per_device": speed / self.devices,
+            "mfu": self.utilisation(speed),
+            "goodput": Goodput(rows, starts).until(now),
+            "memory_peak_bytes": max(peaks, default=None),
+        }
+
+
+def in_words(found: Mapping[str, Any], skipped_steps: int) -> str:
+    """What `Throughput.of_run` found, in one line."""
+    several = "s" if found["devices"] > 1 else ""
+    devices = f"{found['devices']} device{several} ({found['device_kind']})"
+    parts = [f"{devices}: {found['tokens_per_second_per_device']:,.0f} tokens/s each"]
+    parts.append(
+        "MFU not known, since the chip's peak is not"
+        if found["mfu"] is None
+        else f"MFU {found['mfu']:.1%}"
+    )
+    if found["goodput"] is not None:
+        parts.append(f"goodput {found['goodput']:.0%}")
+    if found["memory_peak_bytes"] is not None:
+        parts.append(f"memory peak {found['memory_peak_bytes'] / 2**30:.1f} GiB")
+    if skipped_steps:
+        parts.append(f"{skipped_steps} step{'s' if skipped_steps > 1 else ''} skipped")
+    return ", ".join(parts)
+
+
+def _seconds(row: Mapping[str, Any], before: Mapping[str, Any]) -> float:
+    return (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
 
 
 def training_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
     """Seconds that went into the steps on record; compiling and evaluating are left out."""
-    before = [0, *(row["tokens"] for row in rows)]
-    return sum(
-        (row["tokens"] - tokens) / row["tokens_per_second"]
-        for row, tokens in zip(rows, before, strict=False)
-    )
+    return sum(itertools.starmap(_seconds, zip(rows, [_NOTHING, *rows], strict=False)))
 
 
-def goodput(rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]) -> float:
-    """Part of the time since the first start that went into steps which count.
+class Goodput:
+    """The part of the time since the first start that went into steps which count.
 
-    What is lost: starting and compiling, evaluating and saving, steps made twice after a kill, and
-    the time in which nothing ran.
+    What is lost: starting and compiling, evaluating and saving, steps that were skipped or made
+    twice after a kill, and the time in which nothing ran.
+
+    Args:
+        rows: of metrics.jsonl.
+        starts: of run.json; where the first has no time nothing can be told.
     """
-    began = datetime.fromisoformat(starts[0]["time"]).timestamp()
-    return min(1.0, training_seconds(rows) / max(rows[-1]["time"] - began, 1e-9))
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], starts: Sequence[Mapping[str, Any]]):
+        self._began = _began(starts)
+        self._last: Mapping[str, Any] = _NOTHING
+        self._productive = 0.0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Counts the steps since the last row."""
+        steps = row["step"] - self._last["step"]
+        skipped = row.get("skipped_steps", 0) - self._last.get("skipped_steps", 0)
+        self._productive += _seconds(row, self._last) * (1 - skipped / steps)
+        self._last = row
+
+    def until(self, now: float) -> float | None:
+        """The part, from 0 to 1, at a time in seconds since 1970."""
+        if self._began is None:
+            return None
+        return min(1.0, self._productive / max(now - self._began, 1e-9))
+
+
+_NOTHING = {"tokens": 0, "step": 0}
+
+
+def _began(starts: Sequence[Mapping[str, Any]]) -> float | None:
+    text = starts[0].get("time") if starts else None
+    try:
+        return None if text is None else datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deltaproduct_jax.compilers import child, tpu
-from deltaproduct_jax.compilers.collectives import collectives
+from deltaproduct_jax.compilers.collectives import collectives, collectives_by_axis
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
 
@@ -31,12 +31,41 @@ def test_sums_are_taken_apart_and_permutes_counted_once():
     ]
 
 
+GROUPS = """
+  %a = f32[2]{0} all-reduce(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %b = f32[4]{0} all-gather(%x), replica_groups=[2,4]<=[8], dimensions={0}
+  %c = f32[8]{0} all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %d = f32[3]{0} collective-permute(%x), source_target_pairs={{0,2},{1,3},{4,6},{5,7}}
+  %e = f32[5]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+  %f = f32[6]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}
+  %g = f32[7]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, dimensions={0}
+  %h = f32[9]{0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, dimensions={0}
+"""
+
+
+def test_the_axes_along_which_a_program_sends():
+    found = collectives_by_axis(GROUPS, {"x": 2, "y": 2, "z": 2})
+    assert [(sent.size // 4, sent.axes) for sent in sorted(found, key=lambda s: s.size)] == [
+        (2, ("z",)),
+        (3, ("y",)),
+        (4, ("y", "z")),
+        (5, ("x", "y", "z")),
+        (6, ("z",)),
+        (7, ("z",)),
+        (8, ("x",)),
+        (9, ("x", "y")),
+    ]
+    with pytest.raises(ValueError, match="not understood: %a = f32"):
+        collectives_by_axis(GROUPS.replace("groups={{0,1}", "groups=odd{{0,1}"), {"x": 8})
+
+
 def test_collectives_of_a_real_program():
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     x = jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=split)
     text = jax.jit(lambda x: x.sum(0)).lower(x).compile().as_text()
     assert collectives(text) == [("all-reduce", 6 * 4)]
+    assert collectives_by_axis(text, mesh.shape) == [("all-reduce", 6 * 4, ("x",))]
 
 
 def test_memory_is_that_of_the_arrays():

@@ -10,6 +10,8 @@ from sweep_helpers import ROOT
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.extending import with_defaults
 from experiments.lib import flags
 from experiments.lib.task_experiment import NOT_FLAGS
 
@@ -19,20 +21,26 @@ SCRIPTS = ("state_tracking", "formal_languages", "recall")
 
 
 def resolved(script: str, preset: str, *argv: str) -> dict:
+    return config_of(script, preset, *argv).to_dict()
+
+
+def config_of(script: str, preset: str, *argv: str) -> RunConfig:
     module = importlib.import_module(f"experiments.{script}")
     argv = ["--workdir=w", f"--preset={preset}", *argv]
     parsed = flags.parse(argv, module.SECTIONS, module.PRESETS, exclude=NOT_FLAGS)
-    return module.configure(parsed.sections).to_dict()
+    return module.configure(parsed.sections)
 
 
 @pytest.mark.parametrize("name", SAVED)
 def test_presets_are_what_they_were(name):
     script, preset = name.split("/")
     want = SAVED[name]["config"]
-    assert resolved(script, preset) == want
+    config = config_of(script, preset)
+    assert config.to_dict() == with_defaults(want, config)
     for mixer, change in SAVED[name]["mixers"].items():
         with_mixer = want | {"model": want["model"] | change}
-        assert resolved(script, preset, f"--mixer={mixer}") == with_mixer
+        config = config_of(script, preset, f"--mixer={mixer}")
+        assert config.to_dict() == with_defaults(with_mixer, config)
 
 
 def test_every_preset_is_held():

@@ -23,7 +23,7 @@ from sweep_helpers import (
     table,
     wait_until,
 )
-from tiny_run import run_config
+from tiny_run import outcome, run_config
 
 from deltaproduct_jax.training.locks import Lock
 
@@ -155,8 +155,7 @@ def test_real_runs_killed_at_random_moments(tmp_path):
     assert names(killed) == names(undisturbed)
     for name in names(killed):
         runs = [workdir / "runs" / name for workdir in (killed, undisturbed)]
-        results = [(path / "results.json").read_bytes() for path in runs]
-        assert results[0] == results[1]
+        assert outcome(runs[0]) == outcome(runs[1])
         losses = [
             [json.loads(line)["loss"] for line in (path / "metrics.jsonl").read_text().splitlines()]
             for path in runs

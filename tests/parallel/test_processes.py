@@ -2,21 +2,36 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from tiny_run import curve, flags_for
+from tiny_run import curve, flags_for, outcome
 
 ROOT = Path(__file__).resolve().parents[2]
 MESH = "data:-1,fsdp:2"
 
 
-def start(workdir: Path, number: int, *, mesh: str = MESH, devices: int = 4, steps=12, **extra):
-    """Starts the processes of a run, with ``devices`` in all; ``extra`` is for the last of them."""
+def start(
+    workdir: Path,
+    number: int,
+    *,
+    mesh: str = MESH,
+    devices: int = 4,
+    steps=12,
+    flags=(),
+    all_of_them=(),
+    **extra,
+):
+    """Starts the processes of a run, with ``devices`` in all.
+
+    ``all_of_them`` are environment variables, ``extra`` those of the last process alone.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -28,14 +43,14 @@ def start(workdir: Path, number: int, *, mesh: str = MESH, devices: int = 4, ste
     }
     fields = {"hidden_size": 16, "num_heads": 2, "schedule": "constant", "steps": steps}
     cache = f"--compilation_cache={workdir.parent / 'programs'}"
-    flags = [*flags_for(workdir, **fields), f"--mesh={mesh}", cache]
+    flags = [*flags_for(workdir, **fields), f"--mesh={mesh}", cache, *flags]
     joining = [f"--coordinator_address={address}", f"--num_processes={number}"]
     return [
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel_process", *flags]
             + ([*joining, f"--process_id={index}"] if number > 1 else []),
             cwd=ROOT,
-            env=environment | (extra if index == number - 1 else {}),
+            env=environment | dict(all_of_them) | (extra if index == number - 1 else {}),
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -124,3 +139,89 @@ def test_what_a_mesh_does_not_divide_is_one_line_of_each(tmp_path):
     assert [code for code, *_ in ended][1] == 2
     assert "takes 3 of 4 devices; with several processes it must take all" in ended[1][2]
     assert not (tmp_path / "run/config.json").exists()
+
+
+def lines_in(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_one(ones, index, condition):
+    """Kills a process once the condition holds, and waits for the end of the others; if it did."""
+    while ones[index].poll() is None:
+        if condition():
+            ones[index].send_signal(signal.SIGKILL)
+            codes = [code for code, *_ in finish(ones)]
+            assert codes[index] == -signal.SIGKILL
+            assert 0 not in codes  # by themselves: nobody goes on alone, nobody waits for ever
+            return True
+        time.sleep(0.005)
+    finish(ones)
+    return False
+
+
+# A process that is given up too soon, on a machine that is busy, would end all as well.
+QUICKLY = {"HEARTBEAT_S": "15", "JOIN_S": "60", "STEP_S": "0.05"}
+
+
+@pytest.mark.slow
+def test_one_of_four_is_killed_ten_times_at_random_moments(tmp_path):
+    """And the same command goes on, bit for bit as if nobody had."""
+    killed, undisturbed, chance = tmp_path / "killed", tmp_path / "undisturbed", random.Random(0)
+    steps = 160
+    began = time.monotonic()
+    ended = finish(start(undisturbed, 4, steps=steps, all_of_them=QUICKLY))
+    assert [code for code, *_ in ended] == [0] * 4, ended
+    whole, kills = time.monotonic() - began, 0
+    while kills < 10:
+        end = time.monotonic() + chance.uniform(0, 0.5) * whole
+        lines = lines_in(killed) + chance.randrange(1, 7)
+        moments = [  # at any, starting up included, and after some progress
+            lambda end=end: time.monotonic() > end,
+            lambda lines=lines: lines_in(killed) >= lines,
+        ]
+        ones = start(killed, 4, steps=steps, all_of_them=QUICKLY)
+        if not kill_one(ones, chance.randrange(4), moments[kills % 2]):
+            break
+        kills += 1
+    assert kills == 10
+    ended = finish(start(killed, 4, steps=steps, all_of_them=QUICKLY))
+    assert [code for code, *_ in ended] == [0] * 4, ended
+    assert curve(rows_in(killed)) == curve(rows_in(undisturbed))
+    assert outcome(killed) == outcome(undisturbed)
+    names = [sorted(p.name for p in (w / "checkpoints").iterdir()) for w in (killed, undisturbed)]
+    assert names[0] == names[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (2, 4)])
+def test_a_run_goes_on_in_another_number_of_processes(tmp_path, before, after):
+    """Of the same devices, and of twice as many."""
+    undisturbed = tmp_path / "undisturbed"
+    ended = finish(start(undisturbed, before, steps=40))
+    assert [code for code, *_ in ended] == [0] * before, ended
+    for devices in (4, 8):
+        workdir = tmp_path / str(devices)
+        ones = start(workdir, before, steps=40, all_of_them=QUICKLY)
+        assert kill_one(ones, before - 1, lambda w=workdir: lines_in(w) >= 8)
+        ended = finish(start(workdir, after, steps=40, devices=devices))
+        assert [code for code, *_ in ended] == [0] * after, ended
+        starts = json.loads((workdir / "run.json").read_text())["starts"]
+        assert [entry["process_count"] for entry in starts] == [before, after]
+        assert starts[1]["resumed_from"] >= 6
+        for a, b in zip(rows_in(workdir), rows_in(undisturbed), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_processes_as_slices(tmp_path):
+    """What each holds lies together: fsdp within a process, data across."""
+    workdir = tmp_path / "run"
+    flags = ["--dcn_mesh=data:2"]
+    ended = finish(start(workdir, 2, mesh="fsdp:2", flags=flags))
+    assert [code for code, *_ in ended] == [0, 0], ended
+    (entry,) = json.loads((workdir / "run.json").read_text())["starts"]
+    assert entry["mesh"] == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    ended = finish(start(tmp_path / "none", 2, mesh="fsdp:2", flags=["--dcn_mesh=data:3"]))
+    assert ended[1][0] == 2
+    assert "dcn_mesh='data:3' takes 3 slices or processes; there are 2" in ended[1][2]

@@ -16,6 +16,7 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.parallel.config import AXES, DEFAULT_MESH, DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES, cut, names_of_model
@@ -129,7 +130,7 @@ def test_every_logical_axis_says_what_cuts_it():
     """Over all four axes of a mesh, as the message about a size that is not divided has it."""
     cuts = {"data": 2, "fsdp": 3, "sequence": 5, "tensor": 7}
     mesh = SimpleNamespace(shape=cuts, size=210)
-    layout, one = Layout(mesh, {}), Layout(SimpleNamespace(shape=sizes(), size=1), {})
+    many, one = Layout(mesh, {}), Layout(SimpleNamespace(shape=sizes(), size=1), {})
     expected = {
         "batch": (6, "data and fsdp"),
         "sequence": (5, "sequence"),
@@ -140,13 +141,13 @@ def test_every_logical_axis_says_what_cuts_it():
     }
     assert expected.keys() == MESH_AXES.keys()
     for name, (devices, axes) in expected.items():
-        assert layout.devices_of(name) == devices
-        layout.require_divisible(name, width=2 * devices, other=None)
+        assert many.devices_of(name) == devices
+        many.require_divisible(name, width=2 * devices, other=None)
         with pytest.raises(
             ConfigError, match=f"^width={devices + 1} must be a multiple of the {devices} devices "
             f"of mesh axis {axes}; give another mesh or width$"
         ):  # fmt: skip
-            layout.require_divisible(name, other=devices, width=devices + 1)
+            many.require_divisible(name, other=devices, width=devices + 1)
         one.require_divisible(name, width=1)
 
 
@@ -198,5 +199,80 @@ def test_settings_of_devices_are_no_fields_of_a_run():
 
 
 def test_a_bucket_is_no_directory():
-    with pytest.raises(RunDirectoryError, match=r"gs:/bucket/run is in a bucket"):
-        require_directory(Path("gs://bucket/run"))
+    for bucket in ("gs://bucket/run", "s3://bucket/run"):
+        with pytest.raises(
+            RunDirectoryError, match=f"^{bucket} is in a bucket, which has no locks"
+        ):
+            require_directory(Path(bucket))
+
+
+class FakeDevice(SimpleNamespace):
+    """A device of some process and slice, where there are slices."""
+
+    platform, device_kind = "cpu", "cpu"
+
+    def __hash__(self):
+        return self.id
+
+
+def devices_of(processes, each, **fields):
+    return [
+        FakeDevice(id=i, process_index=i // each, **{n: f(i) for n, f in fields.items()})
+        for i in range(processes * each)
+    ]
+
+
+def grid_of(monkeypatch, devices, **settings):
+    """Ids of the devices by their place along data, fsdp, sequence, tensor."""
+    monkeypatch.setattr(layout, "all_devices", lambda: devices)
+    monkeypatch.setattr(layout, "Mesh", lambda grid, *_, **__: grid)
+    grid = layout.make_mesh(DeviceConfig(**settings))
+    return np.vectorize(lambda device: device.id)(grid)
+
+
+def test_the_devices_of_a_process_are_neighbours(monkeypatch):
+    devices = devices_of(2, 4)
+    grid = grid_of(monkeypatch, devices, mesh="fsdp:-1", dcn_mesh="data:2")
+    assert grid.squeeze().tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    # Along one axis, whose pieces in each process are not torn apart.
+    grid = grid_of(monkeypatch, devices, mesh="fsdp:2,tensor:2", dcn_mesh="fsdp:-1")
+    assert grid.shape == (1, 4, 1, 2)
+    assert grid.squeeze().tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    grid = grid_of(monkeypatch, devices, mesh="fsdp:2,tensor:2", dcn_mesh="tensor:2")
+    assert grid.squeeze().tolist() == [[0, 1, 4, 5], [2, 3, 6, 7]]
+
+
+def test_slices_go_before_processes(monkeypatch):
+    devices = devices_of(4, 2, slice_index=lambda i: i // 4)
+    shuffled = [devices[i] for i in (5, 0, 3, 6, 1, 7, 2, 4)]
+    grid = grid_of(monkeypatch, shuffled, mesh="fsdp:4", dcn_mesh="data:2")
+    assert [set(row) for row in grid.squeeze().tolist()] == [{0, 1, 2, 3}, {4, 5, 6, 7}]
+    one = devices_of(4, 2, slice_index=lambda i: 0)
+    assert grid_of(monkeypatch, one, mesh="fsdp:2", dcn_mesh="data:4").shape == (4, 2, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dcn_mesh": "data:3"}, "dcn_mesh='data:3' takes 3 slices or processes; there are 2"),
+        ({"dcn_mesh": "data:1"}, "dcn_mesh='data:1' must take all of the 2 slices or processes"),
+        ({"dcn_mesh": "data:-1,fsdp:3"}, "takes a multiple of 3 slices or processes; there are 2"),
+        ({"dcn_mesh": "data:2", "mesh": "fsdp:8"}, "mesh='fsdp:8' takes 8 devices; there are 4"),
+        ({"dcn_mesh": "data:2", "mesh": "fsdp:2"}, "'fsdp:2' takes 2 of 4 devices; with dcn_mesh"),
+    ],
+)
+def test_slices_that_do_not_fit(settings, message, monkeypatch):
+    with pytest.raises(ConfigError, match=message):
+        grid_of(monkeypatch, devices_of(2, 4), **settings)
+
+
+def test_slices_of_different_sizes(monkeypatch):
+    devices = [*devices_of(2, 3), FakeDevice(id=6, process_index=1)]
+    with pytest.raises(ConfigError, match=r"as many devices in each .*; there are 3, 4"):
+        grid_of(monkeypatch, devices, dcn_mesh="data:2")
+
+
+@pytest.mark.parametrize("dcn_mesh", ["", "rows:2", "data:0", "data:-1,fsdp:-1"])
+def test_slices_that_are_none(dcn_mesh):
+    with pytest.raises(ConfigError, match=f"^dcn_mesh='{dcn_mesh}' (is not known|has -1 more)"):
+        DeviceConfig(dcn_mesh=dcn_mesh)

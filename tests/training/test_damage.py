@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import curve, leaves_equal, run_config, snapshot
+from tiny_run import curve, leaves_equal, outcome, run_config, snapshot
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, resume
@@ -197,8 +197,9 @@ def unfinished(finished, tmp_path):
 
 
 def same_outcome(workdir, finished) -> bool:
-    results = [json.loads((path / "results.json").read_text()) for path in (workdir, finished)]
-    return results[0] == results[1] and curve(rows_in(workdir)) == curve(rows_in(finished))
+    return outcome(workdir) == outcome(finished) and curve(rows_in(workdir)) == curve(
+        rows_in(finished)
+    )
 
 
 def test_a_damaged_checkpoint_touches_nothing_and_a_flag_goes_on(unfinished, finished, capsys):

@@ -8,6 +8,7 @@ import pytest
 from example_plugins import EXAMPLES, forget, write
 from flax import nnx
 from sweep_helpers import ROOT, table
+from tiny_run import outcome
 
 from deltaproduct_jax import load_run
 from deltaproduct_jax.errors import ConfigError
@@ -16,6 +17,7 @@ from deltaproduct_jax.layers.registry import MIXERS, register_mixer
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.tasks.registry import TASKS, register_task
 from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.extending import with_defaults
 from deltaproduct_jax.training.plugins import import_plugins
 from experiments import state_tracking, sweep, train
 from experiments.lib.sweeps.grid import claim, expand
@@ -50,11 +52,11 @@ def test_files_from_outside_are_trained_and_the_run_goes_on(files, tmp_path, cap
     assert saved["plugins"] == {"plugins": files.split(",")}
     assert (saved["task"]["task"], saved["model"]["horizon"]) == ("first", 4.0)
 
-    outcome = (workdir / "results.json").read_bytes()
+    before = outcome(workdir)
     (workdir / "results.json").unlink()  # as if killed before the end
     forget()
     assert train.main(argv) == 0
-    assert (workdir / "results.json").read_bytes() == outcome
+    assert outcome(workdir) == before
     starts = json.loads((workdir / "run.json").read_text())["starts"]
     assert len(starts) == 2
 
@@ -180,7 +182,8 @@ def test_registrations_that_cannot_be_honoured(files):
 def test_a_saved_run_is_read_with_care():
     saved = json.loads((ROOT / "tests" / "data" / "presets.json").read_text())
     for preset in saved.values():  # of version 0.1, before there were plug-ins
-        assert RunConfig.from_dict(preset["config"]).to_dict() == preset["config"]
+        config = RunConfig.from_dict(preset["config"])
+        assert config.to_dict() == with_defaults(preset["config"], config)
     whole = {"task": {"group": "S3"}, "model": {}, "train": {}}
     for content, text in (
         ([1], "its sections must be task, model, train"),

@@ -176,6 +176,8 @@ def test_metrics_of_a_step():
         "param_norm": np.linalg.norm(new_table),
         "update_norm": np.linalg.norm(new_table - table),
         "learning_rate": 0.5,
+        "skipped_steps": 0,
+        "skipped_in_a_row": 0,
     }
     assert set(metrics) == set(want)
     for name, value in want.items():

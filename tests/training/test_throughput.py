@@ -2,12 +2,18 @@
 
 import pytest
 
-from deltaproduct_jax.training.throughput import Throughput, goodput, peak_of, training_seconds
+from deltaproduct_jax.training.throughput import (
+    Goodput,
+    Throughput,
+    in_words,
+    peak_of,
+    training_seconds,
+)
 
 # 100 tokens in 10 s, then 300 in 10 s, the second after a pause of 80 s.
 ROWS = [
-    {"tokens": 100, "tokens_per_second": 10.0, "time": 1030.0},
-    {"tokens": 400, "tokens_per_second": 30.0, "time": 1120.0},
+    {"step": 2, "tokens": 100, "tokens_per_second": 10.0, "time": 1030.0},
+    {"step": 6, "tokens": 400, "tokens_per_second": 30.0, "time": 1120.0},
 ]
 STARTS = [{"time": "1970-01-01T00:16:40Z"}, {"time": "1970-01-01T00:18:30Z"}]  # 1000 s, 1110 s
 
@@ -40,18 +46,41 @@ def test_columns_of_a_row():
 
 def test_goodput_counts_steps_and_all_the_time_since_the_first_start():
     assert training_seconds(ROWS) == pytest.approx(20)
-    assert goodput(ROWS, STARTS) == pytest.approx(20 / 120)
+    goodput = Goodput(ROWS[:1], STARTS)
+    assert goodput.until(1030.0) == pytest.approx(10 / 30)
+    goodput.add(ROWS[1])
+    assert goodput.until(1120.0) == pytest.approx(20 / 120)
+    assert goodput.until(1200.0) == pytest.approx(20 / 200)
+    # One of the four steps of the second row changed nothing.
+    skipping = [ROWS[0] | {"skipped_steps": 0}, ROWS[1] | {"skipped_steps": 1}]
+    assert Goodput(skipping, STARTS).until(1200.0) == pytest.approx(17.5 / 200)
 
 
-def test_the_line_at_the_end_of_a_run():
+@pytest.mark.parametrize("starts", [[], [{}], [{"time": "yesterday"}]])
+def test_goodput_of_a_run_that_began_nobody_knows_when(starts):
+    assert Goodput(ROWS, starts).until(1200.0) is None
+
+
+def test_a_whole_run_as_results_have_it():
     unknown = Throughput(devices=2, device_kind="cpu", parameters=10)
-    line = unknown.summary(ROWS, STARTS)
-    assert line == (
+    found = unknown.of_run(ROWS, STARTS, now=1120.0)
+    assert found == {
+        "devices": 2,
+        "device_kind": "cpu",
+        "tokens_per_second_per_device": pytest.approx(10),
+        "mfu": None,
+        "goodput": pytest.approx(20 / 120),
+        "memory_peak_bytes": None,
+    }
+    assert in_words(found, skipped_steps=0) == (
         "2 devices (cpu): 10 tokens/s each, MFU not known, since the chip's peak is not, "
         "goodput 17%"
     )
     known = Throughput(devices=1, device_kind="TPU v4", parameters=10**9)
-    rows = [*ROWS[:1], ROWS[1] | {"memory_peak_bytes": 3 * 2**30}]
-    assert known.summary(rows, STARTS) == (
-        "1 device (TPU v4): 20 tokens/s each, MFU 0.0%, goodput 17%, memory peak 3.0 GiB"
+    rows = [ROWS[0] | {"memory_peak_bytes": 3 * 2**30}, ROWS[1] | {"memory_peak_bytes": 2**30}]
+    found = known.of_run(rows, STARTS, now=1120.0)
+    assert found["mfu"] == pytest.approx(6e9 * 20 / 275e12)
+    assert in_words(found, skipped_steps=2) == (
+        "1 device (TPU v4): 20 tokens/s each, MFU 0.0%, goodput 17%, memory peak 3.0 GiB, "
+        "2 steps skipped"
     )

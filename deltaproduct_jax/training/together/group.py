@@ -130,7 +130,7 @@ class Group:
         if not all(is_there(member.workdir / CONFIG) for member in self.members):
             self._lower(slots)  # what this machine cannot run leaves nothing behind
         self._go_on("before the first step")
-        start = describe_start(argv, {}, None, dict(self._mesh.shape))
+        start = describe_start(argv, {}, None, dict(self._mesh.shape), first.began)
         for member in self.members:
             member.open(start | {"runs_together": len(self.members)})
         self._run()

@@ -15,10 +15,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
-from deltaproduct_jax.training.loop import CompiledByLength
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Stopwatch
+from deltaproduct_jax.training.skipping import Skipping
 from deltaproduct_jax.training.step import (
     Metrics,
     ModelDefinition,
@@ -80,6 +81,7 @@ class MappedProgram:
                 schedule,
                 train.accumulation_steps,
                 settings=train.loss_settings,
+                skipping=Skipping.of(train),
             )
             after, metrics = update(state, batch)
             keep = lambda new, old: jnp.where(takes_part, new, old)
@@ -95,10 +97,16 @@ class MappedProgram:
         options = {"compiler_options": compiler_options(mesh)}
         # (length, state, keys [S], numbers [S], takes_part [S]) -> (state, metrics [S])
         self.train_step = CompiledByLength(
-            self._mapped(train_one), stopwatch, donate=True, **options
+            self._mapped(train_one),
+            "the training step of all runs",
+            stopwatch,
+            donate=True,
+            **options,
         )
         # (length, params, keys [S]) -> (loss [S], correct [S, B, T], mask [S, B, T])
-        self.eval_step = CompiledByLength(self._mapped(eval_one), stopwatch, **options)
+        self.eval_step = CompiledByLength(
+            self._mapped(eval_one), "the evaluation of all runs", stopwatch, **options
+        )
 
     def _mapped(self, function: Callable) -> Callable:
         def mapped(length: int, *arrays: Any) -> Any:

@@ -7,6 +7,7 @@ as a loss that is no number or a damaged checkpoint, ends it and none of the oth
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,8 @@ class Member(Trainer):
         layout = layout_of(config, lambda: model, DeviceConfig(mesh="data:1"))
         parameters = count_parameters(params)["total"]
         throughput = Throughput(mesh_size, layout.device_kind, parameters)
-        super().__init__(config, definition, layout, throughput, Profiler(None, workdir / PROFILE))
+        profiler = Profiler(None, workdir / PROFILE)
+        super().__init__(config, definition, layout, throughput, profiler, time.time())
 
     @contextlib.contextmanager
     def contained(self) -> Iterator[None]:
@@ -101,6 +103,7 @@ class Member(Trainer):
             self.records.cut_back(self.step)
             own = {"resumed_from": newest, "seeds": self.config.seeds()}
             self.records.add_start({**start, **own})
+            self.count_goodput(self.records)
 
     def close(self) -> None:
         """Gives the directory back, once every save has reached the disk."""
@@ -170,6 +173,7 @@ class Member(Trainer):
                 "steps": self.step,
                 "best_step": self._best_step,
                 "parameters": count_parameters(self.like.params),
+                **self.of_run(self.records),
                 "test": list(tests),
             }
             self.records.write_results(results)

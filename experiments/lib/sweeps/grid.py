@@ -330,8 +330,7 @@ def claim(
             f"{folder} holds a sweep of {saved_script}, not of {script}; give another workdir"
         )
     module = load_script(saved_script or script)
-    for run in saved:  # the program may have changed since
-        refuse_other_config(run.config, build(module, run.settings), folder / RUNS / run.name)
+    saved = [_as_now(run, module, folder) for run in saved]
     wanted = expand(saved_script or script, grids, fixed, most) if grids else saved
     for run in wanted:
         accept(run)
@@ -339,7 +338,9 @@ def claim(
         return saved
     with folder_lock(folder):
         if (folder / LIST).exists():  # or has come into being, by another process
+            known = {run.name: run for run in saved}
             saved_script, saved = read_list(folder)
+            saved = [known.get(run.name) or _as_now(run, module, folder) for run in saved]
         merged = merge(folder, saved, wanted)
         if merged != saved:
             content = {
@@ -348,6 +349,13 @@ def claim(
             }
             write_file(folder / LIST, json.dumps(content, indent=1).encode() + b"\n")
     return merged
+
+
+def _as_now(run: Run, module: types.ModuleType, folder: Path) -> Run:
+    """A saved run as the program, which may have changed since, knows it; or RunDirectoryError."""
+    config = build(module, run.settings)
+    refuse_other_config(run.config, config, folder / RUNS / run.name)
+    return dataclasses.replace(run, config=config)
 
 
 def merge(folder: Path, saved: Sequence[Run], wanted: Sequence[Run]) -> list[Run]:
