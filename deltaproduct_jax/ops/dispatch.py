@@ -21,7 +21,7 @@ from deltaproduct_jax.ops.layout import Tokens, mark_bad
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.route import Branch, Route, resolve, sizes_of
-from deltaproduct_jax.ops.unavailable import unavailable
+from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying, mark_varying_as
 
 # A policy that saves the last two spares a rematerialised layer the second run of the scan.
@@ -148,7 +148,22 @@ def _kernel_pass(name: str, direction: str, branch: Branch, **keywords):
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
     run = differentiated_once(getattr(kernels.load(name), direction))
+    reason = getattr(kernels.load(name), "reason_when_lowered", None)
+    if reason is not None and platform == kernel.platform:
+        run = _asked(name, reason, run)
     return functools.partial(run, options=branch.options, **keywords)
+
+
+@functools.cache
+def _asked(name: str, reason, run):
+    """``run(tokens, ...)``, a pass of a kernel; where it cannot be lowered an error says why."""
+    text = f"implementation={name!r} cannot run this; 'chunked' can"
+
+    def asked(tokens, *arrays, **options):
+        tokens = tokens._replace(q=asked_when_lowered(tokens.q, text, reason))
+        return run(tokens, *arrays, **options)
+
+    return asked
 
 
 def _run_recurrent(tokens: Tokens, initial_state, scale, precision):
