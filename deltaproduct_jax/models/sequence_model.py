@@ -15,6 +15,7 @@ from deltaproduct_jax.layers.checks import (
     refuse_swapped,
     states_of,
 )
+from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
@@ -154,6 +155,7 @@ class SequenceModel(nnx.Module):
         """The state before the first token, one entry a block."""
         return [block.attn.init_state(batch_size) for block in self.layers]
 
+    @takes_any_layout
     def forward(
         self,
         tokens: Int[Array, "B T"],
@@ -217,6 +219,7 @@ class SequenceModel(nnx.Module):
             after.append(entry)
         return self._head(x), after
 
+    @takes_any_layout
     def step(
         self, state: ModelState, tokens: Int[Array, " B"]
     ) -> tuple[Float[Array, "B vocab"], ModelState]:
