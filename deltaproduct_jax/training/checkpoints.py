@@ -237,6 +237,9 @@ class Checkpoints:
             raise
         except Exception as error:  # what Orbax raises depends on which byte is wrong
             raise DamagedCheckpointError(self.directory, step, str(error) or repr(error)) from error
+        if int(state.step) != step:  # the folder has another name than it was saved under
+            reason = f"it holds step {int(state.step)}"
+            raise DamagedCheckpointError(self.directory, step, reason)
         wanted = self._saved[step].get("checksum")
         if wanted is not None and checksum(state, self._saved[step]["selection"]) != wanted:
             raise DamagedCheckpointError(self.directory, step, "its numbers are not those saved")

@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.ops import delta_product, kernels
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import FORWARD, Shape, machine
@@ -62,7 +63,14 @@ class CheckConfig:
     """What is held against float64."""
 
     peer: str | None = setting(None, "flashqla, or none")
-    cases: tuple[str, ...] = setting(tuple(CASES), "which")
+    cases: tuple[str, ...] = setting(tuple(CASES), f"some of {', '.join(CASES)}", filled=True)
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_fields(self)
+        require_one_of("peer", self.peer, [None, "flashqla"])
+        for name in self.cases:
+            require_one_of("cases", name, CASES)
 
 
 @dataclasses.dataclass(frozen=True)
