@@ -151,6 +151,8 @@ def _tail(path: Path) -> bytes:
             data = file.read()
     except FileNotFoundError:
         return b""
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     return data if size <= TAIL_BYTES else data.partition(b"\n")[2]
 
 
