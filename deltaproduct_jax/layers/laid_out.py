@@ -3,7 +3,7 @@
 Rows share nothing, so a batch may lie over explicit axes and all goes on as everywhere. Where a
 parameter or a state lies over one, products sum over what is cut, and a reshape takes heads apart
 that were cut by their widths: explicit axes ask for the layout of every array in between. So for
-the time of a call such axes are the compiler's. What comes out lies as what went in: outputs as the
+the time of a call the axes are the compiler's. What comes out lies as what went in: outputs as the
 inputs, the new state as the old.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.ops.parts import explicit_names, mesh_of
 
@@ -41,12 +41,15 @@ def takes_any_layout(method: Function) -> Function:
         graph, params = nnx.split(self)
         laid = [x for x in jax.tree.leaves(params) if any(_explicit_names(x))]
         laid += [x for x in jax.tree.leaves(given.get("state")) if any(_explicit_names(x)[1:])]
-        if not laid:
+        is_cut = method.__name__ != "step" and any(_explicit_names(given[inputs])[1:2])
+        if not laid or is_cut:  # along T, which the op refuses in a line of its own
             return method(self, *args, **kwargs)
-        shardings = _shardings_of_results(mesh_of(laid[0]), given[inputs], given.get("state"))
+        mesh = mesh_of(laid[0])
+        shardings = _shardings_of_results(mesh, given[inputs], given.get("state"))
         leaves, tree = jax.tree.flatten(shardings)
-        axes = {axis for x in laid for entry in _explicit_names(x) for axis in entry}
-        fixed = (method, graph, tuple(sorted(axes)), tuple(leaves), tree)
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
+        fixed = (method, graph, axes, tuple(leaves), tree)
         return _by_the_compiler(fixed, params, args, kwargs)
 
     return cast(Function, laid_out)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.packing import starts_of_segments
+from deltaproduct_jax.ops.parts import along_rows_of
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -75,7 +76,8 @@ class ShortConv(nnx.Module):
         padded = jnp.concatenate([state.astype(u.dtype), u], axis=1)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype))
         if run is not None:
-            run = jnp.concatenate([jnp.zeros((B, tail), run.dtype), run], axis=1)
+            before = along_rows_of(run, jnp.zeros((B, tail), run.dtype))
+            run = jnp.concatenate([before, run], axis=1)
 
         y = jnp.zeros((B, T, self.channels), weight.dtype)
         for tap in range(self.conv_size):

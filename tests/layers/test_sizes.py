@@ -136,7 +136,7 @@ def test_a_layer_and_a_cell_whose_states_lie_along_heads(kind):
     expected = jax.jit(run)(params, carry, x)
     rows, whole = PartitionSpec("data"), PartitionSpec()
     if kind == AxisType.Manual:
-        mesh = jax.make_mesh((2,), ("data",))
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
         cut = jax.shard_map(run, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows)
         close(jax.jit(cut)(params, carry, x), expected)
         return

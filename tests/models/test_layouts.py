@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.names import cut, names_of_model
@@ -92,7 +92,7 @@ def test_batch_and_heads_over_explicit_axes(mixer):
 def test_inside_shard_map(mixer):
     """Manual axes: each device has its rows, and gradients of parameters are summed."""
     graph, params = make(mixer)
-    mesh = jax.make_mesh((2,), ("data",))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def run(params, *arrays):
         def loss(params):

@@ -65,7 +65,7 @@ def sharded_specs(arrays, one_token=False):
 )
 def test_batch_and_heads_over_manual_axes(implementation):
     arrays = arrays_of()
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     specs = sharded_specs(arrays)
     of_state = specs["initial_state"]
     run = jax.jit(lambda arrays: outputs_and_gradients(arrays, implementation))
@@ -83,7 +83,10 @@ def test_a_step_over_axes_of_every_kind(kind):
     arrays = {n: x if n == "initial_state" else x[:, 0] for n, x in arrays.items()}
     arrays["state"] = arrays.pop("initial_state")
     if kind == AxisType.Manual:
-        mesh, specs = jax.make_mesh((2, 2), ("data", "tensor")), sharded_specs(arrays, True)
+        mesh, specs = (
+            jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2),
+            sharded_specs(arrays, True),
+        )
         cut = jax.shard_map(
             lambda arrays: delta_product_step(**arrays),
             mesh=mesh,
