@@ -49,8 +49,10 @@ def takes_any_layout(method: Function) -> Function:
         leaves, tree = jax.tree.flatten(shardings)
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-        fixed = (method, graph, axes, tuple(leaves), tree)
-        return _by_the_compiler(fixed, params, args, kwargs)
+        numbers = tuple((name, x) for name, x in kwargs.items() if isinstance(x, int))
+        fixed = (method, graph, axes, tuple(leaves), tree, numbers)
+        arrays = {name: x for name, x in kwargs.items() if not isinstance(x, int)}
+        return _by_the_compiler(fixed, params, args, arrays)
 
     return cast(Function, laid_out)
 
@@ -69,9 +71,10 @@ def _shardings_of_results(mesh: Any, x: Any, state: Any) -> tuple[Any, Any]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _by_the_compiler(fixed: tuple, params: Any, args: tuple, more: dict[str, Any]) -> Any:
-    method, graph, names, shardings, tree = fixed
+    method, graph, names, shardings, tree, numbers = fixed
     of_outputs, of_state = tree.unflatten(shardings)
-    run = lambda params, args, more: method(nnx.merge(graph, params), *args, **more)
+    method_of = functools.partial(method, **dict(numbers))
+    run = lambda params, args, more: method_of(nnx.merge(graph, params), *args, **more)
     returns_state = method.__name__ != "for_later_blocks"
     out_sharding = (of_outputs, of_state) if returns_state else of_outputs
     return jax.sharding.auto_axes(run, axes=names, out_sharding=out_sharding)(params, args, more)
