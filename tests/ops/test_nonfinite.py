@@ -174,8 +174,7 @@ def test_what_overflows_inside_a_chunk_reaches_no_earlier_chunk_row_or_head():
     np.testing.assert_array_equal(o[is_exact], expected["o"][is_exact])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (-np.inf, "bfloat16")])
 def test_it_is_seen_wherever_it_stands(value, dtype):
     """Of as many numbers as XLA hands to a library, whose maximum overlooks NaN."""
     B, T, R, H, K = 1, 128, 4, 2, 64
