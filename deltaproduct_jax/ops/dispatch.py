@@ -158,11 +158,11 @@ def _kernel_pass(name: str, direction: str, branch: Branch, **keywords):
     kernel, platform = kernels.KERNELS[name], branch.platform
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
-    run = differentiated_once(getattr(kernels.load(name), direction))
+    run = getattr(kernels.load(name), direction)
     reason = getattr(kernels.load(name), "reason_when_lowered", None)
     if reason is not None and platform == kernel.platform:
         run = _asked(name, reason, run)
-    return functools.partial(run, options=branch.options, **keywords)
+    return functools.partial(differentiated_once(run), options=branch.options, **keywords)
 
 
 @functools.cache
