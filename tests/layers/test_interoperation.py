@@ -116,7 +116,7 @@ def test_made_in_the_wrong_place_nothing_trains():
 
 
 @pytest.mark.parametrize("title", PARAMETERS)
-def test_examples_compute_what_the_layer_does(title):
+def test_examples_compute_what_the_layer_does(title, unchecked):
     names = {}
     exec(compile(EXAMPLES[title], f"{README.name}: {title}", "exec"), names)
     params = leaves(PARAMETERS[title](names))

@@ -149,7 +149,7 @@ def test_a_tpu_works_on_short_sequences_at_once_and_on_large_batches_span_by_spa
         ({"V": True}, "V must be a whole number of at least 1, got True"),
     ],
 )
-def test_a_chunk_size_of_nothing_is_refused(values, says):
+def test_a_chunk_size_of_nothing_is_refused(values, says, unchecked):
     sizes = {"platform": "cpu", "dtype": "float32", "T": 9, "R": 2, "K": 64, "V": 64} | values
     with pytest.raises(ValueError, match=says):
         default_chunk_size(sizes.pop("platform"), sizes.pop("dtype"), **sizes)
