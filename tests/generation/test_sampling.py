@@ -102,11 +102,8 @@ def test_logits_that_are_not_finite_give_no_token(rows):
     keys = jax.random.split(jax.random.key(0), 3)
     assert jitted(keys, logits, rules_of([Sampling()] * 3, 2)).tolist() == [-1, 1, -1]
     many = jnp.zeros((3, 4096)).at[1, 70].set(jnp.nan).at[:, 9].set(1)
-    assert jitted(keys, many, rules_of([Sampling(temperature=0.0)] * 3, 4096)).tolist() == [
-        9,
-        -1,
-        9,
-    ]
+    rules = rules_of([Sampling(temperature=0.0)] * 3, 4096)
+    assert jitted(keys, many, rules).tolist() == [9, -1, 9]
 
 
 @pytest.mark.parametrize(
