@@ -10,15 +10,25 @@ import math
 import numbers
 import types
 import typing
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from deltaproduct_jax.errors import ConfigError
 
 SHOWN = 60  # characters of a value in an error
+LARGEST_SEED = 2**63 - 1  # that JAX and NumPy both take
 
 
 def setting(
-    default: Any, help: str, *, repeated: bool = False, recorded_if_set: bool = False
+    default: Any,
+    help: str,
+    *,
+    repeated: bool = False,
+    recorded_if_set: bool = False,
+    filled: bool = False,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
 ) -> Any:
     """A dataclass field whose ``help`` becomes the text of its flag.
 
@@ -28,9 +38,19 @@ def setting(
         repeated: for a tuple of texts: the flag may be given several times, an entry each.
         recorded_if_set: a record leaves the field out where it has its default, as records do that
             are older than the field.
+        filled: `check_fields` refuses a list without entries.
+        least: `check_fields` refuses a value below it.
+        above: `check_fields` refuses a value that is not above it.
+        most: `check_fields` refuses a value beyond it.
     """
     metadata = {"help": help, "repeated": repeated, "recorded_if_set": recorded_if_set}
+    metadata |= {"filled": filled, "least": least, "above": above, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def seed_setting(help: str) -> Any:
+    """The field of a seed: a whole number that every generator takes."""
+    return setting(0, help, least=0, most=LARGEST_SEED)
 
 
 def recorded(config: Any) -> dict[str, Any]:
@@ -47,13 +67,32 @@ def recorded(config: Any) -> dict[str, Any]:
 def check_fields(config: Any) -> None:
     """Raises ConfigError, naming it, if a field of a dataclass holds what its annotation excludes.
 
-    Configurations call it first in ``__post_init__``, so that their other checks meet right types.
+    So it does for what the bounds of its `setting` exclude. Configurations call it first in
+    ``__post_init__``, so that their other checks meet right types.
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
-        problem = misfit(getattr(config, field.name), hints[field.name], field.name)
+        value = getattr(config, field.name)
+        problem = misfit(value, hints[field.name], field.name)
+        problem = problem or _outside(value, field.metadata, field.name)
         if problem is not None:
             raise ConfigError(problem)
+
+
+def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
+    """Which bound of its `setting` a value does not keep, or None."""
+    least, above, most = (metadata.get(bound) for bound in ("least", "above", "most"))
+    if metadata.get("filled") and not value:
+        return f"{name} is empty; give one entry at least ({metadata['help']})"
+    if value is None:
+        return None
+    if least is not None and value < least:
+        return f"{name}={shown(value)} is too small; it must be at least {least}"
+    if above is not None and value <= above:
+        return f"{name}={shown(value)} must be greater than {above}"
+    if most is not None and value > most:
+        return f"{name}={shown(value)} is too large; it may be up to {most}"
+    return None
 
 
 def misfit(value: Any, annotation: Any, name: str) -> str | None:

@@ -109,7 +109,8 @@ def command(argv: Sequence[str]) -> None:
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
     accept = require_described if config.launcher == "vmap" else lambda run: None
-    runs = claim(workdir, config.script, config.grid, config.fixed, config.max_runs, accept)
+    given = (config.script, config.grid, config.fixed, config.max_runs, accept)
+    runs = claim(workdir, *given, to_run=config.launcher != "none")
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if config.launcher == "none":

@@ -36,10 +36,10 @@ from typing import Any
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import write_file
+from deltaproduct_jax.files import user_path, write_file
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.theory import CATALOGUE, construct
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_json
@@ -63,8 +63,10 @@ class TheoryConfig:
     length: int = setting(1_000_000, "tokens of a word after BOS")
     words: int = setting(8, "words read side by side")
     piece: int = setting(1000, "tokens read at once; the state is passed on")
-    budget_s: float = setting(300.0, "seconds after which no further piece of a run begins")
-    seed: int = setting(0, "draws the words")
+    budget_s: float = setting(
+        300.0, "seconds after which no further piece of a run begins", above=0
+    )
+    seed: int = seed_setting("draws the words")
     rows_from: tuple[str, ...] = setting(
         (), "results.json files whose rows are put beside those of this directory; nothing is run"
     )
@@ -83,8 +85,6 @@ class TheoryConfig:
                 require_one_of(name, entry, allowed)
         for name in ("length", "words", "piece"):
             require_at_least(name, getattr(self, name), 1)
-        if not self.budget_s > 0:
-            raise ConfigError(f"budget_s={self.budget_s} must be greater than 0")
 
     @property
     def as_reading(self) -> reading.Reading:
@@ -120,7 +120,7 @@ def command(argv: Sequence[str]) -> None:
     path = parsed.workdir / "results.json"
     own = [path] if path.exists() else []
     if config.rows_from:
-        done = reading.put_together([*own, *map(Path, config.rows_from)])
+        done = reading.put_together([*own, *map(user_path, config.rows_from)])
     else:
         done = run_missing(config, reading.put_together(own), path, argv)
     order = {name: index for index, name in enumerate(CATALOGUE)}

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from tiny_run import leaves_equal, snapshot
 
 import deltaproduct_jax
-from deltaproduct_jax import load_run
+from deltaproduct_jax import layers, load_run
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.tasks.groups import GroupTask
@@ -42,6 +42,8 @@ def test_public_names():
     assert sorted([*shown, "__version__"]) == deltaproduct_jax.__all__
     for name in shown:
         assert getattr(deltaproduct_jax, name).__doc__, name
+    public = {name for name, x in vars(layers).items() if getattr(x, "__doc__", "") and callable(x)}
+    assert set(layers.__all__) == public
 
 
 def test_the_version_has_one_home(setup):

@@ -5,7 +5,8 @@ What cannot be read as a document is counted and left out; what can be put right
 - ``null``: the field is missing or null;
 - ``malformed``: a line that is no JSON object, or a field that is no text;
 - ``empty``: text without a character;
-- ``invalid_utf8``: bytes that are no UTF-8 were replaced by U+FFFD.
+- ``invalid_utf8``: bytes that are no UTF-8 were replaced by U+FFFD;
+- ``no_file``: a name that matches and is no file, such as a link to nowhere.
 """
 
 import dataclasses
@@ -51,8 +52,12 @@ class Slice:
     weight: int  # bytes that it is about, for the size of pieces and the progress bar
 
 
-def list_sources(paths: Sequence[str], patterns: Sequence[str]) -> list[Source]:
+def list_sources(
+    paths: Sequence[str], patterns: Sequence[str], counts: Counter[str] | None = None
+) -> list[Source]:
     """Every file once: those named, and those in the folders named whose name matches a pattern.
+
+    What matches and is no file, such as a link to nowhere, is noted in ``counts`` as ``no_file``.
 
     Raises:
         ConfigError: a path is not there or compressed, or no file is left.
@@ -60,10 +65,14 @@ def list_sources(paths: Sequence[str], patterns: Sequence[str]) -> list[Source]:
     if not paths or not all(paths):
         raise ConfigError("sources is empty; give --sources=FILE_OR_FOLDER, as often as you like")
     found: dict[Path, Source] = {}
+    counts = Counter() if counts is None else counts
     for path in map(user_path, paths):
         if not path.exists():
             raise ConfigError(f"sources={str(path)!r} is not there; it must be a file or a folder")
-        for file in _files_of(path, patterns):
+        for file in _matches(path, patterns):
+            if not file.is_file():
+                counts["no_file"] += 1
+                continue
             if file.suffix.lower() in COMPRESSED:
                 raise ConfigError(f"sources: {file} is compressed; unpack it first")
             if not _is_utf8(file):
@@ -85,16 +94,16 @@ def _is_utf8(path: Path) -> bool:
         return False
 
 
-def _files_of(path: Path, patterns: Sequence[str]) -> list[Path]:
+def _matches(path: Path, patterns: Sequence[str]) -> list[Path]:
     if not path.is_dir():
         return [path]
-    files = [
+    found = [
         Path(folder, name)
         for folder, _, names in os.walk(path)
         for name in names
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
     ]
-    return sorted(filter(Path.is_file, files), key=Path.as_posix)
+    return sorted(found, key=Path.as_posix)
 
 
 def plan_pieces(sources: Iterable[Source], piece_bytes: int) -> list[tuple[Slice, ...]]:

@@ -54,10 +54,11 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         ConfigError: a source or the tokenizer cannot be used, or there is no document.
         RunDirectoryError: the directory holds something else, is in use, or cannot be written.
     """
-    sources = documents.list_sources(config.sources, config.pattern)
+    listed: Counter[str] = Counter()
+    sources = documents.list_sources(config.sources, config.pattern, listed)
     with _locked(directory):
         if not (directory / MANIFEST).exists():
-            _prepare(config, sources, directory)
+            _prepare(config, sources, listed, directory)
         manifest = read_manifest(directory)
         now = [(source.path, source.bytes) for source in sources]
         difference = _difference(manifest, config, now, "bytes")
@@ -67,7 +68,9 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         return manifest
 
 
-def _prepare(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> None:
+def _prepare(
+    config: PrepareConfig, sources: Sequence[Source], listed: Counter[str], directory: Path
+) -> None:
     """All that is not done yet; the manifest last."""
     made = None
     if config.tokenizer != "bpe":  # one that cannot be opened shall leave nothing behind
@@ -75,7 +78,7 @@ def _prepare(config: PrepareConfig, sources: Sequence[Source], directory: Path) 
     plan = _plan(config, sources, directory)
     made = _keep(made, directory) if made else _trained(config, sources, directory)
     records = _work(config, sources, made, directory)
-    manifest = _manifest(plan, made, records)
+    manifest = _manifest(plan, made, records, listed)
     if not manifest["counts"]["documents"]:
         _forget(directory)
         raise ConfigError(
@@ -248,8 +251,11 @@ def _do_piece(
     write_whole(_record(directory, index), lambda file: file.write(to_json(record)))
 
 
-def _manifest(plan: Plan, made: tokenizer.Tokenizer, records: Sequence[PieceRecord]) -> Manifest:
-    counts = {name: sum(r["counts"].get(name, 0) for r in records) for name in COUNTS}
+def _manifest(
+    plan: Plan, made: tokenizer.Tokenizer, records: Sequence[PieceRecord], listed: Counter[str]
+) -> Manifest:
+    found = [listed, *(r["counts"] for r in records)]
+    counts = {name: sum(c.get(name, 0) for c in found) for name in COUNTS}
     splits = {}
     for split in SPLITS:
         shards = [r["shards"][split] for r in records if split in r["shards"]]
@@ -269,7 +275,7 @@ def _manifest(plan: Plan, made: tokenizer.Tokenizer, records: Sequence[PieceReco
     }
 
 
-COUNTS = ("documents", "long", "empty", "null", "malformed", "invalid_utf8")
+COUNTS = ("documents", "long", "empty", "null", "malformed", "invalid_utf8", "no_file")
 
 
 def _spelled(counts: dict[str, int]) -> str:

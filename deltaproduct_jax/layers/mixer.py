@@ -14,16 +14,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers import checks
+from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.padding import without_padding
 from deltaproduct_jax.ops.packing import by_segment
 from deltaproduct_jax.ops.parts import along_rows_of
 
-_CHECKS = {
-    "__init__": checks.checks_arguments,
-    "__call__": checks.checks_sequences,
-    "for_later_blocks": checks.checks_sequences,
-    "init_state": checks.checks_batch_size,
-    "step": checks.checks_token,
+# What stands before a method of a subclass, the last of several first.
+_BEFORE: dict[str, tuple[Callable[..., Any], ...]] = {
+    "__init__": (checks.checks_arguments,),
+    "__call__": (takes_any_layout, checks.checks_sequences),
+    "for_later_blocks": (takes_any_layout, checks.checks_sequences),
+    "init_state": (checks.checks_batch_size,),
+    "step": (takes_any_layout, checks.checks_token),
 }
 
 State = TypeVar("State")  # what a mixer keeps of the past, a named tuple of arrays
@@ -55,9 +57,10 @@ class SequenceMixer(nnx.Module, Generic[State]):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Puts the checks before the methods that the class defines."""
         super().__init_subclass__(**kwargs)
-        for name, check in _CHECKS.items():
+        for name, wrappers in _BEFORE.items():
             if callable(vars(cls).get(name)):
-                setattr(cls, name, check(vars(cls)[name]))
+                for wrap in wrappers:
+                    setattr(cls, name, wrap(vars(cls)[name]))
 
     @abc.abstractmethod
     def init_state(self, batch_size: int) -> State:

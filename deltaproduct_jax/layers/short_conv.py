@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.packing import starts_of_segments
-from deltaproduct_jax.ops.parts import with_past
+from deltaproduct_jax.ops.parts import along_rows_of, with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -77,7 +77,7 @@ class ShortConv(nnx.Module):
         tail = self.conv_size - 1
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
-        past = None if run is None else jnp.zeros((B, tail), run.dtype)
+        past = None if run is None else along_rows_of(run, jnp.zeros((B, tail), run.dtype))
         y = with_past(_sum_of_taps, (u, run), (before, past), weight)
 
         padded = jnp.concatenate([before, u], axis=1)

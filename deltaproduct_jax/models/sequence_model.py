@@ -16,6 +16,7 @@ from deltaproduct_jax.layers.checks import (
     refuse_swapped,
     states_of,
 )
+from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
@@ -145,6 +146,7 @@ class SequenceModel(nnx.Module):
         """The state before the first token, one entry a block."""
         return [block.attn.init_state(batch_size) for block in self.layers]
 
+    @takes_any_layout
     def forward(
         self,
         tokens: Int[Array, "B T"],
@@ -227,6 +229,7 @@ class SequenceModel(nnx.Module):
 
         return by_segment(run, (tokens, mask), state, segment_ids)
 
+    @takes_any_layout
     def step(
         self, state: ModelState, tokens: Int[Array, " B"]
     ) -> tuple[Float[Array, "B vocab"], ModelState]:

@@ -100,7 +100,7 @@ def check_shape(
         if name in ("k", "v", "beta") and len(shape) == len(layout) - 1 and "T" in layout:
             hint = f"; an array [B, T*R, ...] becomes {wanted} by a reshape"
         raise ValueError(
-            f"{name} must have {len(layout)} dimensions {wanted}{known}, "
+            f"{name} must have {_dimensions(len(layout))} {wanted}{known}, "
             f"got {len(shape)}: shape {shape}{hint}"
         )
     for dimension, size in zip(layout, shape, strict=True):
@@ -111,6 +111,10 @@ def check_shape(
             )
         if size == 0 and dimension not in ("B", "T"):
             raise ValueError(f"{name} must have {dimension} of at least 1, got shape {shape}")
+
+
+def _dimensions(count: int) -> str:
+    return f"{count} dimension{'' if count == 1 else 's'}"
 
 
 def _check_dtypes(arrays: dict[str, jax.Array | None]) -> None:

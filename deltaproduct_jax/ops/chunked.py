@@ -35,6 +35,7 @@ from deltaproduct_jax.ops.layout import (
     split_updates,
     to_chunks,
 )
+from deltaproduct_jax.ops.linear import spread
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.triangular import unit_lower_inverse
 from deltaproduct_jax.ops.varying import zeros_varying_as
@@ -171,7 +172,7 @@ def _forward_of_chunks(x: ChunkedTokens, state_BHGKV, settings: Settings):
     matmul = settings.matmul
     p = _chunk_matrices(x, settings)
     state_BHGKV, states_NBHGKV, _, error_NBHGMV = _walk(x, p, state_BHGKV, settings)
-    qk_scores_NBHGCM = x.beta[..., None, :] * p.scores
+    qk_scores_NBHGCM = spread(x.beta, -2, x.q.shape[-2]) * p.scores
     o_NBHGCV = matmul("...cm,...mv->...cv", qk_scores_NBHGCM, error_NBHGMV)
     read_NBHGCV = matmul("...hck,...hgkv->...hgcv", x.q, states_NBHGKV)
     o_NBHGCV += settings.scale * p.decays.into[..., None] * read_NBHGCV
@@ -185,15 +186,16 @@ def _chunk_matrices(x: ChunkedTokens, settings: Settings) -> ChunkMatrices:
     decays = decays_of(x.g, x.resets, C, M // C, settings.gate_matmul)
     kk_NBHMM = gram(x.k, matmul)
     qk_NBHCM = matmul("...ck,...mk->...cm", x.q, x.k)
-    gram_NBHGMM = decays.between * kk_NBHMM[:, :, :, None]
-    lower_NBHGMM = gram_NBHGMM * x.beta[..., None, :]
+    G = x.v.shape[3]
+    gram_NBHGMM = decays.between * spread(kk_NBHMM, 3, G)
+    lower_NBHGMM = gram_NBHGMM * spread(x.beta, -2, M)
     inverse_NBHGMM = unit_lower_inverse(
         lower_NBHGMM,
         settings.inverse_matmul,
         half_rows=settings.cut.spans_at_once > 1,
         refine=settings.refine,
     )
-    scores_NBHGCM = settings.scale * decays.within * qk_NBHCM[:, :, :, None]
+    scores_NBHGCM = settings.scale * decays.within * spread(qk_NBHCM, 3, G)
     return ChunkMatrices(gram_NBHGMM, inverse_NBHGMM, scores_NBHGCM, decays)
 
 
@@ -210,7 +212,7 @@ def _walk(x: ChunkedTokens, p: ChunkMatrices, state_BHGKV, settings: Settings):
     out_NBHGM = x.beta * p.decays.out
 
     if settings.cut.spans_at_once > 1:
-        weighted_NBHGMM = p.inverse * into_NBHGM[..., None, :]
+        weighted_NBHGMM = p.inverse * spread(into_NBHGM, -2, into_NBHGM.shape[-1])
         from_v_NBHGMV = matmul.in_two_passes("...mn,...nv->...mv", p.inverse, x.v)
         from_state_NBHGMK = matmul.in_two_passes("...hgmn,...hnk->...hgmk", weighted_NBHGMM, x.k)
 
@@ -218,7 +220,7 @@ def _walk(x: ChunkedTokens, p: ChunkMatrices, state_BHGKV, settings: Settings):
             error_BHGMV, from_state_BHGMK, keys_out_BHGMK, through_BHG1V = chunk
             error_BHGMV -= matmul("...mk,...kv->...mv", from_state_BHGMK, state_BHGKV)
             next_BHGKV = matmul("...mk,...mv->...kv", keys_out_BHGMK, error_BHGMV)
-            next_BHGKV += through_BHG1V * state_BHGKV
+            next_BHGKV += _by_rows(through_BHG1V, state_BHGKV)
             return next_BHGKV, (state_BHGKV, None, error_BHGMV)
 
         from_state_NBHGMK = from_state_NBHGMK.astype(matmul.operand)
@@ -233,7 +235,7 @@ def _walk(x: ChunkedTokens, p: ChunkMatrices, state_BHGKV, settings: Settings):
             error_BHGMV = matmul.in_two_passes("...mn,...nv->...mv", inverse_BHGMM, rhs_BHGMV)
             left_BHGMV = out_BHGM[..., None] * error_BHGMV
             next_BHGKV = matmul("...hmk,...hgmv->...hgkv", k_BHMK, left_BHGMV)
-            next_BHGKV += through_BHG1V * state_BHGKV
+            next_BHGKV += _by_rows(through_BHG1V, state_BHGKV)
             return next_BHGKV, (state_BHGKV, key_state_BHGMV, error_BHGMV)
 
         chunks = (x.v, x.k, into_NBHGM, p.inverse, out_NBHGM, _through_rows(x, p))
@@ -251,7 +253,8 @@ def _walk_back(x: ChunkedTokens, p: ChunkMatrices, do_NBHGCV, dnext_BHGKV, setti
     matmul = settings.matmul
     into_NBHGM = jnp.broadcast_to(p.decays.into_update, x.beta.shape)
     out_NBHGM = x.beta * p.decays.out
-    derror_NBHGMV = matmul("...cm,...cv->...mv", x.beta[..., None, :] * p.scores, do_NBHGCV)
+    qk_scores_NBHGCM = spread(x.beta, -2, x.q.shape[-2]) * p.scores
+    derror_NBHGMV = matmul("...cm,...cv->...mv", qk_scores_NBHGCM, do_NBHGCV)
     do_into_NBHGCV = settings.scale * p.decays.into[..., None] * do_NBHGCV
     dread_NBHGKV = matmul("...hck,...hgcv->...hgkv", x.q, do_into_NBHGCV)
 
@@ -263,7 +266,7 @@ def _walk_back(x: ChunkedTokens, p: ChunkMatrices, do_NBHGCV, dnext_BHGKV, setti
         def step(dnext_BHGKV, chunk):
             drhs_BHGMV, from_next_BHGMK, keys_into_BHGMK, dread_BHGKV, through_BHG1V = chunk
             drhs_BHGMV += matmul.in_two_passes("...mk,...kv->...mv", from_next_BHGMK, dnext_BHGKV)
-            dstate_BHGKV = dread_BHGKV + through_BHG1V * dnext_BHGKV
+            dstate_BHGKV = dread_BHGKV + _by_rows(through_BHG1V, dnext_BHGKV)
             dstate_BHGKV -= matmul("...mk,...mv->...kv", keys_into_BHGMK, drhs_BHGMV)
             return dstate_BHGKV, (dnext_BHGKV, drhs_BHGMV)
 
@@ -276,7 +279,7 @@ def _walk_back(x: ChunkedTokens, p: ChunkMatrices, do_NBHGCV, dnext_BHGKV, setti
             from_next_BHGMV = matmul("...hmk,...hgkv->...hgmv", k_BHMK, dnext_BHGKV)
             derror_BHGMV += out_BHGM[..., None] * from_next_BHGMV
             drhs_BHGMV = matmul.in_two_passes("...nm,...nv->...mv", inverse_BHGMM, derror_BHGMV)
-            dstate_BHGKV = dread_BHGKV + through_BHG1V * dnext_BHGKV
+            dstate_BHGKV = dread_BHGKV + _by_rows(through_BHG1V, dnext_BHGKV)
             reads_BHGMV = into_BHGM[..., None] * drhs_BHGMV
             dstate_BHGKV -= matmul("...hmk,...hgmv->...hgkv", k_BHMK, reads_BHGMV)
             return dstate_BHGKV, (dnext_BHGKV, drhs_BHGMV)
@@ -289,8 +292,13 @@ def _walk_back(x: ChunkedTokens, p: ChunkMatrices, do_NBHGCV, dnext_BHGKV, setti
 
 
 def _weighted_keys(x: ChunkedTokens, weights_NBHGM, matmul: Matmul):
-    keys_NBH1MK = x.k[:, :, :, None].astype(weights_NBHGM.dtype)
-    return (weights_NBHGM[..., None] * keys_NBH1MK).astype(matmul.operand)
+    keys_NBHGMK = spread(x.k.astype(weights_NBHGM.dtype), 3, weights_NBHGM.shape[3])
+    return (weights_NBHGM[..., None] * keys_NBHGMK).astype(matmul.operand)
+
+
+def _by_rows(rows_BHG1V, state_BHGKV):
+    """The state, every row of it times the same one."""
+    return spread(rows_BHG1V[..., 0, :], -2, state_BHGKV.shape[-2]) * state_BHGKV
 
 
 def _through_rows(x: ChunkedTokens, p: ChunkMatrices):
@@ -324,7 +332,8 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
     x, p, states_NBHGKV, key_state_NBHGMV, error_NBHGMV = r
     matmul = settings.matmul
     scale, R = settings.scale, x.k.shape[-2] // x.q.shape[-2]
-    decays, beta_NBHG1M = p.decays, x.beta[..., None, :]
+    decays = p.decays
+    beta_NBHGCM, beta_NBHGMM = (spread(x.beta, -2, y.shape[-2]) for y in (x.q, x.k))
     dstate_BHGKV, dnext_NBHGKV, drhs_NBHGMV = _walk_back(x, p, do_NBHGCV, dnext_BHGKV, settings)
 
     dlower_NBHGMM = -matmul("...mv,...nv->...mn", drhs_NBHGMV, error_NBHGMV)
@@ -334,8 +343,8 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
     drhs_into_NBHGMV = decays.into_update[..., None] * drhs_NBHGMV
 
     # Sums over the value heads G of a key head come before the products with q and k.
-    dqk_NBHCM = _sum_of_group(scale * decays.within * beta_NBHG1M * dscores_NBHGCM)
-    dkk_NBHMM = _sum_of_group(decays.between * beta_NBHG1M * dlower_NBHGMM)
+    dqk_NBHCM = _sum_of_group(scale * decays.within * beta_NBHGCM * dscores_NBHGCM)
+    dkk_NBHMM = _sum_of_group(decays.between * beta_NBHGMM * dlower_NBHGMM)
     dkk_NBHMM += jnp.swapaxes(dkk_NBHMM, -1, -2)
     dq_NBHCK = matmul("...cm,...mk->...ck", dqk_NBHCM, x.k)
     dq_NBHCK += matmul("...hgcv,...hgkv->...hck", do_into_NBHGCV, states_NBHGKV)
@@ -347,8 +356,8 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
     # Beta scales the columns of scores and gram and what is written to the state.
     of_scores_NBHGCM = dscores_NBHGCM * p.scores
     of_gram_NBHGMM = dlower_NBHGMM * p.gram
-    wide_k_NBH1MK = x.k[:, :, :, None].astype(x.beta.dtype)
-    of_keys_NBHGM = decays.out * jnp.sum(dwritten_NBHGMK * wide_k_NBH1MK, axis=-1)
+    keys_NBHGMK = spread(x.k.astype(x.beta.dtype), 3, x.v.shape[3])
+    of_keys_NBHGM = decays.out * jnp.sum(dwritten_NBHGMK * keys_NBHGMK, axis=-1)
     dbeta_NBHGM = _sum_of_rows(of_scores_NBHGCM) + _sum_of_rows(of_gram_NBHGMM)
     dbeta_NBHGM += of_keys_NBHGM
 
@@ -357,8 +366,8 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
         # Cotangents of the logarithm of every decay product.
         read_NBHGCV = matmul("...hck,...hgkv->...hgcv", x.q, states_NBHGKV)
         dlogs = Decays(
-            within=beta_NBHG1M * of_scores_NBHGCM,
-            between=beta_NBHG1M * of_gram_NBHGMM,
+            within=beta_NBHGCM * of_scores_NBHGCM,
+            between=beta_NBHGMM * of_gram_NBHGMM,
             into=jnp.sum(do_into_NBHGCV * read_NBHGCV, axis=-1),
             into_update=-jnp.sum(drhs_into_NBHGMV * key_state_NBHGMV, axis=-1),
             out=x.beta * of_keys_NBHGM,
@@ -372,9 +381,7 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
 def _sum_of_group(x_NBHGXY):
     """Sum over the value heads of a key head, term by term.
 
-    As a reduction over an axis in front of the last two it would end the process on a CPU: XLA of
-    jaxlib 0.10.2 fuses it with the products before it, and under `jax.vmap`, at rank 7, the fused
-    code writes beside its buffers. tests/ops/test_mapped.py has the smallest such program.
+    As a reduction it would end the process on a CPU under `jax.vmap`; `spread` says why.
     """
     return functools.reduce(jnp.add, (x_NBHGXY[:, :, :, i] for i in range(x_NBHGXY.shape[3])))
 

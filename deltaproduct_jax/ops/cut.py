@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops import checks
+
 # Updates (tokens times factors) in a chunk. With bfloat16 inputs: the width of a TPU's matrix unit,
 # and what a GPU was measured to be fastest with. Otherwise, and on a CPU always, half the width of
 # the state within these bounds: work inside a chunk and on the state are then in balance on a CPU,
@@ -18,6 +20,8 @@ import jax.numpy as jnp
 # bounded.
 NARROW_UPDATES = {"default": 64, "tpu": 128}
 FEWEST_UPDATES, MOST_UPDATES = 16, 32
+# "default" stands for all but the first two.
+NAMED = ("cpu", "tpu", "cuda", "rocm", "default")
 # Updates in a span: the largest chunk of all.
 SPAN_UPDATES = 128
 # Entries of all matrices of one kind, M x M or M x K, that are worked on at once. On TPU 4 MiB of
@@ -53,15 +57,25 @@ def default_chunk_size(
     """Tokens in a chunk where the caller names no size: a power of two, unless T is shorter.
 
     Args:
-      platform: "cpu", "tpu", or "default" for all others.
+      platform: "cpu", "tpu", "cuda", "rocm", or "default" for all others.
       dtype: of q, k and v.
       T: tokens.
       R: Householder factors per token.
       K: key width.
       V: value width.
+
+    Raises:
+      ValueError: an argument may not have that value.
     """
+    if platform not in NAMED:
+        names = ", ".join(repr(name) for name in NAMED)
+        raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
+    for name, size in {"T": T, "R": R, "K": K, "V": V}.items():
+        checks.check_size(name, size, 0 if name == "T" else 1)
+    dtype = checks.as_dtype("dtype", dtype)
+    platform = platform if platform in ("cpu", "tpu") else "default"
     updates = max(FEWEST_UPDATES, min(max(K, V) // 2, MOST_UPDATES))
-    if jnp.dtype(dtype) == jnp.bfloat16:
+    if dtype == jnp.bfloat16:
         updates = NARROW_UPDATES.get(platform, updates)
     return min(T, _power_of_two(updates / R))
 

@@ -103,12 +103,12 @@ def check_op_values(
         return
     if not use_qk_l2norm:
         wide = k.astype(accumulator_dtype(k.dtype))
-        longest = jnp.max(jnp.sqrt(jnp.sum(wide * wide, axis=-1)), initial=0)
+        lengths = jnp.sqrt(jnp.sum(wide * wide, axis=-1))
         require(
-            longest <= 1 + ROUNDING * float(jnp.finfo(k.dtype).eps),
+            lengths <= 1 + ROUNDING * float(jnp.finfo(k.dtype).eps),  # NaN is not, in no maximum
             "k must hold vectors of length 1 at most, got one of length {longest}; divide by the "
             "length, or say use_qk_l2norm=True",
-            longest=longest,
+            longest=jnp.max(lengths, initial=0),
         )
     check_range("beta", beta, 0, 2)
     if g is not None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.ops.linear import spread
 from deltaproduct_jax.ops.precision import Matmul
 
 
@@ -44,7 +45,7 @@ def decays_of(g_NBHGC, resets_NBC, C: int, R: int, matmul: Matmul) -> Decays:
             return _lead(mask[None, None] & same).astype(matmul.operand)
         # Row x holds g up to its token; summed over the tokens after c(m), with the constant on the
         # right, where a TPU's matrix unit keeps it.
-        upto_NBHGXC = jnp.where(rows[:, None] >= token, g_NBHGC[..., None, :], 0)
+        upto_NBHGXC = jnp.where(rows[:, None] >= token, spread(g_NBHGC, -2, len(rows)), 0)
         sums = matmul("...xu,um->...xm", upto_NBHGXC, jnp.asarray(token[:, None] > update))
         return _masked_exp(_lead(mask[None, None] & same), sums)
 

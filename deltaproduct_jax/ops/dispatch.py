@@ -16,12 +16,12 @@ from jax.ad_checkpoint import checkpoint_name
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
-from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.containment import Watched, contained, forgets, only_finite
 from deltaproduct_jax.ops.layout import Tokens, mark_bad
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.route import Branch, Route, resolve, sizes_of
-from deltaproduct_jax.ops.unavailable import unavailable
+from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying, mark_varying_as
 
 # A policy that saves the last two spares a rematerialised layer the second run of the scan.
@@ -71,7 +71,7 @@ def dispatch(
         options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
         route = resolve(tokens, **options, implementation=implementation)
         if route.may_run_kernel:
-            # Kernels do not hold the promise yet: the look would be a pass over memory of its own.
+            # To look at all arrays first would be a pass over memory: each platform sees to it.
             tokens = tokens._replace(resets=resets)
             return _with_own_backward(route, *reverse_only((tokens, initial_state)))
 
@@ -79,10 +79,19 @@ def dispatch(
             tokens, state = reverse_only((tokens, state))
             return _with_own_backward(route, tokens._replace(resets=resets), state)
 
-    head_axes = Tokens(q=2, k=3, v=3, beta=3, g=None if g is None else 2, resets=None)
     tokens = tokens._replace(resets=None)
-    settings = {"head_axes": head_axes, "check_state": check_state, "mark": mark_bad}
+    settings = {"head_axes": _head_axes(tokens), "check_state": check_state, "mark": mark_bad}
     return contained(run, tokens, initial_state, resets, **settings)
+
+
+def _head_axes(tokens: Tokens) -> Tokens:
+    return Tokens(q=2, k=3, v=3, beta=3, g=None if tokens.g is None else 2, resets=None)
+
+
+def _watched(tokens: Tokens, state: jax.Array) -> Watched:
+    """For what runs beside a kernel that another platform may run: it looks by itself."""
+    bare = tokens._replace(resets=None)
+    return Watched.of(bare, state, tokens.resets, _head_axes(bare))
 
 
 def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
@@ -100,7 +109,7 @@ def _with_own_backward(route: Route, tokens: Tokens, initial_state):
     def choice(branch):
         if branch.primal == "recurrent":
             options = {"scale": route.scale, "precision": route.precision}
-            return functools.partial(_run_recurrent, **options)
+            return functools.partial(_run_recurrent, **options, confines=route.may_run_kernel)
         return _forward_of(branch.primal, route, branch, keep_states=False)
 
     return _by_platform(route, choice, tokens, initial_state)[:2]
@@ -122,7 +131,7 @@ def _forward_rule(route: Route, tokens: Tokens, initial_state):
 
 
 def _backward_rule(route: Route, residuals, cotangents):
-    return _by_platform(route, _backward_of, *residuals, *cotangents)
+    return _by_platform(route, functools.partial(_backward_of, route), *residuals, *cotangents)
 
 
 _with_own_backward.defvjp(_forward_rule, _backward_rule)
@@ -132,14 +141,16 @@ def _forward_of(name: str, route: Route, branch: Branch, *, keep_states: bool):
     """The forward pass of "chunked" or of a kernel; None where it cannot run."""
     if name == "chunked":
         keywords = {"settings": branch.settings, "more": route.kept_more}
+        keywords["confines"] = route.may_run_kernel
         return functools.partial(_run_chunked, **keywords, keep_states=keep_states)
     return _kernel_pass(name, "forward", branch, keep_states=keep_states)
 
 
-def _backward_of(branch: Branch):
+def _backward_of(route: Route, branch: Branch):
     """The backward pass of what ran forward, whose states are its own; None if it cannot run."""
     if branch.gradient == "chunked":
-        return functools.partial(_run_chunked_backward, settings=branch.settings)
+        keywords = {"settings": branch.settings, "confines": route.may_run_kernel}
+        return functools.partial(_run_chunked_backward, **keywords)
     return _kernel_pass(branch.gradient, "backward", branch)
 
 
@@ -147,26 +158,59 @@ def _kernel_pass(name: str, direction: str, branch: Branch, **keywords):
     kernel, platform = kernels.KERNELS[name], branch.platform
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
-    run = differentiated_once(getattr(kernels.load(name), direction))
-    return functools.partial(run, options=branch.options, **keywords)
+    run = getattr(kernels.load(name), direction)
+    reason = getattr(kernels.load(name), "reason_when_lowered", None)
+    if reason is not None and platform == kernel.platform:
+        run = _asked(name, reason, run)
+    return functools.partial(differentiated_once(run), options=branch.options, **keywords)
 
 
-def _run_recurrent(tokens: Tokens, initial_state, scale, precision):
+@functools.cache
+def _asked(name: str, reason, run):
+    """``run(tokens, ...)``, a pass of a kernel; where it cannot be lowered an error says why."""
+    text = f"implementation={name!r} cannot run this; 'chunked' can"
+
+    def asked(tokens, *arrays, **options):
+        tokens = tokens._replace(q=asked_when_lowered(tokens.q, text, reason))
+        return run(tokens, *arrays, **options)
+
+    return asked
+
+
+def _run_recurrent(tokens: Tokens, initial_state, *, scale, precision, confines):
+    watched = _watched(tokens, initial_state) if confines else None
     *arrays, resets = only_finite(tokens)
-    return *recurrent(*arrays, initial_state, resets, scale=scale, precision=precision), None
+    state = only_finite(initial_state)
+    results = recurrent(*arrays, state, resets, scale=scale, precision=precision)
+    return *(results if watched is None else watched.spoil(*results)), None
 
 
-def _run_chunked(tokens: Tokens, initial_state, *, settings, more, keep_states):
+def _run_chunked(tokens: Tokens, initial_state, *, settings, more, confines, keep_states):
     """`chunked` by the contract of kernels, with room for what it does not keep."""
-    o, final_state, states = chunked(tokens, initial_state, settings, keep_states=keep_states)
+    watched = _watched(tokens, initial_state) if confines else None
+    state = initial_state
+    if watched is not None:
+        tokens, state = mark_bad(tokens, watched.bad), only_finite(initial_state)
+    o, final_state, states = chunked(tokens, state, settings, keep_states=keep_states)
+    if watched is not None:
+        o, final_state = watched.spoil(o, final_state)
     if not keep_states:
         return o, final_state, None
+    if watched is not None:  # the way back is to know whether it was bad
+        states = states.at[0].set(initial_state.reshape(states.shape[1:]))
     empty = (mark_varying_as(jnp.zeros(x.shape, x.dtype), o) for x in more)
     return o, final_state, (states, *empty)
 
 
-def _run_chunked_backward(tokens: Tokens, kept, do, dfinal_state, *, settings):
-    return chunked_backward(tokens, kept[0], do, dfinal_state, settings)
+def _run_chunked_backward(tokens: Tokens, kept, do, dfinal_state, *, settings, confines):
+    states = kept[0]
+    if not confines:
+        return chunked_backward(tokens, states, do, dfinal_state, settings)
+    watched = _watched(tokens, states[0].reshape(dfinal_state.shape))
+    tokens, states = mark_bad(tokens, watched.bad), only_finite(states)
+    cotangents, told = watched.finite_cotangents(do, dfinal_state)
+    dtokens, dstate = chunked_backward(tokens, states, *cotangents, settings)
+    return watched.spoil_gradients(dtokens._replace(resets=None), dstate, told)
 
 
 def _by_platform(route: Route, choice, *operands):

@@ -1,14 +1,17 @@
-"""A linear map of arrays onto themselves whose transpose is another, as both are written.
+"""Linear maps whose transpose is another than JAX would derive.
 
+`linear` maps arrays onto themselves, and both ways are written out.
 What spoils outputs on the way forward has to spoil gradients on the way back, by another rule than
 JAX would derive: `jax.custom_derivatives.linear_call` says so, but cannot be mapped by `jax.vmap`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
 
 _linear_p = jax.extend.core.Primitive("delta_product_linear")
@@ -80,3 +83,29 @@ ad.primitive_jvps[_linear_p] = _jvp
 ad.primitive_transposes[_linear_p] = _transpose
 batching.primitive_batchers[_linear_p] = _batch
 mlir.register_lowering(_linear_p, mlir.lower_fun(_evaluate, multiple_results=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def spread(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """``x`` with a new axis, along which all is the same; its transpose is a product with ones.
+
+    JAX would sum over the axis, and on a CPU XLA of jaxlib 0.10.2 fuses such a sum with the product
+    before it: at rank 7, as under `jax.vmap`, and in front of the last axis, that writes beside
+    its buffers. tests/ops/test_mapped.py has the smallest such program.
+
+    Args:
+      x: any shape.
+      axis: of the result, the new one.
+      size: along it.
+    """
+    x = jnp.expand_dims(x, axis)
+    axis %= x.ndim
+    return jnp.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+
+
+@spread.defjvp
+def _spread_jvp(axis, size, primals, tangents):
+    (x,), (tangent,) = primals, tangents
+    ones = jnp.ones(size, tangent.dtype)
+    outer = jnp.einsum("...,s->...s", tangent, ones, precision=jax.lax.Precision.HIGHEST)
+    return spread(x, axis, size), jnp.moveaxis(outer, -1, axis)

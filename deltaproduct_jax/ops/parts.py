@@ -48,7 +48,7 @@ def on_each_part(
     axes = _axes_of_roles(given, layouts)
     if not axes:
         return run(dict(arrays))
-    mesh = next(m for m in map(_mesh, given.values()) if not m.empty)
+    mesh = next(m for m in map(mesh_of, given.values()) if not m.empty)
     specs = {name: _spec(layouts[name], axes) for name in given}
     cut = {name: _cut(x, mesh, specs[name]) for name, x in given.items()}
     return jax.shard_map(
@@ -63,11 +63,11 @@ def on_each_part(
 
 def along_rows_of(like: jax.Array, tree: Any) -> Any:
     """Arrays [B, ...], over the explicit axes along which the batch of ``like`` lies."""
-    names = _explicit_names(like)[0]
+    names = explicit_names(like)[0]
     if not names:
         return tree
     spec = PartitionSpec(names)
-    return jax.tree.map(lambda x: _cut(x, _mesh(like), spec), tree)
+    return jax.tree.map(lambda x: _cut(x, mesh_of(like), spec), tree)
 
 
 def on_each_row(run: Callable[..., Any], *trees: Any) -> Any:
@@ -75,35 +75,35 @@ def on_each_row(run: Callable[..., Any], *trees: Any) -> Any:
 
     For gathers along a row, which JAX refuses where rows lie over explicit axes.
     """
-    lies = [x for x in jax.tree.leaves(trees) if _explicit_names(x)[0]]
+    lies = [x for x in jax.tree.leaves(trees) if explicit_names(x)[0]]
     if not lies:
         return run(*trees)
-    axes = _explicit_names(lies[0])[0]
+    axes = explicit_names(lies[0])[0]
     spec = PartitionSpec(axes)
     return jax.shard_map(
-        run, mesh=_mesh(lies[0]), in_specs=spec, out_specs=spec, axis_names=frozenset(axes)
+        run, mesh=mesh_of(lies[0]), in_specs=spec, out_specs=spec, axis_names=frozenset(axes)
     )(*along_rows_of(lies[0], trees))
 
 
 def gathered_along(index: jax.Array) -> NamedSharding | None:
     """How ``table[index]``, rows of a table that is whole, lies: as the index; None: no matter."""
-    names = _explicit_names(index)
+    names = explicit_names(index)
     if not any(names):
         return None
-    return NamedSharding(_mesh(index), PartitionSpec(*(n or None for n in names), None))
+    return NamedSharding(mesh_of(index), PartitionSpec(*(n or None for n in names), None))
 
 
 def _is_layout(x: Any) -> bool:
     return type(x) is tuple and all(isinstance(d, str) for d in x)
 
 
-def _mesh(x: jax.Array):
-    """That of ``x``; outside jit with its devices, without which nothing could be moved there."""
+def mesh_of(x: jax.Array):
+    """The mesh of an array; outside jit with its devices, without which nothing could be moved."""
     abstract = jax.typeof(x).sharding.mesh
     return abstract if isinstance(x, jax.core.Tracer) or abstract.empty else x.sharding.mesh
 
 
-def _explicit_names(x: jax.Array) -> list[tuple[str, ...]]:
+def explicit_names(x: jax.Array) -> list[tuple[str, ...]]:
     """Per dimension the explicit mesh axes of several devices along which ``x`` lies."""
     sharding = jax.typeof(x).sharding
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
@@ -117,7 +117,7 @@ def _axes_of_roles(arrays, layouts) -> dict[str, tuple[str, ...]]:
     """The axes of batch and heads, if any; ValueError where an array lies otherwise."""
     axes: dict[str, tuple[str, ...]] = {}
     for name, x in arrays.items():
-        for dimension, names in zip(layouts[name], _explicit_names(x), strict=True):
+        for dimension, names in zip(layouts[name], explicit_names(x), strict=True):
             if not names:
                 continue
             role, text = _ROLES.get(dimension), "/".join(names)
@@ -154,7 +154,7 @@ def _shared(axes: dict[str, tuple[str, ...]]) -> bool:
 
 
 def _size(arrays, axis: str) -> int:
-    return next(_mesh(x).shape[axis] for x in arrays.values() if axis in _mesh(x).axis_names)
+    return next(mesh_of(x).shape[axis] for x in arrays.values() if axis in mesh_of(x).axis_names)
 
 
 def _spec(layout: tuple[str, ...], axes: dict[str, tuple[str, ...]]) -> PartitionSpec:
@@ -164,7 +164,7 @@ def _spec(layout: tuple[str, ...], axes: dict[str, tuple[str, ...]]) -> Partitio
 def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     """``x`` laid out as ``spec`` says, and along other dimensions as it is."""
     names = [*spec] + [None] * (x.ndim - len(spec))
-    kept = [old or None for old in _explicit_names(x)]
+    kept = [old or None for old in explicit_names(x)]
     whole = PartitionSpec(*(new or old for new, old in zip(names, kept, strict=True)))
     return jax.sharding.reshard(x, NamedSharding(mesh, whole))
 

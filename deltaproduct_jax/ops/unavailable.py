@@ -4,6 +4,8 @@ Tracing does not know the platform, and one program may be lowered for several.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -50,3 +52,35 @@ def _run(text, like, *operands):
     leaves = jax.tree.leaves(operands)
     results = _unavailable_p.bind(*leaves, outs=outs, text=text)
     return jax.tree.unflatten(tree, [mark_varying_as(x, leaves[0]) for x in results])
+
+
+_asked_p = jax.extend.core.Primitive("delta_product_asked")
+_asked_p.def_impl(lambda x, **_: x)
+_asked_p.def_abstract_eval(lambda x, **_: x)
+batching.primitive_batchers[_asked_p] = lambda operands, axes, **parameters: (
+    _asked_p.bind(*operands, **parameters),
+    axes[0],
+)
+
+
+def _lower_asked(ctx, x, *, text, reason):
+    why = reason(ctx.module_context.axis_context)
+    if why is not None:
+        platforms = ", ".join(ctx.module_context.platforms)
+        raise ValueError(f"{text}: {why}; this program is lowered for {platforms}")
+    return [x]
+
+
+mlir.register_lowering(_asked_p, _lower_asked)
+
+
+def asked_when_lowered(x: jax.Array, text: str, reason: Callable[[Any], str | None]) -> jax.Array:
+    """``x``, of whose way to the machine ``reason`` is asked when the program is lowered.
+
+    Args:
+      x: goes into what may not be lowered.
+      text: of the ValueError, which goes on with the reason.
+      reason: takes JAX's account of the axes that are the compiler's; None where nothing speaks
+        against it.
+    """
+    return _asked_p.bind(x, text=text, reason=reason)

@@ -261,6 +261,9 @@ class Checkpoints:
             raise
         except Exception as error:  # what Orbax raises depends on which byte is wrong
             raise DamagedCheckpointError(self.directory, step, str(error) or repr(error)) from error
+        if int(state.step) != step:  # the folder has another name than it was saved under
+            reason = f"it holds step {int(state.step)}"
+            raise DamagedCheckpointError(self.directory, step, reason)
         beside = self._saved[step]
         found = checksum(state, beside["selection"], beside.get("data"))
         if found != beside.get("checksum", found):

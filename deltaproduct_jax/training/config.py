@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import check_fields, recorded, setting
+from deltaproduct_jax.settings import check_fields, recorded, seed_setting, setting
 from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
 from deltaproduct_jax.training.loss import LossSettings
@@ -87,7 +87,7 @@ class TrainConfig:
         "tokens whose answers count at first, of sequences of the full length; one more at a time "
         "until all do; none: all from the start",
     )
-    seed: int = setting(0, "the seed that every other seed is derived from")
+    seed: int = seed_setting("the seed that every other seed is derived from")
     log_every: int = setting(10, "steps between records")
     eval_every: int = setting(100, "steps between evaluations on the validation split")
     checkpoint_every: int = setting(100, "steps between checkpoints")
@@ -116,7 +116,7 @@ class TrainConfig:
             require_at_least(name, getattr(self, name), 1)
         if self.loss_chunk_size is not None:
             require_at_least("loss_chunk_size", self.loss_chunk_size, 1)
-        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "seed", "z_loss"):
+        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "z_loss"):
             require_at_least(name, getattr(self, name), 0)
         require_one_of("schedule", self.schedule, SCHEDULES)
         require_one_of("optimizer", self.optimizer, OPTIMIZERS)

@@ -30,7 +30,6 @@ from deltaproduct_jax.training.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
-from deltaproduct_jax.training.runs import restore_run
 from deltaproduct_jax.training.skipping import Skipping, require_progress
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
@@ -180,15 +179,6 @@ def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
 def initial_model(config: RunConfig) -> nnx.Module:
     """A run's model before its first step."""
     return SequenceModel(config.model, rngs=nnx.Rngs(make_key(config.seeds()["init"])))
-
-
-def restore_best(config: RunConfig, workdir: Path) -> nnx.Module:
-    """The model of a run's best checkpoint; nothing in the run directory is touched.
-
-    Raises:
-        RunDirectoryError: there is no checkpoint that was evaluated, or it cannot be read.
-    """
-    return restore_run(config, workdir, "best").model
 
 
 class Trainer:

@@ -29,11 +29,10 @@ from deltaproduct_jax.analysis.householder_geometry import (
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import user_path
 from deltaproduct_jax.settings import check_fields, setting
-from deltaproduct_jax.training.loop import restore_best
 from experiments.lib import flags
 from experiments.lib.bench.report import write_json
 from experiments.lib.figures.geometry import CURVES, draw_heads
-from experiments.lib.group_runs import read_group_run
+from experiments.lib.group_runs import load_group_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +55,7 @@ def command(argv: Sequence[str]) -> None:
     """Reads the checkpoint, writes geometry.json, draws geometry.png."""
     parsed = flags.parse(argv, {"geometry": GeometryConfig}, {"default": {}})
     options = GeometryConfig(**parsed.sections["geometry"])
-    run = user_path(options.run)
-    config = read_group_run(run)
-    model = restore_best(config, run)
+    model, config, _ = load_group_run("run", user_path(options.run))
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer
     )

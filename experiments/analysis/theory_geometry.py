@@ -40,11 +40,10 @@ from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import user_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
-from deltaproduct_jax.training.loop import restore_best
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json
 from experiments.lib.figures.geometry import draw_models
-from experiments.lib.group_runs import read_group_run
+from experiments.lib.group_runs import load_group_run
 from experiments.lib.theory.geometry import CLOSE, ONE_LAYER, describe
 
 
@@ -94,9 +93,8 @@ def command(argv: Sequence[str]) -> None:
         models.append(describe(name, made.group, made.model(), made.letters.tolist(), made.bos))
     for run in options.runs:
         directory = user_path(run)
-        config = read_group_run(directory)
-        model, task = restore_best(config, directory), config.task
-        name = f"trained: {directory.name}"
+        model, config, _ = load_group_run("runs", directory)
+        task, name = config.task, f"trained: {directory.name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))
     short = json.loads(json.dumps(models), parse_float=lambda number: float(f"{float(number):.6g}"))
     text = f"{table(models)}\n\nCommand: `{command_line('analysis.theory_geometry', argv)}`"

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from deltaproduct_jax.errors import require_at_least
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.theory import limits
 from deltaproduct_jax.theory.representations import solid_matrices
 from experiments.lib import flags
@@ -42,7 +42,7 @@ class LimitsConfig:
     lengths: tuple[int, ...] = setting(
         (10, 100, 1000, 10_000, 100_000, 1_000_000), "tokens after which modulo 3 is to be counted"
     )
-    seed: int = setting(0, "draws the products")
+    seed: int = seed_setting("draws the products")
 
     def __post_init__(self) -> None:
         """Checks every field."""

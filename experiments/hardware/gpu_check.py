@@ -68,7 +68,7 @@ class CheckConfig:
     """What is held against float64."""
 
     peer: str | None = setting(None, "flashqla, or none")
-    cases: tuple[str, ...] = setting(tuple(CASES), "which")
+    cases: tuple[str, ...] = setting(tuple(CASES), f"some of {', '.join(CASES)}", filled=True)
     gradients: bool = setting(False, "those of every input too")
     gluon_gradients: bool = setting(
         False, "by the kernels in Gluon, which no rule chooses before they are measured"
@@ -77,8 +77,7 @@ class CheckConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        if self.peer is not None:
-            require_one_of("peer", self.peer, ["flashqla"])
+        require_one_of("peer", self.peer, [None, "flashqla"])
         for name in self.cases:
             require_one_of("cases", name, CASES)
         if self.gluon_gradients and not self.gradients:

@@ -35,7 +35,7 @@ class LaunchesConfig(PassConfig):
     """What is timed."""
 
     head_dim: tuple[int, ...] = setting((128,), "key width K and value width V, in turn")
-    kernels: tuple[str, ...] = setting(KERNELS, "which")
+    kernels: tuple[str, ...] = setting(KERNELS, f"some of {', '.join(KERNELS)}", filled=True)
     variants: tuple[str, ...] = setting(
         (), "warps:stages:columns[:keys], beside what the tiling says"
     )

@@ -8,11 +8,14 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+from experiments import leave_on_interrupt
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = ROOT / ".venv"
@@ -64,6 +67,7 @@ def go_on_inside(module: str, extras: Sequence[str] = ()) -> NoReturn:
         module: what to run, seen from the project's root.
         extras: of `EXTRAS`, which ``module`` needs too.
     """
+    leave_on_interrupt()
     for extra in extras:
         if extra not in EXTRAS:
             _fail(f"--extra={extra} is not known; it may be one of {', '.join(EXTRAS)}")
@@ -74,6 +78,8 @@ def go_on_inside(module: str, extras: Sequence[str] = ()) -> NoReturn:
     path.append(os.environ.get("PYTHONPATH", ""))
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     command = [str(python), "-m", module, *sys.argv[1:]]
+    # On a terminal Ctrl-C reaches both; what runs inside says what becomes of it.
+    signal.signal(signal.SIGINT, lambda *_: None)
     sys.exit(subprocess.call(command, cwd=ROOT, env=variables))
 
 

@@ -27,6 +27,7 @@ from deltaproduct_jax.settings import is_union, misfit, spell
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
+from experiments import leave
 from experiments.lib.sweeps.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
@@ -354,6 +355,8 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """
     end_with_parent()
     _quieten_orbax()
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _run(command, argv)
     except BaseException:

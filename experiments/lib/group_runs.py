@@ -2,23 +2,20 @@
 
 from pathlib import Path
 
-from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.training.config import RunConfig, TrainConfig
-from deltaproduct_jax.training.records import CONFIG
-from experiments.lib import flags
-from experiments.lib.sweeps.grid import NO_FLAGS
-
-SECTIONS = {"task": GroupTask, "model": ModelConfig, "train": TrainConfig}
+from deltaproduct_jax.training.runs import Run, load_run
 
 
-def read_group_run(run: Path) -> RunConfig:
-    """The configuration of a state-tracking run; ConfigError if it is another's or none."""
-    argv = [f"--config={run / CONFIG}", "--workdir=."]
-    sections = flags.parse(argv, SECTIONS, {"default": {}}, exclude=NO_FLAGS).sections
-    task = GroupTask(**sections["task"])
-    return RunConfig(
-        task=task,
-        model=ModelConfig(vocab_size=task.vocab_size, **sections["model"]),
-        train=TrainConfig(**sections["train"]),
-    )
+def load_group_run(flag: str, run: Path) -> Run:
+    """The best checkpoint of a state-tracking run, its mixer a plug-in's or not.
+
+    Raises:
+        ConfigError: the run, which ``flag`` names, is of another task.
+        RunDirectoryError: it is no run, or cannot be read.
+    """
+    found = load_run(run)
+    if not isinstance(found.config.task, GroupTask):
+        task = type(found.config.task).__name__
+        raise ConfigError(f"{flag}={run} is of the task {task}; it must be of state tracking")
+    return found

@@ -38,7 +38,7 @@ import numpy as np
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.ops.precision import PRECISIONS
 from deltaproduct_jax.ops.selection import AVAILABLE
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
 from experiments.lib.bench.accuracy import (
     BARS,
@@ -77,7 +77,7 @@ class AccuracyConfig:
     precision: str | None = setting(
         None, f"of our products: {', '.join(PRECISIONS)}; none: what the op does by itself"
     )
-    seed: int = setting(0, "of the inputs")
+    seed: int = seed_setting("of the inputs")
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -86,7 +86,6 @@ class AccuracyConfig:
             require_at_least(name, getattr(self, name), 1)
         for name in ("head_dim", "long_head_dim"):
             require_at_least(name, getattr(self, name), 2)
-        require_at_least("seed", self.seed, 0)
         if self.chunk_size is not None:
             require_at_least("chunk_size", self.chunk_size, 1)
         require_one_of("precision", self.precision, [None, *PRECISIONS])

@@ -52,7 +52,7 @@ class RuleConfig:
     length: int = setting(1024, "tokens T with up to 4 states; with more, fewer in proportion")
     gated: bool = setting(True, "with a decay g")
     repeats: int = setting(15, "timed rounds")
-    budget_s: float = setting(3.0, "seconds after which no further round of a case begins")
+    budget_s: float = setting(3.0, "seconds after which no further round of a case begins", above=0)
 
     def __post_init__(self) -> None:
         """Checks every field."""

@@ -51,7 +51,9 @@ class ScalingConfig:
     head_dim: int = setting(16, "key width K and value width V")
     implementation: str = setting("chunked", f"one of {', '.join(AVAILABLE)}")
     repeats: int = setting(7, "timed calls per point; the median counts")
-    budget_s: float = setting(30.0, "seconds after which no further call of a point begins")
+    budget_s: float = setting(
+        30.0, "seconds after which no further call of a point begins", above=0
+    )
 
     def __post_init__(self) -> None:
         """Checks every field."""

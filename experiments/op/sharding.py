@@ -84,10 +84,14 @@ class ShardingConfig:
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
     implementation: str | None = setting(None, "of the op; none: by platform and shape")
-    axes: tuple[str, ...] = setting(AXES, "what is spread: batch, head or sequence, in turn")
+    axes: tuple[str, ...] = setting(
+        AXES, "what is spread: batch, head or sequence, in turn", filled=True
+    )
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
     repeats: int = setting(9, "timed rounds")
-    budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
+    budget_s: float = setting(
+        60.0, "seconds after which no further round of a case begins", above=0
+    )
 
     def __post_init__(self) -> None:
         """Checks every field."""

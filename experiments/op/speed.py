@@ -95,7 +95,9 @@ class SpeedConfig:
     chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed; or step")
     repeats: int = setting(9, "timed rounds")
-    budget_s: float = setting(60.0, "seconds after which no further round of a case begins")
+    budget_s: float = setting(
+        60.0, "seconds after which no further round of a case begins", above=0
+    )
     gluon_gradients: bool = setting(
         False, "gradients on Hopper by the kernels in Gluon, which no rule chooses yet"
     )

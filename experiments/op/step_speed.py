@@ -79,7 +79,9 @@ class StepConfig:
     implementation: str | None = setting(None, "of our op; none: by platform and shape")
     steps: int = setting(4, "steps per timed round")
     repeats: int = setting(6, "timed rounds, after one that warms up")
-    budget_s: float = setting(30.0, "seconds after which no further round of a model begins")
+    budget_s: float = setting(
+        30.0, "seconds after which no further round of a model begins", above=0
+    )
     peer: str | None = setting(None, "fla: flash-linear-attention's model too, on a GPU")
     peer_precisions: str = setting(
         ",".join(PRECISIONS),

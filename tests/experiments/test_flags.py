@@ -2,14 +2,19 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from absl import flags as absl_flags
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import setting
-from experiments import state_tracking
+from deltaproduct_jax.training.config import TrainConfig
+from experiments import state_tracking, theory
+from experiments.analysis import theory_limits
+from experiments.hardware import gpu_check, gpu_launches
 from experiments.lib import flags
+from experiments.op import scaling, sharding, speed
 
 
 def _field(default, text="a field"):
@@ -91,6 +96,27 @@ def test_a_repeated_flag_gathers_its_entries():
 
     assert bought() == {}
     assert bought("--list=a,b", "--list=c=d;e") == {"list": ("a,b", "c=d;e")}
+
+
+@pytest.mark.parametrize(
+    ("config", "values", "says"),
+    [
+        (theory.TheoryConfig, {"seed": -1}, "seed=-1 is too small; it must be at least 0"),
+        (theory.TheoryConfig, {"seed": 2**63}, "seed=9223372036854775808 is too large; it may be"),
+        (theory_limits.LimitsConfig, {"seed": 10**5000}, "seed=(a number of thousands of digits)"),
+        (TrainConfig, {"seed": 2**64}, "seed=18446744073709551616 is too large; it may be up to"),
+        (speed.SpeedConfig, {"budget_s": -3.0}, "budget_s=-3.0 must be greater than 0"),
+        (scaling.ScalingConfig, {"budget_s": 0.0}, "budget_s=0.0 must be greater than 0"),
+        (sharding.ShardingConfig, {"axes": ()}, "axes is empty; give one entry at least (what is"),
+        (gpu_launches.LaunchesConfig, {"kernels": ()}, "kernels is empty; give one entry at"),
+        (gpu_check.CheckConfig, {"cases": ("all",)}, "cases='all' is not known; it may be one of"),
+        (gpu_check.CheckConfig, {"peer": "fla"}, "peer='fla' is not known; it may be one of"),
+    ],
+)
+def test_bounds_of_settings(config, values, says):
+    with pytest.raises(ConfigError, match=re.escape(says)) as caught:
+        config(**values)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_saved_config_is_given_again(tmp_path):

@@ -298,6 +298,20 @@ def test_a_damaged_record_is_named_in_the_tables_and_the_rest_goes_on(
         assert re.search(says, capsys.readouterr().err)
 
 
+def test_a_file_in_the_place_of_a_run_fails_that_run_alone(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "seed=0").write_text("mine")
+    assert run(tmp_path, "seed=0:2", retries=0) == 1
+    assert re.search(r"seed=0 +failed .*cannot be locked", capsys.readouterr().out)
+    rows = table(tmp_path)
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "seed=0": "damaged",
+        "seed=1": "done",
+    }
+    assert rows["seed=0"]["error"].endswith("runs/seed=0 is no directory")
+    assert (tmp_path / "runs" / "seed=0").read_text() == "mine"
+
+
 def test_results_without_content_are_not_done(tmp_path):
     assert run(tmp_path, "seed=0") == 0
     (tmp_path / "runs" / "seed=0" / "results.json").write_text("{}")

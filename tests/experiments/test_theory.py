@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from tiny_run import snapshot
 
 from experiments import theory
 from experiments.analysis import theory_geometry, theory_limits
@@ -105,9 +106,20 @@ def test_rows_of_other_directories(tmp_path, capsys):
     assert json.loads((short / "results.json").read_text()) == [further, elsewhere]
     assert "1. a longer run\n2. `python -m" in (short / "theory.md").read_text()
     capsys.readouterr()
-    (other / "results.json").write_text(json.dumps([{"construction": "permutations_S3"}]))
-    assert flags.run(theory.command, [f"--workdir={short}", f"--rows_from={files}"]) == 2
-    assert "is not a list of results: KeyError('dtype')" in capsys.readouterr().err
+    before = snapshot(short)
+    for row, says in (
+        ({"construction": "permutations_S3"}, "[0].group is missing"),
+        ({**elsewhere, "construction": "mine"}, "[0].construction='mine' is not known; it may be"),
+        ({**elsewhere, "deviation": "small"}, "[0].deviation='small' must be a finite number"),
+        ({**elsewhere, "curve": [{"length": 8}]}, "[0].curve[0].errors is missing"),
+    ):
+        (other / "results.json").write_text(json.dumps([row]))
+        assert flags.run(theory.command, [f"--workdir={short}", f"--rows_from={files}"]) == 2
+        error = capsys.readouterr().err
+        assert "other/results.json is not a list of results: " in error
+        assert says in error
+        assert error.count("\n") == 1
+    assert snapshot(short) == before
 
 
 def test_a_broken_record_is_one_line(tmp_path, capsys):
@@ -174,7 +186,7 @@ def test_copies_of_the_constructions(group):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--runs=absent"], r"--config=absent/config\.json cannot be read"),
+        (["--runs=absent"], r"absent is no run directory: it has no config\.json"),
         (["--constructions="], "constructions and runs are both empty"),
         (["--constructions=gated_turns"], "constructions='gated_turns' is not known"),
     ],

@@ -102,6 +102,9 @@ def test_logits_that_are_not_finite_give_no_token(rows):
     logits = jnp.stack([jnp.array(x) for x in ([0, jnp.nan], [-jnp.inf, 0], [-jnp.inf, -jnp.inf])])
     keys = jax.random.split(jax.random.key(0), 3)
     assert jitted(keys, logits, rules_of([Sampling()] * 3, 2)).tolist() == [-1, 1, -1]
+    many = jnp.zeros((3, 4096)).at[1, 70].set(jnp.nan).at[:, 9].set(1)
+    rules = rules_of([Sampling(temperature=0.0)] * 3, 4096)
+    assert jitted(keys, many, rules).tolist() == [9, -1, 9]
 
 
 @pytest.mark.parametrize(

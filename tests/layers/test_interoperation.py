@@ -68,9 +68,12 @@ def expected_of(params):
     return y, leaves(gradients)
 
 
+SAVED = ("A saved program", "A saved program without its parameters")
+
+
 def test_the_readme_has_an_example_of_each():
     expected = ["Plain JAX", "Flax NNX", "Flax Linen", "Equinox", "Haiku"]
-    assert list(EXAMPLES) == [*expected, "What no error can say", "A saved program"]
+    assert list(EXAMPLES) == [*expected, "What no error can say", *SAVED]
 
 
 # Where the example keeps its parameters.
@@ -80,7 +83,8 @@ PARAMETERS = {
     "Flax Linen": lambda names: names["variables"],
     "Equinox": lambda names: names["mixer"].params,
     "Haiku": lambda names: names["params"],
-    "A saved program": lambda names: nnx.state(names["layer"], nnx.Param),
+    SAVED[0]: lambda names: nnx.state(names["layer"], nnx.Param),
+    SAVED[1]: lambda names: names["params"],
 }
 
 
@@ -112,7 +116,7 @@ def test_made_in_the_wrong_place_nothing_trains():
 
 
 @pytest.mark.parametrize("title", PARAMETERS)
-def test_examples_compute_what_the_layer_does(title):
+def test_examples_compute_what_the_layer_does(title, unchecked):
     names = {}
     exec(compile(EXAMPLES[title], f"{README.name}: {title}", "exec"), names)
     params = leaves(PARAMETERS[title](names))

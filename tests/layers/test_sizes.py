@@ -116,3 +116,39 @@ def test_a_cell_over_an_explicit_axis():
     assert got[0].sharding.spec[0] == "data"
     assert got[1][0].sharding.spec[0] == "data"
     close(got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto, AxisType.Manual])
+def test_a_layer_and_a_cell_whose_states_lie_along_heads(kind):
+    """The state of one token to the next; outputs lie as the inputs do. Manual ones: rows alone."""
+    cell = DeltaProductCell(8, **SIZES, use_short_conv=True, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(cell)
+    x = jax.random.normal(jax.random.key(0), (4, 3, 8))
+    carry = cell.initialize_carry((4, 8), nnx.Rngs(carry=1), nnx.initializers.normal(1.0))
+
+    def run(params, carry, x):
+        cell = nnx.merge(graph, params)
+        one, y = cell(carry, x[:, 0])
+        whole, after = cell.mixer(x[:, 1:], state=one)
+        return y, whole, jax.tree.leaves(after)
+
+    expected = jax.jit(run)(params, carry, x)
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    if kind == AxisType.Manual:
+        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        cut = jax.shard_map(run, mesh=mesh, in_specs=(whole, rows, rows), out_specs=rows)
+        close(jax.jit(cut)(params, carry, x), expected)
+        return
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+    along_heads = jax.tree.map(lambda x: rows, carry)._replace(
+        recurrent=PartitionSpec("data", "tensor")
+    )
+    lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (whole, along_heads, rows))
+    got = jax.jit(run)(
+        *(jax.device_put(a, s) for a, s in zip((params, carry, x), lies, strict=True))
+    )
+    if kind == AxisType.Explicit:
+        assert [x.sharding.spec[0] for x in got[:2]] == ["data", "data"]
+        assert got[2][0].sharding.spec[:2] == ("data", "tensor")
+    close(got, expected)

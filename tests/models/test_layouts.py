@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.parallel.names import cut, names_of_model
 
 ALL = ("gated_delta_product", "transformer", "mamba2", "gla", "mlstm", "slstm", "rwkv7")
 # One of them whenever tests run, the others, which take as long again each, with --slow.
@@ -54,6 +55,57 @@ def test_the_batch_over_an_explicit_axis(mixer):
     got = run(whole, *rows)
     assert got[0][0].sharding.spec[0] == "data"
     close(got, run(params, *inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ALL)
+def test_batch_and_heads_over_explicit_axes(mixer):
+    """Parameters lie as the table of `deltaproduct_jax.parallel` has them."""
+    graph, params = make(mixer)
+    params = nnx.to_pure_dict(params)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+    names = names_of_model(nnx.merge(graph, params))
+    sizes = {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
+
+    def lies(keys, x):
+        path = tuple(str(key.key) for key in keys)
+        return NamedSharding(mesh, PartitionSpec(*cut(names[path], x.shape, sizes)))
+
+    def run(params, *arrays):
+        outs, pull = jax.vjp(lambda p: read(graph, p, *arrays), params)
+        return outs, pull(outs)[0]
+
+    run = jax.jit(run)
+    laid = jax.device_put(params, jax.tree_util.tree_map_with_path(lies, params))
+    assert any("tensor" in x.sharding.spec for x in jax.tree.leaves(laid))
+    rows = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
+    (y, one, state), gradients = run(laid, *rows)
+    assert y.sharding.spec == PartitionSpec("data", None, None)
+    assert one.sharding.spec == PartitionSpec("data", None)
+    assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(state))
+    jax.tree.map(lambda x, p: x.sharding.spec == p.sharding.spec or 1 / 0, gradients, laid)
+    close(((y, one, state), gradients), run(params, *inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ALL)
+def test_inside_shard_map(mixer):
+    """Manual axes: each device has its rows, and gradients of parameters are summed."""
+    graph, params = make(mixer)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def run(params, *arrays):
+        def loss(params):
+            outs = read(graph, params, *arrays)
+            return sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(outs)), outs
+
+        gradients, outs = jax.grad(loss, has_aux=True)(params)
+        return outs, gradients
+
+    rows = PartitionSpec("data")
+    specs = {"in_specs": (PartitionSpec(), rows, rows, rows), "out_specs": (rows, PartitionSpec())}
+    got = jax.jit(jax.shard_map(run, mesh=mesh, **specs))(params, *inputs())
+    close(got, jax.jit(run)(params, *inputs()))
 
 
 @pytest.mark.parametrize("mixer", MIXERS)

@@ -277,6 +277,15 @@ def test_bfloat16_stays_near(op):
         ({"implementation": "triton"}, "implementation='triton' is not available; it may be one"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"implementation": "recurrent", "chunk_size": 8}, "chunk_size=8 has no meaning"),
+        ({"q": np.ones((B, T, H, K), int)}, "q must have a dtype among bfloat16, .*, got int32"),
+        ({"v": np.ones((B, T, H, V), np.float16)}, "v must be float32 when q is float32, got flo"),
+        ({"k": [0.0]}, "k must be a JAX or NumPy array, got list"),
+        ({"negative": np.ones((B, T, H))}, "negative must have dtype bool, got float32"),
+        ({"segment_ids": np.zeros((B, T))}, "segment_ids must have an integer dtype, got float32"),
+        (
+            {"initial_state": np.zeros((B, H, K, V), np.float16)},
+            "initial_state must be float32 when q is float32, got float16",
+        ),
     ],
 )
 def test_errors_name_the_argument(change, text, unchecked):
@@ -292,3 +301,5 @@ def test_other_ops_check_their_inputs(unchecked):
         baselines.mlstm(**draw("mlstm") | {"log_f": np.zeros((B, T))})
     with pytest.raises(ValueError, match="recurrent must have 4 gates z, i, f, o, got 3"):
         baselines.slstm(x=np.zeros((B, T, 3, H, V)), recurrent=np.zeros((3, H, V, V)))
+    with pytest.raises(ValueError, match="recurrent must be float32 when x is float32, got int8"):
+        baselines.slstm(**draw("slstm"), recurrent=np.zeros((4, H, V, V), np.int8))

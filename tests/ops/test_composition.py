@@ -319,7 +319,7 @@ def test_default_chunk_size_follows_state_dtype_and_platform():
     assert size("tpu", "float32", R=100) == 1
     assert size("tpu", "bfloat16") == 64
     assert size("tpu", "bfloat16", T=40) == 40
-    assert size("default", "bfloat16") == 32
+    assert size("default", "bfloat16") == size("cuda", "bfloat16") == 32
 
 
 def test_memory_of_a_gradient_is_small_and_no_system_is_solved():

@@ -136,3 +136,20 @@ def test_a_tpu_works_on_short_sequences_at_once_and_on_large_batches_span_by_spa
     assert cut_for("cpu", 64, 16, B=32, T=4096, **sizes) == Cut(64, 16, 1)
     assert Cut(64, 16).chunks_at_once == 4
     assert Cut(64, 32, 4).chunks_at_once == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"platform": "gpu"}, "platform='gpu' is not known; it may be one of 'cpu', 'tpu', 'cuda'"),
+        ({"dtype": "int8"}, "dtype='int8' must be a dtype among"),
+        ({"R": 0}, "R must be a whole number of at least 1, got 0"),
+        ({"K": 2.5}, "K must be a whole number of at least 1, got 2.5"),
+        ({"T": -1}, "T must be a whole number of at least 0, got -1"),
+        ({"V": True}, "V must be a whole number of at least 1, got True"),
+    ],
+)
+def test_a_chunk_size_of_nothing_is_refused(values, says, unchecked):
+    sizes = {"platform": "cpu", "dtype": "float32", "T": 9, "R": 2, "K": 64, "V": 64} | values
+    with pytest.raises(ValueError, match=says):
+        default_chunk_size(sizes.pop("platform"), sizes.pop("dtype"), **sizes)

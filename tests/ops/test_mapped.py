@@ -28,6 +28,27 @@ mapped = jax.jit(jax.vmap(pull))(jnp.stack([out, 2 * out]))
 for x, y in zip(mapped, pull(out)):
     assert jnp.allclose(x[0], y, atol=1e-4), abs(x[0] - y).max()
 """
+SECOND = """
+import jax, jax.numpy as jnp
+from deltaproduct_jax import delta_product
+a = [jax.random.normal(jax.random.key(i), s) for i, s in enumerate(
+    [(1, 8, 2, 4), (1, 8, 2, 2, 4), (1, 8, 2, 4, 8), (1, 8, 2, 4), (1, 8, 4)])]
+a[4] = -abs(a[4])
+def pulled(*a):
+    run = lambda *a: delta_product(*a, use_qk_l2norm=True, implementation="chunked")[0]
+    return jax.vjp(run, *a)[1](jnp.ones((1, 8, 4, 8)))
+second = jax.jit(lambda c: jax.vjp(pulled, *a)[1](c))
+c = tuple(a)
+mapped = jax.jit(jax.vmap(second))(jax.tree.map(lambda x: jnp.stack([x, 2 * x]), c))
+for x, y in zip(mapped, second(c)):
+    assert jnp.allclose(x[0], y, atol=1e-3 * abs(y).max()), abs(x[0] - y).max()
+"""
+TWICE = (
+    OP.replace("jax.vmap(pull)", "jax.vmap(jax.vmap(pull))")
+    .replace("(jnp.stack([out, 2 * out]))", "(jnp.stack([jnp.stack([out, 2 * out])] * 3))")
+    .replace("x[0], y", "x[1, 0], y")
+    .replace("abs(x[0]", "abs(x[1, 0]")
+)
 LAYER = """
 import jax, jax.numpy as jnp
 from flax import nnx
@@ -65,6 +86,8 @@ print("alive")
         pytest.param(OP.replace("NAME", "'associative'"), id="associative"),
         pytest.param(LAYER, id="layer"),
         pytest.param(WHOLE, id="whole"),
+        pytest.param(SECOND, id="second derivative"),
+        pytest.param(TWICE.replace("NAME", "'chunked'"), id="mapped twice"),
     ],
 )
 def test_a_mapped_gradient_leaves_the_process_alive(program):

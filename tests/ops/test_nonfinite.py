@@ -7,15 +7,21 @@ expected to be NaN must be what it is without the bad value, bit for bit.
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ARGUMENTS, IMPLEMENTATIONS, Case, cast, draw_cotangents, run
 
-from deltaproduct_jax.ops import sharded_delta_product
+from deltaproduct_jax.ops import delta_product, sharded_delta_product
+from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.route import Route
 
-CASE = Case(T=12, R=2, B=2, H=2, G=2, K=4, V=3)
+CASE = Case(T=12, R=2, B=2, H=2, G=2, K=8, V=9)  # widths of a vector and more
 IDS = np.array([[4] * 5 + [1] * 3 + [4] * 4, [0] * 7 + [3] * 5])
 BOUNDS = ((0, 5, 8, 12), (0, 7, 12))
+# "chunked" where another platform of the same program has a kernel.
+BESIDE = "beside a kernel"
+EVERY = [*IMPLEMENTATIONS, pytest.param(BESIDE, marks=pytest.mark.slow)]
 # Bad tokens of row 0: the first of a row, of a segment, inside one, the last of one, of a row.
 PLACES = (0, 5, 6, 7, 11)
 
@@ -41,10 +47,14 @@ def clean(implementation, last=CASE.T):
 
 def results(implementation, arrays, cotangents, segment_ids=IDS):
     """Outputs, final state and gradients by name."""
-    chunks = {"chunk_size": 4} if implementation == "chunked" else {}
-    (o, state), gradients = run(
-        arrays, cotangents, segment_ids=segment_ids, implementation=implementation, **chunks
-    )
+    options = {"implementation": implementation}
+    if implementation in ("chunked", BESIDE):  # of which each is traced once
+        size = 4 if implementation == "chunked" else 6
+        options = {"implementation": "chunked", "chunk_size": size}
+    with pytest.MonkeyPatch.context() as patch:
+        if implementation == BESIDE:
+            patch.setattr(Route, "may_run_kernel", True)
+        (o, state), gradients = run(arrays, cotangents, segment_ids=segment_ids, **options)
     return {"o": o, "final_state": state} | {f"d{n}": x for n, x in gradients.items()}
 
 
@@ -81,7 +91,7 @@ def check(found, expected, bad_outputs, bad_gradients, bad_state, bad_start):
         np.testing.assert_array_equal(x[~is_nan], expected[name][~is_nan], err_msg=name)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_a_bad_operand_reaches_the_rest_of_its_segment(implementation):
     arrays, cotangents, expected = clean(implementation)
     for name in ARGUMENTS[:5]:
@@ -98,7 +108,7 @@ def test_a_bad_operand_reaches_the_rest_of_its_segment(implementation):
             check(found, expected, slice(place, end), slice(start, end), end == CASE.T, start == 0)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_a_bad_state_reaches_the_first_segment(implementation):
     arrays, cotangents, expected = clean(implementation)
     bad = arrays | {"initial_state": poisoned(arrays["initial_state"], (0, slice(0, 2), 1), np.inf)}
@@ -106,7 +116,7 @@ def test_a_bad_state_reaches_the_first_segment(implementation):
     check(found, expected, slice(0, 5), slice(0, 5), False, True)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_a_bad_cotangent_reaches_the_tokens_before_it(implementation):
     arrays, (do, dstate), expected = clean(implementation)
     for place in PLACES:
@@ -118,7 +128,7 @@ def test_a_bad_cotangent_reaches_the_tokens_before_it(implementation):
     check(results(implementation, arrays, bad), expected, slice(0), slice(8, 12), False, False)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_a_loss_of_what_stands_before_is_exact(implementation):
     """Its cotangents are 0 from the bad token to the end of the segment."""
     for place in PLACES:
@@ -129,7 +139,7 @@ def test_a_loss_of_what_stands_before_is_exact(implementation):
         check(found, expected, slice(place, end), slice(0), end == CASE.T, False)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERY)
 def test_a_decay_of_minus_infinity_forgets_everything(implementation):
     arrays, cotangents, _ = clean(implementation)
     arrays = arrays | {"g": poisoned(arrays["g"], (slice(None), slice(1, 12, 3)), -np.inf)}
@@ -152,6 +162,48 @@ def test_a_state_that_overflows_stays_in_its_segment(implementation):
     assert not np.isfinite(o[0, 2:5]).any()
     np.testing.assert_array_equal(o[0, 5:], expected[0, 5:])
     np.testing.assert_array_equal(o[1], expected[1])
+
+
+def test_what_overflows_inside_a_chunk_reaches_no_earlier_chunk_row_or_head():
+    arrays, cotangents, expected = clean("chunked")
+    arrays = arrays | {"k": poisoned(arrays["k"], (0, slice(9, 11), slice(None), 0), 3e16)}
+    o = results("chunked", arrays, cotangents)["o"]
+    assert not np.isfinite(o[0, 11, :2]).any()
+    is_exact = np.ones(o.shape, bool)
+    is_exact[0, 8:, :2] = False  # the chunk, of the two value heads of key head 0
+    np.testing.assert_array_equal(o[is_exact], expected["o"][is_exact])
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float32"), (-np.inf, "bfloat16")])
+def test_it_is_seen_wherever_it_stands(value, dtype):
+    """Of as many numbers as XLA hands to a library, whose maximum overlooks NaN."""
+    B, T, R, H, K = 1, 128, 4, 2, 64
+
+    @jax.jit
+    def spoil(x):
+        run = lambda x, state: (jnp.sum(only_finite(x), axis=2), state)
+        return contained(run, x, jnp.zeros((B, H, 1, 1)), None, head_axes=3)
+
+    x = jnp.ones((B, T, R, H, K), dtype)
+    for place in (0, 7, 8, 37, 63):
+        o, state = spoil(x.at[0, 70, 2, 1, place].set(value))
+        is_nan = np.zeros(o.shape, bool)
+        is_nan[0, 70:, 1] = True
+        np.testing.assert_array_equal(np.isnan(o.astype(np.float32)), is_nan)
+        np.testing.assert_array_equal(np.isnan(state)[0, :, 0, 0], [False, True])
+
+
+def test_a_recurrence_beside_a_kernel(monkeypatch):
+    monkeypatch.setattr(Route, "may_run_kernel", True)
+    arrays, _, _ = clean("recurrent")
+    bad = arrays | {"k": poisoned(arrays["k"], (0, 6, 1, 0, 2), np.inf)}
+    op = lambda arrays: jax.jit(lambda a: delta_product(**a, segment_ids=IDS))(arrays)
+    (found, state), (expected, _) = op(bad), op(arrays)
+    is_nan = np.zeros(found.shape, bool)
+    is_nan[0, 6:8, :2] = True
+    np.testing.assert_array_equal(np.isnan(found), is_nan)
+    np.testing.assert_array_equal(found[~is_nan], expected[~is_nan])
+    assert np.isfinite(state).all()
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

@@ -54,11 +54,48 @@ def test_batch_and_heads_over_a_mesh_need_no_collective(kind, implementation):
     )
 
 
-def test_a_step_over_explicit_axes():
+def sharded_specs(arrays, one_token=False):
+    layouts = {n: [d for d in checks.LAYOUT[n] if not (one_token and d == "T")] for n in arrays}
+    return {n: PartitionSpec(*map(AXES.get, layouts[n])) for n in arrays}
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    ["recurrent", *(pytest.param(name, marks=pytest.mark.slow) for name in ("chunked", None))],
+)
+def test_batch_and_heads_over_manual_axes(implementation):
+    arrays = arrays_of()
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    specs = sharded_specs(arrays)
+    of_state = specs["initial_state"]
+    run = jax.jit(lambda arrays: outputs_and_gradients(arrays, implementation))
+    cut = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs,), out_specs=((specs["q"], of_state), (specs,))
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), jax.jit(cut)(arrays), run(arrays)
+    )
+
+
+@pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto, AxisType.Manual])
+def test_a_step_over_axes_of_every_kind(kind):
     arrays = arrays_of()
     arrays = {n: x if n == "initial_state" else x[:, 0] for n, x in arrays.items()}
     arrays["state"] = arrays.pop("initial_state")
-    got = jax.jit(delta_product_step)(**laid_out(arrays, AxisType.Explicit, one_token=True))
+    if kind == AxisType.Manual:
+        mesh, specs = (
+            jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2),
+            sharded_specs(arrays, True),
+        )
+        cut = jax.shard_map(
+            lambda arrays: delta_product_step(**arrays),
+            mesh=mesh,
+            in_specs=(specs,),
+            out_specs=(specs["q"], specs["state"]),
+        )
+        got = jax.jit(cut)(arrays)
+    else:
+        got = jax.jit(delta_product_step)(**laid_out(arrays, kind, one_token=True))
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), got, delta_product_step(**arrays)
     )

@@ -87,7 +87,10 @@ def test_a_folder_of_text_is_read_in_order(tmp_path):
     assert texts == ["a", "b\ufffd"]
     assert counts == {"invalid_utf8": 1, "empty": 1}
     named = [str(tmp_path / "a.txt"), str(tmp_path), str(tmp_path / "deep/../a.txt")]
-    assert len(list_sources(named, ["*.txt"])) == 2  # each once
+    (tmp_path / "deep" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    counts = Counter()
+    assert len(list_sources(named, ["*.txt"], counts)) == 2  # each once
+    assert counts == {"no_file": 1}
 
 
 def test_small_files_make_one_piece_and_large_ones_several(tmp_path):

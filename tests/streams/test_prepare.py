@@ -79,6 +79,7 @@ def test_every_document_is_in_one_split_and_comes_back(sources, tmp_path):
         "null": 1,
         "malformed": 1,
         "invalid_utf8": 0,
+        "no_file": 0,
     }
     for split, said in manifest["splits"].items():
         assert said["documents"] == len(by_split[split])

@@ -142,6 +142,13 @@ def test_version_0_1_saved_no_checksum(copied):
     assert leaves_equal(newest_state(copied), state_at(4))
 
 
+def test_a_checkpoint_under_another_number_is_seen(copied):
+    (copied / "4").rename(copied / "5")
+    text = r"checkpoint 5 in .* is damaged: it holds step 4; checkpoint 2 is whole: --resume_from=2"
+    with pytest.raises(RunDirectoryError, match=text):
+        newest_state(copied)
+
+
 def test_empty_and_foreign_folders_are_passed_over_and_stay(copied):
     (copied / "6").mkdir()
     (copied / "8").mkdir()

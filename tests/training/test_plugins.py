@@ -1,6 +1,7 @@
 """Mixers and tasks of other people's files, as the page shows them: trained, resumed, swept."""
 
 import json
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -77,6 +78,18 @@ def fixed_of(files) -> str:
     settings = TINY | CHOSEN | {"plugins": files}
     del settings["horizon"]
     return ";".join(f"{name}={value}" for name, value in settings.items())
+
+
+def test_tables_of_a_sweep_need_no_plugins(files, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "sweep"
+    assert len(claim(folder, "train", ["horizon=2,8"], fixed_of(files))) == 2
+    for path in files.split(","):
+        Path(path).unlink()
+    forget()
+    assert sweep.main([f"--workdir={folder}", "--launcher=none"]) == 0
+    assert set(table(folder)) == {"horizon=2", "horizon=8"}
+    assert sweep.main([f"--workdir={folder}"]) == 2
+    assert "average.py' is no file" in capsys.readouterr().err
 
 
 def test_a_sweep_knows_what_plugins_register(files, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -18,6 +19,7 @@ from deltaproduct_jax.training import loop, records
 from deltaproduct_jax.training.progress import Progress
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 
+ROOT = Path(__file__).parents[2]
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
@@ -126,6 +128,64 @@ def test_a_second_signal_ends_at_once():
     assert process.stdout.readline() == "SIGTERM\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=20) == ("", "")
+    assert process.returncode == 130
+
+
+SLOW_TO_IMPORT = """
+import time
+print("importing", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_signal_while_jax_is_imported_is_one_line(tmp_path):
+    (tmp_path / "jax.py").write_text(SLOW_TO_IMPORT)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.train", "--help"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    text = "stopped by Ctrl-C; the same command begins anew\n"
+    assert process.communicate(timeout=20) == ("", text)
+    assert process.returncode == 130
+
+
+OUTSIDE = """
+from experiments.lib import environment
+environment.inside = lambda: True
+environment.go_on_inside("m")
+"""
+INSIDE = """
+import sys, time
+print("ready", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.5)
+    print("saved", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_the_command_around_a_run_waits_for_its_end(tmp_path):
+    (tmp_path / "m.py").write_text(INSIDE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", OUTSIDE],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.communicate(timeout=20) == ("saved\n", "")
     assert process.returncode == 130
 
 

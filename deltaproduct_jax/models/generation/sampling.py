@@ -157,4 +157,6 @@ def draw(
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], jnp.float32))(keys)
         drawn = jnp.argmax(jnp.where(kept, scaled + noise, -jnp.inf), axis=1)
         tokens = jnp.where(jnp.asarray(rules.temperature) > 0, drawn, tokens)
-    return jnp.where(jnp.isfinite(jnp.max(logits, axis=1)), tokens, -1).astype(jnp.int32)
+    # On a CPU a maximum may overlook NaN (ops/containment.py).
+    is_sound = jnp.isfinite(jnp.max(logits, axis=1)) & ~jnp.any(jnp.isnan(logits), axis=1)
+    return jnp.where(is_sound, tokens, -1).astype(jnp.int32)

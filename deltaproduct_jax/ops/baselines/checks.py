@@ -24,8 +24,11 @@ def check_options(implementation: Any, chunk_size: Any, T: Any) -> None:
     checks.check_chunk_size(chunk_size, implementation)
 
 
-def check_shapes(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: bool) -> None:
-    """Compares arrays with their layouts; the first with a dimension fixes its size.
+def check_arrays(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: bool) -> None:
+    """Compares arrays with their layouts, where the first with a dimension fixes its size.
+
+    The first also fixes what dtypes of floating point the others may have: its own, or the
+    accumulator's; a state has the latter.
 
     Args:
         arrays: name -> (array or None, layout such as ``"B T H K"``).
@@ -35,9 +38,9 @@ def check_shapes(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: 
         ValueError: naming the argument, what it got and what it may be.
     """
     sizes: dict[str, int] = {}
-    for name, (array, layout) in arrays.items():
-        if array is None:
-            continue
+    given = {name: entry for name, entry in arrays.items() if entry[0] is not None}
+    _check_dtypes({name: checks.as_array(name, array) for name, (array, _) in given.items()})
+    for name, (array, layout) in given.items():
         letters = [d for d in layout.split() if not (one_token and d == "T")]
         known = ", ".join(f"{d}={sizes[d]}" for d in letters if d in sizes)
         fits = len(array.shape) == len(letters) and all(
@@ -46,3 +49,23 @@ def check_shapes(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: 
         if not fits:
             wanted = f"[{', '.join(letters)}]" + (f" with {known}" if known else "")
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(array.shape)}")
+
+
+def _check_dtypes(arrays: Mapping[str, jax.Array]) -> None:
+    first, dtype = next((name, array.dtype) for name, array in arrays.items())
+    checks.check_floating(first, dtype)
+    wide = checks.accumulator_dtype(dtype)
+    for name, array in arrays.items():
+        if name == "segment_ids":
+            checks.check_segment_dtype(array.dtype)
+        elif name in ("mask", "negative"):
+            if array.dtype != bool:
+                raise ValueError(f"{name} must have dtype bool, got {array.dtype.name}")
+        else:
+            is_state = name.partition(".")[0] in ("state", "initial_state")
+            allowed = {wide} if is_state else {dtype, wide}
+            if array.dtype not in allowed:
+                names = " or ".join(sorted(d.name for d in allowed))
+                raise ValueError(
+                    f"{name} must be {names} when {first} is {dtype.name}, got {array.dtype.name}"
+                )

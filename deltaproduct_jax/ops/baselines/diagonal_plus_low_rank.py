@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
+from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
 from deltaproduct_jax.ops.checks import check_scale
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.parts import on_each_part
@@ -111,7 +111,7 @@ def _check(q, k, v, a, b, g, state, state_name, segment_ids, one_token=False) ->
         state_name: (state, "B H K V"),
         "segment_ids": (segment_ids, "B T"),
     }
-    check_shapes(arrays, one_token)
+    check_arrays(arrays, one_token)
 
 
 def _step(state_BHKV, q, k, v, a, b, g, scale):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
+from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
 from deltaproduct_jax.ops.checks import check_scale
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.parts import on_each_part
@@ -123,7 +123,7 @@ def _check(q, k, v, g, negative, state, state_name, segment_ids, one_token=False
         state_name: (state, "B H K V"),
         "segment_ids": (segment_ids, "B T"),
     }
-    check_shapes(arrays, one_token)
+    check_arrays(arrays, one_token)
 
 
 def _step(state_BHKV, q, k, v, g, negative, scale):

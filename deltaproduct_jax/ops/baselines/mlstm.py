@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_options, check_shapes
+from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
 from deltaproduct_jax.ops.baselines.gated_linear_attention import attend_in_chunks
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.exported import exported
@@ -161,7 +161,7 @@ def _check(q, k, v, i, log_f, state, state_name, segment_ids, one_token=False) -
         f"{state_name}.stabilizer": (stabilizer, "B H"),
         "segment_ids": (segment_ids, "B T"),
     }
-    check_shapes(arrays, one_token)
+    check_arrays(arrays, one_token)
 
 
 def _step(state: MLSTMState, q, k, v, i, log_f):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_shapes
+from deltaproduct_jax.ops.baselines.checks import check_arrays
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
@@ -114,7 +114,7 @@ def _check(x, recurrent, state, state_name, segment_ids, mask, one_token=False) 
     if state is not None:
         arrays |= {f"{state_name}.{n}": (a, "B H V") for n, a in state._asdict().items()}
     arrays |= {"segment_ids": (segment_ids, "B T"), "mask": (mask, "B T")}
-    check_shapes(arrays, one_token)
+    check_arrays(arrays, one_token)
     if recurrent.shape[0] != 4:
         raise ValueError(f"recurrent must have 4 gates z, i, f, o, got {recurrent.shape[0]}")
 

@@ -18,6 +18,11 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state)``
     As `chunked_backward`, from what its own ``forward`` kept.
 
+One that JAX cannot lower everywhere has a seventh:
+
+``reason_when_lowered(axis_context) -> str | None``
+    Why it cannot, by what is known then, as the end of a sentence, or None.
+
 The modules import packages that need not be there, so they are imported where they are used.
 """
 

@@ -307,11 +307,14 @@ def claim(
     fixed: str,
     most: int = MOST_RUNS,
     accept: Callable[[Run], None] = lambda run: None,
+    *,
+    to_run: bool = True,
 ) -> list[Run]:
     """The runs of a sweep, saved in its folder before any is started.
 
     A folder that holds a sweep goes on with it: without grids as it was, with grids only if they
-    hold every run that is there, to which theirs are added.
+    hold every run that is there, to which theirs are added. Where nothing is ``to_run`` and no
+    grid is given, the script and its plug-ins need not be there.
 
     Raises:
         ConfigError: the grids cannot be honoured, or ``accept`` raises it of a run.
@@ -329,6 +332,8 @@ def claim(
         raise RunDirectoryError(
             f"{folder} holds a sweep of {saved_script}, not of {script}; give another workdir"
         )
+    if not grids and not to_run:
+        return saved
     module = load_script(saved_script or script)
     saved = [_as_now(run, module, folder) for run in saved]
     wanted = expand(saved_script or script, grids, fixed, most) if grids else saved

@@ -114,6 +114,8 @@ class RunFolder:
 
     def _outcome(self) -> Row:
         """State, outcome and what went wrong; RunDirectoryError if a record is damaged."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is no directory")
         results = read_results(self.path)
         state, attempts = self.state(), self.attempts()
         return {
@@ -149,6 +151,8 @@ def _tail(path: Path) -> bytes:
             data = file.read()
     except FileNotFoundError:
         return b""
+    except OSError as error:
+        raise RunDirectoryError(f"{path} cannot be read: {error.strerror}") from error
     return data if size <= TAIL_BYTES else data.partition(b"\n")[2]
 
 

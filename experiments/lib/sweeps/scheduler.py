@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from deltaproduct_jax.errors import RunDirectoryError
 from experiments.lib.sweeps.records import RunFolder
 from experiments.lib.sweeps.view import Entry
 
@@ -88,7 +89,11 @@ class Scheduler:
                 self._queue.append((not_before, unit))
                 continue
             began = time.time()
-            running = self._start([entry.folder for entry in unit], slot)
+            try:
+                running = self._start([entry.folder for entry in unit], slot)
+            except RunDirectoryError as error:
+                self._refuse(unit, str(error))
+                continue
             taken = [] if running is None else list(running.folders)
             self._put_back([entry for entry in unit if entry.folder not in taken])
             if running is not None:
@@ -97,6 +102,14 @@ class Scheduler:
                     entry.begin(began)
                 self._slots[slot] = ours, running
                 return
+
+    def _refuse(self, unit: Unit, error: str) -> None:
+        """Fails a run whose folder cannot be used; of several, each is tried alone."""
+        if len(unit) > 1:
+            self._queue.extend((0.0, [entry]) for entry in unit)
+            return
+        unit[0].state, unit[0].error = "failed", error
+        self._changed()
 
     def _put_back(self, unit: Unit) -> None:
         """Queues runs that another process is at, or notes that it has ended them."""

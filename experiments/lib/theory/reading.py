@@ -2,19 +2,19 @@
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.theory import Construction
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
+from deltaproduct_jax.files import read_json
+from deltaproduct_jax.theory import CATALOGUE, Construction
 
 POINTS_A_DECADE = 4
 CASE = ("construction", "dtype", "implementation", "device")
@@ -159,15 +159,43 @@ def thinned(curve: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return kept
 
 
+class Point(TypedDict):
+    """Of a row's curve: how far off and how often wrong after ``length`` tokens."""
+
+    length: int
+    errors: int
+    deviation: float
+
+
+class Row(TypedDict):
+    """What tables and figures look at of an entry of results.json."""
+
+    construction: str
+    group: str
+    num_layers: int
+    num_householder: int
+    dtype: str
+    implementation: str
+    device: str
+    letters: int
+    length: int
+    length_read: int
+    errors: int
+    min_margin: float | None
+    deviation: float
+    curve: list[Point]
+    made_by: str
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     """The rows of a results.json; ConfigError if it is no list of them."""
     try:
-        rows = json.loads(path.read_text())
-        for row in rows:
-            [row[name] for name in (*CASE, "length_read", "made_by")]
+        rows = read_json(path, list[Row])
+        for index, row in enumerate(rows):
+            require_one_of(f"[{index}].construction", row["construction"], CATALOGUE)
         return rows
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} is not a list of results: {error!r}") from error
+    except (RunDirectoryError, ConfigError) as error:
+        raise ConfigError(f"{path} is not a list of results: {error}") from error
 
 
 def case_of(row: Mapping[str, Any]) -> tuple[str, ...]:

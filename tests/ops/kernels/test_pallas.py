@@ -245,6 +245,28 @@ def test_errors(case, dtype, options, text):
         delta_product(**cast(case.arrays(), dtype), implementation="pallas_tpu", **options)
 
 
+@pytest.mark.parametrize(
+    ("memory", "devices", "says"),
+    [
+        (None, 1, "JAX does not know for which TPU"),
+        (2**27, 2, "2 devices are left to the compiler, which cuts no kernel; sharded_delta_pro"),
+    ],
+)
+def test_why_it_cannot_be_lowered_is_said_when_it_is(memory, devices, says, monkeypatch):
+    monkeypatch.setattr(passes, "memory_of_core", lambda: memory)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("data")
+    arrays, _ = inputs(dataclasses.replace(CASE, B=2, T=2, segments=False))
+    arrays = jax.device_put(arrays, jax.sharding.NamedSharding(mesh, spec))
+    run = jax.jit(functools.partial(loss, ids=None, implementation="pallas_tpu"))
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        jax.export.export(run, platforms=["tpu"])(arrays)
+    text = str(caught.value)
+    assert text.startswith("implementation='pallas_tpu' cannot run this; 'chunked' can: ")
+    assert text.endswith("; this program is lowered for tpu")
+    assert "\n" not in text
+
+
 def test_a_gpu_is_told_when_lowered():
     arrays, ids = inputs()
     lowered = jax.jit(functools.partial(loss, implementation="pallas_tpu")).trace(arrays, ids)

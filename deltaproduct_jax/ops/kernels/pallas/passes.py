@@ -11,6 +11,7 @@ delta rule, one factor per token, showed the gain of a state that stays in VMEM.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,23 @@ def is_ready() -> bool:
     manual = jax.sharding.AxisType.Manual
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
     return memory_of_core() is not None and all(n == 1 or kind == manual for n, kind in axes)
+
+
+def reason_when_lowered(axis_context) -> str | None:
+    """The same, when also the arrays' own mesh is known, as the end of a sentence."""
+    if memory_of_core() is None:
+        return "JAX does not know for which TPU"
+    mesh = getattr(axis_context, "mesh", None)  # of a shard_map
+    if mesh is None:
+        devices = getattr(axis_context, "num_devices", 1)
+    else:
+        devices = math.prod(n for x, n in mesh.shape.items() if x not in axis_context.manual_axes)
+    if (devices or 1) > 1:
+        return (
+            f"{devices} devices are left to the compiler, which cuts no kernel; "
+            "sharded_delta_product, or jax.shard_map over all axes, does"
+        )
+    return None
 
 
 def kept_span(span: int, *, dtype, B, T, **sizes) -> int:
