@@ -23,8 +23,11 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}}
 
 
 def rows(entry: Mapping[str, Any]) -> list[Row]:
-    """Token and sequence accuracy at one length, by each of the task's ways of counting."""
-    return [
+    """Token and sequence accuracy at one length, by each of the task's ways of counting.
+
+    Of text, which counts in no such way, the numbers that there are.
+    """
+    scores = [
         {
             "length": entry["length"],
             "counted": name,
@@ -34,6 +37,7 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
         for name, score in entry.items()
         if isinstance(score, dict)
     ]
+    return scores or [dict(entry)]
 
 
 EXPERIMENT = TaskExperiment("train", NamedTask, PRESETS, rows)

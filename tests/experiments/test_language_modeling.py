@@ -8,9 +8,10 @@ import tiny_run
 from flax import nnx
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
+from deltaproduct_jax.tasks.registry import NamedTask
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.config import TrainConfig
-from experiments import language_modeling
+from experiments import language_modeling, train
 from experiments.lib.language_presets import PRESETS
 
 # With the paper's vocabulary of 32,000.
@@ -84,6 +85,13 @@ def test_a_run_on_the_standard_library(finished, capsys):
     rows = (workdir / "metrics.jsonl").read_text().splitlines()
     rates = [json.loads(row)["learning_rate"] for row in rows]
     assert rates == pytest.approx([3e-3] * 4)  # the last step's update is the first to fall
+
+
+def test_the_script_for_any_task_shows_text_as_well(finished):
+    results = json.loads((finished[0] / "results.json").read_text())
+    (row,) = train.rows(results["test"][0])
+    assert row["bits_per_byte"] > 0
+    assert NamedTask.variant({"task": "text"})().stream("valid", batch_size=1, length=8, seed=0)
 
 
 @pytest.mark.parametrize(
