@@ -19,7 +19,12 @@ def with_defaults(saved: Any, config: RunConfig) -> Any:
     for section in dataclasses.fields(config):
         if isinstance(saved.get(section.name), Mapping):
             fields = dataclasses.fields(getattr(config, section.name))
-            defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+            defaults = {
+                f.name: f.default
+                for f in fields
+                # What is recorded if it is set is left out by records of this version as well.
+                if f.default is not dataclasses.MISSING and not f.metadata.get("recorded_if_set")
+            }
             filled[section.name] = plain(defaults) | dict(saved[section.name])
     return filled
 
