@@ -4,7 +4,7 @@ Dimension key: ``B`` rows of a batch, ``T`` positions.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 from deltaproduct_jax.data.config import StreamConfig
 from deltaproduct_jax.data.stream import TokenStream, open_corpora
@@ -25,8 +25,8 @@ class TextTask(StreamConfig):
     train_length: int = setting(256, "tokens of a row that is trained on")
     eval_lengths: tuple[int, ...] = setting((256,), "tokens of the rows evaluated, ascending")
 
-    answers_every_token: ClassVar[bool] = True
-    selected_by: ClassVar[tuple[Metric, ...]] = (Metric("valid_loss", larger_is_better=False),)
+    answers_every_token = True
+    selected_by = (Metric("valid_loss", larger_is_better=False),)
 
     def __post_init__(self) -> None:
         """Checks every field."""
