@@ -127,33 +127,29 @@ class Member(Trainer):
         with self.contained():
             self.records.append(self._row(step, metrics, self.records.rows))
 
-    def stand_at(
-        self,
-        step: int,
-        metrics: Metrics,
-        evaluation: Evaluation | None,
-        state: TrainState,
-        *,
-        save: bool,
-    ) -> None:
-        """Records a step and saves the state behind it, if that is due or asked for.
+    def look(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> Row | None:
+        """Records a step behind which there is more to do; returns its row, None once it failed.
 
         Args:
             step: its number.
             metrics: of the step.
             evaluation: of the validation split, if it was evaluated.
-            state: behind the step.
-            save: whether to save it in any case.
         """
         if self.outcome is not None:
-            return
+            return None
         with self.contained():
             row = self._row(step, metrics, self.records.rows)
             if evaluation is not None:
                 row |= evaluation.to_row()
             if self.config.is_logged(step):
                 self.records.append(row)
-            self._save(state, row, self.records, self.checkpoints, always=save)
+            return row
+        return None
+
+    def save(self, state: TrainState, row: Row, *, always: bool) -> None:
+        """Saves the state behind the step of a row, if that is due or ``always``."""
+        with self.contained():
+            self._save(state, row, self.records, self.checkpoints, always=always)
 
     def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
         row = super()._row(step, metrics, rows)
