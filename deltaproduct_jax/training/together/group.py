@@ -188,7 +188,6 @@ class Group:
         if training == self._training:
             return
         for member in training:
-            member.sharing = len(training)
             if member not in self._training:
                 member.stopwatch.lap()
         self._training = training
