@@ -116,7 +116,7 @@ class Group:
         self._mesh = mesh
         self._watch = Stopwatch()
         watches = [self._watch, *(member.stopwatch for member in members)]
-        self._compiling, self._evaluating = Pauses(watches), Pauses(watches)
+        self._compiling, self._aside = Pauses(watches), Pauses(watches)
         self._programs: dict[int, MappedProgram] = {}  # by their number of slots
         self._training: list[Member] = []
         self._steps_made, self._seconds = 0, 0.0
@@ -188,7 +188,6 @@ class Group:
         if training == self._training:
             return
         for member in training:
-            member.sharing = len(training)
             if member not in self._training:
                 member.stopwatch.lap()
         self._training = training
@@ -246,12 +245,17 @@ class Group:
         evaluations: dict[Member, Evaluation] = {}
         numbers = dict(self._of_each(metrics, self._training))
         if self.config.is_evaluated(step):
-            with self._evaluating.paused():
+            with self._aside.paused():
                 length = self.config.select_length
                 evaluations = self._evaluate(self._state.params, "valid", length, self._training)
-        for member, state in self._of_each(self._state, self._training):
-            state = jax.device_put(state)
-            member.stand_at(step, numbers[member], evaluations.get(member), state, save=save)
+        rows = {
+            member: member.look(step, numbers[member], evaluations.get(member))
+            for member in self._training
+        }
+        with self._aside.paused():
+            for member, state in self._of_each(self._state, self._training):
+                if (row := rows[member]) is not None:
+                    member.save(jax.device_put(state), row, always=save)
         self._show(step)
 
     def _evaluate(

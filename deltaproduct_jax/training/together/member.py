@@ -2,7 +2,8 @@
 
 It has the directory, locks, records, checkpoints and the rules of a run that is trained alone, by
 being one (`Trainer`); its steps and evaluations are computed for it. What goes wrong with it, such
-as a loss that is no number or a damaged checkpoint, ends it and none of the others.
+as a loss that is no number or a damaged checkpoint, ends it and none of the others. Its speed and
+MFU are its own part of what the devices do for all.
 """
 
 import contextlib
@@ -33,8 +34,6 @@ from deltaproduct_jax.training.step import Metrics, TrainState, init_state, spli
 from deltaproduct_jax.training.throughput import Throughput
 
 Outcome = dict[str, Any] | RunDirectoryError | FloatingPointError
-# Columns of a row that are of the devices, which the run shares with the others.
-SHARED = ("mfu", "tokens_per_second_per_device")
 
 
 class Member(Trainer):
@@ -51,7 +50,6 @@ class Member(Trainer):
         state: before its first step, or where it was taken up; None once the group has it.
         like: the shapes of a state.
         statics: what its model keeps beside parameters, by its place.
-        sharing: runs that train on the devices now.
     """
 
     def __init__(self, config: RunConfig, workdir: Path, mesh_size: int):
@@ -66,7 +64,6 @@ class Member(Trainer):
         )
         self.definition = definition
         self.statics = _statics(model)
-        self.sharing = 1
         self._held = contextlib.ExitStack()
         layout = layout_of(config, lambda: model, DeviceConfig(mesh="data:1"))
         parameters = count_parameters(params)["total"]
@@ -127,37 +124,29 @@ class Member(Trainer):
         with self.contained():
             self.records.append(self._row(step, metrics, self.records.rows))
 
-    def stand_at(
-        self,
-        step: int,
-        metrics: Metrics,
-        evaluation: Evaluation | None,
-        state: TrainState,
-        *,
-        save: bool,
-    ) -> None:
-        """Records a step and saves the state behind it, if that is due or asked for.
+    def look(self, step: int, metrics: Metrics, evaluation: Evaluation | None) -> Row | None:
+        """Records a step behind which there is more to do; returns its row, None once it failed.
 
         Args:
             step: its number.
             metrics: of the step.
             evaluation: of the validation split, if it was evaluated.
-            state: behind the step.
-            save: whether to save it in any case.
         """
         if self.outcome is not None:
-            return
+            return None
         with self.contained():
             row = self._row(step, metrics, self.records.rows)
             if evaluation is not None:
                 row |= evaluation.to_row()
             if self.config.is_logged(step):
                 self.records.append(row)
-            self._save(state, row, self.records, self.checkpoints, always=save)
+            return row
+        return None
 
-    def _row(self, step: int, metrics: Metrics, rows: list[Row]) -> Row:
-        row = super()._row(step, metrics, rows)
-        return row | {name: self.sharing * row[name] for name in SHARED if name in row}
+    def save(self, state: TrainState, row: Row, *, always: bool) -> None:
+        """Saves the state behind the step of a row, if that is due or ``always``."""
+        with self.contained():
+            self._save(state, row, self.records, self.checkpoints, always=always)
 
     def best(self) -> TrainState | None:
         """The state of its best checkpoint; None, and an outcome, where there is none."""
