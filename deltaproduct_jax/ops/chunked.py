@@ -358,7 +358,8 @@ def _backward_of_chunks(r: Recomputed, do_NBHGCV, dnext_BHGKV, settings: Setting
     of_gram_NBHGMM = dlower_NBHGMM * p.gram
     keys_NBHGMK = spread(x.k.astype(x.beta.dtype), 3, x.v.shape[3])
     of_keys_NBHGM = decays.out * jnp.sum(dwritten_NBHGMK * keys_NBHGMK, axis=-1)
-    dbeta_NBHGM = _sum_of_rows(of_scores_NBHGCM) + _sum_of_rows(of_gram_NBHGMM)
+    sum_of_rows = _sum_of_rows if settings.widen else functools.partial(jnp.sum, axis=-2)
+    dbeta_NBHGM = sum_of_rows(of_scores_NBHGCM) + sum_of_rows(of_gram_NBHGMM)
     dbeta_NBHGM += of_keys_NBHGM
 
     dg_NBHGC = None
@@ -387,6 +388,6 @@ def _sum_of_group(x_NBHGXY):
 
 
 def _sum_of_rows(x_NBHGXY):
-    """Sum over the axis before the last, as a product with ones for the same reason."""
+    """Sum over the axis before the last on a CPU, as a product with ones for the same reason."""
     ones = jnp.ones(x_NBHGXY.shape[-2], x_NBHGXY.dtype)
     return jnp.einsum("...xy,x->...y", x_NBHGXY, ones, precision=jax.lax.Precision.HIGHEST)
