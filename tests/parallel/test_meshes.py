@@ -4,16 +4,20 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import curve, lasting, run_config
 
+from deltaproduct_jax.compilers.collectives import collectives_by_axis
 from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.config import DeviceConfig
-from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training import loop
@@ -90,6 +94,38 @@ def test_accumulated_steps_are_the_same():
     config = config_of("delta_product")
     train = TrainConfig(batch_size=8, accumulation_steps=2, clip_norm=0.5, eval_batch_size=8)
     check_same_numbers(RunConfig(TASK, config.model, train), [MIXED, "fsdp:4"], steps=10)
+
+
+@pytest.mark.parametrize("T", [16, 8])  # pieces longer, and shorter, than what a token reads
+def test_a_convolution_over_pieces_reads_what_stands_before_them(T):
+    """Packed rows too, where segments begin inside of pieces."""
+    rng = np.random.default_rng(0)
+    layout = Layout(make_mesh(DeviceConfig(mesh="sequence:4,data:2")), {})
+    cut = NamedSharding(layout.mesh, PartitionSpec("data", "sequence"))
+    normal = nnx.initializers.normal(1.0)
+    conv = ShortConv(6, activation=jnp.tanh, kernel_init=normal, rngs=nnx.Rngs(0))
+    u, state = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, T, 2, 3), (2, 3, 6)))
+    run = jnp.asarray(np.cumsum(rng.random((2, T)) < 0.2, axis=1), jnp.int32)
+
+    def outputs(u, state):
+        y, after = conv(u, state, run)
+        return jnp.sum(jnp.sin(y) * (1 + jnp.arange(T))[None, :, None, None]), (y, after)
+
+    def over_pieces(u, state):
+        with layout.placed():
+            return outputs(jax.lax.with_sharding_constraint(u, cut), state)
+
+    gradient = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))
+    whole = gradient(outputs)(u, state)
+    compiled = gradient(over_pieces).lower(u, state).compile()
+    for a, b in zip(*map(jax.tree.leaves, (compiled(u, state), whole)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    if T == 16:
+        sent = collectives_by_axis(compiled.as_text(), layout.sizes)
+        halo = 4 * 1 * 3 * 6
+        permuted = [s.size for s in sent if s.kind == "collective-permute"]
+        assert permuted
+        assert max(permuted) == halo
 
 
 def test_no_device_ever_holds_the_whole_model():
