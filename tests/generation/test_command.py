@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,33 +19,17 @@ from deltaproduct_jax.files import to_json
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.generation import Generator, Sampling
-from deltaproduct_jax.settings import setting
-from deltaproduct_jax.tasks.registry import TASKS, register_task
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
 from deltaproduct_jax.training.step import init_state, split_model
+from deltaproduct_jax.training.text import TextTask
 from experiments import generate
 from experiments.lib import flags
 from experiments.op import generation_speed
 
 ROOT = Path(__file__).parents[2]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bytes:
-    """Text of bytes, as a task that a run directory may name; nothing of it is trained here."""
-
-    data: tuple[str, ...] = setting(("stdlib",), "text")
-    train_length: int = setting(8, "tokens")
-
-    vocab_size: ClassVar[int] = 257
-    answers_every_token: ClassVar[bool] = True
-    test_lengths: ClassVar[tuple[int, ...]] = (8,)
-
-    def check_length(self, name, length):
-        """Any will do."""
 
 
 def save(run, config):
@@ -65,12 +48,11 @@ def save(run, config):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    register_task("bytes_of_test_command", Bytes)
     sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8}
     path = tmp_path_factory.mktemp("generate") / "run"
-    save(path, RunConfig(Bytes(), ModelConfig(vocab_size=257, **sizes), TrainConfig()))
-    yield path
-    del TASKS["bytes_of_test_command"]
+    # Vocabularies are rounded up: what the tokenizer does not have is never written.
+    save(path, RunConfig(TextTask(), ModelConfig(vocab_size=264, **sizes), TrainConfig()))
+    return path
 
 
 def written(capsys, run, *argv):
@@ -84,7 +66,7 @@ def test_the_text_is_the_generators(run, capsys):
     tokenizer = ByteTokenizer()
     prompt = [tokenizer.bos_id, *b"def f"]
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    generator = Generator(model, decode=tokenizer.decode)
+    generator = Generator(model, decode=tokenizer.decode, vocab_size=257)
     options = {"sampling": sampling, "stop_tokens": (256,), "max_tokens": 40, "seed": 4}
     found = generator.generate([prompt], **options)[0]
     want = found.text

@@ -32,7 +32,11 @@ SAMPLINGS = [
 ]
 # One whenever tests run, the others with --slow.
 FAST = "gated_delta_product"
-ALL = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in MIXERS]
+HYBRID = "hybrid"  # with every second block attention, and blocks run as a scan
+ALL = [
+    name if name == FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in (*MIXERS, HYBRID)
+]
 
 
 @functools.cache
@@ -41,7 +45,10 @@ def model_of(mixer):
     sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8}
     layers = 2 if mixer in ("rwkv7", "transformer") else 1
     own = {"use_short_conv": True} if mixer == FAST else {}
-    own |= {"max_length": ROOM} if mixer == "transformer" else {}
+    own |= {"max_length": ROOM} if mixer in ("transformer", HYBRID) else {}
+    if mixer == HYBRID:
+        mixer, layers = "delta_product", 4
+        own |= {"attention_every": 2, "scan_layers": True}
     config = ModelConfig(vocab_size=VOCAB, mixer=mixer, num_layers=layers, **sizes, **own)
     model = SequenceModel(config, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
