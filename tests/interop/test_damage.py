@@ -34,11 +34,18 @@ def test_all_that_does_not_fit_is_one_error(tmp_path):
     content["model.norm.weight"] = np.ones(7, np.float32)
     content["model.layers.1.attn.g_proj.weight"] = np.ones((32, 48), np.float32)
     content["model.layers.0.mlp_norm.weight"] = np.ones(48, np.int32)
+    content["of\ntwo lines"] = np.ones(1, np.float32)
     text = refused(write(tmp_path, config(NAME), content), "has other tensors than its config.json")
     assert "missing: model.layers.{0,1}.attn.o_proj.weight;" in text
-    assert "not of this model: model.layers.1.attn.g_proj.weight;" in text
+    assert "not of this model: model.layers.1.attn.g_proj.weight, of two lines;" in text
     assert "of another shape: model.norm.weight is [7], not [48];" in text
     assert text.endswith("of no dtype that is read: model.layers.0.mlp_norm.weight is I32")
+
+
+def test_embeddings_of_a_dtype_that_is_not_read(tmp_path):
+    numbers = tensors(NAME)["model.embeddings.weight"].astype(np.int32)
+    folder = changed(tmp_path, **{"model.embeddings.weight": numbers})
+    refused(folder, "of no dtype that is read: model.embeddings.weight is I32")
 
 
 def test_layers_that_are_not_there_are_not_waited_for(tmp_path):

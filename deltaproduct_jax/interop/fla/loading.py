@@ -109,16 +109,17 @@ def _check_layers(files: TensorFiles, folder: Path, num_layers: int) -> None:
 
 
 def _dtype_of(files: TensorFiles, folder: Path) -> str:
-    """The dtype that most parameters have, refused where it is none that a model here holds."""
+    """The dtype of the embeddings, after any that a model here does not hold has been refused."""
     strange = {facts.dtype for facts in files.facts.values()} & DTYPES.keys() - set(_HELD)
     if strange:
         raise ConfigError(
             f"param_dtype is not given, and {folder} has tensors of {', '.join(sorted(strange))}; "
             f"it may be {' or '.join(model_config.DTYPES)}, to which they are converted"
         )
-    if EMBEDDINGS not in files.facts:
-        return "float32"  # it is missing, which the list of what is missing will say
-    return DTYPES[files.facts[EMBEDDINGS].dtype].name
+    embeddings = files.facts.get(EMBEDDINGS)
+    if embeddings is None or embeddings.dtype not in DTYPES:
+        return "float32"  # the list of what does not fit will say so
+    return DTYPES[embeddings.dtype].name
 
 
 def _sources(
@@ -166,16 +167,16 @@ def _compare(
     }
     said = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
     if said:
-        raise RunDirectoryError(
-            f"{folder} has other tensors than its config.json; {'; '.join(said)}"
-        )
+        text = " ".join("; ".join(said).split())  # a name may be anything
+        raise RunDirectoryError(f"{folder} has other tensors than its config.json; {text}")
 
 
 def gathered(keys: Iterable[str]) -> list[str]:
     """Names of tensors, those of several layers as one: ``model.layers.{0,1}.attn.A_log``."""
     layers: dict[tuple[str, str], list[int]] = {}
     for key in keys:
-        before, number, after = re.fullmatch(r"(.*?\blayers\.)?(\d+)?(.*)", key).groups()
+        parts = re.fullmatch(r"(.*?\blayers\.)?(\d+)?(.*)", key, re.DOTALL)
+        before, number, after = parts.groups()
         layers.setdefault((before or "", after), []).append(-1 if number is None else int(number))
     return sorted(
         f"{before}{_numbers(numbers)}{after}" for (before, after), numbers in layers.items()
