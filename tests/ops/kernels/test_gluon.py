@@ -39,8 +39,11 @@ def compiled(**sizes) -> dict:
     return json.loads(run.stdout)
 
 
-def check(kernels: dict, K: int = 128) -> None:
-    """Every kernel fits, uses the tensor cores, and wants no scratch memory."""
+def check(kernels: dict, K: int = 128, one_by_one: str | None = None) -> None:
+    """Every kernel fits, uses the tensor cores, and wants no scratch memory.
+
+    Products of none wait for each other, but of the one named.
+    """
     for name, kernel in kernels.items():
         assert kernel["shared_bytes"] <= SHARED, (name, kernel)
         assert kernel["scratch_bytes"] == 0, (name, kernel)
@@ -48,7 +51,7 @@ def check(kernels: dict, K: int = 128) -> None:
             assert kernel["spilt_bytes"] == 0
             continue
         assert kernel["products"] > 0, (name, kernel)
-        assert not kernel["one_by_one"], (name, kernel)
+        assert kernel["one_by_one"] is (name == one_by_one), (name, kernel)
         most = SPILT_BY_INVERSE if name == "inverse" else SPILT_BY_WALKS
         if name.startswith("walk_back"):
             most = SPILT_BY_WALKS_BACK[K]
@@ -109,4 +112,5 @@ def test_gradients_compile_for_hopper_and_fit(sizes):
     if sizes.get("pieces"):
         names |= {"walk ends", "walk maps", "walk_back ends"}
     assert {name for name in kernels if name.startswith("walk")} == names
-    check(kernels, sizes.get("K", 128))
+    # With eight factors and no gates too many registers are taken, for reasons of the assembler's.
+    check(kernels, sizes.get("K", 128), "walk_back whole" if sizes["R"] == 8 else None)
