@@ -2,6 +2,7 @@
 
 import asyncio
 import configparser
+import dataclasses
 import re
 import shutil
 import subprocess
@@ -194,5 +195,5 @@ def test_a_configuration_comes_back_from_its_record():
 
 @pytest.mark.parametrize("task", TASKS.values())
 def test_a_task_is_known_by_its_fields(task):
-    names = [field for field in task.__dataclass_fields__]
+    names = [field.name for field in dataclasses.fields(task)]
     assert class_of_task(dict.fromkeys(names)) is task

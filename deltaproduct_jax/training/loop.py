@@ -24,9 +24,13 @@ from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
-from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
+from deltaproduct_jax.training.measuring.memory import (
+    require_memory_of_config,
+    require_memory_of_state,
+)
+from deltaproduct_jax.training.measuring.profiling import PROFILE, Profiler
+from deltaproduct_jax.training.measuring.throughput import Goodput, Throughput, in_words
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
-from deltaproduct_jax.training.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
@@ -43,7 +47,6 @@ from deltaproduct_jax.training.step import (
     make_train_step,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
-from deltaproduct_jax.training.throughput import Goodput, Throughput, in_words
 
 
 def train(

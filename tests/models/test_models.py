@@ -192,7 +192,7 @@ def test_every_field_reaches_the_model():
         ({"dtype": "float16"}, "dtype='float16' is not known"),
         (
             {"remat": "all"},
-            "remat='all' is not known; it may be one of ['none', 'products', 'blocks']",
+            "remat='all' is not known; it may be one of ['none', 'products', 'blocks', ",
         ),
         ({"hidden_size": 0}, "hidden_size=0 is too small; it must be at least 1"),
         ({"norm_eps": 0.0}, "norm_eps=0.0 must be greater than 0"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltaproduct_jax.training.throughput import (
+from deltaproduct_jax.training.measuring.throughput import (
     Goodput,
     Throughput,
     in_words,

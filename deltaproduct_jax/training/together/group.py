@@ -23,7 +23,10 @@ from deltaproduct_jax.files import require_directory
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, scored
-from deltaproduct_jax.training.memory import require_memory_of_config, require_memory_of_state
+from deltaproduct_jax.training.measuring.memory import (
+    require_memory_of_config,
+    require_memory_of_state,
+)
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CONFIG, is_there

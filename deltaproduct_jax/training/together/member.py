@@ -26,12 +26,12 @@ from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation
 from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.loop import Trainer, initial_model
+from deltaproduct_jax.training.measuring.profiling import PROFILE, Profiler
+from deltaproduct_jax.training.measuring.throughput import Throughput
 from deltaproduct_jax.training.optimizer import make_optimizer
-from deltaproduct_jax.training.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
 from deltaproduct_jax.training.start import layout_of
 from deltaproduct_jax.training.step import Metrics, TrainState, init_state, split_model
-from deltaproduct_jax.training.throughput import Throughput
 
 Outcome = dict[str, Any] | RunDirectoryError | FloatingPointError
 

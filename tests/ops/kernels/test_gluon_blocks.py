@@ -4,7 +4,6 @@ The kernels themselves have no interpreter: `test_gluon.py` compiles them, and
 `python -m experiments.hardware.gpu_check` holds them against float64 on a GPU.
 """
 
-import gluon_blocks as blocks
 import helpers
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from bars import bars_of
 from helpers import Case
 
 from deltaproduct_jax.ops.kernels.gluon import passes
+from tests.ops.kernels import gluon_blocks as blocks
 
 SIZES = {"T": 100, "B": 1, "K": 32, "V": 16}
 # Of both ways on one H100 the Triton kernels had up to .28 where keys agree and nothing decays.
