@@ -13,10 +13,10 @@ at its batch of 524,288 tokens; they want a GPU of 80 GB, or several and ``--acc
 The same command goes on after a kill, in the middle of an epoch. The vocabulary is the text's.
 
 Source: https://arxiv.org/abs/2502.10297, language modelling (sizes, optimiser, schedule, batch).
-Expect: of the preset tiny, 1.98 bits per byte on the validation files, 2.04 on the test's, 2.00
-    there in rows of 1,024 bytes: experiments/results/language/tiny/README.md.
-Takes: of the preset tiny, 440 s of process time, which is 4 minutes on two CPU cores; of the
-    others, GPU weeks.
+Expect: of the preset tiny, 1.98 bits per byte on the validation files and 2.04 on the test's; in
+    rows of 1,024 bytes 2.00 there: experiments/results/language/tiny/README.md.
+Takes: of the preset tiny, 440 s of process time, about 4 minutes on two CPU cores; of the others
+    GPU weeks.
 """
 
 import sys
