@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden_models import FOLDERS
+from interop.golden_models import FOLDERS
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation import command

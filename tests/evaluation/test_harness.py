@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import drawn
+from interop.golden_models import drawn
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs lm_eval (--extra=evaluation)", allow_module_level=True)

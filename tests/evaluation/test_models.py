@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from golden_models import drawn
+from interop.golden_models import drawn
 
 from deltaproduct_jax.data.tokenizer import train_bpe
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from golden_models import drawn
+from interop.golden_models import drawn
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer

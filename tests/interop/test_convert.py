@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from golden_models import FOLDERS, as_fork, drawn, parameters, tensors, write
+from interop.golden_models import FOLDERS, as_fork, drawn, parameters, tensors, write
 from safetensors.numpy import load_file
 
 from deltaproduct_jax import load_run

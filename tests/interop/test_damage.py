@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from golden_models import FOLDERS, config, tensors, write
+from interop.golden_models import FOLDERS, config, tensors, write
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.interop import fla

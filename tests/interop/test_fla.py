@@ -11,8 +11,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from golden_models import FOLDERS, NAMES, as_fork, config, drawn, golden, parameters, tensors, write
 from helpers import IMPLEMENTATIONS, relative_error
+from interop.golden_models import (
+    FOLDERS,
+    NAMES,
+    as_fork,
+    config,
+    drawn,
+    golden,
+    parameters,
+    tensors,
+    write,
+)
 from safetensors import safe_open
 from safetensors.numpy import load_file
 

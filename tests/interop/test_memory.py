@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from golden_models import drawn
+from interop.golden_models import drawn
 
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 
-FOLDERS = Path(__file__).parent / "data" / "fla"
+FOLDERS = Path(__file__).parents[1] / "data" / "fla"
 NAMES = ("a_gated", "b_ungated")
 
 
