@@ -4,7 +4,6 @@ The kernels themselves have no interpreter: `test_gluon.py` compiles them, and
 `python -m experiments.hardware.gpu_check` holds them against float64 on a GPU.
 """
 
-import gluon_blocks as blocks
 import helpers
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import oracle
 import pytest
 from bars import bars_of
 from helpers import Case
+from ops.kernels import gluon_blocks as blocks
 
 from deltaproduct_jax.ops.kernels.gluon import passes
 
