@@ -11,6 +11,7 @@ import oracle
 import pytest
 from bars import bars_of
 from helpers import Case
+from ops.kernels import gluon_blocks as blocks
 
 from deltaproduct_jax.ops.kernels.gluon import passes
 from tests.ops.kernels import gluon_blocks as blocks
