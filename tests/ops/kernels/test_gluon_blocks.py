@@ -14,7 +14,6 @@ from helpers import Case
 from ops.kernels import gluon_blocks as blocks
 
 from deltaproduct_jax.ops.kernels.gluon import passes
-from tests.ops.kernels import gluon_blocks as blocks
 
 SIZES = {"T": 100, "B": 1, "K": 32, "V": 16}
 # Of both ways on one H100 the Triton kernels had up to .28 where keys agree and nothing decays.
