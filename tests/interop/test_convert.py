@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.golden_models import FOLDERS, as_fork, drawn, parameters, tensors, write
@@ -32,8 +33,9 @@ def run(tmp_path_factory):
     config = RunConfig(task, model, train)
     folder = tmp_path_factory.mktemp("run")
     _, params = split_model(drawn(model))
+    state = init_state(params, make_optimizer(train))._replace(step=jnp.int32(5))
     with Checkpoints(folder / "checkpoints") as checkpoints:
-        checkpoints.save(init_state(params, make_optimizer(train)), 5, (0.5,))
+        checkpoints.save(state, 5, (0.5,))
     (folder / "config.json").write_bytes(to_json(config.to_dict()))
     (folder / "run.json").write_bytes(to_json({"starts": [{"commit": COMMIT, "argv": ["a", "b"]}]}))
     (folder / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")

@@ -75,7 +75,6 @@ def load(
     files = TensorFiles(folder)
     if param_dtype is not None:
         require_one_of("param_dtype", param_dtype, model_config.DTYPES)
-    _check_layers(files, folder, fields["num_layers"])
     held = param_dtype or _dtype_of(files, folder)
     config = ModelConfig(
         **fields,
@@ -85,6 +84,7 @@ def load(
         chunk_size=chunk_size,
         remat=remat,
     )
+    _check_layers(files, folder, config.num_layers)
     model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     shapes = traverse_util.flatten_dict(nnx.to_pure_dict(state))
