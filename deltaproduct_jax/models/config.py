@@ -125,7 +125,8 @@ class ModelConfig:
     )
     scan_layers: bool = setting(
         False,
-        "blocks run as a scan: many compile in the time of one, for a copy of their parameters",
+        "blocks run as a scan, of which only those that differ are traced, for a copy of their "
+        "parameters",
         recorded_if_set=True,
     )
     attention_every: int | None = setting(

@@ -7,7 +7,7 @@ compiles the step of a preset on this machine, without running it: blocks one by
 row is a step; memory is the compiler's own count of what the program needs beside its arguments.
 
 Source: this project.
-Expect: a scan to compile in a fraction of the time, and chunks to take a fraction of the memory.
+Expect: on a CPU little between a scan and blocks one by one: experiments/results/language/LOG.md.
 Takes: minutes; of 24 blocks one by one the longest.
 """
 
