@@ -212,6 +212,7 @@ def sweep_of(workdir, launcher):
         "--script=state_tracking",
         "--grid=seed=0;learning_rate=0.03,0.1",
         f"--fixed={values}",
+        f"--launcher={launcher}",
     ]
     return subprocess.Popen(command, cwd=ROOT, env=environment)
 
