@@ -205,10 +205,10 @@ def compile_for_cuda(every: bool) -> dict:
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = str(config.compute_capability)
     rows = gpu_compile.compile_kernels(config, R=2, K=128)
-    every = gpu_compile.launches
+    launches = gpu_compile.launches
 
     def some(chosen, R=2, **sizes):
-        gpu_compile.launches = lambda *shape: list(filter(chosen, every(*shape)))
+        gpu_compile.launches = lambda *shape: list(filter(chosen, launches(*shape)))
         return gpu_compile.compile_kernels(dataclasses.replace(config, **sizes), R, 128)
 
     # Passes in pieces, and of whole ones the kernels that know of pieces.

@@ -268,8 +268,7 @@ def outcome(workdir, **fields):
         patch.setattr(state_tracking, "plot_cumulative", lambda *_: None)
         assert state_tracking.main(flags_for(workdir, **(LIVELY | fields))) == 0
     kept = {path.name for path in (workdir / "checkpoints").iterdir()}
-    results = json.loads((workdir / "results.json").read_text())
-    return curve(rows_in(workdir)), kept, results
+    return curve(rows_in(workdir)), kept, tiny_run.outcome(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -329,12 +328,18 @@ MODEL_CHANGES = {
     "implementation": "recurrent",
     "chunk_size": 4,
     "remat": "blocks",
+    "saved_points": "mixer_output",
+    "scan_layers": True,
+    "attention_every": 2,
 }
 # Fields that act only together with another.
 MODEL_NEEDS = {
     "conv_size": ["--use_short_conv"],
     "hidden_ratio": ["--intermediate_size=none"],
     "max_length": ["--mixer=transformer", "--implementation=none", "--qk_activation=auto"],
+    "saved_points": ["--remat=named"],
+    "scan_layers": ["--num_layers=2"],
+    "attention_every": ["--num_layers=2"],
 }
 MODEL_BASE = [
     "--workdir=w", "--hidden_size=16", "--num_heads=2", "--head_dim=8", "--intermediate_size=16",

@@ -74,7 +74,7 @@ def shown_again(name, run_of, capsys):
 
 
 def results_in(workdir):
-    return json.loads((workdir / "results.json").read_text())
+    return tiny_run.outcome(workdir)
 
 
 def rows_in(workdir):

@@ -39,6 +39,7 @@ def save(run, config):
     nudge = lambda a: jnp.asarray(a + 0.4 * rng.normal(size=a.shape), a.dtype)
     nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
     state = init_state(split_model(model)[1], make_optimizer(config.train))
+    state = state._replace(step=jnp.asarray(3, state.step.dtype))
     run.mkdir()
     (run / CONFIG).write_bytes(to_json(config.to_dict()))
     with Checkpoints(run / CHECKPOINTS) as checkpoints:

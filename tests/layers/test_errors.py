@@ -334,7 +334,7 @@ def test_models():
     refused("mask must have shape [B, T] with B=2, T=5", model, ids, mask=jnp.ones((B, 4), bool))
     refused("mask must have dtype bool", model, ids, mask=ids)
     refused("segment_ids must have an integer dtype", model, ids, segment_ids=x[..., 0])
-    refused("tokens must have 1 dimensions [B], got 2", model.step, state, ids)
+    refused("tokens must have 1 dimension [B], got 2", model.step, state, ids)
     text = "state must hold 1 of DeltaProductState, one per block, got ArrayImpl"
     refused(text, model.step, ids, ids[:, 0])
     refused(text, model.forward, ids, state=state[0].recurrent)

@@ -186,7 +186,7 @@ def test_a_row_depends_on_its_number_and_not_on_how_many_there_are(name):
     task = TASKS[name]()
     length = 4 if name == "groups" else task.train_length  # which draws its products op by op
     few, many = (task.batch(jax.random.key(3), rows, length) for rows in (4, 12))
-    for a, b in zip(few, many, strict=True):
+    for a, b in zip(few[:3], many[:3], strict=True):
         np.testing.assert_array_equal(a, b[:4])
     assert len({np.asarray(row).tobytes() for row in many.inputs}) > 6
 

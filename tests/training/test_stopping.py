@@ -162,8 +162,8 @@ environment.go_on_inside("m")
 """
 INSIDE = """
 import sys, time
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.5)
