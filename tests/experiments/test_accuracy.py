@@ -105,6 +105,7 @@ def test_the_table_marks_what_is_over_the_bars():
     assert op_accuracy.table(rows[1:]).endswith("- nothing")
 
 
+@pytest.mark.slow
 def test_accuracy_writes_table_and_json(tmp_path, capsys):
     op_accuracy.command([f"--workdir={tmp_path}", *TINY])
     printed = capsys.readouterr().out

@@ -5,7 +5,6 @@ import sys
 import types
 
 import pytest
-from quick import quick
 
 from deltaproduct_jax import delta_product
 from deltaproduct_jax.errors import ConfigError
@@ -82,7 +81,8 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", quick(peer_jax.PACKAGES, list(peer_jax.PACKAGES)[:1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", peer_jax.PACKAGES)
 def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
     """Stand-ins with the peers' interfaces, made of our own op: layouts, gates and read-outs."""
 
@@ -164,6 +164,7 @@ def test_scaling_writes_slopes_and_plot(tmp_path):
 SPREAD = ["--length=8", "--num_heads=2", "--head_dim=4", "--repeats=2", "--directions=forward"]
 
 
+@pytest.mark.slow
 def test_the_op_is_spread_along_each_axis_and_beside_one_device(tmp_path, capsys):
     op_sharding.command([f"--workdir={tmp_path}", *SPREAD])
     record = json.loads((tmp_path / "sharding.json").read_text())

@@ -299,6 +299,7 @@ sys.exit(figures.main([f"--source={sys.argv[2]}", f"--workdir={sys.argv[3]}"]))
 """
 
 
+@pytest.mark.slow
 def test_training_and_tables_go_without_matplotlib(source, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     sizes = {"num_heads": 1, "head_dim": 4, "intermediate_size": 8, "implementation": "recurrent"}

@@ -27,6 +27,7 @@ def rows_of(path):
     return json.loads((path / "step.json").read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_the_models_have_the_published_sizes():
     config = step_speed.StepConfig()
     counts = []

@@ -30,6 +30,7 @@ from deltaproduct_jax.training.locks import Lock
 SLOW_STEPS = "steps=20;step_ms=20"
 
 
+@pytest.mark.slow
 def test_two_sweeps_share_a_folder(tmp_path):
     other = process(tmp_path, "seed=0:8", fixed=SLOW_STEPS, workers=2)
     wait_until(lambda: rows_in(tmp_path) > 0)

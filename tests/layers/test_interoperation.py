@@ -251,6 +251,7 @@ def test_exported_for_one_platform_and_back(implementation, differentiated):
     assert max(jax.tree.leaves(jax.tree.map(relative_error, got, fn(arrays)))) < 1e-6
 
 
+@pytest.mark.slow
 def test_exported_for_several_platforms_with_its_gradient():
     arrays, fn = op_inputs(), jax.jit(run_op("chunked", differentiated=False))
     platforms = ["cpu", "cuda", "rocm", "tpu"]

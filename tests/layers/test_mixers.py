@@ -228,9 +228,7 @@ def descend(model, ids, rate):
     return value, gradients
 
 
-@pytest.mark.parametrize(
-    "mixer", quick(MIXERS, ["transformer", "gated_delta_product", "rwkv7", "slstm"])
-)
+@pytest.mark.parametrize("mixer", quick(MIXERS, ["gated_delta_product", "slstm"]))
 def test_it_learns_and_large_weights_leave_gradients_finite(mixer):
     model, ids = SequenceModel(config_of(mixer, num_layers=1), rngs=nnx.Rngs(0)), tokens()
     losses = [descend(model, ids, 0.02 * 0.9**n)[0] for n in range(25)]

@@ -131,6 +131,7 @@ def test_forward_mode(implementation):
     np.testing.assert_allclose(forward, inner(pulled, tangents), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_second_derivatives_over_reverse_mode():
     """Hessian-vector products work in both modes: the backward pass itself is plain JAX."""
     arrays = inputs()

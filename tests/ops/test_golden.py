@@ -82,8 +82,7 @@ def test_oracle(name):
 
 # Where the others differ from these, test_accuracy.py has cases of the kind.
 FAST = (
-    "n1_t1_gated", "n3_t65_gated_l2norm_scale1", "n4_t63_gated_betaedges",
-    "n2_t130_strongdecay", "n2_t129_longmemory", "n3_varlen_ungated",
+    "n1_t1_gated", "n4_t63_gated_betaedges", "n2_t130_strongdecay", "n3_varlen_ungated",
 )  # fmt: skip
 
 

@@ -69,6 +69,7 @@ def test_prefill_then_steps(implementation):
     assert_same(state, final)
 
 
+@pytest.mark.slow
 def test_chunk_size_changes_neither_outputs_nor_gradients():
     arrays, ids = inputs(), Case(T=T, B=2, segments=True).segment_ids()
     cotangents = tuple(c.astype(np.float32) for c in draw_cotangents(arrays))

@@ -104,6 +104,7 @@ def test_in_bfloat16_by_chunks(name):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.slow
 def test_the_state_of_a_permutation_is_exact(dtype):
     made = construct("permutations_S3")
     tokens, _ = words(made, 300, B=2)
@@ -115,6 +116,7 @@ def test_the_state_of_a_permutation_is_exact(dtype):
     np.testing.assert_array_equal(np.sort(first[..., 0]), np.sort(last[..., 0]))
 
 
+@pytest.mark.slow
 def test_in_pieces_and_steps():
     made = construct("two_layers_S3")
     tokens, wanted = words(made, 24)

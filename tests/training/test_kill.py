@@ -112,6 +112,7 @@ def test_killed_twice(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in killed.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_a_save_that_really_fails_is_one_line(tmp_path):
     # Small files may be written, a checkpoint's data may not: the disk is full for Orbax alone.
     process = start(tmp_path, largest_file=5000, **FAST)

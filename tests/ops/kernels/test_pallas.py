@@ -101,6 +101,7 @@ def test_heads_in_groups_and_inputs_that_are_not_fetched_ahead(monkeypatch):
 @pytest.mark.parametrize(
     "case", quick([LONG, LONG_AND_PLAIN], [LONG]), ids=["gates and segments", "neither"]
 )
+@pytest.mark.slow
 def test_a_state_every_second_span(case):
     """Nothing but these is kept: an array that a kernel does not fill holds NaN if interpreted."""
     arrays, ids = inputs(case)
@@ -186,6 +187,7 @@ def test_inverse_of_reflections_by_one_key(M):
 
 
 @pytest.mark.parametrize(("keys", "gate"), [("identical", "slow"), ("parallel", None)])
+@pytest.mark.slow
 def test_reflections_in_bfloat16_err_like_plain_products(keys, gate):
     """Rounded to one term, the inverse makes errors of three to twenty times these."""
     case = Case(T=192, B=1, H=1, K=32, V=32, beta=(2.0, 2.0), keys=keys, gate=gate, seed=1)

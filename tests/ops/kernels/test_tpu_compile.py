@@ -181,6 +181,7 @@ def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
     assert found["argument_bytes"] < 1.1 * (3 + 2 * shape.R) * array + 4 * shape.H * shape.K**2
 
 
+@pytest.mark.slow
 def test_the_profile_of_the_schedule_is_read():
     wanted = [Compilation(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
     for found in tpu_compiler.compile_apart(wanted, profile=True, timeout_s=120):
