@@ -110,6 +110,7 @@ def test_variance_and_sums_about_zero():
     np.testing.assert_allclose(geometry.explained(vectors, centred=True), [2 / 2.25, 1])
 
 
+@pytest.mark.slow
 def test_transitions_are_what_the_layer_does_to_its_state():
     layer = GatedDeltaProduct(
         D, num_heads=2, num_v_heads=4, head_dim=K, num_householder=3, expand_v=1.0,
@@ -145,6 +146,7 @@ def test_a_key_head_serves_its_group_of_value_heads():
     assert np.abs(found.k[:, :, 1] - found.k[:, :, 2]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_a_later_layer_sees_what_stands_before():
     config = ModelConfig(
         vocab_size=7, hidden_size=8, num_heads=1, head_dim=4, num_layers=2,

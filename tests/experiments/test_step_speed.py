@@ -37,6 +37,7 @@ def test_the_models_have_the_published_sizes():
     assert counts == [341_594_112, 316_379_136]
 
 
+@pytest.mark.slow
 def test_a_table_of_whole_steps(tmp_path, capsys):
     step_speed.command([f"--workdir={tmp_path}", *TINY])
     (row,) = rows_of(tmp_path)

@@ -88,6 +88,7 @@ def test_ctrl_c_stops_the_children(name, code, tmp_path):
 
 
 @needs_submitit
+@pytest.mark.slow
 def test_jobs_through_submitit(tmp_path):
     others = {"launcher": "slurm", "slurm": "cluster=local;timeout_min=5", "workers": 2}
     assert run(tmp_path, "seed=0;failures=0,1", **others) == 0

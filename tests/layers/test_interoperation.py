@@ -300,6 +300,7 @@ def test_the_program_does_not_grow_with_the_tokens(implementation, differentiate
     assert equations(16384) == equations(131072) > 20
 
 
+@pytest.mark.slow
 def test_second_calls_do_not_compile():
     """Of the layer, of its step, of an Equinox module and of the op over a mesh."""
     compiled = []

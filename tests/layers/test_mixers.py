@@ -237,7 +237,7 @@ def test_it_learns_and_large_weights_leave_gradients_finite(mixer):
     assert all(np.all(np.isfinite(a)) for a in jax.tree.leaves(descend(model, ids, 0.0)))
 
 
-@pytest.mark.parametrize("mixer", quick(BASELINES, ["transformer", "mamba2", "mlstm"]))
+@pytest.mark.parametrize("mixer", quick(BASELINES, ["mamba2"]))
 def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
     narrow = lively(config_of(mixer, dtype="bfloat16"))
     logits, state = forward_plain(narrow, tokens())
@@ -267,7 +267,7 @@ def program(config: ModelConfig) -> str:
     return str(jax.make_jaxpr(build)(jax.random.key(0)))
 
 
-@pytest.mark.parametrize("mixer", BASELINES)
+@pytest.mark.parametrize("mixer", quick(BASELINES, ["gla", "slstm"]))
 def test_every_field_that_a_mixer_has_reaches_it(mixer):
     base = config_of(mixer)
     known = program(base)

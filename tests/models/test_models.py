@@ -66,6 +66,7 @@ def test_state_tracking_models_have_the_published_sizes():
         pytest.param(1024, 6, 3, 392_392_704, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_language_models_have_the_published_sizes(d, H, n_h, want):
     config = ModelConfig(
         hidden_size=d,

@@ -155,6 +155,7 @@ def test_kernels_float32(name):
 
 
 @pytest.mark.parametrize("name", quick(KERNEL_NARROW, ["beta up to 1"]))
+@pytest.mark.slow
 def test_kernels_bfloat16(name):
     assert_within_bars(CASES[name], "pallas_tpu", "bfloat16")
 
@@ -170,6 +171,7 @@ def test_hard_inputs_elsewhere(name, implementation):
     assert_within_bars(affordable(HARD[name], implementation), implementation, "float32")
 
 
+@pytest.mark.slow
 def test_long_sequence():
     case = Case(T=4096, R=1, B=1, H=1, K=4, V=4, gate=None, state=False)
     assert_within_bars(case, "chunked", "float32", optimised=True)

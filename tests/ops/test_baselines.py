@@ -234,6 +234,7 @@ def test_the_sign_of_a_gate_is_exact(op):
     agree(got, want, 0)
 
 
+@pytest.mark.slow
 def test_extended_gate_keeps_both_ends_and_the_gradient_at_zero(x64):
     log_alpha = np.array([0.0, -1e-9, -1e-3, -0.5, np.log(0.5), -1.0, -30.0, -1e4])
     g, negative = baselines.extended_gate(jnp.asarray(log_alpha, jnp.float32))

@@ -74,6 +74,7 @@ def test_gradient_with_respect_to_segment_ids_is_empty():
     assert cotangent.dtype == jax.dtypes.float0
 
 
+@pytest.mark.slow
 def test_inside_scan_over_layers():
     arrays = inputs()
     v_scales = jnp.array([1.0, 0.5, 2.0])

@@ -213,6 +213,7 @@ def test_clocks_return_after_their_period_only():
 @pytest.mark.parametrize(
     "name", [pytest.param("three_layers_S3", marks=pytest.mark.slow), "four_layers_S4"]
 )
+@pytest.mark.slow
 def test_a_clock_whose_state_has_lost_length_goes_on(name):
     made = construct(name)
     tokens, wanted = words(made, 40)

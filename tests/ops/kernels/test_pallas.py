@@ -44,6 +44,7 @@ def assert_close(x, y, tolerance=1e-5):
         assert relative_error(a, b) <= tolerance
 
 
+@pytest.mark.slow
 def test_vmap_remat_and_jit():
     arrays, ids = inputs()
     stacked = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
