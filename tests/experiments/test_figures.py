@@ -221,7 +221,7 @@ DAMAGED = [
     ("results.json", b"\xff", r"results\.json is not valid JSON"),
     ("config.json", b"[]", r"config\.json: \[\] must be an object"),
     ("config.json", b'{"task": "S3"}', r"config\.json: task='S3' must be an object"),
-    ("config.json", b'{"a": ' * 9000, r"config\.json is nested too deeply"),
+    ("config.json", b'{"a": ' * 100_000, r"config\.json is nested too deeply"),
     ("cumulative", ["a", 0.5], "metric='strict.cumulative' is no curve"),
     ("cumulative", [], "metric='strict.cumulative' is no curve"),
     (

@@ -277,7 +277,7 @@ DAMAGED = [
     ("metrics.jsonl", b'{"step": "three"}\n', r"metrics\.jsonl, line 1: step='three' must be"),
     ("metrics.jsonl", b'{"tokens": 8, "tokens_per_second": 0}\n', "line 1: tokens_per_second must"),
     ("attempts.jsonl", b'{"time": 1, "exit_code": 2, "seconds": 1}\n', "line 1: error is missing"),
-    ("attempts.jsonl", b"[" * 9000 + b"\n", r"attempts\.jsonl, line 1 is nested too deeply"),
+    ("attempts.jsonl", b"[" * 100_000 + b"\n", r"attempts\.jsonl, line 1 is nested too deeply"),
 ]  # fmt: skip
 
 
