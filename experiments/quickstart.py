@@ -11,7 +11,7 @@ same command.
 Source: https://arxiv.org/abs/2502.10297, the word problem of S3 in one layer by n_h; the setup is a
     small one of this project (`experiments.state_tracking`, preset "default").
 Expect: n_h = 2 has sequence accuracy 1.0 at 32 and 128 tokens, n_h = 1 has 0 at 32.
-Takes: two minutes on two CPU cores, once the packages are installed.
+Takes: two to five minutes on two CPU cores, once the packages are installed.
 """
 
 import sys
