@@ -148,9 +148,9 @@ class Group:
 
     def _program(self, slots: int) -> MappedProgram:
         if slots not in self._programs:
-            definition = self.members[0].definition
+            first = self.members[0]
             self._programs[slots] = MappedProgram(
-                self.config, definition, self._mesh, self._compiling
+                self.config, first.source, first.definition, self._mesh, self._compiling
             )
         return self._programs[slots]
 

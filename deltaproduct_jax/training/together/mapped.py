@@ -14,12 +14,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.parallel import layout
-from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.skipping import Skipping
+from deltaproduct_jax.training.source import Source
 from deltaproduct_jax.training.step import (
     Metrics,
     ModelDefinition,
@@ -57,21 +57,27 @@ class MappedProgram:
 
     Args:
         config: of any of the runs, which differ in their numbers alone.
+        source: of any of them; it makes batches of the keys that the steps are given.
         definition: of any of their models.
         mesh: over which the slots are cut.
         stopwatch: paused while something compiles.
     """
 
     def __init__(
-        self, config: RunConfig, definition: ModelDefinition, mesh: Mesh, stopwatch: Stopwatch
+        self,
+        config: RunConfig,
+        source: Source,
+        definition: ModelDefinition,
+        mesh: Mesh,
+        stopwatch: Stopwatch,
     ):
         self._mesh = mesh
-        task, train = config.task, config.train
+        train = config.train
 
         def train_one(
             length: int, state: TrainState, key: jax.Array, numbers: Numbers, takes_part: jax.Array
         ) -> tuple[TrainState, Metrics]:
-            batch = task.batch(batch_key(key, "train", state.step), train.batch_size, length)
+            batch = source.train_batch(key, state.step, length)
             if train.grow_from is not None:
                 batch = counting_first(batch, config.counted_at(state.step + 1), length)
             optimizer, schedule = make_optimizer(train, numbers), make_schedule(train, numbers)
@@ -88,7 +94,7 @@ class MappedProgram:
             return jax.tree.map(keep, after, state), metrics
 
         def eval_one(length: int, params: Params, key: jax.Array):
-            batch = task.batch(key, train.eval_batch_size, length)
+            batch = source.eval_batch(key, length)
             loss, correct_BT = loss_and_correct(
                 definition, params, batch, settings=train.loss_settings
             )
