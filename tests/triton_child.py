@@ -3,7 +3,7 @@
 ``interpret``: errors against the oracle, kernels run by Triton's interpreter, which knows no
 bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.
 ``interpret all`` and ``compile all`` take every case and every pass; what runs otherwise stands in
-``QUICK``, which has no whole pass to compile.
+``QUICK``, without a mapped call, whole passes, kernels of pieces and gradients of large states.
 """
 
 import contextlib
@@ -125,9 +125,10 @@ def interpret(every: bool) -> dict:
         for dtype in (dtype for dtype, names in cases.items() if name in names):
             with counted_pieces() as pieces[f"{name}, {dtype}"]:
                 found[f"{name}, {dtype}"] = errors(case, dtype)
-    with counted_pieces() as pieces["vmap"]:
-        mapped = vmapped()
-    found = {"errors": found, "pieces": pieces, "vmap": mapped, "kept": kept(), "launches": timed()}
+    found = {"errors": found, "pieces": pieces, "kept": kept(), "launches": timed()}
+    if every:
+        with counted_pieces() as pieces["vmap"]:
+            found["vmap"] = vmapped()
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
 
@@ -213,7 +214,7 @@ def compile_for_cuda(every: bool) -> dict:
         found += [r | {"kernel": r["kernel"] + ", whole"} for r in some(is_walk, R, gated=gated)]
         of_passes += [r | {"gated": gated} for r in found]
     of_pieces = lambda call: call.name == "compose" or call.meta.get("SUMMARY")
-    rows += some(of_pieces, batch_size=1, length=32768)
+    rows += some(of_pieces, batch_size=1, length=32768) if every else []
     [wide] = some(lambda call: call.name == "prepare", dtype="float32", gated=False)
     rows.append(wide | {"kernel": "prepare, float32"})
     shapes = [(1, 64, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2)]
@@ -222,7 +223,8 @@ def compile_for_cuda(every: bool) -> dict:
     def loss(q, k, v, beta, implementation):
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
-    lowered = {"step": lower_step(), "versions": kernels_by_version(), **lower_wide(loss)}
+    lowered = {"step": lower_step(), "versions": kernels_by_version()}
+    lowered |= lower_wide(loss) if every else {}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)

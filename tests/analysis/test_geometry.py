@@ -173,6 +173,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_script_draws_a_trained_run_and_leaves_it_alone(trained, tmp_path, capsys):
     under_way = trained / "checkpoints" / "99.orbax-checkpoint-tmp" / "file"
     under_way.parent.mkdir()

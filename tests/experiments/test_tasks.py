@@ -129,7 +129,7 @@ def test_a_saved_config_runs_again_to_the_same_curve(name, run_of, tmp_path):
     assert results_in(tmp_path) == results_in(first)
 
 
-SLOW = ("vocabulary", "power", "filler")
+SLOW = ("vocabulary", "power", "filler", "min_train_length", "min_eval_length", "eval_pairs")
 BRACKETS = {"language": "modular_arithmetic_brackets", "eval_lengths": "8"}
 # Experiment, field of its task, another value, and what else the field needs to act.
 CHANGES = [

@@ -91,6 +91,7 @@ def test_errors_are_one_line(argument, says, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rows_of_other_directories(tmp_path, capsys):
     short, long, other = (tmp_path / name for name in ("short", "long", "other"))
     argv = [f"--workdir={short}", *QUICK, "--dtypes=float32"]
@@ -128,6 +129,7 @@ def test_a_broken_record_is_one_line(tmp_path, capsys):
     assert "is not a list of results" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_geometry_of_constructions(tmp_path, capsys):
     argv = [f"--workdir={tmp_path}", "--constructions=plane_Z5,cube_S4"]
     assert flags.run(theory_geometry.command, argv) == 0

@@ -171,6 +171,7 @@ def test_beta_range_and_its_bias():
             assert np.all(beta == 2)
 
 
+@pytest.mark.slow
 def test_paper_initialisation_draws_each_factor_on_its_own():
     layer = make_layer("plain", hidden_size=96, head_dim=48, num_householder=4)
     bound = 2**-2.5 * (6 / (96 + 96)) ** 0.5
@@ -197,6 +198,7 @@ def test_bfloat16_layer_keeps_a_float32_state():
     assert error < 3e-2, error
 
 
+@pytest.mark.slow
 def test_cell_works_in_flax_rnn_and_under_extra_batch_axes():
     cell = DeltaProductCell(12, num_heads=2, head_dim=6, expand_v=1.0, rngs=nnx.Rngs(0))
     x = inputs()

@@ -114,7 +114,7 @@ def outcome(op, x, flags, start, segment_ids, options=()):
 
 # One chunk of three sub-chunks, and three chunks of five.
 @pytest.mark.parametrize(("packed", "chunk_size"), [(False, None), (True, 20)])
-@pytest.mark.parametrize("op", quick([op for op in OPS if op != "slstm"], ["scalar", "low_rank"]))
+@pytest.mark.parametrize("op", quick([op for op in OPS if op != "slstm"], ["low_rank"]))
 def test_chunked_form_agrees_with_the_recurrent(op, packed, chunk_size, x64):
     x, ids = draw(op), SEGMENTS if packed else None
     start = run(op, draw(op, seed=1))[1]
@@ -124,7 +124,7 @@ def test_chunked_form_agrees_with_the_recurrent(op, packed, chunk_size, x64):
     agree(got, want, 1e-10)
 
 
-@pytest.mark.parametrize("op", quick(OPS, ["diagonal", "mlstm", "slstm"]))
+@pytest.mark.parametrize("op", quick(OPS, ["diagonal", "slstm"]))
 def test_pieces_and_steps_agree_with_the_whole(op, x64):
     x = draw(op)
     whole = run(op, x)
@@ -199,6 +199,7 @@ def test_outputs_and_gradients_are_finite_at_extremes(op, extreme):
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.slow
 def test_a_small_gate_after_a_segment_of_large_ones():
     """What a stabiliser had risen to is forgotten with its segment, not exponentiated."""
     x = {n: a.astype(np.float32) for n, a in draw("mlstm").items()}

@@ -60,11 +60,11 @@ def test_vmap_of_value_and_gradient():
     assert_trees_close(mapped, jax.tree.map(lambda *x: jnp.stack(x), *one_by_one))
 
 
+@pytest.mark.slow
 def test_vmap_over_segment_ids():
-    arrays = inputs()
     ids = jnp.stack([jnp.zeros((4, 10), int), jnp.arange(40).reshape(4, 10) // 3])
-    mapped = jax.vmap(lambda i: loss(arrays, segment_ids=i))(ids)
-    assert_trees_close(mapped, jnp.stack([loss(arrays, segment_ids=i) for i in ids]))
+    of_ids = lambda i: loss(inputs(), segment_ids=i)
+    assert_trees_close(jax.vmap(of_ids)(ids), jax.lax.map(of_ids, ids))
 
 
 def test_gradient_with_respect_to_segment_ids_is_empty():
@@ -106,6 +106,7 @@ def test_remat():
     assert_trees_close(jax.jit(jax.grad(jax.checkpoint(loss)))(arrays), expected)
 
 
+@pytest.mark.slow
 def test_named_residuals_spare_the_second_scan_under_remat():
     policies = jax.checkpoint_policies
     assert passes_of_gradient(policies.nothing_saveable) == 3
@@ -324,6 +325,7 @@ def test_default_chunk_size_follows_state_dtype_and_platform():
     assert size("default", "bfloat16") == size("cuda", "bfloat16") == 32
 
 
+@pytest.mark.slow
 def test_memory_of_a_gradient_is_small_and_no_system_is_solved():
     """Kept: the inputs and one state per chunk; a scan over tokens holds 540 MiB here.
 

@@ -37,7 +37,7 @@ ALSO_OPTIMISED = pytest.mark.parametrize(
 
 
 @ALSO_OPTIMISED
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", quick(CASES, ["all at once", "beta 2, parallel keys"]))
 @pytest.mark.parametrize("dtype", quick(["float32", "bfloat16"], ["bfloat16"]))
 def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
     case = CASES[name]
@@ -47,7 +47,7 @@ def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
 
 
 @ALSO_OPTIMISED
-@pytest.mark.parametrize("gate", ["slow", None])
+@pytest.mark.parametrize("gate", quick(["slow", None], ["slow"]))
 @pytest.mark.parametrize("keys", quick(["unit", "identical", "parallel"], ["parallel"]))
 def test_reflections_in_bfloat16_err_like_plain_products(keys, gate, optimised, as_elsewhere):
     """Applied in one pass, the inverse would make errors of five to thirty times these."""

@@ -81,9 +81,7 @@ def test_oracle(name):
 
 
 # Where the others differ from these, test_accuracy.py has cases of the kind.
-FAST = (
-    "n1_t1_gated", "n4_t63_gated_betaedges", "n2_t130_strongdecay", "n3_varlen_ungated",
-)  # fmt: skip
+FAST = ("n4_t63_gated_betaedges", "n2_t130_strongdecay")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,7 @@ def test_every_device_gets_its_part():
     assert final_state.sharding.spec[:2] == ("data", "tensor")
 
 
+@pytest.mark.slow
 def test_meshes_of_every_kind():
     """Several axes for one dimension, none at all, one device; explicit, mixed and abstract."""
     kinds = jax.sharding.AxisType

@@ -74,9 +74,8 @@ def rows_in(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(tmp_path, number):
     """One is sent a signal, both stop behind the same step, and one process ends the run."""
     workdir, steps = tmp_path / "run", 300

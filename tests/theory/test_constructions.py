@@ -69,7 +69,7 @@ def answers(construction, tokens, dtype="float32", implementation="recurrent"):
     "name",
     quick(
         CATALOGUE,
-        ["permutations_S3", "two_layers_S3", "three_layers_S4", "four_layers_S5", "gated_swaps"],
+        ["two_layers_S3", "three_layers_S4", "gated_swaps"],
     ),
 )
 def test_every_answer_is_right(name):
@@ -97,6 +97,7 @@ def test_every_answer_is_right(name):
         ["permutations_S4", "two_layers_S3", "three_layers_S4", "gated_swaps"], ["three_layers_S4"]
     ),
 )
+@pytest.mark.slow
 def test_in_bfloat16_by_chunks(name):
     made = construct(name)
     tokens, wanted = words(made, 90, seed=1)

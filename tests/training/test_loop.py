@@ -240,7 +240,7 @@ class BrokenDisk:
             (errno.EROFS, 0),
             (errno.EROFS, 9),
         ],
-        [(errno.ENOSPC, 0), (errno.ENOSPC, 12), (errno.EROFS, 9)],
+        [(errno.ENOSPC, 0), (errno.EROFS, 9)],
         unpack=True,
     ),
 )

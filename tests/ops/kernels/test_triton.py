@@ -78,24 +78,25 @@ def check_errors(dtype, found, at_least):
 
 
 def test_sequences_are_cut_into_pieces_where_a_case_says_so(interpreted):
-    check_pieces(dict(interpreted["pieces"]), cut=1)
+    check_pieces(interpreted["pieces"], cut=1)
 
 
 @pytest.mark.slow
 def test_all_sequences_are_cut_into_pieces_where_a_case_says_so(everything):
-    check_pieces(dict(everything["pieces"]), cut=3)
+    pieces = dict(everything["pieces"])
+    assert pieces.pop("vmap") == [4, 5]  # of the mapped call and of the others
+    check_pieces(pieces, cut=3)
 
 
 def check_pieces(pieces, cut):
-    mapped = pieces.pop("vmap")
     assert sum("in pieces" in name for name in pieces) == cut
     for name, counts in pieces.items():
         assert counts == [5 if "in pieces" in name else 1], name
-    assert mapped == [4, 5]  # of the mapped call and of the others
 
 
-def test_a_mapped_call_is_one_call_after_the_other(interpreted):
-    assert interpreted["vmap"] < 1e-5
+@pytest.mark.slow
+def test_a_mapped_call_is_one_call_after_the_other(everything):
+    assert everything["vmap"] < 1e-5
 
 
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
@@ -120,7 +121,7 @@ def test_every_launch_of_a_kernel_is_timed(interpreted):
 def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
     rows = {row["kernel"]: row for row in compiled["rows"]}
     names = {"prepare", "walk", "errors", "walk_back", "gradients", "prepare, float32"}
-    assert names | {"walk (summary)", "walk_back (summary)", "compose"} == set(rows)
+    assert names == set(rows)
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
 
 
@@ -133,8 +134,10 @@ def test_the_kernels_of_all_whole_passes_spill_nothing(everything):
     assert not any(spilt.values()), spilt
 
 
-def test_products_of_pieces_are_counted_where_they_are_made(compiled):
-    rows = {row["kernel"]: row for row in compiled["rows"]}
+@pytest.mark.slow
+def test_products_of_pieces_are_counted_where_they_are_made(everything):
+    rows = {row["kernel"]: row for row in everything["rows"]}
+    assert not any(row["spilt_bytes"] for row in rows.values()), rows
     # 8 pieces of 16 heads: 7 ends, 6 maps, both of 128 columns; 64 rows, 128 chunks a piece.
     of_chunk = 2 * 64 * 128 * 128 + 2 * 64 * 64 * 128
     assert rows["walk (summary)"]["operations"] == 2 * 16 * 128 * (7 + 6) * of_chunk
@@ -167,10 +170,15 @@ def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     # Two forward, four backward.
     assert lowered["triton"] == lowered["None"] == 6
     assert lowered["chunked"] == lowered["on a small GPU"] == 0
+    assert lowered["step"] == [1, 1, 0]
+    assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]
+
+
+@pytest.mark.slow
+def test_a_gradient_with_large_states_keeps_what_the_kernels_make(everything):
+    lowered = everything["lowered"]
     # What `prepare` makes is kept.
     assert lowered["wide"] == 5
     # In pieces three more for each pass, of which one finds maps for both.
     assert lowered["in pieces"] == 9
     assert lowered["on a CPU instead"] < 1e-6
-    assert lowered["step"] == [1, 1, 0]
-    assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]
