@@ -33,21 +33,25 @@ def conv(x, taps):
     return np.array([np.sum(padded[t : t + W] * taps, axis=0) for t in range(len(x))])
 
 
-def transformer(p, x, H, K, V, eps, extended):
+def transformer(p, x, H, K, V, eps, extended, Hk=None, window=None, theta=10_000.0):
     T = len(x)
     q, k, v = (
-        (x @ p[f"{n}_proj.kernel"]).reshape(T, H, -1).astype(complex if n != "v" else float)
+        (x @ p[f"{n}_proj.kernel"] + p.get(f"{n}_proj.bias", 0))
+        .reshape(T, H if n == "q" or Hk is None else Hk, -1)
+        .astype(complex if n != "v" else float)
         for n in "qkv"
     )
     # A rotation of pairs of channels is a product of complex numbers.
-    turn = np.exp(1j * np.arange(T)[:, None] * 10_000.0 ** (-np.arange(K // 2) / (K // 2)))
+    turn = np.exp(1j * np.arange(T)[:, None] * theta ** (-np.arange(K // 2) / (K // 2)))
     q, k = ((u[..., : K // 2] + 1j * u[..., K // 2 :]) * turn[:, None] for u in (q, k))
     y = np.zeros((T, H, V))
     for t in range(T):
+        first = 0 if window is None else max(0, t + 1 - window)
         for h in range(H):
-            scores = np.array([(q[t, h] @ k[s, h].conj()).real for s in range(t + 1)]) / K**0.5
-            weights = np.exp(scores)
-            y[t, h] = weights @ v[: t + 1, h] / weights.sum()
+            of = h if Hk is None else h // (H // Hk)
+            scores = np.array([(q[t, h] @ k[s, of].conj()).real for s in range(first, t + 1)])
+            weights = np.exp(scores / K**0.5)
+            y[t, h] = weights @ v[first : t + 1, of] / weights.sum()
     return y.reshape(T, -1) @ p["o_proj.kernel"]
 
 

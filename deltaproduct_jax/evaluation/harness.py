@@ -10,13 +10,13 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.models import open_model
+from deltaproduct_jax.evaluation.requests import as_request, cut, windows
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer
-from deltaproduct_jax.models.generation import Generator, Request, Sampling
+from deltaproduct_jax.models.generation import Generator, Request
 
 MAX_LENGTH = 2048
 
@@ -101,7 +101,8 @@ class DeltaProductLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Scores of contexts and continuations, cut at their left where they are too long."""
         pairs = [
-            self._cut(context or [self.prefix_token_id], rest) for _, context, rest in requests
+            cut(context or [self.prefix_token_id], rest, self.max_length)
+            for _, context, rest in requests
         ]
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="log-likelihoods") as bar:
             scores = [tuple(scored) for scored in self.scorer(pairs, bar.update)]
@@ -110,22 +111,13 @@ class DeltaProductLM(TemplateLM):
                 self.cache_hook.add_partial("loglikelihood", strings, score)
         return scores
 
-    def _cut(self, context: list[int], continuation: list[int]) -> Pair:
-        """The last ``max_length + 1`` ids: the last of them is only a target."""
-        if len(continuation) > self.max_length:
-            raise ConfigError(
-                f"max_length={self.max_length} is too small; a continuation has "
-                f"{len(continuation)} tokens"
-            )
-        kept = self.max_length + 1 - len(continuation)
-        return Pair(context[-kept:], continuation)
-
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows of ``max_length``; BOS stands before the first and counts not.
+        """Of whole texts, in windows of ``max_length``, the first behind BOS.
 
-        Every token is scored once, with as many before it as the windows allow.
+        Every token is scored once, with as many before it as the windows allow. With ``add_bos``
+        the BOS that begins a text is one of them, as in the harness's class for transformers.
         """
         windows = [list(self._windows(request.args[0])) for request in requests]
         flat = [(None, *window) for of_text in windows for window in of_text]
@@ -135,10 +127,8 @@ class DeltaProductLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
-    def _windows(self, text: str) -> Iterable[tuple[list[int], list[int]]]:
-        ids = self.tok_encode(text, add_special_tokens=False)
-        windows = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1)
-        return map(make_disjoint_window, windows)
+    def _windows(self, text: str) -> Iterable[Pair]:
+        return windows(self.tok_encode(text), self.prefix_token_id, self.max_length)
 
     @functools.cached_property
     def _generator(self) -> Generator:
@@ -166,22 +156,10 @@ class DeltaProductLM(TemplateLM):
         return texts
 
     def _request(self, index: int, prompt: str, options: Mapping[str, Any]) -> Request:
-        given = dict(normalize_gen_kwargs(dict(options), self.max_gen_toks))
-        most, stop = given.pop("max_gen_toks"), given.pop("until")
-        sampling = {name: given.pop(name) for name in ("top_k", "top_p", "min_p") if name in given}
-        is_drawn, temperature = given.pop("do_sample"), given.pop("temperature", 1.0)
-        if given:
-            raise ConfigError(
-                f"{', '.join(given)}: no known option of a task that has text written"
-            )
-        if most >= self.max_length:
-            raise ConfigError(f"max_gen_toks={most} must be below max_length={self.max_length}")
-        ids = self.tok_encode(prompt) or [self.prefix_token_id]
-        return Request(
-            prompt=ids[most - self.max_length :],
-            max_tokens=most,
-            sampling=Sampling(temperature=temperature if is_drawn else 0.0, **sampling),
+        return as_request(
+            self.tok_encode(prompt) or [self.prefix_token_id],
+            normalize_gen_kwargs(dict(options), self.max_gen_toks),
+            max_length=self.max_length,
             key=index,
-            stop_tokens=self._ends,
-            stop=tuple(string for string in stop if string),
+            ends=self._ends,
         )

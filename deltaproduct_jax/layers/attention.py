@@ -2,11 +2,13 @@
 
     o_t = sum over s <= t of softmax(rope(q_t) . rope(k_s) / sqrt(K)) v_s
 
-Sources: Vaswani et al. (2017); rotary positions of Su et al. (2021), base 10,000, on the two halves
-of a head.
+With a window of w tokens only those with t - s < w are seen.
+
+Sources: Vaswani et al. (2017); rotary positions of Su et al. (2021), on the two halves of a head;
+grouped keys and values of Ainslie et al. (2023).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +30,7 @@ from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, on_each_row
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
-ROPE_BASE = 10_000.0
+ROPE_THETA = 10_000.0
 
 
 @exported
@@ -36,14 +38,15 @@ class AttentionState(NamedTuple):
     """Keys and values of the tokens so far, of the last segment only.
 
     Attributes:
-        k: ``[B, max_length, H, K]``, rotated; what lies behind ``length`` is zero.
-        v: ``[B, max_length, H, V]``.
+        k: ``[B, max_length, Hk, K]``, rotated; what lies behind ``length`` is zero. ``Hk`` is the
+            number of key and value heads, which divides ``H``.
+        v: ``[B, max_length, Hk, V]``.
         length: ``[B]``, int32, how many tokens there are. It may exceed ``max_length``; the state
             has then lost some, and whatever is computed from it is NaN.
     """
 
-    k: Float[Array, "B max_length H K"]
-    v: Float[Array, "B max_length H V"]
+    k: Float[Array, "B max_length Hk K"]
+    v: Float[Array, "B max_length Hk V"]
     length: Int[Array, " B"]
 
 
@@ -57,6 +60,11 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
         max_length: tokens that the state for decoding holds. Sequences read at once may be longer,
             but then nothing can follow them: a step beyond it is an error, and NaN under jit.
+        num_kv_heads: heads of keys and values, each shared by a group of those of queries; None for
+            ``num_heads``.
+        qkv_bias: whether the projections to queries, keys and values have a bias.
+        window_size: tokens that one sees, itself among them; None for all before it.
+        rope_theta: base of the rotary positions.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
         dtype: dtype of the computation; the softmax is taken in float32 at least.
@@ -75,6 +83,10 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         head_dim: int,
         expand_v: float = 1.0,
         max_length: int = 2048,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = False,
+        window_size: int | None = None,
+        rope_theta: float = ROPE_THETA,
         initializer: str = "paper",
         initializer_range: float = 0.02,
         dtype: DTypeLike = jnp.float32,
@@ -82,18 +94,20 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         rngs: nnx.Rngs,
     ):
         value_dim = value_width(num_heads, head_dim, expand_v=expand_v)
-        check_even(head_dim)
+        check_heads(num_heads, head_dim, num_kv_heads)
         self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.window_size, self.rope_theta = window_size, rope_theta
         self.max_length, self.dtype = max_length, jnp.dtype(dtype)
         project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        self.q_proj = project(hidden_size, num_heads * head_dim)
-        self.k_proj = project(hidden_size, num_heads * head_dim)
-        self.v_proj = project(hidden_size, num_heads * value_dim)
+        self.q_proj = project(hidden_size, num_heads * head_dim, qkv_bias)
+        self.k_proj = project(hidden_size, self.num_kv_heads * head_dim, qkv_bias)
+        self.v_proj = project(hidden_size, self.num_kv_heads * value_dim, qkv_bias)
         self.o_proj = project(num_heads * value_dim, hidden_size)
 
     def init_state(self, batch_size: int) -> AttentionState:
         """The state before the first token: no keys, room for ``max_length``."""
-        shape = (batch_size, self.max_length, self.num_heads)
+        shape = (batch_size, self.max_length, self.num_kv_heads)
         return AttentionState(
             jnp.zeros((*shape, self.head_dim), self.dtype),
             jnp.zeros((*shape, self.value_dim), self.dtype),
@@ -129,8 +143,8 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         state = along_rows_of(x, state)
         q, k, v = self._inputs(x[:, None], state.length[:, None])
         state = on_each_row(_append, state, k[:, 0], v[:, 0])
-        visible = jnp.arange(self.max_length)[None] < state.length[:, None]
-        o = self._attend(q, state.k, state.v, visible[:, None])
+        visible = self._in_reach(jnp.arange(self.max_length)[None], state.length[:, None] - 1)
+        o = self._attend(q, self._grouped(state.k), self._grouped(state.v), visible[:, None])
         return self._output(o, state.length)[:, 0], state
 
     def _whole(self, x, state, segment_ids, length):
@@ -142,16 +156,22 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         new = jnp.concatenate([run[:, :1] > 0, run[:, 1:] > run[:, :-1]], axis=1)
         start = jax.lax.cummax(jnp.where(new, tokens, 0), axis=1)
         goes_on = jnp.where(run == 0, before[:, None], 0)  # tokens of the segment before x
-        q, k, v = self._inputs(x, tokens - start + goes_on)
+        position = tokens - start + goes_on
+        q, k, v = self._inputs(x, position)
 
-        visible = (run[:, :, None] == run[:, None]) & (tokens[..., None] >= tokens[:, None])
+        near = self._in_reach(tokens[:, None], tokens[..., None])
+        visible = (run[:, :, None] == run[:, None]) & near
         if state is not None:
-            old = jnp.arange(self.max_length)[None, None] < goes_on[..., None]
+            place = jnp.arange(self.max_length)[None, None]
+            old = (place < goes_on[..., None]) & self._in_reach(place, position[..., None])
             visible = jnp.concatenate([old, visible], axis=2)
-        past = () if state is None else (jnp.swapaxes(state.k, 1, 2), jnp.swapaxes(state.v, 1, 2))
+        # Whoever looks for what is not finite counts heads of the past as those of the outputs.
+        held = () if state is None else (self._grouped(state.k), self._grouped(state.v))
+        past = tuple(jnp.swapaxes(x, 1, 2) for x in held)
 
         def attend(tokens, past):
             q, k, v = only_finite(tokens)
+            k, v = self._grouped(k), self._grouped(v)
             if past:
                 k, v = (
                     jnp.concatenate([jnp.swapaxes(old, 1, 2), new], axis=1)
@@ -192,10 +212,22 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
             )
 
     def _inputs(self, x: jax.Array, position: jax.Array) -> tuple[jax.Array, ...]:
-        """q, k, v ``[B, T, H, *]``; q and k rotated to their position ``[B, T]``."""
-        heads = lambda u: u.reshape(*u.shape[:2], self.num_heads, -1)
-        q, k, v = heads(self.q_proj(x)), heads(self.k_proj(x)), heads(self.v_proj(x))
-        return rotate(q, position), rotate(k, position), v
+        """q ``[B, T, H, K]``, k and v ``[B, T, Hk, *]``; q and k turned to ``position [B, T]``."""
+        heads = lambda u, count: u.reshape(*u.shape[:2], count, -1)
+        q = heads(self.q_proj(x), self.num_heads)
+        k, v = (heads(project(x), self.num_kv_heads) for project in (self.k_proj, self.v_proj))
+        turned = (rotate(u, position, self.rope_theta) for u in (q, k))
+        return (*turned, v)
+
+    def _grouped(self, x: jax.Array) -> jax.Array:
+        """Keys or values ``[B, S, Hk, *]``, one a head of the queries: ``[B, S, H, *]``."""
+        groups = self.num_heads // self.num_kv_heads
+        return x if groups == 1 else jnp.repeat(x, groups, axis=2)
+
+    def _in_reach(self, of_key: jax.Array, of_query: jax.Array) -> jax.Array:
+        """Whether a token sees another, by their positions, which broadcast."""
+        seen = of_key <= of_query
+        return seen if self.window_size is None else seen & (of_query - of_key < self.window_size)
 
     def _attend(self, q, k, v, visible_BTS) -> jax.Array:
         matmul = Matmul.of(self.dtype, None)
@@ -209,10 +241,12 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         return jnp.where((length > self.max_length)[:, None, None], jnp.nan, y)
 
 
-def check_even(head_dim: int) -> None:
-    """Raises ConfigError unless a head's channels can be rotated in pairs."""
+def check_heads(num_heads: int, head_dim: int, num_kv_heads: int | None) -> None:
+    """ConfigError unless channels can be rotated in pairs, and heads fall into groups."""
     if head_dim % 2:
         raise ConfigError(f"head_dim={head_dim} must be even: positions rotate pairs")
+    if num_kv_heads is not None and num_heads % num_kv_heads:
+        raise ConfigError(f"num_kv_heads={num_kv_heads} must divide the {num_heads} heads")
 
 
 def _append(state: AttentionState, k: jax.Array, v: jax.Array) -> AttentionState:
@@ -225,11 +259,13 @@ def _append(state: AttentionState, k: jax.Array, v: jax.Array) -> AttentionState
     )
 
 
-def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"]) -> Float[Array, "B T H K"]:
-    """Rotary positions: channels c and c + K/2 turn by ``position * base**(-2 c / K)``."""
+def rotate(
+    x: Float[Array, "B T H K"], position: Int[Array, "B T"], theta: float = ROPE_THETA
+) -> Float[Array, "B T H K"]:
+    """Rotary positions: channels c and c + K/2 turn by ``position * theta**(-2 c / K)``."""
     wide = accumulator_dtype(x.dtype)
     half = x.shape[-1] // 2
-    frequency = ROPE_BASE ** (-jnp.arange(half, dtype=wide) / half)
+    frequency = theta ** (-jnp.arange(half, dtype=wide) / half)
     angle = position.astype(wide)[..., None, None] * frequency[None, None, None]
     first, second = x[..., :half].astype(wide), x[..., half:].astype(wide)
     sin, cos = jnp.sin(angle), jnp.cos(angle)
@@ -237,9 +273,10 @@ def rotate(x: Float[Array, "B T H K"], position: Int[Array, "B T"]) -> Float[Arr
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-register_mixer(
-    "transformer",
-    SoftmaxAttention,
-    state=AttentionState,
-    check=lambda config: check_even(config.head_dim),
-)
+def _check(config: Any) -> None:
+    """ConfigError for a configuration whose attention cannot be built."""
+    sizes = config.attention_sizes
+    check_heads(sizes["num_heads"], sizes["head_dim"], config.num_kv_heads)
+
+
+register_mixer("transformer", SoftmaxAttention, state=AttentionState, check=_check)

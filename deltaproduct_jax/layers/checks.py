@@ -26,8 +26,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 SIZES = (
     "hidden_size", "in_features", "num_heads", "num_v_heads", "head_dim", "num_householder",
     "conv_size", "max_length", "width", "channels", "intermediate_size", "num_layers",
+    "num_kv_heads", "window_size",
 )  # fmt: skip
-POSITIVE = ("eps", "norm_eps", "initializer_range")
+POSITIVE = ("eps", "norm_eps", "initializer_range", "rope_theta")
 DTYPES = ("dtype", "param_dtype")
 
 

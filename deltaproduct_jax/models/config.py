@@ -25,15 +25,18 @@ REMAT: tuple[str, ...] = ("none", "products", "blocks", "named")
 POINTS: tuple[str, ...] = (
     "mixer_input", *RESIDUAL_NAMES, "mixer_output", "mlp_input", MLP_POINT, "mlp_output",
 )  # fmt: skip
-ATTENTION = "transformer"  # the mixer of the blocks that attention_every names
+ATTENTION = "transformer"  # the mixer of a hybrid's other blocks
 
 _SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim")
-_OPTIONAL_SIZES = ("num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size")
+_OPTIONAL_SIZES = (
+    "num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size",
+    "attention_heads", "num_kv_heads", "window_size",
+)  # fmt: skip
 # Fields that not every mixer has: its layer's keywords tell. Elsewhere they must not be given.
 MIXER_FIELDS: tuple[str, ...] = (
     "num_heads", "head_dim", "num_v_heads", "expand_v", "num_householder", "allow_neg_eigval",
     "qk_activation", "beta_bias", "use_output_gate", "use_short_conv", "conv_size", "max_length",
-    "implementation", "chunk_size",
+    "implementation", "chunk_size", "num_kv_heads", "qkv_bias", "window_size", "rope_theta",
 )  # fmt: skip
 
 
@@ -135,18 +138,38 @@ class ModelConfig:
         "block is",
         recorded_if_set=True,
     )
+    attention_layers: tuple[int, ...] = setting(
+        (),
+        "a hybrid: the blocks, by their numbers from 0, that are softmax attention",
+        recorded_if_set=True,
+    )
+    attention_heads: int | None = setting(
+        None,
+        "heads of a hybrid's attention, hidden_size / attention_heads wide; none: num_heads, "
+        "head_dim and expand_v, as the mixer's",
+        recorded_if_set=True,
+    )
+    num_kv_heads: int | None = setting(
+        None,
+        "heads of attention's keys and values, each for a group of queries'; none: one a head",
+        recorded_if_set=True,
+    )
+    qkv_bias: bool | None = setting(
+        None, "biases of attention's q, k and v; none: no", recorded_if_set=True
+    )
+    window_size: int | None = setting(
+        None,
+        "tokens that attention sees, the one that looks among them; none: all before it",
+        recorded_if_set=True,
+    )
+    rope_theta: float | None = setting(
+        None, "base of attention's rotary positions; none: 10000", recorded_if_set=True
+    )
 
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""
         check_fields(self)
         require_one_of("mixer", self.mixer, MIXERS)
-        if self.attention_every is not None:
-            require_at_least("attention_every", self.attention_every, 2)
-            if self.mixer == ATTENTION:
-                raise ConfigError(
-                    f"attention_every={self.attention_every} puts attention between blocks of "
-                    f"another mixer; mixer={self.mixer!r} is attention itself"
-                )
         self._check_class()
         self._check_fields_of_mixer()
         require_one_of("qk_activation", self.qk_activation, (*QK_ACTIVATIONS, AUTO))
@@ -159,11 +182,12 @@ class ModelConfig:
         for name in (*_SIZES, *_OPTIONAL_SIZES):
             if name not in _OPTIONAL_SIZES or getattr(self, name) is not None:
                 require_at_least(name, getattr(self, name), 1)
-        for name in ("hidden_ratio", "norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
+        for name in ("hidden_ratio", "norm_eps", "initializer_range", "rope_theta"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         expand_v = self.value_of("expand_v") if self.registered.takes("expand_v") else 1.0
         value_width(self.num_heads, self.head_dim, num_v_heads=self.num_v_heads, expand_v=expand_v)
+        self._check_hybrid()
         for mixer in self.mixers:
             mixer.check(self)
         self._check_saved_points()
@@ -176,12 +200,22 @@ class ModelConfig:
     @property
     def mixers(self) -> tuple[RegisteredMixer, ...]:
         """The mixer, and that of a hybrid's other blocks."""
-        return _mixers(self.mixer, self.attention_every is not None)
+        return _mixers(self.mixer, self.attention_every is not None or bool(self.attention_layers))
 
     def mixer_of(self, block: int) -> RegisteredMixer:
         """The mixer of a block, by its number from 0."""
         every = self.attention_every
-        return self.mixers[-1 if every is not None and (block + 1) % every == 0 else 0]
+        is_attention = every is not None and (block + 1) % every == 0
+        return self.mixers[-1 if is_attention or block in self.attention_layers else 0]
+
+    @property
+    def attention_sizes(self) -> dict[str, Any]:
+        """Heads and widths of attention: the mixer's own, or those of ``attention_heads``."""
+        if self.attention_heads is None:
+            expand_v = self.value_of("expand_v", MIXERS[ATTENTION])
+            return {"num_heads": self.num_heads, "head_dim": self.head_dim, "expand_v": expand_v}
+        head_dim = self.hidden_size // self.attention_heads
+        return {"num_heads": self.attention_heads, "head_dim": head_dim, "expand_v": 1.0}
 
     @classmethod
     def variant(cls, values: Mapping[str, Any]) -> type["ModelConfig"]:
@@ -200,7 +234,9 @@ class ModelConfig:
         mixer = MIXERS.get(values.get("mixer", cls.mixer))
         if mixer is None:
             return []
-        is_hybrid = values.get("attention_every") not in (None, "none")
+        is_hybrid = values.get("attention_every") not in (None, "none") or bool(
+            values.get("attention_layers")
+        )
         return [*mixer.idle(values), *_fields_absent(*_mixers(mixer.name, is_hybrid))]
 
     def _check_class(self) -> None:
@@ -232,6 +268,45 @@ class ModelConfig:
                 f"{name}={value!r} does not fit mixer={self.mixer!r}, which has no such choice; "
                 f"leave it {str(defaults[name]).lower()}, or take a mixer among "
                 f"{', '.join(having)}"
+            )
+
+    def _check_hybrid(self) -> None:
+        """ConfigError unless attention stands beside another mixer, and can."""
+        given = {
+            name: getattr(self, name)
+            for name in ("attention_every", "attention_layers", "attention_heads")
+            if getattr(self, name) not in (None, ())
+        }
+        if given and self.mixer == ATTENTION:
+            name, value = next(iter(given.items()))
+            raise ConfigError(
+                f"{name}={value} puts attention between blocks of another mixer; "
+                f"mixer={self.mixer!r} is attention itself"
+            )
+        if self.attention_every is not None:
+            require_at_least("attention_every", self.attention_every, 2)
+        places = self.attention_layers
+        if "attention_every" in given and places:
+            raise ConfigError(
+                f"attention_layers={places} and attention_every={self.attention_every} both say "
+                "where attention is; give one of them"
+            )
+        wrong = [place for place in places if not 0 <= place < self.num_layers]
+        if wrong or len(set(places)) < len(places) or len(places) == self.num_layers:
+            raise ConfigError(
+                f"attention_layers={places} must be different numbers from 0 to "
+                f"{self.num_layers - 1}, and leave a block to mixer={self.mixer!r}"
+            )
+        if self.attention_heads is None:
+            return
+        if len(self.mixers) == 1:
+            raise ConfigError(
+                f"attention_heads={self.attention_heads} is of a hybrid's attention; give "
+                "attention_every or attention_layers with it"
+            )
+        if self.hidden_size % self.attention_heads:
+            raise ConfigError(
+                f"attention_heads={self.attention_heads} must divide hidden_size={self.hidden_size}"
             )
 
     def _check_saved_points(self) -> None:

@@ -17,15 +17,18 @@ if importlib.util.find_spec("lm_eval") is None:
 
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation import command
 from deltaproduct_jax.evaluation.harness import DeltaProductLM
+from deltaproduct_jax.evaluation.requests import windows
 from deltaproduct_jax.evaluation.tasks import PAPER_TASKS
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig
 from experiments import evaluate
 
+pytestmark = pytest.mark.slow  # test_requests.py and test_scoring.py need no harness
 BOS = 256
 DOCUMENTS = [
     {"question": "ab", "choices": ["c", "dd"], "gold": 0, "text": "once upon a time"},
@@ -153,8 +156,9 @@ def test_continuations_behind_prompts(folder, add_bos):
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_whole_texts_in_windows(folder, add_bos):
     lm = made(folder, add_bos=add_bos, max_length=4)
-    texts = ["abcdefghij", "a", ""]
-    ids = [BOS, *b"abcdefghij"]
+    texts = ["abcdefghij"[add_bos:], "a", ""]
+    begins = [BOS] * add_bos  # counts as a token of the text
+    ids = [BOS, *begins, *texts[0].encode()]
     # Of ten tokens: four behind BOS, four behind the fourth, and two with a full window before.
     want = (
         log_probability(folder, ids[0:5], 4)
@@ -164,7 +168,16 @@ def test_whole_texts_in_windows(folder, add_bos):
     scores = lm.loglikelihood_rolling(
         asked("loglikelihood_rolling", *((text,) for text in texts)), disable_tqdm=True
     )
-    assert scores == [near(want), near(log_probability(folder, [BOS, *b"a"], 1)), 0]
+    short = log_probability(folder, [BOS, *begins, *b"a"], 1 + add_bos)
+    empty = log_probability(folder, [BOS, *begins], 1) if add_bos else 0
+    assert scores == [near(want), near(short), near(empty)]
+
+
+def test_windows_are_those_of_the_harness():
+    for length in range(30):
+        ids = list(range(length))
+        theirs = map(make_disjoint_window, get_rolling_token_windows(ids, 99, 7, 1))
+        assert [tuple(pair) for pair in windows(ids, 99, 7)] == list(theirs)
 
 
 def greedy(folder, ids, count):
@@ -234,7 +247,6 @@ def test_what_cannot_be_evaluated_is_one_line(folder, tasks, tmp_path, capsys):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.slow
 def test_the_papers_tasks_are_known_to_the_harness():
     known = TaskManager()
     assert all(known.match_tasks([name]) == [name] for name in PAPER_TASKS)

@@ -330,6 +330,12 @@ MODEL_CHANGES = {
     "remat": "blocks",
     "scan_layers": True,
     "attention_every": 2,
+    "attention_layers": 0,
+    "attention_heads": 8,
+    "num_kv_heads": 1,
+    "qkv_bias": True,
+    "window_size": 3,
+    "rope_theta": 100.0,
 }
 # Fields that act only together with another.
 MODEL_NEEDS = {
@@ -338,6 +344,12 @@ MODEL_NEEDS = {
     "max_length": ["--mixer=transformer", "--implementation=none", "--qk_activation=auto"],
     "scan_layers": ["--num_layers=2"],
     "attention_every": ["--num_layers=2"],
+    "attention_layers": ["--num_layers=2"],
+    "attention_heads": ["--num_layers=2", "--attention_layers=1"],
+}
+MODEL_NEEDS |= {
+    name: ["--num_layers=2", "--attention_layers=1"]
+    for name in ("num_kv_heads", "qkv_bias", "window_size", "rope_theta")
 }
 MODEL_BASE = [
     "--workdir=w", "--hidden_size=16", "--num_heads=2", "--head_dim=8", "--intermediate_size=16",

@@ -10,10 +10,13 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+from deltaproduct_jax.interop.fla.tensors import key_and_turn
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 
 FOLDERS = Path(__file__).parents[1] / "data" / "fla"
 NAMES = ("a_gated", "b_ungated")
+TINY = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_dim": 4}
+TINY |= {"intermediate_size": 16, "implementation": "recurrent"}
 
 
 @functools.cache
@@ -73,3 +76,33 @@ def drawn(config: ModelConfig):
 def parameters(model):
     """Arrays of a model by their place."""
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
+
+
+def by_key(tree):
+    """Arrays of parameters, or of their gradients, by the reference's keys and in its layout."""
+    found = {}
+    for path, leaf in nnx.to_flat_state(tree):
+        key, turn = key_and_turn(path)
+        found[key] = turn.there(np.asarray(leaf[...]))
+    return found
+
+
+def tiny(mixer, **fields):
+    """A small model of ours, with all the parts that a mixer may have."""
+    fields = {"use_output_gate": True, "use_short_conv": True} | fields
+    return drawn(ModelConfig(mixer=mixer, **TINY, **fields))
+
+
+def assert_same_model(one, other):
+    """Parameters and fields are the same."""
+    values = [parameters(one), parameters(other)]
+    assert jax.tree.structure(values[0]) == jax.tree.structure(values[1])
+    jax.tree.map(np.testing.assert_array_equal, *values)
+    used = {"mixer", "norm_eps", "mlp_width", "tie_embeddings", *TINY}
+    used |= set(one.config.registered.keywords) - {"initializer"}
+    configs = (one.config, other.config)
+    for name in used:
+        first, second = (c.value_of(name) if hasattr(c, name) else None for c in configs)
+        if name == "num_v_heads":
+            first, second = (value or one.config.num_heads for value in (first, second))
+        assert first == second, name

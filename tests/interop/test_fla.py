@@ -16,11 +16,12 @@ from interop.golden_models import (
     FOLDERS,
     NAMES,
     as_fork,
+    assert_same_model,
+    by_key,
     config,
-    drawn,
     golden,
-    parameters,
     tensors,
+    tiny,
     write,
 )
 from safetensors import safe_open
@@ -28,14 +29,11 @@ from safetensors.numpy import load_file
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.interop import fla
-from deltaproduct_jax.interop.fla.tensors import key_and_turn
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import make_mesh
 
 BAR = 1e-5
-TINY = {"vocab_size": 11, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "head_dim": 4}
-TINY |= {"intermediate_size": 16, "implementation": "recurrent"}
 MIXERS = ("delta_product", "gated_delta_product", "delta_net", "gated_delta_net")
 
 
@@ -56,15 +54,6 @@ def loss_of(model, tokens, labels):
     counted = labels != -100
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(counted, labels, 0))
     return jnp.sum(losses, where=counted) / jnp.sum(counted)
-
-
-def by_key(tree):
-    """Arrays of parameters, or of their gradients, by the reference's keys and in its layout."""
-    found = {}
-    for path, leaf in nnx.to_flat_state(tree):
-        key, turn = key_and_turn(path)
-        found[key] = turn.there(np.asarray(leaf[...]))
-    return found
 
 
 def assert_near(pairs):
@@ -190,25 +179,6 @@ def test_float16_is_converted_when_asked(tmp_path):
     assert all(np.array_equal(found[key], x.astype(np.float32)) for key, x in half.items())
 
 
-def tiny(mixer, **fields):
-    fields = {"use_output_gate": True, "use_short_conv": True} | fields
-    return drawn(ModelConfig(mixer=mixer, **TINY, **fields))
-
-
-def assert_same_model(one, other):
-    values = [parameters(one), parameters(other)]
-    assert jax.tree.structure(values[0]) == jax.tree.structure(values[1])
-    jax.tree.map(np.testing.assert_array_equal, *values)
-    used = {"mixer", "norm_eps", "mlp_width", "tie_embeddings", *TINY}
-    used |= set(one.config.registered.keywords) - {"initializer"}
-    configs = (one.config, other.config)
-    for name in used:
-        first, second = (c.value_of(name) if hasattr(c, name) else None for c in configs)
-        if name == "num_v_heads":
-            first, second = (value or one.config.num_heads for value in (first, second))
-        assert first == second, name
-
-
 @pytest.mark.parametrize(
     ("mixer", "fields"),
     [
@@ -271,7 +241,6 @@ def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):
 
 
 REFUSED = {
-    "hybrid layers": ({"attn": {"layers": [0], "num_heads": 2}}, "attn="),
     "another activation": ({"hidden_act": "powlu"}, "hidden_act='powlu'.*'swish'"),
     "a bias": ({"conv_bias": True}, "conv_bias=True"),
     "residual attention": ({"attnres_block_size": 1}, "attnres_block_size=1"),
@@ -301,6 +270,10 @@ def test_options_without_a_counterpart_are_refused_by_name(changed, says, tmp_pa
         ("delta_product", {"qk_activation": "none"}, "qk_activation='none'"),
         ("gated_delta_product", {"num_v_heads": 8}, "num_v_heads=8"),
         ("transformer", {}, "mixer='transformer'"),
+        (
+            *("delta_net", {"attention_every": 2, "num_layers": 2, "num_heads": 2}),
+            "attention has 2 heads with keys of 32.*hidden_size / heads, as attention_heads",
+        ),
     ],
 )
 def test_what_they_lack_is_not_written(mixer, fields, says, tmp_path):
@@ -313,7 +286,7 @@ def test_what_they_lack_is_not_written(mixer, fields, says, tmp_path):
 def test_blocks_of_another_kind_are_not_written(tmp_path):
     model = tiny("delta_net")
     model.layers[0].attn = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-    with pytest.raises(ConfigError, match="blocks of Linear beside its mixer 'delta_net'"):
+    with pytest.raises(ConfigError, match="a Linear in block 0, where its config says 'delta_net'"):
         fla.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

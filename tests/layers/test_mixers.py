@@ -28,6 +28,9 @@ from experiments.lib import flags
 
 B, T, VOCAB = 3, 11, 13
 BASELINES = [name for name, mixer in MIXERS.items() if mixer.layer is not GatedDeltaProduct]
+# Attention with all that the models of flash-linear-attention may have.
+GROUPED = "transformer, grouped"
+OF_GROUPED = {"num_kv_heads": 1, "qkv_bias": True, "window_size": 5, "rope_theta": 300.0}
 
 
 class WideConfig(ModelConfig):
@@ -44,8 +47,9 @@ def config_of(mixer: str, kind=ModelConfig, **fields) -> ModelConfig:
         "vocab_size": VOCAB, "hidden_size": 16, "num_heads": 2, "head_dim": 8,
         "intermediate_size": 16, "num_layers": 2 if mixer == "rwkv7" else 1,
     }  # fmt: skip
-    own = {"max_length": 16} if mixer == "transformer" else {}
-    return kind(mixer=mixer, **(sizes | own | fields))
+    own = {"max_length": 16} if mixer in ("transformer", GROUPED) else {}
+    own |= OF_GROUPED if mixer == GROUPED else {}
+    return kind(mixer="transformer" if mixer == GROUPED else mixer, **(sizes | own | fields))
 
 
 def lively(config: ModelConfig) -> SequenceModel:
@@ -66,7 +70,7 @@ def x64():
 @pytest.fixture(scope="module")
 def wide_models():
     with jax.enable_x64(True):
-        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in BASELINES}
+        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in (*BASELINES, GROUPED)}
 
 
 @pytest.mark.parametrize(
@@ -75,13 +79,15 @@ def wide_models():
         (m, extended)
         for m, mixer in MIXERS.items()
         for extended in ([False, True] if mixer.takes("allow_neg_eigval") else [False])
-    ],
+    ]
+    + [(GROUPED, False)],
 )
 def test_the_layer_is_the_published_one(mixer, extended, x64):
     """Against a loop over tokens, every parameter drawn at random."""
-    wide = {"expand_v": 1.5} if MIXERS[mixer].takes("expand_v") else {}
-    wide |= {"num_v_heads": 4} if MIXERS[mixer].takes("num_v_heads") else {}
-    if MIXERS[mixer].layer is GatedDeltaProduct:
+    kind = config_of(mixer).registered
+    wide = {"expand_v": 1.5} if kind.takes("expand_v") else {}
+    wide |= {"num_v_heads": 4} if kind.takes("num_v_heads") else {}
+    if kind.layer is GatedDeltaProduct:
         wide |= {"use_short_conv": True, "use_output_gate": True, "beta_bias": 0.5}
     config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
     layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
@@ -95,8 +101,9 @@ def test_the_layer_is_the_published_one(mixer, extended, x64):
     x = rng.normal(size=(1, 21, 16))
     V = round(8 * wide.get("expand_v", 1))
     extra = {"v_first": rng.normal(size=(1, 21, 2, V))} if mixer == "rwkv7" else {}
-    want = getattr(oracle_mixers, mixer)(
-        names, x[0], 2, 8, V, 1e-3, extended, **{n: a[0] for n, a in extra.items()}
+    own = {"Hk": 1, "window": 5, "theta": 300.0} if mixer == GROUPED else {}
+    want = getattr(oracle_mixers, kind.name)(
+        names, x[0], 2, 8, V, 1e-3, extended, **{n: a[0] for n, a in extra.items()}, **own
     )
     run = nnx.jit(lambda layer, x, extra: layer(x, **extra)[0])
     got = run(layer, jnp.asarray(x), jax.tree.map(jnp.asarray, extra))
@@ -160,10 +167,11 @@ MASK = np.array([[0] * 4 + [1] * 7, [1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1], [0] * 11]
 
 
 # Whose programs are compiled in the ordinary tests; the three that follow share them.
-WIDE = ("transformer", "mamba2")
+WIDE = (GROUPED, "mamba2")
+COMPARED = [*BASELINES, GROUPED]
 
 
-@pytest.mark.parametrize("mixer", quick(BASELINES, WIDE))
+@pytest.mark.parametrize("mixer", quick(COMPARED, WIDE))
 def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
     model, ids = wide_models[mixer], tokens()
     whole = forward_plain(model, ids)
@@ -180,7 +188,7 @@ def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
 
 
 @pytest.mark.parametrize("mask", [ALL, MASK], ids=["whole", "padded"])
-@pytest.mark.parametrize("mixer", quick(BASELINES, WIDE))
+@pytest.mark.parametrize("mixer", quick(COMPARED, WIDE))
 def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models, x64):
     model, ids, new = wide_models[mixer], tokens(), np.zeros((B, T), bool)
     start = forward_plain(model, tokens(seed=1)[:, :5])[1]
@@ -194,7 +202,7 @@ def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models,
     agree((other[mask], other_state), (logits[mask], state), 0)
 
 
-@pytest.mark.parametrize("mixer", quick(BASELINES, WIDE))
+@pytest.mark.parametrize("mixer", quick(COMPARED, WIDE))
 def test_no_position_sees_a_later_token_or_another_row(mixer, wide_models, x64):
     ids = tokens()
     changed = ids.at[0, 6].set((ids[0, 6] + 1) % VOCAB)
@@ -252,7 +260,7 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
 # What a baseline has for itself, changed; and what all of them share.
 OWN = {
     "num_v_heads": 4, "expand_v": 2.0, "allow_neg_eigval": False, "conv_size": 3, "max_length": 8,
-    "implementation": "recurrent", "chunk_size": 4,
+    "implementation": "recurrent", "chunk_size": 4, **OF_GROUPED,
 }  # fmt: skip
 SHARED = {"hidden_size": 20, "num_heads": 4, "head_dim": 4, "initializer": "fla"}
 
@@ -306,6 +314,9 @@ def test_a_field_that_a_mixer_lacks_is_one_clear_error(mixer):
         ("transformer", {"head_dim": 5}, "head_dim=5 must be even"),
         ("mlstm", {"head_dim": 3}, "num_heads=2 times head_dim=3 must be a multiple of 4"),
         ("transformer", {"max_length": 0}, "max_length=0 is too small"),
+        ("transformer", {"num_kv_heads": 3}, "num_kv_heads=3 must divide the 2 heads"),
+        ("transformer", {"window_size": 0}, "window_size=0 is too small"),
+        ("transformer", {"rope_theta": 0.0}, "rope_theta=0.0 must be greater than 0"),
         ("delta_net", {"conv_size": 4}, "conv_size=4 means nothing without use_short_conv"),
         ("mamba2", {"num_v_heads": 3}, "num_v_heads=3 must be a positive multiple of num_heads=2"),
         ("gla", {"implementation": "associative"}, "implementation='associative' is not available"),

@@ -169,6 +169,19 @@ def test_errors_name_the_field():
         ({"remat": "named", "saved_points": ("nothing",)}, "saved_points='nothing' is not known"),
         ({"max_length": 8}, "max_length=8 does not fit mixer='delta_product'"),
         ({"attention_every": 2, "head_dim": 3}, "head_dim=3"),
+        ({"attention_every": 2, "attention_layers": (1,)}, "both say where attention is"),
+        (
+            {"attention_layers": (1, 4)},
+            r"attention_layers=\(1, 4\) must be .* from 0 to 3, and leave",
+        ),
+        ({"attention_layers": (0, 1, 2, 3)}, "leave a block to mixer='delta_product'"),
+        ({"attention_heads": 2}, "attention_heads=2 is of a hybrid's attention; give"),
+        (
+            {"attention_layers": (1,), "attention_heads": 3},
+            "attention_heads=3 must divide hidden_s",
+        ),
+        ({"attention_layers": (1,), "attention_heads": 8}, "head_dim=1 must be even"),
+        ({"window_size": 4}, "window_size=4 does not fit mixer='delta_product'"),
     ):
         with pytest.raises(ConfigError, match=words):
             dataclasses.replace(SMALL, **fields)

@@ -12,7 +12,7 @@ from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.files import read_json, user_path
-from deltaproduct_jax.interop.fla import options
+from deltaproduct_jax.interop.fla import hybrids, options
 from deltaproduct_jax.interop.fla.tensors import (
     Path as ParameterPath,
 )
@@ -44,6 +44,7 @@ def load(
     implementation: str | None = None,
     chunk_size: int | None = None,
     remat: str = "none",
+    max_length: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> SequenceModel:
     """The model in a folder of flash-linear-attention's, or of the paper's fork of it.
@@ -59,6 +60,8 @@ def load(
         implementation: as in ``ModelConfig``.
         chunk_size: as in ``ModelConfig``.
         remat: as in ``ModelConfig``.
+        max_length: of a hybrid, tokens that its attention keeps while decoding; None for the
+            folder's ``max_position_embeddings``.
         mesh: where the parameters lie, as ``parallel.layout.make_mesh`` makes it; None is JAX's
             default device.
 
@@ -76,6 +79,8 @@ def load(
     if param_dtype is not None:
         require_one_of("param_dtype", param_dtype, model_config.DTYPES)
     held = param_dtype or _dtype_of(files, folder)
+    if max_length is not None:
+        fields["max_length"] = max_length
     config = ModelConfig(
         **fields,
         param_dtype=held,
@@ -133,11 +138,13 @@ def _sources(
     ignored: set[str] = set()
     for path, leaf in shapes.items():
         key, turn = key_and_turn(path)
-        keys = fork_keys(key, factors) if fork else [key]
+        # Attention is the same in both versions.
+        apart = fork and not (path[0] == "layers" and hybrids.is_attention(config, path[1]))
+        keys = fork_keys(key, factors) if apart else [key]
         found[path] = keys, turn
         shape = turn.there(np.broadcast_to(np.float32(0), leaf.shape)).shape
         wanted |= dict.fromkeys(keys, (shape[0] // len(keys), *shape[1:]))
-        ignored |= set(dead_keys(key, factors)) if fork else set()
+        ignored |= set(dead_keys(key, factors)) if apart else set()
     if config.tie_embeddings and HEAD in files.facts:
         ignored.add(HEAD)
     _compare(wanted, ignored, files, folder)

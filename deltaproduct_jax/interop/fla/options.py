@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.interop.fla import hybrids
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import misfit, shown
 
@@ -45,7 +46,8 @@ _COMMON = {
     "conv_size": Option(int, 4, "conv_size"),
     "conv_bias": Option(bool, False, only=(False,)),
     "hidden_act": Option(str, "swish", only=("swish",)),
-    "attn": Option(Any, None, only=(None,)),
+    hybrids.OPTION: Option(Any, None),
+    hybrids.LENGTH: Option(Any, 2048),  # read where there is a cache of attention
     "attnres_block_size": Option(_WHOLE_OR_NONE, None, only=(None,)),
     "use_l2warp": Option(bool, False, only=(False,)),
 }
@@ -90,9 +92,8 @@ INERT = frozenset(
     """
     _attn_implementation_autoset _name_or_path architectures attn_mode auto_map bos_token_id dtype
     eos_token_id fuse_cross_entropy fuse_linear_cross_entropy fuse_norm fuse_swiglu id2label
-    keys_to_ignore_at_inference label2id max_position_embeddings model_type output_attentions
-    output_hidden_states pad_token_id problem_type return_dict torch_dtype transformers_version
-    use_cache use_output_norm
+    keys_to_ignore_at_inference label2id model_type output_attentions output_hidden_states
+    pad_token_id problem_type return_dict torch_dtype transformers_version use_cache use_output_norm
     """.split()  # noqa: SIM905
 )
 # What the paper's fork reads and passes by.
@@ -134,6 +135,9 @@ def to_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
     if not fields["use_short_conv"]:
         fields["conv_size"] = None
     gated = kind == "gated_deltanet" or values.get("use_forget_gate", False)
+    if values[hybrids.OPTION] is not None:
+        names = (hybrids.OPTION, "hidden_size", "num_hidden_layers", hybrids.LENGTH)
+        fields |= hybrids.to_fields(*(values[name] for name in names))
     own = {"gated_deltaproduct": _of_product, "delta_net": _of_delta_net}.get(kind, lambda _: {})
     return {**fields, "mixer": _MIXERS[kind, gated], "initializer": "fla", **own(values)}
 
@@ -209,7 +213,7 @@ def to_options(config: ModelConfig) -> dict[str, Any]:
     for name, option in OPTIONS[kind].items():
         if option.field is not None:
             saved[name] = config.value_of(option.field)
-    saved["intermediate_size"] = config.mlp_width
+    saved |= {"intermediate_size": config.mlp_width, **hybrids.to_options(config)}
     if kind == "gated_deltaproduct":
         saved["use_forget_gate"] = config.mixer == "gated_delta_product"
         saved["use_output_gate"] = config.value_of("use_output_gate")

@@ -102,12 +102,13 @@ def _writing(path: tuple[str | int, ...], leaf: Any) -> tuple[str, Writing]:
 
 def _refuse_other_blocks(model: SequenceModel) -> None:
     """ConfigError where some block has another mixer than config.json will say."""
-    kinds = {type(block.attn) for block in model.layers} - {model.config.registered.layer}
-    if kinds:
-        raise ConfigError(
-            f"model has blocks of {', '.join(kind.__name__ for kind in kinds)} beside its mixer "
-            f"{model.config.mixer!r}; hybrids are not written"
-        )
+    for number, block in enumerate(model.layers):
+        wanted = model.config.mixer_of(number)
+        if type(block.attn) is not wanted.layer:
+            raise ConfigError(
+                f"model has a {type(block.attn).__name__} in block {number}, where its config says "
+                f"{wanted.name!r}; such a block is not written"
+            )
 
 
 def _refuse_taken(folder: Path) -> None:

@@ -31,6 +31,7 @@ _ENDS: tuple[tuple[str, str, Turn], ...] = (
     ("norm.scale", "norm.weight", _SAME),
     ("conv1d.weight", "conv1d.weight", _TAPS),
     ("_proj.kernel", "_proj.weight", _TRANSPOSED),
+    ("_proj.bias", "_proj.bias", _SAME),
     ("lm_head.kernel", "lm_head.weight", _TRANSPOSED),
     (".A_log", ".A_log", _SAME),
     (".dt_bias", ".dt_bias", _SAME),
