@@ -331,12 +331,10 @@ MODEL_CHANGES = {
     "scan_layers": True,
     "attention_every": 2,
     "attention_layers": 0,
-    "attention_heads": 8,
-    "num_kv_heads": 1,
-    "qkv_bias": True,
-    "window_size": 3,
-    "rope_theta": 100.0,
 }
+OF_ATTENTION = {"attention_heads": 8, "num_kv_heads": 1, "qkv_bias": True, "window_size": 3}
+OF_ATTENTION |= {"rope_theta": 100.0}
+MODEL_CHANGES |= OF_ATTENTION
 # Fields that act only together with another.
 MODEL_NEEDS = {
     "conv_size": ["--use_short_conv"],
@@ -345,12 +343,8 @@ MODEL_NEEDS = {
     "scan_layers": ["--num_layers=2"],
     "attention_every": ["--num_layers=2"],
     "attention_layers": ["--num_layers=2"],
-    "attention_heads": ["--num_layers=2", "--attention_layers=1"],
 }
-MODEL_NEEDS |= {
-    name: ["--num_layers=2", "--attention_layers=1"]
-    for name in ("num_kv_heads", "qkv_bias", "window_size", "rope_theta")
-}
+MODEL_NEEDS |= {name: ["--num_layers=2", "--attention_layers=1"] for name in OF_ATTENTION}
 MODEL_BASE = [
     "--workdir=w", "--hidden_size=16", "--num_heads=2", "--head_dim=8", "--intermediate_size=16",
     "--qk_activation=silu", "--beta_bias=none", "--implementation=chunked",
