@@ -1,10 +1,7 @@
 """A model and its tokenizer, from a run directory or a folder of flash-linear-attention."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from flax import nnx
 
 from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.manifest import MANIFEST
@@ -18,6 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.models.sequence_model import with_fields
 from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.runs import load_run
 
@@ -86,7 +84,7 @@ def open_model(
             f"tokenizer has {found.vocab_size} ids; the model has {model.config.vocab_size}"
         )
     ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory))))
-    return Opened(model if dtype is None else with_dtype(model, dtype), found, ends)
+    return Opened(model if dtype is None else with_fields(model, dtype=dtype), found, ends)
 
 
 def _eos_of(directory: Path) -> list[int]:
@@ -107,14 +105,3 @@ def _of_text(task: Any) -> Tokenizer | None:
         return ByteTokenizer()
     folders = map(user_path, names)
     return next((tokenizer_of(f) for f in folders if (f / MANIFEST).is_file()), None)
-
-
-def with_dtype(model: SequenceModel, dtype: str) -> SequenceModel:
-    """The same parameters, computed with in another dtype.
-
-    Raises:
-        ConfigError: there is no such dtype.
-    """
-    config = dataclasses.replace(model.config, dtype=dtype)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))

@@ -62,15 +62,17 @@ class DeltaProductState(NamedTuple):
 
 
 class TokenFactors(NamedTuple):
-    """What tokens do to the state of every head, apart from what they write.
+    """What tokens do to the state of every head.
 
     Attributes:
         k: ``[B, T, R, H, K]``, before the op makes unit vectors of them.
+        v: ``[B, T, R, Hv, V]``, what is written.
         beta: ``[B, T, R, Hv]``, float32 at least.
         g: ``[B, T, Hv]``, log decay, or None without a forget gate.
     """
 
     k: Float[Array, "B T R H K"]
+    v: Float[Array, "B T R Hv V"]
     beta: Float[Array, "B T R Hv"]
     g: Float[Array, "B T Hv"] | None
 
@@ -206,10 +208,10 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         return self._output(o[:, None], x), DeltaProductState(recurrent, *tails)
 
     def token_factors(self, x: Float[Array, "B T D"]) -> TokenFactors:
-        """Keys, step sizes and decays of the tokens of whole sequences, read from their start."""
+        """What the tokens of whole sequences, read from their start, do to the state."""
         x = as_inputs(x, ("B", "T", "D"), self)
-        _, k, _, beta, g, _ = self._inputs(x, self.init_state(x.shape[0]), None, None)
-        return TokenFactors(k, beta, g)
+        _, k, v, beta, g, _ = self._inputs(x, self.init_state(x.shape[0]), None, None)
+        return TokenFactors(k, v, beta, g)
 
     def _inputs(
         self,

@@ -1,5 +1,6 @@
 """Embedding, blocks and head: tagger and language model in one."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -276,6 +277,21 @@ class SequenceModel(nnx.Module):
     def _head(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
         return self.embeddings.attend(x) if self.config.tie_embeddings else self.lm_head(x)
+
+
+def with_fields(model: SequenceModel, **fields: Any) -> SequenceModel:
+    """The same parameters in a model that computes otherwise, such as in another ``dtype``.
+
+    Args:
+        model: any model.
+        **fields: of its configuration that change no parameter's shape.
+
+    Raises:
+        ConfigError: a value is not available.
+    """
+    config = dataclasses.replace(model.config, **fields)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))
 
 
 def _as_tokens(tokens: Any, layout: tuple[str, ...]) -> jax.Array:

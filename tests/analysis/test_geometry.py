@@ -123,7 +123,7 @@ def test_transitions_are_what_the_layer_does_to_its_state():
     state = state._replace(recurrent=jax.random.normal(keys[1], state.recurrent.shape))
     after = layer(x_BTD, state=state)[1].recurrent[0]
     found = layer.token_factors(x_BTD)
-    k, beta, g = (np.asarray(a[0], np.float64) for a in found)
+    k, _, beta, g = (np.asarray(a[0], np.float64) for a in found)
     k = geometry.normalised(np.repeat(k, 2, axis=-2))
     want = np.asarray(state.recurrent[0], np.float64)
     for matrix in geometry.transitions(geometry.Factors(k, beta, np.exp(g))):
