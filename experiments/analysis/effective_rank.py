@@ -4,8 +4,8 @@
 
 reads one row by one model and takes the effective rank of every head's state before every
 Householder update: the exponential of the entropy of its singular values over their sum. A panel a
-block; grey lines stand where documents begin. ``ranks.npz`` holds the ranks, ``effective_rank.md``
-what they come to.
+block; dotted lines stand where documents begin. ``ranks.npz`` has them all, ``effective_rank.md``
+what each head comes to.
 
 Source: https://arxiv.org/abs/2502.10297, effective rank (16,384 tokens, trained on 4,096).
 Expect: in the paper DeltaNet's rank keeps growing behind the length trained; some heads of n_h = 3

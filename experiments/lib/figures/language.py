@@ -81,15 +81,15 @@ def draw_ranks(
         # An update is a part of a token, as in the paper.
         x = (every * np.arange(S)[:, None] + np.arange(R)[None] / R).reshape(-1)
         for start in starts[:MOST_MARKED]:
-            axes.axvline(start, color="grey", linewidth=0.6, alpha=0.5)
+            axes.axvline(start, color="black", linewidth=0.8, linestyle=":")
         axes.plot(x, ranks.reshape(S * R, Hv), linewidth=0.8)
         if trained is not None:
             axes.axvline(trained, color="black", linestyle="--", linewidth=1)
         axes.set(title=f"block {block}", ylim=(0, None))
-        axes.grid(alpha=0.3)
+        axes.grid(alpha=0.3, axis="y")
     for axes in list(cells):  # places without a panel
         axes.set_axis_off()
-    figure.supxlabel("position (tokens); grey: a document begins; dashed: trained up to here")
+    figure.supxlabel("position (tokens); dotted: a document begins; dashed: trained up to here")
     figure.supylabel("effective rank of each head's state")
     save(figure, path)
 
