@@ -128,9 +128,10 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             and "loss".
         path: where the picture goes.
     """
-    ways = {"heads": "fewer heads", "head_dim": "narrower heads"}
-    figure = new_figure(9.6, 4.0)
-    panels = figure.subplots(1, 2, sharey=True)
+    names = {"heads": "fewer heads", "head_dim": "narrower heads"}
+    ways = {way: n for way, n in names.items() if any(way in row["matched"] for row in rows)}
+    figure = new_figure(1.2 + 4.2 * len(ways), 4.0)
+    panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
     for axes, (way, name) in zip(panels, ways.items(), strict=True):
         for factors in sorted({row["num_householder"] for row in rows}):
             points = sorted(
