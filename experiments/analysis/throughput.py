@@ -11,7 +11,7 @@ first shape, MFU the part of the chip's peak that 6 operations a parameter and t
 Source: https://arxiv.org/abs/2502.10297, throughput at 1.3B parameters on an H100.
 Expect: in the paper about 70 % of DeltaNet's tokens per second with two factors at as many
     parameters, 50 % with three.
-Takes: 20 minutes on a GPU of 80 GB; a minute with --preset=small on two cores.
+Takes: about 20 minutes on a GPU of 80 GB, not run yet; 2 minutes with --preset=small on two cores.
 """
 
 import dataclasses
