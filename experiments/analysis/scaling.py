@@ -12,7 +12,7 @@ optimiser and steps are flags, as in ``experiments.language_modeling``.
 Source: https://arxiv.org/abs/2502.10297, scaling (heads as in its trios; head_dim by 4/(2+2n_h)).
 Expect: in the paper more factors scale better than wider heads; the preset tiny is too short to
     tell, and shows that it runs.
-Takes: of the preset tiny 10 minutes on two CPU cores; of the paper's GPU months.
+Takes: of the preset tiny about 11 minutes on two CPU cores; of the paper's GPU months.
 """
 
 import dataclasses
