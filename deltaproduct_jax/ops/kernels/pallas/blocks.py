@@ -19,6 +19,8 @@ from deltaproduct_jax.ops.kernels.pallas.plan import Plan, plan_of, vector_memor
 from deltaproduct_jax.ops.kernels.pallas.products import Passes
 from deltaproduct_jax.ops.layout import Tokens, pad
 
+LANES = 128  # of a register of a TPU
+
 
 class Scratch(NamedTuple):
     """References to vector memory, float32: n chunks of all heads of the block, and their state.
@@ -199,12 +201,26 @@ class Call(NamedTuple):
             specs += [self.segments_block(C), self.segments_block(C * R)]
         return specs, arrays
 
+    def seen_block(self) -> pl.BlockSpec:
+        """Of an array [B, blocks of heads, 1, LANES]; it stays where it is from span to span."""
+        return pl.BlockSpec((1, 1, 1, LANES), lambda b, h, n: (b, h, 0, 0))
+
+    def seen(self):
+        """Block, shape and dtype of what tells whether all is finite: 0 or NaN."""
+        B, _, H, *_ = self.sizes
+        return self.seen_block(), (B, H // self.plan.heads, 1, LANES), jnp.float32
+
+    def bad_rows(self, seen: jax.Array) -> jax.Array:
+        """[B] bool: of which sequences `look` saw anything that is not finite."""
+        return jnp.any(seen != 0, axis=(1, 2, 3))
+
     def outputs(self, tokens: Tokens, keep_states: bool):
         """Block, shape and dtype of every output of the forward kernel."""
         B, _, _, Hv, K, V = self.sizes
         N, C = self.plan.spans, self.plan.span
         yield self.tokens_block((Hv, V)), (B, N * C, Hv, V), tokens.v.dtype
         yield self.state_block(), (B, Hv, K, V), jnp.float32
+        yield self.seen()
         if keep_states:
             yield self.states_block(), (self.slots, B, Hv, K, V), jnp.float32
 
@@ -218,6 +234,7 @@ class Call(NamedTuple):
         for length in (C * R, C) if self.gated else (C * R,):
             yield self.rows_block(length), (B, N, self.chunks, Hv, length), jnp.float32
         yield self.state_block(), (B, Hv, K, V), jnp.float32
+        yield self.seen()
 
     def tokens_of(self, i):
         """The tokens of the i-th chunk of a span."""
@@ -296,6 +313,14 @@ class Call(NamedTuple):
         ]
         p = prepare(joined(chunks), self.scale, self.passes)
         return zip(chunks, parted(p, len(chunks)), strict=True)
+
+
+def look(seen, x: jax.Array) -> None:
+    """Makes ``seen`` NaN if any of x [heads, rows, width] is not finite: then x - x is NaN."""
+    wrong = jnp.sum(jnp.sum(x - x, axis=0), axis=0, keepdims=True)
+    if wrong.shape[-1] != LANES:
+        wrong = jnp.sum(wrong, axis=-1, keepdims=True)
+    seen[0, 0] += wrong
 
 
 def heads_first(x: jax.Array) -> jax.Array:
