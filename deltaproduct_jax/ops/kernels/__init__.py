@@ -15,7 +15,7 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B] bool are the rows of which anything was not finite.
+    ``bad`` [B] bool are the rows of which anything was not finite, or None if it does not look.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
     As `chunked_backward`, from what its own ``forward`` kept. ``bad`` are the rows of whose
     cotangents anything was not finite; of tokens ``forward`` told.
@@ -73,6 +73,7 @@ class Options(NamedTuple):
       interpret: run on a CPU.
       slots: how many states the residuals have room for; None: ``spans``.
       more: whether they have room for what the kernel keeps beside states.
+      rows: sequences of the call, where it is run again on some of them; None: all.
     """
 
     scale: float
@@ -81,6 +82,7 @@ class Options(NamedTuple):
     interpret: bool
     slots: int | None = None
     more: bool = False
+    rows: int | None = None
 
 
 @functools.cache

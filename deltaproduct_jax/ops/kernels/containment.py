@@ -48,9 +48,10 @@ def forward(
     run = functools.partial(kernel.forward, options=options, keep_states=keep_states)
     o, final_state, kept, bad_B = run(tokens, initial_state)
     if keep_states:
-        flags = flags_like(tokens)
-        flags_BH = jnp.broadcast_to(bad_B[:, None].astype(flags.dtype), flags.shape)
-        kept = (*kept, flags_BH * RERUN)
+        kept = (*kept, _flags(bad_B, flags_like(tokens), o))
+    if bad_B is None:
+        return o, final_state, kept
+    run = functools.partial(run, options=options._replace(rows=bad_B.size))
 
     def again(operands):
         tokens, state = operands
@@ -69,7 +70,10 @@ def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, opti
     *kept, flags_BH = kept
     kept = tuple(kept)
     *gradients, bad_B = kernel.backward(tokens, kept, do, dfinal_state, options)
+    if bad_B is None:
+        return tuple(gradients)
     bad_B |= jnp.any(flags_BH > 0, axis=1)
+    options = options._replace(rows=bad_B.size)
 
     def again(operands):
         tokens, kept, flags_BH, do, dfinal_state = operands
@@ -79,6 +83,12 @@ def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, opti
         return looked.spoil_gradients(dtokens, dstate, told)
 
     return _again(again, bad_B, (tokens, kept, flags_BH, do, dfinal_state), tuple(gradients))
+
+
+def _flags(bad_B: jax.Array | None, like: jax.ShapeDtypeStruct, o: jax.Array) -> jax.Array:
+    if bad_B is None:
+        return mark_varying_as(jnp.zeros(like.shape, like.dtype), o)
+    return jnp.broadcast_to(RERUN * bad_B[:, None].astype(like.dtype), like.shape)
 
 
 def _again(run: Callable, bad_B: jax.Array, operands: Any, results: Any) -> Any:
