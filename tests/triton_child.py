@@ -270,6 +270,10 @@ def compile_for_cuda(every: bool) -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
+    looking.choose_containment(True)
+    text = gradient.trace(*arrays, "triton").lower(lowering_platforms=("cuda",)).as_text()
+    lowered["contained"] = text.count("triton_kernel_call")
+    looking.choose_containment(False)
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)

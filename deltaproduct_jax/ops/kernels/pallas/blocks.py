@@ -57,6 +57,7 @@ class Call(NamedTuple):
     packed: bool
     manual_axis_type: Any  # of the arrays, inside shard_map
     slots: int  # for states
+    is_again: bool  # on rows that are not finite
 
     @classmethod
     def of(cls, tokens: Tokens, options: Options, *, reverse: bool) -> "Call":
@@ -75,6 +76,7 @@ class Call(NamedTuple):
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
             options.slots or options.spans,
+            options.rows is not None,
         )
 
     @property
@@ -92,6 +94,7 @@ class Call(NamedTuple):
         """The Pallas call; ``outs`` gives block, shape and dtype of every output."""
         B, _, H, *_ = self.sizes
         out_specs, out_shapes, dtypes = zip(*outs, strict=True)
+        direction = "backward" if self.reverse else "forward"
         return pl.pallas_call(
             kernel,
             grid=(B, H // self.plan.heads, self.plan.spans),
@@ -107,7 +110,8 @@ class Call(NamedTuple):
                 vmem_limit_bytes=vector_memory(self.plan),
             ),
             interpret=self.interpret,
-            name="delta_product_backward" if self.reverse else "delta_product_forward",
+            # Names tell who counts what a program moves of which call it reads.
+            name=f"delta_product_{direction}{'_again' * self.is_again}",
         )(*operands)
 
     def scratch(self):
