@@ -90,7 +90,9 @@ def test_kernels_read_and_write_little_more_than_their_arrays():
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
     least = found["argument_bytes"] + found["output_bytes"] + states
     assert 1.25 * least < found["hbm_bytes"] < 1.45 * least
-    assert found["temp_bytes"] < 1.1 * states / 2
+    # And room to run a row again: what it reads, with 0 for what is bad, and what it returns.
+    of_a_row = (found["argument_bytes"] + found["output_bytes"]) / shape.B
+    assert found["temp_bytes"] < 1.1 * states / 2 + of_a_row
 
 
 PROGRAMS = ("step over a mesh", "step without a layout", "transformed", "sequence", *GRADIENTS)

@@ -143,10 +143,10 @@ class Call(NamedTuple):
         return pl.BlockSpec((1, self.value_heads, K, V), lambda b, h, n: (b, h, 0, 0))
 
     def states_block(self) -> pl.BlockSpec:
-        """Of an array [N, B, Hv, K, V]; blocks of no span are neither read nor written."""
+        """Of an array [B, N, Hv, K, V]; blocks of no span are neither read nor written."""
         *_, K, V = self.sizes
         shape = (1, 1, self.value_heads, K, V)
-        return pl.BlockSpec(shape, lambda b, h, n: (self._span(n), b, h, 0, 0))
+        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), h, 0, 0))
 
     def tokens_block(self, rest: tuple[int, ...]) -> pl.BlockSpec:
         """Of an array [B, T, *rest], where ``rest`` is ([R,] heads, width)."""
@@ -226,7 +226,7 @@ class Call(NamedTuple):
         yield self.state_block(), (B, Hv, K, V), jnp.float32
         yield self.seen()
         if keep_states:
-            yield self.states_block(), (self.slots, B, Hv, K, V), jnp.float32
+            yield self.states_block(), (B, self.slots, Hv, K, V), jnp.float32
 
     def cotangents(self, tokens: Tokens):
         """Block, shape and dtype of every output of the backward kernel."""

@@ -116,7 +116,9 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
         return o, final_state, None, call.bad_rows(seen)
     B, _, _, H, _ = tokens.k.shape
     shape = (-1, B, H, call.value_heads // call.plan.heads, *states[0].shape[-2:])
-    return o, final_state, (states[0].reshape(shape),), call.bad_rows(seen)
+    # They lie row by row, or XLA would turn them around for a loop over rows and back again.
+    kept = jnp.swapaxes(states[0], 0, 1).reshape(shape)
+    return o, final_state, (kept,), call.bad_rows(seen)
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
@@ -124,7 +126,7 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
     (states,) = kept
-    states = states.reshape(-1, *dfinal_state.shape)
+    states = jnp.swapaxes(states.reshape(-1, *dfinal_state.shape), 0, 1)
     dq, dk, dv, dbeta, *dg, dinitial_state, seen = call.run(
         functools.partial(_backward_kernel, call=call),
         [*specs, call.states_block(), call.tokens_block(do.shape[2:]), call.state_block()],
