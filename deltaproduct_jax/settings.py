@@ -17,6 +17,7 @@ from deltaproduct_jax.errors import ConfigError
 
 SHOWN = 60  # characters of a value in an error
 LARGEST_SEED = 2**63 - 1  # that JAX and NumPy both take
+LARGEST_COUNT = 2**31 - 1  # that a device counts to
 
 
 def setting(
@@ -82,6 +83,8 @@ def check_fields(config: Any) -> None:
 def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     """Which bound of its `setting` a value does not keep, or None."""
     least, above, most = (metadata.get(bound) for bound in ("least", "above", "most"))
+    if most is None and isinstance(value, int):
+        most = LARGEST_SEED  # no array has more entries, and none holds a larger number
     if metadata.get("filled") and not value:
         return f"{name} is empty; give one entry at least ({metadata['help']})"
     if value is None:

@@ -40,7 +40,10 @@ class TinyModel(nnx.Module):
         self.head = nnx.Linear(config.hidden_size, config.vocab_size, rngs=rngs)
 
     def __call__(self, tokens):
-        return self.head(jnp.tanh(jnp.cumsum(self.embeddings(tokens), axis=1)))
+        return self.head(self.features(tokens))
+
+    def features(self, tokens):
+        return jnp.tanh(jnp.cumsum(self.embeddings(tokens), axis=1))
 
 
 @contextlib.contextmanager

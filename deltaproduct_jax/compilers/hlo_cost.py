@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from deltaproduct_jax.compilers.collectives import COLLECTIVES
 from deltaproduct_jax.compilers.hlo_traffic import hbm_bytes
+from deltaproduct_jax.ops.kernels.containment import SCOPE
 
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s=]+) \(.*\{$")
 _INSTRUCTION = re.compile(
@@ -60,7 +61,8 @@ class Cost:
 
     Cycles (``schedule_cycles`` is None where no profile was asked for), bytes read from HBM and
     written to it (`hlo_traffic`), how often each target of a
-    custom call is called and each kind of collective runs, and the trip count of every loop.
+    custom call is called and each kind of collective runs, and the trip count of every loop. Those
+    that run kernels again, on rows that are not finite, count as loops without a turn.
     """
 
     schedule_cycles: int | None = None
@@ -101,7 +103,8 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
                 target = line.attribute("custom_call_target")
                 total.custom_calls[target] = total.custom_calls.get(target, 0) + times
             elif kind == "while":
-                trips = _trips(computations, computations[name], line)
+                is_for_faults = SCOPE in (line.attribute("op_name") or "")
+                trips = 0 if is_for_faults else _trips(computations, computations[name], line)
                 total.loops[label] = trips
                 walk(line.attribute("body"), times * trips)
                 walk(line.attribute("condition"), times * trips)

@@ -18,6 +18,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.ops.parts import explicit_names, mesh_of
 
+# Methods that return no state; all others return one beside their outputs.
+STATELESS = ("for_later_blocks", "features")
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -26,7 +29,7 @@ def takes_any_layout(method: Function) -> Function:
 
     Args:
         method: takes inputs [B, ..., D] or token ids [B, ...], and may take a ``state`` by name or
-            before them; returns outputs and a state or, as ``for_later_blocks``, a dict of arrays.
+            before them; returns outputs and a state, or no state, as those in `STATELESS`.
     """
     signature = inspect.signature(method)
     _, *names = signature.parameters
@@ -75,6 +78,5 @@ def _by_the_compiler(fixed: tuple, params: Any, args: tuple, more: dict[str, Any
     of_outputs, of_state = tree.unflatten(shardings)
     method_of = functools.partial(method, **dict(numbers))
     run = lambda params, args, more: method_of(nnx.merge(graph, params), *args, **more)
-    returns_state = method.__name__ != "for_later_blocks"
-    out_sharding = (of_outputs, of_state) if returns_state else of_outputs
+    out_sharding = of_outputs if method.__name__ in STATELESS else (of_outputs, of_state)
     return jax.sharding.auto_axes(run, axes=names, out_sharding=out_sharding)(params, args, more)

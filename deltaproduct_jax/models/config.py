@@ -45,6 +45,11 @@ def _fields_absent(*mixers: RegisteredMixer) -> list[str]:
     return [name for name in MIXER_FIELDS if not any(mixer.takes(name) for mixer in mixers)]
 
 
+def _named(mixer: Any) -> RegisteredMixer | None:
+    """The mixer of that name; None for what is none, whatever it is."""
+    return MIXERS.get(mixer) if isinstance(mixer, str) else None
+
+
 def _mixers(name: str, is_hybrid: bool) -> tuple[RegisteredMixer, ...]:
     return (MIXERS[name], MIXERS[ATTENTION]) if is_hybrid else (MIXERS[name],)
 
@@ -220,7 +225,7 @@ class ModelConfig:
     @classmethod
     def variant(cls, values: Mapping[str, Any]) -> type["ModelConfig"]:
         """The dataclass for the mixer among these values: this one, or one with more fields."""
-        mixer = MIXERS.get(values.get("mixer", cls.mixer))
+        mixer = _named(values.get("mixer", cls.mixer))
         return cls if mixer is None or mixer.config is None else mixer.config
 
     @classmethod
@@ -231,7 +236,7 @@ class ModelConfig:
     @classmethod
     def without_use(cls, values: Mapping[str, Any]) -> list[str]:
         """Fields of a preset that mean nothing for the mixer among these values."""
-        mixer = MIXERS.get(values.get("mixer", cls.mixer))
+        mixer = _named(values.get("mixer", cls.mixer))
         if mixer is None:
             return []
         is_hybrid = values.get("attention_every") not in (None, "none") or bool(

@@ -166,6 +166,7 @@ class SequenceModel(nnx.Module):
             return self._by_segment(tokens, state, segment_ids, mask, num_segments)
         return self._read(tokens, state, segment_ids, mask, self._head)
 
+    @takes_any_layout
     def features(
         self,
         tokens: Int[Array, "B T"],

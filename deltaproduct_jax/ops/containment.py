@@ -70,8 +70,11 @@ def _look(leaves, axes, state, resets, axis_name=None):
     H = max(x.shape[axis] for x, axis in zip(leaves, axes, strict=True))
     of_tokens = [_repeat(_bad(x, (0, 1, a)), H) for x, a in zip(leaves, axes, strict=True)]
     bad_BTH = _any_of(of_tokens)
-    of_state = [_bad(x, (0, 1)) for x in jax.tree.leaves(state)]
-    return bad_BTH, reach(bad_BTH, _any_of(of_state), resets, axis_name)
+    return bad_BTH, reach(bad_BTH, _bad_state(state), resets, axis_name)
+
+
+def _bad_state(state):
+    return _any_of([_bad(x, (0, 1)) for x in jax.tree.leaves(state)])
 
 
 class Watched(NamedTuple):
@@ -82,18 +85,21 @@ class Watched(NamedTuple):
       reached: tokens whose outputs are NaN, the same.
       resets: where the state starts anew, [B, T] bool, or None.
       head_axes: as above.
+      bad_state: heads of whose state anything is not finite, [B, H] bool.
     """
 
     bad: jax.Array
     reached: jax.Array
     resets: jax.Array | None
     head_axes: Any
+    bad_state: jax.Array
 
     @classmethod
     def of(cls, tokens: Any, state: Any, resets: jax.Array | None, head_axes: Any) -> "Watched":
         """For operands as the caller has them; arguments as of `contained`."""
         leaves, axes = jax.tree.leaves(tokens), jax.tree.leaves(head_axes)
-        return cls(*_look(leaves, axes, state, resets), resets, head_axes)
+        looked = _look(leaves, axes, state, resets)
+        return cls(*looked, resets, head_axes, _bad_state(state))
 
     @property
     def _fixed(self):

@@ -16,8 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
-from deltaproduct_jax.ops.containment import Watched, contained, forgets, only_finite
-from deltaproduct_jax.ops.layout import Tokens, mark_bad
+from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.kernels import containment as of_kernels
+from deltaproduct_jax.ops.kernels.containment import watched as _watched
+from deltaproduct_jax.ops.layout import Tokens, head_axes, mark_bad
 from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.route import Branch, Route, resolve, sizes_of
@@ -80,18 +82,8 @@ def dispatch(
             return _with_own_backward(route, tokens._replace(resets=resets), state)
 
     tokens = tokens._replace(resets=None)
-    settings = {"head_axes": _head_axes(tokens), "check_state": check_state, "mark": mark_bad}
+    settings = {"head_axes": head_axes(tokens), "check_state": check_state, "mark": mark_bad}
     return contained(run, tokens, initial_state, resets, **settings)
-
-
-def _head_axes(tokens: Tokens) -> Tokens:
-    return Tokens(q=2, k=3, v=3, beta=3, g=None if tokens.g is None else 2, resets=None)
-
-
-def _watched(tokens: Tokens, state: jax.Array) -> Watched:
-    """For what runs beside a kernel that another platform may run: it looks by itself."""
-    bare = tokens._replace(resets=None)
-    return Watched.of(bare, state, tokens.resets, _head_axes(bare))
 
 
 def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
@@ -158,11 +150,12 @@ def _kernel_pass(name: str, direction: str, branch: Branch, **keywords):
     kernel, platform = kernels.KERNELS[name], branch.platform
     if platform != kernel.platform and not (platform == "cpu" and kernel.interpreted):
         return None
-    run = getattr(kernels.load(name), direction)
+    run = getattr(of_kernels, direction)
     reason = getattr(kernels.load(name), "reason_when_lowered", None)
     if reason is not None and platform == kernel.platform:
         run = _asked(name, reason, run)
-    return functools.partial(differentiated_once(run), options=branch.options, **keywords)
+    keywords |= {"kernel": kernels.load(name), "options": branch.options}
+    return functools.partial(differentiated_once(run), **keywords)
 
 
 @functools.cache

@@ -24,6 +24,11 @@ class Tokens(NamedTuple):
     resets: jax.Array | None  # BT, bool: a segment starts here
 
 
+def head_axes(tokens: Tokens) -> Tokens:
+    """The axis of heads of each; resets have none."""
+    return Tokens(q=2, k=3, v=3, beta=3, g=None if tokens.g is None else 2, resets=None)
+
+
 class MergedTokens(NamedTuple):
     """The same with T and R merged into one axis of updates, U = T * R."""
 

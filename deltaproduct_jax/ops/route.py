@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.chunked import Settings
 from deltaproduct_jax.ops.cut import cut_for, default_chunk_size, default_span
+from deltaproduct_jax.ops.kernels.containment import flags_like
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import Matmul
 from deltaproduct_jax.ops.selection import select_implementation
@@ -93,12 +94,14 @@ def resolve(
     # Residuals are the same on all platforms. Where one kernel alone may run, it says what they
     # are; those of two platforms have to do with room for a state per span.
     chosen = set(gradients.values()) & kernels.KERNELS.keys()
-    kernel = kernels.load(chosen.pop()) if len(chosen) == 1 else None
+    kernel = kernels.load(next(iter(chosen))) if len(chosen) == 1 else None
     kept_span = span if kernel is None else kernel.kept_span(span, dtype=dtype, **sizes)
     spans, slots = -(-T // span), -(-T // kept_span)
     options = kernels.Options(scale, precision, spans, interpret=False, slots=slots)
     kept_more = () if kernel is None else kernel.kept_more(tokens, options)
     options = options._replace(more=bool(kept_more))
+    if chosen:
+        kept_more = (*kept_more, flags_like(tokens))
     fixed = {"scale": scale, "precision": precision, "span": kept_span, "chunk_size": chunk_size}
     branches = (
         Branch(

@@ -10,7 +10,13 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import check_fields, recorded, seed_setting, setting
+from deltaproduct_jax.settings import (
+    LARGEST_COUNT,
+    check_fields,
+    recorded,
+    seed_setting,
+    setting,
+)
 from deltaproduct_jax.tasks.registry import class_of_task
 from deltaproduct_jax.tasks.task import MAX_BATCH_INDEX, Task
 from deltaproduct_jax.training.loss import LossSettings
@@ -69,7 +75,9 @@ class TrainConfig:
         recorded_if_set=True,
     )
     max_skipped_steps: int = setting(
-        10, "steps skipped in a row, as their loss or gradient is not finite, that end the run"
+        10,
+        "steps skipped in a row, as their loss or gradient is not finite, that end the run",
+        most=LARGEST_COUNT,
     )
     spike_deviations: float | None = setting(
         None,

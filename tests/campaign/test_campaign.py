@@ -180,6 +180,7 @@ JUNK = [
     ["a"],
     [1, None],
 ]
+UNREADABLE = (ValueError, RecursionError)
 RAW = [b"", b"{", b"\xff\xfe", b"NaN", b"Infinity", b"1e999", b"[" * 20_000, b'"\\ud800"', b"null"]
 
 
@@ -229,12 +230,13 @@ def damage(data, path):
         bit = 1 << data.draw(st.integers(0, 7))
         path.write_bytes(content[:place] + bytes([content[place] ^ bit]) + content[place + 1 :])
     elif kind == "json" and path.suffix == ".json":
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(*UNREADABLE):  # damaged before
             path.write_bytes(damage_json(data, content))
     elif kind == "json" and path.suffix == ".jsonl" and content:
         lines = content.splitlines()
         index = data.draw(st.integers(0, len(lines) - 1))
-        lines[index] = damage_json(data, lines[index])
+        with contextlib.suppress(*UNREADABLE):
+            lines[index] = damage_json(data, lines[index])
         path.write_bytes(b"\n".join(lines) + b"\n")
     else:
         path.write_bytes(data.draw(st.sampled_from(RAW)))

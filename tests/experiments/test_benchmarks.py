@@ -4,6 +4,7 @@ import json
 import sys
 import types
 
+import jax.numpy as jnp
 import pytest
 
 from deltaproduct_jax import delta_product
@@ -13,6 +14,7 @@ from experiments.lib import flags
 from experiments.lib.bench import timing
 from experiments.lib.bench.gpu_kernels import PassConfig
 from experiments.lib.bench.peers import jax_packages as peer_jax
+from experiments.op import containment as op_containment
 from experiments.op import rule as op_rule
 from experiments.op import scaling as op_scaling
 from experiments.op import sharding as op_sharding
@@ -150,6 +152,23 @@ def test_nothing_to_measure_is_refused(config, name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_containment_is_timed_beside_the_op_without_it(tmp_path):
+    sizes = ["--length=16", "--num_heads=1", "--head_dim=4", "--num_householder=1", "--repeats=2"]
+    op_containment.command([f"--workdir={tmp_path}", *sizes, "--implementations=chunked"])
+    rows = json.loads((tmp_path / "containment.json").read_text())["rows"]
+    assert [row["direction"] for row in rows] == ["forward", "forward+backward"]
+    shape = timing.Shape(1, 16, 1, 4, 4, 1)
+    arrays = shape.inputs()
+    arrays["v"] = arrays["v"].at[0, 9].set(jnp.nan)
+    run = lambda **a: delta_product(**a, implementation="chunked", chunk_size=16)[0]
+    assert int(jnp.isnan(run(**arrays)).any(axis=(0, 2, 3)).sum()) == 7
+    with op_containment.bare():  # earlier tokens of the chunk too
+        assert int(jnp.isnan(run(**arrays)).any(axis=(0, 2, 3)).sum()) == 16
+        with pytest.raises(RuntimeError, match="chunked does not keep a NaN where the recurrence"):
+            op_containment.check(shape, "chunked")
+
+
 def test_scaling_writes_slopes_and_plot(tmp_path):
     sizes = ["--lengths=32,64,128", "--num_householder=2,1", "--base_length=32", "--repeats=2"]
     op_scaling.command([f"--workdir={tmp_path}", *sizes, "--num_heads=1", "--head_dim=4"])

@@ -57,12 +57,8 @@ def test_the_batch_over_an_explicit_axis(mixer):
     close(got, run(params, *inputs()))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mixer", ALL)
-def test_batch_and_heads_over_explicit_axes(mixer):
-    """Parameters lie as the table of `deltaproduct_jax.parallel` has them."""
-    graph, params = make(mixer)
-    params = nnx.to_pure_dict(params)
+def over_two_axes(graph, params):
+    """Parameters as the table of `deltaproduct_jax.parallel` has them, and rows of `inputs`."""
     mesh = jax.make_mesh((2, 2), ("data", "tensor"))
     names = names_of_model(nnx.merge(graph, params))
     sizes = {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 1}
@@ -71,20 +67,80 @@ def test_batch_and_heads_over_explicit_axes(mixer):
         path = tuple(str(key.key) for key in keys)
         return NamedSharding(mesh, PartitionSpec(*cut(names[path], x.shape, sizes)))
 
+    laid = jax.device_put(params, jax.tree_util.tree_map_with_path(lies, params))
+    assert any("tensor" in x.sharding.spec for x in jax.tree.leaves(laid))
+    return laid, jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ALL)
+def test_batch_and_heads_over_explicit_axes(mixer):
+    graph, params = make(mixer)
+    params = nnx.to_pure_dict(params)
+
     def run(params, *arrays):
         outs, pull = jax.vjp(lambda p: read(graph, p, *arrays), params)
         return outs, pull(outs)[0]
 
     run = jax.jit(run)
-    laid = jax.device_put(params, jax.tree_util.tree_map_with_path(lies, params))
-    assert any("tensor" in x.sharding.spec for x in jax.tree.leaves(laid))
-    rows = jax.device_put(inputs(), NamedSharding(mesh, PartitionSpec("data")))
+    laid, rows = over_two_axes(graph, params)
     (y, one, state), gradients = run(laid, *rows)
     assert y.sharding.spec == PartitionSpec("data", None, None)
     assert one.sharding.spec == PartitionSpec("data", None)
     assert all(x.sharding.spec[0] == "data" for x in jax.tree.leaves(state))
     jax.tree.map(lambda x, p: x.sharding.spec == p.sharding.spec or 1 / 0, gradients, laid)
     close(((y, one, state), gradients), run(params, *inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ALL)
+def test_states_that_lie_along_heads(mixer):
+    """Of a mixer that reads on from one; the new state lies as the old one did."""
+    graph, params = make(mixer)
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8))
+
+    def lies(x):
+        along = ("data", "tensor") if x.ndim > 1 and x.shape[1] % 2 == 0 else ("data",)
+        return NamedSharding(mesh, PartitionSpec(*along))
+
+    @jax.jit
+    def run(params, state, x):
+        mixer = nnx.merge(graph, params).layers[0].attn
+        passed_on = mixer.for_later_blocks and mixer.for_later_blocks(x)
+        y, state = mixer(x[:, :-1], state=state)
+        return y, *mixer.step(state, x[:, -1]), passed_on
+
+    layer = nnx.merge(graph, params).layers[0].attn
+    _, state = jax.jit(lambda x: layer(x))(x)
+    laid = jax.tree.map(lambda x: jax.device_put(x, lies(x)), state)
+    assert any("tensor" in x.sharding.spec for x in jax.tree.leaves(laid))
+    rows = jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+    got = run(jax.device_put(params, NamedSharding(mesh, PartitionSpec())), laid, rows)
+    assert [got[0].sharding.spec[0], got[1].sharding.spec[0]] == ["data", "data"]
+    for new, old in zip(jax.tree.leaves(got[2]), jax.tree.leaves(laid), strict=True):
+        assert [n or None for n in new.sharding.spec if n] == [n for n in old.sharding.spec if n]
+    close(got, run(params, state, x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", [ALL[0], "transformer"])
+def test_features_over_explicit_axes(mixer):
+    """What losses in chunks read, and its gradient."""
+    graph, params = make(mixer)
+    params = nnx.to_pure_dict(params)
+
+    def run(params, ids, *_):
+        features = lambda p: nnx.merge(graph, p).features(ids)
+        x, pull = jax.vjp(features, params)
+        return x, pull(0.1 * jnp.sin(x))[0]
+
+    run = jax.jit(run)
+    laid, rows = over_two_axes(graph, params)
+    x, gradients = run(laid, *rows)
+    assert x.sharding.spec == PartitionSpec("data", None, None)
+    jax.tree.map(lambda x, p: x.sharding.spec == p.sharding.spec or 1 / 0, gradients, laid)
+    close((x, gradients), run(params, *inputs()))
 
 
 @pytest.mark.slow

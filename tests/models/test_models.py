@@ -186,6 +186,7 @@ def test_every_field_reaches_the_model():
     ("change", "text"),
     [
         ({"mixer": "mamba"}, "mixer='mamba' is not known; it may be one of"),
+        ({"mixer": ["rwkv7"]}, "mixer=['rwkv7'] must be a text"),
         (
             {"mixer": "delta_net", "num_householder": 2},
             "num_householder=2 does not fit mixer='delta_net'",

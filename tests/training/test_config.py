@@ -26,6 +26,8 @@ def run_config(task: GroupTask | None = None, **train) -> RunConfig:
     [
         ({"steps": 0}, "steps=0 is too small"),
         ({"steps": 2**31}, "steps=2147483648 is too large"),
+        ({"max_skipped_steps": 2**31}, "max_skipped_steps=2147483648 is too large; it may be up"),
+        ({"loss_chunk_size": 2**63}, "loss_chunk_size=9223372036854775808 is too large"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
         ({"batch_size": 10, "accumulation_steps": 4}, "batch_size=10 must be a multiple of accum"),
         ({"eval_sequences": 100, "eval_batch_size": 64}, "eval_sequences=100 must be a multiple"),

@@ -10,13 +10,15 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     Tokens from one state that it keeps to the next, where the op would keep one every ``span``.
 ``kept_more(tokens, options) -> tuple[jax.ShapeDtypeStruct, ...]``
     What it keeps beside states, if it alone says what the residuals are; () if nothing.
-``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, kept)``
+``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, kept, bad)``
     As `chunked`, but that ``kept`` is None or ``(states, *more)``. States are [N, B, H, G, K, V]
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state)``
-    As `chunked_backward`, from what its own ``forward`` kept.
+    ``bad`` [B] bool are the rows of which anything was not finite, or None if it does not look.
+``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
+    As `chunked_backward`, from what its own ``forward`` kept. ``bad`` are the rows of whose
+    cotangents anything was not finite; of tokens ``forward`` told.
 
 One that JAX cannot lower everywhere has a seventh:
 
@@ -71,6 +73,7 @@ class Options(NamedTuple):
       interpret: run on a CPU.
       slots: how many states the residuals have room for; None: ``spans``.
       more: whether they have room for what the kernel keeps beside states.
+      rows: sequences of the call, where it is run again on some of them; None: all.
     """
 
     scale: float
@@ -79,6 +82,7 @@ class Options(NamedTuple):
     interpret: bool
     slots: int | None = None
     more: bool = False
+    rows: int | None = None
 
 
 @functools.cache
@@ -94,6 +98,11 @@ def is_installed(name: str) -> bool:
 def load(name: str) -> ModuleType:
     """The module of a kernel."""
     return importlib.import_module(f"{__name__}.{KERNELS[name].module}")
+
+
+def axis_of_rows(rank: int) -> int:
+    """The axis of sequences: the first, but in arrays of kept states [spans, B, H, G, K, V]."""
+    return 1 if rank == 6 else 0
 
 
 def reason_against(name: str, **request) -> str | None:

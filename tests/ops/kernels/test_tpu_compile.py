@@ -77,7 +77,7 @@ def test_no_loop_over_chunks_is_left_outside_the_kernels(name):
     found = compiled(name)
     assert "error" not in found, found["error"]
     assert found["custom_calls"]["tpu_custom_call"] == 2
-    assert not found["loops"]
+    assert not any(found["loops"].values())
 
 
 @pytest.mark.slow
@@ -90,7 +90,9 @@ def test_kernels_read_and_write_little_more_than_their_arrays():
     states = 4 * -(-shape.T * shape.R // 128) * shape.B * shape.H * shape.K * shape.V
     least = found["argument_bytes"] + found["output_bytes"] + states
     assert 1.25 * least < found["hbm_bytes"] < 1.45 * least
-    assert found["temp_bytes"] < 1.1 * states / 2
+    # And room to run a row again: what it reads, with 0 for what is bad, and what it returns.
+    of_a_row = (found["argument_bytes"] + found["output_bytes"]) / shape.B
+    assert found["temp_bytes"] < 1.1 * states / 2 + of_a_row
 
 
 PROGRAMS = ("step over a mesh", "step without a layout", "transformed", "sequence", *GRADIENTS)
@@ -121,7 +123,7 @@ def _around(names) -> dict:
 def test_a_training_step_on_256_chips_holds_the_kernels():
     """Through its layout. XLA cannot cut a kernel by itself: None then runs the chunked form."""
     found = around("step over a mesh")
-    assert found["tpu_custom_call"] == 2
+    assert found["tpu_custom_call"] == 4
     assert found["all-gather"] > 0
     assert found["all-reduce"] > 0
     assert "tpu_custom_call" not in around("step without a layout")
@@ -129,19 +131,19 @@ def test_a_training_step_on_256_chips_holds_the_kernels():
 
 @pytest.mark.slow
 def test_the_kernels_compile_mapped_rematerialised_packed_with_grouped_heads():
-    assert around("transformed")["tpu_custom_call"] == 2
+    assert around("transformed")["tpu_custom_call"] == 4
     assert "all-reduce" not in around("transformed")
 
 
 @pytest.mark.parametrize("name", quick(GRADIENTS, QUICK_PROGRAMS))
 def test_the_kernels_compile_for_every_generation_and_are_all_there_is(name):
-    """None chooses them; `GRADIENTS` says for what."""
-    assert around(name) == {"tpu_custom_call": 2}
+    """None chooses them; `GRADIENTS` says for what. Loops run them again on what is not finite."""
+    assert around(name) == {"tpu_custom_call": 4, "while": 2}
 
 
 @pytest.mark.slow
 def test_the_kernels_compile_along_a_cut_sequence():
-    assert around("sequence")["tpu_custom_call"] == 2
+    assert around("sequence")["tpu_custom_call"] == 4
     assert around("sequence")["collective-permute"] > 1
 
 

@@ -99,6 +99,17 @@ def test_a_mapped_call_is_one_call_after_the_other(everything):
     assert everything["vmap"] < 1e-5
 
 
+@pytest.mark.slow
+def test_what_is_not_finite_stays_in_its_segment_where_kernels_look(everything):
+    """From kept X, scores and maps of pieces, and from states alone."""
+    for found in everything["contained"]:
+        assert found["error"] < 1e-5
+        assert found["alike"]
+        assert found["bad"] == 20  # tokens from the bad one to the end of its segment
+    lowered = everything["lowered"]
+    assert lowered["contained"] == 2 * lowered["triton"]
+
+
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
 def test_one_token_is_that_of_the_oracle(name, interpreted):
     assert max(interpreted[name].values()) < 1e-6

@@ -19,6 +19,8 @@ from deltaproduct_jax.ops.kernels.pallas.plan import Plan, plan_of, vector_memor
 from deltaproduct_jax.ops.kernels.pallas.products import Passes
 from deltaproduct_jax.ops.layout import Tokens, pad
 
+LANES = 128  # of a register of a TPU
+
 
 class Scratch(NamedTuple):
     """References to vector memory, float32: n chunks of all heads of the block, and their state.
@@ -55,6 +57,7 @@ class Call(NamedTuple):
     packed: bool
     manual_axis_type: Any  # of the arrays, inside shard_map
     slots: int  # for states
+    is_again: bool  # on rows that are not finite
 
     @classmethod
     def of(cls, tokens: Tokens, options: Options, *, reverse: bool) -> "Call":
@@ -73,6 +76,7 @@ class Call(NamedTuple):
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
             options.slots or options.spans,
+            options.rows is not None,
         )
 
     @property
@@ -90,6 +94,7 @@ class Call(NamedTuple):
         """The Pallas call; ``outs`` gives block, shape and dtype of every output."""
         B, _, H, *_ = self.sizes
         out_specs, out_shapes, dtypes = zip(*outs, strict=True)
+        direction = "backward" if self.reverse else "forward"
         return pl.pallas_call(
             kernel,
             grid=(B, H // self.plan.heads, self.plan.spans),
@@ -105,7 +110,8 @@ class Call(NamedTuple):
                 vmem_limit_bytes=vector_memory(self.plan),
             ),
             interpret=self.interpret,
-            name="delta_product_backward" if self.reverse else "delta_product_forward",
+            # Names tell who counts what a program moves of which call it reads.
+            name=f"delta_product_{direction}{'_again' * self.is_again}",
         )(*operands)
 
     def scratch(self):
@@ -137,10 +143,10 @@ class Call(NamedTuple):
         return pl.BlockSpec((1, self.value_heads, K, V), lambda b, h, n: (b, h, 0, 0))
 
     def states_block(self) -> pl.BlockSpec:
-        """Of an array [N, B, Hv, K, V]; blocks of no span are neither read nor written."""
+        """Of an array [B, N, Hv, K, V]; blocks of no span are neither read nor written."""
         *_, K, V = self.sizes
         shape = (1, 1, self.value_heads, K, V)
-        return pl.BlockSpec(shape, lambda b, h, n: (self._span(n), b, h, 0, 0))
+        return pl.BlockSpec(shape, lambda b, h, n: (b, self._span(n), h, 0, 0))
 
     def tokens_block(self, rest: tuple[int, ...]) -> pl.BlockSpec:
         """Of an array [B, T, *rest], where ``rest`` is ([R,] heads, width)."""
@@ -199,14 +205,28 @@ class Call(NamedTuple):
             specs += [self.segments_block(C), self.segments_block(C * R)]
         return specs, arrays
 
+    def seen_block(self) -> pl.BlockSpec:
+        """Of an array [B, blocks of heads, 1, LANES]; it stays where it is from span to span."""
+        return pl.BlockSpec((1, 1, 1, LANES), lambda b, h, n: (b, h, 0, 0))
+
+    def seen(self):
+        """Block, shape and dtype of what tells whether all is finite: 0 or NaN."""
+        B, _, H, *_ = self.sizes
+        return self.seen_block(), (B, H // self.plan.heads, 1, LANES), jnp.float32
+
+    def bad_rows(self, seen: jax.Array) -> jax.Array:
+        """[B] bool: of which sequences `look` saw anything that is not finite."""
+        return jnp.any(seen != 0, axis=(1, 2, 3))
+
     def outputs(self, tokens: Tokens, keep_states: bool):
         """Block, shape and dtype of every output of the forward kernel."""
         B, _, _, Hv, K, V = self.sizes
         N, C = self.plan.spans, self.plan.span
         yield self.tokens_block((Hv, V)), (B, N * C, Hv, V), tokens.v.dtype
         yield self.state_block(), (B, Hv, K, V), jnp.float32
+        yield self.seen()
         if keep_states:
-            yield self.states_block(), (self.slots, B, Hv, K, V), jnp.float32
+            yield self.states_block(), (B, self.slots, Hv, K, V), jnp.float32
 
     def cotangents(self, tokens: Tokens):
         """Block, shape and dtype of every output of the backward kernel."""
@@ -218,6 +238,7 @@ class Call(NamedTuple):
         for length in (C * R, C) if self.gated else (C * R,):
             yield self.rows_block(length), (B, N, self.chunks, Hv, length), jnp.float32
         yield self.state_block(), (B, Hv, K, V), jnp.float32
+        yield self.seen()
 
     def tokens_of(self, i):
         """The tokens of the i-th chunk of a span."""
@@ -296,6 +317,14 @@ class Call(NamedTuple):
         ]
         p = prepare(joined(chunks), self.scale, self.passes)
         return zip(chunks, parted(p, len(chunks)), strict=True)
+
+
+def look(seen, x: jax.Array) -> None:
+    """Makes ``seen`` NaN if any of x [heads, rows, width] is not finite: then x - x is NaN."""
+    wrong = jnp.sum(jnp.sum(x - x, axis=0), axis=0, keepdims=True)
+    if wrong.shape[-1] != LANES:
+        wrong = jnp.sum(wrong, axis=-1, keepdims=True)
+    seen[0, 0] += wrong
 
 
 def heads_first(x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from deltaproduct_jax.ops.kernels.pallas.blocks import (
     Kept,
     Scratch,
     heads_first,
+    look,
     tokens_first,
 )
 from deltaproduct_jax.ops.kernels.pallas.chunk import (
@@ -101,10 +102,10 @@ def kept_more(tokens: Tokens, options: Options) -> tuple:
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs, final state, and (states before every span,) or None; the contract of kernels."""
+    """Outputs, final state, (states before every span,) or None, and bad rows; as all kernels."""
     call = Call.of(tokens, options, reverse=False)
     specs, operands = call.inputs(tokens)
-    o, final_state, *states = call.run(
+    o, final_state, seen, *states = call.run(
         functools.partial(_forward_kernel, call=call, keep_states=keep_states),
         [*specs, call.state_block()],
         [*operands, initial_state],
@@ -112,19 +113,21 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     )
     o = o[:, : tokens.q.shape[1]]
     if not keep_states:
-        return o, final_state, None
+        return o, final_state, None, call.bad_rows(seen)
     B, _, _, H, _ = tokens.k.shape
     shape = (-1, B, H, call.value_heads // call.plan.heads, *states[0].shape[-2:])
-    return o, final_state, (states[0].reshape(shape),)
+    # They lie row by row, or XLA would turn them around for a loop over rows and back again.
+    kept = jnp.swapaxes(states[0], 0, 1).reshape(shape)
+    return o, final_state, (kept,), call.bad_rows(seen)
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the inputs and of the initial state; the contract of kernels."""
+    """Cotangents of the inputs and of the initial state, and bad rows; as all kernels."""
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
     (states,) = kept
-    states = states.reshape(-1, *dfinal_state.shape)
-    dq, dk, dv, dbeta, *dg, dinitial_state = call.run(
+    states = jnp.swapaxes(states.reshape(-1, *dfinal_state.shape), 0, 1)
+    dq, dk, dv, dbeta, *dg, dinitial_state, seen = call.run(
         functools.partial(_backward_kernel, call=call),
         [*specs, call.states_block(), call.tokens_block(do.shape[2:]), call.state_block()],
         [*operands, states, call.padded(do), dfinal_state],
@@ -133,18 +136,20 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
     dbeta = call.from_rows(dbeta, tokens.beta)
     dg = call.from_rows(dg[0], tokens.g) if dg else None
     dtokens = Tokens(dq, dk, dv, dbeta, dg, None)
-    return jax.tree.map(lambda dx: dx[:, : tokens.q.shape[1]], dtokens), dinitial_state
+    dtokens = jax.tree.map(lambda dx: dx[:, : tokens.q.shape[1]], dtokens)
+    return dtokens, dinitial_state, call.bad_rows(seen)
 
 
 def _forward_kernel(*refs, call: Call, keep_states: bool):
     count = 4 + call.gated + 2 * call.packed
-    inputs, (initial, o, final, *refs) = refs[:count], refs[count:]
+    inputs, (initial, o, final, seen, *refs) = refs[:count], refs[count:]
     scratch = Scratch(*refs[keep_states:])
     passes, scale = call.passes, call.scale
 
     @pl.when(pl.program_id(2) == 0)
     def _():
         scratch.state[...] = initial[0]
+        seen[...] = jnp.zeros(seen.shape, seen.dtype)
 
     if keep_states:
         refs[0][0, 0] = scratch.state[...]
@@ -161,6 +166,9 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
 
         call.over_groups(work)
         for i in range(call.plan.joined):
+            look(seen, scratch.o[i])
+            if call.gated:  # before a boundary a decay is replaced: no output tells of it
+                look(seen, scratch.g[i])
             o[0, call.tokens_of(first + i)] = tokens_first(scratch.o[i], o)
 
     call.over_chunks(side_by_side, call.plan.joined)
@@ -173,7 +181,7 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
 def _backward_kernel(*refs, call: Call):
     count = 4 + call.gated + 2 * call.packed
     inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
-    outs, refs = refs[: 5 + call.gated], refs[5 + call.gated :]
+    outs, seen, refs = refs[: 5 + call.gated], refs[5 + call.gated], refs[6 + call.gated :]
     scratch, kept = Scratch(*refs[:7]), Kept(*refs[7:]) if refs[7:] else None
     passes, scale = call.passes, call.scale
 
@@ -216,6 +224,9 @@ def _backward_kernel(*refs, call: Call):
     @pl.when(pl.program_id(2) == call.plan.spans - 1)
     def _():
         outs[-1][0] = scratch.state[...]
+        # Whatever is bad reaches it: all terms are added up, none is chosen.
+        seen[...] = jnp.zeros(seen.shape, seen.dtype)
+        look(seen, scratch.state[...])
 
 
 def _walk_again(inputs, states, scratch: Scratch, kept: Kept, call: Call):

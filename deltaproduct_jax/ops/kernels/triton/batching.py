@@ -5,6 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops.kernels import axis_of_rows
+
 
 def batched(run, fixed):
     """``run(fixed, ...)`` with a batching rule: a mapped axis joins the axis of sequences.
@@ -18,12 +20,12 @@ def batched(run, fixed):
         def join(is_mapped, x):
             if not is_mapped:
                 x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            axis = _sequence_axis(x.ndim - 1)
+            axis = axis_of_rows(x.ndim - 1)
             x = jnp.moveaxis(x, 0, axis)
             return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
         def part(x):
-            axis = _sequence_axis(x.ndim)
+            axis = axis_of_rows(x.ndim)
             x = x.reshape(*x.shape[:axis], axis_size, -1, *x.shape[axis + 1 :])
             return jnp.moveaxis(x, axis, 0)
 
@@ -31,8 +33,3 @@ def batched(run, fixed):
         return jax.tree.map(part, outs), jax.tree.map(lambda _: True, outs)
 
     return mapped
-
-
-def _sequence_axis(rank: int) -> int:
-    """The first, but in arrays of kept states [spans, B, H, G, K, V]."""
-    return 1 if rank == 6 else 0

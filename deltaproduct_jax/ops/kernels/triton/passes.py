@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
-from deltaproduct_jax.ops.kernels.triton import tiling
+from deltaproduct_jax.ops.kernels.triton import looking, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.terms import summed
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.varying import mark_varying_as
@@ -92,27 +92,35 @@ class _Fixed(NamedTuple):
 
 
 def _fixed(tokens: Tokens, options: Options) -> _Fixed:
+    tokens = looking.whole(tokens, options)
     more = tuple(_kept_more(tokens, options)) if options.more else ()
     return _Fixed(options, more, _Call(tokens, options).pieces)
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
     if not keep_states and gluon.takes(tokens, options, compute_capability()):
-        return *batched(gluon.forward, options)(tokens, initial_state), None
-    if keep_states and _by_gluon(tokens, options):
-        return batched(gluon.forward_kept, gluon.fixed(tokens, options))(tokens, initial_state)
-    options = options if keep_states else options._replace(spans=0, more=False)
-    o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
-    return o, final_state, kept if keep_states else None
+        o, final_state = batched(gluon.forward, options)(tokens, initial_state)
+        kept = None
+    elif keep_states and _by_gluon(tokens, options):
+        fixed = gluon.fixed(looking.whole(tokens, options), options)
+        o, final_state, kept = batched(gluon.forward_kept, fixed)(tokens, initial_state)
+    else:
+        options = options if keep_states else options._replace(spans=0, more=False)
+        o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
+        kept = kept if keep_states else None
+    return o, final_state, kept, looking.after_forward(tokens, o, final_state)
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
     if _by_gluon(tokens, options):
-        fixed = gluon.fixed(tokens, options)
-        return batched(gluon.backward, fixed)(tokens, kept, do, dfinal_state)
-    return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
+        fixed = gluon.fixed(looking.whole(tokens, options), options)
+        dtokens, dstate = batched(gluon.backward, fixed)(tokens, kept, do, dfinal_state)
+    else:
+        fixed = _fixed(tokens, options)
+        dtokens, dstate = batched(_backward, fixed)(tokens, kept, do, dfinal_state)
+    return dtokens, dstate, looking.after_backward(dstate)
 
 
 def _by_gluon(tokens: Tokens, options: Options) -> bool:
@@ -326,24 +334,8 @@ def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
-    dg = None if g is None else _summed(c, *of_decays, into[..., -1]).astype(g.dtype)
+    dg = None if g is None else summed(c.meta, *of_decays, into[..., -1]).astype(g.dtype)
     return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
-
-
-def _summed(c: _Call, terms, of_chunks, through) -> jax.Array:
-    """The cotangent of g [B, T, Hv]: each term counts for the tokens that it spans.
-
-    ``through`` [B, Hv, N] is the decay over each chunk, which ``of_chunks`` still lacks.
-    """
-    C, CP, M, R, T = (c.meta[name] for name in ("C", "CP", "M", "R", "T"))
-    token = np.arange(C)[:, None]
-    of_row = np.arange(M) // R
-    pairs = np.stack([of_row >= token, of_row < token], axis=-1).reshape(C, 2 * M)
-    spans = np.concatenate([pairs, np.arange(CP) >= token], axis=1).astype(np.float32)
-    dg = jnp.einsum("bhnpi,ci->bnch", terms, spans, precision=jax.lax.Precision.HIGHEST)
-    of_all = through * jnp.sum(of_chunks, axis=-1)
-    dg += jnp.swapaxes(of_all, 1, 2)[:, :, None]
-    return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
 
 
 def _step(scale: float, state, q, k, v, beta, g):
