@@ -32,6 +32,7 @@ from experiments.lib import flags
 from experiments.lib.bench.peers.fla import load_torch
 from experiments.lib.bench.peers.fla_model import DEVICE, check_peer
 from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.timing import machine
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}}
 TOKENS = {"float32": 48, "bfloat16": 256}
@@ -61,14 +62,16 @@ def command(argv: Sequence[str]) -> None:
         for gated in (False, True)
         for dtype in TOKENS
     ]
-    record = {"command": command_line("hardware.fla_check", argv), "rows": rows}
+    record = {"command": command_line("hardware.fla_check", argv), "machine": machine()}
+    record["rows"] = rows
+    about = f"Relative errors of logits; {record['machine']}."
     head = ("n_h", "gated", "dtype", "ours there", "theirs here")
     cells = [
         (*(row[name] for name in ("num_householder", "gated", "dtype")), *map("{:.1e}".format, e))
         for row in rows
         for e in [(row["ours_there"], row["theirs_here"])]
     ]
-    print(write_report(parsed.workdir, "fla_check", record, markdown(head, cells)))
+    print(write_report(parsed.workdir, "fla_check", record, about, markdown(head, cells)))
 
 
 def _errors(R: int, gated: bool, dtype: str, options: CheckConfig) -> dict[str, float]:
@@ -126,7 +129,9 @@ def _there(peer: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 def _here(model: SequenceModel, tokens: np.ndarray) -> np.ndarray:
-    logits = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens, jnp.int32))
+    # Else products of float32 are rounded to TF32 on a GPU, which torch does not do.
+    with jax.default_matmul_precision("highest"):
+        logits = nnx.jit(lambda model, tokens: model(tokens))(model, jnp.asarray(tokens, jnp.int32))
     return np.asarray(jax.device_get(logits), np.float32)
 
 
