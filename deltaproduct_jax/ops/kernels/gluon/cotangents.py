@@ -15,9 +15,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from deltaproduct_jax.ops.kernels.gluon.moves import (
+    ask,
+    ask_columns,
+    ask_rows,
+    half,
+    put_line,
+    put_sums,
+    sum_columns,
+)
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
-    BY_WARP,
     COLUMN,
     ROW,
     SUMS,
@@ -27,32 +35,6 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     nothing,
     put_vectors,
 )
-
-
-@gluon.jit
-def ask(array, at, bar, tile):
-    """Begins to load a tile."""
-    mbarrier.expect(bar, bytes_per_cta=array.block_type.nbytes)
-    tma.async_copy_global_to_shared(array, at, bar, tile)
-
-
-@gluon.jit
-def ask_columns(array, b, row, column, bar, tiles, first, NC: gl.constexpr):
-    """Begins to load NC tiles of 64 columns each."""
-    mbarrier.expect(bar, bytes_per_cta=NC * array.block_type.nbytes)
-    for j in gl.static_range(NC):
-        tma.async_copy_global_to_shared(
-            array, [b, row, column + j * 64], bar, tiles.index(first + j)
-        )
-
-
-@gluon.jit
-def ask_rows(array, index, row, bar, tiles, COUNT: gl.constexpr):
-    """Begins to load COUNT tiles of 64 rows each."""
-    mbarrier.expect(bar, bytes_per_cta=COUNT * array.block_type.nbytes)
-    for j in gl.static_range(COUNT):
-        at = [index, row + j * 64, 0]
-        tma.async_copy_global_to_shared(array, at, bar, tiles.index(j))
 
 
 @gluon.jit
@@ -66,14 +48,6 @@ def over_values(rows, columns, z, NC: gl.constexpr):
 
 
 @gluon.jit
-def half(tile, h):
-    """64 columns of a tile of 64 rows."""
-    if len(tile.shape) == 3:
-        tile = matrix(tile)
-    return tile.slice(h * 64, 64, dim=1)
-
-
-@gluon.jit
 def over_columns(rows, states, h: gl.constexpr, z, NC: gl.constexpr):
     """Begins the products of rows of a tile over V with 64 columns of a state's, [64, 64]."""
     x = gl.zeros([64, 64], gl.float32, ACC)
@@ -81,28 +55,6 @@ def over_columns(rows, states, h: gl.constexpr, z, NC: gl.constexpr):
         state = half(states.index(z + j), h * 1)
         x = warpgroup_mma(matrix(rows.index(z + j)), state, x, use_acc=j > 0, is_async=True)
     return x
-
-
-@gluon.jit
-def put_line(ptr, x):
-    """Writes 64 numbers, one a row."""
-    gl.store(ptr + gl.arange(0, 64, ROW), x)
-
-
-@gluon.jit
-def sum_columns(x):
-    """Sums over 16 rows each, [4, 64]."""
-    return gl.sum(gl.convert_layout(x.reshape([4, 16, 64]), BY_WARP, assert_trivial=True), axis=1)
-
-
-@gluon.jit
-def put_sums(ptr, x):
-    """Writes what `sum_columns` found, and what was added to it."""
-    row, column = (
-        gl.arange(0, 4, gl.SliceLayout(1, SUMS)),
-        gl.arange(0, 64, gl.SliceLayout(0, SUMS)),
-    )
-    gl.store(ptr + row[:, None] * 64 + column[None, :], x)
 
 
 @gluon.jit
@@ -120,9 +72,8 @@ def of_system(
     weight = between(of_updates, of_updates, below, z, HAS_G, HAS_RESETS)
     weight *= -betas.index(z).load(COLUMN)[None, :]
     Z = warpgroup_mma_wait(0, deps=[Z])
-    dbeta = gl.sum(gl.where(i_of[:, None] == (j_of + z)[None, :], Z, 0.0), axis=1) / betas.index(
-        z
-    ).load(ROW)
+    own = i_of[:, None] == (j_of + z)[None, :]
+    dbeta = gl.sum(gl.where(own, Z, 0.0), axis=1) / betas.index(z).load(ROW)
     at = dbeta_ptr + (b * rows + row + i_of) * HV + hv
     gl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=row + i_of < rows)
     Z *= weight
@@ -178,6 +129,104 @@ def put_scores(
 
 
 @gluon.jit
+def ask_for_block(
+    handed, arrays, block, R: gl.constexpr, NC: gl.constexpr, SEQUENCES: gl.constexpr,
+):  # fmt: skip
+    """Begins to load errors of a block and the state before it, of which there is room for one."""
+    e, states = arrays[4], arrays[5]
+    eb, sb, of_e, of_states, b, pid, vcol = handed
+    ask_columns(e, b, block * 64, vcol, of_e.index(0), eb, 0, NC)
+    kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
+    ask_rows(states, kept, 0, of_states.index(0), sb, NC)
+
+
+@gluon.jit
+def before_dv(
+    tiles, lines, dq_0, dq_1, scores, factor, terms, m, r, st, z, waits,
+    SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
+    DECAYS: gl.constexpr,
+):  # fmt: skip
+    """What a block's cotangents are made of without dv: of scores, and by reading the state.
+
+    Returns the cotangents of scores, their sums by column, and what there is of dq.
+    """
+    q, dob, eb, sb, dsb = tiles
+    intos, tokens = lines
+    of_states, of_ds = waits
+    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    ds = over_values(dob, eb, z, NC)
+    ds = warpgroup_mma_wait(0, deps=[ds])
+    ds *= factor
+    by_column = gl.zeros([4, 64], gl.float32, SUMS)
+    if HAS_G:
+        spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
+        scores = gl.where(spans, ds * scores, 0.0)
+        put_line(terms + 128, gl.sum(scores, axis=1))
+        by_column = sum_columns(scores)
+    narrow = ds.to(gl.bfloat16)
+    mbarrier.wait(of_states.index(0), m & 1)
+    z = nothing(m, 28)
+    of_start = gl.zeros([64], gl.float32, ROW)
+    if r == 0:
+        scale = gl.full([64], SCALE, gl.float32, ROW)
+        if DECAYS:
+            scale *= tokens.index(st).load(ROW)
+        read, of_start = of_queries(q, dob, sb, 0, scale, z, NC, HAS_G)
+        dq_0 = read if R == 1 else dq_0 + read
+        if K == 128:
+            read, of_more = of_queries(q, dob, sb, 1, scale, nothing(m, 23), NC, HAS_G)
+            dq_1 = read if R == 1 else dq_1 + read
+            of_start += of_more
+    mbarrier.wait(of_ds.index(0), m & 1)
+    if HAS_G:
+        put_line(terms + 192, of_start)
+        through = intos.index(st).slice(63, 1).load(ROW)
+        whole = of_whole_decay(sb, dsb, nothing(m, 22), K, NC)
+        put_line(terms + 256, through * whole)
+    return narrow, by_column, dq_0, dq_1
+
+
+@gluon.jit
+def of_keys(
+    tiles, ds_tile, Z_tile, into, out, m, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr
+):  # fmt: skip
+    """Puts dk of a block into ``stage``; what decays to the ends of the block add to dg."""
+    q, k, eb, sb, dsb, dyb, stage = tiles
+    of_into, of_out = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
+    for h in gl.static_range(K // 64):
+        z = nothing(m, 26 - 5 * h)
+        dk = over_columns(eb, dsb, h, z, NC)
+        read = over_columns(dyb, sb, h, z, NC)
+        dk, read = warpgroup_mma_wait(0, deps=[dk, read])
+        dk *= out[:, None]
+        read *= -into[:, None]
+        if HAS_G:
+            some = half(k, h).load(ACC).to(gl.float32)
+            of_out += gl.sum(some * dk, axis=1)
+            of_into += gl.sum(some * read, axis=1)
+        dk += read
+        dk = warpgroup_mma(ds_tile.permute((1, 0)), half(q, h), dk, is_async=True)
+        dk = warpgroup_mma(Z_tile, half(k, h), dk, is_async=True)
+        dk = warpgroup_mma(Z_tile.permute((1, 0)), half(k, h), dk, is_async=True)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        half(stage.index(z), h).store(dk.to(gl.bfloat16))
+    return of_into, of_out
+
+
+@gluon.jit
+def put_dq(
+    dq_out, at, dq_0, dq_1, dyb, stage, z, K: gl.constexpr
+):  # fmt: skip
+    """Writes dq of a group, by way of the tiles that dv was in."""
+    tile = dyb._reinterpret(gl.bfloat16, stage.shape, stage.layout).index(z)
+    half(tile, 0).store(dq_0.to(gl.bfloat16))
+    if K == 128:
+        half(tile, 1).store(dq_1.to(gl.bfloat16))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dq_out, at, tile)
+
+
+@gluon.jit
 def find_cotangents(
     handed, arrays, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
     K: gl.constexpr, NG: gl.constexpr, S: gl.constexpr, D: gl.constexpr, NC: gl.constexpr,
@@ -197,11 +246,12 @@ def find_cotangents(
         do_full, do_empty, of_x, of_e, of_states, ready, free, of_ds, of_dy, total, first, b, hv,
         pid, qcol, vcol,
     ) = handed  # fmt: skip
-    q_in, k_in, x_in, do_in, e_in, states_in = arrays
+    q_in, k_in, x_in, do_in = arrays[0], arrays[1], arrays[2], arrays[3]
+    of_block = (eb, sb, of_e, of_states, b, pid, vcol)
     wide = b.to(gl.int64)
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
-    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    i_of = gl.arange(0, 64, ROW)
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dq_0, dq_1 = zero, zero
@@ -216,9 +266,7 @@ def find_cotangents(
         ask_rows(x_in, pid, last * 128, of_x.index(0), xb, 2)
         ask_columns(do_in, b, last // R * 64, vcol, do_full.index(0), dob, 0, NC)
         if HAS_GRADIENTS:
-            ask_columns(e_in, b, last * 64, vcol, of_e.index(0), eb, 0, NC)
-            kept = ((last // 2) * SEQUENCES + pid) * 2 + last % 2
-            ask_rows(states_in, kept, 0, of_states.index(0), sb, NC)
+            ask_for_block(of_block, arrays, last, R, NC, SEQUENCES)
     for m in range(total):
         block = total - 1 - m
         r = block % R
@@ -232,8 +280,8 @@ def find_cotangents(
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
         put_vectors(vectors, lines, st, nothing(m, 30), True, HAS_G, HAS_RESETS)
         scores, factor = put_scores(
-            q, k, pb.index(z + m % P), scores, betas, of_tokens, of_updates, r, nothing(m, 30), SCALE, R, HAS_G,
-            HAS_RESETS,
+            q, k, pb.index(z + m % P), scores, betas, of_tokens, of_updates, r, nothing(m, 24),
+            SCALE, R, HAS_G, HAS_RESETS,
         )  # fmt: skip
         mbarrier.arrive(ready.index(st), count=1)
         if m + 1 < total:
@@ -256,35 +304,10 @@ def find_cotangents(
                 mbarrier.arrive(of_dy.index(1), count=1)
             mbarrier.wait(of_e.index(0), m & 1)
             mbarrier.wait(do_full.index(0), turn & 1)
-            ds = over_values(dob, eb, z, NC)
-            ds = warpgroup_mma_wait(0, deps=[ds])
-            ds *= factor
-            by_column = gl.zeros([4, 64], gl.float32, SUMS)
-            if HAS_G:
-                spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
-                scores = gl.where(spans, ds * scores, 0.0)
-                put_line(terms + 128, gl.sum(scores, axis=1))
-                by_column = sum_columns(scores)
-            narrow = ds.to(gl.bfloat16)
-            mbarrier.wait(of_states.index(0), m & 1)
-            z = nothing(m, 28)
-            of_start = gl.zeros([64], gl.float32, ROW)
-            if r == 0:
-                scale = gl.full([64], SCALE, gl.float32, ROW)
-                if DECAYS:
-                    scale *= tokens.index(st).load(ROW)
-                read, of_start = of_queries(q, dob, sb, 0, scale, z, NC, HAS_G)
-                dq_0 = read if R == 1 else dq_0 + read
-                if K == 128:
-                    read, of_more = of_queries(q, dob, sb, 1, scale, z, NC, HAS_G)
-                    dq_1 = read if R == 1 else dq_1 + read
-                    of_start += of_more
-            mbarrier.wait(of_ds.index(0), m & 1)
-            if HAS_G:
-                put_line(terms + 192, of_start)
-                through = intos.index(st).slice(63, 1).load(ROW)
-                whole = of_whole_decay(sb, dsb, z, K, NC)
-                put_line(terms + 256, through * whole)
+            narrow, by_column, dq_0, dq_1 = before_dv(
+                (q, dob, eb, sb, dsb), (intos, tokens), dq_0, dq_1, scores, factor, terms, m, r, st,
+                z, (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
+            )  # fmt: skip
 
             z = nothing(m, 27)
             mbarrier.wait(of_dy.index(0), m & 1)
@@ -307,36 +330,18 @@ def find_cotangents(
                 dq_0 = warpgroup_mma(ds_tile, half(k, 0), dq_0, use_acc=(m % R > 0))
                 if K == 128:
                     dq_1 = warpgroup_mma(ds_tile, half(k, 1), dq_1, use_acc=(m % R > 0))
-            z = nothing(m, 26)
             out = outs.index(st).load(ROW)
             into = gl.full([64], 1.0, gl.float32, ROW)
             if DECAYS:
                 into = intos.index(st).load(ROW)
-            of_into, of_out = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
-            for h in gl.static_range(K // 64):
-                dk = over_columns(eb, dsb, h, z, NC)
-                read = over_columns(dyb, sb, h, z, NC)
-                dk, read = warpgroup_mma_wait(0, deps=[dk, read])
-                dk *= out[:, None]
-                read *= -into[:, None]
-                if HAS_G:
-                    some = half(k, h).load(ACC).to(gl.float32)
-                    of_out += gl.sum(some * dk, axis=1)
-                    of_into += gl.sum(some * read, axis=1)
-                dk += read
-                dk = warpgroup_mma(ds_tile.permute((1, 0)), half(q, h), dk, is_async=True)
-                dk = warpgroup_mma(Z_tile, half(k, h), dk, is_async=True)
-                dk = warpgroup_mma(Z_tile.permute((1, 0)), half(k, h), dk, is_async=True)
-                dk = warpgroup_mma_wait(0, deps=[dk])
-                half(stage.index(z), h).store(dk.to(gl.bfloat16))
+            of_into, of_out = of_keys(
+                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, m, K, NC, HAS_G
+            )
             fence_async_shared()
-            tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(z))
+            tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(nothing(m, 21)))
             mbarrier.arrive(of_ds.index(1), count=1)
             if m + 1 < total:
-                ask_columns(e_in, b, row - 64, vcol, of_e.index(0), eb, 0, NC)
-                before = first * R + block - 1
-                kept = ((before // 2) * SEQUENCES + pid) * 2 + before % 2
-                ask_rows(states_in, kept, 0, of_states.index(0), sb, NC)
+                ask_for_block(of_block, arrays, first * R + block - 1, R, NC, SEQUENCES)
             if HAS_G:
                 token = (r * 64 + i_of) // R
                 is_new = (token > (r * 64 - 1) // R) | (r == 0)
@@ -351,13 +356,8 @@ def find_cotangents(
             if r == 0:
                 # Those who hold the cotangent of the state have written dv.
                 mbarrier.wait(do_empty.index(0), turn & 1)
-                dq_tile = dyb._reinterpret(gl.bfloat16, stage.shape, stage.layout).index(z)
-                half(dq_tile, 0).store(dq_0.to(gl.bfloat16))
-                if K == 128:
-                    half(dq_tile, 1).store(dq_1.to(gl.bfloat16))
-                fence_async_shared()
                 at = [b, (first + block // R) * 64, hv * K]
-                tma.async_copy_shared_to_global(dq_out, at, dq_tile)
+                put_dq(dq_out, at, dq_0, dq_1, dyb, stage, z, K)
                 if has_more:
                     here = (first + block // R - 1) * 64
                     ask_columns(do_in, b, here, vcol, do_full.index(0), dob, 0, NC)

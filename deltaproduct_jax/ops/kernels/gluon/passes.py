@@ -28,22 +28,6 @@ INVERSE_REGISTERS = 96
 PLACEHOLDER = jax.ShapeDtypeStruct((8,), jnp.float32)
 
 
-class _Choice:
-    """Whether gradients run here too: not before a GPU has shown that they are right and fast."""
-
-    gradients = False
-
-
-def choose_gradients(chosen: bool) -> None:
-    """Lets "triton" run gradients by the Gluon kernels, where they take them, or not any more.
-
-    For measurements, before anything is traced: programs of before are forgotten.
-    """
-    if chosen != _Choice.gradients:
-        _Choice.gradients = chosen
-        jax.clear_caches()
-
-
 @functools.cache
 def has_versions() -> bool:
     """Whether Python, JAX and Triton are new enough: older ones do not compile or launch these."""
@@ -78,8 +62,8 @@ def takes(tokens: Tokens, options: Options, capability: int) -> bool:
 
 
 def takes_gradients(tokens: Tokens, options: Options, capability: int) -> bool:
-    """Whether they run gradients of these: chosen, and there is a slot for every two states."""
-    if not _Choice.gradients or not takes(tokens, options, capability):
+    """Whether they run gradients of these: there must be a slot for every two states."""
+    if not takes(tokens, options, capability):
         return False
     T, R = tokens.k.shape[1:3]
     return 2 * (options.slots or options.spans) * GROUP >= T * R

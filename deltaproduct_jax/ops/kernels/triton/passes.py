@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.kernels.triton import tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
@@ -59,8 +58,6 @@ def kept_span(span: int, **sizes) -> int:
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What `prepare` makes, where that is small beside the states, and maps of pieces."""
-    if gluon.takes_gradients(tokens, options, compute_capability()):
-        return gluon.kept_more(tokens, options)
     return sum(_kept_more(tokens, options).values(), ())
 
 
@@ -98,10 +95,6 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
-    if not keep_states and gluon.takes(tokens, options, compute_capability()):
-        return *batched(gluon.forward, options)(tokens, initial_state), None
-    if keep_states and _by_gluon(tokens, options):
-        return batched(gluon.forward_kept, gluon.fixed(tokens, options))(tokens, initial_state)
     options = options if keep_states else options._replace(spans=0, more=False)
     o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
@@ -109,15 +102,7 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
-    if _by_gluon(tokens, options):
-        fixed = gluon.fixed(tokens, options)
-        return batched(gluon.backward, fixed)(tokens, kept, do, dfinal_state)
     return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
-
-
-def _by_gluon(tokens: Tokens, options: Options) -> bool:
-    """Whether the kernels in Gluon run a gradient of these."""
-    return options.more and gluon.takes_gradients(tokens, options, compute_capability())
 
 
 def step(state, q, k, v, beta, g, *, scale: float):
