@@ -26,7 +26,7 @@ from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels import containment
-from deltaproduct_jax.ops.kernels.triton import looking, passes, tiling
+from deltaproduct_jax.ops.kernels.triton import choice, looking, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -76,8 +76,8 @@ def run(tokens, state, cotangents, case, more):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
-    *outputs, states, _ = passes.forward(tokens, state, options, keep_states=True)
-    dtokens, dstate, _ = passes.backward(tokens, states, *cotangents, options)
+    *outputs, states = passes.forward(tokens, state, options, keep_states=True)
+    dtokens, dstate = passes.backward(tokens, states, *cotangents, options)
     return outputs, [*dtokens[:5], dstate]
 
 
@@ -182,7 +182,7 @@ def contained(more: bool) -> dict[str, float | bool]:
     )
     cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(arrays))
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=more)
-    run = {"kernel": passes, "options": options}
+    run = {"kernel": choice, "options": options}
     o, final_state, kept = containment.forward(tokens, state, **run, keep_states=True)
     dtokens, dstate = containment.backward(tokens, kept, *cotangents, **run)
     looking.choose_containment(False)
@@ -210,7 +210,7 @@ def kept() -> dict[str, bool]:
     case = Case(T=128, B=1, H=1, K=128, V=128, gate=None)
     _, _, tokens, state = inputs(case, "float16")
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=True)
-    *_, arrays, _ = passes.forward(tokens, state, options, keep_states=True)
+    *_, arrays = passes.forward(tokens, state, options, keep_states=True)
     names = ("states", "X", "scores", "maps")
     return {n: bool(jnp.all(jnp.isfinite(x))) for n, x in zip(names, arrays, strict=True)}
 

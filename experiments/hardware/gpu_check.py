@@ -2,8 +2,7 @@
 
     python -m experiments.hardware.gpu_check --workdir=runs/gpu_check
     python -m experiments.hardware.gpu_check --workdir=runs/gpu_check --peer=flashqla
-    python -m experiments.hardware.gpu_check --workdir=runs/gpu_check --gradients=true \\
-        --gluon_gradients=true
+    python -m experiments.hardware.gpu_check --workdir=runs/gpu_check --gradients=true
 
 runs `delta_product(implementation="triton")` forward in bfloat16, as it is called in inference, and
 shows the relative errors of outputs and final states, and which kernels ran. The first cases are of
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.ops import delta_product, kernels
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.layout import Tokens
@@ -70,9 +69,6 @@ class CheckConfig:
     peer: str | None = setting(None, "flashqla, or none")
     cases: tuple[str, ...] = setting(tuple(CASES), f"some of {', '.join(CASES)}", filled=True)
     gradients: bool = setting(False, "those of every input too")
-    gluon_gradients: bool = setting(
-        False, "by the kernels in Gluon, which no rule chooses before they are measured"
-    )
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -80,8 +76,6 @@ class CheckConfig:
         require_one_of("peer", self.peer, [None, "flashqla"])
         for name in self.cases:
             require_one_of("cases", name, CASES)
-        if self.gluon_gradients and not self.gradients:
-            raise ConfigError("gluon_gradients=True needs gradients=True: no gradient is run else")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +193,6 @@ def command(argv: Sequence[str]) -> None:
     """Prints the table, writes check.json and check.md."""
     parsed = flags.parse(argv, {"check": CheckConfig}, {"default": {}})
     config = CheckConfig(**parsed.sections["check"])
-    gluon.choose_gradients(config.gluon_gradients)
     rows = []
     for name in config.cases:
         rows.append(row_of(name, config))

@@ -34,7 +34,6 @@ from deltaproduct_jax.errors import (
     require_each_at_least,
     require_one_of,
 )
-from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -98,9 +97,6 @@ class SpeedConfig:
     budget_s: float = setting(
         60.0, "seconds after which no further round of a case begins", above=0
     )
-    gluon_gradients: bool = setting(
-        False, "gradients on Hopper by the kernels in Gluon, which no rule chooses yet"
-    )
     peer: str | None = setting(
         None,
         "comma list of packages to time too: jla (jax-linear-attention), ejkernel, or, on a GPU in "
@@ -126,11 +122,6 @@ class SpeedConfig:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])
         for direction in self.directions.split(","):
             require_one_of("directions", direction, [FORWARD, BACKWARD, STEP])
-        if self.gluon_gradients and BACKWARD not in self.directions.split(","):
-            raise ConfigError(
-                f"gluon_gradients=True runs nothing with directions={self.directions!r}; "
-                f"give directions={BACKWARD}"
-            )
         for name in self.peers:
             require_one_of("peer", name, [*OF_TORCH, *PACKAGES])
         for name in set(self.peers) & set(OF_TORCH):
@@ -271,7 +262,6 @@ def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes speed.json, speed.md and speed.png."""
     parsed = flags.parse(argv, {"speed": SpeedConfig}, {"default": {}})
     config = SpeedConfig(**parsed.sections["speed"])
-    gluon.choose_gradients(config.gluon_gradients)
     K, V = config.widths
     title = (
         f"B={config.batch_size} T={config.length} H={config.num_heads} "

@@ -122,7 +122,6 @@ def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
         ("--peer=fla --dtype=bfloat16 --directions=step", "peer=fla needs torch"),
         ("--peer=flashqla --dtype=bfloat16 --num_householder=1", "peer=flashqla needs torch"),
         ("--length=0", "length=0 is too small"),
-        ("--gluon_gradients --directions=forward", "gluon_gradients=True runs nothing with"),
         ("--num_v_heads=6", "num_v_heads=6 must be a multiple of num_heads=4"),
     ],
 )

@@ -171,7 +171,7 @@ def test_cases_can_be_named_on_a_command_line():
 
 @pytest.mark.parametrize(
     "refused",
-    [{"gluon_gradients": True}, {"cases": ("twos",)}, {"peer": "fla"}, {"gradients": 1}],
+    [{"cases": ("twos",)}, {"peer": "fla"}, {"gradients": 1}],
     ids=str,
 )
 def test_what_the_check_refuses(refused):

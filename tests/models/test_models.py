@@ -204,7 +204,7 @@ def test_every_field_reaches_the_model():
         ({"intermediate_size": 0}, "intermediate_size=0 is too small"),
     ],
 )
-def test_a_wrong_setting_is_one_clear_error(change, text):
+def test_a_wrong_setting_is_one_clear_error(change, text, unchecked):
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(SMALL, **change)
     assert text in str(caught.value)

@@ -59,7 +59,7 @@ KERNELS = {
     "pallas_tpu": Kernel(
         "pallas.passes", "jax.experimental.pallas.tpu", "tpu", 64, interpreted=True
     ),
-    "triton": Kernel("triton.passes", "jax_triton", "cuda", 16, interpreted=False),
+    "triton": Kernel("triton.choice", "jax_triton", "cuda", 16, interpreted=False),
 }
 
 

@@ -72,25 +72,23 @@ def test_chips_precisions_and_versions_that_they_do_not_take(new_versions, monke
     assert not passes.takes(tokens(), OPTIONS, 90)
 
 
-def test_gradients_run_only_where_they_were_chosen(new_versions, monkeypatch):
-    forgotten = []
-    monkeypatch.setattr(passes.jax, "clear_caches", lambda: forgotten.append(True))
+def test_gradients_run_where_there_is_room_for_what_they_keep(new_versions, monkeypatch):
     two_slots = OPTIONS._replace(spans=2, more=True)  # of four blocks, which 200 updates have
     call = tokens(T=100, R=2)
     triton = kernels.load("triton")
     monkeypatch.setattr(triton, "compute_capability", lambda: 90)
-    assert not passes.takes_gradients(call, two_slots, 90)
-    passes.choose_gradients(False)
-    assert not forgotten
-    monkeypatch.setattr(passes._Choice, "gradients", False)  # and undone afterwards
-    passes.choose_gradients(True)
-    assert forgotten == [True]
+    of_gluon = (jax.ShapeDtypeStruct((3,), jnp.bfloat16),)
+    monkeypatch.setattr(passes, "kept_more", lambda *_: of_gluon)  # which needs Triton 3.7
     assert passes.takes_gradients(call, two_slots, 90)
+    assert triton.kept_more(call, two_slots) == of_gluon
     assert triton._by_gluon(call, two_slots)
     assert not triton._by_gluon(call, two_slots._replace(more=False))  # no room for X and errors
     assert not passes.takes_gradients(call, two_slots._replace(slots=1), 90)
     assert not passes.takes_gradients(call, two_slots, 100)
     assert not passes.takes_gradients(tokens(R=9), two_slots, 90)
+    monkeypatch.setattr(triton, "compute_capability", lambda: 80)
+    assert not triton._by_gluon(call, two_slots)
+    assert triton.kept_more(call, two_slots) != of_gluon
 
 
 @pytest.mark.parametrize(

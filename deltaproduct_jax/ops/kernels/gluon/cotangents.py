@@ -1,8 +1,8 @@
 """Cotangents of a block from its error, the state before it and that behind it, in Gluon.
 
-Four warps of `walk_back`. Products of keys, queries, errors and cotangents of a block are made
-once with updates as rows and once as columns: then every left operand and every sum along a row
-stays in the registers that have it. Letters as in prepare.py.
+Four warps of `walk_back`, which share every tile by columns. They ask for all tiles of a walk as
+well: they know best when there is room. Of two products that are each other's transposed one is
+made, and read both ways from shared memory. Letters as in prepare.py.
 """
 
 from triton.experimental import gluon
@@ -15,12 +15,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from deltaproduct_jax.ops.kernels.gluon.moves import (
+    ask,
+    ask_columns,
+    ask_rows,
+    half,
+    put_line,
+    put_sums,
+    sum_columns,
+)
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
     ROW,
+    SUMS,
     between,
-    left,
     load_vectors,
     matrix,
     nothing,
@@ -39,260 +48,326 @@ def over_values(rows, columns, z, NC: gl.constexpr):
 
 
 @gluon.jit
-def put_line(ptr, x):
-    """Writes 64 numbers, one a row."""
-    gl.store(ptr + gl.arange(0, 64, ROW), x)
+def over_columns(rows, states, h: gl.constexpr, z, NC: gl.constexpr):
+    """Begins the products of rows of a tile over V with 64 columns of a state's, [64, 64]."""
+    x = gl.zeros([64, 64], gl.float32, ACC)
+    for j in gl.static_range(NC):
+        state = half(states.index(z + j), h * 1)
+        x = warpgroup_mma(matrix(rows.index(z + j)), state, x, use_acc=j > 0, is_async=True)
+    return x
 
 
 @gluon.jit
 def of_system(
-    k, eb, dyb, betas, of_updates, dbeta_ptr, row, rows, b, hv, r, z, R: gl.constexpr,
+    k, tile, eb, dyb, betas, of_updates, dbeta_ptr, row, rows, b, hv, r, z, R: gl.constexpr,
     HV: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """What multiplies keys in dk on behalf of the system of errors; its terms of dg. Writes dbeta.
+    """Puts what multiplies keys in dk, on behalf of the system of errors, into ``tile``.
 
-    The system has the products of keys twice, once with an update as row and once as column: what
-    is below the diagonal here is of the first, what is above of the second.
+    With an update as row; it counts for both. Its terms of dg by row and by column. Writes dbeta.
     """
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
-    apart = i_of[:, None] != j_of[None, :]
-    is_above = i_of[:, None] < j_of[None, :]
-    beta = betas.load(ROW)
-    weight = between(of_updates, of_updates, apart, is_above, HAS_G, HAS_RESETS)
-    weight *= gl.where(is_above, -beta[:, None], -betas.load(COLUMN)[None, :])
-    # One after the other: both at once do not fit into the registers.
-    Z = warpgroup_mma_wait(0, deps=[over_values(dyb, eb, z, NC)])
-    dbeta = gl.sum(gl.where(apart, 0.0, Z), axis=1) / beta
+    Z = over_values(dyb, eb, z, NC)
+    below = i_of[:, None] > (j_of + z)[None, :]
+    weight = between(of_updates, of_updates, below, z, HAS_G, HAS_RESETS)
+    weight *= -betas.index(z).load(COLUMN)[None, :]
+    Z = warpgroup_mma_wait(0, deps=[Z])
+    own = i_of[:, None] == (j_of + z)[None, :]
+    dbeta = gl.sum(gl.where(own, Z, 0.0), axis=1) / betas.index(z).load(ROW)
     at = dbeta_ptr + (b * rows + row + i_of) * HV + hv
     gl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=row + i_of < rows)
-    above = warpgroup_mma_wait(0, deps=[over_values(eb, dyb, z, NC)])
-    Z = gl.where(is_above, above, Z) * weight
-    terms = beta
+    Z *= weight
+    tile.store(Z.to(gl.bfloat16))
+    by_row, by_column = gl.zeros([64], gl.float32, ROW), gl.zeros([4, 64], gl.float32, SUMS)
     if HAS_G:
         zero = gl.zeros([64, 64], gl.float32, ACC)
         kk = warpgroup_mma(k, k.permute((1, 0)), zero, use_acc=False)
         spans = (r * 64 + i_of)[:, None] // R != (r * 64 + j_of)[None, :] // R
         kk = gl.where(spans, Z * kk, 0.0)
-        terms = gl.sum(gl.where(is_above, -kk, kk), axis=1)
-    return left(Z), terms
+        by_row, by_column = gl.sum(kk, axis=1), sum_columns(kk)
+    return by_row, by_column
 
 
 @gluon.jit
-def of_keys(
-    dk, stage, k, q, eb, sb, dsb, dyb, pb, Z, into, out, b, row, qcol, z,
-    K: gl.constexpr,
-    NC: gl.constexpr, HAS_G: gl.constexpr,
-):  # fmt: skip
-    """Writes dk, 64 columns at a time; what decays to the ends of the block add to dg."""
-    zero = gl.zeros([64, 64], gl.float32, ACC)
-    of_into, of_out = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
-    tma.store_wait(0)
-    for h in gl.static_range(K // 64):
-        written, read = zero, zero
-        for j in gl.static_range(NC):
-            ds = dsb.index(z + j).slice(h * 64, 64, dim=1)
-            written = warpgroup_mma(
-                matrix(eb.index(z + j)), ds, written, use_acc=j > 0, is_async=True
-            )
-            s = matrix(sb.index(z + j)).slice(h * 64, 64, dim=1)
-            read = warpgroup_mma(matrix(dyb.index(z + j)), s, read, use_acc=j > 0, is_async=True)
-        some = k.slice(h * 64, 64, dim=1)
-        written, read = warpgroup_mma_wait(0, deps=[written, read])
-        written *= out[:, None]
-        read *= -into[:, None]
-        if HAS_G:
-            wide = some.load(ACC).to(gl.float32)
-            of_out += gl.sum(wide * written, axis=1)
-            of_into += gl.sum(wide * read, axis=1)
-        x = written + read
-        x = warpgroup_mma(pb, q.slice(h * 64, 64, dim=1), x, is_async=True)
-        x = warpgroup_mma(Z, some, x, is_async=True)
-        x = warpgroup_mma_wait(0, deps=[x])
-        matrix(stage.index(z)).slice(h * 64, 64, dim=1).store(x.to(gl.bfloat16))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dk, [b, row, qcol], stage.index(z))
-    return of_into, of_out
-
-
-@gluon.jit
-def of_whole_decay(sb, dsb, z, NC: gl.constexpr):
+def of_whole_decay(sb, dsb, z, K: gl.constexpr, NC: gl.constexpr):
     """Products of the state before a block with the cotangent of that behind it, added up."""
     x = gl.zeros([64], gl.float32, ROW)
     for j in gl.static_range(NC):
-        s = matrix(sb.index(z + j)).load(ACC).to(gl.float32)
-        x += gl.sum(s * dsb.index(z + j).load(ACC).to(gl.float32), axis=1)
+        for h in gl.static_range(K // 64):
+            s = half(sb.index(z + j), h).load(ACC).to(gl.float32)
+            x += gl.sum(s * half(dsb.index(z + j), h).load(ACC).to(gl.float32), axis=1)
     return x
 
 
 @gluon.jit
 def of_queries(
-    dq, stage, first, second, q, dob, sb, tokens, b, row, qcol, st, z, SCALE: gl.constexpr,
-    K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    q, dob, sb, h: gl.constexpr, scale, z, NC: gl.constexpr, HAS_G: gl.constexpr,
 ):  # fmt: skip
-    """Writes dq of a group, 64 columns at a time: what scores made of them, and reading the state.
-
-    Returns the terms of the latter.
-    """
-    terms = gl.zeros([64], gl.float32, ROW)
-    scale = gl.full([64], SCALE, gl.float32, ROW)
-    if HAS_G or HAS_RESETS:
-        scale *= tokens.index(st).load(ROW)
-    tma.store_wait(0)
-    for h in gl.static_range(K // 64):
-        read = gl.zeros([64, 64], gl.float32, ACC)
-        for j in gl.static_range(NC):
-            state = matrix(sb.index(z + j)).slice(h * 64, 64, dim=1)
-            do = matrix(dob.index(z + j))
-            read = warpgroup_mma(do, state, read, use_acc=j > 0, is_async=True)
-        read = warpgroup_mma_wait(0, deps=[read])
-        read *= scale[:, None]
-        if HAS_G:
-            wide = q.slice(h * 64, 64, dim=1).load(ACC).to(gl.float32)
-            terms += gl.sum(wide * read, axis=1)
-        read += first if h == 0 else second
-        matrix(stage.index(z)).slice(h * 64, 64, dim=1).store(read.to(gl.bfloat16))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dq, [b, row, qcol], stage.index(z))
-    return terms
+    """What reading the state makes of 64 columns of dq of a group; its terms of dg."""
+    read = warpgroup_mma_wait(0, deps=[over_columns(dob, sb, h, z, NC)])
+    read *= scale[:, None]
+    terms = scale
+    if HAS_G:
+        terms = gl.sum(half(q, h).load(ACC).to(gl.float32) * read, axis=1)
+    return read, terms
 
 
 @gluon.jit
-def of_scores(
-    q, k, eb, dob, betas, of_updates, of_tokens, r, z, SCALE: gl.constexpr, R: gl.constexpr,
-    NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+def put_scores(
+    q, k, pb, scores_of, betas, of_tokens, of_updates, r, z, SCALE: gl.constexpr, R: gl.constexpr,
+    HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """What multiplies queries in dk, with updates as rows; by row its terms, where spans begin."""
+    """What multiplies errors in outputs, into ``pb``; and its factor."""
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
-    token = (r * 64 + i_of)[:, None] // R
-    upto = j_of[None, :] >= token
-    factor = between(of_updates, of_tokens, upto, upto, HAS_G, HAS_RESETS)
-    factor *= (SCALE * betas.load(ROW))[:, None]
-    ds = warpgroup_mma_wait(0, deps=[over_values(eb, dob, z, NC)])
+    upto = i_of[:, None] >= (r * 64 + j_of)[None, :] // R
+    factor = between(of_tokens, of_updates, upto, z, HAS_G, HAS_RESETS)
+    factor *= SCALE * betas.index(z).load(COLUMN)[None, :]
+    scores = warpgroup_mma_wait(0, deps=[scores_of])
+    pb.store((scores * factor).to(gl.bfloat16))
+    fence_async_shared()
+    return scores, factor
+
+
+@gluon.jit
+def ask_for_block(
+    handed, arrays, block, R: gl.constexpr, NC: gl.constexpr, SEQUENCES: gl.constexpr,
+):  # fmt: skip
+    """Begins to load errors of a block and the state before it, of which there is room for one."""
+    e, states = arrays[4], arrays[5]
+    eb, sb, of_e, of_states, b, pid, vcol = handed
+    ask_columns(e, b, block * 64, vcol, of_e.index(0), eb, 0, NC)
+    kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
+    ask_rows(states, kept, 0, of_states.index(0), sb, NC)
+
+
+@gluon.jit
+def before_dv(
+    tiles, lines, dq_0, dq_1, scores, factor, terms, m, r, st, z, waits,
+    SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
+    DECAYS: gl.constexpr,
+):  # fmt: skip
+    """What a block's cotangents are made of without dv: of scores, and by reading the state.
+
+    Returns the cotangents of scores, their sums by column, and what there is of dq.
+    """
+    q, dob, eb, sb, dsb = tiles
+    intos, tokens = lines
+    of_states, of_ds = waits
+    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    ds = over_values(dob, eb, z, NC)
+    ds = warpgroup_mma_wait(0, deps=[ds])
     ds *= factor
-    terms = gl.zeros([64], gl.float32, ROW)
+    by_column = gl.zeros([4, 64], gl.float32, SUMS)
     if HAS_G:
-        zero = gl.zeros([64, 64], gl.float32, ACC)
-        scores = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False)
-        terms = gl.sum(gl.where(j_of[None, :] > token, ds * scores, 0.0), axis=1)
-    return ds.to(gl.bfloat16), terms
+        spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
+        scores = gl.where(spans, ds * scores, 0.0)
+        put_line(terms + 128, gl.sum(scores, axis=1))
+        by_column = sum_columns(scores)
+    narrow = ds.to(gl.bfloat16)
+    mbarrier.wait(of_states.index(0), m & 1)
+    z = nothing(m, 28)
+    of_start = gl.zeros([64], gl.float32, ROW)
+    if r == 0:
+        scale = gl.full([64], SCALE, gl.float32, ROW)
+        if DECAYS:
+            scale *= tokens.index(st).load(ROW)
+        read, of_start = of_queries(q, dob, sb, 0, scale, z, NC, HAS_G)
+        dq_0 = read if R == 1 else dq_0 + read
+        if K == 128:
+            read, of_more = of_queries(q, dob, sb, 1, scale, nothing(m, 23), NC, HAS_G)
+            dq_1 = read if R == 1 else dq_1 + read
+            of_start += of_more
+    mbarrier.wait(of_ds.index(0), m & 1)
+    if HAS_G:
+        put_line(terms + 192, of_start)
+        through = intos.index(st).slice(63, 1).load(ROW)
+        whole = of_whole_decay(sb, dsb, nothing(m, 22), K, NC)
+        put_line(terms + 256, through * whole)
+    return narrow, by_column, dq_0, dq_1
+
+
+@gluon.jit
+def of_keys(
+    tiles, ds_tile, Z_tile, into, out, m, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr
+):  # fmt: skip
+    """Puts dk of a block into ``stage``; what decays to the ends of the block add to dg."""
+    q, k, eb, sb, dsb, dyb, stage = tiles
+    of_into, of_out = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
+    for h in gl.static_range(K // 64):
+        z = nothing(m, 26 - 5 * h)
+        dk = over_columns(eb, dsb, h, z, NC)
+        read = over_columns(dyb, sb, h, z, NC)
+        dk, read = warpgroup_mma_wait(0, deps=[dk, read])
+        dk *= out[:, None]
+        read *= -into[:, None]
+        if HAS_G:
+            some = half(k, h).load(ACC).to(gl.float32)
+            of_out += gl.sum(some * dk, axis=1)
+            of_into += gl.sum(some * read, axis=1)
+        dk += read
+        dk = warpgroup_mma(ds_tile.permute((1, 0)), half(q, h), dk, is_async=True)
+        dk = warpgroup_mma(Z_tile, half(k, h), dk, is_async=True)
+        dk = warpgroup_mma(Z_tile.permute((1, 0)), half(k, h), dk, is_async=True)
+        dk = warpgroup_mma_wait(0, deps=[dk])
+        half(stage.index(z), h).store(dk.to(gl.bfloat16))
+    return of_into, of_out
+
+
+@gluon.jit
+def put_dq(
+    dq_out, at, dq_0, dq_1, dyb, stage, z, K: gl.constexpr
+):  # fmt: skip
+    """Writes dq of a group, by way of the tiles that dv was in."""
+    tile = dyb._reinterpret(gl.bfloat16, stage.shape, stage.layout).index(z)
+    half(tile, 0).store(dq_0.to(gl.bfloat16))
+    if K == 128:
+        half(tile, 1).store(dq_1.to(gl.bfloat16))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(dq_out, at, tile)
 
 
 @gluon.jit
 def find_cotangents(
-    handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
-    K: gl.constexpr, NG: gl.constexpr, S: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
-    HAS_RESETS: gl.constexpr, HAS_GRADIENTS: gl.constexpr,
+    handed, arrays, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
+    K: gl.constexpr, NG: gl.constexpr, S: gl.constexpr, D: gl.constexpr, NC: gl.constexpr,
+    SEQUENCES: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    HAS_GRADIENTS: gl.constexpr,
 ):  # fmt: skip
     """Scores and decays of every block for those who hold the cotangent of the state; the rest.
 
-    Terms of dg are written for each block, [5, 64]: by update what counts up to its token and what
+    Terms of dg are written for each block, [9, 64]: by update what counts up to its token and what
     counts behind it, by token what scores make of a block and, of a group, what reading the state
-    makes, and what counts for the whole block, to be added up.
+    makes, what counts for the whole block, to be added up, and by update in four parts what counts
+    up to its token once more.
     """
     (
-        beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, pb, eb, sb, dsb, dyb, stage,
-        betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty, of_do, of_e,
-        of_states, ready, free, of_ds, of_dy, total, first, b, hv, pid,
+        beta_ptr, sums_ptr, dq_out, dk_out, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb,
+        dyb, stage, betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty,
+        do_full, do_empty, of_x, of_e, of_states, ready, free, of_ds, of_dy, total, first, b, hv,
+        pid, qcol, vcol,
     ) = handed  # fmt: skip
+    q_in, k_in, x_in, do_in = arrays[0], arrays[1], arrays[2], arrays[3]
+    of_block = (eb, sb, of_e, of_states, b, pid, vcol)
     wide = b.to(gl.int64)
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
-    i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
+    i_of = gl.arange(0, 64, ROW)
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    first_half, second_half = zero, zero  # of dq's columns
+    dq_0, dq_1 = zero, zero
     vectors = load_vectors(
         beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
         HAS_RESETS,
     )  # fmt: skip
+    if total > 0:
+        last = first * R + total - 1
+        ask(q_in, [b, last // R * 64, qcol], qfull.index(0), qb.index(0))
+        ask(k_in, [b, last * 64, qcol], full.index(0), kb.index(0))
+        ask_rows(x_in, pid, last * 128, of_x.index(0), xb, 2)
+        ask_columns(do_in, b, last // R * 64, vcol, do_full.index(0), dob, 0, NC)
+        if HAS_GRADIENTS:
+            ask_for_block(of_block, arrays, last, R, NC, SEQUENCES)
     for m in range(total):
         block = total - 1 - m
         r = block % R
         s, st, turn = m % S, m % 2, m // R
-        sq, z = turn % 2, nothing(m)
-        # Else the compiler keeps the token of every column from one use to the next.
-        again = r + z
+        sq, d, z = turn % 2, turn % D, nothing(m)
         row = (first * R + block) * 64
         mbarrier.wait(qfull.index(sq), (turn // 2) & 1)
         mbarrier.wait(full.index(s), (m // S) & 1)
         q, k = matrix(qb.index(sq)), matrix(kb.index(s))
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, True, HAS_G, HAS_RESETS)
-        vectors = load_vectors(
-            beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
-            HAS_RESETS,
+        put_vectors(vectors, lines, st, nothing(m, 30), True, HAS_G, HAS_RESETS)
+        scores, factor = put_scores(
+            q, k, pb.index(z + m % P), scores, betas, of_tokens, of_updates, r, nothing(m, 24),
+            SCALE, R, HAS_G, HAS_RESETS,
         )  # fmt: skip
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        upto = i_of[:, None] >= (r * 64 + j_of)[None, :] // R
-        factor = between(of_tokens, of_updates, upto, None, HAS_G, HAS_RESETS)
-        factor *= SCALE * betas.load(COLUMN)[None, :]
-        pb.index(z + m % P).store((scores * factor).to(gl.bfloat16))
-        fence_async_shared()
         mbarrier.arrive(ready.index(st), count=1)
+        if m + 1 < total:
+            after = (m + 1) % S
+            mbarrier.wait(empty.index(after), (((m + 1) // S) & 1) ^ 1)
+            ask(k_in, [b, row - 64, qcol], full.index(after), kb.index(after))
+        has_more = turn + 1 < total // R
+        if (m % R == 0) & has_more:
+            here = (first + block // R - 1) * 64
+            mbarrier.wait(qempty.index(sq ^ 1), (((turn + 1) // 2) & 1) ^ 1)
+            ask(q_in, [b, here, qcol], qfull.index(sq ^ 1), qb.index(sq ^ 1))
+            if D == 2:
+                mbarrier.wait(do_empty.index(d ^ 1), (((turn + 1) // 2) & 1) ^ 1)
+                ask_columns(do_in, b, here, vcol, do_full.index(d ^ 1), dob, (d ^ 1) * NC, NC)
         if HAS_GRADIENTS:
-            terms = terms_ptr + (pid.to(gl.int64) * (NG * R) + first * R + block) * 320
+            terms = terms_ptr + (pid.to(gl.int64) * (NG * R) + first * R + block) * 576
+            # dk, and dq in the place of dv, of the block before are out.
+            tma.store_wait(0)
+            if m > 0:
+                mbarrier.arrive(of_dy.index(1), count=1)
             mbarrier.wait(of_e.index(0), m & 1)
-            mbarrier.wait(of_do.index(0), turn & 1)
-            ds = over_values(dob, eb, z, NC)
-            ds = warpgroup_mma_wait(0, deps=[ds])
-            ds *= factor
-            if HAS_G:
-                spans = i_of[:, None] > (again * 64 + j_of)[None, :] // R
-                put_line(terms + 128, gl.sum(gl.where(spans, ds * scores, 0.0), axis=1))
-            narrow, is_more = left(ds), m % R > 0
-            first_half = warpgroup_mma(
-                narrow, k.slice(0, 64, dim=1), zero if R == 1 else first_half, use_acc=is_more
-            )
-            if K == 128:
-                second_half = warpgroup_mma(
-                    narrow, k.slice(64, 64, dim=1), zero if R == 1 else second_half, use_acc=is_more
-                )
-            mbarrier.wait(of_states.index(0), m & 1)
-            of_start = gl.zeros([64], gl.float32, ROW)
-            if r == 0:
-                of_start = of_queries(
-                    dq, stage, first_half, second_half, q, dob, sb, tokens, b,
-                    (first + block // R) * 64, hv * K, st, z, SCALE, K, NC, HAS_G, HAS_RESETS,
-                )  # fmt: skip
-            narrow, begin = of_scores(
-                q, k, eb, dob, betas, of_updates, of_tokens, again, z, SCALE, R, NC, HAS_G,
-                HAS_RESETS,
+            mbarrier.wait(do_full.index(0), turn & 1)
+            narrow, by_column, dq_0, dq_1 = before_dv(
+                (q, dob, eb, sb, dsb), (intos, tokens), dq_0, dq_1, scores, factor, terms, m, r, st,
+                z, (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
             )  # fmt: skip
-            if r == 0:
-                mbarrier.arrive(of_do.index(1), count=1)
 
+            z = nothing(m, 27)
             mbarrier.wait(of_dy.index(0), m & 1)
-            # Nobody reads the scores any more.
-            pb.index(z).store(narrow)
-            fence_async_shared()
-            Z, of_system_g = of_system(
-                k, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, wide, hv, again + z, z, R, HV,
-                NC, HAS_G, HAS_RESETS,
+            # Nobody reads X or the scores any more.
+            if m + 1 < total:
+                ask_rows(x_in, pid, 2 * row - 128, of_x.index(0), xb, 2)
+            ds_tile = pb.index(z)
+            ds_tile.store(narrow)
+            Z_tile = matrix(stage.index(z)).slice(K - 64, 64, dim=1)
+            by_row, of_system_g = of_system(
+                k, Z_tile, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, wide, hv, r + z, z, R,
+                HV, NC, HAS_G, HAS_RESETS,
             )  # fmt: skip
-            mbarrier.wait(of_ds.index(0), m & 1)
+            fence_async_shared()
+            if R == 1:
+                dq_0 = warpgroup_mma(ds_tile, half(k, 0), dq_0)
+                if K == 128:
+                    dq_1 = warpgroup_mma(ds_tile, half(k, 1), dq_1)
+            else:
+                dq_0 = warpgroup_mma(ds_tile, half(k, 0), dq_0, use_acc=(m % R > 0))
+                if K == 128:
+                    dq_1 = warpgroup_mma(ds_tile, half(k, 1), dq_1, use_acc=(m % R > 0))
             out = outs.index(st).load(ROW)
             into = gl.full([64], 1.0, gl.float32, ROW)
             if DECAYS:
                 into = intos.index(st).load(ROW)
             of_into, of_out = of_keys(
-                dk, stage, k, q, eb, sb, dsb, dyb, pb.index(z), Z, into, out, b, row, hv * K, z, K,
-                NC, HAS_G,
-            )  # fmt: skip
+                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, m, K, NC, HAS_G
+            )
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(nothing(m, 21)))
+            mbarrier.arrive(of_ds.index(1), count=1)
+            if m + 1 < total:
+                ask_for_block(of_block, arrays, first * R + block - 1, R, NC, SEQUENCES)
             if HAS_G:
                 token = (r * 64 + i_of) // R
                 is_new = (token > (r * 64 - 1) // R) | (r == 0)
-                put_line(terms, of_system_g - begin + gl.where(is_new, of_into, 0.0))
+                put_line(terms, by_row + gl.where(is_new, of_into, 0.0))
                 put_line(terms + 64, gl.where(token < (r * 64 + 63) // R, of_out, 0.0))
-                put_line(terms + 192, of_start)
-                through = intos.index(st).slice(63, 1).load(ROW)
-                put_line(terms + 256, through * of_whole_decay(sb, dsb, z, NC))
-            mbarrier.arrive(of_ds.index(1), count=1)
-            mbarrier.arrive(of_dy.index(1), count=1)
-            mbarrier.arrive(of_e.index(1), count=1)
-            mbarrier.arrive(of_states.index(1), count=1)
-        mbarrier.arrive(empty.index(s), count=1)
-        if r == 0:
-            mbarrier.arrive(qempty.index(sq), count=1)
+                put_sums(terms + 320, -(by_column + of_system_g))
+            vectors = load_vectors(
+                beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
+                HAS_RESETS,
+            )  # fmt: skip
+            z = nothing(m, 25)
+            if r == 0:
+                # Those who hold the cotangent of the state have written dv.
+                mbarrier.wait(do_empty.index(0), turn & 1)
+                at = [b, (first + block // R) * 64, hv * K]
+                put_dq(dq_out, at, dq_0, dq_1, dyb, stage, z, K)
+                if has_more:
+                    here = (first + block // R - 1) * 64
+                    ask_columns(do_in, b, here, vcol, do_full.index(0), dob, 0, NC)
+        else:
+            vectors = load_vectors(
+                beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
+                HAS_RESETS,
+            )  # fmt: skip
+            if m + 1 < total:
+                mbarrier.wait(of_x.index(1), m & 1)
+                ask_rows(x_in, pid, 2 * row - 128, of_x.index(0), xb, 2)
     if HAS_GRADIENTS:
         tma.store_wait(0)

@@ -13,6 +13,18 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
+# A tile by what each of four warps has of it, 16 rows: sums of its columns stay within a warp.
+BY_WARP = gl.constexpr(
+    gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 8, 0], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
+        lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
+        warp_bases=[[1, 0, 0], [2, 0, 0]],
+        block_bases=[],
+        shape=[4, 16, 64],
+    )
+)
+SUMS = gl.constexpr(gl.SliceLayout(1, BY_WARP.value))
+
 # Stands for a beta of zero: dv is a multiple of beta, and dbeta what dv is a multiple of.
 LEAST_BETA = gl.constexpr(2.0**-64)
 
@@ -36,13 +48,27 @@ def matrix(tile):
 
 
 @gluon.jit
-def nothing(m):
-    """0, but not for the compiler, in a loop over m.
+def nothing(m, BITS: gl.constexpr = 29):
+    """0, but not for the compiler, in a loop over m, which is less than 2^25.
 
     What is looked up by it is found anew in every round. Else the addresses of all tiles are found
-    before the loop, and there are more of them than registers.
+    before the loop, and there are more of them than registers. The parts of a round shift by bits
+    of their own, so that nothing is kept from one to the next.
     """
-    return m >> 29
+    return m >> BITS
+
+
+@gluon.jit
+def power(x):
+    """exp of a float32; 0 where that is less than the least normal number."""
+    return gl.inline_asm_elementwise(
+        "ex2.approx.ftz.f32 $0, $1;",
+        "=f,f",
+        [x * 1.4426950408889634],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
@@ -53,29 +79,24 @@ def decays(high, low, segments, from_high, from_low, from_segments, mask,
         mask = mask & (segments == from_segments)
     if HAS_G:
         sums = (high - from_high) + (low - from_low)
-        return gl.where(mask, gl.exp(gl.where(mask, sums, 0.0)), 0.0)
+        return gl.where(mask, power(gl.where(mask, sums, 0.0)), 0.0)
     return gl.where(mask, 1.0, 0.0)
 
 
 @gluon.jit
-def between(of_rows, of_columns, mask, is_back, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
-    """`decays` from columns to rows, whose sums of gates and resets lie in shared memory.
-
-    They go from rows to columns where ``is_back``, unless that is None.
-    """
+def between(
+    of_rows, of_columns, mask, z, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """`decays` from columns to rows, whose sums of gates and resets lie in shared memory."""
     segments, from_segments = 0.0, 0.0
     if HAS_RESETS:
-        segments = of_rows.index(2).load(ROW)[:, None]
-        from_segments = of_columns.index(2).load(COLUMN)[None, :]
+        segments = of_rows.index(z + 2).load(ROW)[:, None]
+        from_segments = of_columns.index(z + 2).load(COLUMN)[None, :]
     high, low, from_high, from_low = 0.0, 0.0, 0.0, 0.0
     if HAS_G:
-        high, low = of_rows.index(0).load(ROW)[:, None], of_rows.index(1).load(ROW)[:, None]
-        from_high = of_columns.index(0).load(COLUMN)[None, :]
-        from_low = of_columns.index(1).load(COLUMN)[None, :]
-        if is_back is not None:
-            high = (high - from_high) + (low - from_low)
-            high = gl.where(is_back, -high, high)
-            low, from_high, from_low = 0.0, 0.0, 0.0
+        high, low = of_rows.index(z + 0).load(ROW)[:, None], of_rows.index(z + 1).load(ROW)[:, None]
+        from_high = of_columns.index(z + 0).load(COLUMN)[None, :]
+        from_low = of_columns.index(z + 1).load(COLUMN)[None, :]
     return decays(high, low, segments, from_high, from_low, from_segments, mask, HAS_G, HAS_RESETS)
 
 
@@ -119,8 +140,8 @@ def load_vectors(
 
 @gluon.jit
 def put_vectors(
-    vectors, lines, st, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr
-):
+    vectors, lines, st, z, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
     """Puts what `load_vectors` found where others read it, in turn ``st``: beta, decays and sums.
 
     Decays from the block before to its updates, and, times beta, from them to its last. With HAS_O
@@ -129,7 +150,7 @@ def put_vectors(
     beta, at, last, before, here = vectors
     betas, intos, outs, tokens, of_tokens, of_updates = lines
     every = gl.arange(0, 64, LINE) >= 0
-    betas.store(beta)
+    betas.index(z).store(beta)
     if HAS_G or HAS_RESETS:
         into = decays(
             at[0], at[1], at[2], before[0], before[1], before[2], every, HAS_G, HAS_RESETS
@@ -141,7 +162,7 @@ def put_vectors(
             of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
             tokens.index(st).store(of_t)
             for part in gl.static_range(3):
-                of_updates.index(part).store(at[part])
-                of_tokens.index(part).store(here[part])
+                of_updates.index(z + part).store(at[part])
+                of_tokens.index(z + part).store(here[part])
     else:
         outs.index(st).store(beta)

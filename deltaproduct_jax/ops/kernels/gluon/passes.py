@@ -28,22 +28,6 @@ INVERSE_REGISTERS = 96
 PLACEHOLDER = jax.ShapeDtypeStruct((8,), jnp.float32)
 
 
-class _Choice:
-    """Whether gradients run here too: not before a GPU has shown that they are right and fast."""
-
-    gradients = False
-
-
-def choose_gradients(chosen: bool) -> None:
-    """Lets "triton" run gradients by the Gluon kernels, where they take them, or not any more.
-
-    For measurements, before anything is traced: programs of before are forgotten.
-    """
-    if chosen != _Choice.gradients:
-        _Choice.gradients = chosen
-        jax.clear_caches()
-
-
 @functools.cache
 def has_versions() -> bool:
     """Whether Python, JAX and Triton are new enough: older ones do not compile or launch these."""
@@ -78,8 +62,8 @@ def takes(tokens: Tokens, options: Options, capability: int) -> bool:
 
 
 def takes_gradients(tokens: Tokens, options: Options, capability: int) -> bool:
-    """Whether they run gradients of these: chosen, and there is a slot for every two states."""
-    if not _Choice.gradients or not takes(tokens, options, capability):
+    """Whether they run gradients of these: there must be a slot for every two states."""
+    if not takes(tokens, options, capability):
         return False
     T, R = tokens.k.shape[1:3]
     return 2 * (options.slots or options.spans) * GROUP >= T * R
@@ -204,7 +188,7 @@ class Call:
         T, R = self.meta["T"], self.meta["R"]
         is_whole, gated = mode == "whole", self.gates["HAS_G"]
         of_keys = (self.B, T, self.HV, self.K), (self.B, T, R, self.HV, self.K)
-        terms = (self.B, self.HV, self.NG, R, 5, GROUP)
+        terms = (self.B, self.HV, self.NG, R, 9, GROUP)
         shapes = [*of_keys, v.shape, beta.shape, terms if gated else PLACEHOLDER.shape]
         dtypes = [q.dtype, k.dtype, v.dtype, beta.dtype, jnp.float32]
         if not is_whole:
@@ -313,7 +297,7 @@ def summed_terms(terms: jax.Array, T: int) -> jax.Array:
     """The cotangent of g [B, T, Hv]: every term of a decay counts for the tokens that it spans.
 
     Args:
-      terms: [B, Hv, groups, R, 5, 64], as `find_cotangents` writes them.
+      terms: [B, Hv, groups, R, 9, 64], as `find_cotangents` writes them.
       T: tokens.
     """
     R = terms.shape[3]
@@ -323,12 +307,19 @@ def summed_terms(terms: jax.Array, T: int) -> jax.Array:
 
 
 def _spans(r: int, R: int) -> np.ndarray:
-    """For which tokens the terms of block r of a group count: [5, 64, 64 tokens] of 0 and 1."""
+    """For which tokens the terms of block r of a group count: [9, 64, 64 tokens] of 0 and 1."""
     token = (r * GROUP + np.arange(GROUP))[:, None] // R  # of every update
     before, last = (r * GROUP - 1) // R, token[-1]  # that the block before ends with
     i, u = np.arange(GROUP)[:, None], np.arange(GROUP)[None, :]
     upto, inside = (u > before) & (u <= token), (u > before) & (u <= last)
-    kinds = upto, (u > token) & (u <= last), (u > before) & (u <= i), u <= i, inside & (i >= 0)
+    kinds = (
+        upto,
+        (u > token) & (u <= last),
+        (u > before) & (u <= i),
+        u <= i,
+        inside & (i >= 0),
+        *4 * [upto],
+    )
     return np.stack(kinds).astype(np.float32)
 
 

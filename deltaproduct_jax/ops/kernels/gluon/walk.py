@@ -92,7 +92,7 @@ def prepare_blocks(
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, HAS_O, HAS_G, HAS_RESETS)
+        put_vectors(vectors, lines, st, 0, HAS_O, HAS_G, HAS_RESETS)
         vectors = load_vectors(
             beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
         )
@@ -100,10 +100,10 @@ def prepare_blocks(
             p = warpgroup_mma_wait(0, deps=[p])
             upto = m_of >= (r * 64 + n_of) // R
             if DECAYS:
-                p *= SCALE * between(of_tokens, of_updates, upto, None, HAS_G, HAS_RESETS)
+                p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
                 p = gl.where(upto, SCALE * p, 0.0)
-            p *= betas.load(COLUMN)[None, :]
+            p *= betas.index(0).load(COLUMN)[None, :]
             pb.index(st).store(p.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready.index(st), count=1)
@@ -248,7 +248,7 @@ def walk(
     ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 1, 64, 64], tile)
     sb = gl.allocate_shared_memory(bf16, [NC if HAS_KEPT else 1, 1, 64, K], keys)
     eb = gl.allocate_shared_memory(bf16, [NC if HAS_KEPT else 1, 1, 64, 64], tile)
-    betas = gl.allocate_shared_memory(gl.float32, [64], line)
+    betas = gl.allocate_shared_memory(gl.float32, [1, 64], line)
     intos = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     outs = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)

@@ -1,9 +1,9 @@
 """The way back in one walk over a sequence, in Gluon: nothing of the states' cotangents is written.
 
 A program has a piece of a sequence and a value head, and goes through its blocks from the last.
-One warp loads tiles by TMA. For each 64 columns of V four warps hold the cotangent of the state,
-transposed, as `walk` holds the state: they find dv, which the block before waits for. Four others
-make the scores that this takes, and all cotangents but dv of a block from its error and the state
+For each 64 columns of V four warps hold the cotangent of the state, transposed, as `walk` holds the
+state: they find dv, which the block before waits for. Four others ask for tiles by TMA, make the
+scores that this takes, and find all cotangents but dv of a block from its error and the state
 before it, which `walk` kept (cotangents.py). Letters as in prepare.py.
 """
 
@@ -22,62 +22,16 @@ from deltaproduct_jax.ops.kernels.gluon.parts import ACC, COLUMN, ROW, left, mat
 
 
 @gluon.jit
-def load_tiles_back(
-    handed, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, SEQUENCES: gl.constexpr,
-    S: gl.constexpr, HAS_GRADIENTS: gl.constexpr,
-):  # fmt: skip
-    """One warp: tiles of q and k ahead, of X, do, errors and states where there is room again."""
-    (
-        q, k, x, do, e, states, qb, kb, xb, dob, eb, sb, full, empty, qfull, qempty, of_x, of_do,
-        of_e, of_states, total, first, b, pid, qcol, vcol,
-    ) = handed  # fmt: skip
-    tile: gl.constexpr = 64 * 64 * 2
-    for m in range(total):
-        block = first * R + total - 1 - m
-        row, here, turn = block * 64, block // R * 64, m // R
-        s, sq = m % S, turn % 2
-        if m % R == 0:
-            mbarrier.wait(qempty.index(sq), ((turn // 2) & 1) ^ 1)
-            mbarrier.expect(qfull.index(sq), bytes_per_cta=64 * K * 2)
-            tma.async_copy_global_to_shared(q, [b, here, qcol], qfull.index(sq), qb.index(sq))
-        mbarrier.wait(empty.index(s), ((m // S) & 1) ^ 1)
-        mbarrier.expect(full.index(s), bytes_per_cta=64 * K * 2)
-        tma.async_copy_global_to_shared(k, [b, row, qcol], full.index(s), kb.index(s))
-        mbarrier.wait(of_x.index(1), (m & 1) ^ 1)
-        mbarrier.expect(of_x.index(0), bytes_per_cta=2 * tile)
-        for j in gl.static_range(2):
-            at = [pid, 2 * row + j * 64, 0]
-            tma.async_copy_global_to_shared(x, at, of_x.index(0), xb.index(j))
-        if m % R == 0:
-            mbarrier.wait(of_do.index(1), (turn & 1) ^ 1)
-            mbarrier.expect(of_do.index(0), bytes_per_cta=NC * tile)
-            for j in gl.static_range(NC):
-                at = [b, here, vcol + j * 64]
-                tma.async_copy_global_to_shared(do, at, of_do.index(0), dob.index(j))
-        if HAS_GRADIENTS:
-            mbarrier.wait(of_e.index(1), (m & 1) ^ 1)
-            mbarrier.expect(of_e.index(0), bytes_per_cta=NC * tile)
-            for j in gl.static_range(NC):
-                at = [b, row, vcol + j * 64]
-                tma.async_copy_global_to_shared(e, at, of_e.index(0), eb.index(j))
-            mbarrier.wait(of_states.index(1), (m & 1) ^ 1)
-            mbarrier.expect(of_states.index(0), bytes_per_cta=NC * 64 * K * 2)
-            kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
-            for j in gl.static_range(NC):
-                at = [kept, j * 64, 0]
-                tma.async_copy_global_to_shared(states, at, of_states.index(0), sb.index(j))
-
-
-@gluon.jit
 def hold_cotangent(
     handed, SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    PIECES: gl.constexpr, S: gl.constexpr, DECAYS: gl.constexpr, HAS_GRADIENTS: gl.constexpr,
-    ENDS: gl.constexpr, J: gl.constexpr,
+    PIECES: gl.constexpr, S: gl.constexpr, D: gl.constexpr, DECAYS: gl.constexpr,
+    HAS_GRADIENTS: gl.constexpr, ENDS: gl.constexpr, J: gl.constexpr,
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the cotangent of the state, and of dv."""
     (
         dv, start_ptr, before_ptr, qb, kb, dob, xb, pb, dsb, dyb, intos, outs, tokens, full, empty,
-        qfull, qempty, of_x, of_do, ready, free, of_ds, of_dy, total, first, b, vcol, pid, piece,
+        qfull, qempty, do_full, do_empty, of_x, ready, free, of_ds, of_dy, total, first, b, vcol,
+        pid, piece,
     ) = handed  # fmt: skip
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     rows = J * 64 + gl.arange(0, 64, ROW)
@@ -93,7 +47,7 @@ def hold_cotangent(
     for m in range(total):
         block = total - 1 - m
         s, st, turn = m % S, m % 2, m // R
-        sq = turn % 2
+        sq, d = turn % 2, turn % D
         z = nothing(m)
         # As left operands from shared memory, where the others need them: registers are short.
         if HAS_GRADIENTS:
@@ -107,10 +61,10 @@ def hold_cotangent(
         de = warpgroup_mma(dsb.index(z + J), k.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(ready.index(st), (m // 2) & 1)
         if m % R == 0:
-            mbarrier.wait(of_do.index(0), turn & 1)
+            mbarrier.wait(do_full.index(d), (turn // D) & 1)
         de = warpgroup_mma_wait(0, deps=[de])
         de *= outs.index(st).load(COLUMN)[None, :]
-        do = matrix(dob.index(z + J)).permute((1, 0))
+        do = matrix(dob.index(z + d * (V // 64) + J)).permute((1, 0))
         de = warpgroup_mma(do, pb.index(z + m % P), de)
         # To bfloat16, but still of float32: for an identity too, as in `walk`.
         scaled = de * 65537.0
@@ -141,7 +95,9 @@ def hold_cotangent(
                 read *= tokens.index(st).load(COLUMN)[None, :]
             state = warpgroup_mma(left(read), matrix(qb.index(sq)), state)
             mbarrier.arrive(qempty.index(sq), count=1)
-            mbarrier.arrive(of_do.index(1), count=1)
+            if HAS_GRADIENTS:
+                tma.store_wait(0)
+            mbarrier.arrive(do_empty.index(d), count=1)
         mbarrier.arrive(free.index(st), count=1)
         mbarrier.arrive(empty.index(s), count=1)
     gl.store(before_ptr + index * (K * V) + at, state)
@@ -197,64 +153,67 @@ def walk_back(
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # Of what only gradients take, one small tile stands where there are none.
     NG_: gl.constexpr = NC if HAS_GRADIENTS else 1
+    # What only gradients take leaves less room for what is loaded ahead.
+    D: gl.constexpr = 1 if HAS_GRADIENTS else 2
+    # Holds dq as well, when dv has been used.
+    OF_DY: gl.constexpr = (NC if K == 64 else 2) if HAS_GRADIENTS else 1
     qb = gl.allocate_shared_memory(bf16, [2, 1, 64, K], keys)
     kb = gl.allocate_shared_memory(bf16, [S, 1, 64, K], keys)
-    dob = gl.allocate_shared_memory(bf16, [NC, 1, 64, 64], tile)
+    dob = gl.allocate_shared_memory(bf16, [D * NC, 1, 64, 64], tile)
     xb = gl.allocate_shared_memory(bf16, [2, 1, 64, 64], tile)
     pb = gl.allocate_shared_memory(bf16, [1 if HAS_GRADIENTS else 2, 64, 64], small)
     eb = gl.allocate_shared_memory(bf16, [NG_, 1, 64, 64], tile)
     sb = gl.allocate_shared_memory(bf16, [NG_, 1, 64, K], keys)
     dsb = gl.allocate_shared_memory(bf16, [NC, 64, K], flat)
-    dyb = gl.allocate_shared_memory(bf16, [NG_, 1, 64, 64], tile)
+    dyb = gl.allocate_shared_memory(bf16, [OF_DY, 1, 64, 64], tile)
     stage = gl.allocate_shared_memory(bf16, [1, 1, 64, K], keys)
-    betas = gl.allocate_shared_memory(gl.float32, [64], line)
+    betas = gl.allocate_shared_memory(gl.float32, [1, 64], line)
     intos = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     outs = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     of_tokens = gl.allocate_shared_memory(gl.float32, [3, 64], line)
     of_updates = gl.allocate_shared_memory(gl.float32, [3, 64], line)
-    full, empty = barriers(1, S), barriers(NC + 1, S)
-    qfull, qempty = barriers(1, 2), barriers(NC + 1, 2)
+    full, empty = barriers(1, S), barriers(NC, S)
+    qfull, qempty = barriers(1, 2), barriers(NC, 2)
+    do_full, do_empty = barriers(1, D), barriers(NC, D)
     ready, free = barriers(1, 2), barriers(NC, 2)
     # Of what there is one of: filled, and free again.
-    of_x, of_do = both_ways(1, NC), both_ways(1, NC + 1 if HAS_GRADIENTS else NC)
-    of_e, of_states = both_ways(1, 1), both_ways(1, 1)
+    of_x, of_e, of_states = both_ways(1, NC), both_ways(1, 1), both_ways(1, 1)
     of_ds, of_dy = both_ways(NC, 1), both_ways(NC, 1)
     fence_async_shared()
     hold = (
         dv, start_ptr, before_ptr, qb, kb, dob, xb, pb, dsb, dyb, intos, outs, tokens, full, empty,
-        qfull, qempty, of_x, of_do, ready, free, of_ds, of_dy, total, first, b32, vcol, pid, piece,
+        qfull, qempty, do_full, do_empty, of_x, ready, free, of_ds, of_dy, total, first, b32, vcol,
+        pid, piece,
     )  # fmt: skip
     find = (
-        beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, pb, eb, sb, dsb, dyb, stage,
-        betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty, of_do, of_e,
-        of_states, ready, free, of_ds, of_dy, total, first, b32, hv, pid,
+        beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb, dyb,
+        stage, betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty,
+        do_full, do_empty, of_x, of_e, of_states, ready, free, of_ds, of_dy, total, first, b32, hv,
+        pid, qcol, vcol,
     )  # fmt: skip
-    load = (
-        q, k, x, do, e, states, qb, kb, xb, dob, eb, sb, full, empty, qfull, qempty, of_x, of_do,
-        of_e, of_states, total, first, b32, pid, qcol, vcol,
-    )  # fmt: skip
+    arrays = (q, k, x, do, e, states)
     # Sizes stand where they are used, since a name would make numbers of the program of them.
     if NC == 2:
         gl.warp_specialize([
             (hold_cotangent, (
-                hold, SCALE, R, K, V, PIECES, S, DECAYS, HAS_GRADIENTS, START == "ends", 0,
+                hold, SCALE, R, K, V, PIECES, S, D, DECAYS, HAS_GRADIENTS, START == "ends", 0,
             )),
             (hold_cotangent, (
-                hold, SCALE, R, K, V, PIECES, S, DECAYS, HAS_GRADIENTS, START == "ends", 1,
+                hold, SCALE, R, K, V, PIECES, S, D, DECAYS, HAS_GRADIENTS, START == "ends", 1,
             )),
             (find_cotangents, (
-                find, SCALE, T, R, HV, K, NG, S, NC, HAS_G, HAS_RESETS, HAS_GRADIENTS,
+                find, arrays, SCALE, T, R, HV, K, NG, S, D, NC, B * HV, HAS_G, HAS_RESETS,
+                HAS_GRADIENTS,
             )),
-            (load_tiles_back, (load, R, K, NC, B * HV, S, HAS_GRADIENTS)),
-        ], [4, 4, 1], [144, 200, 24])  # fmt: skip
+        ], [4, 4], [144, 216])  # fmt: skip
     else:
         gl.warp_specialize([
             (hold_cotangent, (
-                hold, SCALE, R, K, V, PIECES, S, DECAYS, HAS_GRADIENTS, START == "ends", 0,
+                hold, SCALE, R, K, V, PIECES, S, D, DECAYS, HAS_GRADIENTS, START == "ends", 0,
             )),
             (find_cotangents, (
-                find, SCALE, T, R, HV, K, NG, S, NC, HAS_G, HAS_RESETS, HAS_GRADIENTS,
+                find, arrays, SCALE, T, R, HV, K, NG, S, D, NC, B * HV, HAS_G, HAS_RESETS,
+                HAS_GRADIENTS,
             )),
-            (load_tiles_back, (load, R, K, NC, B * HV, S, HAS_GRADIENTS)),
-        ], [4, 1], [232, 24])  # fmt: skip
+        ], [4], [248])  # fmt: skip

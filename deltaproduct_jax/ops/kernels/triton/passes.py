@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.kernels.triton import looking, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.terms import summed
@@ -59,8 +58,6 @@ def kept_span(span: int, **sizes) -> int:
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What `prepare` makes, where that is small beside the states, and maps of pieces."""
-    if gluon.takes_gradients(tokens, options, compute_capability()):
-        return gluon.kept_more(tokens, options)
     return sum(_kept_more(tokens, options).values(), ())
 
 
@@ -98,34 +95,15 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
-    if not keep_states and gluon.takes(tokens, options, compute_capability()):
-        o, final_state = batched(gluon.forward, options)(tokens, initial_state)
-        kept = None
-    elif keep_states and _by_gluon(tokens, options):
-        fixed = gluon.fixed(looking.whole(tokens, options), options)
-        o, final_state, kept = batched(gluon.forward_kept, fixed)(tokens, initial_state)
-    else:
-        options = options if keep_states else options._replace(spans=0, more=False)
-        o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
-        kept = kept if keep_states else None
-    return o, final_state, kept, looking.after_forward(tokens, o, final_state)
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    options = options if keep_states else options._replace(spans=0, more=False)
+    o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
+    return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
-    if _by_gluon(tokens, options):
-        fixed = gluon.fixed(looking.whole(tokens, options), options)
-        dtokens, dstate = batched(gluon.backward, fixed)(tokens, kept, do, dfinal_state)
-    else:
-        fixed = _fixed(tokens, options)
-        dtokens, dstate = batched(_backward, fixed)(tokens, kept, do, dfinal_state)
-    return dtokens, dstate, looking.after_backward(dstate)
-
-
-def _by_gluon(tokens: Tokens, options: Options) -> bool:
-    """Whether the kernels in Gluon run a gradient of these."""
-    return options.more and gluon.takes_gradients(tokens, options, compute_capability())
+    """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
 def step(state, q, k, v, beta, g, *, scale: float):

@@ -187,6 +187,17 @@ def _compile_side_by_side() -> None:
     Autotuner.prune_configs = compiled
 
 
+def take_first_launches() -> None:
+    """Has Triton try the first two launches of a kernel only: for results, not for times.
+
+    Trying them all takes minutes a model.
+    """
+    load_torch()
+    from triton.runtime.autotuner import Autotuner
+
+    Autotuner.prune_configs = lambda self, kwargs: self.configs[:2]
+
+
 def to_torch(x: jax.Array) -> Any:
     """An array as a tensor on the GPU, bfloat16 or float32."""
     torch = load_torch()

@@ -1,0 +1,59 @@
+"""Which GPU kernels run a call: those in Gluon where they take it, those in Triton elsewhere.
+
+The module of "triton" in the table of `deltaproduct_jax.ops.kernels`, whose contract it keeps.
+"""
+
+import jax
+
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.gluon import passes as gluon
+from deltaproduct_jax.ops.kernels.triton import looking
+from deltaproduct_jax.ops.kernels.triton import passes as triton
+from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.passes import compute_capability
+from deltaproduct_jax.ops.kernels.triton.passes import is_ready as is_ready
+from deltaproduct_jax.ops.kernels.triton.passes import kept_span as kept_span
+from deltaproduct_jax.ops.kernels.triton.passes import step as step
+from deltaproduct_jax.ops.kernels.triton.passes import unsupported as unsupported
+from deltaproduct_jax.ops.layout import Tokens
+
+
+def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What those that run a gradient of these keep beside states."""
+    if gluon.takes_gradients(tokens, options, compute_capability()):
+        return gluon.kept_more(tokens, options)
+    return triton.kept_more(tokens, options)
+
+
+def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
+    if not keep_states and gluon.takes(tokens, options, compute_capability()):
+        o, final_state = batched(gluon.forward, options)(tokens, initial_state)
+        kept = None
+    elif keep_states and _by_gluon(tokens, options):
+        run = batched(gluon.forward_kept, _fixed_of_gluon(tokens, options))
+        o, final_state, kept = run(tokens, initial_state)
+    else:
+        o, final_state, kept = triton.forward(
+            tokens, initial_state, options, keep_states=keep_states
+        )
+    return o, final_state, kept, looking.after_forward(tokens, o, final_state)
+
+
+def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
+    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
+    if _by_gluon(tokens, options):
+        run = batched(gluon.backward, _fixed_of_gluon(tokens, options))
+        dtokens, dstate = run(tokens, kept, do, dfinal_state)
+    else:
+        dtokens, dstate = triton.backward(tokens, kept, do, dfinal_state, options)
+    return dtokens, dstate, looking.after_backward(dstate)
+
+
+def _fixed_of_gluon(tokens: Tokens, options: Options):
+    return gluon.fixed(looking.whole(tokens, options), options)
+
+
+def _by_gluon(tokens: Tokens, options: Options) -> bool:
+    """Whether the kernels in Gluon run a gradient of these."""
+    return options.more and gluon.takes_gradients(tokens, options, compute_capability())
