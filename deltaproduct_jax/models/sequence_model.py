@@ -17,6 +17,7 @@ from deltaproduct_jax.layers.checks import (
     refuse_swapped,
     states_of,
 )
+from deltaproduct_jax.layers.embedding import Embed
 from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
@@ -115,9 +116,7 @@ class SequenceModel(nnx.Module):
         self.config = config
         normal = nnx.initializers.normal(config.initializer_range)
         D, dtypes = config.hidden_size, config.jax_dtypes
-        self.embeddings = nnx.Embed(
-            config.vocab_size, D, embedding_init=normal, rngs=rngs, **dtypes
-        )
+        self.embeddings = Embed(config.vocab_size, D, embedding_init=normal, rngs=rngs, **dtypes)
         self.layers = nnx.List(
             [Block(config, layer, rngs=rngs) for layer in range(config.num_layers)]
         )

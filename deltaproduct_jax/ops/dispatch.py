@@ -67,7 +67,7 @@ def dispatch(
         form = recurrent if implementation == "recurrent" else associative
 
         def run(tokens, state):
-            tokens = only_finite(tokens)
+            tokens = tokens if form is recurrent else only_finite(tokens)  # it sees to that itself
             return form(*tokens[:5], state, resets, scale=scale, precision=precision)
     else:
         options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
@@ -172,9 +172,10 @@ def _asked(name: str, reason, run):
 
 def _run_recurrent(tokens: Tokens, initial_state, *, scale, precision, confines):
     watched = _watched(tokens, initial_state) if confines else None
-    *arrays, resets = only_finite(tokens)
+    *arrays, resets = tokens
     state = only_finite(initial_state)
-    results = recurrent(*arrays, state, resets, scale=scale, precision=precision)
+    options = {"scale": scale, "precision": precision, "blocks": False}  # nothing is differentiated
+    results = recurrent(*arrays, state, resets, **options)
     return *(results if watched is None else watched.spoil(*results)), None
 
 

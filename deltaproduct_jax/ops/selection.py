@@ -9,7 +9,7 @@ AVAILABLE = ("chunked", "recurrent", "associative", *kernels.KERNELS)
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 # On a CPU, entries of a state below which the scan over tokens was measured to be the faster.
-SCAN_BELOW_ONE_FACTOR = 64 * 64
+SCAN_BELOW_ONE_FACTOR = 64 * 128
 SCAN_BELOW_SEVERAL_FACTORS = 128 * 128
 
 
@@ -78,7 +78,7 @@ def select_implementation(
         ):
             return name
     if differentiated:
-        return "chunked"  # the recurrence would store several states per token
+        return "chunked"  # on a CPU as fast as the scan with states of 16 x 16, faster with others
     if T <= 1 or (platform == "cpu" and _scan_is_faster(R, K * V)):
         return "recurrent"
     return "chunked"

@@ -1,8 +1,10 @@
 """The benchmarks of the op: they check before they time, and write what they print."""
 
+import inspect
 import json
 import sys
 import types
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
@@ -81,6 +83,19 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
     assert flags.run(op_speed.command, arguments) != 0
     assert "error: chunked is wrong at" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_plain_scan_is_what_ratios_are_to(tmp_path):
+    op_speed.command(
+        [f"--workdir={tmp_path}", *TINY, "--peer=plain", "--implementations=recurrent"]
+    )
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["plain", "recurrent"] * (len(rows) // 2)
+    assert {row["times_faster_than_first"] for row in rows[::2]} == {1}
+    assert max(row["worst_error"] for row in rows) < 1e-5
+    source = Path(inspect.getsourcefile(peer_jax.plain)).read_text()
+    assert "deltaproduct_jax" not in source
+    assert "experiments" not in source
 
 
 @pytest.mark.slow

@@ -13,18 +13,24 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError
+from experiments.lib.bench.peers.plain import plain
 
 # Package to install (MODULE is what it holds), by the name for --peer.
 PACKAGES = {"jla": "jax-linear-attention", "ejkernel": "ejkernel"}
+PLAIN = "plain"
 MODULES = {"jla": "jla.ops.chunked", "ejkernel": "ejkernel.kernels._xla.gated_delta_rule"}
 
 
 def peer_op(name: str) -> Callable:
     """The peer as a function of the arrays that `delta_product` takes: q, k, v, beta and maybe g.
 
+    ``"plain"`` is no package and is always there.
+
     Raises:
         ConfigError: its package is missing or does not import.
     """
+    if name == PLAIN:
+        return plain
     try:
         module = importlib.import_module(MODULES[name])
     except ImportError as error:

@@ -1,0 +1,87 @@
+"""Embeddings of few ids, whose gradient is a product of matrices where adding rows would wait.
+
+The gradient of a lookup adds the cotangents of all tokens into the rows of the table. With a
+hundred rows and half a million tokens, thousands of additions meet in every row, and an accelerator
+makes them one after another, in an order of its own. As a product with the one-hot matrix of the
+ids they are a matmul: sums in float32, always in the same order.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Rows of a table up to which its gradient is a matmul. Beyond, the one-hot matrix, tokens by rows,
+# takes more memory and time than what it spares.
+FEW_ROWS = 512
+# Tokens of one matmul; of more, partial sums are added afterwards. The result is too small for one
+# matmul over all tokens to occupy a GPU.
+TOKENS_OF_A_SUM = 4096
+
+
+def embedding_gradient(platform: str, rows: int) -> str:
+    """How the gradient of an `Embed` is summed: ``"matmul"`` or ``"scatter"``.
+
+    Args:
+        platform: what the program is lowered for: "cpu", "cuda", "rocm" or "tpu".
+        rows: of the table, the size of the vocabulary.
+    """
+    # A CPU adds row by row as fast as it reads them, up to 20 times faster than by a matmul.
+    return "matmul" if platform != "cpu" and rows <= FEW_ROWS else "scatter"
+
+
+class Embed(nnx.Embed):
+    """`nnx.Embed` with the gradient that `embedding_gradient` names. Outputs are the same.
+
+    Tables that lie over explicit axes of a mesh keep JAX's gradient.
+    """
+
+    def __call__(self, inputs: jax.Array, out_sharding=None) -> jax.Array:
+        """Rows of the table, ``[*ids, features]``; NaN for ids that no row has."""
+        if out_sharding is not None or not 1 < self.num_embeddings <= FEW_ROWS:
+            return super().__call__(inputs, out_sharding)
+        (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
+        return lookup(table, inputs)
+
+
+@jax.custom_jvp
+def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """``table[ids]``: ``[rows, D]`` and ``[*ids]`` to ``[*ids, D]``; NaN for ids out of range."""
+    return jnp.take(table, ids, axis=0)
+
+
+@lookup.defjvp
+def _lookup_jvp(primals, tangents):
+    by_platform = functools.partial(jax.lax.platform_dependent, cpu=_taken, default=_multiplied)
+    # Only ids are kept for the way back, not the one-hot matrix.
+    rows = jax.checkpoint(by_platform, prevent_cse=False)(tangents[0], primals[1])
+    return lookup(*primals), rows
+
+
+def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:
+    return jnp.take(table, ids, axis=0, fill_value=0)
+
+
+def _multiplied(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """The same as a matmul, whose transpose is the one to the table."""
+    groups = _groups(ids.shape)
+    one_hot = jax.nn.one_hot(ids.reshape(groups, -1), len(table), dtype=table.dtype)
+    # Of bfloat16 one pass is exact: every product is with 1 or 0.
+    exact = None if table.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    tables = jnp.broadcast_to(table.astype(jnp.float32), (groups, *table.shape))
+    rows = jnp.einsum(
+        "gnr,grd->gnd", one_hot, tables, precision=exact, preferred_element_type=jnp.float32
+    )
+    return rows.astype(table.dtype).reshape(*ids.shape, -1)
+
+
+def _groups(shape: tuple[int, ...]) -> int:
+    """Into how many groups of whole rows the tokens are cut: each has about `TOKENS_OF_A_SUM`.
+
+    Rows stay whole, so that a batch that lies over devices need not move.
+    """
+    rows = shape[0] if shape else 1
+    most = max(1, min(rows, math.prod(shape) // TOKENS_OF_A_SUM))
+    return max(groups for groups in range(1, most + 1) if rows % groups == 0)

@@ -1,0 +1,64 @@
+"""The gradient of an embedding: what the rule names is what a program for that platform holds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltaproduct_jax.layers import embedding
+from deltaproduct_jax.layers.embedding import FEW_ROWS, Embed, embedding_gradient
+
+ROWS, D = 11, 8
+
+
+def case(dtype):
+    keys = jax.random.split(jax.random.key(0), 3)
+    table = jax.random.normal(keys[0], (ROWS, D)).astype(dtype)
+    ids = jax.random.randint(keys[1], (6, 50), 0, ROWS + 2)  # some that no row has
+    return table, ids, jax.random.normal(keys[2], (*ids.shape, D)).astype(dtype)
+
+
+def exact_gradient(ids, cotangents):
+    table = np.zeros((ROWS + 2, D))
+    np.add.at(table, np.ravel(ids), np.asarray(cotangents, np.float64).reshape(-1, D))
+    return table[:ROWS]
+
+
+@pytest.mark.parametrize("rows", [ROWS, FEW_ROWS, FEW_ROWS + 1])
+def test_the_rule_is_what_is_lowered(rows):
+    embed = Embed(rows, D, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(embed)
+    ids = jnp.zeros((2, 3), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(ids))))
+    traced = gradient.trace(params)
+    for platform in ("cpu", "cuda", "rocm", "tpu"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        found = "scatter" if "stablehlo.scatter" in text else "matmul"
+        assert ("stablehlo.dot_general" in text) == (found == "matmul")
+        assert found == embedding_gradient(platform, rows), platform
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_both_gradients_are_the_sums(dtype, bound, monkeypatch):
+    monkeypatch.setattr(embedding, "TOKENS_OF_A_SUM", 60)
+    table, ids, cotangents = case(dtype)
+    want = exact_gradient(ids, cotangents)
+    for form in (embedding.lookup, embedding._taken, embedding._multiplied):
+        rows, pull = jax.vjp(lambda table, form=form: form(table, ids), table)
+        inside = np.asarray(ids) < ROWS
+        assert np.array_equal(rows[inside], np.asarray(table)[ids[inside]])
+        got = np.asarray(pull(cotangents)[0], np.float64)
+        if dtype == "float32" or form is embedding._multiplied:
+            assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
+    assert np.all(np.isnan(embedding.lookup(table, ids)[~inside]))
+
+
+def test_other_transformations():
+    table, ids, cotangents = case("float32")
+    ids = jnp.minimum(ids, ROWS - 1)
+    loss = lambda table: jnp.sum(embedding.lookup(table, ids) * cotangents)
+    pushed = jax.jvp(loss, (table,), (table,))[1]
+    np.testing.assert_allclose(pushed, loss(table), rtol=1e-5)
+    both = jax.vmap(jax.grad(loss))(jnp.stack([table, table]))
+    np.testing.assert_allclose(both[1], exact_gradient(ids, cotangents), atol=1e-5)
