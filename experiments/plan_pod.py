@@ -199,7 +199,7 @@ def blocks(record: Mapping[str, Any]) -> list[str]:
     parts = [
         f"{record['preset']} on {record['topology']}, mesh {record['mesh']}: "
         f"{first['parameters']:,} parameters, {first['tokens']:,} tokens a step, "
-        f"{record['rows']} sequences of {record['length']:,} tokens on a device at once. "
+        f"{record['rows']} x {record['length']:,} tokens on a device at once. "
         f"{fit[fits(first, limit)]}. Nothing was run; {record['versions']}.",
         memory_table(first, limit),
     ]
