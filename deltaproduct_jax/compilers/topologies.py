@@ -31,6 +31,8 @@ CHIPS = {
     "h100": Chip(80 * 10**9, 3.35e12),
     "h200": Chip(141 * 10**9, 4.8e12),
 }
+# Both cores of a chip are one device, as they are where a program runs.
+_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
 _NAMES = {"h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 # What the compiler for GPUs asks of a chip, which is otherwise read from the one that is there.
 _HOPPER = """
@@ -76,7 +78,9 @@ def devices_of(topology: str) -> list[jax.Device]:
     kind = kind_of(topology)
     try:
         if platform_of(topology) == "tpu":
-            return list(topologies.get_topology_desc(topology, platform="tpu").devices)
+            options = _OPTIONS.get(kind, {})
+            found = topologies.get_topology_desc(topology, platform="tpu", **options)
+            return list(found.devices)
         chip, grid = CHIPS[kind], topology.partition(":")[2]
         described = _HOPPER.format(
             bandwidth=int(chip.bandwidth), memory=chip.memory_bytes, name=_NAMES[kind]

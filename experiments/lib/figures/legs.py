@@ -32,10 +32,10 @@ def draw_losses(found: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def draw_positions(found: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws losses by position of all models, if there are any; ``positions`` of each entry."""
-    from experiments.lib.figures.language import draw_extrapolation
-
     entries = [
         entry | {"label": record["label"]} for record in found for entry in record["positions"]
     ]
     if entries:
+        from experiments.lib.figures.language import draw_extrapolation
+
         draw_extrapolation(entries, path)
