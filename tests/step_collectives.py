@@ -23,22 +23,15 @@ os.environ["XLA_FLAGS"] = (
 )
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.sharding import AxisType, Mesh
 
-from deltaproduct_jax.compilers import tpu
+from deltaproduct_jax.compilers import topologies
 from deltaproduct_jax.compilers.collectives import collectives_by_axis
 from deltaproduct_jax.layers.registry import MIXERS
-from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.parallel.config import AXES, DeviceConfig
-from deltaproduct_jax.parallel.layout import Layout
-from deltaproduct_jax.parallel.names import names_of_model
-from deltaproduct_jax.tasks.task import Batch
-from deltaproduct_jax.training.config import TrainConfig
-from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
-from deltaproduct_jax.training.step import init_state, make_train_step, split_model
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.text import TextTask
+from experiments.lib.pod.step_program import step_program
 
 # Tokens of a device are many beside its channels, so that whoever sends them stands out.
 ROWS, TOKENS = 32, 1024
@@ -47,45 +40,23 @@ MODEL = ModelConfig(
     vocab_size=96, mixer=MIXER, hidden_size=32, num_heads=4, head_dim=8, intermediate_size=64,
     remat="blocks", **{name: value for name, value in FIELDS.items() if MIXERS[MIXER].takes(name)},
 )  # fmt: skip
-
-
-def mesh_of(text: str) -> Mesh:
-    """16 devices, simulated or described."""
-    sizes = DeviceConfig(mesh=text).sizes_of(DEVICES)
-    shape = tuple(sizes[axis] for axis in AXES)
-    if PLATFORM == "tpu":
-        grid = tpu.mesh_of("v5e:4x4", shape, AXES).devices
-    else:
-        grid = np.array(jax.devices()).reshape(shape)
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+RUN = RunConfig(
+    TextTask(train_length=TOKENS, eval_lengths=(TOKENS,)), MODEL, TrainConfig(batch_size=ROWS)
+)
 
 
 def main() -> None:
     """Compiles and prints."""
-    for text in MESHES:
-        print(json.dumps(found_over(mesh_of(text))), flush=True)
+    chips = topologies.devices_of("v5e:4x4") if PLATFORM == "tpu" else jax.devices()
+    for mesh in MESHES:
+        print(json.dumps(found_over(DeviceConfig(mesh=mesh), chips)), flush=True)
 
 
-def found_over(mesh: Mesh) -> dict[str, Any]:
+def found_over(mesh: DeviceConfig, chips: list[jax.Device]) -> dict[str, Any]:
     """What is sent over a mesh, and the sizes that it is compared with."""
-    model = nnx.eval_shape(lambda: SequenceModel(MODEL, rngs=nnx.Rngs(0)))
-    layout = Layout(mesh, names_of_model(model))
-    optimizer, schedule = make_optimizer(TrainConfig()), make_schedule(TrainConfig())
-    definition, params = split_model(model)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-    update = make_train_step(definition, optimizer, schedule, 1, layout)
-
-    def step(state, batch):
-        return update(state, layout.cut_batch(batch))
-
-    abstract = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-    batch = Batch(*(jnp.empty((ROWS, TOKENS), d) for d in (jnp.int32, jnp.int32, bool)))
-    arguments = (
-        jax.tree.map(abstract, state, layout.shardings(state)),
-        jax.tree.map(lambda x: abstract(x, layout.whole), batch),
-    )
-    with tpu.lowering_for(layout.mesh):
-        text = jax.jit(step).lower(*arguments).compile().as_text()
+    program = step_program(RUN, mesh, chips)
+    layout = program.layout
+    text = program.lower().compile().as_text()
     sent = collections.Counter(collectives_by_axis(text, layout.sizes))
     rows = ROWS // layout.devices_of("batch")
     tokens = TOKENS // layout.sizes["sequence"]
@@ -94,7 +65,7 @@ def found_over(mesh: Mesh) -> dict[str, Any]:
         "sent": [[*found, count] for found, count in sorted(sent.items())],
         "most": {
             "residual": 4 * rows * tokens * MODEL.hidden_size,
-            "parameter": 4 * max(x.size for x in jax.tree.leaves(params)),
+            "parameter": 4 * max(x.size for x in jax.tree.leaves(program.state.params)),
             "state": 4 * rows * heads * MODEL.head_dim**2,
             "past": 4 * rows * 3 * 2 * heads * MODEL.head_dim,
         },

@@ -1,5 +1,6 @@
 """What the devices of a compiled program send each other."""
 
+import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from deltaproduct_jax.compilers.hlo_traffic import array_bytes
+from deltaproduct_jax.compilers.hlo_traffic import COMPUTATION, array_bytes
 
 COLLECTIVES = (
     "all-gather",
@@ -58,22 +59,44 @@ def collectives(text: str) -> list[tuple[str, int]]:
     return sorted((sent.kind, sent.size) for sent in _all_sent(text, {}))
 
 
+def collectives_in_a_run(
+    text: str, mesh: Mapping[str, int], passes: Mapping[str, int]
+) -> collections.Counter[Sent]:
+    """How often each array is sent in one run of a program, loops counted.
+
+    Args:
+      text: as for `collectives`.
+      mesh: as for `collectives_by_axis`.
+      passes: how often each computation runs, as `hlo_cost.passes` gives them.
+    """
+    found: collections.Counter[Sent] = collections.Counter()
+    times = 0
+    for line in text.splitlines():
+        if head := COMPUTATION.match(line):
+            times = passes.get(head["name"], 0)
+        for sent in _sent_by(line, mesh) if times else ():
+            found[sent] += times
+    return found
+
+
 def collectives_by_axis(text: str, mesh: Mapping[str, int]) -> list[Sent]:
     """The same with the axes of the mesh, whose sizes by name are ``mesh``, the first slowest."""
     return sorted(_all_sent(text, mesh))
 
 
 def _all_sent(text: str, mesh: Mapping[str, int]) -> list[Sent]:
-    found = []
-    for line in text.splitlines():
-        match = _SENT.search(line)
-        if match is None:
-            continue
-        sizes, kind = array_bytes(match["shapes"]), match["kind"]
-        axes = _axes(line, mesh) if mesh else ()
-        # The compiler joins sums; a permute started ahead names its operand, result and handles.
-        found += [Sent(kind, size, axes) for size in (sizes if "reduce" in kind else [max(sizes)])]
-    return found
+    return [sent for line in text.splitlines() for sent in _sent_by(line, mesh)]
+
+
+def _sent_by(line: str, mesh: Mapping[str, int]) -> list[Sent]:
+    """What a line of a program sends, if it sends anything."""
+    match = _SENT.search(line)
+    if match is None:
+        return []
+    sizes, kind = array_bytes(match["shapes"]), match["kind"]
+    axes = _axes(line, mesh) if mesh else ()
+    # The compiler joins sums; a permute started ahead names its operand, result and handles.
+    return [Sent(kind, size, axes) for size in (sizes if "reduce" in kind else [max(sizes)])]
 
 
 def _axes(line: str, mesh: Mapping[str, int]) -> tuple[str, ...]:

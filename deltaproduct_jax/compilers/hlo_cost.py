@@ -19,14 +19,19 @@ import types
 from collections.abc import Mapping, Sequence
 
 from deltaproduct_jax.compilers.collectives import COLLECTIVES
-from deltaproduct_jax.compilers.hlo_traffic import hbm_bytes
+from deltaproduct_jax.compilers.hlo_traffic import COMPUTATION, hbm_bytes
 from deltaproduct_jax.ops.kernels.containment import SCOPE
 
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s=]+) \(.*\{$")
 _INSTRUCTION = re.compile(
     r"^\s+(?P<root>ROOT )?%?(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[a-z][\w-]*)"
     r"\((?P<operands>[^)]*)\)(?P<rest>.*)$"
 )
+# Computations that an operation runs once: a fusion's, a call's, a branch's.
+_CALLED = re.compile(
+    r"\b(?:calls|called_computations|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|%?[^\s,]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _PASSED_ON = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 
 
@@ -117,11 +122,38 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
     return total
 
 
+def passes(text: str) -> dict[str, int]:
+    """How often each computation of a compiled program runs in one run of the program.
+
+    Loops are counted by their passes, and both sides of a branch as if it were taken.
+
+    Raises:
+      ValueError: a loop whose trip count the text does not show.
+    """
+    computations, entry = _parse(text)
+    total: dict[str, int] = {}
+
+    def walk(name: str, times: int) -> None:
+        total[name] = total.get(name, 0) + times
+        for line in computations[name].values():
+            if line.opcode == "while":
+                trips = _trips(computations, computations[name], line)
+                walk(line.attribute("body"), times * trips)
+                walk(line.attribute("condition"), times * trips)
+            else:
+                for inner in _CALLED.findall(line.rest):
+                    for called in re.findall(r"[^\s,%{}]+", inner):
+                        walk(called, times)
+
+    walk(entry, 1)
+    return total
+
+
 def _parse(text: str) -> tuple[dict[str, Computation], str]:
     computations: dict[str, Computation] = {}
     entry = current = None
     for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
+        if head := COMPUTATION.match(line):
             current = computations.setdefault(head["name"], {})
             entry = head["name"] if head["entry"] else entry
         elif current is not None and (match := _INSTRUCTION.match(line)):
@@ -145,8 +177,11 @@ class Entry:
 def _trips(computations: dict[str, Computation], around: Computation, loop: Instruction) -> int:
     """Passes of a loop that counts up: from its start, by steps, to what it is compared with.
 
-    That bound may be a constant of the condition or an entry of what the loop carries.
+    That bound may be a constant of the condition or an entry of what the loop carries. Compilers
+    for CPUs and GPUs say how many passes they found.
     """
+    if known := _TRIPS.search(loop.rest):
+        return int(known[1])
     condition = computations[loop.attribute("condition")]
     body = computations[loop.attribute("body")]
     start = around[loop.operands[0]]

@@ -13,6 +13,8 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# The first line of a computation, in the text of a compiled program.
+COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[^\s=]+) \(.*\{$")
 # Element types and their bits.
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64}
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*\w*)\[(?P<shape>[\d,]*)\](?:\{(?P<layout>[^}]*)\})?")

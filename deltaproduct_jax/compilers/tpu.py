@@ -57,10 +57,15 @@ def lowering_for(mesh: jax.sharding.Mesh) -> Iterator[None]:
         yield
 
 
-def libtpu_version(extra: Path) -> str | None:
-    """Of package libtpu, on the path or in folder ``extra``; None where it is missing."""
-    found = importlib.metadata.distributions(name=PACKAGE, path=[*sys.path, str(extra)])
+def version_of(package: str, extra: Path) -> str | None:
+    """Of a package on the path or in folder ``extra``; None where it is missing."""
+    found = importlib.metadata.distributions(name=package, path=[*sys.path, str(extra)])
     return next((distribution.version for distribution in found), None)
+
+
+def libtpu_version(extra: Path) -> str | None:
+    """Of package libtpu, as `version_of` finds it."""
+    return version_of(PACKAGE, extra)
 
 
 def require_libtpu(extra: Path, remedy: str) -> None:

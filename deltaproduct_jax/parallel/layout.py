@@ -36,13 +36,17 @@ def all_devices() -> list[jax.Device]:
     return jax.devices()
 
 
-def make_mesh(config: DeviceConfig) -> Mesh:
+def make_mesh(config: DeviceConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh over all devices of the run, or over the first that suffice in a single process.
+
+    Args:
+        config: how many lie along each axis.
+        devices: of the run; None is all that JAX finds.
 
     Raises:
         ConfigError: there are not as many devices as it takes.
     """
-    devices = all_devices()
+    devices = all_devices() if devices is None else devices
     if config.dcn_mesh is not None:
         return _mesh_of(_hybrid_grid(config, devices))
     sizes = config.sizes_of(len(devices))
@@ -108,9 +112,14 @@ class Layout:
         self._names = names
 
     @classmethod
-    def of_model(cls, config: DeviceConfig, make_model: Callable[[], nnx.Module]) -> "Layout":
-        """The layout of a model that is described but not made."""
-        return cls(make_mesh(config), names_of_model(nnx.eval_shape(make_model)))
+    def of_model(
+        cls,
+        config: DeviceConfig,
+        make_model: Callable[[], nnx.Module],
+        devices: Sequence[jax.Device] | None = None,
+    ) -> "Layout":
+        """The layout of a model that is described but not made; `make_mesh` has ``devices``."""
+        return cls(make_mesh(config, devices), names_of_model(nnx.eval_shape(make_model)))
 
     @property
     def device_kind(self) -> str:

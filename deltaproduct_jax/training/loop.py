@@ -30,11 +30,10 @@ from deltaproduct_jax.training.measuring.memory import (
 )
 from deltaproduct_jax.training.measuring.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.measuring.throughput import Goodput, Throughput, in_words
-from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
-from deltaproduct_jax.training.skipping import Skipping, require_progress
+from deltaproduct_jax.training.skipping import require_progress
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
 from deltaproduct_jax.training.step import (
@@ -42,9 +41,8 @@ from deltaproduct_jax.training.step import (
     ModelDefinition,
     Params,
     TrainState,
-    counting_first,
     loss_and_correct,
-    make_train_step,
+    step_of_run,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
 
@@ -204,21 +202,6 @@ class Trainer:
         self.source = source = source_of(config, layout)
         self.stopwatch = Stopwatch()
         train = config.train
-        update = make_train_step(
-            definition,
-            make_optimizer(train),
-            make_schedule(train),
-            train.accumulation_steps,
-            layout,
-            train.loss_settings,
-            Skipping.of(train),
-        )
-
-        def train_step(length: int, state: TrainState, given: Any):
-            batch = source.train_batch(given, state.step, length)
-            if train.grow_from is not None:
-                batch = counting_first(batch, config.counted_at(state.step + 1), length)
-            return update(state, layout.cut_batch(batch))
 
         def eval_step(length: int, params: Params, given: Any):
             batch = source.eval_batch(given, length)
@@ -231,7 +214,10 @@ class Trainer:
 
         # A save under way holds on to the arrays it writes; JAX then does not reuse their memory.
         self._train_step = CompiledByLength(
-            train_step, "the training step", self.stopwatch, donate=True
+            step_of_run(config, definition, layout, source.train_batch),
+            "the training step",
+            self.stopwatch,
+            donate=True,
         )
         self._eval_step = CompiledByLength(eval_step, "the evaluation", self.stopwatch)
 

@@ -1,6 +1,6 @@
 """What a run starts from: where its arrays lie, the state before its first step, its keys."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from flax import nnx
@@ -14,13 +14,24 @@ from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_sta
 MakeModel = Callable[[], nnx.Module]
 
 
-def layout_of(config: RunConfig, make_model: MakeModel, devices: DeviceConfig) -> Layout:
+def layout_of(
+    config: RunConfig,
+    make_model: MakeModel,
+    devices: DeviceConfig,
+    chips: Sequence[jax.Device] | None = None,
+) -> Layout:
     """The mesh of a run, and what lies where on it.
+
+    Args:
+        config: of the run.
+        make_model: its model before the first step; only its shapes are looked at.
+        devices: how many lie along each axis of the mesh.
+        chips: the devices; None is all that JAX finds. Those of a topology may not be there.
 
     Raises:
         ConfigError: there are not as many devices, or an axis does not divide what it cuts.
     """
-    layout = Layout.of_model(devices, make_model)
+    layout = Layout.of_model(devices, make_model, chips)
     train, model = config.train, config.model
     layout.require_divisible("batch", batch_size=train.batch_size)
     layout.require_divisible("batch", eval_batch_size=train.eval_batch_size)

@@ -18,8 +18,9 @@ from flax import nnx
 
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.loss import PLAIN, Losses, LossSettings, losses_of
-from deltaproduct_jax.training.optimizer import at_least_float32
+from deltaproduct_jax.training.optimizer import at_least_float32, make_optimizer, make_schedule
 from deltaproduct_jax.training.skipping import Skipped, Skipping, chosen, none_skipped
 
 Params = dict[str, Any]
@@ -177,6 +178,41 @@ def make_train_step(
         if layout is None:
             return after, metrics
         return layout.pin(after), layout.everywhere(metrics)
+
+    return train_step
+
+
+def step_of_run(
+    config: RunConfig,
+    definition: ModelDefinition,
+    layout: Layout,
+    read: Callable[[Any, jax.Array, int], Batch],
+) -> Callable[[int, TrainState, Any], tuple[TrainState, Metrics]]:
+    """The step that a run jits: (length, state, given) -> (state, metrics).
+
+    Args:
+        config: of the run.
+        definition: of its model.
+        layout: of its mesh.
+        read: makes the batch of what the step is given, the updates behind it and the length, as
+            `source.Source.train_batch` does.
+    """
+    train = config.train
+    update = make_train_step(
+        definition,
+        make_optimizer(train),
+        make_schedule(train),
+        train.accumulation_steps,
+        layout,
+        train.loss_settings,
+        Skipping.of(train),
+    )
+
+    def train_step(length: int, state: TrainState, given: Any) -> tuple[TrainState, Metrics]:
+        batch = read(given, state.step, length)
+        if train.grow_from is not None:
+            batch = counting_first(batch, config.counted_at(state.step + 1), length)
+        return update(state, layout.cut_batch(batch))
 
     return train_step
 

@@ -26,6 +26,7 @@ STAMP = "requirements.sha256"
 EXTRAS = {
     "tpu": "requirements-tpu.txt",
     "gpu": "requirements-gpu.txt",
+    "cuda": "requirements-cuda.txt",
     "gluon": "requirements-gluon.txt",
     "evaluation": "requirements-evaluation.txt",
 }

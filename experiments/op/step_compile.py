@@ -18,23 +18,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
-from deltaproduct_jax.tasks.task import Batch
-from deltaproduct_jax.training.config import TrainConfig
-from deltaproduct_jax.training.loss import LossSettings
-from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
-from deltaproduct_jax.training.step import init_state, make_train_step, split_model
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.text import TextTask
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.language_presets import PRESETS
+from experiments.lib.pod.step_program import step_program
 
 Row = dict[str, Any]
 HEAD = ("blocks", "tokens with logits at once", "compile s", "process s", "temporary MiB")
@@ -65,32 +60,24 @@ class CompileConfig:
                 f"chunks={self.chunks} must be numbers from 0 on, and scans={self.scans} 0 or 1"
             )
 
-    def model_config(self, scanned: bool) -> ModelConfig:
-        """The preset's model."""
+    def run(self, scanned: bool, chunk: int | None) -> RunConfig:
+        """A run of the preset's model."""
         names = ModelConfig.__dataclass_fields__.keys() & PRESETS[self.model].keys()
         own = {"vocab_size": self.vocab_size, "num_layers": self.num_layers, "remat": self.remat}
-        return ModelConfig(
-            **{name: PRESETS[self.model][name] for name in names} | own, scan_layers=scanned
+        return RunConfig(
+            TextTask(train_length=self.length, eval_lengths=(self.length,)),
+            ModelConfig(
+                **{name: PRESETS[self.model][name] for name in names} | own, scan_layers=scanned
+            ),
+            TrainConfig(batch_size=self.rows, loss_chunk_size=chunk),
         )
 
 
 def compiled_row(config: CompileConfig, scanned: bool, chunk: int) -> Row:
     """Compiles one step; nothing is allocated."""
-    model_config = config.model_config(scanned)
-    train = TrainConfig(batch_size=config.rows)
-    definition, params = split_model(
-        nnx.eval_shape(lambda: SequenceModel(model_config, rngs=nnx.Rngs(0)))
-    )
-    optimizer = make_optimizer(train)
-    state = jax.eval_shape(lambda params: init_state(params, optimizer), params)
-    tokens = jax.ShapeDtypeStruct((config.rows, config.length), jnp.int32)
-    mask = jax.ShapeDtypeStruct(tokens.shape, jnp.bool_)
-    step = make_train_step(
-        definition, optimizer, make_schedule(train), 1, settings=LossSettings(chunk or None)
-    )
+    run = config.run(scanned, chunk or None)
     began, spent = time.perf_counter(), time.process_time()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, Batch(tokens, tokens, mask))
-    compiled = lowered.compile()
+    compiled = step_program(run, DeviceConfig(mesh="data:1")).lower().compile()
     return {
         "scan_layers": scanned,
         "loss_chunk_size": chunk or None,

@@ -8,11 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltaproduct_jax.compilers import child, tpu
-from deltaproduct_jax.compilers.collectives import collectives, collectives_by_axis
+from deltaproduct_jax.compilers import child, hlo_cost, topologies, tpu
+from deltaproduct_jax.compilers.collectives import (
+    collectives,
+    collectives_by_axis,
+    collectives_in_a_run,
+)
 from deltaproduct_jax.compilers.memory import memory_of
+from deltaproduct_jax.compilers.products import product_operations
 from deltaproduct_jax.errors import ConfigError
 
+AUTO = jax.sharding.AxisType.Auto
 SENT = """
   %sum = (f32[2,3]{1,0}, bf16[4]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add
   %moved = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%c), channel_id=2
@@ -115,3 +121,63 @@ def test_clocks_follow_from_published_peaks():
     products = {"v4": 8 * 128**2, "v5e": 4 * 128**2, "v5p": 8 * 128**2, "v6e": 4 * 256**2}
     for name, generation in tpu.GENERATIONS.items():
         np.testing.assert_allclose(2 * products[name] * generation.hertz, peaks[name], rtol=0.01)
+
+
+def test_what_a_loop_sends_counts_as_often_as_it_runs():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AUTO,), devices=jax.devices()[:2])
+    cut = jax.sharding.PartitionSpec("x")
+
+    def inside(x):
+        once = jax.lax.psum(x, "x")
+        step = lambda carry, _: (jax.lax.ppermute(carry, "x", [(0, 1), (1, 0)]), None)
+        return jax.lax.scan(step, jax.lax.pcast(once, "x", to="varying"), length=5)[0]
+
+    run = jax.shard_map(inside, mesh=mesh, in_specs=cut, out_specs=cut)
+    text = jax.jit(run).lower(jnp.ones(6)).compile().as_text()
+    found = collectives_in_a_run(text, mesh.shape, hlo_cost.passes(text))
+    assert found == {
+        ("all-reduce", 4 * 3, ("x",)): 1,
+        ("collective-permute", 4 * 3, ("x",)): 5,
+    }
+
+
+def test_operations_of_products():
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+    one = 2 * 3 * 4 * 4
+    count = lambda f, *args, platform="cpu": product_operations(
+        jax.make_jaxpr(f)(*args).jaxpr, platform
+    )
+    assert count(lambda x, w: jnp.tanh(x @ w), x, w) == one
+    assert count(lambda x, w: jax.lax.scan(lambda c, _: (c @ w, None), x, length=5)[0], x, w) == (
+        5 * one
+    )
+    # Backwards the product is computed anew, then once for each operand.
+    square = lambda x, w: jnp.sum(jnp.sin(x @ w) @ w)
+    assert count(jax.grad(jax.checkpoint(square), argnums=(0, 1)), x, w) == 7 * one
+    either = lambda x, w: jax.lax.platform_dependent(
+        x, w, tpu=lambda x, w: x @ w @ w @ w, default=lambda x, w: x @ w
+    )
+    assert [count(either, x, w, platform=p) for p in ("tpu", "cpu")] == [3 * one, one]
+    assert count(lambda x, w: jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x), x, w) == (
+        2 * one
+    )
+    kernel = jnp.ones((2, 4, 1))
+    convolve = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+    assert count(convolve, jnp.ones((1, 8, 4)), kernel) == 2 * 8 * 2 * 4
+
+
+def test_operations_of_all_devices():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AUTO,), devices=jax.devices()[:2])
+    cut = jax.sharding.PartitionSpec("x")
+    run = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=cut, out_specs=cut)
+    assert product_operations(jax.make_jaxpr(run)(jnp.ones((4, 3))).jaxpr, "cpu") == 2 * 24
+
+
+@pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x", "h100:0"])
+def test_topologies_that_are_not_known(name):
+    with pytest.raises(ConfigError, match=rf"^topology='{name}' is not known; it may be chips"):
+        topologies.kind_of(name)
+    assert topologies.platform_of("v5p:4x4x4") == "tpu"
+    assert topologies.platform_of("h100:4x8") == "cuda"

@@ -1,0 +1,1 @@
+"""Language models at the paper's sizes: text for them, and runs with their measurements."""

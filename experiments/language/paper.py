@@ -1,0 +1,242 @@
+"""Does a second or third factor predict text better at equal parameters, and far beyond training?
+
+    python -m experiments.language.paper --workdir=runs/paper --archive=runs/text/text.tar.xz \\
+        --leg=213m_2 --train_s=480
+    python -m experiments.language.paper --workdir=runs/paper --stages=draw
+
+makes the text of ``experiments.language.pack_text`` tokens, trains one model of the paper's on its
+code, measures it and keeps what is small in ``records/LEG_seedN``: losses of training, losses by
+position on code that was held out and on prose, effective ranks, samples. The same command goes on
+where it stood, so that a leg may take several sessions of a machine; ``--train_s`` ends training
+for this time, saved. ``--stages=draw`` puts the records of all legs that are in the folder into one
+table and two figures, wherever they were made: it needs no checkpoint.
+
+Legs are the paper's 213M with n_h = 1, 2 and 3, a gated one, and models of 36M parameters beside
+attention, Mamba-2 and a hybrid (``experiments/lib/language_legs.py``).
+
+Source: https://arxiv.org/abs/2502.10297, language modelling, length extrapolation, effective rank.
+Expect: not known yet; in the paper n_h = 3 is best within 4,096 tokens and keeps its loss beyond.
+Takes: with one GPU of 80 GB and more about half an hour a leg of 213M; seconds of ``--leg=tiny``.
+"""
+
+import dataclasses
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.files import read_json, read_lines, user_path
+from deltaproduct_jax.settings import check_fields, seed_setting, setting
+from deltaproduct_jax.training.records import METRICS, RESULTS, RUN
+from deltaproduct_jax.training.stopping import exit_code
+from experiments.lib import flags
+from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
+from experiments.lib.figures.legs import draw_losses, draw_positions
+from experiments.lib.language_legs import (
+    LEGS,
+    Leg,
+    curve,
+    measurements,
+    preparations,
+    samples,
+)
+
+STAGES = ("prepare", "train", "measure", "draw")
+TRAINING, SAMPLES, EXTRAPOLATION = "training.json", "samples.txt", "extrapolation.json"
+STOPPED = exit_code(signal.SIGTERM)
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "tiny": {
+        "leg": "tiny",
+        "tokens": 20_000,
+        "train_length": 128,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "length": 512,
+        "rank_length": 256,
+        "rows": 2,
+        "tokenizer": "bytes",
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperConfig:
+    """Which leg, how far, and what of it; raises ConfigError where the fields make no sense."""
+
+    leg: str = setting("213m_2", f"one of {', '.join(LEGS)}")
+    stages: tuple[str, ...] = setting(STAGES, f"in turn, among {', '.join(STAGES)}")
+    archive: str | None = setting(None, "of experiments.language.pack_text; none: already unpacked")
+    tokenizer: str = setting("mistral", "as of experiments.prepare_text")
+    tokens: int = setting(200_000_000, "trained on")
+    train_length: int = setting(4096, "tokens of a row")
+    batch_size: int = setting(32, "rows of an update")
+    accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
+    learning_rate: float = setting(6e-4, "peak learning rate; it falls to a tenth")
+    train_s: float | None = setting(None, "seconds of this start's training; none: to its end")
+    length: int = setting(32768, "tokens of the rows measured")
+    rank_length: int = setting(16384, "tokens of the row whose ranks are taken")
+    rows: int = setting(16, "rows measured, of each text")
+    seed: int = seed_setting("of parameters and data")
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        check_fields(self)
+        require_one_of("leg", self.leg, LEGS)
+        for stage in self.stages:
+            require_one_of("stages", stage, STAGES)
+        for name in ("tokens", "train_length", "batch_size", "length", "rank_length", "rows"):
+            require_at_least(name, getattr(self, name), 1)
+        if self.steps < 1:
+            raise ConfigError(
+                f"tokens={self.tokens} must be one batch of batch_size={self.batch_size} rows of "
+                f"train_length={self.train_length} at least"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Updates of the parameters."""
+        return self.tokens // (self.batch_size * self.train_length)
+
+
+def prepare(config: PaperConfig, workdir: Path) -> None:
+    """Unpacks the archive, and makes its text tokens."""
+    text = workdir / "text"
+    if config.archive is not None and not text.exists():
+        partial = workdir / "text.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            with tarfile.open(user_path(config.archive)) as archive:
+                archive.extractall(partial, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise ConfigError(f"archive={config.archive!r} cannot be read: {error}") from error
+        partial.rename(text)
+    if not text.exists():
+        raise ConfigError(f"archive is missing; {text} is not there either")
+    for command in preparations(workdir, config.tokenizer).values():
+        run(command)
+
+
+def train(config: PaperConfig, leg: Leg) -> bool:
+    """Trains for as long as it may; whether the run is finished. What is known of it is kept."""
+    settings = (config.batch_size, config.accumulation_steps, config.steps, config.learning_rate)
+    run(leg.training(config.train_length, *settings), limit_s=config.train_s)
+    if not (leg.run / METRICS).exists():  # it ended before its first record
+        return False
+    rows = read_lines(leg.run / METRICS)
+    results = leg.run / RESULTS
+    record = {
+        "leg": leg.name,
+        "seed": leg.seed,
+        "starts": read_json(leg.run / RUN),
+        "curve": curve(rows),
+        "results": read_json(results) if results.exists() else None,
+    }
+    write_json(leg.records / TRAINING, record)
+    return results.exists()
+
+
+def run(command: Sequence[str], *, limit_s: float | None = None, output: Any = None) -> None:
+    """Runs a command, which is told to save and end when its time is over.
+
+    Raises:
+        ConfigError: it failed; it has said why.
+    """
+    shown_as = " ".join(command[1:])
+    print(shown_as, file=sys.stderr, flush=True)
+    began = time.monotonic()
+    child = subprocess.Popen(command, stdout=output)
+    try:
+        child.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+    except BaseException:
+        child.send_signal(signal.SIGTERM)
+        child.wait()
+        raise
+    out_of_time = limit_s is not None and time.monotonic() - began >= limit_s
+    if child.returncode and not (out_of_time and child.returncode == STOPPED):
+        raise ConfigError(f"a part failed with {child.returncode}, see above: {shown_as}")
+
+
+def measure(config: PaperConfig, leg: Leg) -> None:
+    """What a trained model is asked; each answer is written as soon as it is there."""
+    with open(leg.records / SAMPLES, "w", encoding="utf-8") as file:
+        run(samples(leg), output=file)
+    for command in measurements(leg, config.length, config.rank_length, config.rows):
+        run(command)
+    for large in leg.records.glob("*.npz"):
+        large.unlink()
+
+
+def draw(workdir: Path) -> str:
+    """One table and two figures of all records; the table."""
+    found = [read_json(path) for path in sorted(workdir.glob(f"records/*/{TRAINING}"))]
+    if not found:
+        raise ConfigError(f"workdir={str(workdir)!r} has no records/LEG/{TRAINING}")
+    for record in found:
+        record["label"] = f"{record['leg']}_seed{record['seed']}"
+        path = workdir / "records" / record["label"] / EXTRAPOLATION
+        record["positions"] = read_json(path)["curves"] if path.exists() else []
+    draw_losses(found, workdir / "losses.png")
+    draw_positions(found, workdir / "positions.png")
+    return table(found)
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """A line a leg: tokens, losses, and those by position at the end of each text's rows."""
+    texts = sorted({entry["data"] for record in found for entry in record["positions"]})
+    lines = []
+    for record in found:
+        last, results = record["curve"][-1], record["results"]
+        validated = [row["valid_loss"] for row in record["curve"] if "valid_loss" in row]
+        ends = {entry["data"]: entry["loss"] for entry in record["positions"]}
+        tests = results["test"][-1] if results else {}
+        lines.append(
+            [
+                *(record["leg"], record["seed"], f"{last['tokens']:,}"),
+                results and f"{results['parameters']['total']:,}",
+                shown(validated[-1] if validated else None, ".4f"),
+                *(shown(tests.get(name), ".4f") for name in ("loss", "bits_per_byte")),
+                *(_last_eighth(ends.get(text)) for text in texts),
+            ]
+        )
+    head = ("leg", "seed", "tokens", "parameters", "validation loss", "test loss", "bits per byte")
+    return markdown((*head, *(f"{text}, last eighth" for text in texts)), lines)
+
+
+def _last_eighth(loss: Sequence[float] | None) -> str:
+    if loss is None:
+        return shown(None)
+    last = loss[-max(1, len(loss) // 8) :]
+    return f"{sum(last) / len(last):.4f}"
+
+
+def command(argv: Sequence[str]) -> None:
+    """Runs the stages in turn."""
+    parsed = flags.parse(argv, {"paper": PaperConfig}, PRESETS)
+    config, workdir = PaperConfig(**parsed.sections["paper"]), parsed.workdir.resolve()
+    workdir.mkdir(parents=True, exist_ok=True)
+    leg = Leg(config.leg, config.seed, workdir)
+    if "prepare" in config.stages:
+        prepare(config, workdir)
+    finished = train(config, leg) if "train" in config.stages else (leg.run / RESULTS).exists()
+    if not finished and {"train", "measure"} & set(config.stages):
+        print(f"{leg.label} is not finished; the same command goes on", file=sys.stderr)
+    elif "measure" in config.stages:
+        measure(config, leg)
+    if "draw" in config.stages:
+        text = draw(workdir)
+        record = {"command": command_line("language.paper", argv)}
+        print(write_report(workdir, "legs", record, text))
+
+
+if __name__ == "__main__":
+    sys.exit(flags.run(command, sys.argv[1:]))

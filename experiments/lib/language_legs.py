@@ -1,0 +1,156 @@
+"""Models that are trained on the same text one after another, each a leg, and the commands of one.
+
+A leg is: text to tokens, a training run, its measurements. Every command goes on where it stood.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+# Of the kernel's sources, directories that are not trained on.
+VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
+TEST_PATHS = ("*/fs/btrfs/*", "*/net/ipv4/*")
+PROMPTS = ("static int ", "/* SPDX-License-Identifier: GPL-2.0 */\n#include <linux/")
+
+_GATED = ("--mixer=gated_delta_product",)
+# At about 36 million parameters; heads as the paper matches them, by n_h.
+_SMALL = ("--hidden_size=384", "--num_layers=12", "--intermediate_size=1024")
+LEGS: dict[str, tuple[str, ...]] = {
+    "213m_1": ("--preset=213m_1",),
+    "213m_2": ("--preset=213m_2",),
+    "213m_3": ("--preset=213m_3",),
+    "213m_2_gated": ("--preset=213m_2", *_GATED),
+    "36m_1": ("--preset=213m_1", *_SMALL, "--num_heads=4"),
+    "36m_2": ("--preset=213m_2", *_SMALL, "--num_heads=3"),
+    "36m_3": ("--preset=213m_3", *_SMALL, "--num_heads=2"),
+    "36m_2_gated": ("--preset=213m_2", *_SMALL, "--num_heads=3", *_GATED),
+    "36m_2_hybrid": ("--preset=213m_2", *_SMALL, "--num_heads=3", "--attention_every=4"),
+    "36m_transformer": ("--preset=213m_1", *_SMALL, "--num_heads=4", "--mixer=transformer"),
+    "36m_mamba2": ("--preset=213m_1", *_SMALL, "--num_heads=4", "--mixer=mamba2"),
+    "tiny": ("--preset=tiny", "--num_layers=1", "--hidden_size=64", "--num_heads=2"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Leg:
+    """One model on one text.
+
+    Attributes:
+        name: of `LEGS`.
+        seed: of its parameters and data.
+        workdir: of all legs; text and tokens are shared.
+    """
+
+    name: str
+    seed: int
+    workdir: Path
+
+    @property
+    def label(self) -> str:
+        """Name and seed."""
+        return f"{self.name}_seed{self.seed}"
+
+    @property
+    def run(self) -> Path:
+        """The run directory, with checkpoints."""
+        return self.workdir / "runs" / self.label
+
+    @property
+    def records(self) -> Path:
+        """What is kept when the checkpoints are gone."""
+        return self.workdir / "records" / self.label
+
+    def tokens(self, domain: str) -> Path:
+        """Tokens of "code" or "prose"."""
+        return self.workdir / "tokens" / domain
+
+    def training(self, length: int, rows: int, parts: int, steps: int, rate: float) -> list[str]:
+        """The command that trains."""
+        return module(
+            "language_modeling",
+            *LEGS[self.name],
+            workdir=self.run,
+            data=self.tokens("code"),
+            train_length=length,
+            eval_lengths=length,
+            select_length=length,
+            batch_size=rows,
+            accumulation_steps=parts,
+            steps=steps,
+            seed=self.seed,
+            learning_rate=rate,
+            end_learning_rate=f"{rate / 10:g}",
+            warmup_steps=min(100, steps // 10),
+            weight_decay=0.1,
+            log_every=max(1, steps // 400),
+            eval_every=max(1, steps // 8),
+            checkpoint_every=steps,
+            eval_sequences=64,
+            eval_batch_size=8,
+        )
+
+
+def module(name: str, *flags: str, **settings: object) -> list[str]:
+    """The command of a script of ours."""
+    spelled = [f"--{key}={value}" for key, value in settings.items()]
+    return [sys.executable, "-m", f"experiments.{name}", *flags, *spelled]
+
+
+def preparations(workdir: Path, tokenizer: str) -> dict[str, list[str]]:
+    """Commands that make the text of an archive tokens, by domain."""
+    code = {"valid_paths": ",".join(VALID_PATHS), "test_paths": ",".join(TEST_PATHS)}
+    # Prose is only measured on; what is not its test is left unread.
+    splits = {"code": code, "prose": {"valid_fraction": 0.05, "test_fraction": 0.9}}
+    return {
+        domain: module(
+            "prepare_text",
+            workdir=workdir / "tokens" / domain,
+            sources=workdir / "text" / domain,
+            pattern="*",
+            tokenizer=tokenizer,
+            **of_domain,
+        )
+        for domain, of_domain in splits.items()
+    }
+
+
+def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[list[str]]:
+    """Commands that measure a trained leg, in order of what matters most."""
+    texts = f"{leg.tokens('code')},{leg.tokens('prose')}"
+    kept = {"workdir": leg.records, "checkpoint": "newest"}
+    return [
+        module(
+            "analysis.length_extrapolation",
+            **kept,
+            runs=leg.run,
+            data=texts,
+            length=length,
+            rows=rows,
+            batch_size=rows,
+            window=min(256, length),
+        ),
+        module(
+            "analysis.effective_rank",
+            **kept,
+            dtype="float32",
+            run=leg.run,
+            data=leg.tokens("prose"),
+            length=rank_length,
+            every=min(16, rank_length),
+        ),
+    ]
+
+
+def samples(leg: Leg) -> list[str]:
+    """The command whose output is what the leg writes."""
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
+    settings = {"samples": 2, "max_tokens": 300, "temperature": 0.8, "top_p": 0.95}
+    return module("generate", *prompts, run=leg.run, checkpoint="newest", **settings)
+
+
+def curve(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """Of records of training what a figure needs."""
+    names = ("step", "tokens", "loss", "bits_per_byte", "valid_loss", "valid_bits_per_byte")
+    names += ("tokens_per_second", "mfu", "grad_norm")
+    return [{name: row[name] for name in names if name in row} for row in rows]

@@ -1,0 +1,156 @@
+"""Text that travels, legs that go on, and what is kept of them."""
+
+import dataclasses
+import json
+import sys
+import tarfile
+
+import pytest
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.training.text import TextTask
+from experiments import language_modeling
+from experiments.language import pack_text, paper
+from experiments.lib import flags
+from experiments.lib.language_legs import LEGS, Leg, curve, measurements, preparations
+
+FILES = {
+    "fs/xfs/a.c": 50,
+    "net/ipv4/b.c": 60,
+    **{f"drivers/{i}.c": 10 + i for i in range(20)},
+    "drivers/Makefile": 5,
+    "Documentation/x.rst": 30,
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A folder of sources."""
+    for path, size in FILES.items():
+        file = tmp_path / "kernel" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x" * size)
+    return tmp_path / "kernel"
+
+
+def packed(workdir, source):
+    """What an archive of 100 bytes of training code holds."""
+    pack_text.command([f"--workdir={workdir}", f"--source={source}", "--code_bytes=100"])
+    with tarfile.open(workdir / pack_text.ARCHIVE) as archive:
+        return {member.name: member.size for member in archive}
+
+
+def test_text_is_chosen_alike_from_a_folder_and_an_archive(source, tmp_path, capsys):
+    found = packed(tmp_path / "a", source)
+    assert {"code/fs/xfs/a.c", "code/net/ipv4/b.c", "prose/Documentation/x.rst"} <= found.keys()
+    trained = {path: size for path, size in found.items() if "drivers" in path}
+    assert 60 < sum(trained.values()) <= 100
+    assert not any(path.endswith("Makefile") for path in found)
+    with tarfile.open(tmp_path / "kernel.tar.gz", "w:gz") as archive:
+        archive.add(source, "linux-1.2")
+    assert packed(tmp_path / "b", tmp_path / "kernel.tar.gz") == found
+    record = json.loads((tmp_path / "b" / "text.json").read_text())
+    assert record["bytes"] == {"code": sum(trained.values()) + 110, "prose": 30}
+    assert record["files"] == len(found)
+    capsys.readouterr()
+
+
+def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
+    with pytest.raises(ConfigError, match=r"^--source is missing"):
+        pack_text.PackConfig()
+    with pytest.raises(ConfigError, match=r"^source=.*nowhere' cannot be read: "):
+        packed(tmp_path / "a", tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"^source=.*empty' has no file of"):
+        packed(tmp_path / "a", tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", LEGS)
+def test_every_leg_is_a_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(TextTask, "vocab_size", property(lambda self: 32_000))
+    given = Leg(name, 3, tmp_path).training(64, 8, 2, 40, 1e-3)
+    assert given[1:3] == ["-m", "experiments.language_modeling"]
+    experiment = language_modeling.EXPERIMENT
+    parsed = flags.parse(
+        given[3:], experiment.sections, experiment.presets, exclude=("vocab_size",)
+    )
+    run = experiment.configure(parsed.sections)
+    assert (run.train.seed, run.train.steps, run.train.accumulation_steps) == (3, 40, 2)
+    assert run.task.data == (str(tmp_path / "tokens" / "code"),)
+    assert run.model.registered.name == dict(
+        [("36m_transformer", "transformer"), ("36m_mamba2", "mamba2")]
+    ).get(name, "gated_delta_product" if "gated" in name or name == "tiny" else "delta_product")
+
+
+def test_commands_of_a_leg_know_each_other(tmp_path):
+    leg = Leg("tiny", 0, tmp_path)
+    written = {part for command in preparations(tmp_path, "bytes").values() for part in command}
+    read = {part for command in measurements(leg, 512, 256, 2) for part in command}
+    assert f"--workdir={leg.tokens('prose')}" in written
+    assert f"--data={leg.tokens('prose')}" in read
+    assert f"--run={leg.run}" in read
+
+
+CHILD = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_part_ends_when_its_time_is_over_and_a_failure_is_one(capsys):
+    paper.run([sys.executable, "-c", CHILD], limit_s=3)
+    with pytest.raises(ConfigError, match=r"^a part failed with 7, see above: -c import sys"):
+        paper.run([sys.executable, "-c", "import sys; sys.exit(7)"])
+    with pytest.raises(ConfigError, match="failed with 143"):  # by someone else
+        paper.run([sys.executable, "-c", "import sys; sys.exit(143)"], limit_s=60)
+    capsys.readouterr()
+
+
+def test_records_of_legs_are_drawn_together(tmp_path, capsys):
+    for number, leg in enumerate(("213m_1", "213m_2")):
+        rows = [{"step": i, "tokens": 100 * i, "loss": 3.0 - i, "time": 1.0} for i in (1, 2)]
+        rows[1]["valid_loss"] = 1.5 + number
+        record = {"leg": leg, "seed": 0, "curve": curve(rows), "results": None}
+        assert "time" not in record["curve"][0]
+        folder = tmp_path / "records" / f"{leg}_seed0"
+        folder.mkdir(parents=True)
+        (folder / paper.TRAINING).write_text(json.dumps(record))
+    paper.command([f"--workdir={tmp_path}", "--stages=draw"])
+    text = capsys.readouterr().out
+    assert "| 213m_1 | 0 | 200 | - | 1.5000 | - | - |" in text
+    assert "| 213m_2 | 0 | 200 | - | 2.5000 | - | - |" in text
+    assert (tmp_path / "losses.png").exists()
+
+
+def test_settings_of_a_leg():
+    config = paper.PaperConfig(tokens=10 * 32 * 4096 + 5)
+    assert config.steps == 10
+    for wrong, said in (
+        ({"leg": "213m_4"}, "leg='213m_4'"),
+        ({"stages": ("train", "sing")}, "stages='sing'"),
+        ({"tokens": 100}, "tokens=100 must be one batch"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            dataclasses.replace(config, **wrong)
+    with pytest.raises(ConfigError, match="no records"):
+        paper.draw(paper.Path("nowhere"))
+
+
+@pytest.mark.slow
+def test_a_leg_is_prepared_and_trained_and_goes_on(source, tmp_path, capfd):
+    for folder in ("kernel/fs/xfs", "kernel/fs/btrfs", "kernel/drivers"):
+        for number in range(8):
+            file = tmp_path / folder / f"more{number}.c"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(f"int f{number}(void) {{ return {number}; }}\n" * 200)
+    text = tmp_path / "text"
+    pack_text.command([f"--workdir={text}", f"--source={source}"])
+    command = [f"--workdir={tmp_path}/legs", f"--archive={text}/text.tar.xz", "--preset=tiny"]
+    command += ["--stages=prepare,train", "--tokens=9000"]
+    paper.command([*command, "--train_s=1"])
+    assert "is not finished; the same command goes on" in capfd.readouterr().err
+    paper.command(command)
+    record = json.loads((tmp_path / "legs/records/tiny_seed0" / paper.TRAINING).read_text())
+    assert record["results"]["steps"] == record["curve"][-1]["step"] == 8

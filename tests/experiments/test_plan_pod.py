@@ -1,0 +1,112 @@
+"""Plans for devices that are not there: the search, the tables, and a whole small plan."""
+
+import json
+
+import jax
+import pytest
+
+from deltaproduct_jax.compilers.topologies import GIB
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.text import TextTask
+from experiments import plan_pod
+from experiments.lib.pod import compiler
+from experiments.lib.pod.batches import MOST_COMPILES, fits, largest_rows, memory_of_step
+from experiments.lib.pod.step_program import bytes_on_a_device, step_program
+
+TINY = {"hidden_size": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 64}
+
+
+def compiled(rows, *, state=10, fixed=3, each=2.0, limit=None):
+    """What the compiler would say of a program whose memory is a line; refused above ``limit``."""
+    temporary = int(fixed + each * rows)
+    found = {"parameters_bytes": 4, "moments_bytes": state - 4, "batch_bytes": 0, "tokens": rows}
+    if limit is not None and state + temporary > limit:
+        return found | {"needed_bytes": state + temporary, "limit_bytes": limit}
+    sizes = {"argument": state, "temp": temporary, "output": state, "alias": state}
+    return found | {f"{n}_bytes": size for n, size in sizes.items()} | {"generated_code_bytes": 0}
+
+
+@pytest.mark.parametrize("first", [1, 4, 40])
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("limit", [100, 17, 15])
+def test_the_largest_batch_is_found_by_three_programs(first, said, limit):
+    wanted = (limit - 13) // 2
+    found, line = largest_rows(lambda n: compiled(n, limit=limit if said else None), first, limit)
+    assert len(found) <= MOST_COMPILES
+    assert line == wanted
+    assert max(rows for rows, entry in found.items() if fits(entry, limit)) == wanted
+
+
+def test_nothing_fits_and_nothing_is_known():
+    found, line = largest_rows(lambda n: compiled(n, limit=12), 2, 12)
+    assert (line, any(fits(entry, 12) for entry in found.values())) == (0, False)
+    silent = {"parameters_bytes": 4, "moments_bytes": 8, "error": "the compiler aborted"}
+    assert largest_rows(lambda n: silent, 2, 12) == ({2: silent}, None)
+    assert (memory_of_step(silent), fits(silent, 12)) == (None, None)
+
+
+def test_what_a_failure_says():
+    found = compiler._of_failure(
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
+    )
+    assert found == {"needed_bytes": int(20.5 * GIB), "limit_bytes": int(15.75 * GIB)}
+    assert compiler._of_failure("INTERNAL: no\nmore") == {"error": "INTERNAL: no"}
+
+
+@pytest.mark.usefixtures("all_devices")
+def test_a_step_is_traced_over_a_mesh_without_arrays():
+    model = ModelConfig(vocab_size=64, num_layers=1, **TINY)
+    task = TextTask(train_length=32, eval_lengths=(32,))
+    run = RunConfig(task, model, TrainConfig(batch_size=8, eval_batch_size=4, eval_sequences=4))
+    program = step_program(run, DeviceConfig(mesh="data:2,fsdp:2"), jax.devices()[:4])
+    whole = sum(x.size for x in jax.tree.leaves(program.state.params))
+    assert program.layout.sizes == {"data": 2, "fsdp": 2, "sequence": 1, "tensor": 1}
+    assert 2 * whole <= bytes_on_a_device(program.state.params) < 2.2 * whole  # norms are whole
+    assert bytes_on_a_device(program.batch) == 2 * 32 * (4 + 4 + 1)
+    assert not any(isinstance(x, jax.Array) for x in jax.tree.leaves(program[1:3]))
+
+
+def test_flags_are_those_that_a_plan_depends_on():
+    assert not {"data", "steps", "learning_rate", "batch_size", "seed"} & plan_pod.USED
+    assert {"mesh", "train_length"} & plan_pod._excluded() == set()
+    with pytest.raises(ConfigError, match=r"^topology='v5e' is not known"):
+        plan_pod.PlanConfig(topology="v5e")
+    with pytest.raises(ConfigError, match=r"^rows=0 is too small"):
+        plan_pod.PlanConfig(rows=0)
+
+
+def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
+    monkeypatch.setattr(compiler.tpu, "version_of", lambda *_: None)
+    for platform, package in (("tpu", "libtpu"), ("cuda", "jax-cuda13-pjrt")):
+        with pytest.raises(ConfigError, match=rf"^package {package}, .*--extra={platform}$"):
+            compiler.require_compiler(platform)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e:2x2", "h100:2"])
+def test_a_whole_plan(topology, tmp_path, capsys):
+    platform = "cuda" if topology.startswith("h") else "tpu"
+    try:
+        compiler.require_compiler(platform)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    flags = [f"--{name}={value}" for name, value in (TINY | {"num_layers": 3}).items()]
+    flags += ["--vocab_size=256", "--train_length=256", "--loss_chunk_size=128", "--search=false"]
+    plan_pod.command(
+        [f"--workdir={tmp_path}", f"--topology={topology}", "--mesh=fsdp:2", "--rows=2", *flags]
+    )
+    name = f"340m_2_{topology.replace(':', '_')}"
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    found = record["compiled"]["2"]
+    assert fits(found, record["memory_bytes"])
+    assert found["argument_bytes"] >= found["parameters_bytes"] + found["moments_bytes"]
+    gathered = [s for s in found["sent"] if s["kind"] == "all-gather" and "fsdp" in s["axes"]]
+    assert max(s["count"] for s in gathered) == 3 or max(s["count"] for s in gathered) == 6
+    assert found["operations"] > 6 * found["tokens"] * 3 * 3 * 32 * 64 / 2  # the MLPs alone
+    text = capsys.readouterr().out
+    assert "It fits. Nothing was run" in text
+    assert ("compiler, an estimate, ms" in text) == (platform == "tpu")
