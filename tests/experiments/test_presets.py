@@ -71,7 +71,14 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
         "gated_delta_net": delta | {"num_householder": 1},
         "delta_product": delta,
         "gated_delta_product": delta,
-        "transformer": {"expand_v": 1.0, "max_length": 2048},
+        "transformer": {
+            "expand_v": 1.0,
+            "max_length": 2048,
+            "num_kv_heads": None,
+            "qkv_bias": False,
+            "window_size": None,
+            "rope_theta": 10000.0,
+        },  # fmt: skip
         "mamba2": linear | {"num_v_heads": None, "conv_size": 4},
         "gla": linear,
         "mlstm": {"conv_size": 4} | op,

@@ -128,7 +128,7 @@ def test_an_unknown_extra_is_refused_before_anything_is_installed(commands, caps
     with pytest.raises(SystemExit) as stopped:
         environment.go_on_inside("tests.run", ["npu"])
     assert stopped.value.code == 1
-    says = "error: --extra=npu is not known; it may be one of tpu, gpu, gluon, evaluation\n"
+    says = "error: --extra=npu is not known; it may be one of tpu, gpu, cuda, gluon, evaluation\n"
     assert capsys.readouterr().err == says
     assert not commands
 

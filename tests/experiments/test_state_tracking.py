@@ -20,7 +20,7 @@ from tiny_run import curve, flags_for, snapshot
 from deltaproduct_jax import files
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.training import checkpoints, loop
+from deltaproduct_jax.training import checkpoints, loop, optimizer
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.step import init_state, split_model
 from experiments import state_tracking
@@ -118,8 +118,8 @@ def other_model(patch, workdir):
     shutil.rmtree(directory)
     with checkpoints.Checkpoints(directory) as store:
         model = tiny_run.TinyModel(ModelConfig(vocab_size=99, hidden_size=4), rngs=nnx.Rngs(0))
-        optimizer = loop.make_optimizer(TrainConfig())
-        store.save(init_state(split_model(model)[1], optimizer), int(newest.name), (1.0,))
+        state = init_state(split_model(model)[1], optimizer.make_optimizer(TrainConfig()))
+        store.save(state, int(newest.name), (1.0,))
 
 
 def damaged_checkpoints(patch, workdir):

@@ -165,7 +165,8 @@ def test_a_solver_would_be_seen(monkeypatch):
     assert any("riangular" in name for name in found["custom_calls"]), found
 
 
-@pytest.mark.parametrize("generation", quick(["v5e", "v6e"], ["v5e"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_a_gradient_is_expected_to_take_longer(generation):
     forward, backward = (
         compiled((generation, direction, "bfloat16"))["model_cycles"]
