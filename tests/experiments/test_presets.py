@@ -78,7 +78,7 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
             "qkv_bias": False,
             "window_size": None,
             "rope_theta": 10000.0,
-        },  # fmt: skip
+        },
         "mamba2": linear | {"num_v_heads": None, "conv_size": 4},
         "gla": linear,
         "mlstm": {"conv_size": 4} | op,
