@@ -5,6 +5,7 @@ cycles of the compiler's profiler, by the same share for every kernel seen. Unli
 also reads kernels whose copies the profiler does not know. Both sides of a branch count.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -40,48 +41,38 @@ def kernel_bundles(folder: Path, label: str) -> int:
 
 def bundles(text: str) -> int:
     """Of one call of the code that ``text`` shows; raises as `kernel_bundles`."""
-    loops: list[_Loop] = []
-    total = 0
+    # The latest loop of every depth: the end of a loop may stand behind a bundle that follows it.
+    loops = [_Loop(is_of_grid=False, bound=1)]
+    depth = 0
     for line in text.splitlines():
         if not (match := _BUNDLE.match(line)):
             continue
-        # An empty bundle shows no depth.
-        depth = len(loops) if " {}" in line else len(match["depth"])
-        while len(loops) > depth:
-            total += _close(loops)
+        if " {}" not in line:  # an empty bundle shows no depth
+            depth = len(match["depth"])
         if match["label"] == "LB":
-            if len(loops) == depth:  # one loop right after another
-                total += _close(loops)
+            del loops[depth:]
             loops.append(_Loop(_OF_GRID in line))
-        if len(loops) != depth:
+            loops[-2].inner.append(loops[-1])
+        if depth >= len(loops):
             raise ValueError(f"a loop without a beginning: {line[:80]}")
-        if loops:
-            loops[-1].bundles += 1
-            if test := _EXIT.search(line):
-                loops[-1].bound = int(test["bound"])
-        else:
-            total += 1
-    while loops:
-        total += _close(loops)
-    return total
+        loops[depth].bundles += 1
+        if depth and (test := _EXIT.search(line)):
+            loops[depth].bound = int(test["bound"])
+    return loops[0].total()
 
 
+@dataclasses.dataclass
 class _Loop:
-    """A loop that is being read."""
+    """A loop: its own bundles, the loops in it, and the number that ends it."""
 
-    def __init__(self, is_of_grid: bool) -> None:
-        self.is_of_grid = is_of_grid
-        self.bundles = 0
-        self.bound: int | None = None
+    is_of_grid: bool
+    bound: int | None = None
+    bundles: int = 0
+    inner: list["_Loop"] = dataclasses.field(default_factory=list)
 
-
-def _close(loops: list[_Loop]) -> int:
-    """Takes the innermost loop off; its bundles go to the loop around it, or are returned."""
-    loop = loops.pop()
-    if loop.bound is None:
-        raise ValueError("the trip count of a loop of a kernel is not to be seen")
-    passes = loop.bound - _EXTRA_PASSES * loop.is_of_grid
-    if not loops:
-        return passes * loop.bundles
-    loops[-1].bundles += passes * loop.bundles
-    return 0
+    def total(self) -> int:
+        """Bundles of all passes."""
+        if self.bound is None:
+            raise ValueError("the trip count of a loop of a kernel is not to be seen")
+        passes = self.bound - _EXTRA_PASSES * self.is_of_grid
+        return passes * (self.bundles + sum(loop.total() for loop in self.inner))
