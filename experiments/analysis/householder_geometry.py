@@ -32,6 +32,7 @@ from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import write_json
 from experiments.lib.figures.geometry import CURVES, draw_heads
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
 
 
@@ -52,9 +53,10 @@ class GeometryConfig:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads the checkpoint, writes geometry.json, draws geometry.png."""
-    parsed = flags.parse(argv, {"geometry": GeometryConfig}, {"default": {}})
+    """Reads the checkpoint, writes geometry.json, draws geometry."""
+    parsed = flags.parse(argv, {"geometry": GeometryConfig, **SECTION}, {"default": {}})
     options = GeometryConfig(**parsed.sections["geometry"])
+    look = Look(**parsed.sections["figures"])
     model, config, _ = load_group_run("run", user_path(options.run))
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer
@@ -63,7 +65,7 @@ def command(argv: Sequence[str]) -> None:
     record = {"config": config.to_dict(), **dataclasses.asdict(options), **found}
     write_json(parsed.workdir / "geometry.json", record, indent=None)
     title = f"{config.task.group}, layer {options.layer}"
-    draw_heads(found, title, parsed.workdir / "geometry.png")
+    draw_heads(found, title, parsed.workdir / "geometry", look)
     print(table(found))
 
 
