@@ -9,7 +9,7 @@ from experiments.lib.figures.style import (
     Look,
     add_legend,
     beside_records,
-    hide_rest,
+    close_grid,
     new_panels,
     plain_log,
     points,
@@ -48,9 +48,8 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: 
         )
         plain_log(axes.yaxis, (lowest, highest))
         axes.set_ylim(lowest / 1.3, highest * 1.3)
-    hide_rest(panels, len(directions))
+    close_grid(panels, len(directions), "Householder factors, $n_h$")
     figure.suptitle(title)
-    figure.supxlabel("Householder factors per token, $n_h$", fontsize="medium")
     figure.supylabel("ms a call", fontsize="medium")
     add_legend(figure)
     return save(figure, path, look)

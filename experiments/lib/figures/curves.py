@@ -12,8 +12,8 @@ from experiments.lib.figures.style import (
     Look,
     add_legend,
     bars,
+    close_grid,
     fractions_axis,
-    hide_rest,
     mark_trained,
     new_panels,
     positions_axis,
@@ -113,8 +113,10 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     positions_axis(cells[0, 0], medians)
     lowest = min(runs.min() for curves in panels.values() for runs in curves.values())
     fractions_axis(cells[0, 0], lowest)
-    hide_rest(cells, len(panels))
-    figure.supxlabel("position", fontsize="medium")
+    if any(len(runs) > 1 for curves in panels.values() for runs in curves.values()):
+        every = {"linewidth": 5, "alpha": 0.3} if record["band"] else {"linewidth": 0.6}
+        cells[0, 0].plot([], [], color="0.4", label="single runs", **every)
+    close_grid(cells, len(panels), "position")
     figure.supylabel(names.metric(record["metric"]), fontsize="medium")
     add_legend(figure)
     return figure
@@ -157,10 +159,10 @@ def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
     for value, axes in zip(values, cells.flat, strict=False):
         draw_bars(axes, rows, record["by"], value)
         axes.set_title(names.pretty(label([record["x"]], (value,))))
-    hide_rest(cells, len(values))
+    close_grid(cells, len(values))
     where = "" if record["length"] is None else f" at {record['length']} tokens"
     figure.supxlabel(
-        f"fraction of runs with at least {record['threshold']:g} of\n"
+        f"fraction of runs with at least {record['threshold']:g} of the\n"
         f"{names.metric(record['metric'])}{where}",
         fontsize="medium",
     )

@@ -15,6 +15,7 @@ from experiments.lib.figures.style import (
     draw_unit_circle,
     mark,
     new_panels,
+    plain,
     points,
     save,
 )
@@ -34,7 +35,10 @@ LINE = {"color": "k", "linestyle": ":", "linewidth": 0.7}
 
 def _panels(look: Look, rows: int) -> "tuple[Figure, np.ndarray]":
     """Betas, components and eigenvalues, in as many rows, named at the top and the bottom."""
-    figure, panels = new_panels(look, rows, 3, 1.35, sharex="col", width_ratios=(1, 1, 0.9))
+    figure, panels = new_panels(
+        look, rows, 3, 1.35 if rows < 6 else 1.1, sharex="col", sharey="col",
+        width_ratios=(1, 1, 0.9),
+    )  # fmt: skip
     for axes, title, label in zip(
         panels.T,
         ("step sizes", "keys", "eigenvalues"),
@@ -45,6 +49,7 @@ def _panels(look: Look, rows: int) -> "tuple[Figure, np.ndarray]":
         axes[-1].set_xlabel(label)
     for betas, components, plane in panels:
         betas.set(xlim=(-0.05, 2.05), yscale="log")
+        betas.yaxis.set_major_formatter(lambda value, _: plain(value))
         components.axhline(COMPONENTS, **LINE)
         components.set(xlim=(0.5, MOST_COMPONENTS + 0.5), ylim=(0, 1.08), xticks=(1, 4, 7, 10))
         draw_unit_circle(plane)
@@ -65,9 +70,10 @@ def draw_heads(found: Mapping[str, Any], title: str, path: Path, look: Look) -> 
             _histogram(betas, values, factor, f"factor {factor + 1}")
         mark_ = ",\nreflecting" if index in found["reflecting_heads"] else ""
         betas.set_ylabel(f"head {index}{mark_}")
-        for number, (name, text) in enumerate(CURVES.items(), beta.shape[1]):
-            curve = head[name][:MOST_COMPONENTS]
-            variances.plot(range(1, len(curve) + 1), curve, label=text, **points(number))
+        for number, (name, text) in enumerate(CURVES.items()):
+            curve, style = head[name][:MOST_COMPONENTS], points(number + beta.shape[1])
+            open_ = {"markerfacecolor": "none", "markersize": 6} if number else {}  # they coincide
+            variances.plot(range(1, len(curve) + 1), curve, label=text, **style | open_)
         real, imaginary = _apart(head["eigenvalues"])
         plane.plot(real, imaginary, "o", color=points(0)["color"], alpha=0.6)
     add_legend(figure)
@@ -110,7 +116,7 @@ def draw_models(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> 
         for index, head in enumerate(copying):
             _histogram(betas, head["beta"], index, "")
             _components(components, head, points(index))
-            _plane(plane, [head["eigenvalues"]], points(index))
+            _plane(plane, [head["eigenvalues"]], points(index) | {"markersize": 2.2})
         said = [
             f"{head['off_copy']:.2g} off ({head['copy_of']})"
             if head["copy_of"] != "itself"

@@ -12,7 +12,7 @@ from experiments.lib.figures.style import (
     add_legend,
     bars,
     beside_records,
-    hide_rest,
+    close_grid,
     mark,
     mark_trained,
     new_panels,
@@ -59,7 +59,7 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
     plain_log(panels[0, 0].xaxis, (min(places), max(places)), base=2)
     panels[0, 0].set_ylabel("loss, nats a token")
     panels[1, 0].set_ylabel("mean up to here")
-    figure.supxlabel("position, tokens", fontsize="medium")
+    close_grid(panels, panels.size, "position, tokens")
     add_legend(figure)
     return save(figure, path, look)
 
@@ -102,8 +102,7 @@ def draw_ranks(
             mark_trained(axes, trained)
         axes.set_title(f"block {block}")
     cells[0, 0].set_ylim(bottom=0)
-    hide_rest(cells, len(ranks_by_block))
-    figure.supxlabel("position, tokens", fontsize="medium")
+    close_grid(cells, len(ranks_by_block), "position, tokens")
     figure.supylabel("effective rank of each head's state", fontsize="medium")
     named = {f"head {head}": mark(**_plain(series(head))) for head in range(most_heads)}
     named["a document begins"] = mark(**START)
@@ -184,7 +183,7 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -> li
         axes.set(xscale="log", title=name)
     sizes = [row["parameters"] for row in rows]
     plain_log(panels[0, 0].xaxis, (min(sizes), max(sizes)))
-    figure.supxlabel("parameters", fontsize="medium")
+    close_grid(panels, len(ways), "parameters")
     figure.supylabel("test loss, nats a token", fontsize="medium")
     add_legend(figure)
     return save(figure, path, look)

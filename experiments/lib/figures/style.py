@@ -204,13 +204,13 @@ def _letters(label: str) -> int:
     return len(label) - sum(label.count(sign) for sign in "$_{}\\")
 
 
-def hide_rest(panels: np.ndarray, used: int) -> None:
-    """Of places without a panel, nothing is shown; the panels above them get tick labels."""
+def close_grid(panels: np.ndarray, used: int, xlabel: str = "") -> None:
+    """Labels the lowest panel of every column; of places without a panel, nothing is shown."""
     for axes in panels.flat[used:]:
         axes.set_axis_off()
-    columns = panels.shape[1]
-    for axes in panels.flat[max(0, used - columns) : used]:
+    for axes in panels.flat[max(0, used - panels.shape[1]) : used]:
         axes.tick_params(labelbottom=True)
+        axes.set_xlabel(xlabel)
 
 
 def mark_trained(axes: "Axes", length: int) -> None:
@@ -249,7 +249,7 @@ def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None
     if base == 2:
         axis.set_major_locator(LogLocator(base=4 if steps > 5 else 2, numticks=20))
     else:
-        subs = (1, 2, 5) if steps <= 1.7 else (1,)
+        subs = (1, 1.5, 2, 3, 4, 5, 7) if steps < 0.7 else (1, 2, 5) if steps < 1.7 else (1,)
         axis.set_major_locator(LogLocator(base=base, subs=subs, numticks=20))
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))

@@ -50,7 +50,8 @@ def draw_deviations(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -
         same = len({case[1] for case in cases}) == 1
         text = dtype if same else f"{dtype}, {implementation}"
         axes.set_title(text) if narrow else axes.set_ylabel(text)
-    figure.supxlabel("tokens", fontsize="medium")
+    for axes in (panels.T if narrow else panels)[-1]:
+        axes.set_xlabel("tokens")
     figure.supylabel("distance of the logits' direction from exact", fontsize="medium")
     named = {m: mark(**series(i) | {"markevery": None}) for i, m in enumerate(members)}
     if any(row["errors"] for row in rows):
@@ -59,4 +60,4 @@ def draw_deviations(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -
     return save(figure, path, look)
 
 
-WRONG = {"marker": "x", "color": "k", "markersize": 7, "linestyle": "none", "zorder": 5}
+WRONG = {"marker": "x", "color": "k", "markersize": 5, "linestyle": "none", "zorder": 5}
