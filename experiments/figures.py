@@ -127,7 +127,7 @@ KINDS = {"cumulative": cumulative, "table": table, "escape": escape}
 def command(argv: Sequence[str]) -> None:
     """Writes the record that the flags say, and draws it."""
     parsed = flags.parse(argv, {"figure": FigureConfig, **SECTION}, PRESETS)
-    config, look = FigureConfig(**parsed.sections["figure"]), Look(**parsed.sections["figures"])
+    look, config = Look(**parsed.sections["figures"]), FigureConfig(**parsed.sections["figure"])
     records = choose(read_records(user_path(config.source)), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)

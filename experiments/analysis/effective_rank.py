@@ -89,8 +89,8 @@ def write_arrays(path: Path, ranks: Mapping[int, np.ndarray], starts: np.ndarray
 def command(argv: Sequence[str]) -> None:
     """Reads, writes ranks.npz, effective_rank.json and .md, draws effective_rank."""
     parsed = flags.parse(argv, {"ranks": RankConfig, **SECTION}, PRESETS)
-    config = RankConfig(**parsed.sections["ranks"])
     look = Look(**parsed.sections["figures"])
+    config = RankConfig(**parsed.sections["ranks"])
     ((label, model, trained),) = open_language_models(
         (config.run,), config.checkpoint, config.dtype
     )

@@ -55,8 +55,8 @@ class GeometryConfig:
 def command(argv: Sequence[str]) -> None:
     """Reads the checkpoint, writes geometry.json, draws geometry."""
     parsed = flags.parse(argv, {"geometry": GeometryConfig, **SECTION}, {"default": {}})
-    options = GeometryConfig(**parsed.sections["geometry"])
     look = Look(**parsed.sections["figures"])
+    options = GeometryConfig(**parsed.sections["geometry"])
     model, config, _ = load_group_run("run", user_path(options.run))
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer

@@ -27,7 +27,7 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: 
     factors = sorted({row["num_householder"] for row in rows})
     implementations = list(dict.fromkeys(row["implementation"] for row in rows))
     lines, columns = look.grid(len(directions), 2)
-    figure, panels = new_panels(look, lines, columns, 2.0)
+    figure, panels = new_panels(look, lines, columns, 2.0, sparse=len(factors) == 1)
     for direction, axes in zip(directions, panels.flat, strict=False):
         here = [row for row in rows if row["direction"] == direction]
         for index, name in enumerate(implementations):
@@ -48,16 +48,15 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: 
         )
         plain_log(axes.yaxis, (lowest, highest))
         axes.set_ylim(lowest / 1.3, highest * 1.3)
-    close_grid(panels, len(directions), "Householder factors, $n_h$")
+    close_grid(panels, len(directions), "factors, $n_h$", "ms a call")
     figure.suptitle(title)
-    figure.supylabel("ms a call", fontsize="medium")
     add_legend(figure)
     return save(figure, path, look)
 
 
 # Column of a row, and what it is called.
 MEASURES = {"median_ms": "ms a call", "temp_mib": "temporary memory, MiB"}
-VARIED = {"T": "tokens, $T$", "num_householder": "Householder factors, $n_h$"}
+VARIED = {"T": "tokens, $T$", "num_householder": "factors, $n_h$"}
 
 
 @beside_records
@@ -85,7 +84,7 @@ def draw_scaling(
                 plain_log(axis, (min(values), max(values)))
             axes.set_ylim(min(ys) / 1.5, max(ys) * 1.5)
             if x == "num_householder":
-                axes.set_xticks(xs, map(str, xs))
+                axes.set_xticks(xs, [str(n) if n & (n - 1) == 0 else "" for n in xs])
                 axes.set_xticks([], minor=True)
             axes.set_title(f"slope {slopes[f'{y} over {x}']:.2f}")
             axes.set_xlabel(VARIED[x] if row == len(MEASURES) - 1 else "")

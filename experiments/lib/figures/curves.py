@@ -116,8 +116,7 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     if any(len(runs) > 1 for curves in panels.values() for runs in curves.values()):
         every = {"linewidth": 5, "alpha": 0.3} if record["band"] else {"linewidth": 0.6}
         cells[0, 0].plot([], [], color="0.4", label="single runs", **every)
-    close_grid(cells, len(panels), "position")
-    figure.supylabel(names.metric(record["metric"]), fontsize="medium")
+    close_grid(cells, len(panels), "position", names.metric(record["metric"]))
     add_legend(figure)
     return figure
 
@@ -155,7 +154,9 @@ def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
     values = [column.removesuffix(" escaped") for column in rows[0] if column.endswith(" escaped")]
     lines, columns = look.grid(len(values), 4)
     height = 0.35 + 0.15 * len(rows)
-    figure, cells = new_panels(look, lines, columns, height, sharex=True, sharey=True)
+    figure, cells = new_panels(
+        look, lines, columns, height, sparse=len(values) < 3, sharex=True, sharey=True
+    )
     for value, axes in zip(values, cells.flat, strict=False):
         draw_bars(axes, rows, record["by"], value)
         axes.set_title(names.pretty(label([record["x"]], (value,))))

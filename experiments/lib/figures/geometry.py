@@ -15,7 +15,7 @@ from experiments.lib.figures.style import (
     draw_unit_circle,
     mark,
     new_panels,
-    plain,
+    plain_log,
     points,
     save,
 )
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 CURVES = {"explained_variance": "about the mean", "explained_about_zero": "about zero"}
 MOST_COMPONENTS = 10
 BINS = np.linspace(0, 2, 41)
+FEWEST = 0.5  # factors that an axis shows: a logarithmic one has no zero
 OTHERS = {"color": GREY, "linewidth": 0.7, "marker": ".", "markersize": 3}
 CONSTRUCTED = {"color": "k", "marker": "+", "markersize": 9, "linestyle": "none"}
 LINE = {"color": "k", "linestyle": ":", "linewidth": 0.7}
@@ -35,25 +36,31 @@ LINE = {"color": "k", "linestyle": ":", "linewidth": 0.7}
 
 def _panels(look: Look, rows: int) -> "tuple[Figure, np.ndarray]":
     """Betas, components and eigenvalues, in as many rows, named at the top and the bottom."""
+    narrow = look.is_narrow(3 * rows)
+    height = 1.35 if rows < 6 else 1.1
+    ratios = (1, 1, 1 if narrow else 0.9)
     figure, panels = new_panels(
-        look, rows, 3, 1.35 if rows < 6 else 1.1, sharex="col", sharey="col",
-        width_ratios=(1, 1, 0.9),
-    )  # fmt: skip
-    for axes, title, label in zip(
-        panels.T,
-        ("step sizes", "keys", "eigenvalues"),
-        ("beta", "components", "real part"),
-        strict=True,
-    ):
+        look, rows, 3, height, sharex="col", sharey="col", width_ratios=ratios
+    )
+    said = (("step sizes", "beta"), ("keys", "components"), ("eigenvalues", "real part"))
+    for axes, (title, label) in zip(panels.T, said, strict=True):
         axes[0].set_title(title)
         axes[-1].set_xlabel(label)
     for betas, components, plane in panels:
-        betas.set(xlim=(-0.05, 2.05), yscale="log")
-        betas.yaxis.set_major_formatter(lambda value, _: plain(value))
+        betas.set(xlim=(-0.05, 2.05), yscale="log", xticks=(0, 1, 2))
         components.axhline(COMPONENTS, **LINE)
         components.set(xlim=(0.5, MOST_COMPONENTS + 0.5), ylim=(0, 1.08), xticks=(1, 4, 7, 10))
+        components.set_yticks((0, 0.5, 1))
         draw_unit_circle(plane)
+        plane.tick_params(labelleft=not narrow)
     return figure, panels
+
+
+def _counts_axis(axes: Any, betas: Sequence[Any]) -> None:
+    """From below one factor to the fullest bin of all panels, which share this axis."""
+    fullest = max(np.histogram(np.ravel(values), BINS)[0].max() for values in betas)
+    axes.set_ylim(FEWEST, 2 * fullest)
+    plain_log(axes.yaxis, (1, 100 * fullest))  # powers of ten
 
 
 @beside_records
@@ -76,16 +83,17 @@ def draw_heads(found: Mapping[str, Any], title: str, path: Path, look: Look) -> 
             variances.plot(range(1, len(curve) + 1), curve, label=text, **style | open_)
         real, imaginary = _apart(head["eigenvalues"])
         plane.plot(real, imaginary, "o", color=points(0)["color"], alpha=0.6)
+    each = [np.array(head["beta"])[:, r] for head in heads for r in range(beta.shape[1])]
+    _counts_axis(panels[0, 0], each)
     add_legend(figure)
     return save(figure, path, look)
 
 
 def _histogram(axes: Any, values: Any, index: int, label: str) -> None:
-    """An outline, so that what stands behind is seen, from below one as the axis is logarithmic."""
-    style = {name: points(index)[name] for name in ("color", "linestyle")}
+    """An outline, so that what stands behind is seen."""
+    style = {name: points(index)[name] for name in ("color", "linestyle")} | {"linewidth": 1.2}
     counts, _ = np.histogram(np.ravel(values), BINS)
-    axes.stairs(np.maximum(counts, 0.5), BINS, baseline=0.5, label=label, linewidth=1.2, **style)
-    axes.set_ylim(bottom=0.5)
+    axes.stairs(np.maximum(counts, FEWEST), BINS, baseline=FEWEST, label=label, **style)
 
 
 def _apart(eigenvalues: Any) -> np.ndarray:
@@ -111,15 +119,15 @@ def draw_models(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> 
             _components(components, head, OTHERS)
         if others:
             _plane(plane, [head["eigenvalues"] for head in others], OTHERS | {"marker": "."})
-            counts, _ = np.histogram(np.concatenate([np.ravel(h["beta"]) for h in others]), BINS)
-            betas.stairs(np.maximum(counts, 0.5), BINS, baseline=0.5, fill=True, color="0.8")
+            counts, _ = np.histogram(_pooled(others), BINS)
+            betas.stairs(np.maximum(counts, FEWEST), BINS, baseline=FEWEST, fill=True, color="0.8")
         for index, head in enumerate(copying):
             _histogram(betas, head["beta"], index, "")
             _components(components, head, points(index))
             _plane(plane, [head["eigenvalues"]], points(index) | {"markersize": 2.2})
         said = [
             f"{head['off_copy']:.2g} off ({head['copy_of']})"
-            if head["copy_of"] != "itself"
+            if head["copy_of"] != "itself" and not look.is_narrow(3 * len(models))
             else f"{head['off_copy']:.2g} off"
             for head in copying
             if _distance(head) >= 1e-6
@@ -127,9 +135,10 @@ def draw_models(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> 
         components.text(
             0.97, 0.05, "\n".join(said), transform=components.transAxes, ha="right", fontsize=6
         )
-        betas.set_ylabel(names.model(model["name"]).replace(": ", ":\n"))
+        betas.set_ylabel(names.model(model["name"]), fontsize="small")
         wanted = np.unique(np.round(np.ravel(spectra(model["group"])[:1]), 6))
         plane.plot(wanted.real, wanted.imag, **CONSTRUCTED)
+    _counts_axis(panels[0, 0], [_pooled(model["heads"]) for model in models])
     ranks = ("closest to a copy", "second closest", "third closest")
     named = {text: mark(**points(i)) for i, text in enumerate(ranks[:most])}
     if any(_distance(head) > CLOSE for model in models for head in model["heads"]):
@@ -137,6 +146,10 @@ def draw_models(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> 
     named["constructed"] = mark(**CONSTRUCTED)
     add_legend(figure, named)
     return save(figure, path, look)
+
+
+def _pooled(heads: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.concatenate([np.ravel(head["beta"]) for head in heads])
 
 
 def _distance(head: Mapping[str, Any]) -> float:

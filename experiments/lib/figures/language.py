@@ -102,8 +102,7 @@ def draw_ranks(
             mark_trained(axes, trained)
         axes.set_title(f"block {block}")
     cells[0, 0].set_ylim(bottom=0)
-    close_grid(cells, len(ranks_by_block), "position, tokens")
-    figure.supylabel("effective rank of each head's state", fontsize="medium")
+    close_grid(cells, len(ranks_by_block), "position, tokens", "effective rank")
     named = {f"head {head}": mark(**_plain(series(head))) for head in range(most_heads)}
     named["a document begins"] = mark(**START)
     if trained is not None:
@@ -183,7 +182,6 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -> li
         axes.set(xscale="log", title=name)
     sizes = [row["parameters"] for row in rows]
     plain_log(panels[0, 0].xaxis, (min(sizes), max(sizes)))
-    close_grid(panels, len(ways), "parameters")
-    figure.supylabel("test loss, nats a token", fontsize="medium")
+    close_grid(panels, len(ways), "parameters", "test loss, nats a token")
     add_legend(figure)
     return save(figure, path, look)

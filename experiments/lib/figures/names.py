@@ -32,7 +32,7 @@ VALUES = {
     "flashqla_interleaved": "FlashQLA, interleaved",
     "plain": "plain scan",
     "pallas_tpu": "Pallas (TPU)",
-    "forward+backward": "forward and backward",
+    "forward+backward": "forward + backward",
     "step": "one token",
 }
 METRICS = {
@@ -98,13 +98,13 @@ def construction(name: str) -> tuple[str, str]:
 
 
 def model(name: str) -> str:
-    """A construction, or a run by its folder as "trained: preset_S4"."""
+    """A construction, or a run by its folder as "trained: preset_S4", in two lines."""
     kind, colon, run = name.partition(": ")
     if colon:
         run = run.removeprefix("preset_")
-        return f"{kind}: {value(run.upper() if _GROUP.fullmatch(run.upper()) else run)}"
+        return f"{kind}\n{value(run.upper() if _GROUP.fullmatch(run.upper()) else run)}"
     parts = name.rsplit("_", 1)
-    return " ".join([parts[0].replace("_", " "), *map(value, parts[1:])])
+    return "\n".join([parts[0].replace("_", " "), *map(value, parts[1:])])
 
 
 def leg(name: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.training.records import METRICS
 from experiments.lib.figures import benchmarks, geometry, language, plots, theory
@@ -30,9 +30,11 @@ def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
         look: width and formats of the picture.
 
     Raises:
+        ConfigError: the record is of no known kind.
         NoMatplotlibError: matplotlib is missing; the tables are written by then.
     """
     kind = record[FIGURE]
+    require_one_of(FIGURE, kind, MARKDOWN | PICTURES)
     if kind in MARKDOWN:
         text = MARKDOWN[kind](record["rows"], record["by"])
         yield _written(path, ".csv", to_csv(record["rows"]))
@@ -135,8 +137,9 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
         if kind is not None:
             try:
                 yield from kind.draw(record, file.with_suffix(""), look)
-            except (KeyError, TypeError, ValueError, IndexError) as error:
-                raise RunDirectoryError(f"{file} cannot be drawn: {error!r}") from error
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                why = error if isinstance(error, ConfigError) else repr(error)
+                raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
     for file in sorted(folder.rglob(METRICS)):
         first = file.read_text().partition("\n")[0]
         if plots.BITS in json.loads(first):

@@ -100,7 +100,7 @@ class NoMatplotlibError(ConfigError):
 
 
 def new_panels(
-    look: Look, rows: int, columns: int, height: float, **subplots: Any
+    look: Look, rows: int, columns: int, height: float, *, sparse: bool = False, **subplots: Any
 ) -> "tuple[Figure, np.ndarray]":
     """A figure that no window shows, and its panels ``[rows, columns]``.
 
@@ -110,6 +110,7 @@ def new_panels(
         columns: of panels.
         height: inches of a row on a page; in a column it is three quarters of that, with several
             columns, so that panels keep some of their shape.
+        sparse: a column is enough for its panels, unless a flag says otherwise.
         subplots: as matplotlib's ``subplots`` takes them.
 
     Raises:
@@ -128,7 +129,7 @@ def new_panels(
         ) from error
     # For the whole process, as parts are made as late as when a figure is written.
     matplotlib.rcParams.update(SETTINGS)
-    narrow = look.is_narrow(rows * columns)
+    narrow = look.is_narrow(1 if sparse else rows * columns)
     height *= 0.75 if narrow and columns > 1 else 1
     size = (WIDTHS["column" if narrow else "page"], 0.45 + height * rows)
     figure = Figure(figsize=size, layout="constrained")
@@ -204,13 +205,15 @@ def _letters(label: str) -> int:
     return len(label) - sum(label.count(sign) for sign in "$_{}\\")
 
 
-def close_grid(panels: np.ndarray, used: int, xlabel: str = "") -> None:
-    """Labels the lowest panel of every column; of places without a panel, nothing is shown."""
+def close_grid(panels: np.ndarray, used: int, xlabel: str = "", ylabel: str | None = None) -> None:
+    """Labels the outer panels; of places without a panel, nothing is shown."""
     for axes in panels.flat[used:]:
         axes.set_axis_off()
     for axes in panels.flat[max(0, used - panels.shape[1]) : used]:
         axes.tick_params(labelbottom=True)
         axes.set_xlabel(xlabel)
+    for axes in panels[:, 0] if ylabel is not None else ():
+        axes.set_ylabel(ylabel)
 
 
 def mark_trained(axes: "Axes", length: int) -> None:
