@@ -100,15 +100,13 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
         for title, curves in record["panels"].items()
     }
     rows, columns = look.grid(len(panels), 3)
-    single = len(panels) == 1
     figure, cells = new_panels(look, rows, columns, 2.0, sharex=True, sharey=True)
     order = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     for (title, curves), axes in zip(panels.items(), cells.flat, strict=False):
         draw_curves(axes, curves, order, band=record["band"])
         if record["trained"][title] is not None:
             mark_trained(axes, record["trained"][title])
-        if not single or len(order) == 1:  # else the legend says it
-            axes.set_title(names.pretty(title))
+        axes.set_title(names.pretty(title))
     medians = [np.median(runs, axis=0) for curves in panels.values() for runs in curves.values()]
     positions_axis(cells[0, 0], medians)
     lowest = min(runs.min() for curves in panels.values() for runs in curves.values())

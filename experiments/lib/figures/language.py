@@ -15,6 +15,7 @@ from experiments.lib.figures.style import (
     close_grid,
     mark,
     mark_trained,
+    marked,
     new_panels,
     plain,
     plain_log,
@@ -42,8 +43,9 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
     for column, text in zip(panels.T, texts, strict=True):
         entries = [entry for entry in found if entry["data"] == text]
         for entry in entries:
-            style = series(labels.index(entry["label"])) | {"label": names.pretty(entry["label"])}
             x, loss = np.array(entry["position"]), np.array(entry["loss"])
+            style = marked(labels.index(entry["label"]), len(x), log=True)
+            style["label"] = names.pretty(entry["label"])
             column[0].plot(x, loss, **style)
             if entry["error"] is not None:
                 error, color = np.array(entry["error"]), style["color"]
@@ -97,7 +99,8 @@ def draw_ranks(
         for start in starts[:MOST_MARKED]:
             axes.axvline(start, **START)
         for head in range(Hv):
-            axes.plot(x, ranks[:, :, head].reshape(-1), **series(head) | {"linewidth": 0.7})
+            style = marked(head, len(x)) | {"linewidth": 0.7}
+            axes.plot(x, ranks[:, :, head].reshape(-1), **style)
         if trained is not None:
             mark_trained(axes, trained)
         axes.set_title(f"block {block}")
@@ -139,7 +142,7 @@ def draw_throughput(
     drawn = speed.barh(places, [row["tokens_per_s"] for row in rows], 0.7, **bars(0))
     shares = [f"{row['relative']:.0%}" for row in rows]
     speed.bar_label(drawn, shares, fontsize="small", padding=2)
-    speed.set_xlim(right=1.25 * max(row["tokens_per_s"] for row in rows))
+    speed.set_xlim(right=1.35 * max(row["tokens_per_s"] for row in rows))
     speed.set_xlabel("training, tokens/s")
     speed.xaxis.set_major_formatter(lambda value, _: plain(value))
     decoded = list(rows[0]["decoding_ms"])

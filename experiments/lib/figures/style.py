@@ -166,6 +166,15 @@ def series(index: int) -> dict[str, Any]:
     }
 
 
+def marked(index: int, count: int, *, log: bool = False) -> dict[str, Any]:
+    """The same of a series of ``count`` points that is too rough for places along its line."""
+    places = np.geomspace(1, count, 8) - 1 if log else np.linspace(0, count - 1, 8)
+    shift = 1 + index % 7
+    last = np.append(places[1:], count - 1)
+    found = np.unique((places + (last - places) * shift / 8).astype(int)).tolist()
+    return series(index) | {"markevery": found}
+
+
 def points(index: int) -> dict[str, Any]:
     """The same of a series whose every point counts."""
     return {name: value for name, value in series(index).items() if name != "markevery"}
@@ -252,18 +261,22 @@ def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None
     if base == 2:
         axis.set_major_locator(LogLocator(base=4 if steps > 5 else 2, numticks=20))
     else:
-        subs = (1, 1.5, 2, 3, 4, 5, 7) if steps < 0.7 else (1, 2, 5) if steps < 1.7 else (1,)
+        subs = (1, 2, 5) if steps < 1.7 else (1,)
+        if steps < 0.7 and axis.axis_name == "y":  # where there is room for more
+            subs = (1, 1.5, 2, 3, 4, 5, 7)
         axis.set_major_locator(LogLocator(base=base, subs=subs, numticks=20))
     axis.set_minor_formatter(NullFormatter())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: plain(value, 1024 if base == 2 else 1000))
+    )
 
 
-def plain(value: float) -> str:
+def plain(value: float, thousand: int = 1000) -> str:
     """A number as a tick shows it: 20,000 is 20k, 0.02 stays, beyond there are powers of ten."""
-    if 1e-3 <= abs(value) < 1e4:
+    if 1e-3 <= abs(value) < (1e4 if thousand == 1000 else thousand):
         return f"{value:g}"
-    for unit, letter in ((1e6, "M"), (1e3, "k")):
-        if unit <= abs(value) < 1000 * unit:
+    for unit, letter in ((thousand**2, "M"), (thousand, "k")):
+        if unit <= abs(value) < thousand * unit:
             return f"{value / unit:g}{letter}"
     return "0" if value == 0 else f"$10^{{{round(math.log10(abs(value)))}}}$"
 
