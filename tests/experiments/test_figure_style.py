@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 from PIL import Image
+from tiny_run import TinyModel, flags_for
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.theory import CATALOGUE
-from experiments import redraw
+from deltaproduct_jax.training import loop
+from experiments import redraw, state_tracking
 from experiments.lib import flags
 from experiments.lib.figures import curves, names, records, style
 from experiments.lib.figures.style import Look
@@ -215,3 +217,18 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
     write(tmp_path, {"figure": "pie"})
     with pytest.raises(RunDirectoryError, match=r"json cannot be drawn: figure='pie' is not known"):
         redraw.command([f"--workdir={tmp_path}"])
+
+
+def test_a_finished_run_is_drawn_again_where_a_flag_says_how(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "SequenceModel", TinyModel)
+    run = tmp_path / "run"
+    assert state_tracking.main(flags_for(run, steps=4)) == 0
+    first = (run / "cumulative.png").read_bytes()
+    assert state_tracking.main([*flags_for(run, steps=4), "--format=svg"]) == 0
+    assert 'width="237.6pt"' in (run / "cumulative.svg").read_text()  # 3.3 inches
+    assert state_tracking.main([*flags_for(run, steps=4), "--format=svg", "--width=page"]) == 0
+    assert 'width="496.8pt"' in (run / "cumulative.svg").read_text()
+    assert (run / "cumulative.png").read_bytes() == first
+    assert state_tracking.main([*flags_for(tmp_path / "new"), "--format=jpg"]) == 2
+    assert "format='jpg' is not known" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -65,18 +65,6 @@ def test_a_run_prints_its_table_and_draws_its_curve(finished, capsys):
     assert (finished / "cumulative.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_finished_run_is_drawn_again_where_a_flag_says_how(finished, tmp_path, capsys):
-    run = shutil.copytree(finished, tmp_path / "run")
-    assert state_tracking.main([*flags_for(run), "--format=svg"]) == 0
-    assert (run / "cumulative.png").read_bytes() == (finished / "cumulative.png").read_bytes()
-    assert 'width="237.6pt"' in (run / "cumulative.svg").read_text()  # 3.3 inches
-    assert state_tracking.main([*flags_for(run), "--format=svg", "--width=page"]) == 0
-    assert 'width="496.8pt"' in (run / "cumulative.svg").read_text()
-    assert state_tracking.main([*flags_for(tmp_path / "new"), "--format=jpg"]) == 2
-    assert "format='jpg' is not known" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_saved_config_runs_again_to_the_same_curve(finished, tmp_path):
     argv = [f"--config={finished / 'config.json'}", f"--workdir={tmp_path}"]
     assert state_tracking.main(argv) == 0
