@@ -87,7 +87,7 @@ def test_the_layer_is_the_published_one(mixer, extended, x64):
     kind = config_of(mixer).registered
     wide = {"expand_v": 1.5} if kind.takes("expand_v") else {}
     wide |= {"num_v_heads": 4} if kind.takes("num_v_heads") else {}
-    if kind.layer is GatedDeltaProduct:
+    if kind.takes("use_short_conv"):
         wide |= {"use_short_conv": True, "use_output_gate": True, "beta_bias": 0.5}
     config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
     layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
@@ -260,7 +260,8 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
 # What a baseline has for itself, changed; and what all of them share.
 OWN = {
     "num_v_heads": 4, "expand_v": 2.0, "allow_neg_eigval": False, "conv_size": 3, "max_length": 8,
-    "implementation": "recurrent", "chunk_size": 4, **OF_GROUPED,
+    "implementation": "recurrent", "chunk_size": 4, "qk_activation": "none", "beta_bias": 1.0,
+    "use_output_gate": True, "use_short_conv": False, **OF_GROUPED,
 }  # fmt: skip
 SHARED = {"hidden_size": 20, "num_heads": 4, "head_dim": 4, "initializer": "fla"}
 
@@ -277,7 +278,8 @@ def program(config: ModelConfig) -> str:
 
 @pytest.mark.parametrize("mixer", quick(BASELINES, ["slstm"]))
 def test_every_field_that_a_mixer_has_reaches_it(mixer):
-    base = config_of(mixer)
+    convolved = {"use_short_conv": True} if MIXERS[mixer].takes("use_short_conv") else {}
+    base = config_of(mixer, **convolved)
     known = program(base)
     own = {name: value for name, value in OWN.items() if MIXERS[mixer].takes(name)}
     assert own.keys() | SHARED.keys() >= {n for n in MIXER_FIELDS if MIXERS[mixer].takes(n)}

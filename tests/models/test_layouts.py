@@ -10,7 +10,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.names import cut, names_of_model
 
-ALL = ("gated_delta_product", "transformer", "mamba2", "gla", "mlstm", "slstm", "rwkv7")
+ALL = (
+    "gated_delta_product", "transformer", "mamba2", "gla", "mlstm", "slstm", "rwkv7",
+    "kimi_delta_attention", "complex_kimi_delta_attention", "erase_then_delta",
+)  # fmt: skip
 # One of them whenever tests run, the others, which take as long again each, with --slow.
 MIXERS = [ALL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in ALL[1:])]
 
