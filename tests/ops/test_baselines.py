@@ -146,7 +146,7 @@ def test_pieces_and_steps_agree_with_the_whole(op, x64):
     agree((np.stack(outputs, axis=1), state), (whole[0][:, 17:], whole[1]), 1e-12)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", quick(OPS, [op for op in OPS if op != "delta"]))
 def test_no_tokens_leave_the_state(op):
     x = {n: a if a.dtype == bool else a.astype(np.float32) for n, a in draw(op).items()}
     state = run(op, x)[1]

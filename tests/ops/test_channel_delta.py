@@ -82,7 +82,7 @@ def errors(x, implementation):
         pytest.param({"T": 150, "signed": True}, marks=pytest.mark.slow),
         pytest.param({"T": 150, "decay": "none", "beta": 2.0}, marks=pytest.mark.slow),
         {"T": 150, "decay": "none", "beta": 2.0, "keys": "equal"},
-        pytest.param({"T": 150, "decay": "none", "beta": 2.0, "keys": "near"}),
+        {"T": 150, "decay": "none", "beta": 2.0, "keys": "near"},
         pytest.param({"T": 4096, "decay": "none", "beta": 2.0}, marks=pytest.mark.slow),
         pytest.param({"T": 1 << 16}, marks=pytest.mark.slow),
         pytest.param({"T": 1 << 16, "signed": True, "beta": 2.0}, marks=pytest.mark.slow),
@@ -99,6 +99,7 @@ def test_float32_is_within_the_bars(case):
     assert gradients <= max(bars.GRADIENTS["float32"], allowed[1]), said
 
 
+@pytest.mark.slow
 def test_equal_gates_make_a_delta_product_without_a_first_value():
     x = {n: a.astype(np.float32) for n, a in draw(40).items()}
     x["g"] = np.repeat(x["g"][..., :1], K, axis=-1)
