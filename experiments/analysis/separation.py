@@ -32,7 +32,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -92,6 +92,42 @@ class SeparationConfig:
         if self.fit_length is not None:
             require_at_least("fit_length", self.fit_length, 8)
         separation.limit_of_ratio(self.accuracy)
+
+
+class Law(TypedDict):
+    """Fields of `separation.Growth`."""
+
+    law: str
+    floor: float
+    rate: float
+    residual: float
+
+
+class Entry(TypedDict):
+    """What table and figure look at of a model in separation.json."""
+
+    name: str
+    group: str
+    mixer: str
+    num_householder: int | None
+    trained: int | None
+    fit_length: int
+    reference_to: int
+    positions: list[int]
+    ratio: list[float]
+    growth: Law
+    predicted: float | None
+    crossed: float | None
+    failed: int | None
+    ratio_at_failure: float | None
+
+
+class Record(TypedDict):
+    """What separation.json holds."""
+
+    accuracy: float
+    limit: float
+    models: list[Entry]
 
 
 def positions_of(length: int, fit_length: int) -> np.ndarray:
@@ -180,13 +216,10 @@ def read_all(options: SeparationConfig) -> list[dict[str, Any]]:
 
 
 def put_together(options: SeparationConfig) -> list[dict[str, Any]]:
-    """The models of other files; ConfigError if one is no such file, or of another accuracy."""
+    """The models of other files; ConfigError if one is of another accuracy."""
     models = []
     for path in map(user_path, options.rows_from):
-        record = read_json(path)
-        names = {"accuracy", "models"}
-        if not isinstance(record, dict) or not names <= record.keys():
-            raise ConfigError(f"rows_from={path} is no separation.json: it has no accuracy, models")
+        record = read_json(path, Record)
         if record["accuracy"] != options.accuracy:
             raise ConfigError(
                 f"rows_from={path} is for accuracy={record['accuracy']}, not {options.accuracy}"
@@ -197,11 +230,12 @@ def put_together(options: SeparationConfig) -> list[dict[str, Any]]:
 
 def table(models: Sequence[Mapping[str, Any]]) -> str:
     """A line for every model, as Markdown."""
-    names = ("name", "group", "mixer", "num_householder", "trained", "law", "ratio there")
-    names += ("ratio at the end", "predicted", "crossed", "failed", "ratio at failure")
+    names = ("name", "group", "mixer", "num_householder", "trained", "law")
+    names += ("ratio at fit_length", "ratio at the end", "predicted", "crossed", "failed")
+    names += ("ratio at failure",)
     rows = []
     for model in models:
-        at_fit = model["ratio"][model["positions"].index(model["fit_length"])]
+        at_fit = np.interp(model["fit_length"], model["positions"], model["ratio"])
         rows.append(
             [
                 *(model[name] for name in names[:5]),

@@ -221,8 +221,9 @@ def test_errors_are_one_line(arguments, says, tmp_path, capsys, monkeypatch):
 
 def test_records_of_another_kind_are_refused(tmp_path, capsys):
     for content, says in (
-        ([], "is no separation.json"),
-        ({"accuracy": 0.8, "models": []}, "is for accuracy=0.8, not 0.9"),
+        ([], "must be an object of keys and values"),
+        ({"accuracy": 0.9, "limit": 0.39, "models": [{}]}, "models[0].name is missing"),
+        ({"accuracy": 0.8, "limit": 0.59, "models": []}, "is for accuracy=0.8, not 0.9"),
     ):
         path = tmp_path / "given.json"
         path.write_text(json.dumps(content))
