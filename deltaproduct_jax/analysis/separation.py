@@ -37,7 +37,7 @@ exponential           ``(floor exp(rate s))^2``                    ``A(x)`` stre
 
 The half is what a map that shrinks U by ``exp(-rate)`` gives where all ``h_g`` are equally far from
 their centre: on the line to another class the centre lies at d / 2. Householder factors with beta
-in [0, 2] and decays stretch nothing, so that the last law is for other mixers.
+in [0, 2] and decays stretch nothing but by rounding, so that the last law is for other mixers.
 
 Dimension key: ``N`` words, ``T`` positions, ``P`` of them looked at, ``F`` numbers of a state,
 ``G`` classes.

@@ -23,7 +23,7 @@ but such files: table and figure are made of their models, put together.
 
 Source: this project; the idea is https://arxiv.org/abs/2605.07755's.
 Expect: predictions within a factor of 1.5 of failures that lie at 3 to 15 times the length trained;
-    permutations with a ratio below 1e-5 in float32 wherever one looks;
+    permutations with the ratio that one rounding gives, wherever one looks;
     experiments/results/state_tracking/ends/ has them.
 Takes: a minute a model on a CPU, after the runs.
 """
