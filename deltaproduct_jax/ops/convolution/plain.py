@@ -6,28 +6,31 @@ The last tap multiplies the current token. A tap whose token belongs to another 
 zero. Products and sums are taken in float32 at least, and rounded once.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops.api import L2NORM_EPSILON
 from deltaproduct_jax.ops.precision import accumulator_dtype
-
-ACTIVATIONS = {"silu": jax.nn.silu, "none": lambda x: x}
-# Of a length, as `delta_product` has it with ``use_qk_l2norm``.
-EPSILON = 1e-6
 
 
 class Form(NamedTuple):
     """What is done to the sum of taps before it is rounded.
 
     Attributes:
-      activation: a name in `ACTIVATIONS`.
+      activation: a function of one number, such as `jax.nn.silu` or `identity`.
       unit_width: channels that are divided by their length together; None: none are.
     """
 
-    activation: str
-    unit_width: int | None
+    activation: Callable[[jax.Array], jax.Array]
+    unit_width: int | None = None
+
+
+def identity(x: jax.Array) -> jax.Array:
+    """The activation that does nothing."""
+    return x
 
 
 def plain(
@@ -51,7 +54,7 @@ def plain(
     extended = jnp.concatenate([before, u], axis=1)
     if run is not None:
         run = jnp.concatenate([past, run], axis=1)
-    y = ACTIVATIONS[form.activation](sum_of_taps(extended, run, taps))
+    y = form.activation(sum_of_taps(extended, run, taps))
     if form.unit_width is not None:
         y = unit(y, form.unit_width)
     return y.astype(u.dtype)
@@ -78,7 +81,7 @@ def unit(y: jax.Array, width: int) -> jax.Array:
     """Every ``width`` numbers along the last axis divided by their length."""
     wide = y.astype(accumulator_dtype(y.dtype)).reshape(*y.shape[:-1], -1, width)
     squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(squared + EPSILON)).reshape(y.shape)
+    return (wide * jax.lax.rsqrt(squared + L2NORM_EPSILON)).reshape(y.shape)
 
 
 def beside(tokens: jax.Array, u: jax.Array) -> jax.Array:

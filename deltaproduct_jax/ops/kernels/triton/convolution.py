@@ -2,7 +2,7 @@
 
 A program walks along PIECE tokens of one sequence with a tile of channels, ROWS groups of WIDTH,
 and keeps the last inputs in registers, so that every input is read from memory once, but for the
-W - 1 tokens in front of a piece and, on the way back, behind it. W is 4 at most: what is kept of
+W - 1 tokens in front of a piece and, on the way back, behind it. W is 2 to 4: what is kept of
 the tokens before has names, x1 of the last, x2 and x3 of those before it. Two tokens are under way
 from memory, which Triton's own pipeline refuses to do for values that outlive two turns. A tap
 whose token belongs to another segment counts as zero.
@@ -103,18 +103,15 @@ def convolve_back(
         counted = tl.where(i < PIECE, dz, 0.0)
         d0 = dz * k0
         g0 += counted * x0
-        if W > 1:
-            d1 += same(dz * k1, r0, r1, HAS_RUN)
-            g1 += counted * same(x1, r0, r1, HAS_RUN)
+        d1 += same(dz * k1, r0, r1, HAS_RUN)
+        g1 += counted * same(x1, r0, r1, HAS_RUN)
         if W > 2:
             d2 += same(dz * k2, r0, r2, HAS_RUN)
             g2 += counted * same(x2, r0, r2, HAS_RUN)
         if W > 3:
             d3 += same(dz * k3, r0, r3, HAS_RUN)
             g3 += counted * same(x3, r0, r3, HAS_RUN)
-        done = d0
-        if W == 2:
-            done = d1
+        done = d1
         if W == 3:
             done = d2
         if W == 4:
@@ -123,16 +120,14 @@ def convolve_back(
         done = done.to(du_ptr.dtype.element_ty)
         pointers = du_ptr + (b * T + first) * C + offsets
         tl.store(pointers, done, mask=inside & (i >= W - 1) & (first < T))
-        if W > 1:
-            pointers = dbefore_ptr + (b * (W - 1) + t) * C + offsets
-            tl.store(pointers, done, mask=inside & (first < 0))
+        pointers = dbefore_ptr + (b * (W - 1) + t) * C + offsets
+        tl.store(pointers, done, mask=inside & (first < 0))
         x3, x2, x1 = x2, x1, x0
         r3, r2, r1 = r2, r1, r0
         d3, d2, d1 = d2, d1, d0
     pointers = dtaps_ptr + (b * tl.num_programs(1) + piece) * (W * C) + offsets
     tl.store(pointers + (W - 1) * C, g0, mask=inside)
-    if W > 1:
-        tl.store(pointers + (W - 2) * C, g1, mask=inside)
+    tl.store(pointers + (W - 2) * C, g1, mask=inside)
     if W > 2:
         tl.store(pointers + (W - 3) * C, g2, mask=inside)
     if W > 3:
@@ -162,9 +157,8 @@ def taps(
     """Of the token itself, and of the three before it; what W does not have is not used."""
     ptr = taps_ptr + (b // (B // G)) * (W * C) + offsets
     k0 = tl.load(ptr + (W - 1) * C, mask=inside, other=0.0)
-    k1, k2, k3 = k0, k0, k0
-    if W > 1:
-        k1 = tl.load(ptr + (W - 2) * C, mask=inside, other=0.0)
+    k1 = tl.load(ptr + (W - 2) * C, mask=inside, other=0.0)
+    k2, k3 = k0, k0
     if W > 2:
         k2 = tl.load(ptr + (W - 3) * C, mask=inside, other=0.0)
     if W > 3:
@@ -209,17 +203,14 @@ def one(
 
 
 @triton.jit
-def summed(
-    x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W: tl.constexpr, HAS_RUN: tl.constexpr
-):
+def summed(x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W: tl.constexpr, HAS_RUN: tl.constexpr):
     """The sum of taps of one token, the earliest first."""
     z = tl.zeros_like(x0)
     if W > 3:
         z += k3 * same(x3, r0, r3, HAS_RUN)
     if W > 2:
         z += k2 * same(x2, r0, r2, HAS_RUN)
-    if W > 1:
-        z += k1 * same(x1, r0, r1, HAS_RUN)
+    z += k1 * same(x1, r0, r1, HAS_RUN)
     return z + k0 * x0
 
 
