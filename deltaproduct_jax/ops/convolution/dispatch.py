@@ -36,7 +36,15 @@ def short_convolution(
 
     Of a kernel there is no forward mode and no second derivative. A batch may lie over explicit
     axes of a mesh; whatever else is cut is the caller's to run on each device.
+
+    Raises:
+      ValueError: the unit width does not divide the last axis of ``u``.
     """
+    if form.unit_width is not None and u.shape[-1] % form.unit_width:
+        raise ValueError(
+            f"u of shape {u.shape} ends in {u.shape[-1]} channels, which must be a multiple of "
+            f"unit_width={form.unit_width}"
+        )
     arrays = dict(zip(NAMES, (u, before, taps, run, past), strict=True))
     if not choice.may_run_kernel:
         return plain(form, **arrays)
@@ -46,9 +54,15 @@ def short_convolution(
 
     def on_device(arrays):
         given = mark_all_varying(tuple(arrays[name] for name in NAMES))
-        return _with_own_backward(choice, form, *given)
+        return _jitted(choice, form, *given)
 
     return on_each_part(on_device, arrays, layouts, layouts["u"])
+
+
+# Lowered even where a user jits nothing: what cannot run is told then.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted(choice, form, *arrays):
+    return _with_own_backward(choice, form, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
