@@ -1,6 +1,7 @@
 """Short convolutions of q, k and v with SiLU, and lengths of q and k: programs and inputs."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -40,9 +41,10 @@ class Convolutions:
     packed: bool
 
     @property
-    def channels(self) -> dict[str, int]:
-        """Of each convolution."""
-        return {"q": self.H * self.K, "k": self.R * self.H * self.K, "v": self.R * self.H * self.K}
+    def channels(self) -> dict[str, tuple[int, ...]]:
+        """Of each convolution, as they come from projections: q's, and k's and v's by factor."""
+        heads = self.H * self.K
+        return {"q": (heads,), "k": (self.R, heads), "v": (self.R, heads)}
 
     def inputs(self, seed: int = 0) -> dict[str, jax.Array]:
         """Inputs, taps, cotangents ("dq" and so on) of each, and "run", the segments."""
@@ -50,9 +52,10 @@ class Convolutions:
         arrays = {}
         for name, C in self.channels.items():
             draw = lambda *shape: jax.random.normal(next(keys), shape)
-            arrays[name] = draw(self.B, self.T, C).astype(self.dtype)
-            arrays[f"{name}_taps"] = draw(self.W, C) * self.W**-0.5
-            arrays[f"d{name}"] = draw(self.B, self.T, C).astype(self.dtype)
+            arrays[name] = draw(self.B, self.T, *C).astype(self.dtype)
+            arrays[f"{name}_taps"] = draw(self.W, *C) * self.W**-0.5
+            dy = draw(self.B, self.T, *C[:-1], self.H, self.K)  # of heads, as the op takes them
+            arrays[f"d{name}"] = dy.astype(self.dtype)
         if self.packed:  # of a quarter of a row
             ids = jnp.arange(self.T, dtype=jnp.int32) * 4 // self.T
             arrays["run"] = jnp.broadcast_to(ids, (self.B, self.T))
@@ -60,7 +63,8 @@ class Convolutions:
 
     def floor_bytes(self, direction: str) -> int:
         """Of inputs and outputs, each moved once."""
-        size = self.B * self.T * sum(self.channels.values()) * jnp.dtype(self.dtype).itemsize
+        channels = sum(math.prod(C) for C in self.channels.values())
+        size = self.B * self.T * channels * jnp.dtype(self.dtype).itemsize
         return size * (2 if direction == FORWARD else 5)
 
 
@@ -99,12 +103,13 @@ def _one(
 ) -> jax.Array:
     u, taps = given[name], given[f"{name}_taps"]
     taps = taps.astype(accumulator_dtype(u.dtype))
-    before = jnp.zeros((sizes.B, sizes.W - 1, u.shape[-1]), u.dtype)
+    before = jnp.zeros((sizes.B, sizes.W - 1, *u.shape[2:]), u.dtype)
     past = None if run is None else jnp.zeros((sizes.B, sizes.W - 1), run.dtype)
     has_length = name != "v"
     within = has_length and implementation != LAYER
     form = Form(jax.nn.silu, sizes.K if within else None)
     y = short_convolution(choice, form, u, before, taps, run, past)
+    y = y.reshape(*y.shape[:-1], sizes.H, sizes.K)
     return unit(y, sizes.K).astype(y.dtype) if has_length and not within else y
 
 
@@ -131,9 +136,8 @@ def peer_program(sizes: Convolutions, arrays: Arrays, direction: str) -> Callabl
     if sizes.packed:
         raise ConfigError("peer=fla packs rows in another way; give packed=false")
     given = {name: to_torch(x) for name, x in arrays.items()}
-    inputs = {n: x for n, x in given.items() if n in "qkv" or n.endswith("_taps")}
-    for name in "qkv":
-        inputs[f"{name}_taps"] = inputs[f"{name}_taps"].T.contiguous()
+    inputs = {name: given[name].flatten(2) for name in "qkv"}
+    inputs |= {f"{n}_taps": given[f"{n}_taps"].flatten(1).T.contiguous() for n in "qkv"}
     cotangents = [given[f"d{name}"] for name in "qkv"]
     for x in inputs.values() if direction != FORWARD else ():
         x.requires_grad_(True)
@@ -142,10 +146,8 @@ def peer_program(sizes: Convolutions, arrays: Arrays, direction: str) -> Callabl
         outputs = []
         for name in "qkv":
             y, _ = causal_conv1d(inputs[name], inputs[f"{name}_taps"], activation="silu")
-            if name != "v":
-                heads = y.view(*y.shape[:2], -1, sizes.K)
-                y = l2norm(heads, eps=1e-6).view(y.shape)
-            outputs.append(y)
+            y = y.view(*given[f"d{name}"].shape)
+            outputs.append(y if name == "v" else l2norm(y, eps=1e-6))
         return outputs
 
     def run() -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
@@ -167,7 +169,8 @@ def peer_results(sizes: Convolutions, arrays: Arrays, direction: str) -> Any:
     if direction == FORWARD:
         return numbers(got)
     outputs, gradients = map(numbers, got)
-    return outputs, {n: x.T if n.endswith("_taps") else x for n, x in gradients.items()}
+    turned = {n: x.T if n.endswith("_taps") else x for n, x in gradients.items()}
+    return outputs, {n: x.reshape(arrays[n].shape) for n, x in turned.items()}
 
 
 def compile_peer(sizes: Convolutions, arrays: Arrays, direction: str) -> Compiled:
