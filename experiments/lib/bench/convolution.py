@@ -1,6 +1,7 @@
 """Short convolutions of q, k and v with SiLU, and lengths of q and k: programs and inputs."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +25,7 @@ from experiments.lib.bench.timing import FORWARD, Compiled
 LAYER, FUSED, KERNEL = "plain", "fused", "triton"
 IMPLEMENTATIONS = (LAYER, FUSED, KERNEL)
 EXTRA = environment.extra_folder("tpu")
+TIMEOUT_S = 600  # of a compilation
 Arrays = Mapping[str, jax.Array]
 
 
@@ -208,19 +210,18 @@ def estimates(sizes: Convolutions, generation: str, directions: list[str]) -> li
     """
     tpu.require_libtpu(EXTRA, f"pip install {environment.extra_requirement('tpu')} has it")
     fixed = dataclasses.asdict(sizes) | {"generation": generation}
-    wanted = [(d, i) for d in directions for i in (LAYER, FUSED)]
-    found, ending = child.call_apart(
-        f"{__name__}:{compile_here.__name__}",
-        [fixed | {"implementation": i, "direction": d} for d, i in wanted],
-        folder=environment.ROOT,
-        environment=tpu.child_environment(EXTRA),
-        timeout_s=600,
-    )
-    if ending is not None:
-        raise ConfigError(f"the compiler for {generation} {ending}")
     rows = []
-    for (direction, implementation), row in zip(wanted, found, strict=True):
-        floor = sizes.floor_bytes(direction)
+    for direction, implementation in itertools.product(directions, (LAYER, FUSED)):
         names = {"generation": generation, "direction": direction, "implementation": implementation}
+        found, ending = child.call_apart(  # each apart: together they may take too much memory
+            f"{__name__}:{compile_here.__name__}",
+            [fixed | names],
+            folder=environment.ROOT,
+            environment=tpu.child_environment(EXTRA),
+            timeout_s=TIMEOUT_S,
+        )
+        if ending is not None:
+            raise ConfigError(f"{direction} of {implementation}: the compiler {ending}")
+        floor, (row,) = sizes.floor_bytes(direction), found
         rows.append({**names, **row, "floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor})
     return rows
