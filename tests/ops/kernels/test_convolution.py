@@ -14,7 +14,7 @@ from deltaproduct_jax.ops.convolution import selection
 from deltaproduct_jax.ops.kernels.triton import tiling
 from experiments.lib import environment
 
-TESTS = Path(__file__).parents[2]
+TESTS, CHILD = Path(__file__).parents[2], Path(__file__).parent / "convolution_child.py"
 # Of the design for float32; else a few units of the last bit. Cotangents of taps are float32.
 BARS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
@@ -27,7 +27,7 @@ def child(mode: str, *every: str) -> dict:
     path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "XLA_FLAGS": FLAGS}
     variables["TRITON_INTERPRET"] = "1" if mode == "interpret" else "0"
-    command = [sys.executable, "-W", "ignore", str(TESTS / "convolution_child.py"), mode, *every]
+    command = [sys.executable, "-W", "ignore", str(CHILD), mode, *every]
     run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stderr[-3000:]
     return json.loads(run.stdout)
