@@ -282,6 +282,7 @@ def test_convolutions_are_held_against_float64_and_timed(tmp_path, capsys):
         assert f"| {row['direction']} | {row['implementation']} |" in printed
 
 
+@pytest.mark.slow
 def test_a_wrong_convolution_is_not_timed(tmp_path, monkeypatch):
     right = bench_convolution.exact
     doubled = lambda *arguments: jax.tree.map(lambda x: 2 * x, right(*arguments))

@@ -99,8 +99,9 @@ def test_all_compile_for_hopper_and_spill_nothing(everything):
     check_compiled(everything["rows"], count=14)
 
 
-def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(compiled):
-    lowered = compiled["lowered"]
+@pytest.mark.slow
+def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everything):
+    lowered = everything["lowered"]
     # Of q, k and v one forward and one on the way back each, beside the six of the op.
     assert lowered["triton"] == lowered["None, by default"] == 12
     assert lowered["plain"] == lowered["None"] == 6
