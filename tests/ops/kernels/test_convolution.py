@@ -34,13 +34,8 @@ def child(mode: str, *every: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return child("compile")
-
-
-@pytest.fixture(scope="module")
 def everything():
-    return child("interpret", "all") | child("compile", "all")
+    return child("interpret", "all") | child("compile")
 
 
 def check_errors(found, at_least):
@@ -83,20 +78,13 @@ def test_a_layer_is_the_plain_one(everything):
     assert everything["layer"] < 1e-5
 
 
-def check_compiled(rows, count):
-    assert len(rows) == count
+@pytest.mark.slow
+def test_all_compile_for_hopper_and_spill_nothing(everything):
+    rows = everything["rows"]
+    assert len(rows) == 14
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
     assert not any(row["atomics"] for row in rows.values()), rows  # sums have one order
     assert all(row["programs_a_multiprocessor"] >= 2 for row in rows.values()), rows
-
-
-def test_they_compile_for_hopper_and_spill_nothing(compiled):
-    check_compiled(compiled["rows"], count=2)
-
-
-@pytest.mark.slow
-def test_all_compile_for_hopper_and_spill_nothing(everything):
-    check_compiled(everything["rows"], count=14)
 
 
 @pytest.mark.slow
@@ -108,8 +96,9 @@ def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everyt
     assert lowered["None, by default, other op"] == 0
 
 
-def test_what_cannot_run_says_so(compiled):
-    said = compiled["said"]
+@pytest.mark.slow
+def test_what_cannot_run_says_so(everything):
+    said = everything["said"]
     text = "conv_implementation='triton' runs on cuda only; 'plain' runs anywhere"
     assert text in said["on a CPU"]
     assert "cannot run this: conv_size is 5; it takes 2 to 4; 'plain' can" in said["taps"]
