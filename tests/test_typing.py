@@ -13,7 +13,7 @@ from typing import get_type_hints
 import pytest
 
 from deltaproduct_jax import GatedDeltaProduct
-from deltaproduct_jax.layers.delta_product import DeltaProductOptions
+from deltaproduct_jax.layers.cell import DeltaProductOptions
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,13 +6,16 @@ its arguments for a pointer and a dtype, and for the little of torch's interface
 
 import functools
 import re
+import threading
 import types
 
 import jax
 import numpy as np
 
-# The interpreter keeps much in global variables, and JAX would call back from several threads.
+# The interpreter keeps much in global variables, and JAX would call back from several threads; of
+# several devices it does.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class _Dtype:
@@ -94,7 +97,8 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
         constants = {key: value for key, value in meta.items() if key in kernel.arg_names}
         in_place = (aliases or {}).values() if name.endswith("_in_place") else ()
         given = [x for index, x in enumerate(results) if index not in in_place]
-        kernel[grid](*inputs, *given, **constants)
+        with _ONE_AT_A_TIME:
+            kernel[grid](*inputs, *given, **constants)
         return tuple(x.array for x in results)
 
     return jax.pure_callback(run, tuple(outs), *arrays)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 # Of a multiprocessor of an H100: registers, bytes of shared memory and threads.
 REGISTERS, SHARED, THREADS = 65536, 227 * 1024, 2048
-_TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8"}
+_TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_TRITON_TYPES |= {"int8": "i8", "int32": "i32"}
 
 
 def kernel_resources(
@@ -40,8 +41,8 @@ def kernel_resources(
 
     Returns:
       "registers" a thread, "spilt_bytes" of local memory a thread, "spills_in_loops" (see
-      `spills_in_loops`), "shared_bytes" a program, and "programs_a_multiprocessor", how many fit on
-      one of an H100 at once.
+      `spills_in_loops`), "atomics" (instructions whose order is open), "shared_bytes" a program,
+      and "programs_a_multiprocessor", how many fit on one of an H100 at once.
     """
     compiled, usage_text, machine_code = _compiled(
         kernel, arrays, constants, warps, stages, compute_capability
@@ -53,6 +54,7 @@ def kernel_resources(
         "registers": usage["REG"],
         "spilt_bytes": usage["STACK"] + usage["LOCAL"],
         "spills_in_loops": spills_in_loops(machine_code),
+        "atomics": len(re.findall(r"\b(RED|ATOM[GS]?)\b", machine_code)),
         "shared_bytes": shared,
         "programs_a_multiprocessor": min(fit),
     }

@@ -1,11 +1,8 @@
 """Flax NNX modules built on the ops."""
 
 from deltaproduct_jax.layers.attention import SoftmaxAttention
-from deltaproduct_jax.layers.delta_product import (
-    DeltaProductCell,
-    DeltaProductState,
-    GatedDeltaProduct,
-)
+from deltaproduct_jax.layers.cell import DeltaProductCell
+from deltaproduct_jax.layers.delta_product import DeltaProductState, GatedDeltaProduct
 from deltaproduct_jax.layers.erase_then_delta import EraseThenDelta
 from deltaproduct_jax.layers.gla import GatedLinearAttention
 from deltaproduct_jax.layers.kimi_delta import ComplexKimiDeltaAttention, KimiDeltaAttention

@@ -1,4 +1,4 @@
-"""The (Gated) DeltaProduct layer, and the same as a recurrent cell.
+"""The (Gated) DeltaProduct layer.
 
 Section 3 of the paper (Siems et al., 2025) and the layer of flash-linear-attention, whose parameter
 names are kept. Per token, with ``R`` Householder factors:
@@ -9,8 +9,8 @@ names are kept. Per token, with ``R`` Householder factors:
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypedDict, Unpack
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,28 +19,29 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.layers.checks import (
-    as_inputs,
-    as_like,
-    check_width,
-    checks_arguments,
-    refuse_swapped,
-)
+from deltaproduct_jax.layers.checks import as_inputs
 from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import convolutions, in_parts, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
-from deltaproduct_jax.layers.short_conv import check_conv_size, idle_conv_size, segment_runs
+from deltaproduct_jax.layers.short_conv import (
+    check_convolutions,
+    idle_of_convolutions,
+    segment_runs,
+)
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
-from deltaproduct_jax.ops.selection import AVAILABLE
+from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
 
 QK_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": nnx.silu,
-    "none": lambda x: x,
+    "none": identity,
 }
 
 
@@ -98,6 +99,8 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
+        conv_implementation: how the convolutions are computed, ``"plain"`` or ``"triton"``, which
+            also makes unit vectors of q and k; None chooses, see ``select_convolution``.
         implementation: how the op is computed, see ``delta_product``.
         chunk_size: tokens in a chunk of the op; None lets the op choose.
         dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
@@ -129,6 +132,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         norm_eps: float = 1e-5,
         initializer: str = "paper",
         initializer_range: float = 0.02,
+        conv_implementation: str | None = None,
         implementation: str | None = None,
         chunk_size: int | None = None,
         dtype: DTypeLike = jnp.float32,
@@ -138,6 +142,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         num_v_heads = num_heads if num_v_heads is None else num_v_heads
         value_dim = value_width(num_heads, head_dim, num_v_heads=num_v_heads, expand_v=expand_v)
         require_one_of("qk_activation", qk_activation, QK_ACTIVATIONS)
+        require_one_of("conv_implementation", conv_implementation, (None, *CONVOLUTIONS))
 
         self.num_heads, self.num_v_heads = num_heads, num_v_heads
         self.head_dim, self.value_dim = head_dim, value_dim
@@ -148,6 +153,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         self.use_short_conv = use_short_conv
         self.conv_size = conv_size
         self.qk_activation = qk_activation
+        self.conv_implementation = conv_implementation
         self.implementation, self.chunk_size = implementation, chunk_size
         self.dtype = jnp.dtype(dtype)
 
@@ -186,7 +192,8 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         return DeltaProductState(recurrent, *tails)
 
     def _mix(self, x, state, segment_ids, length):
-        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length)
+        choice = self._choice(x)
+        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice)
         o, recurrent = delta_product(
             q,
             k,
@@ -195,7 +202,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
             only_counted(g, length),
             initial_state=state.recurrent,
             segment_ids=segment_ids,
-            use_qk_l2norm=True,
+            use_qk_l2norm=not choice.may_run_kernel,  # which has seen to it
             chunk_size=self.chunk_size,
             implementation=self.implementation,
         )
@@ -219,8 +226,12 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         state: DeltaProductState,
         segment_ids: jax.Array | None,
         length: jax.Array | None,
+        choice: Choice = PLAIN,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, list[jax.Array]]:
-        """q, k, v, beta, g of the op and the convolutions' states after the last token."""
+        """q, k, v, beta, g of the op and the convolutions' states after the last token.
+
+        Where the convolutions may run by a kernel, q and k are unit vectors.
+        """
         B, T, _ = x.shape
         R, H, Hv, K, V = (
             self.num_householder,
@@ -235,7 +246,9 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
             project = getattr(self, f"{name}_proj")
             u = project(x) if name == "q" or R == 1 else in_parts(project, x, R)
             if self.use_short_conv:
-                u, tail = getattr(self, f"{name}_conv1d")(u, tail, run, length)
+                unit_width = K if choice.may_run_kernel and name != "v" else None
+                convolve = getattr(self, f"{name}_conv1d")
+                u, tail = convolve(u, tail, run, length, unit_width=unit_width, choice=choice)
             else:
                 u = nnx.silu(u) if name == "v" else QK_ACTIVATIONS[self.qk_activation](u)
             mixed.append(u)
@@ -256,6 +269,21 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
             g = -rate * jax.nn.softplus(a)
         return q, k, v, beta, g, tails
 
+    def _choice(self, x: jax.Array) -> Choice:
+        """What the convolutions of ``x`` run by."""
+        if not self.use_short_conv:
+            return PLAIN
+        (B, T, _), K = x.shape, self.head_dim
+        sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
+        sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
+        fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
+        op = self.implementation or select_implementation(
+            "cuda", **sizes, **fixed, differentiated=True
+        )
+        forms = Form(self.q_conv1d.activation, K), Form(self.v_conv1d.activation)
+        of_convolution = {"B": B, "T": T, "conv_size": self.conv_size, "dtype": self.dtype}
+        return choose(self.conv_implementation, forms, op=op, **of_convolution)
+
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """Norm, gate and output projection of ``o [B, T, Hv, V]``."""
         o = self.o_norm(o)
@@ -264,108 +292,13 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         return self.o_proj(o.reshape(*o.shape[:2], -1))
 
 
-class DeltaProductOptions(TypedDict, total=False):
-    """Keywords of :class:`GatedDeltaProduct`, which has their defaults and says what they mean."""
-
-    num_heads: int
-    head_dim: int
-    num_v_heads: int | None
-    expand_v: float
-    num_householder: int
-    allow_neg_eigval: bool
-    use_forget_gate: bool
-    use_output_gate: bool
-    use_short_conv: bool
-    conv_size: int
-    qk_activation: str
-    beta_bias: float | None
-    norm_eps: float
-    initializer: str
-    initializer_range: float
-    implementation: str | None
-    chunk_size: int | None
-    dtype: DTypeLike
-    param_dtype: DTypeLike
-
-
-class DeltaProductCell(nnx.RNNCellBase):
-    """:class:`GatedDeltaProduct` as a cell of Flax's recurrent family, for ``nnx.RNN`` and others.
-
-    ``cell(carry, x)`` takes one token and returns ``(carry, y)``; any leading axes are batch axes.
-    Whole sequences are far faster through the layer itself: ``cell.mixer(x)`` computes the same
-    outputs in parallel.
-
-    Args:
-        in_features: width ``D`` of inputs and outputs.
-        rngs: source of the parameter keys.
-        **options: any other keyword of :class:`GatedDeltaProduct`, with its default there.
-
-    Raises:
-        ConfigError: naming the argument, when one is out of range or does not fit another.
-    """
-
-    @checks_arguments
-    def __init__(self, in_features: int, *, rngs: nnx.Rngs, **options: Unpack[DeltaProductOptions]):
-        self.in_features = in_features
-        self.mixer = GatedDeltaProduct(in_features, rngs=rngs, **options)
-
-    def initialize_carry(
-        self,
-        input_shape: Sequence[int],
-        rngs: nnx.Rngs | nnx.RngStream | None = None,
-        carry_init: nnx.Initializer | None = None,
-    ) -> DeltaProductState:
-        """The carry before the first token, for inputs of ``input_shape`` (``[..., D]``).
-
-        Args:
-            input_shape: shape of one token's input, batch axes included.
-            rngs: needed with ``carry_init`` only; of an ``Rngs`` the stream ``carry`` is used.
-            carry_init: initialiser of the recurrent state; None for zeros.
-
-        Raises:
-            ConfigError: the shape is of inputs of another width, or ``rngs`` is missing.
-        """
-        if not input_shape or input_shape[-1] != self.in_features:
-            raise ConfigError(
-                f"input_shape={tuple(input_shape)} must end in in_features={self.in_features}"
-            )
-        batch = tuple(input_shape[:-1])
-        state = self.mixer.init_state(1)
-        state = jax.tree.map(lambda a: jnp.broadcast_to(a[0], batch + a.shape[1:]), state)
-        if carry_init is not None:
-            if rngs is None:
-                raise ConfigError("carry_init draws a state and needs rngs, got rngs=None")
-            key = rngs.carry() if isinstance(rngs, nnx.Rngs) else rngs()
-            drawn = carry_init(key, state.recurrent.shape, state.recurrent.dtype)
-            state = state._replace(recurrent=drawn)
-        return state
-
-    def __call__(
-        self, carry: DeltaProductState, inputs: Float[Array, "*batch D"]
-    ) -> tuple[DeltaProductState, Float[Array, "*batch D"]]:
-        """One token."""
-        refuse_swapped(carry, inputs)
-        check_width("inputs", inputs, self.in_features)
-        batch = inputs.shape[:-1]
-        carry = as_like("carry", carry, jax.eval_shape(lambda: self.initialize_carry(inputs.shape)))
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), carry)
-        y, flat = self.mixer.step(flat, inputs.reshape(-1, inputs.shape[-1]))
-        carry = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)
-        return carry, y.reshape(*batch, -1)
-
-    @property
-    def num_feature_axes(self) -> int:
-        """An input has one feature axis."""
-        return 1
-
-
 def _check_one_factor(config: Any) -> None:
     if config.num_householder not in (None, 1):
         raise ConfigError(
             f"num_householder={config.num_householder} does not fit mixer={config.mixer!r}, which "
             "has one factor per token; give num_householder=1 or a delta_product mixer"
         )
-    check_conv_size(config)
+    check_convolutions(config)
 
 
 def _register(name: str, gated: bool, one_factor: bool) -> None:
@@ -377,8 +310,11 @@ def _register(name: str, gated: bool, one_factor: bool) -> None:
         state=DeltaProductState,
         defaults=defaults | ({"num_householder": 1} if one_factor else {}),
         fixed={"use_forget_gate": gated},
-        check=_check_one_factor if one_factor else check_conv_size,
-        idle=lambda values: [*idle_conv_size(values), *(["num_householder"] if one_factor else [])],
+        check=_check_one_factor if one_factor else check_convolutions,
+        idle=lambda values: [
+            *idle_of_convolutions(values),
+            *(["num_householder"] if one_factor else []),
+        ],
     )
 
 

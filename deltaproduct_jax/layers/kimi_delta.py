@@ -29,7 +29,11 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import convolutions, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
-from deltaproduct_jax.layers.short_conv import check_conv_size, idle_conv_size, segment_runs
+from deltaproduct_jax.layers.short_conv import (
+    check_convolutions,
+    idle_of_convolutions,
+    segment_runs,
+)
 from deltaproduct_jax.ops.api import L2NORM_EPSILON
 from deltaproduct_jax.ops.baselines import channel_delta, channel_delta_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
@@ -273,8 +277,8 @@ def register_channel_delta(name: str, layer: type[KimiDeltaAttention]) -> None:
         layer,
         state=KimiDeltaState,
         defaults=DEFAULTS,
-        check=check_conv_size,
-        idle=idle_conv_size,
+        check=check_convolutions,
+        idle=idle_of_convolutions,
     )
 
 

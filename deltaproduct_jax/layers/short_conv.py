@@ -13,9 +13,15 @@ from jaxtyping import Array, Float, Int
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
+from deltaproduct_jax.ops.convolution.dispatch import short_convolution
+from deltaproduct_jax.ops.convolution.plain import Form, beside
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
+
+# Fields that mean nothing without convolutions; not every mixer has all.
+OF_CONVOLUTIONS = ("conv_size", "conv_implementation")
 
 
 class ShortConv(nnx.Module):
@@ -59,6 +65,9 @@ class ShortConv(nnx.Module):
         state: Float[Array, "B tail all_channels"],
         run: Int[Array, "B T"] | None = None,
         length: Int[Array, " B"] | None = None,
+        *,
+        unit_width: int | None = None,
+        choice: Choice = PLAIN,
     ) -> tuple[Float[Array, "B T *channels"], Float[Array, "B tail all_channels"]]:
         """Convolves ``u`` and returns the state for what follows.
 
@@ -68,6 +77,8 @@ class ShortConv(nnx.Module):
             run: number of the segment that each token belongs to, 0 for the row's first, counted
                 upwards; None when every row is one segment. ``state`` belongs to run 0.
             length: number of leading tokens of each row that count; None when all do.
+            unit_width: divide every so many channels by their length; None: do not.
+            choice: what computes it, see ``ops/convolution``.
 
         Returns:
             The convolution, in the dtype of ``u``, and the last ``conv_size - 1`` inputs of the
@@ -80,7 +91,16 @@ class ShortConv(nnx.Module):
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
         past = None if run is None else along_rows_of(run, jnp.zeros((B, tail), run.dtype))
-        y = with_past(_sum_of_taps, (u, run), (before, past), weight)
+        form = Form(self.activation, unit_width)
+        y = with_past(
+            lambda new, old, taps: short_convolution(
+                choice, form, new[0], old[0], taps, new[1], old[1]
+            ),
+            (u, run),
+            (before, past),
+            weight,
+            on_each_device=choice.may_run_kernel,
+        )
 
         padded = jnp.concatenate([before, u], axis=1)
         if run is not None:
@@ -93,31 +113,8 @@ class ShortConv(nnx.Module):
             after = along_rows(padded, last)
             here = None if run is None else along_rows(run, last)
         if here is not None:
-            after = jnp.where(_beside(here == here[:, -1:], after), after, 0)
-        return self.activation(y).astype(u.dtype), after.reshape(B, tail, self.channels)
-
-
-def _sum_of_taps(extended: tuple[jax.Array, jax.Array | None], weight: jax.Array) -> jax.Array:
-    """The convolution of inputs ``[B, tail + T, *channels]``, ``[B, T, *channels]``.
-
-    Beside the inputs stand the numbers of their segments, ``[B, tail + T]``, or None.
-    """
-    u, run = extended
-    tail = weight.shape[0] - 1
-    T = u.shape[1] - tail
-    y = jnp.zeros((u.shape[0], T, *u.shape[2:]), weight.dtype)
-    for tap in range(tail + 1):
-        shifted = u[:, tap : tap + T].astype(weight.dtype)
-        if run is not None:
-            same = run[:, tap : tap + T] == run[:, tail:]
-            shifted = jnp.where(_beside(same, shifted), shifted, 0)
-        y = y + shifted * weight[tap][None, None]
-    return y
-
-
-def _beside(tokens: jax.Array, u: jax.Array) -> jax.Array:
-    """What is the same for all channels of ``u``, with their axes."""
-    return tokens.reshape(*tokens.shape, *[1] * (u.ndim - 2))
+            after = jnp.where(beside(here == here[:, -1:], after), after, 0)
+        return y, after.reshape(B, tail, self.channels)
 
 
 def segment_runs(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:
@@ -127,15 +124,18 @@ def segment_runs(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | N
     return jnp.cumsum(starts_of_segments(segment_ids), axis=1, dtype=jnp.int32)
 
 
-def check_conv_size(config: Any) -> None:
-    """ConfigError if the convolution has a size and is not used."""
-    if config.conv_size is not None and not config.use_short_conv:
-        raise ConfigError(
-            f"conv_size={config.conv_size} means nothing without use_short_conv, got "
-            f"use_short_conv={config.use_short_conv}; set that too, or leave conv_size none"
-        )
+def check_convolutions(config: Any) -> None:
+    """ConfigError if something is said of convolutions that are not used."""
+    for name in OF_CONVOLUTIONS:
+        value = getattr(config, name, None)
+        if value is not None and not config.use_short_conv:
+            raise ConfigError(
+                f"{name}={value} means nothing without use_short_conv, got "
+                f"use_short_conv={config.use_short_conv}; set that too, or leave {name} none"
+            )
 
 
-def idle_conv_size(values: Mapping[str, Any]) -> list[str]:
-    """The size of a convolution that is not used."""
-    return [] if values.get("use_short_conv") else ["conv_size"]
+def idle_of_convolutions(values: Mapping[str, Any]) -> list[str]:
+    """The fields that say something of convolutions that are not used."""
+    used = values.get("use_short_conv")
+    return [name for name in OF_CONVOLUTIONS if name in values and not used]

@@ -15,6 +15,7 @@ from deltaproduct_jax.layers.mlp import swiglu_width
 from deltaproduct_jax.layers.projection import value_width
 from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer
 from deltaproduct_jax.ops import RESIDUAL_NAMES
+from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.settings import check_fields, setting
 
 # Not None, since "none" is one of the values that the field may have.
@@ -36,7 +37,8 @@ _OPTIONAL_SIZES = (
 MIXER_FIELDS: tuple[str, ...] = (
     "num_heads", "head_dim", "num_v_heads", "expand_v", "num_householder", "allow_neg_eigval",
     "qk_activation", "beta_bias", "use_output_gate", "use_short_conv", "conv_size", "max_length",
-    "implementation", "chunk_size", "num_kv_heads", "qkv_bias", "window_size", "rope_theta",
+    "conv_implementation", "implementation", "chunk_size", "num_kv_heads", "qkv_bias",
+    "window_size", "rope_theta",
 )  # fmt: skip
 
 
@@ -100,6 +102,12 @@ class ModelConfig:
         None, "causal convolution on q, k and v of a delta mixer; none: no"
     )
     conv_size: int | None = setting(None, "taps of the short convolution; none: 4")
+    conv_implementation: str | None = setting(
+        None,
+        "how short convolutions of a delta mixer are computed, plain or triton; none: by platform "
+        "and shape",
+        recorded_if_set=True,
+    )
     max_length: int | None = setting(
         None, "tokens that the transformer's state holds for decoding; none: 2048"
     )
@@ -176,6 +184,7 @@ class ModelConfig:
         self._check_class()
         self._check_fields_of_mixer()
         require_one_of("qk_activation", self.qk_activation, (*QK_ACTIVATIONS, AUTO))
+        require_one_of("conv_implementation", self.conv_implementation, (None, *CONVOLUTIONS))
         require_one_of("initializer", self.initializer, INITIALIZERS)
         require_one_of("dtype", self.dtype, DTYPES)
         require_one_of("param_dtype", self.param_dtype, DTYPES)

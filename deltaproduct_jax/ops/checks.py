@@ -213,12 +213,14 @@ def check_chunk_size(chunk_size: Any, implementation: str | None) -> None:
         )
 
 
-def check_implementation(implementation: Any, available: tuple[str, ...]) -> None:
-    """ValueError unless ``implementation`` is None or one of ``available``."""
+def check_implementation(
+    implementation: Any, available: tuple[str, ...], argument: str = "implementation"
+) -> None:
+    """ValueError unless ``implementation``, the ``argument``, is None or one of ``available``."""
     if implementation is not None and implementation not in available:
         names = ", ".join(repr(name) for name in available)
         raise ValueError(
-            f"implementation={implementation!r} is not available; it may be one of {names}, "
+            f"{argument}={implementation!r} is not available; it may be one of {names}, "
             "or None for a choice by platform and shape"
         )
 

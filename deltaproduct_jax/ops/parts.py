@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 # The dimensions that may be cut, and what is cut with them.
@@ -176,13 +175,13 @@ class Placement(NamedTuple):
       op: what `delta_product` calls instead of itself, with its own arguments.
       block: (block of a model, its input [B, T, D]) -> both as they are to be used.
       heads: a kernel [D, parts, width], width that of all heads -> the same, cut as they are.
-      past: what `with_past` calls instead of itself where tokens are cut; None where they are not.
+      past: what `with_past` calls instead of itself.
     """
 
     op: Callable[..., tuple[Any, Any]]
     block: Callable[[Any, Any], tuple[Any, Any]]
     heads: Callable[[jax.Array], jax.Array]
-    past: Callable[..., jax.Array] | None
+    past: Callable[..., jax.Array]
 
 
 _CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement")
@@ -207,19 +206,27 @@ def placed(placement: Placement | None) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def with_past(compute: Callable[..., jax.Array], arrays: Any, before: Any, *others: Any) -> Any:
-    """``compute(extended, *others)``, each of ``arrays`` extended by what stands before it.
+def with_past(
+    compute: Callable[..., jax.Array],
+    arrays: Any,
+    before: Any,
+    *others: Any,
+    on_each_device: bool = False,
+) -> jax.Array:
+    """``compute(arrays, before, *others)``, where a token depends on as many before it.
 
-    Over a mesh that cuts tokens, every device does so for its own, and is sent no more than that.
+    Over a mesh that cuts tokens, every device does so for its own, and is sent no more than what
+    stands before them.
 
     Args:
-      compute: takes arrays [B, tail + T, ...], any T, and gives one [B, T, ...].
-      arrays: a tree of arrays [B, T, ...].
+      compute: takes arrays [B, T, ...], any T, and [B, tail, ...], and gives one like the first.
+      arrays: a tree of arrays [B, T] or [B, T, ..., channels].
       before: the same of arrays [B, tail, ...].
-      others: whatever else ``compute`` takes, the same for all tokens.
+      others: arrays [..., channels], the same for all tokens.
+      on_each_device: ``compute`` runs a kernel, so that over a mesh nothing is left to the
+        compiler: batch and channels are cut as batch and heads of the op are.
     """
     spread = placement()
-    if spread is not None and spread.past is not None:
-        return spread.past(compute, arrays, before, *others)
-    extended = jax.tree.map(lambda x, past: jnp.concatenate([past, x], axis=1), arrays, before)
-    return compute(extended, *others)
+    if spread is None:
+        return compute(arrays, before, *others)
+    return spread.past(compute, arrays, before, *others, on_each_device=on_each_device)

@@ -33,8 +33,8 @@ def reverse_only(tree):
 
 
 @functools.cache
-def differentiated_once(run: Callable) -> Callable:
-    """``run(*arrays, **options)``, a pass of a kernel; whoever differentiates it is told so."""
+def differentiated_once(run: Callable, text: str = NO_SECOND_DERIVATIVE) -> Callable:
+    """``run(*arrays, **options)``, a pass of a kernel; whoever differentiates it reads ``text``."""
 
     def refusing(*arrays, **options):
         @jax.custom_jvp
@@ -43,7 +43,7 @@ def differentiated_once(run: Callable) -> Callable:
 
         @kernel.defjvp
         def _refuse_again(*_):
-            raise TypeError(NO_SECOND_DERIVATIVE)
+            raise TypeError(text)
 
         return kernel(*arrays)
 

@@ -23,7 +23,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.parts import Placement, placed, placement
-from deltaproduct_jax.ops.parts import with_past as whole_with_past
 from deltaproduct_jax.ops.sharding import sharded_delta_product
 from deltaproduct_jax.parallel.config import AXES, GROUPS, DeviceConfig
 from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_of_model
@@ -224,7 +223,7 @@ class Layout:
             head_axis=MESH_AXES["heads"],
             sequence_axis=MESH_AXES["sequence"],
         )
-        past = _with_past_of(self.mesh) if self.sizes["sequence"] > 1 else None
+        past = functools.partial(_with_past, self.mesh)
         return placed(Placement(op, self._place_block, self._cut_heads, past))
 
     def _cut_heads(self, kernel: jax.Array) -> jax.Array:
@@ -258,37 +257,52 @@ class Layout:
         raise ValueError(f"a block has parameters that none of the model's has: {sorted(paths)}")
 
 
-def _with_past_of(mesh: Mesh) -> Callable[..., jax.Array]:
+def _with_past(
+    mesh: Mesh,
+    compute: Callable[..., jax.Array],
+    arrays: Any,
+    before: Any,
+    *others: jax.Array,
+    on_each_device: bool,
+) -> jax.Array:
     """`ops.parts.with_past` over a mesh: a device is sent the end of the piece before its own."""
     axis = "sequence"
     pieces = mesh.shape[axis]
+    tokens = {x.shape[1] for x in jax.tree.leaves(arrays)}
+    tail = max(x.shape[1] for x in jax.tree.leaves(before))
+    # Of shorter pieces it would reach two back.
+    is_cut = pieces > 1 and all(T % pieces == 0 and T // pieces >= tail for T in tokens)
+    if not is_cut and not on_each_device:
+        return compute(arrays, before, *others)
 
-    def after_past(x: jax.Array, before: jax.Array) -> jax.Array:
-        count = before.shape[1]
-        ends = x[:, x.shape[1] - count :]
+    def past_of(x: jax.Array, before: jax.Array) -> jax.Array:
+        ends = x[:, x.shape[1] - before.shape[1] :]
         past = jax.lax.ppermute(ends, axis, [(i, i + 1) for i in range(pieces - 1)])
-        past = jnp.where(jax.lax.axis_index(axis) == 0, before, past)
-        return jnp.concatenate([past, x], axis=1)
+        return jnp.where(jax.lax.axis_index(axis) == 0, before, past)
 
-    def with_past(compute, arrays, before, *others):
-        tokens = {x.shape[1] for x in jax.tree.leaves(arrays)}
-        tail = max(x.shape[1] for x in jax.tree.leaves(before))
-        if any(T % pieces or T // pieces < tail for T in tokens):  # it would reach two pieces back
-            with placed(None):
-                return whole_with_past(compute, arrays, before, *others)
-        cut = PartitionSpec(None, axis)
-        run = jax.shard_map(
-            lambda arrays, before, *others: compute(
-                jax.tree.map(after_past, arrays, before), *others
-            ),
-            mesh=mesh,
-            in_specs=(cut, PartitionSpec(), *[PartitionSpec()] * len(others)),
-            out_specs=cut,
-            axis_names=frozenset({axis}),  # what else is cut is left to the compiler
-        )
-        return run(arrays, before, *others)
+    def on_piece(arrays, before, *others):
+        before = jax.tree.map(past_of, arrays, before) if is_cut else before
+        return compute(arrays, before, *others)
 
-    return with_past
+    # What has no axis here is left to the compiler.
+    batch, heads = (MESH_AXES[n] if on_each_device else None for n in ("batch", "heads"))
+    first = jax.tree.leaves(arrays)[0]
+    if batch and first.shape[0] % math.prod(mesh.shape[name] for name in batch):
+        batch = None
+
+    def specs(tree: Any, along: str | None) -> Any:
+        spec = lambda x: PartitionSpec(*[batch, along, *[None] * (x.ndim - 3), heads][: x.ndim])
+        return jax.tree.map(spec, tree)
+
+    of_tokens = axis if is_cut else None
+    of_others = [PartitionSpec(*[None] * (x.ndim - 1), heads) for x in others]
+    return jax.shard_map(
+        on_piece,
+        mesh=mesh,
+        in_specs=(specs(arrays, of_tokens), specs(before, None), *of_others),
+        out_specs=specs(first, of_tokens),
+        axis_names=frozenset(mesh.axis_names if on_each_device else {axis}),
+    )(arrays, before, *others)
 
 
 def _path_of(keys: Any) -> Path:

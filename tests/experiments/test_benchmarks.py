@@ -6,6 +6,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -13,10 +14,12 @@ from deltaproduct_jax import delta_product
 from deltaproduct_jax.errors import ConfigError
 from experiments.hardware.tpu_estimate import EstimateConfig
 from experiments.lib import flags
+from experiments.lib.bench import convolution as bench_convolution
 from experiments.lib.bench import timing
 from experiments.lib.bench.gpu_kernels import PassConfig
 from experiments.lib.bench.peers import jax_packages as peer_jax
 from experiments.op import containment as op_containment
+from experiments.op import convolution_speed as op_convolution
 from experiments.op import rule as op_rule
 from experiments.op import scaling as op_scaling
 from experiments.op import sharding as op_sharding
@@ -264,3 +267,41 @@ def test_the_rule_names_where_it_picked_the_slower():
     assert "| 2 | 8 | 4 | **0.50** |" in text
     assert text.endswith("K = V = 8, n_h = 1: chunked takes 2.00 times as long as the other")
     assert op_rule.table([{**row, "picked_over_best": 1.04}]).endswith("- nowhere")
+
+
+def test_convolutions_are_held_against_float64_and_timed(tmp_path, capsys):
+    tiny = [f"--workdir={tmp_path}", "--length=9", "--head_dim=4", "--repeats=2", "--packed=true"]
+    op_convolution.command([*tiny, "--directions=forward+backward"])
+    printed = capsys.readouterr().out
+    rows = json.loads((tmp_path / "convolution.json").read_text())["rows"]
+    assert [row["implementation"] for row in rows] == ["plain", "fused"]
+    for row in rows:
+        assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert 0 < row["worst_error"] < 1e-6
+        assert row["device_ms"] is None
+        assert f"| {row['direction']} | {row['implementation']} |" in printed
+
+
+@pytest.mark.slow
+def test_a_wrong_convolution_is_not_timed(tmp_path, monkeypatch):
+    right = bench_convolution.exact
+    doubled = lambda *arguments: jax.tree.map(lambda x: 2 * x, right(*arguments))
+    monkeypatch.setattr(bench_convolution, "exact", doubled)
+    with pytest.raises(ConfigError, match="plain is wrong at Convolutions"):
+        op_convolution.command(
+            [
+                f"--workdir={tmp_path}",
+                "--length=9",
+                "--directions=forward",
+                "--implementations=plain",
+            ]
+        )
+
+
+def test_convolutions_by_a_kernel_say_why_they_cannot_be_timed(tmp_path):
+    with pytest.raises(ConfigError, match="implementations=triton: conv_implementation='triton'"):
+        op_convolution.command(
+            [f"--workdir={tmp_path}", "--implementations=triton", "--conv_size=5"]
+        )
+    with pytest.raises(ConfigError, match="directions='step' is not known"):
+        op_convolution.command([f"--workdir={tmp_path}", "--directions=step"])

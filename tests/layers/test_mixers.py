@@ -294,7 +294,7 @@ def test_every_field_that_a_mixer_has_reaches_it(mixer):
 GIVEN = OWN | {
     "num_householder": 1, "allow_neg_eigval": True, "qk_activation": "silu", "beta_bias": 1.0,
     "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0, "conv_size": 4,
-    "max_length": 2048,
+    "max_length": 2048, "conv_implementation": "plain",
 }  # fmt: skip
 
 

@@ -129,3 +129,39 @@ def step_for(*, R: int, K: int, V: int) -> Launch:
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least ``size`` and 16, what products take."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvolutionTiling:
+    """The cut of a short convolution.
+
+    Attributes:
+      width: channels of a group, divided by its length if any is.
+      rows: groups in a program; a power of two.
+      columns: of a tile, at least ``width``; a power of two.
+      piece: tokens that a program walks along; at least as many as are read before a token.
+      warps: of 32 threads, in a program.
+    """
+
+    width: int
+    rows: int
+    columns: int
+    piece: int
+    warps: int
+
+
+def convolution_for(channels: int, unit_width: int | None, *, backward: bool) -> ConvolutionTiling:
+    """The cut of a short convolution over so many channels.
+
+    Args:
+      channels: of a token.
+      unit_width: channels of which one length is taken; None: no length is.
+      backward: whether it is the way back, which holds three times as much in registers.
+    """
+    most = 512 if backward else 1024
+    # Without lengths groups mean nothing: as wide as divide the channels.
+    width = unit_width or min(most, channels & -channels)
+    columns = 1 << (width - 1).bit_length()
+    groups = 1 << (channels // width - 1).bit_length()
+    rows = min(groups, max(1, most // columns))
+    return ConvolutionTiling(width, rows, columns, piece=64, warps=4)

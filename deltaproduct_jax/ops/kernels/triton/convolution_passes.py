@@ -1,0 +1,91 @@
+"""The GPU kernels of short convolutions: what they take, and what is launched on which arrays.
+
+The bodies are in `convolution`, which needs Triton and is imported at the first launch. Letters: B
+sequences, T tokens, C channels, W taps, G sets of taps.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from deltaproduct_jax.ops.api import L2NORM_EPSILON
+from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.kernels.triton import passes, tiling
+from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.tiling import Launch
+
+MOST_TAPS = 4
+MOST_WIDTH = 512
+MOST_SEQUENCES = 65535
+
+
+def unsupported(form: Form, *, B: int, conv_size: int, dtype) -> str | None:
+    """Why the kernels cannot run these, as the end of a sentence, or None."""
+    if jnp.dtype(dtype) not in (*passes.NARROW, jnp.dtype(jnp.float32)):
+        return f"the dtype is {jnp.dtype(dtype)}; it takes bfloat16, float16 and float32"
+    if form.activation not in (jax.nn.silu, identity):
+        return f"the activation is {form.activation.__name__}; it takes silu and none"
+    if not 2 <= conv_size <= MOST_TAPS:
+        return f"conv_size is {conv_size}; it takes 2 to {MOST_TAPS}"
+    for name, size, most in (
+        ("B", B, MOST_SEQUENCES),
+        ("the width of a head", form.unit_width or 1, MOST_WIDTH),
+    ):
+        if size > most:
+            return f"{name} is {size}; it takes at most {most}"
+    return None
+
+
+def forward(u, before, taps, run, past, *, form: Form) -> jax.Array:
+    """The convolution [B, T, C] in the dtype of ``u``.
+
+    Args:
+      u: inputs [B, T, C].
+      before: the W - 1 inputs before them [B, W - 1, C].
+      taps: [G, W, C], float32; sequences are shared out to the G sets in order.
+      run: numbers of segments [B, T], int32, or None.
+      past: those of ``before`` [B, W - 1], or None.
+      form: what is done to the sum of taps.
+    """
+    return batched(_forward, form)(u, before, taps, run, past)
+
+
+def backward(u, before, taps, run, past, dy, *, form: Form) -> tuple[jax.Array, ...]:
+    """Cotangents of ``u``, ``before`` and ``taps``, from that of `forward`."""
+    return batched(_backward, form)(u, before, taps, run, past, dy)
+
+
+def _forward(form: Form, u, *others):
+    out = jax.ShapeDtypeStruct(u.shape, u.dtype)
+    (y,) = _launch("convolve", form, (u, *others), lambda pieces: (out,))
+    return y
+
+
+def _backward(form: Form, u, before, taps, run, past, dy):
+    B, C, (G, W) = u.shape[0], u.shape[2], taps.shape[:2]
+
+    def outs(pieces: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        likes = (u, before, jax.ShapeDtypeStruct((B, pieces, W, C), jnp.float32))
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes)
+
+    arrays = (u, before, taps, run, past)
+    du, dbefore, parts = _launch("convolve_back", form, arrays, outs, dy.astype(u.dtype))
+    # Summed in one order, whatever ran first.
+    dtaps = jnp.sum(parts.reshape(G, -1, W, C), axis=1)
+    return du, dbefore, dtaps
+
+
+def _launch(name: str, form: Form, arrays, outs, *more) -> tuple[jax.Array, ...]:
+    u, before, taps, run, past = arrays
+    (B, T, C), (G, W) = u.shape, taps.shape[:2]
+    cut = tiling.convolution_for(C, form.unit_width, backward=bool(more))
+    has_run = run is not None
+    meta: dict[str, Any] = {"B": B, "T": T, "C": C, "G": G, "W": W, "HAS_RUN": has_run}
+    meta |= {"ROWS": cut.rows, "WIDTH": cut.width, "BW": cut.columns, "PIECE": cut.piece}
+    meta |= {"SILU": form.activation is jax.nn.silu, "UNIT": form.unit_width is not None}
+    meta |= {"EPSILON": L2NORM_EPSILON}
+    pieces = -(-T // cut.piece)
+    grid = (-(-C // (cut.width * cut.rows)), pieces, B)
+    inputs = (u, before, taps, *((run, past) if has_run else (u, u)), *more)
+    return passes.call(name, inputs, outs(pieces), grid, Launch(cut.warps, stages=1), meta=meta)

@@ -1,0 +1,227 @@
+"""Short convolutions of q, k and v with SiLU, and lengths of q and k: programs and inputs."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deltaproduct_jax.compilers import child, hlo_cost, tpu
+from deltaproduct_jax.compilers.memory import memory_of
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.ops.convolution.dispatch import short_convolution
+from deltaproduct_jax.ops.convolution.plain import Form, unit
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
+from deltaproduct_jax.ops.precision import accumulator_dtype
+from experiments.lib import environment
+from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch
+from experiments.lib.bench.timing import FORWARD, Compiled
+
+# As layers compute without a kernel: the convolution is rounded, then divided by lengths.
+LAYER, FUSED, KERNEL = "plain", "fused", "triton"
+IMPLEMENTATIONS = (LAYER, FUSED, KERNEL)
+EXTRA = environment.extra_folder("tpu")
+TIMEOUT_S = 600  # of a compilation
+Arrays = Mapping[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Convolutions:
+    """Sizes of q's, k's and v's convolutions, by the letters of the op; W taps."""
+
+    B: int
+    T: int
+    H: int
+    K: int
+    R: int
+    W: int
+    dtype: str
+    packed: bool
+
+    @property
+    def channels(self) -> dict[str, tuple[int, ...]]:
+        """Of each convolution, as they come from projections: q's, and k's and v's by factor."""
+        heads = self.H * self.K
+        return {"q": (heads,), "k": (self.R, heads), "v": (self.R, heads)}
+
+    def inputs(self, seed: int = 0) -> dict[str, jax.Array]:
+        """Inputs, taps, cotangents ("dq" and so on) of each, and "run", the segments."""
+        keys = iter(jax.random.split(jax.random.key(seed), 9))
+        arrays = {}
+        for name, C in self.channels.items():
+            draw = lambda *shape: jax.random.normal(next(keys), shape)
+            arrays[name] = draw(self.B, self.T, *C).astype(self.dtype)
+            arrays[f"{name}_taps"] = draw(self.W, *C) * self.W**-0.5
+            dy = draw(self.B, self.T, *C[:-1], self.H, self.K)  # of heads, as the op takes them
+            arrays[f"d{name}"] = dy.astype(self.dtype)
+        if self.packed:  # of a quarter of a row
+            ids = jnp.arange(self.T, dtype=jnp.int32) * 4 // self.T
+            arrays["run"] = jnp.broadcast_to(ids, (self.B, self.T))
+        return arrays
+
+    def floor_bytes(self, direction: str) -> int:
+        """Of inputs and outputs, each moved once."""
+        channels = sum(math.prod(C) for C in self.channels.values())
+        size = self.B * self.T * channels * jnp.dtype(self.dtype).itemsize
+        return size * (2 if direction == FORWARD else 5)
+
+
+def program(sizes: Convolutions, implementation: str, direction: str) -> Callable[[Arrays], Any]:
+    """q, k and v of `Convolutions.inputs`, and with the gradient those of inputs and taps.
+
+    Raises:
+        ValueError: the kernel cannot run these.
+    """
+    silu, K = jax.nn.silu, sizes.K
+    choice = PLAIN
+    if implementation == KERNEL:
+        fixed = {"B": sizes.B, "T": sizes.T, "conv_size": sizes.W, "dtype": sizes.dtype}
+        choice = choose(KERNEL, (Form(silu, K), Form(silu)), op=KERNEL, **fixed)
+
+    def forward(given: Arrays, run: jax.Array | None) -> dict[str, jax.Array]:
+        return {name: _one(sizes, implementation, choice, name, given, run) for name in "qkv"}
+
+    def backward(arrays: Arrays) -> Any:
+        given = {n: x for n, x in arrays.items() if n in "qkv" or n.endswith("_taps")}
+        outputs, pull = jax.vjp(lambda given: forward(given, arrays.get("run")), given)
+        return outputs, pull({name: arrays[f"d{name}"] for name in "qkv"})
+
+    if direction == FORWARD:
+        return lambda arrays: forward(arrays, arrays.get("run"))
+    return backward
+
+
+def _one(
+    sizes: Convolutions,
+    implementation: str,
+    choice: Choice,
+    name: str,
+    given: Arrays,
+    run: jax.Array | None,
+) -> jax.Array:
+    u, taps = given[name], given[f"{name}_taps"]
+    taps = taps.astype(accumulator_dtype(u.dtype))
+    before = jnp.zeros((sizes.B, sizes.W - 1, *u.shape[2:]), u.dtype)
+    past = None if run is None else jnp.zeros((sizes.B, sizes.W - 1), run.dtype)
+    has_length = name != "v"
+    within = has_length and implementation != LAYER
+    form = Form(jax.nn.silu, sizes.K if within else None)
+    y = short_convolution(choice, form, u, before, taps, run, past)
+    y = y.reshape(*y.shape[:-1], sizes.H, sizes.K)
+    return unit(y, sizes.K).astype(y.dtype) if has_length and not within else y
+
+
+def exact(sizes: Convolutions, arrays: Arrays, direction: str) -> Any:
+    """What `program` computes, in float64."""
+    with jax.enable_x64(True):
+        wide = lambda x: np.asarray(
+            x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None
+        )
+        arrays = {name: jnp.asarray(wide(x)) for name, x in arrays.items()}
+        return jax.device_get(jax.jit(program(sizes, LAYER, direction))(arrays))
+
+
+def peer_program(sizes: Convolutions, arrays: Arrays, direction: str) -> Callable[[], Any]:
+    """The same by flash-linear-attention: its convolutions with SiLU, then its lengths.
+
+    Raises:
+        ConfigError: torch, the package or a GPU is missing, or rows are packed.
+    """
+    torch = load_torch()
+    from fla.modules.convolution import causal_conv1d
+    from fla.modules.l2norm import l2norm
+
+    if sizes.packed:
+        raise ConfigError("peer=fla packs rows in another way; give packed=false")
+    given = {name: to_torch(x) for name, x in arrays.items()}
+    inputs = {name: given[name].flatten(2) for name in "qkv"}
+    inputs |= {f"{n}_taps": given[f"{n}_taps"].flatten(1).T.contiguous() for n in "qkv"}
+    cotangents = [given[f"d{name}"] for name in "qkv"]
+    for x in inputs.values() if direction != FORWARD else ():
+        x.requires_grad_(True)
+
+    def forward() -> list[Any]:
+        outputs = []
+        for name in "qkv":
+            y, _ = causal_conv1d(inputs[name], inputs[f"{name}_taps"], activation="silu")
+            y = y.view(*given[f"d{name}"].shape)
+            outputs.append(y if name == "v" else l2norm(y, eps=1e-6))
+        return outputs
+
+    def run() -> dict[str, Any] | tuple[dict[str, Any], dict[str, Any]]:
+        outputs = forward()
+        results = dict(zip("qkv", outputs, strict=True))
+        if direction != FORWARD:
+            gradients = torch.autograd.grad(outputs, list(inputs.values()), cotangents)
+            results = results, dict(zip(inputs, gradients, strict=True))
+        torch.cuda.synchronize()
+        return results
+
+    return run
+
+
+def peer_results(sizes: Convolutions, arrays: Arrays, direction: str) -> Any:
+    """What the peer computes, arranged as `program` has it; raises as `peer_program`."""
+    got = peer_program(sizes, arrays, direction)()
+    numbers = lambda named: dict(zip(named, to_numpy(tuple(named.values())), strict=True))
+    if direction == FORWARD:
+        return numbers(got)
+    outputs, gradients = map(numbers, got)
+    turned = {n: x.T if n.endswith("_taps") else x for n, x in gradients.items()}
+    return outputs, {n: x.reshape(arrays[n].shape) for n, x in turned.items()}
+
+
+def compile_peer(sizes: Convolutions, arrays: Arrays, direction: str) -> Compiled:
+    """The peer's program, compiled by a first run; raises as `peer_program`."""
+    return as_compiled(peer_program(sizes, arrays, direction))
+
+
+def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Compiles one program for a TPU in this process, which must have been started for it.
+
+    Args:
+        fields: "generation", "implementation", "direction", and the fields of `Convolutions`.
+    """
+    fields = dict(fields)
+    generation, implementation, direction = (
+        fields.pop(name) for name in ("generation", "implementation", "direction")
+    )
+    sizes = Convolutions(**fields)
+    mesh = tpu.mesh_of(tpu.GENERATIONS[generation].topology, (1,), ("device",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
+        jax.eval_shape(sizes.inputs),
+    )
+    compiled = jax.jit(program(sizes, implementation, direction)).lower(arrays).compile()
+    cost = hlo_cost.cost(compiled.as_text())
+    return {"hbm_bytes": cost.hbm_bytes, "model_cycles": cost.model_cycles, **memory_of(compiled)}
+
+
+def estimates(sizes: Convolutions, generation: str, directions: list[str]) -> list[dict[str, Any]]:
+    """What the compiler of a TPU that is not there makes of both plain forms.
+
+    Raises:
+        ConfigError: libtpu is missing.
+    """
+    tpu.require_libtpu(EXTRA, f"pip install {environment.extra_requirement('tpu')} has it")
+    fixed = dataclasses.asdict(sizes) | {"generation": generation}
+    rows = []
+    for direction, implementation in itertools.product(directions, (LAYER, FUSED)):
+        names = {"generation": generation, "direction": direction, "implementation": implementation}
+        found, ending = child.call_apart(  # each apart: together they may take too much memory
+            f"{__name__}:{compile_here.__name__}",
+            [fixed | names],
+            folder=environment.ROOT,
+            environment=tpu.child_environment(EXTRA),
+            timeout_s=TIMEOUT_S,
+        )
+        if ending is not None:
+            raise ConfigError(f"{direction} of {implementation}: the compiler {ending}")
+        floor, (row,) = sizes.floor_bytes(direction), found
+        rows.append({**names, **row, "floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor})
+    return rows

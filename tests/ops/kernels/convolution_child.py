@@ -1,0 +1,323 @@
+"""What test_convolution.py runs apart, where Triton is found: prints one JSON object.
+
+``interpret``: errors of the kernels against the oracle, run by Triton's interpreter. ``compile``:
+what is lowered for CUDA without a GPU. ``interpret all`` takes every case, and what a mesh and
+`jax.vmap` make of a kernel; else those in `QUICK`.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle_convolution
+import triton_interpreter
+from flax import nnx
+
+from deltaproduct_jax import GatedDeltaProduct
+from deltaproduct_jax.compilers.gpu import kernel_resources
+from deltaproduct_jax.layers.short_conv import ShortConv
+from deltaproduct_jax.ops.convolution import dispatch, selection
+from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, tiling
+from deltaproduct_jax.ops.varying import mark_varying_as
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout, make_mesh
+
+silu = jax.nn.silu
+TRITON = selection.Choice("triton", "triton")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    form: Form
+    dtype: str = "float32"
+    C: int = 24
+    W: int = 4
+    T: int = 13
+    B: int = 2
+    packed: bool = False
+    rows: int | None = None  # groups of a program
+
+    def arrays(self, seed=0):
+        keys = jax.random.split(jax.random.key(seed), 4)
+        draw = lambda i, *shape: jax.random.normal(keys[i], shape)
+        tail, dtype = self.W - 1, self.dtype
+        u, before = draw(0, self.B, self.T, self.C), draw(1, self.B, tail, self.C)
+        taps, dy = draw(2, self.W, self.C), draw(3, self.B, self.T, self.C)
+        run = past = None
+        if self.packed:  # of one token, of three, and one that goes on behind a piece
+            bounds = np.array([[2, 3, 6], [1, 5, 20]])
+            run = (np.arange(self.T)[None, :, None] >= bounds[: self.B, None]).sum(-1)
+            run, past = jnp.asarray(run, jnp.int32), jnp.zeros((self.B, tail), jnp.int32)
+            past = past - (jnp.arange(tail) < 1)  # one of another segment
+        return *(x.astype(dtype) for x in (u, before)), taps, run, past, dy.astype(dtype)
+
+
+CASES = {
+    "SiLU and unit length, packed": Case(Form(silu, 8), packed=True, rows=1, T=6),
+    "SiLU, three taps": Case(Form(silu), dtype="bfloat16", W=3, T=5, C=20),
+    "unit length of 6, two taps": Case(Form(identity, 6), dtype="float16", W=2, T=5, C=18),
+    "SiLU and unit length": Case(Form(silu, 8), packed=True, rows=1),
+    "SiLU and unit length, bfloat16": Case(Form(silu, 8), dtype="bfloat16", packed=True),
+    "SiLU and unit length, float16": Case(Form(silu, 8), dtype="float16", packed=True),
+    "SiLU, packed": Case(Form(silu), packed=True, C=12, W=3),
+    "sum alone, odd number of channels": Case(Form(identity), C=7, packed=True),
+    "fewer tokens than taps": Case(Form(silu, 8), T=2, packed=True),
+    "one token": Case(Form(silu, 8), T=1),
+    "whole pieces": Case(Form(silu, 8), T=8),
+}
+QUICK = tuple(CASES)[:3]
+
+
+def cut_short(rows=None):
+    """Pieces of 4 tokens, and of ``rows`` groups."""
+
+    def short(*args, real=tiling.convolution_for, **options):
+        cut = real(*args, **options)
+        return dataclasses.replace(cut, piece=4, rows=rows or cut.rows)
+
+    convolution_passes.tiling = type("Cut", (), {"convolution_for": staticmethod(short)})
+
+
+def both(form, u, before, taps, run, past, dy):
+    """Outputs and cotangents of the kernels."""
+    y = convolution_passes.forward(u, before, taps[None], run, past, form=form)
+    grads = convolution_passes.backward(u, before, taps[None], run, past, dy, form=form)
+    return y, *grads[:2], grads[2][0]
+
+
+def relative(x, reference):
+    x, reference = (np.asarray(a, np.float64) for a in (x, reference))
+    return float(np.linalg.norm(x - reference) / max(np.linalg.norm(reference), 1e-30))
+
+
+def errors(case):
+    cut_short(case.rows)
+    arrays = case.arrays()
+    options = {"silu": case.form.activation is silu, "width": case.form.unit_width}
+    y, gradients = oracle_convolution.short_convolution(*arrays, **options)
+    results = both(case.form, *arrays)
+    found = dict(zip(("y", "du", "dbefore", "dtaps"), results, strict=True))
+    wanted = dict(zip(found, (y, *gradients), strict=True))
+    return {name: relative(found[name], wanted[name]) for name in found}
+
+
+def interpreted(name, arrays, *others, **options):
+    """`passes.call`, whose results vary over a mesh as its arrays do."""
+    results = triton_interpreter.call(name, arrays, *others, **options)
+    return tuple(mark_varying_as(x, arrays[0]) for x in results)
+
+
+def interpret(every):
+    passes.call = interpreted
+    names = CASES if every else QUICK
+    found = {name: [CASES[name].dtype, errors(CASES[name])] for name in names}
+    found = {"errors": found}
+    if every:
+        dispatch._by_platform = lambda choice, kernel, others, *arrays: kernel(*arrays)
+        found |= {"vmap": mapped(), "meshes": {m: meshed(m) for m in MESHES}, "layer": layer()}
+        found["explicit"] = over_explicit_axes()
+    return found
+
+
+def mapped():
+    """How far a mapped gradient is from the plain form's; of the taps too, or not."""
+    case = Case(Form(silu, 8), packed=True, T=6)
+    u, before, taps, run, past, dy = case.arrays()
+
+    def gradient(choice):
+        def one(u, taps):
+            call = lambda u, taps: dispatch.short_convolution(
+                choice, case.form, u, before, taps, run, past
+            )
+            return jax.vjp(call, u, taps)[1](dy)
+
+        stacked = jnp.stack([u, 2 * u]), jnp.stack([taps, -taps])
+        return jax.vmap(one)(*stacked), jax.vmap(one, in_axes=(0, None))(stacked[0], taps)
+
+    pair = gradient(TRITON), gradient(selection.PLAIN)
+    return max(jax.tree.leaves(jax.tree.map(relative, *pair)))
+
+
+MESHES = ("data:2", "tensor:2,sequence:2", "data:2,sequence:2", "sequence:4")
+
+
+def meshed(mesh):
+    """How far a convolution of 8 tokens over a mesh is from the plain one, and its gradients.
+
+    Over four devices along the sequence a piece has fewer tokens than are read before one.
+    """
+    layout = Layout(make_mesh(DeviceConfig(mesh=mesh), jax.devices()), {})
+    conv = ShortConv(32, activation=silu, kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(conv)
+    case = Case(Form(silu, 8), C=32, packed=True, T=8)
+    u, before, _, run, _, dy = case.arrays()
+    u, dy = (x.reshape(2, 8, 1, 32) for x in (u, dy))
+
+    def loss(params, u, before, choice):
+        conv = nnx.merge(graph, params)
+        y, after = conv(u, before, run, unit_width=8, choice=choice)
+        return jnp.sum(y * dy) + jnp.sum(after**2), y
+
+    @functools.partial(jax.jit, static_argnums=3)
+    def placed(params, u, before, choice):
+        with layout.placed():
+            run = lambda *arrays: loss(*arrays, choice)
+            return jax.value_and_grad(run, (0, 1, 2), has_aux=True)(params, u, before)
+
+    plainly = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
+    wanted = plainly(params, u, before, selection.PLAIN)
+    found = placed(params, u, before, TRITON)
+    return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
+
+
+def over_explicit_axes():
+    """How far a convolution is whose sequences lie over explicit axes of a mesh."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    case = Case(Form(silu, 8), packed=True, T=6)
+    u, before, taps, run, past, dy = case.arrays()
+
+    def gradient(choice, *arrays):
+        u, before, run, past, dy = arrays
+        call = lambda u, taps: dispatch.short_convolution(
+            choice, case.form, u, before, taps, run, past
+        )
+        y, pull = jax.vjp(call, u, taps)
+        return y, pull(dy)
+
+    arrays = (u, before, run, past, dy)
+    found = jax.jit(gradient, static_argnums=0)(TRITON, *jax.device_put(arrays, spread))
+    wanted = gradient(selection.PLAIN, *arrays)
+    return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
+
+
+def layer():
+    """How far a layer is from the plain one: packed, padded, from a state, and its gradients."""
+    x = jax.random.normal(jax.random.key(1), (2, 9, 16))
+    given = {"segment_ids": jnp.asarray([[0] * 4 + [1] * 5, [0] * 9])}
+    given |= {"mask": jnp.arange(9)[None] != jnp.asarray([[2], [7]])}
+
+    def run(name):
+        layer = made(name, jnp.float32)
+        graph, params = nnx.split(layer)
+        before = jax.tree.map(lambda x: x + 0.5, layer.init_state(2))
+
+        def loss(params, x, before):
+            y, state = nnx.merge(graph, params)(x, state=before, **given)
+            return jnp.sum(y**2) + sum(jnp.sum(s**2) for s in state), (y, state)
+
+        found = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, x, before)
+        return jax.tree.leaves(found)
+
+    return max(map(relative, run("triton"), run("plain")))
+
+
+def made(name, dtype=jnp.bfloat16, **options):
+    sizes = {"num_heads": 2, "head_dim": 16, "expand_v": 1.0}
+    options = sizes | {"conv_implementation": name, "dtype": dtype} | options
+    return GatedDeltaProduct(16, **options, rngs=nnx.Rngs(0))
+
+
+# By what is compiled: form, packed or not, dtype.
+COMPILED = {
+    "unit length, packed": (Form(silu, 128), True, "bfloat16"),
+    "SiLU": (Form(silu), False, "bfloat16"),
+    "unit length": (Form(silu, 128), False, "bfloat16"),
+    "unit length of 256, float32": (Form(silu, 256), True, "float32"),
+    "SiLU, float32": (Form(silu), True, "float32"),
+    "unit length, float16": (Form(silu, 64), True, "float16"),
+    "no activation, packed": (Form(identity), True, "bfloat16"),
+}
+
+
+def compile_for_cuda():
+    os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "90"
+    rows = {}
+    for name in COMPILED:
+        for kernel, arrays, launch, meta in launches(*COMPILED[name]):
+            rows[f"{kernel}, {name}"] = kernel_resources(
+                kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
+            )
+    return {"rows": rows, "lowered": lowered(), "said": said()}
+
+
+def kernel_of(name):
+    from deltaproduct_jax.ops.kernels.triton import kernels
+
+    return getattr(kernels, name)
+
+
+def launches(form, packed, dtype, C=1024, W=4):
+    """Both launches of a gradient, recorded."""
+    recorded, real = [], passes.call
+
+    def record(name, arrays, outs, grid, launch, *, meta):
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
+        recorded.append((name, shapes, launch, meta))
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
+
+    passes.call = record
+    u, before = (jax.ShapeDtypeStruct((8, T, C), dtype) for T in (4096, W - 1))
+    taps = jax.ShapeDtypeStruct((W, C), "float32")
+    ids = [jax.ShapeDtypeStruct((8, T), "int32") if packed else None for T in (4096, W - 1)]
+    jax.eval_shape(functools.partial(both, form), u, before, taps, *ids, u)
+    passes.call = real
+    return recorded
+
+
+def lowered():
+    """How many kernels the gradient of a layer holds, lowered for CUDA."""
+
+    def count(name, **options):
+        graph, params = nnx.split(made(name, **options))
+
+        def loss(params, x, ids):
+            y, _ = nnx.merge(graph, params)(x, segment_ids=ids)
+            return jnp.sum(y.astype(jnp.float32))
+
+        shapes = jax.ShapeDtypeStruct((2, 40, 16), "bfloat16"), jax.ShapeDtypeStruct((2, 40), int)
+        traced = jax.jit(jax.grad(loss)).trace(params, *shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call")
+
+    found = {"plain": count("plain"), "triton": count("triton"), "None": count(None)}
+    selection.BY_DEFAULT = True
+    found["None, by default"] = count(None)
+    found["None, by default, other op"] = count(None, implementation="chunked")
+    selection.BY_DEFAULT = False
+    return found
+
+
+def said():
+    """What a user reads who names the kernels where they cannot run, or differentiates twice."""
+    case = Case(Form(silu, 8))
+    u, before, taps, run, past, _ = case.arrays()
+    call = lambda u: dispatch.short_convolution(TRITON, case.form, u, before, taps, run, past)
+    twice = jax.grad(lambda u: jnp.sum(jax.grad(lambda u: jnp.sum(call(u) ** 2))(u)))
+
+    def text(function):
+        try:
+            function()
+        except Exception as error:  # whatever it is, the user reads it
+            return str(error)
+        return "nothing"
+
+    x = jnp.zeros((1, 3, 16), jnp.bfloat16)
+    return {
+        "on a CPU": text(lambda: made("triton")(x)),
+        "taps": text(lambda: made("triton", conv_size=5)(x)),
+        "twice": text(lambda: jax.jit(twice).trace(u).lower(lowering_platforms=("cuda",))),
+    }
+
+
+if __name__ == "__main__":
+    mode, *every = sys.argv[1:]
+    found = interpret(bool(every)) if mode == "interpret" else compile_for_cuda()
+    print(json.dumps(found))

@@ -1,0 +1,152 @@
+"""The GPU kernels of short convolutions without a GPU: interpreted, and compiled ahead of time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from deltaproduct_jax.ops.convolution import selection
+from deltaproduct_jax.ops.kernels.triton import tiling
+from experiments.lib import environment
+
+TESTS, CHILD = Path(__file__).parents[2], Path(__file__).parent / "convolution_child.py"
+# Of the design for float32; else a few units of the last bit. Cotangents of taps are float32.
+BARS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
+FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+
+
+def child(mode: str, *every: str) -> dict:
+    """Runs convolution_child.py in a process of its own: the interpreter is chosen at import."""
+    if not environment.extra_folder("gpu").exists():
+        pytest.skip("needs Triton (tests/run.py --extra=gpu)")
+    path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "XLA_FLAGS": FLAGS}
+    variables["TRITON_INTERPRET"] = "1" if mode == "interpret" else "0"
+    command = [sys.executable, "-W", "ignore", str(CHILD), mode, *every]
+    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return child("interpret", "all") | child("compile")
+
+
+def check_errors(found, at_least):
+    assert len(found) >= at_least
+    assert {dtype for dtype, _ in found.values()} == set(BARS)
+    over = {}
+    for name, (dtype, errors) in found.items():
+        for what, error in errors.items():
+            if not error <= BARS["float32" if what == "dtaps" else dtype]:
+                over[name, what] = error
+    assert not over
+
+
+def test_outputs_and_gradients_are_those_of_the_oracle():
+    check_errors(child("interpret")["errors"], at_least=3)
+
+
+@pytest.mark.slow
+def test_all_outputs_and_gradients_are_those_of_the_oracle(everything):
+    check_errors(everything["errors"], at_least=11)
+
+
+@pytest.mark.slow
+def test_a_mapped_convolution_is_the_plain_one(everything):
+    assert everything["vmap"] < 1e-5
+
+
+@pytest.mark.slow
+def test_over_a_mesh_it_is_the_plain_one(everything):
+    """Rows, channels and tokens cut, also into pieces with fewer than are read before a token."""
+    meshes = everything["meshes"]
+    assert len(meshes) == 4
+    assert max(meshes.values()) < 1e-5, meshes
+    assert everything["explicit"] < 1e-5
+
+
+@pytest.mark.slow
+def test_a_layer_is_the_plain_one(everything):
+    """Packed, padded, from a state; which of op and convolution takes lengths only rounds."""
+    assert everything["layer"] < 1e-5
+
+
+@pytest.mark.slow
+def test_all_compile_for_hopper_and_spill_nothing(everything):
+    rows = everything["rows"]
+    assert len(rows) == 14
+    assert not any(row["spilt_bytes"] for row in rows.values()), rows
+    assert not any(row["atomics"] for row in rows.values()), rows  # sums have one order
+    assert all(row["programs_a_multiprocessor"] >= 2 for row in rows.values()), rows
+
+
+@pytest.mark.slow
+def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everything):
+    lowered = everything["lowered"]
+    # Of q, k and v one forward and one on the way back each, beside the six of the op.
+    assert lowered["triton"] == lowered["None, by default"] == 12
+    assert lowered["plain"] == lowered["None"] == 6
+    assert lowered["None, by default, other op"] == 0
+
+
+@pytest.mark.slow
+def test_what_cannot_run_says_so(everything):
+    said = everything["said"]
+    text = "conv_implementation='triton' runs on cuda only; 'plain' runs anywhere"
+    assert text in said["on a CPU"]
+    assert "cannot run this: conv_size is 5; it takes 2 to 4; 'plain' can" in said["taps"]
+    assert 'name conv_implementation="plain" for second derivatives' in said["twice"]
+
+
+REQUEST = {"op": "triton", "B": 2, "T": 64, "unit_width": 128, "dtype": jnp.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("platform", "change", "expected"),
+    [
+        ("cuda", {}, "triton"),
+        ("cpu", {}, "plain"),
+        ("tpu", {}, "plain"),
+        ("cuda", {"op": "chunked"}, "plain"),
+        ("cuda", {"T": 1}, "plain"),
+        ("cuda", {"conv_size": 5}, "plain"),
+        ("cuda", {"activation": jax.nn.relu}, "plain"),
+        ("cuda", {"unit_width": 1024}, "plain"),
+        ("cuda", {"dtype": jnp.float64}, "plain"),
+        ("cuda", {"B": 65536}, "plain"),
+    ],
+)
+def test_the_rule_can_be_asked(monkeypatch, platform, change, expected):
+    monkeypatch.setattr(selection.kernels, "is_installed", lambda name: True)
+    monkeypatch.setattr(selection, "is_ready", lambda: True)
+    assert selection.select_convolution(platform, **REQUEST | change) == "plain"
+    monkeypatch.setattr(selection, "BY_DEFAULT", True)
+    assert selection.select_convolution(platform, **REQUEST | change) == expected
+
+
+def test_an_unknown_platform_or_name_is_an_error():
+    with pytest.raises(ValueError, match="platform='gpu' is not known; it may be one of 'cpu'"):
+        selection.select_convolution("gpu", **REQUEST)
+    with pytest.raises(ValueError, match="conv_implementation='xla' is not available; it may be"):
+        selection.choose("xla", (), op="triton", B=1, T=1, conv_size=4, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize("channels", [1, 20, 96, 736, 1024, 2048])
+@pytest.mark.parametrize("width", [None, 4])
+def test_every_channel_has_a_place_in_a_program(channels, width):
+    if width and channels % width:
+        width = 1
+    for backward in (False, True):
+        cut = tiling.convolution_for(channels, width, backward=backward)
+        assert channels % cut.width == 0
+        assert cut.columns >= cut.width
+        for size in (cut.rows, cut.columns):
+            assert size & (size - 1) == 0
+        assert cut.rows * cut.columns <= 1024
