@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import fsspec
 import jax
 from etils import epath
 
@@ -134,6 +133,8 @@ def any_path(text: str) -> AnyPath:
         raise ConfigError(
             f"{text} needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs it"
         )
+    import fsspec
+
     # What a process remembers of a folder would not show what others have written since.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(text.rstrip("/"))
