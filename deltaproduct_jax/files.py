@@ -179,6 +179,17 @@ def require_directory(path: Path) -> None:
             return
 
 
+def read_bytes(path: AnyPath) -> bytes:
+    """The content of a file; RunDirectoryError if it cannot be read."""
+    with errors_as_one_line(path, "read"):
+        if not in_bucket(path):
+            return path.read_bytes()
+        import fsspec
+
+        # In one request, or a part would be of what another process has written meanwhile.
+        return fsspec.filesystem("gcs").cat_file(str(path))
+
+
 def read_json(path: AnyPath, schema: Any = Any) -> Any:
     """The content of a JSON file that fits a schema: an annotation as `settings.misfit` knows it.
 
@@ -186,9 +197,7 @@ def read_json(path: AnyPath, schema: Any = Any) -> Any:
         RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite, or does
             not fit; the text names the file and the place in it.
     """
-    with errors_as_one_line(path, "read"):
-        data = path.read_bytes()
-    return decode(data, schema, str(path))
+    return decode(read_bytes(path), schema, str(path))
 
 
 def read_lines(path: AnyPath, schema: Any = Any) -> list[Any]:
@@ -199,8 +208,7 @@ def read_lines(path: AnyPath, schema: Any = Any) -> list[Any]:
     """
     if not is_there(path):
         return []
-    with errors_as_one_line(path, "read"):
-        lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_bytes(path).split(b"\n")[:-1]
     return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
 
 

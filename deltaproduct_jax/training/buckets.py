@@ -26,6 +26,7 @@ from deltaproduct_jax.files import (
     any_path,
     errors_as_one_line,
     is_there,
+    read_bytes,
     read_json,
     require_bucket,
     require_directory,
@@ -94,9 +95,7 @@ class Bucket:
         self._require_own()
         for name in names:
             if (directory / name).exists():
-                with errors_as_one_line(directory / name, "read"):
-                    data = (directory / name).read_bytes()
-                write_file(self.path / name, data)
+                write_file(self.path / name, read_bytes(directory / name))
 
     def drop(self, name: str) -> None:
         """Removes a file whose content is there by another name."""
@@ -114,9 +113,7 @@ class Bucket:
     def get(self, directory: Path) -> None:
         """Copies all files to ``directory``, over those of the same name."""
         for name in self.names():
-            with errors_as_one_line(self.path / name, "read"):
-                data = (self.path / name).read_bytes()
-            write_file(directory / name, data)
+            write_file(directory / name, read_bytes(self.path / name))
 
 
 def open_bucket(text: str, workdir: Path) -> Bucket:

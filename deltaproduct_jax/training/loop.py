@@ -159,7 +159,10 @@ def _train(
         state = trainer.run(state, records, checkpoints, request)
         _go_on(request, f"after step {int(state.step)} of {config.train.steps}", home)
 
-        best, selected = resume.best_state(checkpoints, state)
+        # Opened anew: to a process that is not the first, what Orbax saved to a bucket by this
+        # very object is still being saved.
+        with Checkpoints(records.checkpoints, read_only=True) as saved:
+            best, selected = resume.best_state(saved, state)
         tests = []
         for length in config.task.test_lengths:
             evaluation = trainer.evaluate(selected.params, "test", length)
