@@ -388,8 +388,10 @@ def _quieten_orbax() -> None:
     """Where a save fails, Orbax raises, and we say so in one line; the rest is noise.
 
     It also logs a traceback of every error, drops the writes that it had not begun, which Python
-    remarks on at exit, and leaves the errors of others unread, which asyncio logs.
+    remarks on at exit, and leaves the errors of others unread, which asyncio logs. So does gcsfs
+    with what it tries once more.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    for name in ("asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

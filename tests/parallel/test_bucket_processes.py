@@ -10,7 +10,7 @@ import time
 
 import pytest
 from bucket_emulator import environment as of_emulator
-from several_processes import ROOT, finish, rows_in, start
+from parallel_process import ROOT, finish, rows_in, start
 from tiny_run import curve, outcome
 
 from experiments.lib import environment

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from several_processes import finish, rows_in, start
+from parallel_process import finish, rows_in, start
 from tiny_run import curve, outcome
 
 
