@@ -48,12 +48,16 @@ def variables():
         emulator.kill()
 
 
-def in_bucket(workdir, variables, bucket, **more):
-    flags, own = [f"--bucket={bucket}"], more.pop("own_workdirs", True)
-    settings = {"steps": STEPS, "flags": flags, "own_workdirs": own} | more
-    number = settings.pop("number", 2)
-    settings["all_of_them"] = {**variables, **settings.get("all_of_them", {})}
-    return start(workdir, number, **settings)
+def in_bucket(workdir, variables, bucket, *, number=2, steps=STEPS, flags=(), **more):
+    return start(
+        workdir,
+        number,
+        steps=steps,
+        flags=[f"--bucket={bucket}", *flags],
+        own_workdirs=True,
+        all_of_them={**variables, **more.pop("all_of_them", {})},
+        **more,
+    )
 
 
 def read(bucket, variables):
@@ -93,13 +97,14 @@ def test_both_are_killed_twice_and_go_on_elsewhere_bit_for_bit(tmp_path, variabl
     assert outcome(tmp_path / "last" / "0") == outcome(undisturbed)
     starts = json.loads((tmp_path / "last" / "0" / "run.json").read_text())["starts"]
     assert len(starts) == 3
-    assert starts[2]["resumed_from"] >= starts[1]["resumed_from"] >= 6
+    assert starts[2]["resumed_from"] > starts[1]["resumed_from"] >= 4
     assert read(bucket, variables) == read(undisturbed, variables)
 
 
 def test_sigterm_saves_there_and_one_process_ends_the_run(tmp_path, variables):
     bucket, steps = "gs://bucket/stopped", 300
-    first, last = in_bucket(tmp_path / "two", variables, bucket, steps=steps, ASK_AT="5")
+    rarely = {"flags": [f"--{what}_every=150" for what in ("log", "eval", "checkpoint")]}
+    first, last = in_bucket(tmp_path / "two", variables, bucket, steps=steps, ASK_AT="5", **rarely)
     said = iter(last.stdout.readline, "")
     assert any(line == "waiting\n" for line in said), finish([first, last])
     last.send_signal(signal.SIGTERM)
@@ -110,7 +115,7 @@ def test_sigterm_saves_there_and_one_process_ends_the_run(tmp_path, variables):
     assert f"the same command goes on in {bucket}" in stopped[0][2]
     at = int(read(bucket, variables).split()[0])
     assert 5 <= at < steps
-    check_ended(in_bucket(tmp_path / "one", variables, bucket, steps=steps, number=1))
+    check_ended(in_bucket(tmp_path / "one", variables, bucket, steps=steps, number=1, **rarely))
     records = tmp_path / "one" / "0"
     starts = json.loads((records / "run.json").read_text())["starts"]
     assert [(s["process_count"], s["resumed_from"]) for s in starts] == [(2, None), (1, at)]
