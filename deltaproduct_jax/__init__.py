@@ -57,7 +57,7 @@ def load_run(directory: "str | os.PathLike[str]", checkpoint: "str | int" = "bes
     >>> logits = run.model(run.config.task.batch(key, 4, 32).inputs)  # doctest: +SKIP
 
     Args:
-        directory: the run directory, the ``--workdir`` of an experiment.
+        directory: the run directory, the ``--workdir`` or ``--bucket`` of an experiment.
         checkpoint: ``"best"`` (by validation accuracy), ``"newest"``, or the step of one.
 
     Returns:

@@ -1,6 +1,7 @@
 """Files that appear at once or not at all, are read by a schema, and errors that name the file."""
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from etils import epath
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import misfit
@@ -18,12 +20,21 @@ DEEPEST = 32
 # What is written inside a run directory has names of up to so many characters.
 ROOM_FOR_NAMES = 128
 
+AnyPath = Path | epath.Path  # on a disk, or in a bucket
+IN_BUCKET = "gs://"
 
-def write_file(path: Path, data: bytes, *, append: bool = False) -> None:
+
+def in_bucket(path: AnyPath) -> bool:
+    """Whether a path is in a bucket: one without folders, whose objects appear whole."""
+    return str(path).startswith(IN_BUCKET)
+
+
+def write_file(path: AnyPath, data: bytes, *, append: bool = False) -> None:
     """The one door through which a run writes its own files; only process 0 passes.
 
     A whole file is written beside its place, synced, and renamed into it; an appended line is
-    handed to the operating system, where it outlives the process.
+    handed to the operating system, where it outlives the process. In a bucket, where nothing can
+    be appended, a whole file appears at once by itself.
 
     Raises:
         RunDirectoryError: no space left, read-only, not permitted, and so on.
@@ -31,6 +42,9 @@ def write_file(path: Path, data: bytes, *, append: bool = False) -> None:
     if jax.process_index() != 0:
         return
     with errors_as_one_line(path, "written"):
+        if in_bucket(path):
+            path.write_bytes(data)
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if append:
             _put(path, data, "ab")
@@ -58,33 +72,84 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def set_aside(path: Path) -> Path:
+def set_aside(path: AnyPath) -> AnyPath:
     """Renames a file or folder, so that another can take its place; returns its new path.
 
     ``metrics.jsonl`` becomes ``metrics.aside1.jsonl``, or the first number that is free. Only
-    process 0 renames.
+    process 0 renames. In a bucket that is to copy and then to delete, object by object.
 
     Raises:
         RunDirectoryError: it cannot be renamed.
     """
     number = 1
-    while (there := path.with_name(f"{path.stem}.aside{number}{path.suffix}")).exists():
+    while is_there(there := path.with_name(f"{path.stem}.aside{number}{path.suffix}")):
         number += 1
     if jax.process_index() == 0:
         with errors_as_one_line(path, "renamed"):
             path.rename(there)
-            sync(path.parent)
+            if not in_bucket(path):
+                sync(path.parent)
     return there
 
 
 @contextlib.contextmanager
-def errors_as_one_line(path: Path, what: str) -> Iterator[None]:
-    """Turns an OSError into a RunDirectoryError: ``path`` cannot be ``what``, and why."""
+def errors_as_one_line(path: AnyPath, what: str) -> Iterator[None]:
+    """Turns an OSError into a RunDirectoryError: ``path`` cannot be ``what``, and why.
+
+    Of a bucket it does so with any error: which one it is depends on the part that failed.
+    """
     try:
         yield
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except Exception as error:
+        if not isinstance(error, OSError) and not in_bucket(path):
+            raise
+        reason = getattr(error, "strerror", None) or str(error) or repr(error)
         raise RunDirectoryError(f"{path} cannot be {what}: {reason}") from error
+
+
+def is_there(path: AnyPath) -> bool:
+    """Whether there is such a file or folder; RunDirectoryError if that cannot be told."""
+    with errors_as_one_line(path, "read"):
+        if not in_bucket(path):
+            return path.exists()
+        try:
+            path.stat()  # exists() says no where it only cannot tell
+        except FileNotFoundError:
+            return False
+        return True
+
+
+def any_path(text: str) -> AnyPath:
+    """A path as a user writes it: in a bucket, as gs://BUCKET/FOLDER, or as `user_path` reads it.
+
+    Raises:
+        ConfigError: it can be neither, or the package that reaches buckets is not installed.
+    """
+    if "://" not in text:
+        return user_path(text)
+    if "\0" in text or not text.startswith(IN_BUCKET) or not text.strip("/").count("/") >= 2:
+        raise ConfigError(f"{text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ConfigError(
+            f"{text} needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs it"
+        )
+    import fsspec
+
+    # What a process remembers of a folder would not show what others have written since.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(text.rstrip("/"))
+
+
+def require_bucket(path: AnyPath) -> None:
+    """Raises RunDirectoryError unless the bucket is there for this account; a disk passes.
+
+    What is asked is also what Orbax asks before it deletes a checkpoint.
+    """
+    if in_bucket(path):
+        with errors_as_one_line(path, "used"):
+            from google.cloud import storage
+
+            storage.Client().get_bucket(path.parts[2])
 
 
 def user_path(text: str) -> Path:
@@ -105,7 +170,7 @@ def require_directory(path: Path) -> None:
         scheme, rest = path.parts[0], "/".join(path.parts[1:])
         raise RunDirectoryError(
             f"{scheme}//{rest} is in a bucket, which has no locks and no files to append records "
-            "to; it may be a directory on a disk, shared by all processes"
+            "to; it may be a directory on a disk; training takes a bucket by --bucket"
         )
     with errors_as_one_line(path, "a directory"):
         try:
@@ -114,28 +179,36 @@ def require_directory(path: Path) -> None:
             return
 
 
-def read_json(path: Path, schema: Any = Any) -> Any:
+def read_bytes(path: AnyPath) -> bytes:
+    """The content of a file; RunDirectoryError if it cannot be read."""
+    with errors_as_one_line(path, "read"):
+        if not in_bucket(path):
+            return path.read_bytes()
+        import fsspec
+
+        # In one request, or a part would be of what another process has written meanwhile.
+        return fsspec.filesystem("gcs").cat_file(str(path))
+
+
+def read_json(path: AnyPath, schema: Any = Any) -> Any:
     """The content of a JSON file that fits a schema: an annotation as `settings.misfit` knows it.
 
     Raises:
         RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite, or does
             not fit; the text names the file and the place in it.
     """
-    with errors_as_one_line(path, "read"):
-        data = path.read_bytes()
-    return decode(data, schema, str(path))
+    return decode(read_bytes(path), schema, str(path))
 
 
-def read_lines(path: Path, schema: Any = Any) -> list[Any]:
+def read_lines(path: AnyPath, schema: Any = Any) -> list[Any]:
     """The lines of a file that has a JSON object a line, each checked as `read_json` does.
 
     What follows the last line break is a line that a kill has torn, and is left out. No file, no
     lines.
     """
-    if not path.exists():
+    if not is_there(path):
         return []
-    with errors_as_one_line(path, "read"):
-        lines = path.read_bytes().split(b"\n")[:-1]
+    lines = read_bytes(path).split(b"\n")[:-1]
     return [decode(line, schema, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
 
 

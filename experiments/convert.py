@@ -24,7 +24,13 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import require_directory, to_json, user_path, write_file
+from deltaproduct_jax.files import (
+    AnyPath,
+    any_path,
+    require_directory,
+    to_json,
+    write_file,
+)
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
@@ -79,18 +85,18 @@ def command(argv: Sequence[str]) -> None:
     """Reads, writes, and says so."""
     parsed = flags.parse(argv, {"convert": ConvertConfig}, PRESETS)
     options = ConvertConfig(**parsed.sections["convert"])
-    source = user_path(options.source)
+    source = any_path(options.source)
     model, facts = _read(source, options)
     if options.to == "fla":
         fla.save(model, parsed.workdir, facts=facts, **options.ids)
     else:
-        _write_run(model, user_path(options.like), parsed.workdir)
+        _write_run(model, any_path(options.like), parsed.workdir)
     parameters = count_parameters(model)["total"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"{source} -> {parsed.workdir}: {parameters:,} parameters, {peak:,.0f} MiB of memory")
 
 
-def _read(source: Path, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
+def _read(source: AnyPath, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
     """The model of either kind of directory, and what is known of it."""
     if is_folder_of_fla(source):
         if options.checkpoint != "best":
@@ -102,7 +108,7 @@ def _read(source: Path, options: ConvertConfig) -> tuple[SequenceModel, dict[str
     return run.model, facts_of_run(source, run.config, run.step)
 
 
-def _write_run(model: SequenceModel, like: Path, workdir: Path) -> None:
+def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:
     """A run that has made no step yet, with this model in its first checkpoint."""
     other = read_config(like)
     config = RunConfig(other.task, model.config, other.train, other.plugins)

@@ -45,6 +45,7 @@ ALLOWED_SKIPS = (
     "needs libtpu",
     "needs Triton",
     "needs lm_eval",
+    "needs gcsfs",
 )
 
 _unexpected_skips: list[str] = []

@@ -1,11 +1,12 @@
 """The README's test command: ``python3 tests/run.py`` sets up ``.venv`` and runs pytest in it.
 
 All tests that are not marked slow run; ``--slow`` runs the slow ones instead, and brings
-lm-evaluation-harness (300 MB), which ``--extra=evaluation`` does alone. ``--extra=tpu`` adds the
-compiler for TPUs (package libtpu, 200 MB), ``--extra=gpu`` that of the GPU kernels (Triton, 200
-MB), ``--extra=gluon`` a newer one for those in Gluon; without them the tests that need them skip.
-The whole run is shared by two processes. Anything else is passed on to pytest, which then is one
-process. Needs nothing but Python 3.11 or newer.
+lm-evaluation-harness (300 MB) and an emulated bucket (80 MB), which ``--extra=evaluation`` and
+``--extra=gcs`` do alone. ``--extra=tpu`` adds the compiler for TPUs (package libtpu, 200 MB),
+``--extra=gpu`` that of the GPU kernels (Triton, 200 MB), ``--extra=gluon`` a newer one for those in
+Gluon; without them the tests that need them skip. The whole run is shared by two processes.
+Anything else is passed on to pytest, which then is one process. Needs nothing but Python 3.11 or
+newer.
 """
 
 import os
@@ -35,8 +36,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     extras = [a.removeprefix(EXTRA) for a in sys.argv[1:] if a.startswith(EXTRA)]
-    if "--slow" in sys.argv[1:] and "evaluation" not in extras:
-        extras.append("evaluation")
+    if "--slow" in sys.argv[1:]:
+        extras = list(dict.fromkeys([*extras, "evaluation", "gcs"]))
     if environment.inside(extras):
         sys.exit(main())
     environment.go_on_inside("tests.run", extras)

@@ -11,8 +11,8 @@ from deltaproduct_jax.data.tokenizer import (
     open_tokenizer,
     tokenizer_of,
 )
-from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import read_json, user_path
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import AnyPath, any_path, in_bucket, read_json, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
@@ -37,13 +37,18 @@ class Opened(NamedTuple):
     ends: tuple[int, ...]
 
 
-def is_folder_of_fla(directory: Path) -> bool:
+def is_folder_of_fla(directory: AnyPath) -> bool:
     """Whether a directory's config.json is that of a model, not of a run.
 
     Raises:
-        RunDirectoryError: it cannot be read.
+        RunDirectoryError: it cannot be read, or is such a folder in a bucket.
     """
-    return "model_type" in read_json(directory / CONFIG, dict[str, Any])
+    is_one = "model_type" in read_json(directory / CONFIG, dict[str, Any])
+    if is_one and in_bucket(directory):
+        raise RunDirectoryError(
+            f"{directory} is a folder of flash-linear-attention; copy it to a disk and name that"
+        )
+    return is_one
 
 
 def checkpoint_of(text: str) -> str | int:
@@ -57,7 +62,7 @@ def open_model(
     """The model in a directory, and the tokenizer that reads text for it.
 
     Args:
-        path: run directory, or folder of flash-linear-attention.
+        path: run directory, on a disk or in a bucket, or folder of flash-linear-attention.
         checkpoint: of a run: best, newest, or a step.
         tokenizer: as ``data.tokenizer.open_tokenizer`` takes it; None for the one that belongs to
             the directory: of a run that of its text, of a folder the file beside the model.
@@ -67,7 +72,7 @@ def open_model(
         ConfigError: there is no tokenizer, or it has ids that the model does not have.
         RunDirectoryError: the directory cannot be read.
     """
-    directory = user_path(path)
+    directory = any_path(path)
     if is_folder_of_fla(directory):
         model, own = fla.load(directory), _beside(directory)
     else:
@@ -87,7 +92,7 @@ def open_model(
     return Opened(model if dtype is None else with_fields(model, dtype=dtype), found, ends)
 
 
-def _eos_of(directory: Path) -> list[int]:
+def _eos_of(directory: AnyPath) -> list[int]:
     """The ids that a folder of Hugging Face's says end a document; a run has none."""
     said = read_json(directory / CONFIG, dict[str, Any]).get("eos_token_id")
     return [end for end in (said if isinstance(said, list) else [said]) if isinstance(end, int)]

@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import any_path
 from deltaproduct_jax.parallel.config import DeviceConfig
 
 # Without a sign of life for so long a process is given up, and all others with it.
@@ -22,7 +22,7 @@ INITIALIZATION_TIMEOUT_S = 300
 def keep_programs(config: DeviceConfig) -> None:
     """Has JAX keep every program that it compiles, where the settings say so."""
     if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(user_path(config.compilation_cache)))
+        jax.config.update("jax_compilation_cache_dir", str(any_path(config.compilation_cache)))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

@@ -7,7 +7,6 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import jax
@@ -16,7 +15,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import errors_as_one_line, read_json, set_aside
+from deltaproduct_jax.files import (
+    AnyPath,
+    errors_as_one_line,
+    in_bucket,
+    is_there,
+    read_json,
+    set_aside,
+)
 from deltaproduct_jax.training.step import TrainState
 
 Selection = tuple[float, ...]  # larger is better, compared entry by entry
@@ -35,7 +41,7 @@ class SavedMetrics(TypedDict):
 class DamagedCheckpointError(RunDirectoryError):
     """A checkpoint that cannot be read, or is not what was saved."""
 
-    def __init__(self, directory: Path, step: int, reason: str):
+    def __init__(self, directory: AnyPath, step: int, reason: str):
         super().__init__(f"checkpoint {step} in {directory} is damaged: {_one_line(reason)}")
         self.step = step
 
@@ -95,13 +101,15 @@ class OwnFolders(ocp.path.step.NameFormat):
 
 def is_checkpoint(folder: Any) -> bool:
     """Whether a folder holds anything of a checkpoint, however damaged."""
+    if in_bucket(folder):  # where no folder can be renamed, Orbax ends a save by a file of its own
+        return is_there(folder / ocp.path.atomicity.COMMIT_SUCCESS_FILE)
     return any((folder / name).exists() for name in (ITEM, METRICS, METADATA))
 
 
-def steps_in(directory: Path) -> list[int]:
+def steps_in(directory: AnyPath) -> list[int]:
     """Steps of the checkpoints in a directory, ascending; none where there is no directory."""
     with errors_as_one_line(directory, "read"):
-        if not directory.is_dir():
+        if not (is_there(directory) and directory.is_dir()):
             return []
         named = [path for path in directory.iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
         return sorted(int(path.name) for path in named if is_checkpoint(path))
@@ -116,7 +124,7 @@ class Checkpoints:
         RunDirectoryError: a checkpoint cannot be written or read, or is of another model.
     """
 
-    def __init__(self, directory: Path, *, read_only: bool = False):
+    def __init__(self, directory: AnyPath, *, read_only: bool = False):
         self.directory = directory
         self._selections: dict[int, Selection] = {}
         self._metrics_damage: dict[int, str] = {}
@@ -133,7 +141,7 @@ class Checkpoints:
         )
         with self._errors("opened"), _quiet() if read_only else contextlib.nullcontext():
             self._manager = ocp.CheckpointManager(
-                directory.absolute(),
+                directory if in_bucket(directory) else directory.absolute(),
                 options=options,
                 item_handlers=ocp.StandardCheckpointHandler(),
             )
@@ -151,10 +159,12 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        # Orbax and its storage report a full or broken disk as OSError or ValueError.
+        # Orbax and its storage report a full or broken disk as OSError or ValueError; a bucket's
+        # client has errors of its own.
+        known = (Exception,) if in_bucket(self.directory) else (OSError, ValueError, KeyError)
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
+        except known as error:
             if isinstance(error, RunDirectoryError):
                 raise
             raise RunDirectoryError(
@@ -164,7 +174,7 @@ class Checkpoints:
     def _read_metrics(self, step: int) -> SavedMetrics | None:
         path = self.directory / str(step) / METRICS
         # One whose removal was cut short may have lost its metrics; it was not the best.
-        if not path.exists():
+        if not is_there(path):
             return None
         try:
             metrics = read_json(path, SavedMetrics)
@@ -215,14 +225,25 @@ class Checkpoints:
         if data is not None:
             metrics["data"] = data
         metrics["checksum"] = checksum(state, metrics["selection"], data)
-        if (self.directory / str(step)).exists() and step not in self._manager.all_steps():
-            set_aside(self.directory / str(step))  # of somebody else's
+        if step not in self._manager.all_steps():
+            self._make_room(self.directory / str(step))
         self._selections[step] = tuple(metrics["selection"])
         self._saved[step] = metrics
         with self._errors("written"):
             self._manager.save(
                 step, args=ocp.args.StandardSave(state._asdict()), metrics=metrics, force=True
             )
+
+    def _make_room(self, folder: AnyPath) -> None:
+        """Keeps what somebody else has left where a checkpoint is to be."""
+        # In a bucket the first process may have begun this very folder, so that it alone looks.
+        if (in_bucket(folder) and jax.process_index() != 0) or not is_there(folder):
+            return
+        if in_bucket(folder):
+            raise RunDirectoryError(
+                f"{folder} was saved by another process meanwhile; the same command goes on there"
+            )
+        set_aside(folder)
 
     def data(self, step: int) -> dict[str, Any] | None:
         """Where the stream of a run stood at a checkpoint that `restore` found whole."""

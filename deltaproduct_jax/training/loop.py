@@ -13,12 +13,13 @@ import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import require_directory
+from deltaproduct_jax.files import AnyPath, is_there, require_directory
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training import resume
+from deltaproduct_jax.training.buckets import open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig
@@ -34,7 +35,7 @@ from deltaproduct_jax.training.measuring.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.measuring.throughput import Goodput, Throughput, in_words
 from deltaproduct_jax.training.progress import Progress, Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
-from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, Row, RunRecords, is_there
+from deltaproduct_jax.training.records import CONFIG, Row, RunRecords, fetch, open_records
 from deltaproduct_jax.training.skipping import require_progress
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
@@ -56,6 +57,7 @@ def train(
     *,
     resume_from: int | None = None,
     devices: DeviceConfig | None = None,
+    bucket: str | None = None,
 ) -> dict[str, Any]:
     """Trains a model, or goes on where a killed run of the same configuration stood.
 
@@ -72,14 +74,17 @@ def train(
             renamed; 0 begins again beside the old records; None is the newest.
         devices: where it runs; None is all devices, along the batch. Several processes call this
             alike, each once it has joined.
+        bucket: where checkpoints are saved and records copied, as gs://BUCKET/FOLDER, or a folder
+            on a disk; each process may then have a ``workdir`` of its own, and a run that is not
+            in it goes on from there. None keeps all in ``workdir``.
 
     Returns:
         What results.json holds: the best checkpoint's scores on the test split at all lengths.
 
     Raises:
         ConfigError: this machine cannot run ``config``.
-        RunDirectoryError: ``workdir`` holds another run, is in use by another process, or cannot be
-            read or written.
+        RunDirectoryError: ``workdir`` or ``bucket`` holds another run, is in use by another
+            process, or cannot be read or written.
         FloatingPointError: too many steps in a row were skipped, or a norm is no longer finite.
         Stopped: a signal asked for the end; all is saved.
     """
@@ -90,11 +95,16 @@ def train(
             f"resume_from={resume_from} is for a single process; go on with one, and then with "
             f"{jax.process_count()}"
         )
-    fresh = not is_there(workdir / CONFIG)
+    store = None if bucket is None else open_bucket(bucket, workdir)
+    home = workdir if store is None else store.path  # where all processes see the run
+    fresh = not is_there(home / CONFIG)
     if not fresh:
-        results = RunRecords(workdir, config).results()
+        results = RunRecords(home, config, store).results()
         if results is not None:
-            return _finished(results, workdir, resume_from)
+            if store is not None and processes.is_first():
+                with run_lock(workdir):
+                    fetch(workdir, config, store)
+            return _finished(results, home, resume_from)
     with stop_on_signals() as request:
         require_memory_of_config(config)
         make_model = partial(initial_model, config)
@@ -109,19 +119,19 @@ def train(
         trainer = Trainer(config, definition, layout, throughput, profiler, began)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.prepare(state)
-        _go_on(request, "before the first step", workdir)
+        _go_on(request, "before the first step", home)
         with run_lock(workdir):
             with processes.first_goes_first("claim the run directory"):
-                records = RunRecords(workdir, config)
+                records = open_records(workdir, config, store)
                 results = records.results()  # another process may have ended the run since
             if results is not None:
-                return _finished(results, workdir, resume_from)
+                return _finished(results, home, resume_from)
             return _train(trainer, state, records, argv, request, resume_from)
 
 
-def _finished(results: dict[str, Any], workdir: Path, resume_from: int | None) -> dict[str, Any]:
+def _finished(results: dict[str, Any], home: AnyPath, resume_from: int | None) -> dict[str, Any]:
     if resume_from is not None:
-        raise RunDirectoryError(f"resume_from={resume_from} is of no use: {workdir} is finished")
+        raise RunDirectoryError(f"resume_from={resume_from} is of no use: {home} is finished")
     return results
 
 
@@ -133,12 +143,12 @@ def _train(
     request: StopRequest,
     resume_from: int | None,
 ) -> dict[str, Any]:
-    config, workdir = trainer.config, records.directory
+    config, home = trainer.config, records.checkpoints.parent
     with processes.first_goes_first("prepare the run directory"):
         if processes.is_first():
             resume.prepare(records, resume_from, state)
 
-    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+    with Checkpoints(records.checkpoints) as checkpoints:
         newest = checkpoints.newest()
         state = resume.newest_state(checkpoints, state)
         if newest is not None:
@@ -149,14 +159,17 @@ def _train(
         records.add_start(describe_start(argv, config.seeds(), newest, sizes, trainer.began))
 
         state = trainer.run(state, records, checkpoints, request)
-        _go_on(request, f"after step {int(state.step)} of {config.train.steps}", workdir)
+        _go_on(request, f"after step {int(state.step)} of {config.train.steps}", home)
 
-        best, selected = resume.best_state(checkpoints, state)
+        # Opened anew: to a process that is not the first, what Orbax saved to a bucket by this
+        # very object is still being saved.
+        with Checkpoints(records.checkpoints, read_only=True) as saved:
+            best, selected = resume.best_state(saved, state)
         tests = []
         for length in config.task.test_lengths:
             evaluation = trainer.evaluate(selected.params, "test", length)
             tests.append(evaluation.to_dict(length))
-            _go_on(request, "before its results", workdir)
+            _go_on(request, "before its results", home)
         results = {
             "steps": int(state.step),
             "best_step": best,
@@ -170,11 +183,11 @@ def _train(
     return results
 
 
-def _go_on(request: StopRequest, where: str, workdir: Path) -> None:
+def _go_on(request: StopRequest, where: str, home: AnyPath) -> None:
     """Raises Stopped if the end was asked for; all that was done must be saved."""
     if request.is_set():
         raise Stopped(
-            f"stopped by {request.name} {where}; the same command goes on in {workdir}",
+            f"stopped by {request.name} {where}; the same command goes on in {home}",
             request.signal_number,
         )
 

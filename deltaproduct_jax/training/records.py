@@ -11,7 +11,8 @@ results.json       the outcome; a run that has it is finished
 =================  ==========================================================================
 
 Whole files appear at once or not at all; a line that a kill has torn is cut off on resume. What is
-read is checked by the schemas below.
+read is checked by the schemas below. With a bucket (buckets.py) checkpoints and owner.json are
+there alone, the other files except events there too.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ import jax
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import (
+    AnyPath,
     errors_as_one_line,
+    is_there,
     read_json,
     read_lines,
     set_aside,
@@ -33,6 +36,7 @@ from deltaproduct_jax.files import (
     write_file,
 )
 from deltaproduct_jax.training import events
+from deltaproduct_jax.training.buckets import Bucket
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.extending import (
     ABSENT,
@@ -102,12 +106,20 @@ MetricsLine = Annotated[dict[str, float], _Columns]
 class RunRecords:
     """The files of one run directory, except its checkpoints.
 
+    Args:
+        directory: of the run; the bucket's own for a process that only reads what is there.
+        config: of the run.
+        bucket: what takes copies of the files; None without one.
+
     Raises:
         RunDirectoryError: the directory holds another run, or cannot be read or written.
     """
 
-    def __init__(self, directory: Path, config: RunConfig):
+    def __init__(self, directory: AnyPath, config: RunConfig, bucket: Bucket | None = None):
         self.directory = directory
+        self.checkpoints = (directory if bucket is None else bucket.path) / CHECKPOINTS
+        self._flag = "bucket" if bucket is not None and bucket.path == directory else "workdir"
+        self._bucket = bucket
         self._config = config
         self.rows: list[Row] = []
         self._claim(config.to_dict())
@@ -117,13 +129,13 @@ class RunRecords:
         if is_there(path):
             saved = self._saved_config()
             if not is_extension(saved, self._config):
-                refuse_other_config(saved, config, self.directory)
+                refuse_other_config(saved, config, self.directory, self._flag)
             return
         for name in (RUN, METRICS, RESULTS, CHECKPOINTS):
-            if (self.directory / name).exists():
+            if is_there(self.directory / name):
                 raise RunDirectoryError(
                     f"{self.directory} has {name} but no {CONFIG}, so it cannot be told which run "
-                    "it holds; give another workdir"
+                    f"it holds; give another {self._flag}"
                 )
         write_file(path, to_json(config))
 
@@ -142,11 +154,16 @@ class RunRecords:
     def write_results(self, results: dict[str, Any]) -> None:
         """Ends the run."""
         write_file(self.directory / RESULTS, to_json(results))
+        self._copy(RESULTS)
+
+    def _copy(self, *names: str) -> None:
+        if self._bucket is not None:
+            self._bucket.put(self.directory, names)
 
     def starts(self) -> list[dict[str, Any]]:
         """How and where the run was started and resumed."""
         path = self.directory / RUN
-        return read_json(path, _Run)["starts"] if path.exists() else []
+        return read_json(path, _Run)["starts"] if is_there(path) else []
 
     def add_start(self, start: dict[str, Any]) -> None:
         """Adds how and where the run was started, or resumed.
@@ -155,12 +172,22 @@ class RunRecords:
         """
         if not self.is_extended:
             write_file(self.directory / RUN, to_json({"starts": [*self.starts(), start]}))
-            return
+        else:
+            self._extend(start)
+        if self._bucket is not None and jax.process_index() == 0:
+            # What was put aside comes first, before anything takes its name.
+            aside = sorted(path.name for path in self.directory.glob("*.aside*.json*"))
+            self._copy(*aside, METRICS, RUN)
+            if not is_there(self.directory / RESULTS):
+                self._bucket.drop(RESULTS)
+            self._copy(CONFIG)
+
+    def _extend(self, start: dict[str, Any]) -> None:
         path = self.directory / CONFIG
         # In this order a kill in between leaves a run that can be extended by the same command.
         start = start | {"extended_from": read_json(path, ConfigFile)["train"]["steps"]}
         write_file(self.directory / RUN, to_json({"starts": [*self.starts(), start]}))
-        if (self.directory / RESULTS).exists():
+        if is_there(self.directory / RESULTS):
             set_aside(self.directory / RESULTS)
         write_file(path, to_json(self._config.to_dict()))
 
@@ -173,13 +200,10 @@ class RunRecords:
         every = self._config.train.checkpoint_every
         return sum(row["step"] % every == 0 for row in rows)
 
-    def begin_again(self) -> list[Path]:
+    def begin_again(self) -> list[AnyPath]:
         """Puts what was recorded aside; returns where it is now."""
-        return [
-            set_aside(self.directory / name)
-            for name in (METRICS, CHECKPOINTS)
-            if (self.directory / name).exists()
-        ]
+        recorded = (self.directory / METRICS, self.checkpoints)
+        return [set_aside(path) for path in recorded if is_there(path)]
 
     def cut_back(self, step: int) -> None:
         """Forgets everything recorded after ``step``, a torn last line included."""
@@ -195,7 +219,7 @@ class RunRecords:
             )
         self.rows = rows
         write_file(path, b"".join(_line(row) for row in self.rows))
-        for stale in self.directory.glob("events.*"):
+        for stale in self.directory.glob("events.*") if jax.process_index() == 0 else ():
             if stale.name != events.FILE_NAME:
                 with errors_as_one_line(stale, "removed"):
                     stale.unlink()
@@ -210,34 +234,81 @@ class RunRecords:
         self.rows.append(row)
 
     def sync(self) -> None:
-        """Waits until the rows are on the disk: a checkpoint must never be ahead of them."""
+        """Waits until the rows are on the disk, and in the bucket if there is one.
+
+        A checkpoint must never be ahead of them.
+        """
         if jax.process_index() == 0:
             with errors_as_one_line(self.directory / METRICS, "written"):
                 sync(self.directory / METRICS)
+        self._copy(METRICS)
 
 
 def _line(row: Row) -> bytes:
     return json.dumps(row, allow_nan=False).encode() + b"\n"
 
 
-def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; RunDirectoryError if that cannot be told."""
-    with errors_as_one_line(path, "read"):
-        return path.exists()
+def open_records(directory: Path, config: RunConfig, bucket: Bucket | None) -> RunRecords:
+    """The records of a run that is to be written; see `RunRecords` for what it raises.
+
+    Of the processes of a run with a bucket, the first makes ``directory`` hold what the bucket
+    has; all others read there, and write nothing.
+    """
+    if bucket is None:
+        return RunRecords(directory, config)
+    if jax.process_index() == 0:
+        _require_fit(directory, config, bucket)
+    shared = RunRecords(bucket.path, config, bucket)
+    if jax.process_index() != 0:
+        return shared
+    bucket.take_over()
+    fetch(directory, config, bucket)
+    return RunRecords(directory, config, bucket)
 
 
-def saved_config(directory: Path) -> ConfigFile:
+def fetch(directory: Path, config: RunConfig, bucket: Bucket) -> None:
+    """Makes ``directory`` hold what the bucket has of its run.
+
+    Raises:
+        RunDirectoryError: the directory holds what the bucket has not.
+    """
+    _require_fit(directory, config, bucket)
+    if is_there(directory / RESULTS) and RESULTS not in bucket.names():
+        # Of fewer steps, or not copied before a kill: the bucket's checkpoints give them again.
+        set_aside(directory / RESULTS)
+    bucket.get(directory)
+
+
+def _require_fit(directory: Path, config: RunConfig, bucket: Bucket) -> None:
+    if is_there(directory / CHECKPOINTS):
+        raise RunDirectoryError(
+            f"{directory} has {CHECKPOINTS} of its own, which are not those of bucket="
+            f"{bucket.path}; give another workdir, or leave --bucket out"
+        )
+    if not is_there(directory / CONFIG):
+        return
+    RunRecords(directory, config)
+    if not is_there(bucket.path / CONFIG):
+        raise RunDirectoryError(
+            f"{directory} holds a run that is not in bucket={bucket.path}; give another workdir, "
+            "or the bucket that it was saved to"
+        )
+
+
+def saved_config(directory: AnyPath) -> ConfigFile:
     """The configuration of a run; RunDirectoryError if it cannot be read."""
     return read_json(directory / CONFIG, ConfigFile)
 
 
-def read_results(directory: Path) -> dict[str, Any] | None:
+def read_results(directory: AnyPath) -> dict[str, Any] | None:
     """The results of a run, None where there are none; RunDirectoryError if they are not whole."""
     path = directory / RESULTS
     return read_json(path, Results) if is_there(path) else None
 
 
-def refuse_other_config(saved: Any, config: dict[str, Any], directory: Path) -> None:
+def refuse_other_config(
+    saved: Any, config: dict[str, Any], directory: AnyPath, flag: str = "workdir"
+) -> None:
     """Raises RunDirectoryError, naming the fields, unless both configurations are the same.
 
     A field that the version which saved the one did not have is the same at its default.
@@ -253,7 +324,7 @@ def refuse_other_config(saved: Any, config: dict[str, Any], directory: Path) -> 
         )
         raise RunDirectoryError(
             f"{directory} holds a run with another configuration, differing in {shown}; "
-            "give another workdir"
+            f"give another {flag}"
         )
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import set_aside
+from deltaproduct_jax.files import in_bucket, is_there, set_aside
 from deltaproduct_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, steps_in
 from deltaproduct_jax.training.records import CHECKPOINTS, RunRecords
 from deltaproduct_jax.training.step import TrainState
@@ -25,16 +25,16 @@ def prepare(records: RunRecords, resume_from: int | None, like: TrainState) -> N
     Raises:
         RunDirectoryError: there is no such checkpoint, or it is damaged.
     """
-    directory = records.directory / CHECKPOINTS
+    directory = records.checkpoints
     rows, _ = records.saved_rows(), records.starts()  # before anything is renamed, they are whole
     steps = steps_in(directory)
     if resume_from == 0:
         _begin_again(records, "resume_from is 0")
     elif resume_from is not None:
         _go_on_from(records, resume_from, steps, like)
-    elif not directory.is_dir():
-        if rows or directory.exists():
-            what = "no directory" if directory.exists() else "missing"
+    elif not (in_bucket(directory) or directory.is_dir()):  # a bucket has no empty folders
+        if rows or is_there(directory):
+            what = "no directory" if is_there(directory) else "missing"
             _begin_again(records, f"{CHECKPOINTS} is {what}")
     elif not steps and records.saves_due(rows) > 1:
         # A save is begun only after the one before it has reached the disk.
@@ -48,7 +48,7 @@ def _begin_again(records: RunRecords, reason: str) -> None:
 
 
 def _go_on_from(records: RunRecords, step: int, steps: list[int], like: TrainState) -> None:
-    directory = records.directory / CHECKPOINTS
+    directory = records.checkpoints
     if step not in steps:
         known = "".join(f"{known}, " for known in steps)
         raise RunDirectoryError(

@@ -1,7 +1,6 @@
 """Reads a run directory back: its configuration, and the model of one of its checkpoints."""
 
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json, user_path
+from deltaproduct_jax.files import AnyPath, any_path, is_there, read_json
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -34,13 +33,13 @@ class Run(NamedTuple):
 
 def load_run(directory: str | os.PathLike[str], checkpoint: str | int = "best") -> Run:
     """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called."""
-    path = user_path(os.fspath(directory))
+    path = any_path(os.fspath(directory))
     return restore_run(read_config(path), path, checkpoint)
 
 
-def restore_run(config: RunConfig, directory: Path, checkpoint: str | int) -> Run:
+def restore_run(config: RunConfig, directory: AnyPath, checkpoint: str | int) -> Run:
     """The run in ``directory``, whose configuration is known; see :func:`load_run`."""
-    if not (directory / CHECKPOINTS).is_dir():
+    if not is_there(directory / CHECKPOINTS):
         raise RunDirectoryError(f"{directory} has no {CHECKPOINTS} yet")
     definition, like = _shapes_of(config)
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
@@ -49,14 +48,14 @@ def restore_run(config: RunConfig, directory: Path, checkpoint: str | int) -> Ru
     return Run(definition.with_params(params), config, step)
 
 
-def read_config(directory: Path) -> RunConfig:
+def read_config(directory: AnyPath) -> RunConfig:
     """The configuration of the run in ``directory``.
 
     Raises:
         RunDirectoryError: there is no run, or its configuration cannot be read or understood.
     """
     path = directory / CONFIG
-    if not path.exists():
+    if not is_there(path):
         raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
     try:
         return RunConfig.from_dict(read_json(path, ConfigFile))
@@ -76,7 +75,7 @@ def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
     )
 
 
-def _step_of(checkpoint: str | int, checkpoints: Checkpoints, directory: Path) -> int:
+def _step_of(checkpoint: str | int, checkpoints: Checkpoints, directory: AnyPath) -> int:
     steps = checkpoints.steps()
     if not steps:
         raise RunDirectoryError(f"{directory} has no checkpoint yet that was written to its end")

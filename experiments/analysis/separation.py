@@ -48,6 +48,7 @@ from deltaproduct_jax.theory import construct
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json
 from experiments.lib.figures.separation import draw_separation
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
 from experiments.lib.theory.geometry import ONE_LAYER
 
@@ -261,9 +262,10 @@ def shortened(value: Any) -> Any:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads the models or their records, writes separation.json, .md and .png."""
-    parsed = flags.parse(argv, {"separation": SeparationConfig}, {"default": {}})
+    """Reads the models or their records, writes separation.json and .md, draws separation."""
+    parsed = flags.parse(argv, {"separation": SeparationConfig, **SECTION}, {"default": {}})
     options = SeparationConfig(**parsed.sections["separation"])
+    look = Look(**parsed.sections["figures"])
     models = put_together(options) if options.rows_from else shortened(read_all(options))
     limit = separation.limit_of_ratio(options.accuracy)
     record = {"accuracy": options.accuracy, "limit": shortened(limit), "models": models}
@@ -271,7 +273,7 @@ def command(argv: Sequence[str]) -> None:
     text = f"{table(models)}\n\nLimit of the ratio: {limit:.3f}. Command: "
     text += f"`{command_line('analysis.separation', argv)}`"
     write_file(parsed.workdir / "separation.md", f"{text}\n".encode())
-    draw_separation(models, limit, parsed.workdir / "separation.png")
+    draw_separation(models, limit, parsed.workdir / "separation", look)
     print(text)
 
 

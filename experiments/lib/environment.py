@@ -29,6 +29,7 @@ EXTRAS = {
     "cuda": "requirements-cuda.txt",
     "gluon": "requirements-gluon.txt",
     "evaluation": "requirements-evaluation.txt",
+    "gcs": "requirements-gcs.txt",
 }
 # Those that the tests' own process shall find; Triton only a child finds, or every program of every
 # test would hold a branch for GPUs.

@@ -392,9 +392,9 @@ def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
 
 def _quieten_orbax() -> None:
-    """Where a save fails, Orbax raises, and we say so in one line; the rest is noise: tracebacks
-    that it logs, writes dropped, of which Python tells at exit, errors unread, which asyncio logs.
-    """
+    """Where a save fails, Orbax raises, and we say so in one line; all else that is logged, by
+    Python and asyncio on writes dropped, and by gcsfs on what it tries once more, is noise."""
     absl_logging.set_verbosity(absl_logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+    for name in ("asyncio", "gcsfs"):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

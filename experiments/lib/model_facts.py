@@ -1,11 +1,10 @@
 """What the card of a model says of the run that trained it: training, text, where it comes from."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.data.manifest import MANIFEST, read_manifest
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import AnyPath, user_path
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.records import RunRecords
 
@@ -13,7 +12,7 @@ from deltaproduct_jax.training.records import RunRecords
 _LOSSES = ("loss", "accuracy", "bits_per_byte")
 
 
-def facts_of_run(directory: Path, config: RunConfig, step: int) -> dict[str, Mapping[str, Any]]:
+def facts_of_run(directory: AnyPath, config: RunConfig, step: int) -> dict[str, Mapping[str, Any]]:
     """Tables by title, of a run directory and the step of one of its checkpoints.
 
     Raises:

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import is_there
 from deltaproduct_jax.layers.registry import MIXERS
-from deltaproduct_jax.training.records import CONFIG, is_there, read_results, saved_config
+from deltaproduct_jax.training.records import CONFIG, read_results, saved_config
 from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, read_list
 from experiments.lib.sweeps.records import spell
 

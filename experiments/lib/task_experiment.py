@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
+from deltaproduct_jax.files import any_path, is_there
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -13,7 +14,7 @@ from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import train
 from deltaproduct_jax.training.plugins import PluginConfig
-from deltaproduct_jax.training.records import RESULTS, is_there
+from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
 from experiments.lib.figures.style import SECTION, Look
 
@@ -43,6 +44,11 @@ class StartConfig:
         None,
         "step of the checkpoint to go on from, once: later and damaged ones are renamed; 0 begins "
         "the run again beside its old records; none: the newest",
+    )
+    bucket: str | None = setting(
+        None,
+        "where checkpoints are saved and records copied, for processes that share no disk: "
+        "gs://BUCKET/FOLDER, or a folder that all see; none: the workdir, which all then share",
     )
 
     def __post_init__(self):
@@ -108,9 +114,17 @@ class TaskExperiment:
         start = StartConfig(**parsed.sections["start"])
         look = parsed.sections.get("figures", {})
         Look(**look)  # an error now, not after the run
-        was_finished = is_there(workdir / RESULTS)
+        home = workdir if start.bucket is None else any_path(start.bucket)
+        was_finished = is_there(home / RESULTS)
         argv = [f"experiments.{self.name}", *argv]
-        results = train(config, workdir, argv, resume_from=start.resume_from, devices=devices)
+        results = train(
+            config,
+            workdir,
+            argv,
+            resume_from=start.resume_from,
+            devices=devices,
+            bucket=start.bucket,
+        )
         if not processes.is_first():
             return
         try:

@@ -129,7 +129,8 @@ def test_an_unknown_extra_is_refused_before_anything_is_installed(commands, caps
     with pytest.raises(SystemExit) as stopped:
         environment.go_on_inside("tests.run", ["npu"])
     assert stopped.value.code == 1
-    says = "error: --extra=npu is not known; it may be one of tpu, gpu, cuda, gluon, evaluation\n"
+    known = "tpu, gpu, cuda, gluon, evaluation, gcs"
+    says = f"error: --extra=npu is not known; it may be one of {known}\n"
     assert capsys.readouterr().err == says
     assert not commands
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import require_directory
+from deltaproduct_jax.files import is_there, require_directory
 from deltaproduct_jax.tasks.task import batch_key
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, scored
@@ -29,7 +29,7 @@ from deltaproduct_jax.training.measuring.memory import (
 )
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
-from deltaproduct_jax.training.records import CONFIG, is_there
+from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.source import batches_of
 from deltaproduct_jax.training.step import Metrics, Params
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals

@@ -9,7 +9,7 @@ from typing import Any
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.training.records import METRICS
-from experiments.lib.figures import benchmarks, geometry, language, plots, theory
+from experiments.lib.figures import benchmarks, geometry, language, plots, separation, theory
 from experiments.lib.figures.curves import bars_of, draw_panels
 from experiments.lib.figures.style import Look, save
 from experiments.lib.figures.tables import (
@@ -91,6 +91,10 @@ def _deviations(record: Any, path: Path, look: Look) -> list[Path]:
     return theory.draw_deviations(record, path.with_name("theory"), look)
 
 
+def _separation(record: Any, path: Path, look: Look) -> list[Path]:
+    return separation.draw_separation(record["models"], record["limit"], path, look)
+
+
 def title_of_heads(record: Mapping[str, Any]) -> str:
     """Group and layer of a record of `experiments.analysis.householder_geometry`."""
     return f"{record['config']['task']['group']}, layer {record['layer']}"
@@ -114,6 +118,7 @@ KINDS = (
     Kind("extrapolation", _has("curves"), _extrapolation),
     Kind("geometry", _has("heads", "reflecting_heads"), _heads),
     Kind("geometry", _rows_have("heads", "group"), geometry.draw_models),
+    Kind("separation", _has("models", "limit"), _separation),
     Kind("results", _rows_have("construction", "curve"), _deviations),
 )
 

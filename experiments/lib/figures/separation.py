@@ -7,40 +7,67 @@ from typing import Any
 import numpy as np
 
 from deltaproduct_jax.analysis.separation import Growth
-from experiments.lib.figures.style import COLORS, beside_records, new_figure, save
+from experiments.lib.figures.style import (
+    GREY,
+    Look,
+    add_legend,
+    beside_records,
+    mark,
+    new_panels,
+    plain_log,
+    points,
+    save,
+    series,
+)
 
 SMALLEST = 1e-8  # what the axis of ratios shows at least
+LAW = {"linestyle": (0, (1, 1)), "linewidth": 0.9}
+FAILS = {"color": "k", "marker": "x", "linestyle": "none"}
 
 
 @beside_records
-def draw_separation(models: Sequence[Mapping[str, Any]], limit: float, path: Path) -> None:
-    """Draws every model's ratio with its law, and beside it predicted over measured positions."""
-    figure = new_figure(13, 5)
-    curves, failures = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    both = [(m["failed"], m["predicted"]) for m in models if m["failed"] and m["predicted"]]
+def draw_separation(
+    models: Sequence[Mapping[str, Any]], limit: float, path: Path, look: Look
+) -> list[Path]:
+    """Draws every model's ratio with its law, and beside it predicted over measured positions.
+
+    Args:
+        models: entries of separation.json.
+        limit: of the ratio.
+        path: without an ending.
+        look: width and formats.
+
+    Returns:
+        The files written.
+    """
+    figure, panels = new_panels(look, 1, 2, 2.4, width_ratios=(1.5, 1))
+    curves, failures = panels[0]
     for index, model in enumerate(models):
-        style = {"color": COLORS[index % len(COLORS)]}
-        x, y = np.array(model["positions"]), np.maximum(model["ratio"], SMALLEST)
-        form = "-" if model["trained"] else ":"
-        curves.loglog(x, y, form, **style, label=model["name"])
-        law = Growth(**model["growth"])
-        beyond = x[x > model["reference_to"]]
-        law_at = law.at(beyond - (model["reference_to"] + 1) / 2)
-        curves.loglog(beyond, np.maximum(law_at, SMALLEST), "--", linewidth=0.8, **style)
-        if model["failed"]:
-            curves.plot(model["failed"], model["ratio_at_failure"], "x", ms=9, **style)
+        _draw_curve(curves, index, model)
         if model["failed"] and model["predicted"]:
-            mark = "o" if model["trained"] else "^"
-            failures.loglog(model["failed"], model["predicted"], mark, **style)
-    curves.axhline(limit, color="grey", linewidth=0.8)
-    curves.set(xlabel="position (x: fails, dashed: law fitted up to the length trained)")
-    curves.set(ylabel="spread within classes / distance between")
+            failures.loglog(model["failed"], model["predicted"], **points(index))
+    curves.axhline(limit, color=GREY, linewidth=0.8)
+    curves.set(xlabel="position", ylabel="spread / distance of classes")
+    plain_log(curves.xaxis, curves.get_xlim())
+    both = [(m["failed"], m["predicted"]) for m in models if m["failed"] and m["predicted"]]
     if both:
-        ends = [0.7 * np.min(both), 1.4 * np.max(both)]
-        failures.plot(ends, ends, color="grey", linewidth=0.8)
-    failures.set(xlabel="position at which it fails", ylabel="predicted (^: construction)")
-    for axes in (curves, failures):
-        axes.grid(alpha=0.3)
+        ends = 0.7 * np.min(both), 1.4 * np.max(both)
+        failures.plot(ends, ends, color=GREY, linewidth=0.8)
+        for axis in (failures.xaxis, failures.yaxis):
+            plain_log(axis, ends)
+    failures.set(xlabel="fails at", ylabel="predicted")
     handles, labels = curves.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
-    save(figure, path)
+    named = dict(zip(labels, handles, strict=True))
+    named |= {"law beyond the fit": mark(color="k", **LAW), "fails": mark(**FAILS)}
+    add_legend(figure, named | {"limit": mark(color=GREY, linewidth=0.8)})
+    return save(figure, path, look)
+
+
+def _draw_curve(axes: Any, index: int, model: Mapping[str, Any]) -> None:
+    x, y = np.array(model["positions"]), np.maximum(model["ratio"], SMALLEST)
+    axes.loglog(x, y, **series(index), label=model["name"])
+    beyond = x[x > model["fit_length"]]
+    law_at = Growth(**model["growth"]).at(beyond - (model["reference_to"] + 1) / 2)
+    axes.loglog(beyond, np.maximum(law_at, SMALLEST), **LAW, color=series(index)["color"])
+    if model["failed"]:
+        axes.plot(model["failed"], model["ratio_at_failure"], **FAILS)

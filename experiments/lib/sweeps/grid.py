@@ -23,10 +23,10 @@ from typing import Any, TypedDict
 from absl import flags as absl_flags
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, is_module_name
-from deltaproduct_jax.files import read_json, write_file
+from deltaproduct_jax.files import is_there, read_json, write_file
 from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.plugins import absolute, import_plugins
-from deltaproduct_jax.training.records import ConfigFile, is_there, refuse_other_config
+from deltaproduct_jax.training.records import ConfigFile, refuse_other_config
 from experiments.lib import flags
 
 LIST = "runs.json"
