@@ -112,7 +112,7 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
                 trips = 0 if is_for_faults else _trips(computations, computations[name], line)
                 total.loops[label] = trips
                 walk(line.attribute("body"), times * trips)
-                walk(line.attribute("condition"), times * trips)
+                walk(line.attribute("condition"), times * (trips + is_for_faults))
             elif kind in ("call", "async"):
                 walk(line.attribute("to_apply") or line.attribute("calls"), times)
             elif kind == "conditional":
