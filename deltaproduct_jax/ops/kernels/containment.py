@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from deltaproduct_jax.ops.containment import Watched, only_finite
 from deltaproduct_jax.ops.kernels import Options, axis_of_rows
@@ -68,6 +69,7 @@ def forward(
 def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, options: Options):
     """``kernel.backward``, contained, from what `forward` kept."""
     laid, restore = _laid_out(kernel, tokens, options)
+    time_last = functools.partial(_time_last, is_fixed=hasattr(kernel, "lay_out"))
     dlaid, dstate, bad = kernel.backward(laid, kept, do, dfinal_state, options)
     if bad is None:
         return restore(dlaid), dstate
@@ -80,12 +82,11 @@ def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, opti
         cotangents, told = looked.finite_cotangents(do, dfinal_state)
         dlaid, dstate, _ = kernel.backward(only_finite(laid), kept, *cotangents, options)
         dtokens, dstate = looked.spoil_gradients(restore(dlaid), dstate, told)
-        return _time_last(dtokens), dstate
+        return time_last(dtokens), dstate
 
     operands = laid, tokens.resets, kept, do, dfinal_state
-    results = jax.lax.optimization_barrier((_time_last(restore(dlaid)), dstate))
-    dtokens, dstate = _again(again, bad, operands, results)
-    return _time_last(dtokens, back=True), dstate
+    dtokens, dstate = _again(again, bad, operands, (time_last(restore(dlaid)), dstate))
+    return _time_back(dtokens), dstate
 
 
 def _laid_out(kernel: ModuleType, tokens: Tokens, options: Options):
@@ -99,15 +100,23 @@ def _laid_out(kernel: ModuleType, tokens: Tokens, options: Options):
     return kernel.lay_out(tokens, options), lambda laid: kernel.restore(laid, tokens)
 
 
-def _time_last(tokens: Tokens, back: bool = False) -> Tokens:
-    """beta and g as a TPU lays them out, where heads would fill no register; or the inverse.
+def _time_last(tokens: Tokens, *, is_fixed: bool) -> Tokens:
+    """beta and g as a TPU lays them out in and between programs: heads would fill no register.
 
-    A loop, or a barrier, has arrays as shapes say, and they would be turned around twice.
+    ``is_fixed`` keeps them so in the loop. Else it has them as its body makes them, with heads
+    last, and arrays that no turn touched are turned around twice.
     """
-    ends = {"source": -1, "destination": 1} if back else {"source": 1, "destination": -1}
-    move = functools.partial(jnp.moveaxis, **ends)
-    g = None if tokens.g is None else move(tokens.g)
-    return tokens._replace(beta=move(tokens.beta), g=g)
+
+    def move(x):
+        x = jnp.moveaxis(x, 1, -1)
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if is_fixed else x
+
+    return tokens._replace(beta=move(tokens.beta), g=None if tokens.g is None else move(tokens.g))
+
+
+def _time_back(tokens: Tokens) -> Tokens:
+    move = functools.partial(jnp.moveaxis, source=-1, destination=1)
+    return tokens._replace(beta=move(tokens.beta), g=None if tokens.g is None else move(tokens.g))
 
 
 def _again(run: Callable, bad: jax.Array, operands: Any, results: Any) -> Any:
