@@ -67,7 +67,8 @@ class Cost:
     Cycles (``schedule_cycles`` is None where no profile was asked for), bytes read from HBM and
     written to it (`hlo_traffic`), how often each target of a
     custom call is called and each kind of collective runs, and the trip count of every loop. Those
-    that run kernels again, on rows that are not finite, count as loops without a turn.
+    that run kernels again, on rows that are not finite, count as loops without a turn, whose
+    condition is asked once.
     """
 
     schedule_cycles: int | None = None

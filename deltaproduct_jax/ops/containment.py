@@ -147,7 +147,8 @@ def confined(
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
     y, after = run(only_finite(x), only_finite(state))
-    y, spoilt = _spoil((y, _floating(after)), _link_of(reached_BT1), reached_BT1, resets, _nan_cotangents, None)
+    link_BT1 = _link_of(reached_BT1)
+    y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
     spoilt = iter(spoilt)
     return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
 
@@ -248,9 +249,7 @@ def _at_least_forgets(g: jax.Array) -> jax.Array:
     return jnp.maximum(g, jnp.asarray(FORGETS, g.dtype))
 
 
-@_at_least_forgets.defjvp
-def _at_least_forgets_jvp(primals, tangents):
-    return _at_least_forgets(*primals), tangents[0]
+_at_least_forgets.defjvps(lambda tangent, *_: tangent)
 
 
 def _bad(x: jax.Array, kept: tuple[int, ...]) -> jax.Array:
@@ -314,9 +313,7 @@ def _only_finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-@_only_finite.defjvp
-def _only_finite_jvp(primals, tangents):
-    return _only_finite(*primals), tangents[0]
+_only_finite.defjvps(lambda tangent, *_: tangent)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.containment import only_finite
-from deltaproduct_jax.ops.devices import unless_spread
 from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.unavailable import unless_spread
 
 
 class Tokens(NamedTuple):

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from deltaproduct_jax.ops.devices import devices_left
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas.blocks import (
     Call,
@@ -37,6 +36,7 @@ from deltaproduct_jax.ops.kernels.pallas.chunk import (
 )
 from deltaproduct_jax.ops.kernels.pallas.plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.unavailable import devices_left
 
 MOST_FACTORS = 8
 WIDEST_KEY, WIDEST_VALUE = 256, 512
