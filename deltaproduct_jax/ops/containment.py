@@ -236,19 +236,14 @@ def reach_back(
 
 
 def forgets(g: jax.Array | None) -> jax.Array | None:
-    """Log decays of which no sum is infinite; exp of each is as it was, and so are gradients.
+    """Log decays of which no sum is infinite; exp of each and its gradient are as they were.
 
-    ``-inf`` means to forget everything, and the gradient of a decay of 0 is 0 anyway: to choose
-    where it passes would only be a pass over memory behind a kernel.
+    ``-inf`` means to forget everything. To choose where gradients pass is a pass over memory.
     """
     return None if g is None else _at_least_forgets(g)
 
 
-@jax.custom_jvp
-def _at_least_forgets(g: jax.Array) -> jax.Array:
-    return jnp.maximum(g, jnp.asarray(FORGETS, g.dtype))
-
-
+_at_least_forgets = jax.custom_jvp(lambda g: jnp.maximum(g, jnp.asarray(FORGETS, g.dtype)))
 _at_least_forgets.defjvps(lambda tangent, *_: tangent)
 
 
