@@ -8,8 +8,9 @@
 ``--kind=cumulative`` draws the fraction of sequences right up to each position, a panel a value of
 ``--x`` and a curve a value of ``--by``: the median over all other settings, seeds above all, and
 every run thinly or as a band. ``--kind=table`` puts median and best over them into a table,
-``--kind=escape`` the fraction of runs that reach a threshold, as a table and bars. The numbers are
-written before the picture, which needs matplotlib.
+``--kind=escape`` the fraction of runs that reach a threshold, as a table and bars. ``NAME.json``
+keeps what is shown: ``experiments.redraw`` makes the same of it, without the runs. It is written
+before the picture, which needs matplotlib.
 
 Source: https://arxiv.org/abs/2502.10297: accuracy over length by n_h and by layers (state tracking)
     and the table of formal languages, as in https://arxiv.org/abs/2411.12537, table 3.
@@ -18,36 +19,26 @@ Takes: seconds, on any machine, from the records of a sweep.
 """
 
 import dataclasses
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.files import user_path, write_file
+from deltaproduct_jax.files import user_path
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
+from experiments.lib.bench.report import command_line, write_json
 from experiments.lib.figures.curves import (
     CURVE,
-    bars_of,
-    draw_panels,
     numbers_of,
     panels_of,
     trained_lengths,
 )
-from experiments.lib.figures.style import save
-from experiments.lib.figures.tables import (
-    escape_markdown,
-    escape_table,
-    scores_markdown,
-    scores_table,
-    to_csv,
-)
+from experiments.lib.figures.records import MARKDOWN, show
+from experiments.lib.figures.style import SECTION, Look
+from experiments.lib.figures.tables import escape_table, scores_table
 from experiments.lib.run_records import Record, choose, read_records
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # The number that each kind looks at unless --metric says so.
 METRICS = {
@@ -107,62 +98,65 @@ class FigureConfig:
         return list(filter(None, (key.strip() for key in self.by.split(","))))
 
 
-def cumulative(records: Sequence[Record], config: FigureConfig, path: Path) -> Iterator[Path]:
-    """Writes the numbers drawn, then draws the curves."""
+def cumulative(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
+    """The numbers of the curves."""
     panels = panels_of(records, config.x, config.keys, config.metric, config.length)
-    yield written(path, ".json", json.dumps(numbers_of(panels)) + "\n")
-    figure = draw_panels(panels, trained_lengths(records, config.x), band=config.band)
-    yield saved(figure, path)
+    return {
+        "band": config.band,
+        "trained": trained_lengths(records, config.x),
+        "panels": numbers_of(panels),
+    }
 
 
-def table(records: Sequence[Record], config: FigureConfig, path: Path) -> Iterator[Path]:
-    """Writes and prints the table of medians and bests."""
+def table(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
+    """The rows of medians and bests."""
     rows = scores_table(records, config.keys, config.x, config.metric, config.length)
-    text = scores_markdown(rows, config.keys)
-    print(f"{config.metric}, median and best over runs:\n\n{text}")
-    yield written(path, ".csv", to_csv(rows))
-    yield written(path, ".md", text + "\n")
+    return {"rows": rows}
 
 
-def escape(records: Sequence[Record], config: FigureConfig, path: Path) -> Iterator[Path]:
-    """Writes and prints the table of escape fractions, then draws them as bars."""
+def escape(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
+    """The rows of escape fractions."""
     threshold = THRESHOLD if config.threshold is None else config.threshold
     rows = escape_table(records, config.keys, config.x, config.metric, config.length, threshold)
-    text = escape_markdown(rows, config.keys)
-    at = "the longest length tested" if config.length is None else f"length {config.length}"
-    says = f"runs with {config.metric} of at least {threshold} at {at}"
-    print(f"{says}:\n\n{text}")
-    yield written(path, ".csv", to_csv(rows))
-    yield written(path, ".md", text + "\n")
-    yield saved(bars_of(rows, config.keys, xlabel=config.x, title=says), path)
-
-
-def written(path: Path, ending: str, text: str) -> Path:
-    """Writes a file of the figure; its path."""
-    file = path.with_name(path.name + ending)
-    write_file(file, text.encode())
-    return file
-
-
-def saved(figure: "Figure", path: Path) -> Path:
-    """Writes the picture; its path."""
-    file = path.with_name(f"{path.name}.png")
-    save(figure, file)
-    return file
+    return {"threshold": threshold, "rows": rows}
 
 
 KINDS = {"cumulative": cumulative, "table": table, "escape": escape}
 
 
 def command(argv: Sequence[str]) -> None:
-    """Draws what the flags say."""
-    parsed = flags.parse(argv, {"figure": FigureConfig}, PRESETS)
-    config = FigureConfig(**parsed.sections["figure"])
+    """Writes the record that the flags say, and draws it."""
+    parsed = flags.parse(argv, {"figure": FigureConfig, **SECTION}, PRESETS)
+    look, config = Look(**parsed.sections["figures"]), FigureConfig(**parsed.sections["figure"])
     records = choose(read_records(user_path(config.source)), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
+    config = dataclasses.replace(config, metric=metric)
+    record = {
+        "figure": config.kind,
+        "command": command_line("figures", argv),
+        "x": config.x,
+        "by": config.keys,
+        "metric": metric,
+        "length": config.length,
+        **KINDS[config.kind](records, config),
+    }
     path = parsed.workdir / (config.name or config.kind)
-    for written in KINDS[config.kind](records, dataclasses.replace(config, metric=metric), path):
+    file = path.with_name(f"{path.name}.json")
+    write_json(file, record, indent=None)
+    print(f"written: {file}")
+    if config.kind != "cumulative":
+        print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record['rows'], config.keys)}")
+    for written in show(record, path, look):
         print(f"written: {written}")
+
+
+def says(config: FigureConfig) -> str:
+    """What stands in a table."""
+    if config.kind == "table":
+        return f"{config.metric}, median and best over runs"
+    threshold = THRESHOLD if config.threshold is None else config.threshold
+    at = "the longest length tested" if config.length is None else f"length {config.length}"
+    return f"runs with {config.metric} of at least {threshold} at {at}"
 
 
 def main(argv: Sequence[str]) -> int:

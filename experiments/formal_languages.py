@@ -21,6 +21,7 @@ from typing import Any
 from deltaproduct_jax.tasks.formal_languages import FormalLanguageTask
 from deltaproduct_jax.training.config import RunConfig
 from experiments.lib.figures.plots import plot_ranges
+from experiments.lib.figures.style import Look
 from experiments.lib.task_experiment import MODEL, Row, TaskExperiment
 
 # One of the learning rates that the paper tries (1e-2, 1e-3, 5e-4, 1e-4); it reports the best.
@@ -93,13 +94,13 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def draw(config: RunConfig, results: Mapping[str, Any], path: Path) -> None:
+def draw(config: RunConfig, results: Mapping[str, Any], path: Path, look: Look) -> None:
     """Draws the scaled accuracy by length."""
-    plot_ranges(results, path, config.task.train_length)
+    plot_ranges(results, path, config.task.train_length, look)
 
 
 EXPERIMENT = TaskExperiment(
-    "formal_languages", FormalLanguageTask, PRESETS, rows, "scaled_accuracy.png", draw
+    "formal_languages", FormalLanguageTask, PRESETS, rows, "scaled_accuracy", draw
 )
 SECTIONS, configure, main = EXPERIMENT.sections, EXPERIMENT.configure, EXPERIMENT.main
 

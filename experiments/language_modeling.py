@@ -27,6 +27,7 @@ from typing import Any
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib.figures.plots import plot_bits
+from experiments.lib.figures.style import Look
 from experiments.lib.language_presets import PRESETS
 from experiments.lib.task_experiment import Row, TaskExperiment
 
@@ -46,13 +47,13 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def draw(config: RunConfig, results: Mapping[str, Any], path: Path) -> None:
+def draw(config: RunConfig, results: Mapping[str, Any], path: Path, look: Look) -> None:
     """Draws bits per byte over the tokens trained on."""
-    plot_bits(path.parent, path)
+    plot_bits(path.parent, path, look)
 
 
 EXPERIMENT = TaskExperiment(
-    "language_modeling", TextTask, PRESETS, rows, "bits_per_byte.png", draw, WORKDIR
+    "language_modeling", TextTask, PRESETS, rows, "bits_per_byte", draw, WORKDIR
 )
 SECTIONS, configure, main = EXPERIMENT.sections, EXPERIMENT.configure, EXPERIMENT.main
 

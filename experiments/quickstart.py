@@ -30,7 +30,9 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.training.loop import train
 from experiments import state_tracking
 from experiments.lib import flags
-from experiments.lib.figures.plots import plot_cumulative
+from experiments.lib.bench.report import write_json
+from experiments.lib.figures.plots import cumulative_record, plot_cumulative
+from experiments.lib.figures.style import SECTION, Look
 
 NUM_HOUSEHOLDERS = (1, 2)
 WORKDIR = "runs/quickstart"
@@ -41,12 +43,12 @@ def command(argv: Sequence[str]) -> None:
     """Trains both models, prints the table and draws the figure."""
     parsed = flags.parse(
         argv,
-        state_tracking.SECTIONS,
+        {**state_tracking.SECTIONS, **SECTION},
         state_tracking.PRESETS,
         exclude=["vocab_size", "num_householder"],
         default_workdir=WORKDIR,
     )
-    results_by_n_h = {}
+    look, results_by_n_h = Look(**parsed.sections.pop("figures")), {}
     for n_h in NUM_HOUSEHOLDERS:
         parsed.sections["model"]["num_householder"] = n_h
         config = state_tracking.configure(parsed.sections)
@@ -55,10 +57,12 @@ def command(argv: Sequence[str]) -> None:
         directory = parsed.workdir / name
         argv_of_run = ["experiments.quickstart", *argv]
         results_by_n_h[n_h] = train(config, directory, argv_of_run, devices=ONE)
-    figure = parsed.workdir / f"{config.task.group}_seed{config.train.seed}.png"
+    path = parsed.workdir / f"{config.task.group}_seed{config.train.seed}"
     curves = {f"n_h = {n_h}": results for n_h, results in results_by_n_h.items()}
+    record = cumulative_record(curves, config.task.group, config.task.train_length)
+    write_json(path.with_name(f"{path.name}.json"), record, indent=None)
     print(table(config.task.group, config.task.train_length, results_by_n_h))
-    if plot_cumulative(curves, figure, config.task.train_length):
+    for figure in plot_cumulative(record, path, look):
         print(f"figure: {figure}")
 
 

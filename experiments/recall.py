@@ -21,6 +21,7 @@ from typing import Any
 from deltaproduct_jax.tasks.recall import RecallTask
 from deltaproduct_jax.training.config import RunConfig
 from experiments.lib.figures.plots import plot_recall
+from experiments.lib.figures.style import Look
 from experiments.lib.task_experiment import MODEL, Row, TaskExperiment
 
 PASSES = 64  # over the published 100,000 training sequences; here each is drawn only once
@@ -93,12 +94,12 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def draw(config: RunConfig, results: Mapping[str, Any], path: Path) -> None:
+def draw(config: RunConfig, results: Mapping[str, Any], path: Path, look: Look) -> None:
     """Draws the fraction of queries answered at each length and number of pairs."""
-    plot_recall(results, path)
+    plot_recall(results, path, look)
 
 
-EXPERIMENT = TaskExperiment("recall", RecallTask, PRESETS, rows, "recall.png", draw)
+EXPERIMENT = TaskExperiment("recall", RecallTask, PRESETS, rows, "recall", draw)
 SECTIONS, configure, main = EXPERIMENT.sections, EXPERIMENT.configure, EXPERIMENT.main
 
 if __name__ == "__main__":

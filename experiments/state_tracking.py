@@ -20,7 +20,8 @@ from typing import Any
 
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.config import RunConfig
-from experiments.lib.figures.plots import plot_cumulative
+from experiments.lib.figures.plots import cumulative_record, plot_cumulative
+from experiments.lib.figures.style import Look
 from experiments.lib.task_experiment import MODEL, Row, TaskExperiment
 
 # What the presets of single groups share: q, k and beta as in "default", and a loss that counts a
@@ -150,13 +151,14 @@ def rows(entry: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def draw(config: RunConfig, results: Mapping[str, Any], path: Path) -> None:
+def draw(config: RunConfig, results: Mapping[str, Any], path: Path, look: Look) -> None:
     """Draws the fraction of sequences right up to each position."""
-    label = f"{config.task.group}, {config.model.label}"
-    plot_cumulative({label: results}, path, config.task.train_length)
+    curves = {config.model.label: results}
+    record = cumulative_record(curves, config.task.group, config.task.train_length)
+    plot_cumulative(record, path, look)
 
 
-EXPERIMENT = TaskExperiment("state_tracking", GroupTask, PRESETS, rows, "cumulative.png", draw)
+EXPERIMENT = TaskExperiment("state_tracking", GroupTask, PRESETS, rows, "cumulative", draw)
 SECTIONS, configure, main = EXPERIMENT.sections, EXPERIMENT.configure, EXPERIMENT.main
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from deltaproduct_jax.theory import CATALOGUE, construct
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_json
 from experiments.lib.bench.timing import machine
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.theory import draw_deviations
 from experiments.lib.theory import reading
 
@@ -114,9 +115,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Runs, prints the table, writes results.json, theory.md and theory.png."""
-    parsed = flags.parse(argv, {"theory": TheoryConfig}, PRESETS)
+    """Runs, prints the table, writes results.json and theory.md, draws theory."""
+    parsed = flags.parse(argv, {"theory": TheoryConfig, **SECTION}, PRESETS)
     config = TheoryConfig(**parsed.sections["theory"])
+    look = Look(**parsed.sections["figures"])
     path = parsed.workdir / "results.json"
     own = [path] if path.exists() else []
     if config.rows_from:
@@ -128,7 +130,7 @@ def command(argv: Sequence[str]) -> None:
     write_json(path, rows)
     text = table(rows)
     write_file(parsed.workdir / "theory.md", f"{text}\n".encode())
-    draw_deviations(rows, parsed.workdir / "theory.png")
+    draw_deviations(rows, parsed.workdir / "theory", look)
     print(text)
 
 

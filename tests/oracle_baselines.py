@@ -35,6 +35,30 @@ def linear(q, k, v, gate, *, a=None, b=None, scale=None, initial_state=None, seg
     return o, final
 
 
+def channel_delta(
+    q, k, v, beta, gate, *, e=None, gamma=None, scale=None, initial_state=None, segment_ids=None
+):
+    """``S <- (I - beta k k^T) (I - gamma e e^T) diag(gate) S + beta k v^T``; gate, not its log."""
+    B, T, H, K = q.shape
+    V = v.shape[-1]
+    scale = K**-0.5 if scale is None else scale
+    o, final = np.zeros((B, T, H, V)), np.zeros((B, H, K, V))
+    for row, h, tokens in _each((B, T, H)):
+        S = np.zeros((K, V)) if initial_state is None else initial_state[row, h]
+        for t in tokens:
+            if _new(segment_ids, row, t):
+                S = np.zeros((K, V))
+            at = (row, t, h)
+            A = np.diag(gate[at])
+            if e is not None:
+                A = (np.eye(K) - gamma[at] * np.outer(e[at], e[at])) @ A
+            A = (np.eye(K) - beta[at] * np.outer(k[at], k[at])) @ A
+            S = A @ S + beta[at] * np.outer(k[at], v[at])
+            o[at] = scale * S.T @ q[at]
+        final[row, h] = S
+    return o, final
+
+
 def mlstm(q, k, v, i, log_f, *, segment_ids=None):
     """Outputs by the definition without a stabiliser, whose 1e-6 alone needs it."""
     B, T, H, K = q.shape

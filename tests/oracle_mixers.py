@@ -177,5 +177,63 @@ def delta_product(p, x, H, K, V, eps, extended):
     return (rms_norm(o, p["o_norm.scale"], eps).reshape(T, -1) * gate) @ p["o_proj.kernel"]
 
 
+def kimi(p, x, H, K, V, extended, decay):
+    T, Hv = len(x), len(p["A_log"])
+    twice = 2 if extended else 1
+    unit = lambda u: u / np.sqrt(np.sum(u**2, axis=-1, keepdims=True) + 1e-6)
+    q, k, v = (silu(conv(x @ p[f"{n}_proj.kernel"], p[f"{n}_conv1d.weight"])) for n in "qkv")
+    q, k = (unit(np.repeat(u.reshape(T, H, K), Hv // H, 1)) for u in (q, k))
+    v = v.reshape(T, Hv, V)
+    size = lambda n: twice * sigmoid(x @ p[f"{n}_proj.kernel"] + p[f"{n}_bias"])
+    beta, alpha, o = size("b"), decay(np.exp(p["A_log"])[:, None]), np.zeros((T, Hv, V))
+    if "c_bias" in p:
+        e, gamma = unit(by_heads(p, "erase", x, Hv)), size("c")
+    for h in range(Hv):
+        S = np.zeros((K, V))
+        for t in range(T):
+            S = np.diag(alpha[t, h]) @ S
+            if "c_bias" in p:
+                S = (np.eye(K) - gamma[t, h] * np.outer(e[t, h], e[t, h])) @ S
+            S = (np.eye(K) - beta[t, h] * np.outer(k[t, h], k[t, h])) @ S
+            S = S + beta[t, h] * np.outer(k[t, h], v[t, h])
+            o[t, h] = S.T @ q[t, h] / K**0.5
+    return o
+
+
+def gated(p, x, o, eps):
+    gate = x @ p["output_gate_down.kernel"] @ p["output_gate_up.kernel"] + p["output_gate_up.bias"]
+    o = rms_norm(o, p["o_norm.scale"], eps).reshape(len(x), -1)
+    return (o * sigmoid(gate)) @ p["o_proj.kernel"]
+
+
+def by_heads(p, name, x, H):
+    low = (x @ p[f"{name}.down.kernel"]).reshape(len(x), H, -1)
+    return np.stack([low[:, h] @ p[f"{name}.up"][h] for h in range(H)], axis=1)
+
+
+def channels(p, x):
+    f = x @ p["gate_down.kernel"] @ p["gate_up.kernel"] + p["dt_bias"]
+    return f.reshape(len(x), len(p["A_log"]), -1)
+
+
+def kimi_delta_attention(p, x, H, K, V, eps, extended):
+    decay = lambda rate: np.exp(-rate * softplus(channels(p, x)))
+    return gated(p, x, kimi(p, x, H, K, V, extended, decay), eps)
+
+
+def complex_kimi_delta_attention(p, x, H, K, V, eps, extended):
+    def decay(rate):
+        a, least = 2 * sigmoid(rate * channels(p, x)) - 1, np.exp(-5)
+        return np.sign(a) * (least + (1 - least) * np.abs(a))
+
+    return gated(p, x, kimi(p, x, H, K, V, extended, decay), eps)
+
+
+def erase_then_delta(p, x, H, K, V, eps, extended):
+    f = by_heads(p, "decay", x, len(p["A_log"])) + p["dt_bias"].reshape(-1, K)
+    decay = lambda rate: np.exp(-5 + 5 * np.exp(-rate * softplus(f) / 5))
+    return gated(p, x, kimi(p, x, H, K, V, extended, decay), eps)
+
+
 # One layer: the number of factors is read from the keys, the forget gate from its parameters.
 gated_delta_product = delta_net = gated_delta_net = delta_product

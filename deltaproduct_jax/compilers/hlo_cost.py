@@ -32,6 +32,8 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[^\s,]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# Target of a Pallas kernel for TPU.
+KERNEL = "tpu_custom_call"
 _PASSED_ON = ("bitcast", "convert", "copy", "copy-done", "copy-start", "reshape")
 
 
@@ -65,8 +67,8 @@ class Cost:
     """Sums over a program.
 
     Cycles (``schedule_cycles`` is None where no profile was asked for), bytes read from HBM and
-    written to it (`hlo_traffic`), how often each target of a
-    custom call is called and each kind of collective runs, and the trip count of every loop. Those
+    written to it (`hlo_traffic`), how often each target of a custom call is called, each Pallas
+    kernel by its label and each kind of collective runs, and the trip count of every loop. Those
     that run kernels again, on rows that are not finite, count as loops without a turn, whose
     condition is asked once.
     """
@@ -75,6 +77,7 @@ class Cost:
     model_cycles: int = 0
     hbm_bytes: int = 0
     custom_calls: dict[str, int] = dataclasses.field(default_factory=dict)
+    kernels: dict[str, int] = dataclasses.field(default_factory=dict)
     collectives: dict[str, int] = dataclasses.field(default_factory=dict)
     loops: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -108,6 +111,8 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
             elif kind == "custom-call":
                 target = line.attribute("custom_call_target")
                 total.custom_calls[target] = total.custom_calls.get(target, 0) + times
+                if target == KERNEL:
+                    total.kernels[label] = total.kernels.get(label, 0) + times
             elif kind == "while":
                 is_for_faults = SCOPE in (line.attribute("op_name") or "")
                 trips = 0 if is_for_faults else _trips(computations, computations[name], line)

@@ -16,6 +16,8 @@ import numpy as np
 def kernel_bytes(jaxpr: jax.extend.core.Jaxpr) -> dict[str, list[int]]:
     """Bytes by the name of the kernel, an entry an array: operands, then results.
 
+    Kernels without a name, or whose blocks may be chosen by numbers of the run, are left out.
+
     Args:
       jaxpr: of a program, as a trace has it; kernels of one name must be of one cut.
 
@@ -26,6 +28,8 @@ def kernel_bytes(jaxpr: jax.extend.core.Jaxpr) -> dict[str, list[int]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
             mapping = equation.params["grid_mapping"]
+            if mapping.num_index_operands or equation.params["name"] is None:
+                continue
             moved = [_bytes(block, mapping.grid) for block in mapping.block_mappings]
             parts = [{equation.params["name"]: moved}]
         else:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import topologies
 
+from deltaproduct_jax.compilers import kernel_bundles
 from deltaproduct_jax.errors import ConfigError
 
 PACKAGE = "libtpu"
@@ -81,16 +82,21 @@ def require_libtpu(extra: Path, remedy: str) -> None:
         )
 
 
-def child_environment(extra: Path, profile_folder: str | None = None) -> dict[str, str]:
+def child_environment(
+    extra: Path, profile_folder: str | None = None, code_folder: str | None = None
+) -> dict[str, str]:
     """Of a child that compiles: its JAX runs on the CPU, and libtpu asks nobody about a TPU.
 
     Args:
       extra: folder of packages that stands beside the environment, where libtpu may be.
       profile_folder: where the compiler writes the profile of its schedule; None: it makes none.
+      code_folder: where it writes the code that `kernel_bundles` reads; None: it writes none.
     """
     options = os.environ.get("LIBTPU_INIT_ARGS", "")
     if profile_folder is not None:
         options += f" --xla_jf_dump_static_llo_profile_to={profile_folder}"
+    if code_folder is not None:
+        options += f" {kernel_bundles.DUMP.format(code_folder)}"
     return os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",  # the parent's, for its own devices; a TPU's are LIBTPU_INIT_ARGS

@@ -6,7 +6,9 @@ from deltaproduct_jax.layers.delta_product import (
     DeltaProductState,
     GatedDeltaProduct,
 )
+from deltaproduct_jax.layers.erase_then_delta import EraseThenDelta
 from deltaproduct_jax.layers.gla import GatedLinearAttention
+from deltaproduct_jax.layers.kimi_delta import ComplexKimiDeltaAttention, KimiDeltaAttention
 from deltaproduct_jax.layers.mamba2 import Mamba2
 from deltaproduct_jax.layers.mixer import RecurrentMixer, SequenceMixer
 from deltaproduct_jax.layers.mlp import SwiGLU
@@ -20,10 +22,13 @@ __all__ = [
     "MLSTM",
     "RWKV7",
     "SLSTM",
+    "ComplexKimiDeltaAttention",
     "DeltaProductCell",
     "DeltaProductState",
+    "EraseThenDelta",
     "GatedDeltaProduct",
     "GatedLinearAttention",
+    "KimiDeltaAttention",
     "Mamba2",
     "RMSNorm",
     "RecurrentMixer",

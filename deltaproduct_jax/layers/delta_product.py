@@ -9,7 +9,7 @@ names are kept. Per token, with ``R`` Householder factors:
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -32,7 +32,7 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import convolutions, in_parts, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
-from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.layers.short_conv import check_conv_size, idle_conv_size, segment_runs
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
@@ -359,25 +359,13 @@ class DeltaProductCell(nnx.RNNCellBase):
         return 1
 
 
-def _check_conv_size(config: Any) -> None:
-    if config.conv_size is not None and not config.use_short_conv:
-        raise ConfigError(
-            f"conv_size={config.conv_size} means nothing without use_short_conv, got "
-            f"use_short_conv={config.use_short_conv}; set that too, or leave conv_size none"
-        )
-
-
 def _check_one_factor(config: Any) -> None:
     if config.num_householder not in (None, 1):
         raise ConfigError(
             f"num_householder={config.num_householder} does not fit mixer={config.mixer!r}, which "
             "has one factor per token; give num_householder=1 or a delta_product mixer"
         )
-    _check_conv_size(config)
-
-
-def _idle(values: Mapping[str, Any]) -> list[str]:
-    return [] if values.get("use_short_conv") else ["conv_size"]
+    check_conv_size(config)
 
 
 def _register(name: str, gated: bool, one_factor: bool) -> None:
@@ -389,8 +377,8 @@ def _register(name: str, gated: bool, one_factor: bool) -> None:
         state=DeltaProductState,
         defaults=defaults | ({"num_householder": 1} if one_factor else {}),
         fixed={"use_forget_gate": gated},
-        check=_check_one_factor if one_factor else _check_conv_size,
-        idle=lambda values: [*_idle(values), *(["num_householder"] if one_factor else [])],
+        check=_check_one_factor if one_factor else check_conv_size,
+        idle=lambda values: [*idle_conv_size(values), *(["num_householder"] if one_factor else [])],
     )
 
 

@@ -1,7 +1,8 @@
 """Causal depthwise convolution over a few tokens, with a state for decoding and packed rows."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.packing import starts_of_segments
@@ -123,3 +125,17 @@ def segment_runs(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | N
     if segment_ids is None:
         return None
     return jnp.cumsum(starts_of_segments(segment_ids), axis=1, dtype=jnp.int32)
+
+
+def check_conv_size(config: Any) -> None:
+    """ConfigError if the convolution has a size and is not used."""
+    if config.conv_size is not None and not config.use_short_conv:
+        raise ConfigError(
+            f"conv_size={config.conv_size} means nothing without use_short_conv, got "
+            f"use_short_conv={config.use_short_conv}; set that too, or leave conv_size none"
+        )
+
+
+def idle_conv_size(values: Mapping[str, Any]) -> list[str]:
+    """The size of a convolution that is not used."""
+    return [] if values.get("use_short_conv") else ["conv_size"]

@@ -95,9 +95,7 @@ class ModelConfig:
     beta_bias: float | None = setting(
         None, "start of a learnt bias before beta's sigmoid; none: no bias, as in the paper"
     )
-    use_output_gate: bool | None = setting(
-        None, "gate a delta mixer's normalised output by silu(x W_g); none: no"
-    )
+    use_output_gate: bool | None = setting(None, "gate a delta mixer's normalised output; none: no")
     use_short_conv: bool | None = setting(
         None, "causal convolution on q, k and v of a delta mixer; none: no"
     )

@@ -1,22 +1,26 @@
 """Programs that are compiled when they are first called for, and say so."""
 
-import contextlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 
+from deltaproduct_jax.training.measuring.memory import within_memory
 from deltaproduct_jax.training.progress import Stopwatch, compiling
 
 
 class CompiledByLength:
-    """A function (length, *arrays), compiled once a length, outside the account of training."""
+    """A function (length, *arrays), compiled once a length, outside the account of training.
+
+    ``sized_by``: the settings that its memory depends on, for a user who has too little.
+    """
 
     def __init__(
         self,
         function: Callable,
         name: str,
+        sized_by: str,
         stopwatch: Stopwatch,
         *,
         donate: bool = False,
@@ -24,29 +28,28 @@ class CompiledByLength:
     ):
         self._function = function
         self._name = name
+        self._sized_by = sized_by
         self._stopwatch = stopwatch
         self._options = {
             "donate_argnums": (0,) if donate else (),
             "compiler_options": compiler_options,
         }
-        self._lowered: dict[int, jax.stages.Lowered] = {}
         self._compiled: dict[int, Callable] = {}
 
-    def lower(self, length: int, *arrays: Any) -> None:
-        """Makes the program for ``length``, for a later call to compile and run."""
-        jitted = jax.jit(partial(self._function, length), **self._options)
-        with self._compiling(length):
-            self._lowered[length] = jitted.lower(*arrays)
+    def prepare(self, length: int, *arrays: Any) -> None:
+        """Makes the program for ``length``; of ``arrays`` only shapes and places matter.
 
-    def _compiling(self, length: int) -> contextlib.AbstractContextManager[None]:
-        return compiling(f"{self._name}, sequences of {length} tokens")
+        Raises:
+            ConfigError: it needs more memory than there is.
+        """
+        jitted = jax.jit(partial(self._function, length), **self._options)
+        what = f"{self._name}, sequences of {length} tokens"
+        with self._stopwatch.paused(), compiling(what):
+            lowered = jitted.lower(*arrays)
+            self._compiled[length] = within_memory(lowered, f"{what}, {self._sized_by}")
 
     def __call__(self, length: int, *arrays: Any) -> Any:
         """Calls the function; ``arrays`` keep their shapes from call to call."""
         if length not in self._compiled:
-            with self._stopwatch.paused():
-                if length not in self._lowered:
-                    self.lower(length, *arrays)
-                with self._compiling(length):
-                    self._compiled[length] = self._lowered.pop(length).compile()
+            self.prepare(length, *arrays)
         return self._compiled[length](*arrays)

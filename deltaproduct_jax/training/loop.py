@@ -25,8 +25,10 @@ from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.measuring.memory import (
+    evaluation_sizes,
     require_memory_of_config,
     require_memory_of_state,
+    training_sizes,
 )
 from deltaproduct_jax.training.measuring.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.measuring.throughput import Goodput, Throughput, in_words
@@ -106,7 +108,7 @@ def train(
         profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
         trainer = Trainer(config, definition, layout, throughput, profiler, began)
         if fresh:  # what this machine cannot run leaves nothing behind
-            trainer.lower(state)
+            trainer.prepare(state)
         _go_on(request, "before the first step", workdir)
         with run_lock(workdir):
             with processes.first_goes_first("claim the run directory"):
@@ -216,15 +218,18 @@ class Trainer:
         self._train_step = CompiledByLength(
             step_of_run(config, definition, layout, source.train_batch),
             "the training step",
+            training_sizes(train),
             self.stopwatch,
             donate=True,
         )
-        self._eval_step = CompiledByLength(eval_step, "the evaluation", self.stopwatch)
+        self._eval_step = CompiledByLength(
+            eval_step, "the evaluation", evaluation_sizes(train), self.stopwatch
+        )
 
-    def lower(self, state: TrainState) -> None:
+    def prepare(self, state: TrainState) -> None:
         """Makes the program of the first step; ConfigError if there is none for this machine."""
         try:
-            self._train_step.lower(self.config.length_at(1), state, self.source.training(0))
+            self._train_step.prepare(self.config.length_at(1), state, self.source.training(0))
         except ValueError as error:
             if self.config.model.implementation is None:
                 raise

@@ -33,6 +33,7 @@ from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.language import draw_ranks
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_runs import name_of_text, open_language_models, rows_of
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -86,8 +87,9 @@ def write_arrays(path: Path, ranks: Mapping[int, np.ndarray], starts: np.ndarray
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads, writes ranks.npz, effective_rank.json and .md, draws effective_rank.png."""
-    parsed = flags.parse(argv, {"ranks": RankConfig}, PRESETS)
+    """Reads, writes ranks.npz, effective_rank.json and .md, draws effective_rank."""
+    parsed = flags.parse(argv, {"ranks": RankConfig, **SECTION}, PRESETS)
+    look = Look(**parsed.sections["figures"])
     config = RankConfig(**parsed.sections["ranks"])
     ((label, model, trained),) = open_language_models(
         (config.run,), config.checkpoint, config.dtype
@@ -112,8 +114,8 @@ def command(argv: Sequence[str]) -> None:
     head = f"{label}, {config.length} tokens of {name} with {len(starts)} starts; {machine()}"
     print(write_report(parsed.workdir, "effective_rank", record, head, table(heads)))
     write_arrays(parsed.workdir / "ranks.npz", ranks, starts)
-    path = parsed.workdir / "effective_rank.png"
-    draw_ranks(ranks, config.every, starts.tolist(), trained, f"{label}, {name}", path)
+    path = parsed.workdir / "effective_rank"
+    draw_ranks(ranks, config.every, starts.tolist(), trained, f"{label}, {name}", path, look)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import write_json
 from experiments.lib.figures.geometry import CURVES, draw_heads
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
 
 
@@ -52,8 +53,9 @@ class GeometryConfig:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads the checkpoint, writes geometry.json, draws geometry.png."""
-    parsed = flags.parse(argv, {"geometry": GeometryConfig}, {"default": {}})
+    """Reads the checkpoint, writes geometry.json, draws geometry."""
+    parsed = flags.parse(argv, {"geometry": GeometryConfig, **SECTION}, {"default": {}})
+    look = Look(**parsed.sections["figures"])
     options = GeometryConfig(**parsed.sections["geometry"])
     model, config, _ = load_group_run("run", user_path(options.run))
     factors = factors_of_tokens(
@@ -63,7 +65,7 @@ def command(argv: Sequence[str]) -> None:
     record = {"config": config.to_dict(), **dataclasses.asdict(options), **found}
     write_json(parsed.workdir / "geometry.json", record, indent=None)
     title = f"{config.task.group}, layer {options.layer}"
-    draw_heads(found, title, parsed.workdir / "geometry.png")
+    draw_heads(found, title, parsed.workdir / "geometry", look)
     print(table(found))
 
 

@@ -26,6 +26,7 @@ from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.language import draw_extrapolation
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_runs import name_of_text, open_language_models, rows_of
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -102,9 +103,10 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads, writes extrapolation.json and .md, draws extrapolation.png."""
-    parsed = flags.parse(argv, {"extrapolation": ExtrapolationConfig}, PRESETS)
+    """Reads, writes extrapolation.json and .md, draws extrapolation."""
+    parsed = flags.parse(argv, {"extrapolation": ExtrapolationConfig, **SECTION}, PRESETS)
     config = ExtrapolationConfig(**parsed.sections["extrapolation"])
+    look = Look(**parsed.sections["figures"])
     found = list(measure(config))
     record = {
         "command": command_line("analysis.length_extrapolation", argv),
@@ -114,7 +116,7 @@ def command(argv: Sequence[str]) -> None:
     }
     head = f"{config.rows} rows of {config.length} tokens of split {config.split}; {machine()}"
     print(write_report(parsed.workdir, "extrapolation", record, head, table(found)))
-    draw_extrapolation(found, parsed.workdir / "extrapolation.png")
+    draw_extrapolation(found, parsed.workdir / "extrapolation", look)
 
 
 if __name__ == "__main__":

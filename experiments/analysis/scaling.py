@@ -33,6 +33,7 @@ from deltaproduct_jax.training.text import TextTask
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.figures.language import draw_losses
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_presets import PRESETS as MODELS
 from experiments.lib.matched_shapes import WAYS, Shape, sizes_of
 
@@ -127,6 +128,7 @@ SECTIONS = {
     "model": ModelConfig,
     "train": TrainConfig,
     "devices": DeviceConfig,
+    **SECTION,
 }
 
 
@@ -172,13 +174,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Trains, writes scaling.json and .md, draws scaling.png."""
+    """Trains, writes scaling.json and .md, draws scaling."""
     parsed = flags.parse(argv, SECTIONS, PRESETS, exclude=DECIDED)
     devices = DeviceConfig(**parsed.sections["devices"])
     processes.keep_programs(devices)
     processes.join(devices)
     options = ScalingConfig(**parsed.sections["scaling"])
-    rows = []
+    look, rows = Look(**parsed.sections["figures"]), []
     for cell, config in runs_of(parsed.sections):
         folder = parsed.workdir / RUNS / cell.name
         if not options.only or cell.name in options.only:
@@ -187,11 +189,15 @@ def command(argv: Sequence[str]) -> None:
         if results is not None:
             rows.append(row_of(cell, config, results))
     if processes.is_first():
-        _show(rows, parsed.workdir, options, argv)
+        _show(rows, parsed.workdir, options, argv, look)
 
 
 def _show(
-    rows: list[dict[str, Any]], workdir: Path, options: ScalingConfig, argv: Sequence[str]
+    rows: list[dict[str, Any]],
+    workdir: Path,
+    options: ScalingConfig,
+    argv: Sequence[str],
+    look: Look,
 ) -> None:
     record = {
         "command": command_line("analysis.scaling", argv),
@@ -201,7 +207,7 @@ def _show(
     head = f"{len(rows)} of {len(options.cells())} models are trained"
     print(write_report(workdir, "scaling", record, head, table(rows)))
     if rows:
-        draw_losses(rows, workdir / "scaling.png")
+        draw_losses(rows, workdir / "scaling", look)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from deltaproduct_jax.theory import construct
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json
 from experiments.lib.figures.geometry import draw_models
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
 from experiments.lib.theory.geometry import CLOSE, ONE_LAYER, describe
 
@@ -84,9 +85,10 @@ def table(models: Sequence[dict[str, Any]]) -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads the models, writes geometry.json, geometry.md and geometry.png."""
-    parsed = flags.parse(argv, {"geometry": ComparisonConfig}, {"default": {}})
+    """Reads the models, writes geometry.json and geometry.md, draws geometry."""
+    parsed = flags.parse(argv, {"geometry": ComparisonConfig, **SECTION}, {"default": {}})
     options = ComparisonConfig(**parsed.sections["geometry"])
+    look = Look(**parsed.sections["figures"])
     models = []
     for name in options.constructions:
         made = construct(name)
@@ -100,7 +102,7 @@ def command(argv: Sequence[str]) -> None:
     text = f"{table(models)}\n\nCommand: `{command_line('analysis.theory_geometry', argv)}`"
     write_json(parsed.workdir / "geometry.json", short, indent=None)
     write_file(parsed.workdir / "geometry.md", f"{text}\n".encode())
-    draw_models(models, parsed.workdir / "geometry.png")
+    draw_models(models, parsed.workdir / "geometry", look)
     print(text)
 
 

@@ -38,6 +38,7 @@ from experiments.lib.bench.report import (
 )
 from experiments.lib.bench.training_steps import OURS, Row, measured
 from experiments.lib.figures.language import draw_throughput
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.matched_shapes import Shape
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -155,9 +156,10 @@ def table(rows: Sequence[Row], decode_rows: Sequence[int]) -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Measures, writes throughput.json and .md after each shape, draws throughput.png."""
-    parsed = flags.parse(argv, {"throughput": ThroughputConfig}, PRESETS)
+    """Measures, writes throughput.json and .md after each shape, draws throughput."""
+    parsed = flags.parse(argv, {"throughput": ThroughputConfig, **SECTION}, PRESETS)
     config = ThroughputConfig(**parsed.sections["throughput"])
+    look = Look(**parsed.sections["figures"])
     rows: list[Row] = []
     for shape in config.parsed:
         row = measure(config, shape)
@@ -170,8 +172,7 @@ def command(argv: Sequence[str]) -> None:
     done = [row for row in rows if "error" not in row]
     if not done:
         raise ConfigError(f"no model ran: {rows[0]['error']}")
-    title = f"B={config.batch_size} T={config.length} D={config.hidden_size}, {config.dtype}"
-    draw_throughput(done, parsed.workdir / "throughput.png", f"{title}; {done[0]['machine']}")
+    draw_throughput(done, dataclasses.asdict(config), parsed.workdir / "throughput", look)
 
 
 def write(workdir: Path, argv: Sequence[str], config: ThroughputConfig, rows: list[Row]) -> str:

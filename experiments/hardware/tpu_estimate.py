@@ -1,6 +1,8 @@
 """What a TPU's own compiler expects of the op, on a machine without a TPU.
 
     python -m experiments.hardware.tpu_estimate --workdir=runs/tpu
+    python -m experiments.hardware.tpu_estimate --workdir=runs/tpu_peers --peer=tokamax \\
+        --implementations=pallas_tpu
     python -m experiments.hardware.tpu_estimate --workdir=runs/tpu_full --batch_size=8 \\
         --length=4096 --num_heads=16 --num_householder=2 --profile=false
 
@@ -14,6 +16,9 @@ two versions of the op on one chip, and no times:
   large shapes, and aborts on some programs and always on v4; then the table says so.
 * cost model: what the compiler chose its tiles by; it counts traffic and an overhead an operation,
   and knows no custom calls.
+* kernels: bundles that all Pallas kernels issue, at one a cycle, counted in the final code. It
+  leaves out stalls and all that is outside of kernels (the cost model has that), and reads peers'
+  kernels on which the profiler aborts.
 * HBM: bytes that all operations read from it and write to it, the Pallas kernels by the blocks that
   their grids move; "x least" is over arguments, outputs and a state for every 128 factors.
 * memory: temporary, arguments, outputs. What is kept on the chip is not counted.
@@ -21,7 +26,8 @@ two versions of the op on one chip, and no times:
 Microseconds are cycles at the clock in `compilers.tpu.GENERATIONS`, on v4 of one of a chip's two
 cores, else of the chip. "chunked", "pallas_tpu" and "scan" are ``implementation="chunked"``,
 ``"pallas_tpu"`` and ``"recurrent"`` of the op; "interleaved" is the published form, one factor a
-token in a sequence n_h times longer.
+token in a sequence n_h times longer. Peer "tokamax" is the interleaved form by that package's Kimi
+Delta Attention in Pallas, which has a decay for every channel where the op has one for a head.
 
 Source: this project; the interleaved form is how the official kernels of
     https://arxiv.org/abs/2502.10297 compute.
@@ -43,6 +49,7 @@ from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
 from experiments.lib.bench.tpu_compiler import (
     IMPLEMENTATIONS,
+    PEERS,
     Compilation,
     compile_apart,
     require_libtpu,
@@ -65,6 +72,7 @@ class EstimateConfig:
     implementations: str = setting(
         "interleaved,chunked,scan", "comma list; ratios are to the first"
     )
+    peer: str | None = setting(None, f"comma list of {', '.join(PEERS)}, or none; compiled last")
     chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is compiled")
     profile: bool = setting(True, "with the profile of the schedule, slow for large shapes")
@@ -82,17 +90,30 @@ class EstimateConfig:
         require_one_of("dtype", self.dtype, ["float32", "bfloat16"])
         for name, allowed in (
             ("generations", GENERATIONS),
-            ("implementations", IMPLEMENTATIONS),
+            ("implementations", set(IMPLEMENTATIONS) - set(PEERS)),
             ("directions", (FORWARD, BACKWARD)),
         ):
             for entry in getattr(self, name).split(","):
                 require_one_of(name, entry, allowed)
+        for name in self.peers:
+            require_one_of("peer", name, PEERS)
+            PEERS[name].require()  # an error now, not after the first rows
+
+    @property
+    def peers(self) -> list[str]:
+        """The peers, in order."""
+        return self.peer.split(",") if self.peer else []
+
+    @property
+    def programs(self) -> list[str]:
+        """Names of all that is compiled for one cell of the table, in order."""
+        return [*self.implementations.split(","), *self.peers]
 
 
 def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) -> list[dict]:
     """One row per implementation."""
     rows = []
-    for implementation in config.implementations.split(","):
+    for implementation in config.programs:
         sizes = (config.batch_size, config.length, config.num_heads, *[config.head_dim] * 2, n_h)
         shape = Shape(*sizes, config.dtype, config.gated)
         wanted = Compilation(generation, implementation, direction, shape, config.chunk_size)
@@ -111,8 +132,8 @@ def estimate(config: EstimateConfig, generation: str, n_h: int, direction: str) 
 
 HEAD = (
     "chip", "n_h", "direction", "implementation", "schedule, us", "schedule, x first",
-    "cost model, us", "cost model, x first", "HBM MiB", "x least", "temp MiB",
-    "arguments MiB", "outputs MiB", "custom calls and collectives",
+    "kernels, us", "kernels, x first", "cost model, us", "cost model, x first", "HBM MiB",
+    "x least", "temp MiB", "arguments MiB", "outputs MiB", "custom calls and collectives",
 )  # fmt: skip
 
 
@@ -124,10 +145,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         reference = first.setdefault(tuple(names), row)
         cells = [*names, row["implementation"]]
         if "error" in row:
-            cells += [row["error"], *[None] * 9]
+            cells += [row["error"], *[None] * 11]
         else:
             cells += [row["profile_error"], None] if row["profile_error"] else []
-            for name in ("model",) if row["profile_error"] else ("schedule", "model"):
+            for name in (
+                ("kernel", "model") if row["profile_error"] else ("schedule", "kernel", "model")
+            ):
                 cells += _microseconds(row, reference, name)
             least = sum(row[f"{name}_bytes"] for name in ("argument", "output", "states"))
             cells += [f"{row['hbm_bytes'] / 2**20:.1f}", f"{row['hbm_bytes'] / least:.2f}"]
@@ -161,15 +184,15 @@ def command(argv: Sequence[str]) -> None:
         for n_h in config.num_householder:
             for direction in config.directions.split(","):
                 rows += estimate(config, generation, n_h, direction)
-                done = len(config.implementations.split(","))
-                print(table(rows[-done:]), file=sys.stderr)
+                print(table(rows[-len(config.programs) :]), file=sys.stderr)
+    installed = ", ".join([versions(), *(PEERS[name].require() for name in config.peers)])
     title = (
         f"B={config.batch_size} T={config.length} H={config.num_heads} K=V={config.head_dim}, "
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}; estimates of the compiler, "
-        f"nothing was run; {versions()}"
+        f"nothing was run; {installed}"
     )
     clocks = {name: GENERATIONS[name].hertz for name in config.generations.split(",")}
-    record = {"command": command_line("hardware.tpu_estimate", argv), "versions": versions()}
+    record = {"command": command_line("hardware.tpu_estimate", argv), "versions": installed}
     record |= {"hertz": clocks, "shape": title, "rows": rows}
     print(write_report(parsed.workdir, "estimate", record, title, table(rows)))
 

@@ -38,6 +38,7 @@ from deltaproduct_jax.training.stopping import exit_code
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
 from experiments.lib.figures.legs import draw_losses, draw_positions
+from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
     LEGS,
     Leg,
@@ -176,17 +177,17 @@ def measure(config: PaperConfig, leg: Leg) -> None:
         large.unlink()
 
 
-def draw(workdir: Path) -> str:
+def draw(workdir: Path, look: Look) -> str:
     """One table and two figures of all records; the table."""
     found = [read_json(path) for path in sorted(workdir.glob(f"records/*/{TRAINING}"))]
     if not found:
         raise ConfigError(f"workdir={str(workdir)!r} has no records/LEG/{TRAINING}")
     for record in found:
-        record["label"] = f"{record['leg']}_seed{record['seed']}"
-        path = workdir / "records" / record["label"] / EXTRAPOLATION
+        label = f"{record['leg']}_seed{record['seed']}"
+        path = workdir / "records" / label / EXTRAPOLATION
         record["positions"] = read_json(path)["curves"] if path.exists() else []
-    draw_losses(found, workdir / "losses.png")
-    draw_positions(found, workdir / "positions.png")
+    draw_losses(found, workdir / "losses", look)
+    draw_positions(found, workdir / "positions", look)
     return table(found)
 
 
@@ -221,8 +222,9 @@ def _last_eighth(loss: Sequence[float] | None) -> str:
 
 def command(argv: Sequence[str]) -> None:
     """Runs the stages in turn."""
-    parsed = flags.parse(argv, {"paper": PaperConfig}, PRESETS)
+    parsed = flags.parse(argv, {"paper": PaperConfig, **SECTION}, PRESETS)
     config, workdir = PaperConfig(**parsed.sections["paper"]), parsed.workdir.resolve()
+    look = Look(**parsed.sections["figures"])
     workdir.mkdir(parents=True, exist_ok=True)
     leg = Leg(config.leg, config.seed, workdir)
     if "prepare" in config.stages:
@@ -233,7 +235,7 @@ def command(argv: Sequence[str]) -> None:
     elif "measure" in config.stages:
         measure(config, leg)
     if "draw" in config.stages:
-        text = draw(workdir)
+        text = draw(workdir, look)
         record = {"command": command_line("language.paper", argv)}
         print(write_report(workdir, "legs", record, text))
 

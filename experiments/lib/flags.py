@@ -24,6 +24,7 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json, require_directory, user_path
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.settings import is_union, misfit, spell
+from deltaproduct_jax.training.measuring.memory import first_line, is_exhausted
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
@@ -376,19 +377,23 @@ def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
         return exit_code(signal.SIGINT)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        why = f"memory is short: {first_line(error)}"
     except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
-        which = f" in process {jax.process_index()}" if processes.are_joined() else ""
-        print(f"error{which}: {' '.join(str(error).split())}", file=sys.stderr)
-        processes.leave(USAGE_ERROR)
-        return USAGE_ERROR
-    return 0
+        why = " ".join(str(error).split())
+    else:
+        return 0
+    where = f" in process {jax.process_index()}" if processes.are_joined() else ""
+    print(f"error{where}: {why}", file=sys.stderr)
+    processes.leave(USAGE_ERROR)
+    return USAGE_ERROR
 
 
 def _quieten_orbax() -> None:
-    """Where a save fails, Orbax raises, and we say so in one line; the rest is noise.
-
-    It also logs a traceback of every error, drops the writes that it had not begun, which Python
-    remarks on at exit, and leaves the errors of others unread, which asyncio logs.
+    """Where a save fails, Orbax raises, and we say so in one line; the rest is noise: tracebacks
+    that it logs, writes dropped, of which Python tells at exit, errors unread, which asyncio logs.
     """
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)

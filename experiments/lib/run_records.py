@@ -137,19 +137,28 @@ def choose(records: Sequence[Record], where: str) -> list[Record]:
 
 
 def grouped(records: Iterable[Record], keys: Sequence[str]) -> dict[Group, list[Record]]:
-    """The runs by their values of the keys, in the order of those values."""
+    """The runs by their values of the keys: numbers by size, then texts in the grid's order.
+
+    That is the order in which the records have them, and a setting that is none comes last.
+    """
+    records, seen = list(records), {}
+    for record in records:
+        for key in keys:
+            seen.setdefault(record.value(key), len(seen))
     groups: dict[Group, list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record.value(key) for key in keys), []).append(record)
-    return dict(sorted(groups.items(), key=lambda item: [_order(value) for value in item[0]]))
+    ordered = sorted(groups, key=lambda group: [_order(value, seen[value]) for value in group])
+    return {group: groups[group] for group in ordered}
 
 
-def _order(value: str) -> tuple[int, float, str]:
-    """Numbers by size, before texts by the alphabet."""
+def _order(value: str, place: int) -> tuple[int, float]:
+    if value == "none":
+        return 2, 0.0
     try:
-        return 0, float(value), ""
+        return 0, float(value)
     except ValueError:
-        return 1, 0.0, value
+        return 1, float(place)
 
 
 def label(keys: Sequence[str], group: Group) -> str:

@@ -15,6 +15,7 @@ from deltaproduct_jax.training.loop import train
 from deltaproduct_jax.training.plugins import PluginConfig
 from deltaproduct_jax.training.records import RESULTS, is_there
 from experiments.lib import flags
+from experiments.lib.figures.style import SECTION, Look
 
 Row = Mapping[str, Any]  # column of a table -> text, whole number or accuracy
 NOT_FLAGS = ("vocab_size",)  # of the model: the task's
@@ -59,8 +60,8 @@ class TaskExperiment:
         task: dataclass of the task, whose fields become flags, or one with a ``variant``.
         presets: values of fields by preset.
         rows: (entry of results.json's "test") -> rows of the table that is printed.
-        figure: name of the picture in the run directory, None if there is none.
-        draw: (run, results, path of the picture) draws it.
+        figure: name of the picture in the run directory, without an ending; None if there is none.
+        draw: (run, results, path of the picture, its look) draws it.
         default_workdir: where to run if no flag says so; None where one must.
     """
 
@@ -69,7 +70,7 @@ class TaskExperiment:
     presets: flags.Presets
     rows: Callable[[Mapping[str, Any]], list[Row]]
     figure: str | None = None
-    draw: Callable[[RunConfig, Mapping[str, Any], Path], None] | None = None
+    draw: Callable[[RunConfig, Mapping[str, Any], Path, Look], Any] | None = None
     default_workdir: str | None = None
 
     @property
@@ -95,6 +96,7 @@ class TaskExperiment:
     def command(self, argv: Sequence[str]) -> None:
         """Trains as the flags say, prints a table and draws the figure."""
         sections = {**self.sections, "start": StartConfig, "devices": DeviceConfig}
+        sections |= {} if self.figure is None else SECTION
         parsed = flags.parse(
             argv, sections, self.presets, exclude=NOT_FLAGS, default_workdir=self.default_workdir
         )
@@ -104,13 +106,15 @@ class TaskExperiment:
         config, workdir = self.configure(parsed.sections), parsed.workdir
         self._check_vocabulary(parsed.saved)
         start = StartConfig(**parsed.sections["start"])
+        look = parsed.sections.get("figures", {})
+        Look(**look)  # an error now, not after the run
         was_finished = is_there(workdir / RESULTS)
         argv = [f"experiments.{self.name}", *argv]
         results = train(config, workdir, argv, resume_from=start.resume_from, devices=devices)
         if not processes.is_first():
             return
         try:
-            self._show(config, results, workdir)
+            self._show(config, results, workdir, look)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             if not was_finished:
                 raise
@@ -126,15 +130,21 @@ class TaskExperiment:
             if size != wanted:
                 raise ConfigError(f"--config: vocab_size={size} must be the task's, {wanted}")
 
-    def _show(self, config: RunConfig, results: Mapping[str, Any], workdir: Path) -> None:
-        """Prints the table, and draws the figure unless it is newer than the results."""
+    def _show(
+        self,
+        config: RunConfig,
+        results: Mapping[str, Any],
+        workdir: Path,
+        given: Mapping[str, Any],
+    ) -> None:
+        """Prints the table, and draws the figure if a flag is of it or it is older than results."""
         print(self.table(results))
         if self.figure is None:
             return
-        picture = workdir / self.figure
-        made = (workdir / RESULTS).stat().st_mtime
-        if not picture.exists() or picture.stat().st_mtime < made:
-            self.draw(config, results, picture)
+        path, look, made = workdir / self.figure, Look(**given), (workdir / RESULTS).stat().st_mtime
+        drawn = [file.stat().st_mtime for file in look.files(path) if file.exists()]
+        if given or not drawn or min(drawn) < made:
+            self.draw(config, results, path, look)
 
     def table(self, results: Mapping[str, Any]) -> str:
         """Scores of the best checkpoint on the test split."""

@@ -34,6 +34,7 @@ from experiments.lib.bench.timing import (
     time_in_turn,
 )
 from experiments.lib.figures.benchmarks import MEASURES, draw_scaling
+from experiments.lib.figures.style import SECTION, Look
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,10 @@ def slope(rows: Sequence[dict[str, Any]], x: str, y: str) -> float:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Measures, prints the slopes, writes scaling.json, scaling.md and scaling.png."""
-    parsed = flags.parse(argv, {"scaling": ScalingConfig}, {"default": {}})
+    """Measures, prints the slopes, writes scaling.json and scaling.md, draws scaling."""
+    parsed = flags.parse(argv, {"scaling": ScalingConfig, **SECTION}, {"default": {}})
     config = ScalingConfig(**parsed.sections["scaling"])
+    look = Look(**parsed.sections["figures"])
     first, *_ = config.num_householder
     points = {
         "T": [(T, first) for T in config.lengths],
@@ -106,7 +108,7 @@ def command(argv: Sequence[str]) -> None:
     lines = [(*name.split(" over "), f"{value:.2f}") for name, value in slopes.items()]
     found = markdown(["of", "over", "slope in log-log"], lines)
     print(write_report(parsed.workdir, "scaling", record, machine(), found))
-    draw_scaling(rows, slopes, parsed.workdir / "scaling.png")
+    draw_scaling(rows, slopes, parsed.workdir / "scaling", look)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,7 @@ from experiments.lib.bench.timing import (
     time_in_turn,
 )
 from experiments.lib.figures.benchmarks import draw_speed
+from experiments.lib.figures.style import SECTION, Look
 
 # The gradient of the recurrence keeps several states per token: more sequences of 16 heads of 128
 # do not fit on a TPU of 16 GB.
@@ -262,9 +263,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Measures, prints the table, writes speed.json, speed.md and speed.png."""
-    parsed = flags.parse(argv, {"speed": SpeedConfig}, {"default": {}})
+    """Measures, prints the table, writes speed.json and speed.md, draws speed."""
+    parsed = flags.parse(argv, {"speed": SpeedConfig, **SECTION}, {"default": {}})
     config = SpeedConfig(**parsed.sections["speed"])
+    look = Look(**parsed.sections["figures"])
     K, V = config.widths
     title = (
         f"B={config.batch_size} T={config.length} H={config.num_heads} "
@@ -280,7 +282,7 @@ def command(argv: Sequence[str]) -> None:
             print(table(rows), file=sys.stderr)
             record["rows"] += rows
             text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
-    draw_speed(record["rows"], parsed.workdir / "speed.png", title)
+    draw_speed(record["rows"], parsed.workdir / "speed", title, look)
     print(text)
 
 

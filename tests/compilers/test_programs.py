@@ -100,6 +100,8 @@ def test_the_environment_of_a_child(monkeypatch):
     found = tpu.child_environment(Path("extra"), "profile")
     assert found["LIBTPU_INIT_ARGS"] == "--a=1 --xla_jf_dump_static_llo_profile_to=profile"
     assert found["PYTHONPATH"].split(":") == ["here", "extra"]
+    code = tpu.child_environment(Path("extra"), code_folder="code")["LIBTPU_INIT_ARGS"]
+    assert code.startswith("--a=1 --xla_jf_dump_to=code ")
     assert (found["JAX_PLATFORMS"], found["XLA_FLAGS"]) == ("cpu", "")
     assert tpu.child_environment(Path("extra"))["LIBTPU_INIT_ARGS"] == "--a=1"
 

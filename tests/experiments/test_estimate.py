@@ -3,19 +3,24 @@
 No compiler is needed here; test_tpu_compile.py has one.
 """
 
+import contextlib
 import json
 import re
 import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from deltaproduct_jax.compilers import child, hlo_cost, tpu
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.ops import delta_product
 from experiments.hardware import tpu_estimate
 from experiments.lib import flags
 from experiments.lib.bench import tpu_compiler
+from experiments.lib.bench.peers import tokamax
 from experiments.lib.bench.timing import FORWARD, Shape
 from experiments.lib.bench.tpu_compiler import Compilation
 
@@ -158,6 +163,41 @@ def test_the_interleaved_form_is_the_same_op(R):
         np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("R", [1, 3])
+def test_a_peer_is_called_in_its_own_way(R, gated, monkeypatch):
+    """A stand-in with the peer's interface, made of our own op: heads first, gates by channel."""
+
+    def kimi_delta_attention(query, key, value, gate, beta, *, output_final_state, implementation):
+        assert (output_final_state, implementation, switches) == (True, "mosaic", [True])
+        q, k, v, g, beta = (jnp.moveaxis(x, 0, 2) for x in (query, key, value, gate, beta))
+        assert g.shape == q.shape
+        np.testing.assert_array_equal(g, np.broadcast_to(g[..., :1], g.shape))
+        o, state = delta_product(q, *(x[:, :, None] for x in (k, v, beta)), g[..., 0])
+        return jnp.moveaxis(o, 2, 0), state[:, None]
+
+    @contextlib.contextmanager
+    def cross_compile(value):
+        switches.append(value)
+        yield
+        switches.clear()
+
+    switches = []
+    package = types.ModuleType("tokamax")
+    package.config = types.SimpleNamespace(cross_compile=cross_compile)
+    api = types.SimpleNamespace(kimi_delta_attention=kimi_delta_attention)
+    for name, module in (("", package), (".config", package.config), ("._src.ops.kda.api", api)):
+        monkeypatch.setitem(sys.modules, "tokamax" + name, module)
+    for name in ("._src", "._src.ops", "._src.ops.kda"):
+        monkeypatch.setitem(sys.modules, "tokamax" + name, types.ModuleType("tokamax" + name))
+    monkeypatch.setattr(tokamax, "require", lambda: "tokamax 1")
+    arrays = Shape(B=2, T=5, H=2, K=4, V=3, R=R, gated=gated).inputs()
+    got = tpu_compiler.IMPLEMENTATIONS["tokamax"](**arrays)
+    want = tpu_compiler.IMPLEMENTATIONS["scan"](**arrays)
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=2e-6)
+
+
 def test_the_program_of_a_gradient_gives_one_for_every_input():
     shape = Shape(B=1, T=4, H=1, K=2, V=3, R=2, dtype="bfloat16")
     function, (arrays, cotangents) = tpu_compiler.function_and_arguments(
@@ -177,6 +217,7 @@ def figures(wanted, profile):
     factor = 2 if wanted.implementation == "interleaved" else 1
     return {
         "schedule_cycles": 3000 * factor if profile else None,
+        "kernel_cycles": 1500 if wanted.implementation == "tokamax" else None,
         "model_cycles": 6000 * factor,
         "hbm_bytes": 8 << 20,
         "custom_calls": {"AllocateBuffer": 2, "Invert": 20},
@@ -196,7 +237,8 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
         "compile_apart",
         lambda wanted, profile, timeout_s: [figures(each, profile) for each in wanted],
     )
-    argv = [f"--workdir={tmp_path}", "--num_householder=2", "--generations=v5e"]
+    monkeypatch.setattr(tokamax, "require", lambda: "tokamax 3")
+    argv = [f"--workdir={tmp_path}", "--num_householder=2", "--generations=v5e", "--peer=tokamax"]
     tpu_estimate.command(argv)
     text = (tmp_path / "estimate.md").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
@@ -204,14 +246,18 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
     name = "| v5e | 2 | forward | "
     # 2 MiB of arguments, 1 of outputs, 4 of states, one for every 64 tokens.
     traffic = "8.0 | 1.14"
-    assert f"{name}interleaved | profiler aborted | - | 8.0 | 1.00 | {traffic} | {memory}" in text
-    assert f"{name}chunked | 2.0 | - | 4.0 | 0.50 | {traffic} | {memory}" in text
+    assert (
+        f"{name}interleaved | profiler aborted | - | - | - | 8.0 | 1.00 | {traffic} | {memory}"
+        in text
+    )
+    assert f"{name}chunked | 2.0 | - | - | - | 4.0 | 0.50 | {traffic} | {memory}" in text
+    assert f"{name}tokamax | 2.0 | - | 1.0 | - | 4.0 | 0.50 |" in text
     assert f"{name}scan | RESOURCE_EXHAUSTED: too large | " in text
-    assert "jax 1, libtpu 2" in text
+    assert "jax 1, libtpu 2, tokamax 3" in text
     record = json.loads((tmp_path / "estimate.json").read_text())
     assert record["command"] == " ".join(["python -m experiments.hardware.tpu_estimate", *argv])
     assert record["hertz"] == {"v5e": 1.5e9}
-    assert len(record["rows"]) == 2 * 3
+    assert len(record["rows"]) == 2 * 4
 
 
 @pytest.mark.parametrize(
@@ -222,6 +268,12 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
         ("--directions=backward", "directions='backward' is not known"),
         ("--dtype=float64", "dtype='float64' is not known"),
         ("--chunk_size=0", "chunk_size=0 is too small"),
+        ("--peer=torch", "peer='torch' is not known"),
+        ("--implementations=tokamax", "implementations='tokamax' is not known"),
+        (
+            "--peer=tokamax",
+            "peer=tokamax needs package tokamax, which is not installed: pip install",
+        ),
         ("--length=8", "package libtpu, which holds the compiler for TPUs, is not installed"),
     ],
 )

@@ -16,7 +16,7 @@ from deltaproduct_jax.errors import ConfigError
 from experiments import figures as paper_figures
 from experiments.lib import flags, run_records
 from experiments.lib.bench import report
-from experiments.lib.figures import curves
+from experiments.lib.figures import curves, style
 
 ROOT = Path(__file__).resolve().parents[2]
 # (group, n_h, seed) -> sequence accuracy at 8, of which that at 4 is twice.
@@ -71,7 +71,9 @@ def draw(source, out, *arguments):
 def test_curves_are_medians_over_seeds(source, tmp_path, capsys):
     assert draw(source, tmp_path / "out", "--preset=factors") == 0
     assert (tmp_path / "out" / "factors.png").read_bytes().startswith(b"\x89PNG")
-    drawn = json.loads((tmp_path / "out" / "factors.json").read_text())
+    record = json.loads((tmp_path / "out" / "factors.json").read_text())
+    assert record["trained"] == {"group = A5": 2, "group = S3": 2}
+    drawn = record["panels"]
     assert list(drawn) == ["group = A5", "group = S3"]
     assert list(drawn["group = S3"]) == ["n_h = 1", "n_h = 2"]
     assert list(drawn["group = A5"]) == ["n_h = 2"]
@@ -79,7 +81,7 @@ def test_curves_are_medians_over_seeds(source, tmp_path, capsys):
     np.testing.assert_allclose(curves["median"], np.linspace(1, 0.4, 9))
     assert sorted(run[-1] for run in curves["runs"]) == [0.1, 0.4, 0.5]
     assert draw(source, tmp_path / "out", "--preset=factors", "--length=4", "--name=four") == 0
-    drawn = json.loads((tmp_path / "out" / "four.json").read_text())
+    drawn = json.loads((tmp_path / "out" / "four.json").read_text())["panels"]
     np.testing.assert_allclose(drawn["group = S3"]["n_h = 2"]["median"], np.linspace(1, 0.8, 5))
 
 
@@ -96,12 +98,13 @@ def test_factors_left_to_the_mixer_count_as_what_they_were(tmp_path):
 def test_what_is_drawn_is_what_was_given(band):
     runs = np.array([[1, 0.5, 0.1], [1, 0.7, 0.3], [1, 0.9, 0.8]])
     axes = Figure().subplots()
-    curves.draw_curves(axes, {"a": runs, "b": runs[:1]}, band=band)
-    thick = [line for line in axes.lines if line.get_linewidth() == 2]
+    curves.draw_curves(axes, {"a": runs, "b": runs[:1]}, ["b", "a"], band=band)
+    thick = [line for line in axes.lines if line.get_linewidth() > 1]
     np.testing.assert_array_equal(thick[0].get_ydata(), [1, 0.7, 0.3])
-    assert [line.get_label() for line in thick] == ["a (3 runs)", "b"]
+    assert [line.get_label() for line in thick] == ["a", "b"]
+    assert [line.get_color() for line in thick] == [*style.COLORS[1::-1]]  # as in other panels
     thin = [line.get_ydata().tolist() for line in axes.lines if line.get_linewidth() < 1]
-    assert thin == ([] if band else [*runs.tolist(), runs[0].tolist()])
+    assert thin == ([] if band else runs.tolist())
     assert len(axes.collections) == (2 if band else 0)
     if band:
         corners = axes.collections[0].get_paths()[0].vertices
@@ -151,18 +154,20 @@ def test_escapes_are_counted(source, tmp_path, capsys):
     ]
 
 
-def test_bars_have_the_height_of_their_fraction():
+def test_bars_are_as_long_as_their_fraction():
     rows = [
         {"n": "1", "S3 escaped": 1, "S3 runs": 4, "A5 escaped": 0, "A5 runs": 0},
         {"n": "2", "S3 escaped": 4, "S3 runs": 4, "A5 escaped": 1, "A5 runs": 2},
     ]
-    axes = Figure().subplots()
-    curves.draw_bars(axes, rows, ["n"])
-    first, second = axes.containers
-    assert [bar.get_height() for bar in first] == [0.25]
-    assert [bar.get_height() for bar in second] == [1, 0.5]
-    assert (first[0].get_center()[0], second[1].get_center()[0]) == pytest.approx((-0.2, 1.2))
-    assert [text.get_text() for text in axes.texts] == ["1/4", "4/4", "1/2"]
+    s3, a5 = Figure().subplots(1, 2)
+    for axes, group in ((s3, "S3"), (a5, "A5")):
+        curves.draw_bars(axes, rows, ["n"], group)
+    assert [bar.get_width() for bar in s3.patches] == [0.25, 1]
+    assert [bar.get_center()[1] for bar in s3.patches] == pytest.approx([0, 1])
+    assert [bar.get_width() for bar in a5.patches] == [0.5]
+    assert [bar.get_center()[1] for bar in a5.patches] == pytest.approx([1])
+    assert [text.get_text() for text in [*s3.texts, *a5.texts]] == ["1/4", "4/4", "1/2"]
+    assert s3.get_ylim()[0] > s3.get_ylim()[1]  # the first row at the top
 
 
 def test_sources(source, tmp_path):
@@ -176,13 +181,13 @@ def test_sources(source, tmp_path):
     assert some[0].value("chunk_size") == "none"
 
 
-def test_groups_are_in_the_order_of_their_values():
+def test_groups_are_in_the_order_of_numbers_and_of_the_grid():
     def record(value):
         return run_records.Record("r", {"key": value}, {})
 
-    values = [10, None, 9, 0.5, "S4", "S10"]
+    values = [10, None, 9, "S4", 0.5, "S10"]
     groups = run_records.grouped([record(value) for value in values], ["key"])
-    assert list(groups) == [("0.5",), ("9",), ("10",), ("S10",), ("S4",), ("none",)]
+    assert list(groups) == [("0.5",), ("9",), ("10",), ("S4",), ("S10",), ("none",)]
     assert run_records.label(["num_householder", "group"], ("2", "S3")) == "n_h = 2, group = S3"
 
 
@@ -317,7 +322,10 @@ def test_training_and_tables_go_without_matplotlib(source, tmp_path):
     assert "best checkpoint: step" in done.stdout
     assert json.loads((run / "results.json").read_text())["steps"] == 2
     assert not (run / "cumulative.png").exists()
-    assert {path.name for path in out.iterdir()} == {"table.csv", "table.md", "cumulative.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *("table.csv", "table.md", "table.json"),
+        "cumulative.json",
+    }
 
 
 def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):

@@ -13,6 +13,7 @@ from experiments.analysis import effective_rank, length_extrapolation, scaling, 
 from experiments.lib import flags, language_runs
 from experiments.lib.bench import training_steps
 from experiments.lib.figures import language
+from experiments.lib.figures.style import Look
 from experiments.lib.language_presets import SIZES
 from experiments.lib.matched_shapes import Shape, sizes_of
 
@@ -109,20 +110,21 @@ def test_tables_say_what_came_out():
 
 def test_figures_show_what_records_hold(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(language, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(language, "save", lambda figure, path, look: figures.append(figure))
+    look = Look()
     entries = [
         {"data": data, "label": f"n_h = {n}", "trained": 4, **CURVES}
         for data in ("code", "prose")
         for n in (1, 2)
     ]
-    language.draw_extrapolation(entries, tmp_path)
+    language.draw_extrapolation(entries, tmp_path, look)
     axes = figures.pop().axes
     assert [a.get_title() for a in axes[:2]] == ["code", "prose"]
-    assert [line.get_label() for line in axes[0].lines[:2]] == ["n_h = 1", "n_h = 2"]
+    assert [line.get_label() for line in axes[0].lines[:2]] == ["$n_h$ = 1", "$n_h$ = 2"]
     np.testing.assert_array_equal(axes[2].lines[1].get_ydata(), [2.0, 1.5])
 
     ranks = {0: np.arange(12.0).reshape(3, 2, 2), 5: np.ones((3, 2, 2))}
-    language.draw_ranks(ranks, 10, [0, 15], 20, "a title", tmp_path)
+    language.draw_ranks(ranks, 10, [0, 15], 20, "a title", tmp_path, look)
     first, second = figures.pop().axes
     assert (first.get_title(), second.get_title()) == ("block 0", "block 5")
     assert [line.get_xdata()[0] for line in first.lines[:2]] == [0, 15]  # starts of documents
@@ -134,17 +136,18 @@ def test_figures_show_what_records_hold(tmp_path, monkeypatch):
         for n, way in ((1, ("heads", "head_dim")), (2, ("heads",)))
         for size in (1, 2)
     ]
-    language.draw_losses(rows, tmp_path)
+    language.draw_losses(rows, tmp_path, look)
     by_heads, by_width = figures.pop().axes
-    assert [line.get_label() for line in by_heads.lines] == ["n_h = 1", "n_h = 2"]
-    assert [line.get_label() for line in by_width.lines] == ["n_h = 1"]
+    assert [line.get_label() for line in by_heads.lines] == ["$n_h$ = 1", "$n_h$ = 2"]
+    assert [line.get_label() for line in by_width.lines] == ["$n_h$ = 1"]
 
     row = {"num_householder": 2, "num_heads": 4, "head_dim": 8, "tokens_per_s": 10.0}
-    row |= {"relative": 1.0, "decoding_ms": {1: 2.0, 8: 3.0}}
-    language.draw_throughput([row], tmp_path, "a title")
+    row |= {"relative": 1.0, "decoding_ms": {1: 2.0, 8: 3.0}, "machine": "1 x cpu"}
+    config = {"batch_size": 2, "length": 8, "hidden_size": 16, "dtype": "float32"}
+    language.draw_throughput([row], config, tmp_path, look)
     speed, latency = figures.pop().axes
-    assert [bar.get_height() for bar in speed.patches] == [10.0]
-    assert [bar.get_height() for bar in latency.patches] == [2.0, 3.0]
+    assert [bar.get_width() for bar in speed.patches] == [10.0]
+    assert [bar.get_width() for bar in latency.patches] == [2.0, 3.0]
 
 
 def test_folders_of_other_worlds_have_labels_of_their_own(tmp_path):

@@ -135,7 +135,7 @@ def test_settings_of_a_leg():
         with pytest.raises(ConfigError, match=said):
             dataclasses.replace(config, **wrong)
     with pytest.raises(ConfigError, match="no records"):
-        paper.draw(paper.Path("nowhere"))
+        paper.draw(paper.Path("nowhere"), paper.Look())
 
 
 @pytest.mark.slow

@@ -66,6 +66,7 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
     }  # fmt: skip
     op = {"implementation": None, "chunk_size": None}
     linear = {"expand_v": 1.0, "allow_neg_eigval": True} | op
+    channel = {name: value for name, value in delta.items() if name != "num_householder"}
     want = {
         "delta_net": delta | {"num_householder": 1},
         "gated_delta_net": delta | {"num_householder": 1},
@@ -84,6 +85,9 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
         "mlstm": {"conv_size": 4} | op,
         "slstm": {},
         "rwkv7": linear,
+        "kimi_delta_attention": channel,
+        "complex_kimi_delta_attention": channel,
+        "erase_then_delta": channel,
     }
     none = [f.name for f in dataclasses.fields(ModelConfig) if f.default in (None, "auto")]
     for mixer, values in want.items():

@@ -6,6 +6,7 @@ runs in float64, so that a bar of 1e-10 tells rounding from a mistake.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from helpers import relative_error
 from quick import quick
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.layers import GatedDeltaProduct
+from deltaproduct_jax.layers import GatedDeltaProduct, KimiDeltaAttention
 from deltaproduct_jax.layers.attention import rotate
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel
@@ -67,27 +68,27 @@ def x64():
         yield
 
 
-@pytest.fixture(scope="module")
-def wide_models():
+@functools.cache
+def wide_model(mixer: str) -> SequenceModel:
     with jax.enable_x64(True):
-        return {mixer: lively(config_of(mixer, WideConfig)) for mixer in (*BASELINES, GROUPED)}
+        return lively(config_of(mixer, WideConfig))
 
 
-@pytest.mark.parametrize(
-    ("mixer", "extended"),
-    [
-        (m, extended)
-        for m, mixer in MIXERS.items()
-        for extended in ([False, True] if mixer.takes("allow_neg_eigval") else [False])
-    ]
-    + [(GROUPED, False)],
-)
+# Layers of one class: what is fast of them is that of two which hold all of it.
+KIMI = [m for m in BASELINES if issubclass(MIXERS[m].layer, KimiDeltaAttention)]
+CHUNKED = [m for m in BASELINES if MIXERS[m].takes("implementation")]
+RANGES = [(m, False) for m in (*MIXERS, GROUPED)]
+RANGES += [(m, True) for m, mixer in MIXERS.items() if mixer.takes("allow_neg_eigval")]
+FAST = [(m, extended) for m, extended in RANGES if m not in KIMI or (extended and m in KIMI[1:])]
+
+
+@pytest.mark.parametrize(("mixer", "extended"), quick(RANGES, FAST, unpack=True))
 def test_the_layer_is_the_published_one(mixer, extended, x64):
     """Against a loop over tokens, every parameter drawn at random."""
     kind = config_of(mixer).registered
     wide = {"expand_v": 1.5} if kind.takes("expand_v") else {}
     wide |= {"num_v_heads": 4} if kind.takes("num_v_heads") else {}
-    if kind.layer is GatedDeltaProduct:
+    if kind.takes("use_short_conv"):
         wide |= {"use_short_conv": True, "use_output_gate": True, "beta_bias": 0.5}
     config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
     layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
@@ -172,8 +173,8 @@ COMPARED = [*BASELINES, GROUPED]
 
 
 @pytest.mark.parametrize("mixer", quick(COMPARED, WIDE))
-def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
-    model, ids = wide_models[mixer], tokens()
+def test_steps_and_pieces_agree_with_the_whole(mixer, x64):
+    model, ids = wide_model(mixer), tokens()
     whole = forward_plain(model, ids)
     traced = len(TRACES)
     agree(by_steps(model, ids, model.init_state(B), ALL, NONE), whole)
@@ -189,8 +190,8 @@ def test_steps_and_pieces_agree_with_the_whole(mixer, wide_models, x64):
 
 @pytest.mark.parametrize("mask", [ALL, MASK], ids=["whole", "padded"])
 @pytest.mark.parametrize("mixer", quick(COMPARED, WIDE))
-def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models, x64):
-    model, ids, new = wide_models[mixer], tokens(), np.zeros((B, T), bool)
+def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, x64):
+    model, ids, new = wide_model(mixer), tokens(), np.zeros((B, T), bool)
     start = forward_plain(model, tokens(seed=1)[:, :5])[1]
     for row in range(B):
         kept = SEGMENTS[row, mask[row]]
@@ -203,21 +204,21 @@ def test_segments_share_nothing_and_padding_is_skipped(mixer, mask, wide_models,
 
 
 @pytest.mark.parametrize("mixer", quick(COMPARED, WIDE))
-def test_no_position_sees_a_later_token_or_another_row(mixer, wide_models, x64):
+def test_no_position_sees_a_later_token_or_another_row(mixer, x64):
     ids = tokens()
     changed = ids.at[0, 6].set((ids[0, 6] + 1) % VOCAB)
-    ours, theirs = (forward_plain(wide_models[mixer], x)[0] for x in (ids, changed))
+    ours, theirs = (forward_plain(wide_model(mixer), x)[0] for x in (ids, changed))
     difference = np.abs(ours - theirs).max(axis=2)
     assert np.all(difference[0, :6] < 1e-13)
     assert np.all(difference[0, 6:] > 1e-9)
     assert not np.any(difference[1:])
 
 
-@pytest.mark.parametrize("mixer", [m for m in BASELINES if MIXERS[m].takes("implementation")])
-def test_chunked_layers_agree_with_recurrent_ones(mixer, wide_models, x64):
+@pytest.mark.parametrize("mixer", quick(CHUNKED, [m for m in CHUNKED if m not in KIMI]))
+def test_chunked_layers_agree_with_recurrent_ones(mixer, x64):
     config = config_of(mixer, WideConfig, implementation="recurrent")
     want = forward_plain(lively(config), tokens())
-    agree(forward_plain(wide_models[mixer], tokens()), want)
+    agree(forward_plain(wide_model(mixer), tokens()), want)
 
 
 @nnx.jit
@@ -251,8 +252,8 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
     logits, state = forward_plain(narrow, tokens())
     assert logits.dtype == jnp.bfloat16
     for name, entry in state[0]._asdict().items():
-        is_input = name in ("conv", "last", "k", "v", "length")  # of what was read, as it was read
-        assert is_input or all(a.dtype == jnp.float32 for a in jax.tree.leaves(entry)), name
+        of_inputs = name.endswith("conv") or name in ("last", "k", "v", "length")  # as read
+        assert of_inputs or all(a.dtype == jnp.float32 for a in jax.tree.leaves(entry)), name
     want = forward_plain(lively(config_of(mixer)), tokens())[0]
     assert 0 < relative_error(logits, want) < 5e-2
 
@@ -260,7 +261,8 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
 # What a baseline has for itself, changed; and what all of them share.
 OWN = {
     "num_v_heads": 4, "expand_v": 2.0, "allow_neg_eigval": False, "conv_size": 3, "max_length": 8,
-    "implementation": "recurrent", "chunk_size": 4, **OF_GROUPED,
+    "implementation": "recurrent", "chunk_size": 4, "qk_activation": "none", "beta_bias": 1.0,
+    "use_output_gate": True, "use_short_conv": False, **OF_GROUPED,
 }  # fmt: skip
 SHARED = {"hidden_size": 20, "num_heads": 4, "head_dim": 4, "initializer": "fla"}
 
@@ -277,7 +279,8 @@ def program(config: ModelConfig) -> str:
 
 @pytest.mark.parametrize("mixer", quick(BASELINES, ["slstm"]))
 def test_every_field_that_a_mixer_has_reaches_it(mixer):
-    base = config_of(mixer)
+    convolved = {"use_short_conv": True} if MIXERS[mixer].takes("use_short_conv") else {}
+    base = config_of(mixer, **convolved)
     known = program(base)
     own = {name: value for name, value in OWN.items() if MIXERS[mixer].takes(name)}
     assert own.keys() | SHARED.keys() >= {n for n in MIXER_FIELDS if MIXERS[mixer].takes(n)}

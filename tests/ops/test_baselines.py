@@ -17,7 +17,8 @@ SEGMENTS = np.cumsum(np.random.default_rng(7).uniform(size=(B, T)) < 0.12, axis=
 
 # One row per recurrence: how its inputs are drawn; "chunked" and "recurrent" take them all.
 LINEAR = ("scalar", "diagonal", "scalar_signed", "diagonal_signed", "low_rank")
-OPS = (*LINEAR, "mlstm", "slstm")
+DELTA = ("delta", "delta_erasing_signed")
+OPS = (*LINEAR, *DELTA, "mlstm", "slstm")
 
 
 def draw(op: str, seed: int = 0, T: int = T) -> dict:
@@ -29,13 +30,18 @@ def draw(op: str, seed: int = 0, T: int = T) -> dict:
     x = {"q": normal(K), "k": normal(K), "v": normal(V)}
     if op == "mlstm":
         return x | {"i": 2 * normal(), "log_f": -np.abs(normal())}
-    gate = (K,) if op.startswith(("diagonal", "low")) else ()
+    gate = (K,) if op.startswith(("diagonal", "low", "delta")) else ()
     x["g"] = rng.choice([0.0, -0.1, -1.0, -30.0], p=[0.1, 0.5, 0.3, 0.1], size=(B, T, H, *gate))
     if op.endswith("signed"):
         x["negative"] = rng.uniform(size=(B, T, H, *gate)) < 0.4
     if op == "low_rank":
         x["a"] = normal(K) / K
         x["b"] = normal(K)
+    if op in DELTA:
+        unit = lambda a: a / np.linalg.norm(a, axis=-1, keepdims=True)
+        x |= {"k": unit(x["k"]), "beta": rng.uniform(0, 2, size=(B, T, H))}
+    if op == "delta_erasing_signed":
+        x |= {"e": unit(normal(K)), "gamma": rng.uniform(0, 2, size=(B, T, H))}
     return x
 
 
@@ -48,6 +54,7 @@ def extra(op: str) -> dict:
 
 def names(op: str) -> str:
     known = {"low_rank": "diagonal_plus_low_rank", "mlstm": "mlstm", "slstm": "slstm"}
+    known |= dict.fromkeys(DELTA, "channel_delta")
     return known.get(op, "gated_linear_attention")
 
 
@@ -78,7 +85,8 @@ def reference(op: str, x: dict, segment_ids=None) -> np.ndarray:
         return oracle.slstm(**x, **extra(op), segment_ids=segment_ids)
     x = dict(x)
     gate = np.exp(x.pop("g")) * np.where(x.pop("negative", False), -1, 1)
-    return oracle.linear(**x, gate=gate, segment_ids=segment_ids)[0]
+    recurrence = oracle.channel_delta if op in DELTA else oracle.linear
+    return recurrence(**x, gate=gate, segment_ids=segment_ids)[0]
 
 
 def agree(got, want, bar: float) -> None:
@@ -138,7 +146,7 @@ def test_pieces_and_steps_agree_with_the_whole(op, x64):
     agree((np.stack(outputs, axis=1), state), (whole[0][:, 17:], whole[1]), 1e-12)
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", quick(OPS, [op for op in OPS if op != "delta"]))
 def test_no_tokens_leave_the_state(op):
     x = {n: a if a.dtype == bool else a.astype(np.float32) for n, a in draw(op).items()}
     state = run(op, x)[1]
@@ -157,7 +165,7 @@ QUICK = {("diagonal_signed", "recurrent"), ("slstm", "recurrent")}  # compiled i
 )
 def test_mapped_over_one_argument_gradients_equal_a_loop(op, implementation):
     """Those of all arguments, which every call but the mapped one shares."""
-    mapped = {"slstm": "x", "mlstm": "log_f", "low_rank": "b"}.get(op, "v")
+    mapped = {"slstm": "x", "mlstm": "log_f", "low_rank": "b", "delta": "beta"}.get(op, "v")
     first, *others = (draw(op, seed, T=6) for seed in range(3))
     first = {n: jnp.asarray(a, a.dtype if a.dtype == bool else "float32") for n, a in first.items()}
     flags = {n: first.pop(n) for n in ("negative",) if n in first}
@@ -174,9 +182,9 @@ def test_mapped_over_one_argument_gradients_equal_a_loop(op, implementation):
 
 # Where gates vanish and inputs are large: values that some arguments take, and a factor for others.
 EXTREMES = {
-    "closed": (LINEAR, {"g": -1e4}, 1.0),
-    "open": (LINEAR, {"g": 0.0}, 1.0),
-    "infinite": (LINEAR, {"g": -np.inf}, 1.0),
+    "closed": ((*LINEAR, *DELTA), {"g": -1e4}, 1.0),
+    "open": ((*LINEAR, *DELTA), {"g": 0.0}, 1.0),
+    "infinite": ((*LINEAR, *DELTA), {"g": -np.inf}, 1.0),
     "wide input gate": (("mlstm",), {"i": 1e4, "log_f": -1e-6}, 1.0),
     "no input": (("mlstm",), {"i": -1e4, "log_f": -1e4}, 1.0),
     "large": (OPS, {}, 1e4),
@@ -184,7 +192,12 @@ EXTREMES = {
 
 
 @pytest.mark.parametrize(
-    ("op", "extreme"), [(op, name) for name, (ops, *_) in EXTREMES.items() for op in ops]
+    ("op", "extreme"),
+    [
+        pytest.param(op, name, marks=[pytest.mark.slow] if op == "delta" else [])
+        for name, (ops, *_) in EXTREMES.items()
+        for op in ops
+    ],
 )
 def test_outputs_and_gradients_are_finite_at_extremes(op, extreme):
     x = draw(op)
@@ -192,7 +205,8 @@ def test_outputs_and_gradients_are_finite_at_extremes(op, extreme):
     for name, value in values.items():  # at every third token, and at all of row 1
         x[name][:, ::3] = value
         x[name][1] = value
-    x = {n: factor * a if n in ("x", "q", "k", "v", "i") else a for n, a in x.items()}
+    large = ("x", "q", "v", "i", *(() if op in DELTA else ("k",)))  # whose keys are unit vectors
+    x = {n: factor * a if n in large else a for n, a in x.items()}
     x = {n: a if a.dtype == bool else a.astype(np.float32) for n, a in x.items()}
     flags = {n: x.pop(n) for n in ("negative",) if n in x}
     for leaf in jax.tree.leaves(outcome(op, x, flags, None, None)):
@@ -259,7 +273,7 @@ def test_extended_gate_keeps_both_ends_and_the_gradient_at_zero(x64):
 def test_bfloat16_stays_near(op):
     x = draw(op)
     narrow = {
-        n: a if a.dtype == bool else jnp.asarray(a, jnp.bfloat16 if n in "qkvabx" else jnp.float32)
+        n: a if a.dtype == bool else jnp.asarray(a, jnp.bfloat16 if n in "qkvaebx" else jnp.float32)
         for n, a in x.items()
     }
     o, state = run(op, narrow)
@@ -299,6 +313,12 @@ def test_errors_name_the_argument(change, text, unchecked):
 def test_other_ops_check_their_inputs(unchecked):
     with pytest.raises(ValueError, match=r"b must have shape \[B, T, H, K\]"):
         baselines.diagonal_plus_low_rank(**draw("low_rank") | {"b": np.zeros((B, T, H))})
+    erasing = draw("delta_erasing_signed")
+    with pytest.raises(ValueError, match=r"beta must have shape \[B, T, H\] with B=2, T=41, H=2"):
+        baselines.channel_delta(**erasing | {"beta": np.zeros((B, T, H, K))})
+    for given, other in (("e", "gamma"), ("gamma", "e")):
+        with pytest.raises(ValueError, match=f"{given} means nothing without {other}, got"):
+            baselines.channel_delta(**erasing | {other: None})
     with pytest.raises(ValueError, match=r"log_f must have shape \[B, T, H\]"):
         baselines.mlstm(**draw("mlstm") | {"log_f": np.zeros((B, T))})
     with pytest.raises(ValueError, match="recurrent must have 4 gates z, i, f, o, got 3"):

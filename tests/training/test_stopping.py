@@ -94,14 +94,14 @@ def test_a_signal_finishes_the_step_and_saves(
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
-    lower = loop.Trainer.lower
+    prepare = loop.Trainer.prepare
 
     def interrupted(self, state):
         os.kill(os.getpid(), signal.SIGINT)
-        lower(self, state)
+        prepare(self, state)
         time.sleep(0.1)
 
-    monkeypatch.setattr(loop.Trainer, "lower", interrupted)
+    monkeypatch.setattr(loop.Trainer, "prepare", interrupted)
     with pytest.raises(Stopped, match="stopped by Ctrl-C before the first step"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -5,6 +5,8 @@ All speak one notation: a state S [K, V] per head, zero before the first token, 
     gated_linear_attention   S <- diag(gate) S + k v^T               Mamba-2, GLA
     mlstm                    the same, exponential input gate         xLSTM
     diagonal_plus_low_rank   S <- (diag(gate) + b a^T) S + k v^T     RWKV-7
+    channel_delta            S <- (I - beta k k^T) diag(gate) S      Kimi Delta Attention,
+                                  + beta k v^T                       Erase-then-Delta
     slstm                    gates that see the last output           xLSTM
 
 and the readout ``o = scale * S^T q`` after it. Each has a recurrent form, which is the
@@ -12,6 +14,8 @@ specification, and a form for one token; all but slstm, which is sequential by n
 chunked form as well. Backward passes are JAX's own, with one state kept per chunk.
 """
 
+from deltaproduct_jax.ops.baselines.channel_delta import channel_delta as channel_delta
+from deltaproduct_jax.ops.baselines.channel_delta import channel_delta_step as channel_delta_step
 from deltaproduct_jax.ops.baselines.diagonal_plus_low_rank import (
     diagonal_plus_low_rank as diagonal_plus_low_rank,
 )

@@ -122,11 +122,11 @@ def scan_chunks(
     return join_heads(o_NBHCV, T), state
 
 
-def chunk_length(chunk_size: int | None, T: int) -> int:
-    """Tokens in a chunk: as asked, else 64, or fewer where a sequence is shorter."""
+def chunk_length(chunk_size: int | None, T: int, default: int = DEFAULT_CHUNK) -> int:
+    """Tokens in a chunk: as asked, else ``default``, or fewer where a sequence is shorter."""
     if chunk_size is not None:
         return chunk_size
-    return max(1, min(DEFAULT_CHUNK, T if T <= SUB_CHUNK else -(-T // SUB_CHUNK) * SUB_CHUNK))
+    return max(1, min(default, T if T <= SUB_CHUNK else -(-T // SUB_CHUNK) * SUB_CHUNK))
 
 
 def split(x: jax.Array, C: int) -> jax.Array:

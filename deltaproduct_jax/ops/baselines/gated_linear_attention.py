@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
+from deltaproduct_jax.ops.baselines.gates import fold_signs
 from deltaproduct_jax.ops.checks import check_scale
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.parts import on_each_part
@@ -88,7 +89,7 @@ def _run(arrays, *, scale, implementation, chunk_size):
             return chunks.scan_tokens(step, state, jnp.zeros_like(state), inputs, segment_ids)
         sign = None
         if negative is not None:
-            q, k, sign = _fold_signs(q, k, negative)
+            (q, k), sign = fold_signs(negative, q, k)
         o, state = attend_in_chunks(q, k, v, g, state, segment_ids, scale, chunk_size)
         return o, state if sign is None else state * sign.astype(state.dtype)
 
@@ -138,23 +139,6 @@ def _step(state_BHKV, q, k, v, g, negative, scale):
     state_BHKV = gate[..., None] * state_BHKV + write_BHKV
     o_BHV = scale * matmul("bhk,bhkv->bhv", q, state_BHKV)
     return o_BHV.astype(v.dtype), state_BHKV
-
-
-def _fold_signs(q, k, negative):
-    """Queries and keys under which gates of their magnitude alone give the same outputs.
-
-    With s_t the product of all signs up to token t, s_t S_t obeys the recurrence of the magnitudes
-    if the keys are s_t k_t, and reads the same if the queries are s_t q_t; s_t is 1 or -1, exactly.
-
-    Returns:
-        ``(q, k, sign)``; the last is s_T, [B, H, K or 1, 1].
-    """
-    if negative.ndim == 3:
-        negative = negative[..., None]
-    flips = negative.astype(jnp.int32)
-    sign = 1 - 2 * (jnp.cumsum(flips, axis=1) % 2)
-    last = 1 - 2 * (jnp.sum(flips, axis=1) % 2)
-    return q * sign.astype(q.dtype), k * sign.astype(k.dtype), last[..., None]
 
 
 def attend_in_chunks(q, k, v, g, state, segment_ids, scale, chunk_size):

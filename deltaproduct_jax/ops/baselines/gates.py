@@ -1,8 +1,8 @@
-"""The extended range of a gate, as magnitude and sign."""
+"""Gates below 0: their range as magnitude and sign, and a recurrence that needs no signs."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -28,3 +28,23 @@ def extended_gate(
     zero = u <= -1
     at_zero = jnp.log(_ZERO) + (u - jax.lax.stop_gradient(u)) / _ZERO
     return jnp.where(zero, at_zero, jnp.log1p(jnp.where(zero, -0.5, u))), negative
+
+
+def fold_signs(
+    negative: Bool[Array, "B T H"] | Bool[Array, "B T H K"], *arrays: Float[Array, "B T H K"]
+) -> tuple[list[Float[Array, "B T H K"]], Int[Array, "B H #K 1"]]:
+    """Queries and keys under which gates of their magnitude alone give the same outputs.
+
+    With s_t the product of all signs up to token t, s_t S_t obeys the recurrence of the magnitudes
+    if the keys are s_t k_t, and reads the same if the queries are s_t q_t; s_t is 1 or -1, exactly.
+    Transitions (I - beta k k^T) diag(gate) become those of s_t k_t.
+
+    Returns:
+        ``(arrays, sign)``; the latter is s_T, which turns the last state back.
+    """
+    if negative.ndim == 3:
+        negative = negative[..., None]
+    flips = negative.astype(jnp.int32)
+    sign = 1 - 2 * (jnp.cumsum(flips, axis=1) % 2)
+    last = 1 - 2 * (jnp.sum(flips, axis=1) % 2)
+    return [x * sign.astype(x.dtype) for x in arrays], last[..., None]

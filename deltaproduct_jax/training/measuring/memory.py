@@ -8,11 +8,13 @@ from pathlib import Path
 import jax
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.step import TrainState
 
 # Limits that a container sets, by the version of control groups.
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# How XLA's errors begin where memory is short.
+EXHAUSTED = "RESOURCE_EXHAUSTED"
 
 
 def require_memory_of_config(config: RunConfig) -> None:
@@ -42,11 +44,48 @@ def require_memory_of_state(state: TrainState) -> None:
     _require("parameters of this size", sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
 
 
-def _require(what: str, needed: int) -> None:
+def within_memory(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
+    """Compiles a program; ConfigError, naming ``what``, if it needs more memory than there is.
+
+    Counted is what the compiler has set aside for it on every device, by its own account.
+    """
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        raise ConfigError(f"{what}, does not fit into memory: {first_line(error)}") from error
+    account = compiled.memory_analysis()
+    if account is not None:
+        _require(f"{what},", jax.device_count() * account.temp_size_in_bytes, verb="needs")
+    return compiled
+
+
+def training_sizes(train: TrainConfig) -> str:
+    """The settings that the memory of a training step depends on, besides the model's."""
+    return f"batch_size={train.batch_size}, accumulation_steps={train.accumulation_steps}"
+
+
+def evaluation_sizes(train: TrainConfig) -> str:
+    """The setting that the memory of an evaluation depends on, besides the model's."""
+    return f"eval_batch_size={train.eval_batch_size}"
+
+
+def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:
+    """Whether an error of XLA says that memory is short."""
+    return str(error).startswith(EXHAUSTED)
+
+
+def first_line(error: jax.errors.JaxRuntimeError) -> str:
+    """What an error of XLA says, without its code."""
+    return str(error).strip().splitlines()[0].removeprefix(f"{EXHAUSTED}: ")
+
+
+def _require(what: str, needed: int, verb: str = "need") -> None:
     limit = available_bytes()
     if needed > limit:
         raise ConfigError(
-            f"{what} need at least {needed / 2**30:,.0f} GiB of memory; there are "
+            f"{what} {verb} at least {needed / 2**30:,.0f} GiB of memory; there are "
             f"{limit / 2**30:,.0f} GiB"
         )
 

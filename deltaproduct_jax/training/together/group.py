@@ -131,7 +131,7 @@ class Group:
         like = shapes_in_slots(first.like, slots, self._mesh)
         require_memory_of_state(like)
         if not all(is_there(member.workdir / CONFIG) for member in self.members):
-            self._lower(slots)  # what this machine cannot run leaves nothing behind
+            self._prepare(slots)  # what this machine cannot run leaves nothing behind
         self._go_on("before the first step")
         start = describe_start(argv, {}, None, dict(self._mesh.shape), first.began)
         for member in self.members:
@@ -154,7 +154,7 @@ class Group:
             )
         return self._programs[slots]
 
-    def _lower(self, slots: int) -> None:
+    def _prepare(self, slots: int) -> None:
         first = self.members[0]
         of_one = (
             first.like,
@@ -164,7 +164,7 @@ class Group:
         )
         shapes = shapes_in_slots(of_one, slots, self._mesh)
         try:
-            self._program(slots).train_step.lower(self.config.length_at(1), *shapes)
+            self._program(slots).train_step.prepare(self.config.length_at(1), *shapes)
         except ValueError as error:
             if self.config.model.implementation is None:
                 raise

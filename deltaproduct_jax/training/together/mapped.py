@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.measuring.memory import evaluation_sizes, training_sizes
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.skipping import Skipping
@@ -105,13 +106,18 @@ class MappedProgram:
         self.train_step = CompiledByLength(
             self._mapped(train_one),
             "the training step of all runs",
+            training_sizes(config.train),
             stopwatch,
             donate=True,
             **options,
         )
         # (length, params, keys [S]) -> (loss [S], correct [S, B, T], mask [S, B, T])
         self.eval_step = CompiledByLength(
-            self._mapped(eval_one), "the evaluation of all runs", stopwatch, **options
+            self._mapped(eval_one),
+            "the evaluation of all runs",
+            evaluation_sizes(config.train),
+            stopwatch,
+            **options,
         )
 
     def _mapped(self, function: Callable) -> Callable:

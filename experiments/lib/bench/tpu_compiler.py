@@ -3,15 +3,17 @@
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.compilers import child, hlo_cost, kernel_traffic, tpu
+from deltaproduct_jax.compilers import child, hlo_cost, kernel_bundles, kernel_traffic, tpu
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.ops import delta_product
 from experiments.lib import environment
+from experiments.lib.bench.peers import tokamax
 from experiments.lib.bench.timing import FORWARD, Shape
 
 EXTRA = environment.extra_folder("tpu")
@@ -73,7 +75,9 @@ IMPLEMENTATIONS = {
     "scan": _scan,
     "interleaved": interleaved,
     "pallas_tpu": _pallas,
+    tokamax.NAME: tokamax.op,
 }
+PEERS = {tokamax.NAME: tokamax}
 
 
 def function_and_arguments(wanted: Compilation) -> tuple[Callable, tuple[Any, ...]]:
@@ -101,12 +105,19 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles one program in this process, which must have been started for it.
 
     Args:
-      fields: of a `Compilation`, as plain values.
+      fields: of a `Compilation`, as plain values; and the folder "code", where the compiler of this
+        process writes the code of kernels.
 
     Returns:
-      The fields of `hlo_cost.Cost`, and the bytes of temporary memory, arguments and outputs; or
-      only "error", the compiler's first line, where it refuses the program.
+      The fields of `hlo_cost.Cost`, the bundles that all Pallas kernels issue ("kernel_cycles";
+      None without a kernel, or where the code does not show the passes of a loop), and the bytes of
+      temporary memory, arguments and outputs; or only "error", the compiler's first line, where it
+      refuses the program.
     """
+    fields = dict(fields)
+    code = Path(fields.pop("code"))
+    for path in code.iterdir():  # of the program before, whose kernels have the same labels
+        path.unlink()
     wanted = Compilation(**{**fields, "shape": Shape(**fields["shape"])})
     mesh = tpu.mesh_of(tpu.GENERATIONS[wanted.generation].topology, (1,), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -123,7 +134,17 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     cost = hlo_cost.cost(compiled.as_text(), kernels)
-    return {**dataclasses.asdict(cost), **memory_of(compiled)}
+    issued = {"kernel_cycles": _bundles_issued(code, cost.kernels)}
+    return {**dataclasses.asdict(cost), **issued, **memory_of(compiled)}
+
+
+def _bundles_issued(code: Path, kernels: Mapping[str, int]) -> int | None:
+    """By all kernels of a program; None without a kernel, or with one whose code is not clear."""
+    try:
+        each = [n * kernel_bundles.kernel_bundles(code, label) for label, n in kernels.items() if n]
+    except ValueError:
+        return None
+    return sum(each) if each else None
 
 
 def is_available() -> bool:
@@ -160,12 +181,15 @@ def compile_apart(
       RuntimeError: the child failed in its own code.
     """
     require_libtpu()
-    with tempfile.TemporaryDirectory(prefix="tpu_profile_") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="tpu_profile_") as folder,
+        tempfile.TemporaryDirectory(prefix="tpu_code_") as code,
+    ):
         results, ending = child.call_apart(
             f"{__name__}:{compile_here.__name__}",
-            [dataclasses.asdict(each) for each in wanted],
+            [{**dataclasses.asdict(each), "code": code} for each in wanted],
             folder=environment.ROOT,
-            environment=tpu.child_environment(EXTRA, folder if profile else None),
+            environment=tpu.child_environment(EXTRA, folder if profile else None, code),
             timeout_s=timeout_s,
         )
     if ending == "aborted":

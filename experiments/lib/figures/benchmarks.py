@@ -4,32 +4,59 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.lib.figures.style import beside_records, new_axes, new_figure, save
+from experiments.lib.figures import names
+from experiments.lib.figures.style import (
+    Look,
+    add_legend,
+    beside_records,
+    close_grid,
+    new_panels,
+    plain_log,
+    points,
+    save,
+)
+
+# Of the whole width of a group; series stand side by side, so that none hides another.
+SPREAD = 0.5
 
 
 @beside_records
-def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Bars of the median times, a group a number of factors and direction."""
-    groups = list(dict.fromkeys((row["direction"], row["num_householder"]) for row in rows))
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    figure, axes = new_axes(1.5 + 1.1 * len(groups))
-    for index, name in enumerate(names):
-        picked = {
-            (r["direction"], r["num_householder"]): r for r in rows if r["implementation"] == name
-        }
-        heights = [picked.get(group, {"median_ms": float("nan")})["median_ms"] for group in groups]
-        offset = (index - (len(names) - 1) / 2) * 0.8 / len(names)
-        places = [place + offset for place in range(len(groups))]
-        axes.bar(places, heights, 0.8 / len(names), label=name)
-    axes.set_xticks(range(len(groups)), [f"{d}\nn_h = {n}" for d, n in groups], fontsize=8)
-    axes.set(ylabel="ms a call (median)", yscale="log", title=title)
-    axes.legend()
-    save(figure, path)
+def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: Look) -> list[Path]:
+    """Median times with their spread over n_h, a panel a direction, a series an implementation."""
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    factors = sorted({row["num_householder"] for row in rows})
+    implementations = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines, columns = look.grid(len(directions), 2)
+    figure, panels = new_panels(look, lines, columns, 2.0, sparse=len(factors) == 1)
+    for direction, axes in zip(directions, panels.flat, strict=False):
+        here = [row for row in rows if row["direction"] == direction]
+        for index, name in enumerate(implementations):
+            found = {r["num_householder"]: r for r in here if r["implementation"] == name}
+            offset = (index + 0.5) / len(implementations) - 0.5
+            x = [factors.index(n) + SPREAD * offset for n in found]
+            middle = [row["median_ms"] for row in found.values()]
+            spread = [
+                [row["median_ms"] - row["min_ms"] for row in found.values()],
+                [row["max_ms"] - row["median_ms"] for row in found.values()],
+            ]
+            style = points(index) | {"elinewidth": 0.8, "capsize": 2}
+            axes.errorbar(x, middle, spread, label=names.value(name), **style)
+        axes.set(yscale="log", xlim=(-0.6, len(factors) - 0.4), title=names.value(direction))
+        axes.set_xticks(range(len(factors)), factors)
+        lowest, highest = (
+            pick(r[n] for r in here) for pick, n in ((min, "min_ms"), (max, "max_ms"))
+        )
+        plain_log(axes.yaxis, (lowest, highest))
+        axes.set_ylim(lowest / 1.3, highest * 1.3)
+    close_grid(panels, len(directions), "factors, $n_h$", "ms a call")
+    figure.suptitle(title)
+    add_legend(figure)
+    return save(figure, path, look)
 
 
 # Column of a row, and what it is called.
-MEASURES = {"median_ms": "ms a call (median)", "temp_mib": "temporary memory, MiB"}
-VARIED = {"T": "tokens T", "num_householder": "factors per token n_h"}
+MEASURES = {"median_ms": "ms a call", "temp_mib": "temporary memory, MiB"}
+VARIED = {"T": "tokens, $T$", "num_householder": "factors, $n_h$"}
 
 
 @beside_records
@@ -37,25 +64,29 @@ def draw_scaling(
     rows_by_varied: Mapping[str, Sequence[Mapping[str, Any]]],
     slopes: Mapping[str, float],
     path: Path,
-) -> None:
-    """Time and memory over T, and over the number of factors.
+    look: Look,
+) -> list[Path]:
+    """Time and memory over T, and over the number of factors, all axes logarithmic.
 
     Args:
         rows_by_varied: rows, by which of `VARIED` differs among them.
         slopes: of every panel in log-log, by "MEASURE over VARIED".
-        path: where the picture goes.
+        path: where the picture goes, without an ending.
+        look: width and formats.
     """
-    figure = new_figure(9, 6.4)
-    panels = figure.subplots(len(MEASURES), len(VARIED))
+    figure, panels = new_panels(look, len(MEASURES), len(VARIED), 1.9, sharex="col")
     for column, (x, rows) in enumerate(rows_by_varied.items()):
         for row, (y, unit) in enumerate(MEASURES.items()):
             axes = panels[row, column]
-            axes.plot([r[x] for r in rows], [r[y] for r in rows], "o-")
-            if x == "T":
-                axes.set(xscale="log", yscale="log")
-            else:
-                axes.set(ylim=(0, None))
-            title = f"slope in log-log {slopes[f'{y} over {x}']:.2f}"
-            axes.set(xlabel=VARIED[x], ylabel=unit, title=title)
-            axes.grid(alpha=0.3)
-    save(figure, path)
+            xs, ys = ([r[name] for r in rows] for name in (x, y))
+            axes.loglog(xs, ys, **points(0))
+            for axis, values in ((axes.xaxis, xs), (axes.yaxis, ys)):
+                plain_log(axis, (min(values), max(values)))
+            axes.set_ylim(min(ys) / 1.5, max(ys) * 1.5)
+            if x == "num_householder":
+                axes.set_xticks(xs, [str(n) if n & (n - 1) == 0 else "" for n in xs])
+                axes.set_xticks([], minor=True)
+            axes.set_title(f"slope {slopes[f'{y} over {x}']:.2f}")
+            axes.set_xlabel(VARIED[x] if row == len(MEASURES) - 1 else "")
+            axes.set_ylabel(unit if column == 0 else "")
+    return save(figure, path, look)

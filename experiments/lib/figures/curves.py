@@ -1,6 +1,5 @@
 """Curves over positions, a panel a setting, and bars of fractions: the records of many runs."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,18 @@ import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import misfit
-from experiments.lib.figures.style import COLORS, add_legend, mark_trained, new_axes, new_figure
+from experiments.lib.figures import names
+from experiments.lib.figures.style import (
+    Look,
+    add_legend,
+    bars,
+    close_grid,
+    fractions_axis,
+    mark_trained,
+    new_panels,
+    positions_axis,
+    series,
+)
 from experiments.lib.run_records import Record, grouped, label
 
 if TYPE_CHECKING:
@@ -77,64 +87,100 @@ def numbers_of(panels: Panels) -> dict[str, Any]:
     }
 
 
-def draw_panels(panels: Panels, trained: Mapping[str, int | None], *, band: bool) -> "Figure":
-    """A figure of all panels, each with a line at the length that its runs were trained at."""
-    columns = math.ceil(math.sqrt(len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    figure = new_figure(1.4 + 4.2 * columns, 0.6 + 3.2 * rows)
-    cells = figure.subplots(rows, columns, squeeze=False).flat
-    for (title, curves), axes in zip(panels.items(), cells, strict=False):
-        draw_curves(axes, curves, band=band)
-        if trained[title] is not None:
-            mark_trained(axes, trained[title])
-        axes.set(title=title, xlabel="position", ylabel="fraction of sequences right so far")
-        add_legend(axes)
-    for axes in list(cells):  # places without a panel
-        axes.set_axis_off()
+def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
+    """A figure of all panels, each with a line at the length that its runs were trained at.
+
+    Args:
+        record: "panels" as of `numbers_of`, the "metric" that they are of, whether runs are a
+            "band", and the length "trained" of each panel, None where it is not known.
+        look: the figure's width.
+    """
+    panels = {
+        title: {name: np.array(curve["runs"]) for name, curve in curves.items()}
+        for title, curves in record["panels"].items()
+    }
+    rows, columns = look.grid(len(panels), 3)
+    figure, cells = new_panels(look, rows, columns, 2.0, sharex=True, sharey=True)
+    order = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    for (title, curves), axes in zip(panels.items(), cells.flat, strict=False):
+        draw_curves(axes, curves, order, band=record["band"])
+        if record["trained"][title] is not None:
+            mark_trained(axes, record["trained"][title])
+        axes.set_title(names.pretty(title))
+    medians = [np.median(runs, axis=0) for curves in panels.values() for runs in curves.values()]
+    positions_axis(cells[0, 0], medians)
+    lowest = min(runs.min() for curves in panels.values() for runs in curves.values())
+    fractions_axis(cells[0, 0], lowest)
+    if any(len(runs) > 1 for curves in panels.values() for runs in curves.values()):
+        every = {"linewidth": 5, "alpha": 0.3} if record["band"] else {"linewidth": 0.6}
+        cells[0, 0].plot([], [], color="0.4", label="single runs", **every)
+    close_grid(cells, len(panels), "position", names.metric(record["metric"]))
+    add_legend(figure)
     return figure
 
 
-def draw_curves(axes: "Axes", curves: Mapping[str, np.ndarray], *, band: bool) -> None:
-    """Draws the median of the runs ``[runs, positions]`` of each name over the runs or a band."""
-    for index, (name, runs) in enumerate(curves.items()):
-        color, positions = COLORS[index % len(COLORS)], np.arange(runs.shape[1])
+def draw_curves(
+    axes: "Axes", curves: Mapping[str, np.ndarray], order: Sequence[str], *, band: bool
+) -> None:
+    """Draws the median of the runs ``[runs, positions]`` of each name over the runs or a band.
+
+    Args:
+        axes: the panel.
+        curves: runs by name.
+        order: names of all panels, so that each looks alike in all.
+        band: from the worst run to the best, instead of every run thinly.
+    """
+    for name, runs in curves.items():
+        look, positions = series(order.index(name)), np.arange(runs.shape[1])
+        thin = {"color": look["color"], "linewidth": 0.5, "alpha": 0.45}
         if band:
-            axes.fill_between(positions, runs.min(0), runs.max(0), color=color, alpha=0.2)
-        else:
-            axes.plot(positions, runs.T, color=color, alpha=0.3, linewidth=0.8)
-        text = f"{name} ({len(runs)} runs)" if len(runs) > 1 else name
-        axes.plot(positions, np.median(runs, axis=0), color=color, linewidth=2, label=text)
-    axes.set(xlim=(0, None), ylim=(-0.02, 1.02))
-    axes.grid(alpha=0.3)
+            axes.fill_between(positions, runs.min(0), runs.max(0), color=look["color"], alpha=0.2)
+        elif len(runs) > 1:
+            axes.plot(positions, runs.T, **thin)
+        axes.plot(positions, np.median(runs, axis=0), label=names.pretty(name), **look)
 
 
-def bars_of(
-    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, xlabel: str, title: str
-) -> "Figure":
-    """A figure of the bars of an escape table."""
-    figure, axes = new_axes()
-    draw_bars(axes, rows, keys)
-    axes.set(xlabel=xlabel, ylabel="fraction of runs", title=title, ylim=(0, 1.1))
-    axes.title.set_fontsize("small")
-    add_legend(axes)
+def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
+    """A figure of the bars of an escape table.
+
+    Args:
+        record: its "rows", their settings "by", the setting "x" of its columns, and what escaping
+            is: "metric", "threshold", and "length", None for the longest.
+        look: the figure's width.
+    """
+    rows = record["rows"]
+    values = [column.removesuffix(" escaped") for column in rows[0] if column.endswith(" escaped")]
+    lines, columns = look.grid(len(values), 4)
+    height = 0.35 + 0.15 * len(rows)
+    figure, cells = new_panels(
+        look, lines, columns, height, sparse=len(values) < 3, sharex=True, sharey=True
+    )
+    for value, axes in zip(values, cells.flat, strict=False):
+        draw_bars(axes, rows, record["by"], value)
+        axes.set_title(names.pretty(label([record["x"]], (value,))))
+    close_grid(cells, len(values))
+    where = "" if record["length"] is None else f" at {record['length']} tokens"
+    figure.supxlabel(
+        f"fraction of runs with at least {record['threshold']:g} of the\n"
+        f"{names.metric(record['metric'])}{where}",
+        fontsize="medium",
+    )
     return figure
 
 
-def draw_bars(axes: "Axes", rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
-    """A cluster of bars per column of an escape table, a bar per row; none where nothing ran."""
-    values = [column.removesuffix(" escaped") for column in rows[0] if column.endswith(" escaped")]
-    width = 0.8 / len(rows)
-    for index, row in enumerate(rows):
-        places, heights = [], []
-        for place, value in enumerate(values):
-            runs, escaped = row[f"{value} runs"], row[f"{value} escaped"]
-            if runs:
-                places.append(place + (index - (len(rows) - 1) / 2) * width)
-                heights.append(escaped / runs)
-                axes.annotate(
-                    f"{escaped}/{runs}", (places[-1], heights[-1]), ha="center", va="bottom",
-                    fontsize="x-small",
-                )  # fmt: skip
-        name = label(keys, tuple(row[key] for key in keys))
-        axes.bar(places, heights, width, label=name, color=COLORS[index % len(COLORS)])
-    axes.set_xticks(range(len(values)), values)
+def draw_bars(
+    axes: "Axes", rows: Sequence[Mapping[str, Any]], keys: Sequence[str], value: str
+) -> None:
+    """A bar a row of an escape table, the first at the top, for one of its columns."""
+    for place, row in enumerate(rows):
+        runs, escaped = row[f"{value} runs"], row[f"{value} escaped"]
+        if runs:  # none where nothing ran
+            axes.barh(place, escaped / runs, 0.75, **bars(0))
+            axes.annotate(
+                f"{escaped}/{runs}", (escaped / runs, place), (3, 0),
+                textcoords="offset points", va="center", fontsize="small",
+            )  # fmt: skip
+    said = [names.pretty(label(keys, tuple(row[key] for key in keys))) for row in rows]
+    axes.set_yticks(range(len(rows)), said)
+    axes.set(xlim=(0, 1.28), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 0.5, 1))
+    axes.grid(visible=False, axis="y")

@@ -1,55 +1,69 @@
 """Pictures of language models: losses and ranks along a text, speeds, losses over parameters."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from experiments.lib.figures import names
 from experiments.lib.figures.style import (
-    COLORS,
+    Look,
     add_legend,
+    bars,
     beside_records,
+    close_grid,
+    mark,
     mark_trained,
-    new_figure,
+    marked,
+    new_panels,
+    plain,
+    plain_log,
+    points,
     save,
+    series,
 )
 
 MOST_MARKED = 100  # starts of documents; more of them would be a grey field
+START = {"color": "0.5", "linewidth": 0.6, "linestyle": ":"}
 
 
 @beside_records
-def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
     """Draws a column for each text: the loss at each place, and the mean up to there.
 
     Args:
         found: entries with the text's "data", a model's "label" and "trained", and curves.
-        path: where the picture goes.
+        path: where the picture goes, without an ending.
+        look: width and formats.
     """
     texts = list(dict.fromkeys(entry["data"] for entry in found))
     labels = list(dict.fromkeys(entry["label"] for entry in found))
-    figure = new_figure(1.0 + 4.4 * len(texts), 6.6)
-    panels = figure.subplots(2, len(texts), squeeze=False, sharex="col")
+    figure, panels = new_panels(look, 2, len(texts), 1.9, sharex=True)
     for column, text in zip(panels.T, texts, strict=True):
         entries = [entry for entry in found if entry["data"] == text]
         for entry in entries:
-            color = COLORS[labels.index(entry["label"]) % len(COLORS)]
             x, loss = np.array(entry["position"]), np.array(entry["loss"])
-            column[0].plot(x, loss, color=color, label=entry["label"])
+            style = marked(labels.index(entry["label"]), len(x), log=True)
+            style["label"] = names.pretty(entry["label"])
+            column[0].plot(x, loss, **style)
             if entry["error"] is not None:
-                error = np.array(entry["error"])
+                error, color = np.array(entry["error"]), style["color"]
                 column[0].fill_between(x, loss - error, loss + error, color=color, alpha=0.2)
-            column[1].plot(x, entry["running_loss"], color=color, label=entry["label"])
+            column[1].plot(x, entry["running_loss"], **style)
         for trained in sorted({entry["trained"] for entry in entries if entry["trained"]}):
             for axes in column:
                 mark_trained(axes, trained)
-        column[0].set(title=text, ylabel="loss (nats a token)")
-        column[1].set(xlabel="position (tokens)", ylabel="mean loss up to here")
-        for axes in column:
-            axes.grid(alpha=0.3)
-        add_legend(column[1])
-    save(figure, path)
+        column[0].set_title(text)
+    # Models part in the first tokens and beyond the length trained: neither end is a point.
+    places = [place for entry in found for place in entry["position"]]
+    panels[0, 0].set_xscale("log", base=2)
+    plain_log(panels[0, 0].xaxis, (min(places), max(places)), base=2)
+    panels[0, 0].set_ylabel("loss, nats a token")
+    panels[1, 0].set_ylabel("mean up to here")
+    close_grid(panels, panels.size, "position, tokens")
+    add_legend(figure)
+    return save(figure, path, look)
 
 
 @beside_records
@@ -60,7 +74,8 @@ def draw_ranks(
     trained: int | None,
     title: str,
     path: Path,
-) -> None:
+    look: Look,
+) -> list[Path]:
     """Draws a panel for each block: every head's rank along the text, starts of documents marked.
 
     Args:
@@ -69,82 +84,107 @@ def draw_ranks(
         starts: of documents, in tokens.
         trained: length of training, or None.
         title: of the figure.
-        path: where the picture goes.
+        path: where the picture goes, without an ending.
+        look: width and formats.
     """
-    columns = min(4, math.ceil(math.sqrt(len(ranks_by_block))))
-    lines = math.ceil(len(ranks_by_block) / columns)
-    figure = new_figure(1 + 4.2 * columns, 0.8 + 2.6 * lines)
-    figure.suptitle(title)
-    cells = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
-    for (block, ranks), axes in zip(ranks_by_block.items(), cells, strict=False):
+    lines, columns = look.grid(len(ranks_by_block), 4)
+    figure, cells = new_panels(look, lines, columns, 1.4, sharex=True, sharey=True)
+    figure.suptitle(names.pretty(title))
+    most_heads = 0
+    for (block, ranks), axes in zip(ranks_by_block.items(), cells.flat, strict=False):
         S, R, Hv = ranks.shape
+        most_heads = max(most_heads, Hv)
         # An update is a part of a token, as in the paper.
         x = (every * np.arange(S)[:, None] + np.arange(R)[None] / R).reshape(-1)
         for start in starts[:MOST_MARKED]:
-            axes.axvline(start, color="black", linewidth=0.8, linestyle=":")
-        axes.plot(x, ranks.reshape(S * R, Hv), linewidth=0.8)
+            axes.axvline(start, **START)
+        for head in range(Hv):
+            style = marked(head, len(x)) | {"linewidth": 0.7}
+            axes.plot(x, ranks[:, :, head].reshape(-1), **style)
         if trained is not None:
-            axes.axvline(trained, color="black", linestyle="--", linewidth=1)
-        axes.set(title=f"block {block}", ylim=(0, None))
-        axes.grid(alpha=0.3, axis="y")
-    for axes in list(cells):  # places without a panel
-        axes.set_axis_off()
-    figure.supxlabel("position (tokens); dotted: a document begins; dashed: trained up to here")
-    figure.supylabel("effective rank of each head's state")
-    save(figure, path)
+            mark_trained(axes, trained)
+        axes.set_title(f"block {block}")
+    cells[0, 0].set_ylim(bottom=0)
+    close_grid(cells, len(ranks_by_block), "position, tokens", "effective rank")
+    named = {f"head {head}": mark(**_plain(series(head))) for head in range(most_heads)}
+    named["a document begins"] = mark(**START)
+    if trained is not None:
+        handles, labels = cells[0, 0].get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    add_legend(figure, named)
+    return save(figure, path, look)
+
+
+def _plain(style: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in style.items() if name != "markevery"}
 
 
 @beside_records
-def draw_throughput(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draws bars of training speed, and of the time of a token written at each number of rows."""
-    names = [f"n_h = {r['num_householder']}\n{r['num_heads']} x {r['head_dim']}" for r in rows]
-    figure = new_figure(2 + 1.9 * max(2, len(rows)), 4.0)
-    figure.suptitle(title, fontsize="small")
-    speed, latency = figure.subplots(1, 2)
+def draw_throughput(
+    rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], path: Path, look: Look
+) -> list[Path]:
+    """Draws bars of training speed, and of the time of a token written at each number of rows.
+
+    Args:
+        rows: of models that ran.
+        config: "batch_size", "length", "hidden_size" and "dtype" of all.
+        path: where the picture goes, without an ending.
+        look: width and formats.
+    """
+    said = [f"$n_h$ = {r['num_householder']}, {r['num_heads']} x {r['head_dim']}" for r in rows]
+    lines, columns = look.grid(2, 2)
+    figure, panels = new_panels(look, lines, columns, 0.6 + 0.25 * len(rows), sharey=True)
+    sizes = zip("BTD", ("batch_size", "length", "hidden_size"), strict=True)
+    title = " ".join(f"{letter}={config[name]}" for letter, name in sizes)
+    figure.suptitle(f"{title}, {config['dtype']};\n{rows[0]['machine']}", fontsize="small")
+    speed, latency = panels.flat
     places = np.arange(len(rows))
-    bars = speed.bar(places, [row["tokens_per_s"] for row in rows], color=COLORS[0])
+    drawn = speed.barh(places, [row["tokens_per_s"] for row in rows], 0.7, **bars(0))
     shares = [f"{row['relative']:.0%}" for row in rows]
-    speed.bar_label(bars, shares, fontsize="small")
-    speed.set(ylabel="training, tokens/s")
+    speed.bar_label(drawn, shares, fontsize="small", padding=2)
+    speed.set_xlim(right=1.35 * max(row["tokens_per_s"] for row in rows))
+    speed.set_xlabel("training, tokens/s")
+    speed.xaxis.set_major_formatter(lambda value, _: plain(value))
     decoded = list(rows[0]["decoding_ms"])
     for index, count in enumerate(decoded):
-        offset = (index - (len(decoded) - 1) / 2) * 0.8 / len(decoded)
-        heights = [row["decoding_ms"][count] for row in rows]
-        latency.bar(places + offset, heights, 0.8 / len(decoded), label=f"{count} at a time")
-    latency.set(ylabel="writing, ms a token")
-    latency.legend(fontsize="small")
-    for axes in (speed, latency):
-        axes.set_xticks(places, names, fontsize="small")
-        axes.grid(alpha=0.3, axis="y")
-    save(figure, path)
+        offset = (index - (len(decoded) - 1) / 2) * 0.7 / len(decoded)
+        widths = [row["decoding_ms"][count] for row in rows]
+        label = f"{count} at a time"
+        latency.barh(places + offset, widths, 0.7 / len(decoded), label=label, **bars(index + 1))
+    latency.set_xlabel("writing, ms a token")
+    speed.set_yticks(places, said)
+    speed.invert_yaxis()
+    add_legend(figure)
+    return save(figure, path, look)
 
 
 @beside_records
-def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
     """Draws test loss over parameters, a panel for each way of matching, a curve for each n_h.
 
     Args:
         rows: entries with "matched" (both ways where n_h is 1), "num_householder", "parameters"
             and "loss".
-        path: where the picture goes.
+        path: where the picture goes, without an ending.
+        look: width and formats.
     """
-    names = {"heads": "fewer heads", "head_dim": "narrower heads"}
-    ways = {way: n for way, n in names.items() if any(way in row["matched"] for row in rows)}
-    figure = new_figure(1.2 + 4.2 * len(ways), 4.0)
-    panels = figure.subplots(1, len(ways), sharey=True, squeeze=False)[0]
-    for axes, (way, name) in zip(panels, ways.items(), strict=True):
+    said = {"heads": "fewer heads", "head_dim": "narrower heads"}
+    ways = {way: n for way, n in said.items() if any(way in row["matched"] for row in rows)}
+    lines, columns = look.grid(len(ways), 2)
+    figure, panels = new_panels(look, lines, columns, 2.0, sharex=True, sharey=True)
+    for axes, (way, name) in zip(panels.flat, ways.items(), strict=True):
         for factors in sorted({row["num_householder"] for row in rows}):
-            points = sorted(
+            found = sorted(
                 (row["parameters"], row["loss"])
                 for row in rows
                 if row["num_householder"] == factors and way in row["matched"]
             )
-            if points:
-                x, y = zip(*points, strict=True)
-                color = COLORS[(factors - 1) % len(COLORS)]
-                axes.plot(x, y, "o-", color=color, label=f"n_h = {factors}")
-        axes.set(xlabel="parameters", xscale="log", title=f"as many parameters by {name}")
-        axes.grid(alpha=0.3, which="both")
-        axes.legend()
-    panels[0].set(ylabel="test loss (nats a token)")
-    save(figure, path)
+            if found:
+                x, y = zip(*found, strict=True)
+                axes.plot(x, y, label=f"$n_h$ = {factors}", **points(factors - 1))
+        axes.set(xscale="log", title=name)
+    sizes = [row["parameters"] for row in rows]
+    plain_log(panels[0, 0].xaxis, (min(sizes), max(sizes)))
+    close_grid(panels, len(ways), "parameters", "test loss, nats a token")
+    add_legend(figure)
+    return save(figure, path, look)

@@ -44,7 +44,7 @@ def _jla(module) -> Callable:
     def op(q, k, v, beta, g=None):
         R = k.shape[2]
         g = jnp.zeros(v.shape[:2] + v.shape[3:4], jnp.float32) if g is None else g
-        k, v, beta = (_in_sequence(x) for x in (k, v, beta))
+        k, v, beta = (in_sequence(x) for x in (k, v, beta))
         return module.gated_delta_product(
             q, k, v, g, beta, num_householder=R, output_final_state=True
         )
@@ -56,21 +56,21 @@ def _ejkernel(module) -> Callable:
     def op(q, k, v, beta, g=None):
         R = k.shape[2]
         g = jnp.zeros(v.shape[:2] + v.shape[3:4], jnp.float32) if g is None else g
-        k, v, beta = (_in_sequence(x) for x in (k, v, beta))
+        k, v, beta = (in_sequence(x) for x in (k, v, beta))
         o, state = module.gated_delta_rule(
-            _at(q, R - 1, R), k, v, beta, _at(g, 0, R), use_qk_l2norm=False
+            at(q, R - 1, R), k, v, beta, at(g, 0, R), use_qk_l2norm=False
         )
         return o[:, R - 1 :: R], state
 
     return op
 
 
-def _in_sequence(x: jax.Array) -> jax.Array:
+def in_sequence(x: jax.Array) -> jax.Array:
     """[B, T, R, ...] to [B, T * R, ...]."""
     return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
-def _at(x: jax.Array, place: int, R: int) -> jax.Array:
+def at(x: jax.Array, place: int, R: int) -> jax.Array:
     """[B, T, ...] to [B, T * R, ...]: x at one update of every token, zero at the others."""
     spread = jnp.zeros((*x.shape[:2], R, *x.shape[2:]), x.dtype).at[:, :, place].set(x)
-    return _in_sequence(spread)
+    return in_sequence(spread)

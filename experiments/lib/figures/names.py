@@ -1,0 +1,115 @@
+"""Names as a figure prints them: of mixers, groups, settings, metrics and implementations."""
+
+import re
+
+SETTINGS = {
+    "n_h": "$n_h$",
+    "num_householder": "$n_h$",
+    "num_layers": "layers",
+    "num_heads": "heads",
+    "head_dim": "width of a head",
+    "hidden_size": "width",
+    "num_pairs": "pairs",
+    "learning_rate": "learning rate",
+}
+# A value of these says by itself what it is.
+SPEAKING = ("mixer", "group", "language", "implementation")
+VALUES = {
+    "delta_product": "DeltaProduct",
+    "gated_delta_product": "Gated DeltaProduct",
+    "delta_net": "DeltaNet",
+    "gated_delta_net": "Gated DeltaNet",
+    "transformer": "Transformer",
+    "gla": "GLA",
+    "mamba2": "Mamba-2",
+    "mlstm": "mLSTM",
+    "slstm": "sLSTM",
+    "rwkv7": "RWKV-7",
+    "auto": "automatic choice",
+    "jla": "jax-linear-attention",
+    "fla": "flash-linear-attention",
+    "flashqla": "FlashQLA",
+    "flashqla_interleaved": "FlashQLA, interleaved",
+    "plain": "plain scan",
+    "pallas_tpu": "Pallas (TPU)",
+    "forward+backward": "forward + backward",
+    "step": "one token",
+}
+METRICS = {
+    "cumulative": "sequences right so far",
+    "sequence_accuracy": "sequences right throughout",
+    "token_accuracy": "answers right",
+    "scaled_accuracy": "scaled accuracy",
+}
+PROTOCOLS = {"strict": "", "paper": ", BOS counted"}
+_GROUP = re.compile(r"([SAZD])(\d+)$")
+_FACTORS = re.compile(r"\bn_h\b")
+
+
+def pretty(label: str) -> str:
+    """A label such as "n_h = 2, group = S3", as records have it, in a figure's letters."""
+    return ", ".join(_part(part) for part in label.split(", "))
+
+
+def _part(part: str) -> str:
+    key, equals, rest = part.partition(" = ")
+    if not equals:
+        return value(part)
+    if key in SPEAKING:
+        return value(rest)
+    return f"{setting(key)} = {value(rest)}"
+
+
+def setting(key: str) -> str:
+    """A setting's name."""
+    return SETTINGS.get(key, key.replace("_", " "))
+
+
+def value(text: str) -> str:
+    """A setting's value; what stands behind a blank, as the name of a run, stays as it is."""
+    first, blank, rest = text.partition(" ")
+    found = VALUES.get(first)
+    if found is None:
+        group = _GROUP.fullmatch(first)
+        found = f"${group[1]}_{{{group[2]}}}$" if group else first.replace("_", " ")
+        if first == "n_h":
+            found = "$n_h$"
+    return found + blank + _FACTORS.sub("$n_h$", rest)
+
+
+def metric(path: str) -> str:
+    """What a number of results.json says, by its path, as strict.sequence_accuracy."""
+    protocol, dot, name = path.partition(".")
+    if not dot or protocol not in PROTOCOLS:
+        return path.replace("_", " ").replace(".", ", ")
+    return METRICS.get(name, name.replace("_", " ")) + PROTOCOLS[protocol]
+
+
+def construction(name: str) -> tuple[str, str]:
+    """Family and member of a construction of the catalogue, as permutations and $S_3$."""
+    family, _, member = name.rpartition("_")
+    full = member == "full"
+    if full:
+        family, _, member = family.rpartition("_")
+    family = {"cube": "rotations", "icosahedron": "rotations", "plane": "rotations"}.get(
+        family, family.replace("_", " ")
+    )
+    return family, value(member) + (", all letters" if full else "")
+
+
+def model(name: str) -> str:
+    """A construction, or a run by its folder as "trained: preset_S4", in two lines."""
+    kind, colon, run = name.partition(": ")
+    if colon:
+        run = run.removeprefix("preset_")
+        return f"{kind}\n{value(run.upper() if _GROUP.fullmatch(run.upper()) else run)}"
+    parts = name.rsplit("_", 1)
+    return "\n".join([parts[0].replace("_", " "), *map(value, parts[1:])])
+
+
+def leg(name: str) -> str:
+    """A leg of language models, as 213m_2_gated."""
+    size, _, rest = name.partition("_")
+    words = [f"$n_h$ = {word}" if word.isdigit() else VALUES.get(word, word) for word in
+             rest.split("_") if word]  # fmt: skip
+    return ", ".join([size.upper() if rest else size, *words])

@@ -1,0 +1,146 @@
+"""Figures and tables of the records that a folder keeps, whichever command wrote them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
+from deltaproduct_jax.files import read_json, write_file
+from deltaproduct_jax.training.records import METRICS
+from experiments.lib.figures import benchmarks, geometry, language, plots, theory
+from experiments.lib.figures.curves import bars_of, draw_panels
+from experiments.lib.figures.style import Look, save
+from experiments.lib.figures.tables import (
+    escape_markdown,
+    scores_markdown,
+    to_csv,
+)
+
+FIGURE = "figure"  # key of records that say themselves which figure they are
+
+
+def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
+    """Writes the tables and the picture of a record of `experiments.figures`; their paths.
+
+    Args:
+        record: what it wrote.
+        path: without an ending.
+        look: width and formats of the picture.
+
+    Raises:
+        ConfigError: the record is of no known kind.
+        NoMatplotlibError: matplotlib is missing; the tables are written by then.
+    """
+    kind = record[FIGURE]
+    require_one_of(FIGURE, kind, MARKDOWN | PICTURES)
+    if kind in MARKDOWN:
+        text = MARKDOWN[kind](record["rows"], record["by"])
+        yield _written(path, ".csv", to_csv(record["rows"]))
+        yield _written(path, ".md", text + "\n")
+    if kind in PICTURES:
+        yield from save(PICTURES[kind](record, look), path, look)
+
+
+MARKDOWN = {"table": scores_markdown, "escape": escape_markdown}
+PICTURES = {"cumulative": draw_panels, "escape": bars_of}
+
+
+def _written(path: Path, ending: str, text: str) -> Path:
+    file = path.with_name(path.name + ending)
+    write_file(file, text.encode())
+    return file
+
+
+def _has(*keys: str) -> Callable[[Any], bool]:
+    return lambda record: isinstance(record, dict) and set(keys) <= record.keys()
+
+
+def _rows_have(*keys: str) -> Callable[[Any], bool]:
+    return lambda record: isinstance(record, list) and bool(record) and _has(*keys)(record[0])
+
+
+def _speed(record: Any, path: Path, look: Look) -> list[Path]:
+    return benchmarks.draw_speed(record["rows"], path, record["shape"], look)
+
+
+def _scaling(record: Any, path: Path, look: Look) -> list[Path]:
+    rows = {"T": record["by_length"], "num_householder": record["by_num_householder"]}
+    return benchmarks.draw_scaling(rows, record["slopes"], path, look)
+
+
+def _losses(record: Any, path: Path, look: Look) -> list[Path]:
+    return language.draw_losses(record["rows"], path, look)
+
+
+def _throughput(record: Any, path: Path, look: Look) -> list[Path]:
+    ran = [row for row in record["rows"] if "error" not in row]
+    return language.draw_throughput(ran, record["config"], path, look)
+
+
+def _extrapolation(record: Any, path: Path, look: Look) -> list[Path]:
+    return language.draw_extrapolation(record["curves"], path, look)
+
+
+def _heads(record: Any, path: Path, look: Look) -> list[Path]:
+    return geometry.draw_heads(record, title_of_heads(record), path, look)
+
+
+def _deviations(record: Any, path: Path, look: Look) -> list[Path]:
+    return theory.draw_deviations(record, path.with_name("theory"), look)
+
+
+def title_of_heads(record: Mapping[str, Any]) -> str:
+    """Group and layer of a record of `experiments.analysis.householder_geometry`."""
+    return f"{record['config']['task']['group']}, layer {record['layer']}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of record: its file's name, or None for any, what it holds, and how it is drawn."""
+
+    name: str | None
+    holds: Callable[[Any], bool]
+    draw: Callable[[Any, Path, Look], Iterable[Path]]
+
+
+KINDS = (
+    Kind(None, _has(FIGURE), show),
+    Kind("speed", _has("shape", "rows"), _speed),
+    Kind("scaling", _has("by_length", "by_num_householder", "slopes"), _scaling),
+    Kind("scaling", _has("config", "rows"), _losses),
+    Kind("throughput", _has("config", "rows"), _throughput),
+    Kind("extrapolation", _has("curves"), _extrapolation),
+    Kind("geometry", _has("heads", "reflecting_heads"), _heads),
+    Kind("geometry", _rows_have("heads", "group"), geometry.draw_models),
+    Kind("results", _rows_have("construction", "curve"), _deviations),
+)
+
+
+NAMES = {kind.name for kind in KINDS}
+MOST_BEFORE = 100  # characters before the key that says that it is a figure's
+
+
+def drawn(folder: Path, look: Look) -> Iterator[Path]:
+    """Draws what the records in a folder and below hold; the files written.
+
+    Raises:
+        RunDirectoryError: a record cannot be read.
+    """
+    for file in sorted(folder.rglob("*.json")):
+        if file.stem not in NAMES and f'"{FIGURE}"' not in file.read_text()[:MOST_BEFORE]:
+            continue  # another command's, whatever its size
+        record = read_json(file)
+        fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
+        kind = next(fits, None)
+        if kind is not None:
+            try:
+                yield from kind.draw(record, file.with_suffix(""), look)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                why = error if isinstance(error, ConfigError) else repr(error)
+                raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
+    for file in sorted(folder.rglob(METRICS)):
+        first = file.read_text().partition("\n")[0]
+        if plots.BITS in json.loads(first):
+            yield from plots.plot_bits(file.parent, file.with_name(plots.BITS), look)

@@ -1,0 +1,234 @@
+"""What a figure looks like: files, widths, one legend, no colour needed, names, and its flags."""
+
+import importlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+from tiny_run import TinyModel, flags_for
+
+from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.theory import CATALOGUE
+from deltaproduct_jax.training import loop
+from experiments import redraw, state_tracking
+from experiments.lib import flags
+from experiments.lib.figures import curves, names, records, style
+from experiments.lib.figures.style import Look
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "experiments" / "results"
+BEGIN = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
+
+
+def record(panels=2, series=3, runs=2, lowest=0.0):
+    """Of curves that fall from 1 over 33 positions."""
+    fall = [np.linspace(1, lowest, 33).tolist() for _ in range(runs)]
+    of_panel = {f"n_h = {n}": {"median": fall[0], "runs": fall} for n in range(1, series + 1)}
+    titles = [f"group = S{n}" for n in range(3, 3 + panels)]
+    return {
+        "figure": "cumulative", "metric": curves.CURVE, "band": False,
+        "trained": dict.fromkeys(titles, 8), "panels": dict.fromkeys(titles, of_panel),
+    }  # fmt: skip
+
+
+def write(folder, content, name="cumulative"):
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_every_format_is_written_and_nothing_else(tmp_path, capsys):
+    folder = write(tmp_path / "a", record(panels=1))
+    redraw.command([f"--workdir={folder}", "--format=pdf,svg,png,pdf"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    written = {path.suffix[1:]: path for path in folder.iterdir() if path.suffix != ".json"}
+    assert written.keys() == BEGIN.keys()
+    for name, path in written.items():
+        assert path.read_bytes().startswith(BEGIN[name])
+    again = {name: path.read_bytes() for name, path in written.items()}
+    redraw.command([f"--workdir={folder}", "--format=pdf,svg"])
+    assert all(written[name].read_bytes() == again[name] for name in ("pdf", "svg"))
+    assert b"/Type3" not in again["pdf"]
+
+
+@pytest.mark.parametrize(("panels", "given", "inches"), [
+    (1, [], 3.3), (2, [], 6.9), (2, ["--width=column"], 3.3), (1, ["--width=page"], 6.9),
+])  # fmt: skip
+def test_a_figure_is_as_wide_as_said(panels, given, inches, tmp_path, capsys):
+    redraw.command([f"--workdir={write(tmp_path / 'a', record(panels))}", *given])
+    with Image.open(tmp_path / "a" / "cumulative.png") as picture:
+        assert picture.size[0] == pytest.approx(inches * style.DPI, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--format=gif", "format='gif' is not known; it may be one of ['png', 'pdf', 'svg']"),
+        ("--format=png,", "format='' is not known"),
+        ("--format=", "format"),
+        ("--width=7", "width='7' is not known; it may be one of ['column', 'page']"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line(flag, says, tmp_path, capsys):
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}", flag]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+def scripts_that_draw():
+    """Modules of experiments that import how something is drawn."""
+    found = []
+    for path in sorted((ROOT / "experiments").rglob("*.py")):
+        text = path.read_text()
+        if "lib" not in path.parts and "experiments.lib.figures" in text:
+            found.append(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    return found
+
+
+@pytest.mark.parametrize("name", scripts_that_draw())
+def test_every_script_that_draws_has_the_flags(name, capsys):
+    module = importlib.import_module(name)
+    command = module.EXPERIMENT.command if hasattr(module, "EXPERIMENT") else module.command
+    with pytest.raises(SystemExit):
+        command(["--workdir=w", "--format=svg", "--width=page", "--help"])
+    assert {"  --format:", "  --width:"} <= {
+        line.partition(":")[0] + ":" for line in capsys.readouterr().out.splitlines()
+    }
+    assert flags.run(command, ["--workdir=w", "--width=wide"]) == 2
+    assert "width='wide' is not known" in capsys.readouterr().err
+
+
+def test_one_legend_has_every_label_once():
+    figure = curves.draw_panels(record(), Look())
+    assert [axes.get_legend() for axes in figure.axes] == [None, None]
+    (legend,) = figure.legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["$n_h$ = 1", "$n_h$ = 2", "$n_h$ = 3", "length trained", "single runs"]
+
+
+@pytest.mark.parametrize("width", style.WIDTHS)
+def test_nothing_is_cut_and_panels_stand_apart_from_the_legend(width):
+    figure = curves.draw_panels(record(series=9), Look(width=width))
+    figure.savefig(io.BytesIO())
+    renderer, whole = figure.canvas.get_renderer(), figure.bbox
+    legend = figure.legends[0].get_window_extent(renderer)
+    for axes in figure.axes:
+        box = axes.get_tightbbox(renderer)
+        assert whole.x0 - 1 <= box.x0
+        assert box.x1 <= whole.x1 + 1
+        assert legend.y1 <= box.y0 + 1
+    assert whole.x0 - 1 <= legend.x0
+    assert legend.x1 <= whole.x1 + 1
+    sizes = [text.get_fontsize() for text in figure.findobj(Text)]
+    assert min(sizes) >= 6
+
+
+def test_series_differ_without_colour():
+    looks = [style.series(index) for index in range(36)]
+    assert len({(look["linestyle"], look["marker"]) for look in looks}) == len(looks)
+    bars = [style.bars(index)["hatch"] for index in range(len(style.HATCHES))]
+    assert len(set(bars)) == len(bars)
+    brightness = [np.dot([0.299, 0.587, 0.114], _rgb(color)) for color in style.COLORS]
+    assert max(brightness) < 0.75 * 255  # none is pale on white
+
+
+def _rgb(color):
+    return [int(color[place : place + 2], 16) for place in (1, 3, 5)]
+
+
+@pytest.mark.parametrize(("lowest", "scale", "floor"), [
+    (0.0, "linear", -0.03), (0.8, "linear", 0.75), (-3.0, "log", -0.03),
+])  # fmt: skip
+def test_axes_show_where_something_happens(lowest, scale, floor):
+    content = record(panels=1)
+    fall = np.maximum(np.linspace(1, lowest, 33) if lowest >= 0 else np.exp(-np.arange(33)), 0)
+    for curve in content["panels"]["group = S3"].values():
+        curve["runs"] = [fall.tolist()]
+    (axes,) = curves.draw_panels(content, Look()).axes
+    assert axes.get_xscale() == scale
+    assert axes.get_ylim()[0] == pytest.approx(floor)
+    marks = [line for line in axes.lines if line.get_transform() == axes.transAxes]
+    assert bool(marks) == (floor > 0)  # a cut axis says so
+
+
+def test_names_are_those_of_papers():
+    for name in MIXERS:
+        assert names.pretty(f"mixer = {name}") == names.VALUES[name] != name
+    assert names.pretty("group = Z5") == "$Z_{5}$"
+    assert names.pretty("num_householder = 2, S10") == "$n_h$ = 2, $S_{10}$"
+    assert names.pretty("n_h = 2 (run_a)") == "$n_h$ = 2 (run_a)"
+    assert names.metric("paper.token_accuracy") == "answers right, BOS counted"
+    assert names.metric("loss") == "loss"
+    said = {names.construction(name) for name in CATALOGUE}
+    assert {("rotations", "$S_{4}$"), ("three layers", "$S_{5}$, all letters")} <= said
+    assert names.model("trained: preset_S4") == "trained\n$S_{4}$"
+    assert names.leg("213m_2_gated") == "213M, $n_h$ = 2, gated"
+    assert names.leg("36m_mamba2") == "36M, Mamba-2"
+    raw = re.compile("|".join(name for name in MIXERS if "_" in name))
+    assert not any(raw.search(" ".join(pair)) for pair in said)
+
+
+def pictures():
+    listed = subprocess.run(
+        ["git", "ls-files", "--", str(RESULTS)], cwd=ROOT, capture_output=True, text=True
+    )
+    return {ROOT / line for line in listed.stdout.splitlines() if line.endswith(".png")}
+
+
+def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_path, monkeypatch):
+    """No pixel is drawn here: which record makes which picture is enough."""
+    drawn = set()
+
+    def noted(figure, path, look):
+        files = look.files(path)
+        drawn.update(files)
+        return files
+
+    for module in (records, records.benchmarks, records.geometry, records.plots, records.theory):
+        monkeypatch.setattr(module, "save", noted)
+    folder = tmp_path / "results"
+    shutil.copytree(RESULTS, folder, ignore=shutil.ignore_patterns("*.png"))
+    tables = [path for path in records.drawn(folder, Look()) if path not in drawn]
+    there = {path.relative_to(RESULTS) for path in pictures()}
+    assert len(there) >= 19
+    assert {path.relative_to(folder) for path in drawn} == there
+    assert len(tables) >= 12
+    for path in tables:
+        assert path.read_bytes() == (RESULTS / path.relative_to(folder)).read_bytes()
+    for path in pictures():
+        assert path.stat().st_size < 150_000, path
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    assert "holds no record that can be drawn" in capsys.readouterr().err
+    write(tmp_path, {"figure": "cumulative", "panels": {}})
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(r"cumulative\.json cannot be drawn: ", line)
+    write(tmp_path, {"figure": "pie"})
+    with pytest.raises(RunDirectoryError, match=r"json cannot be drawn: figure='pie' is not known"):
+        redraw.command([f"--workdir={tmp_path}"])
+
+
+def test_a_finished_run_is_drawn_again_where_a_flag_says_how(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(loop, "SequenceModel", TinyModel)
+    run = tmp_path / "run"
+    assert state_tracking.main(flags_for(run, steps=4)) == 0
+    first = (run / "cumulative.png").read_bytes()
+    assert state_tracking.main([*flags_for(run, steps=4), "--format=svg"]) == 0
+    assert 'width="237.6pt"' in (run / "cumulative.svg").read_text()  # 3.3 inches
+    assert state_tracking.main([*flags_for(run, steps=4), "--format=svg", "--width=page"]) == 0
+    assert 'width="496.8pt"' in (run / "cumulative.svg").read_text()
+    assert (run / "cumulative.png").read_bytes() == first
+    assert state_tracking.main([*flags_for(tmp_path / "new"), "--format=jpg"]) == 2
+    assert "format='jpg' is not known" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
