@@ -69,7 +69,8 @@ class Cost:
     Cycles (``schedule_cycles`` is None where no profile was asked for), bytes read from HBM and
     written to it (`hlo_traffic`), how often each target of a custom call is called, each Pallas
     kernel by its label and each kind of collective runs, and the trip count of every loop. Those
-    that run kernels again, on rows that are not finite, count as loops without a turn.
+    that run kernels again, on rows that are not finite, count as loops without a turn, whose
+    condition is asked once.
     """
 
     schedule_cycles: int | None = None
@@ -117,7 +118,7 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
                 trips = 0 if is_for_faults else _trips(computations, computations[name], line)
                 total.loops[label] = trips
                 walk(line.attribute("body"), times * trips)
-                walk(line.attribute("condition"), times * trips)
+                walk(line.attribute("condition"), times * (trips + is_for_faults))
             elif kind in ("call", "async"):
                 walk(line.attribute("to_apply") or line.attribute("calls"), times)
             elif kind == "conditional":

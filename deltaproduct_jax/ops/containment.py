@@ -58,8 +58,8 @@ def contained(
     if 0 in leaves[0].shape[:2]:  # nothing is bad, and empty arrays lose the axes they vary over
         return run(tokens, state)
     bad_BTH, reached_BTH = _look(leaves, axes, state if check_state else (), resets, axis_name)
-    (tokens, state), link_BTH = _mapped_alike((tokens, state), reached_BTH)
-    link_BTH = mark_varying_as(link_BTH, reached_BTH)
+    tokens, state = _mapped_alike(tokens, state, reached_BTH, head_axes)
+    link_BTH = mark_varying_as(_link_of(reached_BTH), reached_BTH)
     (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes, axis_name)
     pull = functools.partial(_finite_cotangents, axis_name=axis_name)
     return _spoil(run(mark(tokens, bad_BTH), state), link_BTH, reached_BTH, resets, pull, axis_name)
@@ -147,7 +147,7 @@ def confined(
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
     y, after = run(only_finite(x), only_finite(state))
-    _, link_BT1 = _mapped_alike((), reached_BT1)
+    link_BT1 = _link_of(reached_BT1)
     y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
     spoilt = iter(spoilt)
     return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
@@ -236,11 +236,15 @@ def reach_back(
 
 
 def forgets(g: jax.Array | None) -> jax.Array | None:
-    """Log decays of which no sum is infinite; exp of each is as it was.
+    """Log decays of which no sum is infinite; exp of each and its gradient are as they were.
 
-    ``-inf`` means to forget everything. No gradient is lost: that of a decay of 0 is 0.
+    ``-inf`` means to forget everything. To choose where gradients pass is a pass over memory.
     """
-    return None if g is None else jnp.maximum(g, jnp.asarray(FORGETS, g.dtype))
+    return None if g is None else _at_least_forgets(g)
+
+
+_at_least_forgets = jax.custom_jvp(lambda g: jnp.maximum(g, jnp.asarray(FORGETS, g.dtype)))
+_at_least_forgets.defjvps(lambda tangent, *_: tangent)
 
 
 def _bad(x: jax.Array, kept: tuple[int, ...]) -> jax.Array:
@@ -258,15 +262,27 @@ def _bad(x: jax.Array, kept: tuple[int, ...]) -> jax.Array:
     return jnp.any(wrong != 0, axis=tuple(others))
 
 
-def _mapped_alike(operands: Any, reached_BTH: jax.Array) -> tuple[Any, jax.Array]:
-    """The operands as they are, and zeros; under `jax.vmap` all are mapped if any is.
+def _mapped_alike(tokens: Any, state: Any, reached_BTH: jax.Array, head_axes: Any) -> Any:
+    """The operands as they are; under `jax.vmap` all are mapped if any is.
 
     The rules of JAX for mapped functions with a derivative of their own want results and their
-    tangents to be mapped alike, and `linear` maps all of its results. XLA drops the choices.
+    tangents to be mapped alike, and `linear` maps all of its results. XLA drops the choices: each
+    is by row, token and head, so that nothing moves where those lie over a mesh.
     """
-    some_B = reached_BTH[:, 0, 0]  # by row, so that nothing moves where rows lie over a mesh
-    operands = jax.tree.map(lambda x: jnp.where(_like(some_B, x), x, x), operands)
-    return operands, jnp.where(reached_BTH, jnp.float32(0), jnp.float32(0))
+
+    def choose(x, axis):
+        of_heads = reached_BTH.reshape(*reached_BTH.shape[:2], x.shape[axis], -1)[..., 0]
+        shape = [x.shape[a] if a in (0, 1, axis) else 1 for a in range(x.ndim)]
+        return jnp.where(of_heads.reshape(shape), x, x)
+
+    tokens = jax.tree.map(choose, tokens, head_axes)
+    first_BH = reached_BTH[:, 0]
+    return tokens, jax.tree.map(lambda x: jnp.where(_like(first_BH, x), x, x), state)
+
+
+def _link_of(reached_BTH: jax.Array) -> jax.Array:
+    """Zeros, mapped where these are."""
+    return jnp.where(reached_BTH, jnp.float32(0), jnp.float32(0))
 
 
 def _any_of(flags: list[jax.Array]) -> jax.Array | None:
@@ -292,9 +308,7 @@ def _only_finite(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(x), x, 0)
 
 
-@_only_finite.defjvp
-def _only_finite_jvp(primals, tangents):
-    return _only_finite(*primals), tangents[0]
+_only_finite.defjvps(lambda tangent, *_: tangent)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))

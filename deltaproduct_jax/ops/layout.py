@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.ops.containment import only_finite
 from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.unavailable import unless_spread
 
 
 class Tokens(NamedTuple):
@@ -99,7 +100,8 @@ def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int, *, by_case: bool)
       tokens: as `mark_bad` returned them, merged.
       n, C, N, H: group, tokens in a chunk, chunks in a group, key heads.
       by_case: look first whether there is anything to replace. Selecting among all numbers costs a
-        CPU a sixth of its time; elsewhere it is free and a decision is not.
+        CPU a sixth of its time; elsewhere it is free and a decision is not, nor where it would be
+        one of several devices.
     """
     R = tokens.k.shape[1] // tokens.q.shape[1]
     entries_per_token = (1, R, R, R, 1, 1)
@@ -109,7 +111,7 @@ def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int, *, by_case: bool)
     )
     *parts, resets = parts
     if by_case:
-        is_bad = jnp.any(jnp.isnan(parts[3]))
+        is_bad = unless_spread(jnp.any(jnp.isnan(parts[3])))
         q, k, v, beta, g = jax.lax.cond(is_bad, only_finite, lambda parts: parts, parts)
     else:
         q, k, v, beta, g = only_finite(parts)

@@ -38,6 +38,7 @@ def outputs_and_gradients(arrays, implementation):
         pytest.param(AxisType.Explicit, "associative", marks=pytest.mark.slow),
         pytest.param(AxisType.Explicit, None, marks=pytest.mark.slow),
         pytest.param(AxisType.Auto, "chunked", marks=pytest.mark.slow),
+        pytest.param(AxisType.Auto, None, marks=pytest.mark.slow),
     ],
 )
 def test_batch_and_heads_over_a_mesh_need_no_collective(kind, implementation):

@@ -15,12 +15,21 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B] bool are the rows of which anything was not finite, or None if it does not look.
+    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite; None if it does not
+    look.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
-    As `chunked_backward`, from what its own ``forward`` kept. ``bad`` are the rows of whose
-    cotangents anything was not finite; of tokens ``forward`` told.
+    As `chunked_backward`, from what its own ``forward`` kept, and flags [B, H] float32 behind it:
+    not 0 for rows that were run again. ``bad`` are those, and rows of whose cotangents anything
+    was not finite.
 
-One that JAX cannot lower everywhere has a seventh:
+One that reads tokens otherwise than the op lays them out has two more, and is given what the first
+returns; `containment` calls them:
+
+``lay_out(tokens, options) -> tokens`` and ``restore(tokens, like) -> tokens``
+    To its own layout, rows still first, and back; of cotangents too. ``like`` has shapes, rows
+    aside, and dtypes. Segment boundaries need not come back.
+
+One that JAX cannot lower everywhere has another:
 
 ``reason_when_lowered(axis_context) -> str | None``
     Why it cannot, by what is known then, as the end of a sentence, or None.

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from deltaproduct_jax.ops.containment import Watched, only_finite
 from deltaproduct_jax.ops.kernels import Options, axis_of_rows
@@ -36,67 +37,94 @@ def watched(tokens: Tokens, state: jax.Array) -> Watched:
 
 def flags_like(tokens: Tokens) -> jax.ShapeDtypeStruct:
     """The last of what a gradient keeps where a kernel may run, [B, H]."""
-    return jax.ShapeDtypeStruct((tokens.v.shape[0], tokens.v.shape[3]), jnp.int8)
+    return jax.ShapeDtypeStruct((tokens.v.shape[0], tokens.v.shape[3]), jnp.float32)
 
 
 def forward(
     tokens: Tokens, initial_state, *, kernel: ModuleType, options: Options, keep_states: bool
 ):
     """``kernel.forward``, contained: ``(o, final_state, kept)``, flags last among the kept."""
-    # The loop is to read what the kernel reads: a TPU would turn beta around for each of them.
-    tokens, initial_state = jax.lax.optimization_barrier((tokens, initial_state))
+    laid, restore = _laid_out(kernel, tokens, options)
     run = functools.partial(kernel.forward, options=options, keep_states=keep_states)
-    o, final_state, kept, bad_B = run(tokens, initial_state)
+    o, final_state, kept, bad = run(laid, initial_state)
     if keep_states:
-        kept = (*kept, _flags(bad_B, flags_like(tokens), o))
-    if bad_B is None:
+        flags = flags_like(tokens)
+        kept = (*kept, mark_varying_as(jnp.zeros(flags.shape, flags.dtype), o))
+    if bad is None:
         return o, final_state, kept
-    run = functools.partial(run, options=options._replace(rows=bad_B.size))
+    run = functools.partial(run, options=options._replace(rows=len(bad)))
 
     def again(operands):
-        tokens, state = operands
-        looked = watched(tokens, state)
-        o, final_state, kept, _ = run(only_finite(tokens), only_finite(state))
+        laid, resets, state = operands
+        looked = watched(restore(laid)._replace(resets=resets), state)
+        o, final_state, kept, _ = run(only_finite(laid), only_finite(state))
         if keep_states:
-            flags_BH = RERUN + BAD_STATE * looked.bad_state.astype(jnp.int8)
-            kept = (*kept, flags_BH)
+            kept = (*kept, RERUN + BAD_STATE * looked.bad_state.astype(jnp.float32))
         return *looked.spoil(o, final_state), kept
 
-    return _again(again, bad_B, (tokens, initial_state), (o, final_state, kept))
+    operands = laid, tokens.resets, initial_state
+    return _again(again, bad, operands, (o, final_state, kept))
 
 
 def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, options: Options):
     """``kernel.backward``, contained, from what `forward` kept."""
-    *kept, flags_BH = kept
-    kept = tuple(kept)
-    *gradients, bad_B = kernel.backward(tokens, kept, do, dfinal_state, options)
-    if bad_B is None:
-        return tuple(gradients)
-    bad_B |= jnp.any(flags_BH > 0, axis=1)
-    options = options._replace(rows=bad_B.size)
+    laid, restore = _laid_out(kernel, tokens, options)
+    time_last = functools.partial(_time_last, is_fixed=hasattr(kernel, "lay_out"))
+    dlaid, dstate, bad = kernel.backward(laid, kept, do, dfinal_state, options)
+    if bad is None:
+        return restore(dlaid), dstate
+    options = options._replace(rows=len(bad))
 
     def again(operands):
-        tokens, kept, flags_BH, do, dfinal_state = operands
-        looked = watched(tokens, jnp.where(flags_BH >= BAD_STATE, jnp.nan, 0.0))
+        laid, resets, kept, do, dfinal_state = operands
+        state = jnp.where(kept[-1] >= BAD_STATE, jnp.nan, 0.0)
+        looked = watched(restore(laid)._replace(resets=resets), state)
         cotangents, told = looked.finite_cotangents(do, dfinal_state)
-        dtokens, dstate, _ = kernel.backward(only_finite(tokens), kept, *cotangents, options)
-        return looked.spoil_gradients(dtokens, dstate, told)
+        dlaid, dstate, _ = kernel.backward(only_finite(laid), kept, *cotangents, options)
+        dtokens, dstate = looked.spoil_gradients(restore(dlaid), dstate, told)
+        return time_last(dtokens), dstate
 
-    return _again(again, bad_B, (tokens, kept, flags_BH, do, dfinal_state), tuple(gradients))
-
-
-def _flags(bad_B: jax.Array | None, like: jax.ShapeDtypeStruct, o: jax.Array) -> jax.Array:
-    if bad_B is None:
-        return mark_varying_as(jnp.zeros(like.shape, like.dtype), o)
-    return jnp.broadcast_to(RERUN * bad_B[:, None].astype(like.dtype), like.shape)
+    operands = laid, tokens.resets, kept, do, dfinal_state
+    dtokens, dstate = _again(again, bad, operands, (time_last(restore(dlaid)), dstate))
+    return _time_back(dtokens), dstate
 
 
-def _again(run: Callable, bad_B: jax.Array, operands: Any, results: Any) -> Any:
+def _laid_out(kernel: ModuleType, tokens: Tokens, options: Options):
+    """The tokens as the kernel reads them, and what brings those, or their cotangents, back.
+
+    The loop takes them as they are then, and gives cotangents so: or a TPU would turn beta and g
+    around for the loop, and once more for the kernel before it.
+    """
+    if not hasattr(kernel, "lay_out"):
+        return tokens, lambda laid: laid
+    return kernel.lay_out(tokens, options), lambda laid: kernel.restore(laid, tokens)
+
+
+def _time_last(tokens: Tokens, *, is_fixed: bool) -> Tokens:
+    """beta and g as a TPU lays them out in and between programs: heads would fill no register.
+
+    ``is_fixed`` keeps them so in the loop. Else it has them as its body makes them, with heads
+    last, and arrays that no turn touched are turned around twice.
+    """
+
+    def move(x):
+        x = jnp.moveaxis(x, 1, -1)
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim)))) if is_fixed else x
+
+    return tokens._replace(beta=move(tokens.beta), g=None if tokens.g is None else move(tokens.g))
+
+
+def _time_back(tokens: Tokens) -> Tokens:
+    move = functools.partial(jnp.moveaxis, source=-1, destination=1)
+    return tokens._replace(beta=move(tokens.beta), g=None if tokens.g is None else move(tokens.g))
+
+
+def _again(run: Callable, bad: jax.Array, operands: Any, results: Any) -> Any:
     """The results, but of bad rows those of ``run(operands)`` of one row each.
 
     A loop, and not a `lax.cond`, of which `jax.vmap` would run both sides.
     """
-    rows_B = jnp.argsort(~bad_B)  # the bad ones first
+    bad_B = jnp.any(bad != 0, axis=tuple(range(1, bad.ndim)))
     number = jnp.sum(bad_B, dtype=jnp.int32)
 
     def is_left(carry):
@@ -104,13 +132,14 @@ def _again(run: Callable, bad_B: jax.Array, operands: Any, results: Any) -> Any:
 
     def redo(carry):
         turn, results = carry
-        row = rows_B[turn]
+        # XLA looks before the loop at what does not depend on the turn, which of one row is all.
+        turn, among_B = jax.lax.optimization_barrier((turn, bad_B))
+        row = jnp.argsort(~among_B)[turn]  # the bad ones first
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis_of_rows(x.ndim))
         put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
             x, part, row, axis_of_rows(x.ndim)
         )
-        # Of a single row nothing depends on the turn, and XLA would look at it before the loop.
-        _, part = jax.lax.optimization_barrier((turn, jax.tree.map(take, operands)))
+        turn, part = jax.lax.optimization_barrier((turn, jax.tree.map(take, operands)))
         return turn + 1, jax.tree.map(put, results, run(part))
 
     first = mark_varying_as(jnp.int32(0), number)

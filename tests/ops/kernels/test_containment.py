@@ -49,7 +49,7 @@ def forward(tokens, state, options, *, keep_states):
 
 def backward(tokens, kept, do, dfinal_state, options):
     state = kept[0].reshape(dfinal_state.shape)
-    bad = bad_rows(do, dfinal_state)  # of tokens `forward` has told
+    bad = bad_rows(do, dfinal_state)
     *arrays, resets = tokens
 
     def run(arrays, state):
@@ -59,7 +59,8 @@ def backward(tokens, kept, do, dfinal_state, options):
     darrays, dstate = pull((do, dfinal_state))
     seen = bad | bad_rows(tokens._replace(resets=None), state)
     darrays, dstate = spread(seen, (darrays, dstate))
-    return Tokens(*darrays, None), dstate, bad
+    was_run_again = jnp.any(kept[-1] != 0, axis=1)  # of tokens `forward` has told
+    return Tokens(*darrays, None), dstate, bad | was_run_again
 
 
 KERNEL = types.ModuleType("kernel")

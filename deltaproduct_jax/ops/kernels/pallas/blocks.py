@@ -65,8 +65,12 @@ class Call(NamedTuple):
         B, T, R, H, K = tokens.k.shape
         Hv, V = tokens.v.shape[-2:]
         dtype = tokens.q.dtype
+        plan = plan_of(dtype, spans=options.spans, T=T, R=R, H=H, Hv=Hv, K=K, V=V)
+        is_again = options.rows is not None
+        if is_again:  # seldom run, so that it had better compile in little time
+            plan = plan._replace(together=1, joined=1)
         return cls(
-            plan_of(dtype, spans=options.spans, T=T, R=R, H=H, Hv=Hv, K=K, V=V),
+            plan,
             Passes.of(dtype, options.precision, options.interpret),
             options.scale,
             options.interpret,
@@ -76,7 +80,7 @@ class Call(NamedTuple):
             tokens.resets is not None,
             jax.typeof(tokens.q).manual_axis_type,
             options.slots or options.spans,
-            options.rows is not None,
+            is_again,
         )
 
     @property
@@ -176,11 +180,6 @@ class Call(NamedTuple):
         x = x.reshape(x.shape[0], self.plan.spans, self.chunks, -1, x.shape[-1])
         return jnp.swapaxes(x, -1, -2)
 
-    def from_rows(self, x: jax.Array, like: jax.Array) -> jax.Array:
-        """The inverse, padded still, in the dtype of ``like``."""
-        B, _, *rest = like.shape
-        return jnp.swapaxes(x, -1, -2).reshape(B, -1, *rest).astype(like.dtype)
-
     def segments(self, resets: jax.Array, repeats: int) -> jax.Array:
         """Boundaries since the chunk began, of tokens or updates, as `segments_block` has them."""
         resets = self.padded(resets)
@@ -189,19 +188,25 @@ class Call(NamedTuple):
         counts = jnp.repeat(counts.astype(jnp.float32), repeats, axis=-1)
         return counts.reshape(B, self.plan.spans, self.chunks, 1, -1)
 
+    def laid_out(self, tokens: Tokens) -> Tokens:
+        """beta, g and boundaries as `rows_block` and `segments_block` have them."""
+        _, R, *_ = self.sizes
+        beta, g, resets = self.rows(tokens.beta), tokens.g, tokens.resets
+        g = None if g is None else self.rows(g)
+        resets = None if resets is None else [self.segments(resets, n) for n in (1, R)]
+        return tokens._replace(beta=beta, g=g, resets=resets)
+
     def inputs(self, tokens: Tokens):
-        """Blocks and operands that both kernels read."""
+        """Blocks and operands that both kernels read, of tokens that are laid out."""
         _, R, *_ = self.sizes
         C = self.plan.chunk
-        arrays = [self.padded(x) for x in tokens[:3]]
-        specs = [self.tokens_block(x.shape[2:]) for x in arrays]
-        arrays.append(self.rows(tokens.beta))
-        specs.append(self.rows_block(C * R))
+        arrays = [*(self.padded(x) for x in tokens[:3]), tokens.beta]
+        specs = [*(self.tokens_block(x.shape[2:]) for x in arrays[:3]), self.rows_block(C * R)]
         if self.gated:
-            arrays.append(self.rows(tokens.g))
+            arrays.append(tokens.g)
             specs.append(self.rows_block(C))
         if self.packed:
-            arrays += [self.segments(tokens.resets, 1), self.segments(tokens.resets, R)]
+            arrays += tokens.resets
             specs += [self.segments_block(C), self.segments_block(C * R)]
         return specs, arrays
 
@@ -209,14 +214,14 @@ class Call(NamedTuple):
         """Of an array [B, blocks of heads, 1, LANES]; it stays where it is from span to span."""
         return pl.BlockSpec((1, 1, 1, LANES), lambda b, h, n: (b, h, 0, 0))
 
+    def flags_block(self) -> pl.BlockSpec:
+        """Of an array [B, 1, Hv], for all heads."""
+        return pl.BlockSpec((1, 1, self.sizes[3]), lambda b, h, n: (b, 0, 0))
+
     def seen(self):
-        """Block, shape and dtype of what tells whether all is finite: 0 or NaN."""
+        """Block, shape and dtype of what tells whether all is finite: 0 throughout or not."""
         B, _, H, *_ = self.sizes
         return self.seen_block(), (B, H // self.plan.heads, 1, LANES), jnp.float32
-
-    def bad_rows(self, seen: jax.Array) -> jax.Array:
-        """[B] bool: of which sequences `look` saw anything that is not finite."""
-        return jnp.any(seen != 0, axis=(1, 2, 3))
 
     def outputs(self, tokens: Tokens, keep_states: bool):
         """Block, shape and dtype of every output of the forward kernel."""
@@ -317,6 +322,13 @@ class Call(NamedTuple):
         ]
         p = prepare(joined(chunks), self.scale, self.passes)
         return zip(chunks, parted(p, len(chunks)), strict=True)
+
+
+def from_rows(x: jax.Array, like: jax.Array) -> jax.Array:
+    """beta or g again, [B, T, (R,) Hv], from rows; ``like`` has all but B, and the dtype."""
+    T, *rest = like.shape[1:]
+    x = jnp.swapaxes(x, -1, -2).reshape(x.shape[0], -1, *rest)
+    return x[:, :T].astype(like.dtype)
 
 
 def look(seen, x: jax.Array) -> None:

@@ -11,7 +11,6 @@ delta rule, one factor per token, showed the gain of a state that stays in VMEM.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from deltaproduct_jax.ops.kernels.pallas.blocks import (
     Call,
     Kept,
     Scratch,
+    from_rows,
     heads_first,
     look,
     tokens_first,
@@ -36,6 +36,7 @@ from deltaproduct_jax.ops.kernels.pallas.chunk import (
 )
 from deltaproduct_jax.ops.kernels.pallas.plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.unavailable import devices_left
 
 MOST_FACTORS = 8
 WIDEST_KEY, WIDEST_VALUE = 256, 512
@@ -76,12 +77,8 @@ def reason_when_lowered(axis_context) -> str | None:
     """The same, when also the arrays' own mesh is known, as the end of a sentence."""
     if memory_of_core() is None:
         return "JAX does not know for which TPU"
-    mesh = getattr(axis_context, "mesh", None)  # of a shard_map
-    if mesh is None:
-        devices = getattr(axis_context, "num_devices", 1)
-    else:
-        devices = math.prod(n for x, n in mesh.shape.items() if x not in axis_context.manual_axes)
-    if (devices or 1) > 1:
+    devices = devices_left(axis_context)
+    if devices > 1:
         return (
             f"{devices} devices are left to the compiler, which cuts no kernel; "
             "sharded_delta_product, or jax.shard_map over all axes, does"
@@ -101,8 +98,26 @@ def kept_more(tokens: Tokens, options: Options) -> tuple:
     return ()
 
 
+def lay_out(tokens: Tokens, options: Options) -> Tokens:
+    """beta and g as the kernels read them, [B, N, chunks of a span, Hv, updates or tokens].
+
+    Boundaries likewise, of tokens and of updates, as two arrays in place of one.
+    """
+    return Call.of(tokens, options, reverse=False).laid_out(tokens)
+
+
+def restore(laid: Tokens, like: Tokens) -> Tokens:
+    """The inverse, of tokens or of their cotangents, but for boundaries; dtypes as of ``like``."""
+    beta = from_rows(laid.beta, like.beta)
+    g = None if like.g is None else from_rows(laid.g, like.g)
+    return laid._replace(beta=beta, g=g, resets=None)
+
+
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs, final state, (states before every span,) or None, and bad rows; as all kernels."""
+    """Outputs, final state, (states before every span,) or None, and bad rows; as all kernels.
+
+    Tokens are as `lay_out` gives them.
+    """
     call = Call.of(tokens, options, reverse=False)
     specs, operands = call.inputs(tokens)
     o, final_state, seen, *states = call.run(
@@ -113,31 +128,35 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     )
     o = o[:, : tokens.q.shape[1]]
     if not keep_states:
-        return o, final_state, None, call.bad_rows(seen)
+        return o, final_state, None, seen
     B, _, _, H, _ = tokens.k.shape
     shape = (-1, B, H, call.value_heads // call.plan.heads, *states[0].shape[-2:])
     # They lie row by row, or XLA would turn them around for a loop over rows and back again.
     kept = jnp.swapaxes(states[0], 0, 1).reshape(shape)
-    return o, final_state, (kept,), call.bad_rows(seen)
+    return o, final_state, (kept,), seen
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the inputs and of the initial state, and bad rows; as all kernels."""
+    """Cotangents of the inputs and of the initial state, and bad rows; as all kernels.
+
+    Tokens and their cotangents are as `lay_out` gives them.
+    """
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
-    (states,) = kept
+    states, flags = kept
     states = jnp.swapaxes(states.reshape(-1, *dfinal_state.shape), 0, 1)
     dq, dk, dv, dbeta, *dg, dinitial_state, seen = call.run(
         functools.partial(_backward_kernel, call=call),
-        [*specs, call.states_block(), call.tokens_block(do.shape[2:]), call.state_block()],
-        [*operands, states, call.padded(do), dfinal_state],
+        [
+            *(*specs, call.states_block(), call.tokens_block(do.shape[2:])),
+            *(call.state_block(), call.flags_block()),
+        ],
+        [*operands, states, call.padded(do), dfinal_state, flags[:, None]],
         call.cotangents(tokens),
     )
-    dbeta = call.from_rows(dbeta, tokens.beta)
-    dg = call.from_rows(dg[0], tokens.g) if dg else None
-    dtokens = Tokens(dq, dk, dv, dbeta, dg, None)
-    dtokens = jax.tree.map(lambda dx: dx[:, : tokens.q.shape[1]], dtokens)
-    return dtokens, dinitial_state, call.bad_rows(seen)
+    dq, dk, dv = (dx[:, : tokens.q.shape[1]] for dx in (dq, dk, dv))
+    dtokens = Tokens(dq, dk, dv, dbeta, dg[0] if dg else None, None)
+    return dtokens, dinitial_state, seen
 
 
 def _forward_kernel(*refs, call: Call, keep_states: bool):
@@ -180,7 +199,8 @@ def _forward_kernel(*refs, call: Call, keep_states: bool):
 
 def _backward_kernel(*refs, call: Call):
     count = 4 + call.gated + 2 * call.packed
-    inputs, (states, do, dfinal), refs = refs[:count], refs[count : count + 3], refs[count + 3 :]
+    inputs, (states, do, dfinal, flags) = refs[:count], refs[count : count + 4]
+    refs = refs[count + 4 :]
     outs, seen, refs = refs[: 5 + call.gated], refs[5 + call.gated], refs[6 + call.gated :]
     scratch, kept = Scratch(*refs[:7]), Kept(*refs[7:]) if refs[7:] else None
     passes, scale = call.passes, call.scale
@@ -227,6 +247,7 @@ def _backward_kernel(*refs, call: Call):
         # Whatever is bad reaches it: all terms are added up, none is chosen.
         seen[...] = jnp.zeros(seen.shape, seen.dtype)
         look(seen, scratch.state[...])
+        seen[0, 0] += jnp.sum(flags[0], axis=-1, keepdims=True)
 
 
 def _walk_again(inputs, states, scratch: Scratch, kept: Kept, call: Call):

@@ -42,12 +42,14 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
+    *kept, flags = kept
+    kept = tuple(kept)
     if _by_gluon(tokens, options):
         run = batched(gluon.backward, _fixed_of_gluon(tokens, options))
         dtokens, dstate = run(tokens, kept, do, dfinal_state)
     else:
         dtokens, dstate = triton.backward(tokens, kept, do, dfinal_state, options)
-    return dtokens, dstate, looking.after_backward(dstate)
+    return dtokens, dstate, looking.after_backward(dstate, flags)
 
 
 def _fixed_of_gluon(tokens: Tokens, options: Options):

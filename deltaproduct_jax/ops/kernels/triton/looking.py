@@ -42,9 +42,11 @@ def after_forward(tokens: Tokens, o: jax.Array, final_state: jax.Array) -> jax.A
     return jnp.any(wrong_BTH != 0, axis=(1, 2)) | _of_state(final_state)
 
 
-def after_backward(dinitial_state: jax.Array) -> jax.Array | None:
-    """The same for `passes.backward`."""
-    return _of_state(dinitial_state) if _Choice.looks else None
+def after_backward(dinitial_state: jax.Array, flags_BH: jax.Array) -> jax.Array | None:
+    """The same for `passes.backward`, of rows that were run again forward too."""
+    if not _Choice.looks:
+        return None
+    return _of_state(dinitial_state) | jnp.any(flags_BH != 0, axis=1)
 
 
 def _of_state(state_BHKV: jax.Array) -> jax.Array:
