@@ -264,8 +264,8 @@ def shortened(value: Any) -> Any:
 def command(argv: Sequence[str]) -> None:
     """Reads the models or their records, writes separation.json and .md, draws separation."""
     parsed = flags.parse(argv, {"separation": SeparationConfig, **SECTION}, {"default": {}})
-    options = SeparationConfig(**parsed.sections["separation"])
     look = Look(**parsed.sections["figures"])
+    options = SeparationConfig(**parsed.sections["separation"])
     models = put_together(options) if options.rows_from else shortened(read_all(options))
     limit = separation.limit_of_ratio(options.accuracy)
     record = {"accuracy": options.accuracy, "limit": shortened(limit), "models": models}

@@ -192,7 +192,8 @@ def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_pa
         drawn.update(files)
         return files
 
-    for module in (records, records.benchmarks, records.geometry, records.plots, records.theory):
+    rooms = ("benchmarks", "geometry", "plots", "separation", "theory")
+    for module in (records, *(getattr(records, room) for room in rooms)):
         monkeypatch.setattr(module, "save", noted)
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder, ignore=shutil.ignore_patterns("*.png"))

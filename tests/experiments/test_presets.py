@@ -62,11 +62,16 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
     delta = {
         "num_v_heads": None, "expand_v": 1.0, "num_householder": 2, "allow_neg_eigval": True,
         "qk_activation": "silu", "beta_bias": None, "use_output_gate": False,
-        "use_short_conv": False, "conv_size": 4, "implementation": None, "chunk_size": None,
+        "use_short_conv": False, "conv_size": 4, "conv_implementation": None,
+        "implementation": None, "chunk_size": None,
     }  # fmt: skip
     op = {"implementation": None, "chunk_size": None}
     linear = {"expand_v": 1.0, "allow_neg_eigval": True} | op
-    channel = {name: value for name, value in delta.items() if name != "num_householder"}
+    channel = {
+        name: value
+        for name, value in delta.items()
+        if name not in ("num_householder", "conv_implementation")
+    }
     want = {
         "delta_net": delta | {"num_householder": 1},
         "gated_delta_net": delta | {"num_householder": 1},

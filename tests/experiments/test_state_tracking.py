@@ -370,8 +370,8 @@ def model_of(*argv):
     return str(program), [(str(path), np.asarray(leaf).tobytes()) for path, leaf in leaves]
 
 
-# The task has the vocabulary; what is kept of named points is seen in models/test_stack.py.
-ELSEWHERE = ("vocab_size", "saved_points")
+# The task has the vocabulary; the others are seen in models/test_stack.py and ops/kernels/.
+ELSEWHERE = ("vocab_size", "saved_points", "conv_implementation")
 MODEL_FIELDS = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ELSEWHERE]
 
 
