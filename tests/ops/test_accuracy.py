@@ -160,7 +160,8 @@ def test_kernels_bfloat16(name):
     assert_within_bars(CASES[name], "pallas_tpu", "bfloat16")
 
 
-@pytest.mark.parametrize("name", quick(KERNEL_HARD, ["g of all sizes"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNEL_HARD)
 def test_kernels_hard_inputs(name):
     assert_within_bars(HARD[name], "pallas_tpu", "float32")
 
