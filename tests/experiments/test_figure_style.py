@@ -5,7 +5,6 @@ import io
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -177,10 +176,7 @@ def test_names_are_those_of_papers():
 
 
 def pictures():
-    listed = subprocess.run(
-        ["git", "ls-files", "--", str(RESULTS)], cwd=ROOT, capture_output=True, text=True
-    )
-    return {ROOT / line for line in listed.stdout.splitlines() if line.endswith(".png")}
+    return set(RESULTS.rglob("*.png"))
 
 
 def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_path, monkeypatch):
