@@ -19,9 +19,8 @@ from jaxtyping import Array, Float
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.initializers import projection_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
-from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import convolutions, projections
+from deltaproduct_jax.layers.projection import Parts
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
@@ -111,11 +110,10 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.implementation, self.chunk_size = implementation, chunk_size
         self.dtype = jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
-        self.u_proj = project(hidden_size, inner)
-        self.z_proj = project(hidden_size, inner)
-        self.conv1d = convolve(inner)
+        make = Parts(initializer, initializer_range, dtype, param_dtype, rngs, norm_eps)
+        self.u_proj = make.project(hidden_size, inner)
+        self.z_proj = make.project(hidden_size, inner)
+        self.conv1d = make.convolve(inner, conv_size)
         draw = projection_init(initializer, initializer_range, BLOCK, BLOCK)
         blocks = lambda: nnx.Param(draw(rngs.params(), (inner // BLOCK, BLOCK, BLOCK), param_dtype))
         self.q_blocks, self.k_blocks, self.v_blocks = blocks(), blocks(), blocks()
@@ -127,9 +125,8 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         )
         self.f_proj = nnx.Linear(3 * inner, num_heads, bias_init=_forget_bias, rngs=rngs, **gate)
         self.skip = nnx.Param(jnp.ones((inner,), param_dtype))
-        norm = {"eps": norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.o_norm = HeadNorm(num_heads, head_dim, **norm)
-        self.o_proj = project(inner, hidden_size)
+        self.o_norm = make.head_norm(num_heads, head_dim)
+        self.o_proj = make.project(inner, hidden_size)
 
     def init_state(self, batch_size: int) -> MLSTMLayerState:
         """The state before the first token: all zero."""
@@ -214,17 +211,16 @@ class SLSTM(RecurrentMixer[SLSTMState]):
     ):
         self.num_heads, self.head_dim = num_heads, head_dim
         self.dtype = jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        make = Parts(initializer, initializer_range, dtype, param_dtype, rngs, norm_eps)
         cells = num_heads * head_dim
-        self.x_proj = project(hidden_size, 4 * cells)
+        self.x_proj = make.project(hidden_size, 4 * cells)
         # As published: the recurrent weights start at 0, the forget gates near 1.
         self.recurrent = nnx.Param(jnp.zeros((4, num_heads, head_dim, head_dim), param_dtype))
         bias = jnp.zeros((4, num_heads, head_dim), param_dtype)
         forget = _forget_bias(rngs.params(), (head_dim,), param_dtype)
         self.bias = nnx.Param(bias.at[2].set(forget[None]))
-        norm = {"eps": norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.o_norm = HeadNorm(num_heads, head_dim, **norm)
-        self.o_proj = project(cells, hidden_size)
+        self.o_norm = make.head_norm(num_heads, head_dim)
+        self.o_proj = make.project(cells, hidden_size)
 
     def init_state(self, batch_size: int) -> SLSTMState:
         """The state before the first token: no output, nothing in any cell."""
