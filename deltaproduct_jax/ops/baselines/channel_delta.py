@@ -75,18 +75,11 @@ def channel_delta(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "e": e, "gamma": gamma}
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
+    arrays |= {"e": e, "gamma": gamma, "negative": negative}
     _check_erasure(e, gamma)
-    return run_checked(
-        _run,
-        arrays | {"negative": negative},
-        _LAYOUTS,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        scale=scale,
-        implementation=implementation,
-        chunk_size=chunk_size,
-    )
+    options = {"scale": scale, "implementation": implementation, "chunk_size": chunk_size}
+    return run_checked(_run, arrays, _LAYOUTS, initial_state, segment_ids, **options)
 
 
 def _run(arrays, *, scale, implementation, chunk_size):
@@ -128,9 +121,10 @@ def channel_delta_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token: returns the output and the state after it; see :func:`channel_delta`."""
-    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "e": e, "gamma": gamma}
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
+    arrays |= {"e": e, "gamma": gamma, "negative": negative}
     _check_erasure(e, gamma)
-    check_together(arrays | {"negative": negative}, _LAYOUTS, state, one_token=True)
+    check_together(arrays, _LAYOUTS, state, one_token=True)
     return _step(state, q, k, v, beta, g, e, gamma, negative, check_scale(scale, q.shape[-1]))
 
 

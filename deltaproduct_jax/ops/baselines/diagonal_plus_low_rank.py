@@ -56,16 +56,9 @@ def diagonal_plus_low_rank(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    return run_checked(
-        _run,
-        {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g},
-        _LAYOUTS,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        scale=scale,
-        implementation=implementation,
-        chunk_size=chunk_size,
-    )
+    arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
+    options = {"scale": scale, "implementation": implementation, "chunk_size": chunk_size}
+    return run_checked(_run, arrays, _LAYOUTS, initial_state, segment_ids, **options)
 
 
 def _run(arrays, *, scale, implementation, chunk_size):

@@ -58,16 +58,8 @@ def gated_linear_attention(
         ValueError: naming the argument, what it got and what it may be.
     """
     arrays, layouts = _arrays(q, k, v, g, negative)
-    return run_checked(
-        _run,
-        arrays,
-        layouts,
-        initial_state=initial_state,
-        segment_ids=segment_ids,
-        scale=scale,
-        implementation=implementation,
-        chunk_size=chunk_size,
-    )
+    options = {"scale": scale, "implementation": implementation, "chunk_size": chunk_size}
+    return run_checked(_run, arrays, layouts, initial_state, segment_ids, **options)
 
 
 def _run(arrays, *, scale, implementation, chunk_size):
