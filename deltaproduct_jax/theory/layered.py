@@ -128,16 +128,8 @@ def by_blocks(
     program.buffer(last - 1, "clock", codes, empty, "slots")
 
     acts = [matrices[letter].T for letter in letters]
-    keys, beta = np.zeros((len(of_keys), R, d)), np.zeros((len(of_keys), R))
-    for unit, (position, before) in enumerate(of_keys):
-        first = (position - 1) % m * R
-        made = factors(_product(acts, before or (), d), m * R)
-        keys[unit], beta[unit] = (part[first : first + R] for part in made)
-    queries = np.zeros((len(of_queries), d, d))
-    for unit, (_, before, now) in enumerate(of_queries):
-        made = factors(_product(acts, before or (), d), m * R)
-        rest = product(*(part[len(now) * R :] for part in made))
-        queries[unit] = _product(acts, now, d) @ rest
+    keys, beta = _keys_of_blocks(of_keys, acts, m, R)
+    queries = _queries_of_blocks(of_queries, acts, m, R)
     tables = [
         Table(_seen(of_keys, m, empty), P + 1, P, {"key": keys, "beta": beta - 1}),
         Table(_seen(of_queries, m, empty), P + 1, P, {"query": queries}),
@@ -149,6 +141,28 @@ def by_blocks(
     program.read_by_feature(last, heads, "query", d, copies)
     program.orbit(last, heads, "image", start, pads, copies)
     return finished(program, name, group, matrices, start, letters)
+
+
+def _keys_of_blocks(cases, acts, m: int, R: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys ``[cases, R, d]`` and step sizes ``[cases, R]``: a token's of the block before."""
+    d = acts[0].shape[-1]
+    keys, beta = np.zeros((len(cases), R, d)), np.zeros((len(cases), R))
+    for unit, (position, before) in enumerate(cases):
+        first = (position - 1) % m * R
+        made = factors(_product(acts, before or (), d), m * R)
+        keys[unit], beta[unit] = (part[first : first + R] for part in made)
+    return keys, beta
+
+
+def _queries_of_blocks(cases, acts, m: int, R: int) -> np.ndarray:
+    """What queries apply, ``[cases, d, d]``: the rest of the block before, and all of this one."""
+    d = acts[0].shape[-1]
+    queries = np.zeros((len(cases), d, d))
+    for unit, (_, before, now) in enumerate(cases):
+        made = factors(_product(acts, before or (), d), m * R)
+        rest = product(*(part[len(now) * R :] for part in made))
+        queries[unit] = _product(acts, now, d) @ rest
+    return queries
 
 
 def block_length(needed: int, num_householder: int) -> int:

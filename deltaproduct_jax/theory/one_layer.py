@@ -151,14 +151,7 @@ def permutation_reset(
     """
     table = np.asarray(step)
     S, L = table.shape
-    permuting = [c for c in range(L) if len(set(table[:, c])) == S]
-    resets = {c: int(table[0, c]) for c in range(L) if len(set(table[:, c])) == 1}
-    if len(permuting) + len(resets) < L:
-        wrong = sorted(set(range(L)) - set(permuting) - set(resets))[0]
-        raise ConfigError(
-            f"step: letter {wrong} takes the states to {table[:, wrong].tolist()}; a letter must "
-            "permute all states or take all to one"
-        )
+    permuting, resets = _permuting_and_resets(table)
     states, bos, heads = np.eye(S), max(L, 2), slice(0, S)
     pads = completion(2)
     program = Program(
@@ -193,3 +186,17 @@ def permutation_reset(
         answer_to_bos=int(answers[0]),
         ideal=np.stack([-signs, signs], axis=1),
     )
+
+
+def _permuting_and_resets(table: np.ndarray) -> tuple[list[int], dict[int, int]]:
+    """Letters that permute the states, and those that take all to one, with that state."""
+    S, L = table.shape
+    permuting = [c for c in range(L) if len(set(table[:, c])) == S]
+    resets = {c: int(table[0, c]) for c in range(L) if len(set(table[:, c])) == 1}
+    if len(permuting) + len(resets) < L:
+        wrong = sorted(set(range(L)) - set(permuting) - set(resets))[0]
+        raise ConfigError(
+            f"step: letter {wrong} takes the states to {table[:, wrong].tolist()}; a letter must "
+            "permute all states or take all to one"
+        )
+    return permuting, resets
