@@ -50,11 +50,7 @@ def model_of(mixer):
         mixer, layers = "delta_product", 4
         own |= {"attention_every": 2, "scan_layers": True}
     config = ModelConfig(vocab_size=VOCAB, mixer=mixer, num_layers=layers, **sizes, **own)
-    model = SequenceModel(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    nudge = lambda a: jnp.asarray(a + 0.4 * rng.normal(size=a.shape), a.dtype)
-    nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
-    return model
+    return lively(SequenceModel(config, rngs=nnx.Rngs(0)), 0.4)
 
 
 @functools.cache
