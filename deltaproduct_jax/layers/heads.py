@@ -1,7 +1,7 @@
-"""What the mixers have in common whose every head keeps a matrix ``[K, V]``."""
+"""What mixers of heads have in common: arguments, parameters, and a matrix for every head."""
 
 from collections.abc import Callable
-from typing import Any, Required, TypedDict
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,43 +14,88 @@ from deltaproduct_jax.layers.projection import Parts, value_width
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
-class HeadOptions(TypedDict, total=False):
-    """Keywords of :class:`HeadMixer`, which has their defaults and says what they mean."""
+class DrawnOptions(TypedDict, total=False):
+    """Keywords of :class:`DrawnMixer`, which has their defaults and says what they mean."""
 
     num_heads: Required[int]
     head_dim: Required[int]
-    expand_v: float
-    allow_neg_eigval: bool
     norm_eps: float
     initializer: str
     initializer_range: float
-    implementation: str | None
-    chunk_size: int | None
     dtype: DTypeLike
     param_dtype: DTypeLike
     rngs: Required[nnx.Rngs]
 
 
-class HeadMixer(SequenceMixer[State]):
-    """Sequence mixer ``[B, T, D] -> [B, T, D]`` with a state ``[B, Hv, K, V]``.
+class HeadOptions(DrawnOptions, total=False):
+    """Keywords of :class:`HeadMixer`, which has their defaults and says what they mean."""
+
+    expand_v: float
+    allow_neg_eigval: bool
+    implementation: str | None
+    chunk_size: int | None
+
+
+class DrawnMixer(SequenceMixer[State]):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]`` of heads, whose parameters are drawn alike.
 
     A subclass makes its parameters in :meth:`_make`. One that takes more sets it before it calls
-    this constructor, and passes the rest on; ``num_v_heads`` among it groups the value heads.
+    this constructor, and passes the rest on.
 
     Args:
         hidden_size: width ``D`` of input and output.
-        num_heads: heads ``H`` of queries and keys.
+        num_heads: heads ``H``, of queries and keys where there are such.
         head_dim: key width ``K`` of a head.
-        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
-        allow_neg_eigval: eigenvalues of a transition in (-1, 1) instead of (0, 1).
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
-        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
-        chunk_size: tokens in a chunk of the op; None for the op's choice.
         dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
         param_dtype: dtype of the parameters; A_log and dt_bias are float32 always.
         rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        norm_eps: float = 1e-5,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.dtype = jnp.dtype(dtype)
+        self._fit()
+        drawn = initializer, initializer_range
+        self._make(hidden_size, Parts(*drawn, dtype, param_dtype, rngs, norm_eps))
+
+    def _fit(self) -> None:
+        """Sets the sizes that follow from others; ConfigError where they do not fit together."""
+
+    def _make(self, D: int, make: Parts) -> None:
+        """Makes the parameters, for inputs of width ``D``."""
+        raise NotImplementedError
+
+
+class HeadMixer(DrawnMixer[State]):
+    """Such a mixer with a state ``[B, Hv, K, V]``, a matrix for every value head.
+
+    A subclass that groups value heads sets ``num_v_heads`` before it calls this constructor.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
+        allow_neg_eigval: eigenvalues of a transition in (-1, 1) instead of (0, 1).
+        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
+        chunk_size: tokens in a chunk of the op; None for the op's choice.
+        **shared: as in :class:`DrawnMixer`.
 
     Raises:
         ConfigError: naming the argument, when one is out of range or does not fit another.
@@ -62,33 +107,21 @@ class HeadMixer(SequenceMixer[State]):
         self,
         hidden_size: int,
         *,
-        num_heads: int,
-        head_dim: int,
         expand_v: float = 1.0,
         allow_neg_eigval: bool = True,
-        norm_eps: float = 1e-5,
-        initializer: str = "paper",
-        initializer_range: float = 0.02,
         implementation: str | None = None,
         chunk_size: int | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **shared: Unpack[DrawnOptions],
     ):
-        if not hasattr(self, "num_v_heads"):
-            self.num_v_heads = num_heads
-        sizes = {"num_v_heads": self.num_v_heads, "expand_v": expand_v}
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.value_dim = value_width(num_heads, head_dim, **sizes)
-        self.allow_neg_eigval = allow_neg_eigval
+        self.expand_v, self.allow_neg_eigval = expand_v, allow_neg_eigval
         self.implementation, self.chunk_size = implementation, chunk_size
-        self.dtype = jnp.dtype(dtype)
-        drawn = initializer, initializer_range
-        self._make(hidden_size, Parts(*drawn, dtype, param_dtype, rngs, norm_eps))
+        super().__init__(hidden_size, **shared)
 
-    def _make(self, D: int, make: Parts) -> None:
-        """Makes the parameters, for inputs of width ``D``."""
-        raise NotImplementedError
+    def _fit(self) -> None:
+        if not hasattr(self, "num_v_heads"):
+            self.num_v_heads = self.num_heads
+        sizes = {"num_v_heads": self.num_v_heads, "expand_v": self.expand_v}
+        self.value_dim = value_width(self.num_heads, self.head_dim, **sizes)
 
     def _make_decay(self, make: Parts, channels: int) -> None:
         """``A_log`` of every value head, and ``dt_bias`` of so many channels."""
