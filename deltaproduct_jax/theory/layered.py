@@ -14,9 +14,9 @@ import numpy as np
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory.clock import make_clock
 from deltaproduct_jax.theory.construction import Construction
-from deltaproduct_jax.theory.one_layer import finished, representation
+from deltaproduct_jax.theory.one_layer import finished, represented
 from deltaproduct_jax.theory.program import Program, Table
-from deltaproduct_jax.theory.reflections import completion, factors, product
+from deltaproduct_jax.theory.reflections import factors, product
 
 Word = tuple[int, ...]
 
@@ -37,10 +37,8 @@ def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> C
         ConfigError: the group is no other.
     """
     kind = "permutations" if group == "S3" else "plane"
-    matrices, start, copies = representation(group, kind)
+    matrices, start, copies, letters, pads = represented(group, kind, letters)
     task, d = GroupTask(group=group), matrices.shape[-1]
-    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
-    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,
@@ -98,14 +96,12 @@ def by_blocks(
         num_householder: factors for every token, the paper's n_h.
         letters: elements that are read; None for all.
     """
-    matrices, start, copies = representation(group, "permutations")
+    matrices, start, copies, letters, pads = represented(group, "permutations", letters)
     task, d, R = GroupTask(group=group), matrices.shape[-1], num_householder
-    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
     L, m = len(letters), block_length(d - 1, R)
     P, empty, V = 2 * m, len(letters), len(letters) + 1
     clock = make_clock(P, R)
     of_keys, of_queries = list(key_cases(m, L)), list(query_cases(m, L))
-    pads = completion(int(copies * start @ start))
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,

@@ -51,6 +51,22 @@ def representation(group: str, kind: str) -> tuple[np.ndarray, np.ndarray, int]:
     return solid_matrices(group), FAR_FROM_IMAGES[group], 1
 
 
+def represented(
+    group: str, kind: str, letters: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, list[int]]:
+    """What `representation` returns, the letters that are read, and the pads of a key.
+
+    Args:
+        group: see `representation`.
+        kind: see `representation`.
+        letters: elements that are read; None for all.
+    """
+    matrices, start, copies = representation(group, kind)
+    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
+    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
+    return matrices, start, copies, letters, pads
+
+
 def answers_of(images: np.ndarray) -> np.ndarray:
     """Rows of the head ``[G, d]``: unit vectors, so that the true one has the largest product.
 
@@ -81,10 +97,8 @@ def group_in_one_layer(
         ValueError: a letter takes more factors than ``num_householder``.
         ConfigError: the group has no such representation.
     """
-    matrices, start, copies = representation(group, kind)
+    matrices, start, copies, letters, pads = represented(group, kind, letters)
     task, d = GroupTask(group=group), matrices.shape[-1]
-    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
-    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,
