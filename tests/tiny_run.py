@@ -47,7 +47,7 @@ class TinyModel(nnx.Module):
         return jnp.tanh(jnp.cumsum(self.embeddings(tokens), axis=1))
 
 
-def lively(model: nnx.Module, size: float = 0.3) -> nnx.Module:
+def nudged(model: nnx.Module, size: float = 0.3) -> nnx.Module:
     """The model, none of whose parameters rests at 0, as some do before training."""
     rng = np.random.default_rng(1)
     nudge = lambda a: jnp.asarray(a + size * rng.normal(size=a.shape), a.dtype)

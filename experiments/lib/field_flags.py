@@ -17,7 +17,7 @@ class FieldParser(flags.ArgumentParser):
 
     def parse(self, argument: Any) -> Any:
         """The value, ValueError saying what it may be; defaults, which are no text, pass."""
-        return _parse(argument, self.annotation) if isinstance(argument, str) else argument
+        return value_of(argument, self.annotation) if isinstance(argument, str) else argument
 
     def flag_type(self) -> str:
         """The type as the help shows it."""
@@ -41,7 +41,8 @@ class OptionalBoolean(flags.BooleanFlag):
         self.parser = OptionalBoolean.Parser()
 
 
-def _parse(text: str, annotation: Any) -> Any:
+def value_of(text: str, annotation: Any) -> Any:
+    """The value that a text stands for, ValueError saying what it may be."""
     options = options_of(annotation)
     if type(None) in options and text.lower() == "none":
         return None

@@ -29,7 +29,7 @@ from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
 from experiments import leave
-from experiments.lib.field_flags import FieldParser, OptionalBoolean, options_of, show
+from experiments.lib.field_flags import FieldParser, OptionalBoolean, options_of, show, value_of
 from experiments.lib.sweeps.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
@@ -159,7 +159,7 @@ def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[st
     known |= given
     if PluginConfig in sections.values():
         plugins = known.get("plugins", ())
-        import_plugins(_parse(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
+        import_plugins(value_of(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
     vary = lambda config: config.variant(known) if hasattr(config, "variant") else config
     return {section: vary(config) for section, config in sections.items()}
 
