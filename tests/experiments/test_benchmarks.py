@@ -15,7 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from experiments.hardware.tpu_estimate import EstimateConfig
 from experiments.lib import flags
 from experiments.lib.bench import convolution as bench_convolution
-from experiments.lib.bench import report, timing
+from experiments.lib.bench import timing
 from experiments.lib.bench.gpu_kernels import PassConfig
 from experiments.lib.bench.peers import jax_packages as peer_jax
 from experiments.op import containment as op_containment
@@ -305,16 +305,3 @@ def test_convolutions_by_a_kernel_say_why_they_cannot_be_timed(tmp_path):
         )
     with pytest.raises(ConfigError, match="directions='step' is not known"):
         op_convolution.command([f"--workdir={tmp_path}", "--directions=step"])
-
-
-def test_a_long_command_is_cut_before_flags_and_can_be_pasted():
-    command = report.command_line("op.speed", ["--workdir=DIR", "--peer=fla"])
-    assert report.command_block(command) == f"Command: `{command}`"
-    command += f" --implementations={'x' * 60} --dtype=bfloat16 --fixed='a=1 b=2'"
-    title, _, *lines = report.command_block(command).splitlines()
-    assert (title, lines[0], lines[-1]) == ("Command:", "```sh", "```")
-    assert len(lines) == 5
-    assert max(map(len, lines)) <= 100
-    assert " ".join(line.removesuffix("\\").strip() for line in lines[1:-1]) == command
-    item = report.listed(f"12. `{command}`")
-    assert [line[:4] for line in item.splitlines()] == ["12. ", "    ", "    "]
