@@ -354,3 +354,16 @@ def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(".")[-1] for line in done.stdout.splitlines()] == ["json", "png"]
     assert report.markdown(["a", "b"], [["1", None]]) == "| a | b |\n| --- | --- |\n| 1 | - |"
+
+
+def test_a_long_command_is_cut_before_flags_and_can_be_pasted():
+    command = report.command_line("op.speed", ["--workdir=DIR", "--peer=fla"])
+    assert report.command_block(command) == f"Command: `{command}`"
+    command += f" --implementations={'x' * 60} --dtype=bfloat16 --fixed='a=1 b=2'"
+    title, _, *lines = report.command_block(command).splitlines()
+    assert (title, lines[0], lines[-1]) == ("Command:", "```sh", "```")
+    assert len(lines) == 5
+    assert max(map(len, lines)) <= 100
+    assert " ".join(line.removesuffix("\\").strip() for line in lines[1:-1]) == command
+    item = report.listed(f"12. `{command}`")
+    assert [line[:4] for line in item.splitlines()] == ["12. ", "    ", "    "]

@@ -15,7 +15,7 @@ import pytest
 import tiny_run
 from flax import nnx
 from quick import quick
-from tiny_run import curve, flags_for, snapshot
+from tiny_run import curve, flags_for, rows_in, snapshot
 
 from deltaproduct_jax import files
 from deltaproduct_jax.models import ModelConfig, SequenceModel
@@ -26,25 +26,14 @@ from deltaproduct_jax.training.step import init_state, split_model
 from experiments import state_tracking
 from experiments.lib import flags
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch):
-    monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+pytestmark = pytest.mark.usefixtures("compiled_once", "tiny_model")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory, compiled_once, tiny_model):
     """A run that nobody disturbed; tests only read it."""
     workdir = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
-        assert state_tracking.main(flags_for(workdir)) == 0
+    assert state_tracking.main(flags_for(workdir)) == 0
     return workdir
 
 
@@ -70,10 +59,6 @@ def test_a_saved_config_runs_again_to_the_same_curve(finished, tmp_path):
     assert state_tracking.main(argv) == 0
     assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
     assert (tmp_path / "config.json").read_bytes() == (finished / "config.json").read_bytes()
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def full_disk(patch, finished):
