@@ -25,6 +25,9 @@ BY_WARP = gl.constexpr(
 )
 SUMS = gl.constexpr(gl.SliceLayout(1, BY_WARP.value))
 
+# Where gates of a group add up to no less, `exp` of sums, and of what they lack of zero, are float32.
+MILD = gl.constexpr(-60.0)
+
 # Stands for a beta of zero: dv is a multiple of beta, and dbeta what dv is a multiple of.
 LEAST_BETA = gl.constexpr(2.0**-64)
 
@@ -84,6 +87,40 @@ def decays(high, low, segments, from_high, from_low, from_segments, mask,
 
 
 @gluon.jit
+def is_mild(sums_ptr, pid, group, NG: gl.constexpr, HAS_G: gl.constexpr):
+    """Whether decays within a group are quotients of what float32 holds."""
+    mild = True
+    if HAS_G:
+        mild = gl.load(sums_ptr + (pid.to(gl.int64) * NG + group) * 192 + 63) >= MILD
+    return mild
+
+
+@gluon.jit
+def weights(
+    of_rows, of_columns, of_betas, mask, mild, z, SIGN: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Decays from columns to rows, times SIGN and beta of the columns.
+
+    For what is mild lines of `put_vectors` hold decays, for what is not sums.
+    """
+    of_betas = SIGN * of_betas
+    if HAS_RESETS:
+        segments = of_rows.index(z + 2).load(ROW)[:, None]
+        mask = mask & (segments == of_columns.index(z + 2).load(COLUMN)[None, :])
+    x = of_betas[None, :] + gl.zeros([64, 64], gl.float32, ACC)
+    if HAS_G:
+        row, column = of_rows.index(z).load(ROW), of_columns.index(z + 1).load(COLUMN)
+        if mild:
+            x = row[:, None] * (column * of_betas)[None, :]
+        else:
+            low, from_high = of_rows.index(z + 1).load(ROW), of_columns.index(z).load(COLUMN)
+            x = (row[:, None] - from_high[None, :]) + (low[:, None] - column[None, :])
+            x = power(x) * of_betas[None, :]
+    return gl.where(mask, x, 0.0)
+
+
+@gluon.jit
 def between(
     of_rows, of_columns, mask, z, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
@@ -140,7 +177,8 @@ def load_vectors(
 
 @gluon.jit
 def put_vectors(
-    vectors, lines, st, z, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    vectors, lines, st, z, mild, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """Puts what `load_vectors` found where others read it, in turn ``st``: beta, decays and sums.
 
@@ -161,8 +199,14 @@ def put_vectors(
         if HAS_O:
             of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
             tokens.index(st).store(of_t)
-            for part in gl.static_range(3):
-                of_updates.index(z + part).store(at[part])
-                of_tokens.index(z + part).store(here[part])
+            if HAS_G:
+                up = power(at[0] + at[1])
+                of_updates.index(z + 0).store(gl.where(mild, up, at[0]))
+                of_updates.index(z + 1).store(gl.where(mild, power(-at[0] - at[1]), at[1]))
+                of_tokens.index(z + 0).store(gl.where(mild, power(here[0] + here[1]), here[0]))
+                of_tokens.index(z + 1).store(here[1])
+            if HAS_RESETS:
+                of_updates.index(z + 2).store(at[2])
+                of_tokens.index(z + 2).store(here[2])
     else:
         outs.index(st).store(beta)

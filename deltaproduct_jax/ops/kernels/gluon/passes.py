@@ -188,11 +188,13 @@ class Call:
         T, R = self.meta["T"], self.meta["R"]
         is_whole, gated = mode == "whole", self.gates["HAS_G"]
         of_keys = (self.B, T, self.HV, self.K), (self.B, T, R, self.HV, self.K)
-        terms = (self.B, self.HV, self.NG, R, 9, GROUP)
-        shapes = [*of_keys, v.shape, beta.shape, terms if gated else PLACEHOLDER.shape]
-        dtypes = [q.dtype, k.dtype, v.dtype, beta.dtype, jnp.float32]
+        of_blocks = (self.B, self.HV, self.NG, R)
+        of_gates = (*of_blocks, 4, GROUP), (*of_blocks[:3], R + 1, self.V // 64)
+        of_gates = of_gates if gated else 2 * (PLACEHOLDER.shape,)
+        shapes = [*of_keys, v.shape, beta.shape, *of_gates]
+        dtypes = [q.dtype, k.dtype, v.dtype, beta.dtype, jnp.float32, jnp.float32]
         if not is_whole:
-            shapes = 5 * [PLACEHOLDER.shape]
+            shapes = 6 * [PLACEHOLDER.shape]
         outs = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
         first = 0 if is_whole else 1
         more = {
@@ -282,44 +284,55 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
             maps = [call.walked(x, sums, start, has_o=False, has_v=False, mode="maps")[1]]
         *_, ends = call.walked_back(x, sums, start, *arrays, mode="ends")
         start = composed(call, dfinal_state, maps[0], ends, reverse=True)
-    dq, dk, dv, dbeta, terms, before = call.walked_back(x, sums, start, *arrays, mode="whole")
+    dq, dk, dv, dbeta, *terms, before = call.walked_back(x, sums, start, *arrays, mode="whole")
     q, k, g = tokens.q, tokens.k, tokens.g
     if q.shape[2] != call.HV:  # of value heads; of a group they are added up
         dq, dk = (
             jnp.sum(dx.reshape(*x.shape[:-1], -1, x.shape[-1]).astype(jnp.float32), axis=-2)
             for dx, x in ((dq, q), (dk, k))
         )
-    dg = None if g is None else summed_terms(terms, g.shape[1]).astype(g.dtype)
+    dg = None if g is None else summed_terms(*terms, sums, g.shape[1]).astype(g.dtype)
     return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
 
 
-def summed_terms(terms: jax.Array, T: int) -> jax.Array:
+def summed_terms(terms: jax.Array, wholes: jax.Array, sums: jax.Array, T: int) -> jax.Array:
     """The cotangent of g [B, T, Hv]: every term of a decay counts for the tokens that it spans.
 
     Args:
-      terms: [B, Hv, groups, R, 9, 64], as `find_cotangents` writes them.
+      terms: [B, Hv, groups, R, 4, 64], as `find_cotangents` writes them.
+      wholes: [B, Hv, groups, R + 1, V / 64]; states before blocks times the cotangents of those
+        behind, with the decay between, and at last states before groups times their cotangents.
+      sums: of gates, as `gate_sums` writes them.
       T: tokens.
     """
+    from deltaproduct_jax.ops.kernels.gluon import parts
+
     R = terms.shape[3]
-    spans = jnp.asarray(np.stack([_spans(r, R) for r in range(R)]))
-    dg = jnp.einsum("bhnrpi,rpiu->bnuh", terms, spans, precision=jax.lax.Precision.HIGHEST)
-    return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
+    every = {"precision": jax.lax.Precision.HIGHEST}
+    dg = jnp.einsum("bhnrpi,rpiu->bhnu", terms, np.stack([_spans(r, R) for r in range(R)]), **every)
+    # What decays over the whole block; or, of groups with mild gates, all that leaves the group.
+    wholes = jnp.sum(wholes, axis=-1)
+    at_end = wholes[:, :, -1:, R] - jnp.sum(terms[:, :, -1:, :, 2:], axis=(-3, -2, -1))
+    after = jnp.concatenate([wholes[:, :, 1:, R], at_end], axis=2)
+    of_blocks = jnp.einsum("bhnr,ru->bhnu", wholes[..., :R], _inside(R), **every)
+    mild = sums[:, :, :, 0, -1:] >= parts.MILD.value
+    dg += jnp.where(mild, after[..., None], of_blocks)
+    return jnp.moveaxis(dg.reshape(*dg.shape[:2], -1), 1, 2)[:, :T]
+
+
+def _inside(R: int) -> np.ndarray:
+    """Which tokens of a group begin or go on within a block: [R, 64] of 0 and 1."""
+    r, u = np.arange(R)[:, None], np.arange(GROUP)[None, :]
+    inside = (u > (r * GROUP - 1) // R) & (u <= (r * GROUP + GROUP - 1) // R)
+    return inside.astype(np.float32)
 
 
 def _spans(r: int, R: int) -> np.ndarray:
-    """For which tokens the terms of block r of a group count: [9, 64, 64 tokens] of 0 and 1."""
+    """For which tokens the terms of block r of a group count: [4, 64, 64 tokens] of 0 and 1."""
     token = (r * GROUP + np.arange(GROUP))[:, None] // R  # of every update
-    before, last = (r * GROUP - 1) // R, token[-1]  # that the block before ends with
+    before = (r * GROUP - 1) // R  # that the block before ends with
     i, u = np.arange(GROUP)[:, None], np.arange(GROUP)[None, :]
-    upto, inside = (u > before) & (u <= token), (u > before) & (u <= last)
-    kinds = (
-        upto,
-        (u > token) & (u <= last),
-        (u > before) & (u <= i),
-        u <= i,
-        inside & (i >= 0),
-        *4 * [upto],
-    )
+    kinds = (u > before) & (u <= token), (u > token) & (u <= token[-1]), u <= token, u <= i
     return np.stack(kinds).astype(np.float32)
 
 

@@ -92,7 +92,7 @@ def prepare_blocks(
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, 0, HAS_O, HAS_G, HAS_RESETS)
+        put_vectors(vectors, lines, st, 0, False, HAS_O, HAS_G, HAS_RESETS)
         vectors = load_vectors(
             beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
         )
