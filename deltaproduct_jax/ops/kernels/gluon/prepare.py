@@ -180,6 +180,17 @@ def positions():
 
 
 @gluon.jit
+def put_growth(ptr, f, by_half, pair, NB: gl.constexpr):
+    """Writes by how much, at most, the updates of each half make any state longer: a logarithm."""
+    i_of, j_of = positions()
+    squares = gl.sum(gl.where(i_of == j_of, f.permute((1, 0, 2)).load(HALVES), 0.0), axis=0)
+    factor = gl.abs(1.0 - by_half.load(OF_COLUMNS) * squares)
+    growth = gl.sum(gl.where(factor <= 1.0, 0.0, gl.log(factor)), axis=1)
+    half = pair * 4 + gl.arange(0, 4, gl.SliceLayout(1, OF_COLUMNS))
+    gl.store(ptr + half, growth, mask=half < 2 * NB)
+
+
+@gluon.jit
 def substituted(f, by_half):
     """X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
     i_of, j_of = positions()
@@ -227,9 +238,9 @@ def put_halves(ts, X):
 
 @gluon.jit
 def inverse(
-    k, beta_ptr, sums_ptr, x_out,
+    k, beta_ptr, sums_ptr, x_out, growth_ptr,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
-    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr, HAS_GROWTH: gl.constexpr,
 ):  # fmt: skip
     """``(I + L)^-1 = I - X``, L the strictly causal products of keys, decays and beta.
 
@@ -290,6 +301,8 @@ def inverse(
     f = f.slice(0, 4)
 
     by_half = betas._reinterpret(gl.float32, [4, 32], PLAIN)
+    if HAS_GROWTH:
+        put_growth(growth_ptr + pid.to(gl.int64) * (2 * NB), f, by_half, pair, NB)
     X = substituted(f, by_half)
     gl.barrier()
 

@@ -129,7 +129,9 @@ def hold_state(
     keys = gl.arange(0, K, COLUMN)
     at = index.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
     if START == "maps":
-        state = gl.where(keys[None, :] == rows[:, None], 1.0, gl.zeros([64, K], gl.float32, ACC))
+        # Of a piece that forgets whatever was before, nothing.
+        of_map = (keys[None, :] == rows[:, None]) & (steps > 0)
+        state = gl.where(of_map, 1.0, gl.zeros([64, K], gl.float32, ACC))
     elif START == "ends":
         of_piece = pid.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
         state = gl.load(start_ptr + of_piece, mask=(of_piece >= 0) & (first == 0), other=0.0)
@@ -211,12 +213,12 @@ def hold_state(
 
 @gluon.jit
 def walk(
-    q, k, v, x, beta_ptr, sums_ptr, start_ptr, o, final_ptr, states, errors,
+    q, k, v, x, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states, errors,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr,
-    START: gl.constexpr,
+    START: gl.constexpr, FORGETS: gl.constexpr, SUMMARY: gl.constexpr,
 ):  # fmt: skip
     """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
@@ -233,6 +235,10 @@ def walk(
     first = piece * STEPS
     steps = gl.maximum(gl.minimum(STEPS, NG - first), 0)
     index = pid * PIECES + piece - FIRST
+    if FORGETS:
+        needed = gl.load(needs_ptr + (pid * ((NG + STEPS - 1) // STEPS) + piece) * 3 + SUMMARY)
+        first += steps - gl.minimum(needed, steps)
+        steps = gl.minimum(needed, steps)
     NC: gl.constexpr = V // 64
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     bf16: gl.constexpr = gl.bfloat16

@@ -46,7 +46,7 @@ def hold_cotangent(
     (
         dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos, outs,
         tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free, of_ds,
-        of_dy, total, first, b, vcol, pid, piece,
+        of_dy, total, first, b, vcol, pid, piece, is_last,
     ) = handed  # fmt: skip
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     rows = J * 64 + gl.arange(0, 64, ROW)
@@ -55,7 +55,7 @@ def hold_cotangent(
     index = pid.to(gl.int64) * PIECES + piece
     if ENDS:
         of_last = start_ptr + pid.to(gl.int64) * (K * V) + at
-        state = gl.load(of_last, mask=(at >= 0) & (piece == PIECES - 1), other=0.0)
+        state = gl.load(of_last, mask=(at >= 0) & is_last, other=0.0)
     else:
         state = gl.load(start_ptr + index * (K * V) + at)
     zero = gl.zeros([64, 64], gl.float32, ACC)
@@ -155,12 +155,13 @@ def both_ways(FULL: gl.constexpr, EMPTY: gl.constexpr):
 
 @gluon.jit
 def walk_back(
-    q, k, x, do, e, states, beta_ptr, sums_ptr, start_ptr,
+    q, k, x, do, e, states, beta_ptr, sums_ptr, start_ptr, needs_ptr,
     dq, dk, dv, dbeta_ptr, terms_ptr, wholes_ptr, before_ptr,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_GRADIENTS: gl.constexpr, START: gl.constexpr,
+    FORGETS: gl.constexpr,
 ):  # fmt: skip
     """Cotangents of inputs, and of the states before pieces of STEPS groups, from FIRST on.
 
@@ -172,7 +173,13 @@ def walk_back(
     qcol = (hv // (HV // H)) * K
     vcol = hv * V
     first = piece * STEPS
-    total = gl.maximum(gl.minimum(STEPS, NG - first), 0) * R
+    steps = gl.maximum(gl.minimum(STEPS, NG - first), 0)
+    is_last = piece == PIECES - 1
+    if FORGETS:
+        needed = gl.load(needs_ptr + (pid * PIECES + piece) * 3 + 2)
+        is_last = is_last & (needed >= steps)
+        steps = gl.minimum(needed, steps)
+    total = steps * R
     NC: gl.constexpr = V // 64
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     bf16: gl.constexpr = gl.bfloat16
@@ -214,7 +221,7 @@ def walk_back(
     hold = (
         dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos, outs,
         tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free, of_ds,
-        of_dy, total, first, b32, vcol, pid, piece,
+        of_dy, total, first, b32, vcol, pid, piece, is_last,
     )  # fmt: skip
     find = (
         beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb, dyb,
