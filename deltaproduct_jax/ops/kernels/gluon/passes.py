@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import inspect
 import sys
 from typing import NamedTuple
 
@@ -393,6 +394,8 @@ def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Arra
 
     meta = {"K": call.K, "V": call.V, "BV": COMPOSED_COLUMNS, "PIECES": call.pieces}
     meta |= {"REVERSE": reverse, "FORGETS": call.forgets}
+    outs = (call.states(call.pieces, call.V),)
+    named = inspect.signature(jax_triton.triton_call).parameters
     results = jax_triton.triton_call(
         *(first, maps, ends, needs),
         kernel=pieces.compose,
@@ -401,7 +404,7 @@ def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Arra
         num_warps=8,
         num_stages=2,
         compute_capability=launch.COMPUTE_CAPABILITY,
-        out_type=(call.states(call.pieces, call.V),),
+        **{"out_type" if "out_type" in named else "out_shape": outs},
         **meta,
     )
     return mark_varying_as(results[0], first)
