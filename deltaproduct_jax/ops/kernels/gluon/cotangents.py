@@ -120,7 +120,8 @@ def put_scores(
 ):  # fmt: skip
     """What multiplies errors in outputs, into ``pb``; and its factor."""
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
-    upto = i_of[:, None] >= (r * 64 + j_of)[None, :] // R
+    # Up to its token, of which there is one for R updates.
+    upto = ((i_of + 1) * R)[:, None] > (r * 64 + j_of)[None, :]
     of_betas = betas.index(z).load(COLUMN)
     factor = weights(of_tokens, of_updates, of_betas, upto, mild, z, SCALE, HAS_G, HAS_RESETS)
     scores = warpgroup_mma_wait(0, deps=[scores_of])
@@ -162,7 +163,7 @@ def before_dv(
     by_update = by_token
     if HAS_G:
         if not mild:
-            spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
+            spans = (i_of * R)[:, None] > (r * 64 + j_of)[None, :]
             scores = gl.where(spans, ds * scores, 0.0)
             by_token = gl.sum(scores, axis=1)
             by_update = -from_columns(scores)

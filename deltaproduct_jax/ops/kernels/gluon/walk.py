@@ -98,7 +98,7 @@ def prepare_blocks(
         )
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
-            upto = m_of >= (r * 64 + n_of) // R
+            upto = (m_of + 1) * R > r * 64 + n_of
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
