@@ -31,6 +31,7 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     matrix,
     nothing,
     put_vectors,
+    quotients,
     weights,
 )
 
@@ -292,7 +293,10 @@ def find_cotangents(
         q, k = matrix(qb.index(sq)), matrix(kb.index(s))
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, nothing(m, 30), mild, True, HAS_G, HAS_RESETS)
+        shown = (vectors[1], vectors[4])
+        if HAS_G:
+            shown = quotients(vectors, mild)
+        put_vectors(vectors, shown, lines, st, nothing(m, 30), True, HAS_G, HAS_RESETS)
         scores, factor = put_scores(
             q, k, pb.index(z + m % P), scores, betas, of_tokens, of_updates, r, nothing(m, 24),
             mild, SCALE, R, HAS_G, HAS_RESETS,

@@ -13,18 +13,6 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
-# A tile by what each of four warps has of it, 16 rows: sums of its columns stay within a warp.
-BY_WARP = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 8, 0], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[[1, 0, 0], [2, 0, 0]],
-        block_bases=[],
-        shape=[4, 16, 64],
-    )
-)
-SUMS = gl.constexpr(gl.SliceLayout(1, BY_WARP.value))
-
 # Where gates of a group add up to no less, `exp` of sums, and of what they lack of zero, are float32.
 MILD = gl.constexpr(-60.0)
 
@@ -102,7 +90,7 @@ def weights(
 ):  # fmt: skip
     """Decays from columns to rows, times SIGN and beta of the columns.
 
-    For what is mild lines of `put_vectors` hold decays, for what is not sums.
+    The lines hold what `quotients` makes of sums.
     """
     of_betas = SIGN * of_betas
     if HAS_RESETS:
@@ -176,14 +164,27 @@ def load_vectors(
 
 
 @gluon.jit
+def quotients(vectors, mild):
+    """Of what `load_vectors` found, sums at updates and at tokens as `weights` takes them.
+
+    Of mild gates decays from the first token of the group on, and what undoes those to updates.
+    """
+    _, at, _, _, here = vectors
+    high = gl.where(mild, power(at[0] + at[1]), at[0])
+    low = gl.where(mild, power(-at[0] - at[1]), at[1])
+    of_tokens = gl.where(mild, power(here[0] + here[1]), here[0])
+    return (high, low, at[2]), (of_tokens, here[1], here[2])
+
+
+@gluon.jit
 def put_vectors(
-    vectors, lines, st, z, mild, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
+    vectors, shown, lines, st, z, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """Puts what `load_vectors` found where others read it, in turn ``st``: beta, decays and sums.
 
     Decays from the block before to its updates, and, times beta, from them to its last. With HAS_O
-    those to its tokens, and the sums that the scores' decays are made of.
+    those to its tokens, and of updates and tokens what the scores' decays are made of, ``shown``.
     """
     beta, at, last, before, here = vectors
     betas, intos, outs, tokens, of_tokens, of_updates = lines
@@ -199,14 +200,8 @@ def put_vectors(
         if HAS_O:
             of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
             tokens.index(st).store(of_t)
-            if HAS_G:
-                up = power(at[0] + at[1])
-                of_updates.index(z + 0).store(gl.where(mild, up, at[0]))
-                of_updates.index(z + 1).store(gl.where(mild, power(-at[0] - at[1]), at[1]))
-                of_tokens.index(z + 0).store(gl.where(mild, power(here[0] + here[1]), here[0]))
-                of_tokens.index(z + 1).store(here[1])
-            if HAS_RESETS:
-                of_updates.index(z + 2).store(at[2])
-                of_tokens.index(z + 2).store(here[2])
+            for part in gl.static_range(3):
+                of_updates.index(z + part).store(shown[0][part])
+                of_tokens.index(z + part).store(shown[1][part])
     else:
         outs.index(st).store(beta)

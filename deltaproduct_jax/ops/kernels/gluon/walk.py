@@ -92,7 +92,8 @@ def prepare_blocks(
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, 0, False, HAS_O, HAS_G, HAS_RESETS)
+        shown = (vectors[1], vectors[4])
+        put_vectors(vectors, shown, lines, st, 0, HAS_O, HAS_G, HAS_RESETS)
         vectors = load_vectors(
             beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
         )
@@ -225,7 +226,9 @@ def walk(
     They begin with the states given if START is "whole"; for "ends" with nothing, but for piece 0,
     which has its true beginning; for "maps" with the identity. Without HAS_O only the states;
     without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
-    state before every block, transposed and in bfloat16, and the errors of its updates.
+    state before every block, transposed and in bfloat16, and the errors of its updates. With
+    FORGETS they walk through as many of the last groups of their piece as are needed (`Call.needs`:
+    SUMMARY of the three numbers); a map is zero, not the identity, if none is.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV

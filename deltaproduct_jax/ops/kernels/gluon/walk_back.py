@@ -166,7 +166,8 @@ def walk_back(
     """Cotangents of inputs, and of the states before pieces of STEPS groups, from FIRST on.
 
     They set out from the cotangents given if START is "whole"; for "ends" from nothing, but for the
-    last piece, which has its true one. Without HAS_GRADIENTS only those of states.
+    last piece, which has its true one. Without HAS_GRADIENTS only those of states. With FORGETS
+    they begin behind as many of the first groups of their piece as are needed (`Call.needs`).
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
