@@ -10,10 +10,12 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from deltaproduct_jax.ops.kernels.gluon import gates
+
 SIZE = 64
 LEAST_BETA = np.float32(2.0**-64)
 LEAST_GATE = -1e6
-MILD = -60.0
+MILD = gates.MILD
 LOWER = np.tril(np.ones((SIZE, SIZE), bool), -1)
 f32 = np.float32
 
@@ -219,8 +221,12 @@ def backward(head: Head, kept: list[Kept], do, dstate) -> Gradients:
             strong = strong + spanned(b, one[3])
             of_updates = [(b.token, one[4]), *of_updates]
             dS = before
-        mild, whole = spanned_by_mild(of_updates, np.sum(head.q[:, of] * q[:, of], axis=2), after,
-                                      np.sum(kept[n * R].state * dS, axis=(1, 2)))
+        mild, whole = spanned_by_mild(
+            of_updates,
+            np.sum(head.q[:, of] * q[:, of], axis=2),
+            after,
+            np.sum(kept[n * R].state * dS, axis=(1, 2)),
+        )
         is_mild = gate_sums(head, n).high[:, -1:] >= MILD
         g[:, of] = np.where(is_mild, mild, strong)
         after = whole

@@ -84,13 +84,12 @@ def of_system(
     Z *= weight
     tile.store(Z.to(gl.bfloat16))
     terms = gl.zeros([64], gl.float32, ROW)
-    if HAS_G:
-        if not mild:
-            zero = gl.zeros([64, 64], gl.float32, ACC)
-            kk = warpgroup_mma(k, k.permute((1, 0)), zero, use_acc=False)
-            spans = (r * 64 + i_of)[:, None] // R != (r * 64 + j_of)[None, :] // R
-            kk = gl.where(spans, Z * kk, 0.0)
-            terms = gl.sum(kk, axis=1) - from_columns(kk)
+    if HAS_G and not mild:
+        zero = gl.zeros([64, 64], gl.float32, ACC)
+        kk = warpgroup_mma(k, k.permute((1, 0)), zero, use_acc=False)
+        spans = (r * 64 + i_of)[:, None] // R != (r * 64 + j_of)[None, :] // R
+        kk = gl.where(spans, Z * kk, 0.0)
+        terms = gl.sum(kk, axis=1) - from_columns(kk)
     return terms
 
 
@@ -102,9 +101,8 @@ def of_queries(
     read = warpgroup_mma_wait(0, deps=[over_columns(dob, sb, h, z, NC)])
     read *= scale[:, None]
     terms = gl.zeros([64], gl.float32, ROW)
-    if HAS_G:
-        if not mild:
-            terms = times(half(q, h), read)
+    if HAS_G and not mild:
+        terms = times(half(q, h), read)
     return read, terms
 
 
@@ -162,12 +160,11 @@ def before_dv(
     ds *= factor
     by_token = gl.zeros([64], gl.float32, ROW)
     by_update = by_token
-    if HAS_G:
-        if not mild:
-            spans = (i_of * R)[:, None] > (r * 64 + j_of)[None, :]
-            scores = gl.where(spans, ds * scores, 0.0)
-            by_token = gl.sum(scores, axis=1)
-            by_update = -from_columns(scores)
+    if HAS_G and not mild:
+        spans = (i_of * R)[:, None] > (r * 64 + j_of)[None, :]
+        scores = gl.where(spans, ds * scores, 0.0)
+        by_token = gl.sum(scores, axis=1)
+        by_update = -from_columns(scores)
     narrow = ds.to(gl.bfloat16)
     mbarrier.wait(of_states.index(0), m & 1)
     z = nothing(m, 28)
@@ -265,7 +262,6 @@ def find_cotangents(
     wide = b.to(gl.int64)
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
-    i_of = gl.arange(0, 64, ROW)
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dq_0, dq_1 = zero, zero

@@ -6,6 +6,8 @@ Letters as in prepare.py.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from deltaproduct_jax.ops.kernels.gluon import gates
+
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
@@ -13,8 +15,7 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
-# Where gates of a group add up to no less, `exp` of sums, and of what they lack of zero, are float32.
-MILD = gl.constexpr(-60.0)
+MILD = gl.constexpr(gates.MILD)
 
 # Stands for a beta of zero: dv is a multiple of beta, and dbeta what dv is a multiple of.
 LEAST_BETA = gl.constexpr(2.0**-64)

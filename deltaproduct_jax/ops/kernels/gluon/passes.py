@@ -8,22 +8,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import launch
+from deltaproduct_jax.ops.kernels.gluon import gates, launch
+from deltaproduct_jax.ops.kernels.gluon.gates import GROUP
 from deltaproduct_jax.ops.kernels.gluon.launch import Tile
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.varying import mark_varying_as
 
-GROUP = 64  # tokens
 WIDTHS = (64, 128)
 # Programs with more than half of the shared memory: one a multiprocessor of an H100 or H200.
 PROGRAMS_AT_ONCE = 132
 # Of a state, a program of `compose`.
 COMPOSED_COLUMNS = 16
-# A state's share that is less, as a logarithm, is no more than what float32 rounds off.
-FORGOTTEN = -40.0
 GROUPS_IN_A_PIECE = 4
 MOST_PIECES = 24
 STAGES = 3
@@ -165,27 +162,8 @@ class Call:
         return x, growth + jnp.where(sums[:, :, :, 2, -1] > 0, -jnp.inf, sums[:, :, :, 0, -1])
 
     def needs(self, growth: jax.Array) -> jax.Array:
-        """How many groups of a piece matter, [B, Hv, pieces, 3].
-
-        Of its last to the state that it ends with; all or none to what it makes of the state that
-        it begins with; of its first to the cotangent of that. What is behind that many groups
-        becomes FORGOTTEN in them, by gates and what updates, at most, make of a state.
-        """
-        if not self.forgets:
-            return growth
-        steps = -(-self.NG // self.pieces)
-        more = (0, self.pieces * steps - self.NG)
-        growth = jnp.pad(growth, ((0, 0), (0, 0), more))
-        growth = growth.reshape(self.B, self.HV, self.pieces, steps)
-
-        def needed(growth):
-            forgotten = jnp.cumsum(growth, axis=-1) <= FORGOTTEN
-            return jnp.where(jnp.any(forgotten, axis=-1), jnp.argmax(forgotten, axis=-1) + 1, steps)
-
-        backward = growth[..., ::-1]
-        of_map = jnp.where(jnp.any(jnp.cumsum(backward, axis=-1) <= FORGOTTEN, axis=-1), 0, steps)
-        needs = jnp.stack([needed(backward), of_map, needed(growth)], axis=-1)
-        return needs.astype(jnp.int32)
+        """How many groups of a piece matter, [B, Hv, pieces, 3], where some may not."""
+        return gates.needed(growth, self.pieces) if self.forgets else growth
 
     def states(self, pieces: int, V: int) -> jax.ShapeDtypeStruct:
         """A state a piece."""
@@ -203,7 +181,9 @@ class Call:
         count = 0 if pieces == 1 else 1 + self.is_gated
         return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes[:count])
 
-    def walked(self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False):
+    def walked(
+        self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
+    ):
         """Outputs, the states after pieces, kept states and errors."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
@@ -341,49 +321,8 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
             jnp.sum(dx.reshape(*x.shape[:-1], -1, x.shape[-1]).astype(jnp.float32), axis=-2)
             for dx, x in ((dq, q), (dk, k))
         )
-    dg = None if g is None else summed_terms(*terms, sums, g.shape[1]).astype(g.dtype)
+    dg = None if g is None else gates.summed_terms(*terms, sums, g.shape[1]).astype(g.dtype)
     return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
-
-
-def summed_terms(terms: jax.Array, wholes: jax.Array, sums: jax.Array, T: int) -> jax.Array:
-    """The cotangent of g [B, T, Hv]: every term of a decay counts for the tokens that it spans.
-
-    Args:
-      terms: [B, Hv, groups, R, 4, 64], as `find_cotangents` writes them.
-      wholes: [B, Hv, groups, R + 1, V / 64]; states before blocks times the cotangents of those
-        behind, with the decay between, and at last states before groups times their cotangents.
-      sums: of gates, as `gate_sums` writes them.
-      T: tokens.
-    """
-    from deltaproduct_jax.ops.kernels.gluon import parts
-
-    R = terms.shape[3]
-    every = {"precision": jax.lax.Precision.HIGHEST}
-    dg = jnp.einsum("bhnrpi,rpiu->bhnu", terms, np.stack([_spans(r, R) for r in range(R)]), **every)
-    # What decays over the whole block; or, of groups with mild gates, all that leaves the group.
-    wholes = jnp.sum(wholes, axis=-1)
-    at_end = wholes[:, :, -1:, R] - jnp.sum(terms[:, :, -1:, :, 2:], axis=(-3, -2, -1))
-    after = jnp.concatenate([wholes[:, :, 1:, R], at_end], axis=2)
-    of_blocks = jnp.einsum("bhnr,ru->bhnu", wholes[..., :R], _inside(R), **every)
-    mild = sums[:, :, :, 0, -1:] >= parts.MILD.value
-    dg += jnp.where(mild, after[..., None], of_blocks)
-    return jnp.moveaxis(dg.reshape(*dg.shape[:2], -1), 1, 2)[:, :T]
-
-
-def _inside(R: int) -> np.ndarray:
-    """Which tokens of a group begin or go on within a block: [R, 64] of 0 and 1."""
-    r, u = np.arange(R)[:, None], np.arange(GROUP)[None, :]
-    inside = (u > (r * GROUP - 1) // R) & (u <= (r * GROUP + GROUP - 1) // R)
-    return inside.astype(np.float32)
-
-
-def _spans(r: int, R: int) -> np.ndarray:
-    """For which tokens the terms of block r of a group count: [4, 64, 64 tokens] of 0 and 1."""
-    token = (r * GROUP + np.arange(GROUP))[:, None] // R  # of every update
-    before = (r * GROUP - 1) // R  # that the block before ends with
-    i, u = np.arange(GROUP)[:, None], np.arange(GROUP)[None, :]
-    kinds = (u > before) & (u <= token), (u > token) & (u <= token[-1]), u <= token, u <= i
-    return np.stack(kinds).astype(np.float32)
 
 
 def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Array:

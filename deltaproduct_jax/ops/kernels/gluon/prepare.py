@@ -312,7 +312,8 @@ def inverse(
     fence_async_shared()
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
     X0, X1 = below(f0, f2, tiles, betas)
-    X0, X1 = beside(X0, sums, mild, 0, HAS_G, HAS_RESETS), beside(X1, sums, mild, 1, HAS_G, HAS_RESETS)
+    X0 = beside(X0, sums, mild, 0, HAS_G, HAS_RESETS)
+    X1 = beside(X1, sums, mild, 1, HAS_G, HAS_RESETS)
 
     X = decayed(X, sums, mild, HAS_G, HAS_RESETS)
     gl.barrier()

@@ -44,9 +44,9 @@ def hold_cotangent(
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the cotangent of the state, and of dv."""
     (
-        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos, outs,
-        tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free, of_ds,
-        of_dy, total, first, b, vcol, pid, piece, is_last,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos,
+        outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free,
+        of_ds, of_dy, total, first, b, vcol, pid, piece, is_last,
     ) = handed  # fmt: skip
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     rows = J * 64 + gl.arange(0, 64, ROW)
@@ -220,9 +220,9 @@ def walk_back(
     of_ds, of_dy = both_ways(NC, 1), both_ways(NC, 1)
     fence_async_shared()
     hold = (
-        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos, outs,
-        tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free, of_ds,
-        of_dy, total, first, b32, vcol, pid, piece, is_last,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos,
+        outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free,
+        of_ds, of_dy, total, first, b32, vcol, pid, piece, is_last,
     )  # fmt: skip
     find = (
         beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb, dyb,
