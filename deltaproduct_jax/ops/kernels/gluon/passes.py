@@ -19,8 +19,10 @@ from deltaproduct_jax.ops.varying import mark_varying_as
 WIDTHS = (64, 128)
 # Programs with more than half of the shared memory: one a multiprocessor of an H100 or H200.
 PROGRAMS_AT_ONCE = 132
-# Of a state, a program of `compose`.
+# Of `compose`: columns of a state a program, warps, and stages where all pieces have maps.
 COMPOSED_COLUMNS = 16
+COMPOSED_WARPS = 8
+COMPOSED_STAGES = 2
 GROUPS_IN_A_PIECE = 4
 MOST_PIECES = 24
 STAGES = 3
@@ -340,8 +342,8 @@ def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Arra
         kernel=pieces.compose,
         grid=(call.V // COMPOSED_COLUMNS, call.B * call.HV),
         name="delta_product_compose",
-        num_warps=8,
-        num_stages=2,
+        num_warps=COMPOSED_WARPS,
+        num_stages=COMPOSED_STAGES,
         compute_capability=launch.COMPUTE_CAPABILITY,
         **{"out_type" if "out_type" in named else "out_shape": outs},
         **meta,
