@@ -50,6 +50,8 @@ CASES = {
     "in pieces with n_h = 3 and no gates": {"T": 2100, "R": 3, "gated": False},
     "from a state with n_h = 2": {"T": 300, "R": 2, "Hv": 4, "state": True},
     "in pieces from a state": {"T": 2100, "state": True},
+    "in pieces with slow gates and n_h = 2": {"T": 2100, "R": 2, "kind": "slow"},
+    "every other group of 64 strong": {"T": 2100, "R": 2, "kind": "by turns"},
     "random": LONG,
     "random with n_h = 2": {**LONG, "R": 2},
     "g = -20": {**LONG, "kind": "decay"},
@@ -109,6 +111,11 @@ class Case:
             # Two of length 1 that share one direction, and .1 of their own, agree to .99.
             k = k[:, :1, :1, :1] + (0.1 if self.kind == "agree" else 0.0) * k
             arrays["k"] = (k / jnp.linalg.norm(k, axis=-1, keepdims=True)).astype(jnp.bfloat16)
+        if self.kind == "slow":
+            arrays["g"] *= 0.01
+        if self.kind == "by turns":
+            is_strong = (jnp.arange(self.T) // 64 % 2 == 1)[None, :, None]
+            arrays["g"] = jnp.where(is_strong, 10 * arrays["g"], arrays["g"])
         if self.kind == "decay":
             arrays["g"] = jnp.full_like(arrays["g"], -20.0)
         if self.kind in ("forgets", "never"):
