@@ -50,6 +50,12 @@ class RWKV7State(NamedTuple):
     last: Float[Array, "B D"]
 
 
+def _orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    # No platform factorises matrices of bfloat16.
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return nnx.initializers.orthogonal(0.1)(key, shape, wide).astype(dtype)
+
+
 class LoRA(nnx.Module):
     """``activation(x W_1) W_2 + bias`` of low rank; W_1 starts at 0, as published."""
 
@@ -66,10 +72,10 @@ class LoRA(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shared = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        zeros, orthogonal = nnx.initializers.zeros, nnx.initializers.orthogonal(0.1)
+        zeros = nnx.initializers.zeros
         self.activation = activation
         self.down = nnx.Linear(in_features, rank, kernel_init=zeros, **shared)
-        self.up = nnx.Linear(rank, out_features, kernel_init=orthogonal, **shared)
+        self.up = nnx.Linear(rank, out_features, kernel_init=_orthogonal, **shared)
         self.bias = None if bias is None else nnx.Param(bias.astype(param_dtype))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T out"]:

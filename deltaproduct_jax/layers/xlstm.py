@@ -192,7 +192,7 @@ class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
         counted = only_counted(jnp.ones(x.shape[:2], bool), length)
         h, state = slstm(
             self._inputs(x),
-            self.recurrent[...],
+            self._weights(),
             initial_state=state,
             segment_ids=segment_ids,
             mask=None if length is None else counted,
@@ -200,8 +200,12 @@ class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
         return self._output(h), state
 
     def _token(self, x, state):
-        h, state = slstm_step(state, self._inputs(x)[:, 0], self.recurrent[...])
+        h, state = slstm_step(state, self._inputs(x)[:, 0], self._weights())
         return self._output(h[:, None]), state
+
+    def _weights(self) -> jax.Array:
+        weights = self.recurrent[...]  # the op takes none that are narrower than its inputs
+        return weights.astype(jnp.promote_types(weights.dtype, self.dtype))
 
     def _inputs(self, x: jax.Array) -> jax.Array:
         x = self.x_proj(x).reshape(*x.shape[:2], 4, self.num_heads, self.head_dim)
