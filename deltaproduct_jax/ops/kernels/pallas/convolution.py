@@ -36,6 +36,7 @@ class Call(NamedTuple):
       silu: whether the sum of taps goes through SiLU.
       width: channels that are divided by their length together, or None.
       packed: whether there are segments.
+      narrow: whether arrays are bfloat16, of which no single row can be read or written.
       interpret: run on a CPU.
     """
 
@@ -47,6 +48,7 @@ class Call(NamedTuple):
     silu: bool
     width: int | None
     packed: bool
+    narrow: bool
     interpret: bool
 
     @property
@@ -76,6 +78,7 @@ def forward(*refs, call: Call):
             scratch.edge[group] = before[0, :, group * LANES : (group + 1) * LANES]
 
     load_codes(call, codes, scratch)
+    rows = scratch.rows if call.narrow else y.at[0]
 
     def head(i, _):
         outputs = []
@@ -89,11 +92,12 @@ def forward(*refs, call: Call):
         for j, x in enumerate(outputs):
             x = x if inverse is None else x * inverse
             group = i * call.together + j
-            rows = pl.ds(group, call.tokens, stride=call.groups)
-            scratch.rows[rows, :] = x
+            rows[pl.ds(group, call.tokens, stride=call.groups), :] = x
 
-    jax.lax.fori_loop(0, call.groups // call.together, head, None)
-    y[0] = scratch.rows[...].astype(y.dtype)
+    # Two heads in turn wait less for each other; on the way back registers are short as it is.
+    jax.lax.fori_loop(0, call.groups // call.together, head, None, unroll=2)
+    if call.narrow:
+        y[0] = rows[...].astype(y.dtype)
 
 
 def backward(*refs, call: Call):
@@ -113,7 +117,9 @@ def backward(*refs, call: Call):
         dtaps[...] = jnp.zeros(dtaps.shape, jnp.float32)
 
     load_codes(call, codes, scratch)
-    scratch.rows[...] = dy[0].astype(jnp.float32)
+    rows = scratch.rows if call.narrow else dy.at[0]
+    if call.narrow:
+        rows[...] = dy[0].astype(jnp.float32)
     is_first = block == 0
     inside = None
     if call.length % call.tokens:
@@ -131,8 +137,7 @@ def backward(*refs, call: Call):
             y, slope = activated(call, summed(call, scratch, j, taps, group), slope=True)
             outputs.append(y)
             slopes.append(slope)
-            rows = pl.ds(group, call.tokens, stride=call.groups)
-            cotangents.append(scratch.rows[rows, :])
+            cotangents.append(rows[pl.ds(group, call.tokens, stride=call.groups), :])
         inverse = inverse_length(call, outputs)
         if inverse is not None:
             outputs = [y * inverse for y in outputs]

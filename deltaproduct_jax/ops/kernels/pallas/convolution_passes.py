@@ -88,8 +88,8 @@ def _call(form: Form, u, taps, run, interpret: bool) -> Call:
         tokens //= 2
     blocks = -(-T // tokens)
     is_silu = form.activation is not identity
-    fixed = (C // LANES, taps.shape[0], is_silu, form.unit_width, run is not None, interpret)
-    return Call(tokens, blocks, T, *fixed)
+    fixed = (C // LANES, taps.shape[0], is_silu, form.unit_width, run is not None)
+    return Call(tokens, blocks, T, *fixed, u.dtype != jnp.float32, interpret)
 
 
 def _order(call: Call, reverse: bool):
@@ -141,7 +141,7 @@ def _run(call: Call, body, operands, specs, outs, *, reverse: bool):
     scratch = Scratch(
         f32(call.together, EDGE + call.tokens, LANES),
         f32(call.groups, EDGE, LANES),
-        f32(call.tokens * call.groups, LANES),
+        f32(call.tokens * call.groups if call.narrow else EDGE, LANES),
         codes,
         f32(call.tokens + EDGE, LANES),
     )
