@@ -99,8 +99,9 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
-        conv_implementation: how the convolutions are computed, ``"plain"`` or ``"triton"``, which
-            also makes unit vectors of q and k; None chooses, see ``select_convolution``.
+        conv_implementation: how the convolutions are computed, ``"plain"``, or by a kernel,
+            ``"triton"`` or ``"pallas_tpu"``, which also makes unit vectors of q and k; None
+            chooses, see ``select_convolution``.
         implementation: how the op is computed, see ``delta_product``.
         chunk_size: tokens in a chunk of the op; None lets the op choose.
         dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
@@ -277,12 +278,18 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
         sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
         fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
-        op = self.implementation or select_implementation(
-            "cuda", **sizes, **fixed, differentiated=True
-        )
-        forms = Form(self.q_conv1d.activation, K), Form(self.v_conv1d.activation)
+
+        def op(platform: str) -> str:
+            return self.implementation or select_implementation(
+                platform, **sizes, **fixed, differentiated=True
+            )
+
+        convolutions = [
+            (Form(conv.activation, K if name != "v" else None), conv.channels)
+            for name, conv in (("q", self.q_conv1d), ("k", self.k_conv1d), ("v", self.v_conv1d))
+        ]
         of_convolution = {"B": B, "T": T, "conv_size": self.conv_size, "dtype": self.dtype}
-        return choose(self.conv_implementation, forms, op=op, **of_convolution)
+        return choose(self.conv_implementation, convolutions, op=op, **of_convolution)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """Norm, gate and output projection of ``o [B, T, Hv, V]``."""

@@ -34,7 +34,14 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench import convolution
-from experiments.lib.bench.convolution import FUSED, IMPLEMENTATIONS, KERNEL, LAYER, Convolutions
+from experiments.lib.bench.convolution import (
+    FUSED,
+    GPU_KERNEL,
+    IMPLEMENTATIONS,
+    LAYER,
+    TPU_KERNEL,
+    Convolutions,
+)
 from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.gpu_kernels import BANDWIDTH
 from experiments.lib.bench.report import (
@@ -64,8 +71,18 @@ PRESETS = {
         "num_heads": 4,
         "head_dim": 128,
         "dtype": "bfloat16",
-        "implementations": (LAYER, FUSED, KERNEL),
+        "implementations": (LAYER, FUSED, GPU_KERNEL),
         "repeats": 20,
+    },
+    "tpu": {
+        "batch_size": 8,
+        "length": 4096,
+        "num_heads": 4,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "implementations": (LAYER, FUSED, TPU_KERNEL),
+        "repeats": 20,
+        "estimate": "v5e",
     },
 }
 DIRECTIONS = (FORWARD, BACKWARD)

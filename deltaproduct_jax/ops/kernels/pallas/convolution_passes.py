@@ -154,5 +154,6 @@ def _run(call: Call, body, operands, specs, outs, *, reverse: bool):
         scratch_shapes=list(scratch if reverse else scratch[:-1]),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=call.interpret,
-        name=f"short_convolution_{'backward' if reverse else 'forward'}",
+        # Who counts what a program moves reads it: one name, one cut.
+        name=f"short_convolution_{'backward' if reverse else 'forward'}_{call.groups * LANES}",
     )(*operands)
