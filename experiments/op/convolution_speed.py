@@ -2,23 +2,25 @@
 
     python -m experiments.op.convolution_speed --workdir=runs/convolution           # a CPU
     python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=gpu --peer=fla
-    python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=gpu \\
-        --estimate=v5e                                                             # no TPU needed
+    python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=tpu  # needs none
 
 times one layer's three convolutions: "plain" as layers compute them where no kernel runs, "fused"
-the same with one rounding (the specification of the kernels), and "triton" the kernels. On a GPU
-the times that count are those of its kernels alone. ``--peer=fla`` adds flash-linear-attention's
+the same with one rounding (the specification of the kernels), and "triton" and "pallas_tpu" the
+kernels. On a GPU the times that count are those of its kernels alone. ``--peer=fla`` adds flash-linear-attention's
 convolution and its unit vectors. Before anything is timed, results and gradients of all inputs and
 taps are held against float64. "x floor" is the time over that of every input and output moved once
 at the bandwidth of an H100.
 
-``--estimate`` runs nothing: it compiles both plain forms for a TPU, ahead of time, and counts the
-bytes that they move.
+``--estimate``, as of ``--preset=tpu``, runs nothing: it compiles for a TPU, ahead of time. "Memory"
+is the time of the bytes that a program moves at the published bandwidth, "kernels" that of the
+bundles that its Pallas kernels issue, at one a cycle, without stalls. Kernels take the larger of
+both, about. XLA's own operations take at least that of their bytes; "cost model" is by what XLA
+chose their tiles, and knows no kernels.
 
 Source: this project; the shapes of ``--preset=gpu`` are those of a layer of the paper's 340M model
     with n_h = 2, https://arxiv.org/abs/2502.10297.
-Expect: experiments/results/tpu/LOG.md has the estimates; no GPU has timed the kernels yet.
-Takes: seconds on a CPU; minutes on a GPU with a peer; 5 minutes for an estimate, with libtpu.
+Expect: experiments/results/tpu/LOG.md has the estimates; no GPU or TPU has timed the kernels yet.
+Takes: seconds on a CPU; minutes on a GPU with a peer; 2 minutes for an estimate, with libtpu.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ from typing import Any
 
 import jax
 
+from deltaproduct_jax.compilers.topologies import CHIPS
 from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
@@ -110,7 +113,7 @@ class ConvolutionConfig:
     budget_s: float = setting(30.0, "seconds after which no further round begins", above=0)
     peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU")
     estimate: str | None = setting(
-        None, f"compile for a TPU among {', '.join(GENERATIONS)} and count bytes; nothing is run"
+        None, f"compile for a TPU among {', '.join(GENERATIONS)}; nothing is run"
     )
 
     def __post_init__(self) -> None:
@@ -175,23 +178,16 @@ def _checked(config: ConvolutionConfig, name: str, got: Any, want: Any) -> float
 
 
 HEAD = ("direction", "implementation", *TIMES, "on the GPU, ms", "x floor", "temp MiB", "error")
-ESTIMATED = ("chip", "direction", "implementation", "HBM MiB", "x floor", "temp MiB")
+ESTIMATED = (
+    "chip", "direction", "implementation", "HBM MiB", "x floor", "memory, us", "kernels, us",
+    "cost model, us", "temp MiB",
+)  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Times, or estimates, as Markdown."""
     if "generation" in rows[0]:
-        names = ("generation", "direction", "implementation")
-        numbers = lambda row: (row["hbm_bytes"] / 2**20, row["times_floor"])
-        lines = [
-            [
-                *(row[name] for name in names),
-                *(f"{x:.2f}" for x in numbers(row)),
-                f"{row['temp_bytes'] / 2**20:.1f}",
-            ]
-            for row in rows
-        ]
-        return markdown(ESTIMATED, lines)
+        return markdown(ESTIMATED, [_estimated(row) for row in rows])
     lines = [
         [
             *(row["direction"], row["implementation"], *times(row)),
@@ -203,6 +199,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(HEAD, lines)
 
 
+def _estimated(row: dict[str, Any]) -> list[str | None]:
+    generation, hertz = row["generation"], GENERATIONS[row["generation"]].hertz
+    cycles = lambda name: shown(row[name] and 1e6 * row[name] / hertz, ".0f")
+    return [
+        *(generation, row["direction"], row["implementation"]),
+        *(f"{row['hbm_bytes'] / 2**20:.0f}", f"{row['times_floor']:.2f}"),
+        f"{1e6 * row['hbm_bytes'] / CHIPS[generation].bandwidth:.0f}",
+        *(cycles("kernel_cycles"), cycles("model_cycles")),
+        f"{row['temp_bytes'] / 2**20:.1f}",
+    ]
+
+
 def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes convolution.json and convolution.md."""
     parsed = flags.parse(argv, {"convolution": ConvolutionConfig}, PRESETS)
@@ -210,8 +218,8 @@ def command(argv: Sequence[str]) -> None:
     record = {"command": command_line("op.convolution_speed", argv), "machine": machine()}
     record |= {"config": dataclasses.asdict(config), "rows": []}
     if config.estimate:
-        directions = list(config.directions)
-        record["rows"] = convolution.estimates(config.sizes(), config.estimate, directions)
+        wanted = config.implementations, config.directions
+        record["rows"] = convolution.estimates(config.sizes(), config.estimate, *wanted)
         print(write(parsed.workdir, record))
         return
     for direction in config.directions:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +21,12 @@ from deltaproduct_jax.ops.precision import accumulator_dtype
 from experiments.lib import environment
 from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch
 from experiments.lib.bench.timing import FORWARD, Compiled
+from experiments.lib.bench.tpu_compiler import EXTRA, bundles_issued
 
 # As layers compute without a kernel: the convolution is rounded, then divided by lengths.
 LAYER, FUSED, GPU_KERNEL, TPU_KERNEL = "plain", "fused", "triton", "pallas_tpu"
 KERNELS = (GPU_KERNEL, TPU_KERNEL)
 IMPLEMENTATIONS = (LAYER, FUSED, *KERNELS)
-EXTRA = environment.extra_folder("tpu")
 TIMEOUT_S = 600  # of a compilation
 Arrays = Mapping[str, jax.Array]
 
@@ -190,15 +191,16 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles one program for a TPU in this process, which must have been started for it.
 
     Args:
-        fields: "generation", "implementation", "direction", and the fields of `Convolutions`.
+        fields: "generation", "implementation", "direction", the fields of `Convolutions`, and the
+            folder "code", where the compiler of this process writes the code of kernels.
 
     Returns:
-        Bytes through HBM, cycles of the schedule (None without its profile) and of the cost model,
-        and what `memory_of` gives.
+        Bytes through HBM, bundles that kernels issue, cycles of the cost model, and what
+        `memory_of` gives.
     """
     fields = dict(fields)
-    generation, implementation, direction = (
-        fields.pop(name) for name in ("generation", "implementation", "direction")
+    generation, implementation, direction, code = (
+        fields.pop(name) for name in ("generation", "implementation", "direction", "code")
     )
     sizes = Convolutions(**fields)
     mesh = tpu.mesh_of(tpu.GENERATIONS[generation].topology, (1,), ("device",))
@@ -212,8 +214,9 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
         kernels = kernel_traffic.kernel_bytes(traced.jaxpr.jaxpr)
         compiled = traced.lower().compile()
     cost = hlo_cost.cost(compiled.as_text(), kernels)
-    figures = ("hbm_bytes", "schedule_cycles", "model_cycles", "kernels")
-    return {name: getattr(cost, name) for name in figures} | memory_of(compiled)
+    found = {"hbm_bytes": cost.hbm_bytes, "model_cycles": cost.model_cycles}
+    found["kernel_cycles"] = bundles_issued(Path(code), cost.kernels)
+    return found | memory_of(compiled)
 
 
 def estimates(
@@ -221,10 +224,8 @@ def estimates(
     generation: str,
     implementations: Sequence[str],
     directions: Sequence[str],
-    *,
-    profile: bool,
 ) -> list[dict[str, Any]]:
-    """What the compiler of a TPU that is not there makes of each; with the profile of its schedule.
+    """What the compiler of a TPU that is not there makes of each.
 
     Raises:
         ConfigError: libtpu is missing, or the compiler ends without a program.
@@ -234,16 +235,17 @@ def estimates(
     rows = []
     for direction, implementation in itertools.product(directions, implementations):
         names = {"generation": generation, "direction": direction, "implementation": implementation}
-        with tempfile.TemporaryDirectory(prefix="tpu_profile_") as folder:
+        with tempfile.TemporaryDirectory(prefix="tpu_code_") as code:
             found, ending = child.call_apart(  # each apart: together they may take too much memory
                 f"{__name__}:{compile_here.__name__}",
-                [fixed | names],
+                [fixed | names | {"code": code}],
                 folder=environment.ROOT,
-                environment=tpu.child_environment(EXTRA, folder if profile else None),
+                environment=tpu.child_environment(EXTRA, code_folder=code),
                 timeout_s=TIMEOUT_S,
             )
         if ending is not None:
             raise ConfigError(f"{direction} of {implementation}: the compiler {ending}")
         floor, (row,) = sizes.floor_bytes(direction), found
-        rows.append({**names, **row, "floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor})
+        row |= {"floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor}
+        rows.append(names | row)
     return rows

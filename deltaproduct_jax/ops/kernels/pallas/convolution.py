@@ -80,7 +80,7 @@ def forward(*refs, call: Call):
     load_codes(call, codes, scratch)
     rows = scratch.rows if call.narrow else y.at[0]
 
-    def head(i, _):
+    def head(i):
         outputs = []
         for j in range(call.together):
             group = i * call.together + j
@@ -94,8 +94,7 @@ def forward(*refs, call: Call):
             group = i * call.together + j
             rows[pl.ds(group, call.tokens, stride=call.groups), :] = x
 
-    # Two heads in turn wait less for each other; on the way back registers are short as it is.
-    jax.lax.fori_loop(0, call.groups // call.together, head, None, unroll=2)
+    over_heads(call, head, at_once=2)
     if call.narrow:
         y[0] = rows[...].astype(y.dtype)
 
@@ -126,7 +125,7 @@ def backward(*refs, call: Call):
         token = jax.lax.broadcasted_iota(jnp.int32, (call.tokens, LANES), 0)
         inside = token < call.length - block * call.tokens
 
-    def head(i, _):
+    def head(i):
         sums, cotangents, outputs, slopes = [], [], [], []
         for j in range(call.together):
             group = i * call.together + j
@@ -164,7 +163,21 @@ def backward(*refs, call: Call):
                 total = term if total is None else total + term
             du[0, :, lanes_of(group)] = total.astype(du.dtype)
 
-    jax.lax.fori_loop(0, call.groups // call.together, head, None)
+    over_heads(call, head, at_once=1)  # registers are short as it is
+
+
+def over_heads(call: Call, head, at_once: int) -> None:
+    """``head(i)`` for every head; several in one turn of the loop wait less for each other."""
+    heads = call.groups // call.together
+    turns = heads // at_once
+
+    def turn(n, _):
+        for i in range(at_once):
+            head(n * at_once + i)
+
+    jax.lax.fori_loop(0, turns, turn, None)
+    for i in range(turns * at_once, heads):
+        head(i)
 
 
 def lanes_of(group):
