@@ -34,7 +34,7 @@ from deltaproduct_jax.layers.short_conv import (
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
-from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
@@ -285,9 +285,11 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
             )
 
         convolutions = [
-            (Form(conv.activation, K if name != "v" else None), conv.channels)
-            for name, conv in (("q", self.q_conv1d), ("k", self.k_conv1d), ("v", self.v_conv1d))
+            Convolution(Form(conv.activation, K), conv.channels, K)
+            for conv in (self.q_conv1d, self.k_conv1d)
         ]
+        of_values = self.v_conv1d
+        convolutions += [Convolution(Form(of_values.activation), of_values.channels, sizes["V"])]
         of_convolution = {"B": B, "T": T, "conv_size": self.conv_size, "dtype": self.dtype}
         return choose(self.conv_implementation, convolutions, op=op, **of_convolution)
 

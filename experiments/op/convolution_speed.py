@@ -6,10 +6,10 @@
 
 times one layer's three convolutions: "plain" as layers compute them where no kernel runs, "fused"
 the same with one rounding (the specification of the kernels), and "triton" and "pallas_tpu" the
-kernels. On a GPU the times that count are those of its kernels alone. ``--peer=fla`` adds flash-linear-attention's
-convolution and its unit vectors. Before anything is timed, results and gradients of all inputs and
-taps are held against float64. "x floor" is the time over that of every input and output moved once
-at the bandwidth of an H100.
+kernels. On a GPU the times that count are those of its kernels alone. ``--peer=fla`` adds
+flash-linear-attention's convolution and its unit vectors. Before anything is timed, results and
+gradients of all inputs and taps are held against float64. "x floor" is the time over that of every
+input and output moved once at the bandwidth of an H100.
 
 ``--estimate``, as of ``--preset=tpu``, runs nothing: it compiles for a TPU, ahead of time. "Memory"
 is the time of the bytes that a program moves at the published bandwidth, "kernels" that of the

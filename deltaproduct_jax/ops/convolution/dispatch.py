@@ -123,10 +123,19 @@ def _by_triton(direction, form, u, before, taps, run, past, *dy):
 def _by_pallas(direction, form, u, before, taps, run, past, *dy, interpret):
     """Outputs and their cotangents are rows of 128 channels, which heads are for free."""
     kernels = of_tpu()
-    run_pass = differentiated_once(getattr(kernels, direction), NO_SECOND_DERIVATIVE)
-    if not interpret:
-        text = "conv_implementation='pallas_tpu' cannot run this; 'plain' can"
-        u = asked_when_lowered(u, text, load("pallas_tpu").reason_when_lowered)
     rows = (x.reshape(x.shape[0], -1, kernels.LANES) for x in dy)
+    run_pass = differentiated_once(_asked(direction, interpret), NO_SECOND_DERIVATIVE)
     results = run_pass(u, before, taps, run, past, *rows, form=form, interpret=interpret)
     return results if dy else results.reshape(u.shape)
+
+
+@functools.cache
+def _asked(direction, interpret):
+    """A pass of the kernels for TPUs; where it cannot be lowered for one an error says why."""
+    run_pass, reason = getattr(of_tpu(), direction), load("pallas_tpu").reason_when_lowered
+    text = "conv_implementation='pallas_tpu' cannot run this; 'plain' can"
+
+    def asked(u, *arrays, **options):
+        return run_pass(asked_when_lowered(u, text, reason), *arrays, **options)
+
+    return run_pass if interpret else asked

@@ -16,6 +16,20 @@ AVAILABLE = ("plain", *kernels.KERNELS)
 BY_DEFAULT = False
 
 
+class Convolution(NamedTuple):
+    """One of a layer's.
+
+    Attributes:
+      form: what is done to the sum of taps.
+      channels: of all heads.
+      head_width: channels of a head, as the op takes what comes out.
+    """
+
+    form: Form
+    channels: int
+    head_width: int
+
+
 class Choice(NamedTuple):
     """What a convolution runs, on a platform that is known when its program is lowered.
 
@@ -51,6 +65,7 @@ def select_convolution(
     B: int,
     T: int,
     C: int,
+    head_width: int,
     conv_size: int = 4,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     unit_width: int | None = None,
@@ -67,6 +82,7 @@ def select_convolution(
       B: sequences.
       T: tokens.
       C: channels.
+      head_width: channels of a head, as the op takes what comes out.
       conv_size: taps.
       activation: applied to the sum of taps.
       unit_width: channels that are divided by their length together; None: none are.
@@ -86,6 +102,8 @@ def select_convolution(
         return "plain"
     if op == "triton" and not BY_DEFAULT:
         return "plain"
+    if op == "pallas_tpu" and head_width % of_tpu().LANES:
+        return "plain"  # XLA would lay out anew what the kernel writes
     form = Form(activation, unit_width)
     sizes = {"B": B, "T": T, "C": C, "conv_size": conv_size, "dtype": jnp.dtype(dtype)}
     is_taken = reason_against(op, form, **sizes) is None
@@ -94,7 +112,7 @@ def select_convolution(
 
 def choose(
     implementation: str | None,
-    convolutions: Sequence[tuple[Form, int]],
+    convolutions: Sequence[Convolution],
     *,
     op: Callable[[str], str],
     B: int,
@@ -106,7 +124,7 @@ def choose(
 
     Args:
       implementation: one of `AVAILABLE`, or None for `select_convolution`.
-      convolutions: form and channels of each.
+      convolutions: each of them.
       op: what the layer's op runs on a platform, as in `select_convolution`.
       B, T, conv_size, dtype: as in `select_convolution`.
 
@@ -120,15 +138,15 @@ def choose(
         def on(platform: str) -> str:
             fixed = {"op": op(platform), **sizes}
             names = {
-                select_convolution(platform, C=C, **form._asdict(), **fixed)
-                for form, C in convolutions
+                select_convolution(platform, C=C, head_width=width, **form._asdict(), **fixed)
+                for form, C, width in convolutions
             }
             return names.pop() if len(names) == 1 else "plain"
 
         return Choice(None, on("cuda"), on("tpu"))
-    for form, C in convolutions:
+    for form, C, _ in convolutions:
         _require(implementation, form, C=C, **sizes)
-    return _by_name(implementation)
+    return by_name(implementation)
 
 
 def for_part(choice: Choice, form: Form, u: jax.Array, conv_size: int) -> Choice:
@@ -148,7 +166,8 @@ def for_part(choice: Choice, form: Form, u: jax.Array, conv_size: int) -> Choice
     return choice
 
 
-def _by_name(name: str) -> Choice:
+def by_name(name: str) -> Choice:
+    """What runs where an implementation is named, if it can."""
     return Choice(name, *(n if n == name else "plain" for n in ("triton", "pallas_tpu")))
 
 

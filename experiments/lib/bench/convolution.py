@@ -16,7 +16,7 @@ from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.convolution.dispatch import short_convolution
 from deltaproduct_jax.ops.convolution.plain import Form, unit
-from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from experiments.lib import environment
 from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch
@@ -86,7 +86,7 @@ def program(sizes: Convolutions, implementation: str, direction: str) -> Callabl
     if implementation in KERNELS:
         fixed = {"B": sizes.B, "T": sizes.T, "conv_size": sizes.W, "dtype": sizes.dtype}
         forms = {name: Form(silu, None if name == "v" else K) for name in sizes.channels}
-        each = [(forms[name], C) for name, C in sizes.channels.items()]
+        each = [Convolution(forms[name], C, K) for name, C in sizes.channels.items()]
         choice = choose(implementation, each, op=lambda _: implementation, **fixed)
 
     def forward(given: Arrays, run: jax.Array | None) -> dict[str, jax.Array]:

@@ -9,14 +9,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from ops.kernels.convolution_cases import BARS, over_the_bar
 
 from deltaproduct_jax.ops.convolution import selection
 from deltaproduct_jax.ops.kernels.triton import tiling
 from experiments.lib import environment
 
 TESTS, CHILD = Path(__file__).parents[2], Path(__file__).parent / "convolution_child.py"
-# Of the design for float32; else a few units of the last bit. Cotangents of taps are float32.
-BARS = {"float32": 1e-5, "bfloat16": 8e-3, "float16": 1e-3}
 FLAGS = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 
 
@@ -41,12 +40,7 @@ def everything():
 def check_errors(found, at_least):
     assert len(found) >= at_least
     assert {dtype for dtype, _ in found.values()} == set(BARS)
-    over = {}
-    for name, (dtype, errors) in found.items():
-        for what, error in errors.items():
-            if not error <= BARS["float32" if what == "dtaps" else dtype]:
-                over[name, what] = error
-    assert not over
+    assert not over_the_bar(found)
 
 
 def test_outputs_and_gradients_are_those_of_the_oracle():

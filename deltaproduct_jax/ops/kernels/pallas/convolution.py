@@ -126,7 +126,7 @@ def backward(*refs, call: Call):
         inside = token < call.length - block * call.tokens
 
     def head(i):
-        sums, cotangents, outputs, slopes = [], [], [], []
+        cotangents, outputs, slopes = [], [], []
         for j in range(call.together):
             group = i * call.together + j
             lanes = lanes_of(group)

@@ -59,9 +59,8 @@ def backward(u, before, taps, run, past, dy, *, form: Form, interpret: bool):
     """Cotangents of ``u``, ``before`` and ``taps``, from that of `forward`."""
     call = _call(form, u, taps, run, interpret)
     operands, specs = _operands(call, u, before, taps, run, past, reverse=True)
-    spec, shape, dtype = _rows(call, u, reverse=True)
-    operands.append(dy.astype(dtype))
-    specs.append(spec)
+    operands.append(dy.astype(u.dtype))
+    specs.append(_rows(call, u, reverse=True)[0])
     B, _, C = u.shape
     W = call.taps
     out_taps = pl.BlockSpec((1, W, 8, C), lambda b, n: (b, 0, 0, 0))
