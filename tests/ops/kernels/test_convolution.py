@@ -99,7 +99,8 @@ def test_what_cannot_run_says_so(everything):
     assert 'name conv_implementation="plain" for second derivatives' in said["twice"]
 
 
-REQUEST = {"op": "triton", "B": 2, "T": 64, "unit_width": 128, "dtype": jnp.bfloat16}
+REQUEST = {"op": "triton", "B": 2, "T": 64, "C": 512, "head_width": 128, "unit_width": 128}
+REQUEST |= {"dtype": jnp.bfloat16}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +120,7 @@ REQUEST = {"op": "triton", "B": 2, "T": 64, "unit_width": 128, "dtype": jnp.bflo
 )
 def test_the_rule_can_be_asked(monkeypatch, platform, change, expected):
     monkeypatch.setattr(selection.kernels, "is_installed", lambda name: True)
-    monkeypatch.setattr(selection, "is_ready", lambda: True)
+    monkeypatch.setattr(selection.kernels.load("triton"), "is_ready", lambda: True)
     assert selection.select_convolution(platform, **REQUEST | change) == "plain"
     monkeypatch.setattr(selection, "BY_DEFAULT", True)
     assert selection.select_convolution(platform, **REQUEST | change) == expected
@@ -129,7 +130,7 @@ def test_an_unknown_platform_or_name_is_an_error():
     with pytest.raises(ValueError, match="platform='gpu' is not known; it may be one of 'cpu'"):
         selection.select_convolution("gpu", **REQUEST)
     with pytest.raises(ValueError, match="conv_implementation='xla' is not available; it may be"):
-        selection.choose("xla", (), op="triton", B=1, T=1, conv_size=4, dtype=jnp.float32)
+        selection.choose("xla", (), op=str, B=1, T=1, conv_size=4, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("channels", [1, 20, 96, 736, 1024, 2048])
