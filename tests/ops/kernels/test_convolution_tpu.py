@@ -120,7 +120,12 @@ def test_what_cannot_run_says_so():
         (Form(jax.nn.relu), {}, "the activation is relu; it takes silu and none"),
         (Form(silu), {"conv_size": 9}, "conv_size is 9; it takes 2 to 8"),
         (Form(silu), {"C": 192}, "there are 192 channels; it takes multiples of 128, at most"),
-        (Form(silu, 192), {"C": 384}, "the width of a head is 192; it takes multiples and divis"),
+        (Form(silu, 192), {"C": 384}, "the width of a head is 192; it takes divisors of 128"),
+        (
+            Form(silu, 1024),
+            {"C": 1024},
+            "is 1024; it takes divisors of 128 and its multiples up to",
+        ),
         (Form(silu), {"dtype": jnp.float16}, "the dtype is float16; it takes bfloat16 and fl"),
     ],
 )

@@ -155,9 +155,9 @@ def backward(*refs, call: Call):
             for back in range(call.taps):
                 x = scratch.x[j, EDGE - back : EDGE - back + call.tokens]
                 x = same(call, scratch, x, back)
-                added = jnp.sum((dz * x).reshape(-1, 8, LANES), axis=0)
                 place = call.taps - 1 - back
-                dtaps[0, place, :, lanes_of(group)] += added
+                added = jnp.sum(dz * x, axis=0, keepdims=True)
+                dtaps[0, place : place + 1, lanes_of(group)] += added
                 ahead = same(call, scratch, scratch.dz[back : back + call.tokens], -back)
                 term = ahead * tap(taps, place, group)
                 total = term if total is None else total + term

@@ -15,9 +15,11 @@ from deltaproduct_jax.ops.kernels.pallas import convolution
 from deltaproduct_jax.ops.kernels.pallas.convolution import EDGE, LANES, VIEW, Call, Scratch
 
 MOST_TAPS = EDGE
-MOST_CHANNELS = 24576
+MOST_CHANNELS = 16384
+MOST_WIDTH = 512
 MOST_TOKENS = 512
-# Of one array of a block in float32; the kernel backward holds eight, or a half more.
+# Of one array of a block in float32. Backwards there are up to six of them, beside what has all
+# channels of a few tokens: together less than the 16 MiB that every chip has.
 BLOCK_BYTES = 3 * 2**19
 
 
@@ -32,8 +34,11 @@ def unsupported(form: Form, *, C: int, conv_size: int, dtype) -> str | None:
         return f"conv_size is {conv_size}; it takes 2 to {MOST_TAPS}"
     if C % LANES or C > MOST_CHANNELS:
         return f"there are {C} channels; it takes multiples of {LANES}, at most {MOST_CHANNELS}"
-    if width is not None and width % LANES and LANES % width:
-        return f"the width of a head is {width}; it takes multiples and divisors of {LANES}"
+    if width is not None and ((width % LANES and LANES % width) or width > MOST_WIDTH):
+        return (
+            f"the width of a head is {width}; it takes divisors of {LANES} and its multiples up to "
+            f"{MOST_WIDTH}"
+        )
     return None
 
 
@@ -63,11 +68,11 @@ def backward(u, before, taps, run, past, dy, *, form: Form, interpret: bool):
     specs.append(_rows(call, u, reverse=True)[0])
     B, _, C = u.shape
     W = call.taps
-    out_taps = pl.BlockSpec((1, W, 8, C), lambda b, n: (b, 0, 0, 0))
+    out_taps = pl.BlockSpec((1, W, C), lambda b, n: (b, 0, 0))
     outs = [(_tokens(call, C, reverse=True), u.shape, u.dtype)]
-    outs += [(out_taps, (B, W, 8, C), jnp.float32)]
+    outs += [(out_taps, (B, W, C), jnp.float32)]
     du, parts = _run(call, convolution.backward, operands, specs, outs, reverse=True)
-    return du, _before_back(form, u, before, taps, run, past, dy), jnp.sum(parts, axis=(0, 2))
+    return du, _before_back(form, u, before, taps, run, past, dy), jnp.sum(parts, axis=0)
 
 
 def _before_back(form, u, before, taps, run, past, dy):
