@@ -35,6 +35,7 @@ class Call(NamedTuple):
       taps: W.
       silu: whether the sum of taps goes through SiLU.
       width: channels that are divided by their length together, or None.
+      at_once: heads in a turn of the loop; they wait less for each other.
       packed: whether there are segments.
       narrow: whether arrays are bfloat16, of which no single row can be read or written.
       interpret: run on a CPU.
@@ -47,24 +48,32 @@ class Call(NamedTuple):
     taps: int
     silu: bool
     width: int | None
+    at_once: int
     packed: bool
     narrow: bool
     interpret: bool
 
     @property
     def together(self) -> int:
-        """Groups that are worked on at once: those of a head."""
+        """Groups that are worked on together: those of a head."""
         return max(1, (self.width or LANES) // LANES)
+
+    @property
+    def heads(self) -> int:
+        """Of a token, or groups of smaller ones."""
+        return self.groups // self.together
 
 
 class Scratch(NamedTuple):
     """References to vector memory, float32."""
 
-    x: Any  # [together, EDGE + tokens, LANES], inputs after those before them
+    x: Any  # [at_once, together, EDGE + tokens, LANES], inputs after those before them
     edge: Any  # [groups, EDGE, LANES]: forwards the last inputs, backwards the first cotangents
     rows: Any  # [tokens * groups, LANES], outputs or their cotangents as the op has them
     codes: Any  # [tokens, LANES], what `codes_of` makes, alike in all lanes
-    dz: Any = None  # [tokens + EDGE, LANES], cotangents of sums of taps before those behind them
+    dz: Any = (
+        None  # [at_once, tokens + EDGE, LANES], cotangents of sums of taps before those behind them
+    )
 
 
 def forward(*refs, call: Call):
@@ -80,21 +89,22 @@ def forward(*refs, call: Call):
     load_codes(call, codes, scratch)
     rows = scratch.rows if call.narrow else y.at[0]
 
-    def head(i):
+    def head(i, slot):
         outputs = []
         for j in range(call.together):
             group = i * call.together + j
-            scratch.x[j, :EDGE] = scratch.edge[group]
-            load(call, u, group, scratch.x.at[j])
-            scratch.edge[group] = scratch.x[j, call.tokens :]
-            outputs.append(activated(call, summed(call, scratch, j, taps, group))[0])
+            x = scratch.x.at[slot, j]
+            x[:EDGE] = scratch.edge[group]
+            load(call, u, group, x)
+            scratch.edge[group] = x[call.tokens :]
+            outputs.append(activated(call, summed(call, scratch, x, taps, group))[0])
         inverse = inverse_length(call, outputs)
         for j, x in enumerate(outputs):
             x = x if inverse is None else x * inverse
             group = i * call.together + j
             rows[pl.ds(group, call.tokens, stride=call.groups), :] = x
 
-    over_heads(call, head, at_once=2)
+    over_heads(call, head)
     if call.narrow:
         y[0] = rows[...].astype(y.dtype)
 
@@ -125,15 +135,16 @@ def backward(*refs, call: Call):
         token = jax.lax.broadcasted_iota(jnp.int32, (call.tokens, LANES), 0)
         inside = token < call.length - block * call.tokens
 
-    def head(i):
+    def head(i, slot):
         cotangents, outputs, slopes = [], [], []
         for j in range(call.together):
             group = i * call.together + j
             lanes = lanes_of(group)
             past = view[0, :, lanes].astype(jnp.float32)[VIEW - EDGE :]
-            scratch.x[j, :EDGE] = jnp.where(is_first, before[0, :, lanes], past)
-            load(call, u, group, scratch.x.at[j], inside)
-            y, slope = activated(call, summed(call, scratch, j, taps, group), slope=True)
+            x = scratch.x.at[slot, j]
+            x[:EDGE] = jnp.where(is_first, before[0, :, lanes], past)
+            load(call, u, group, x, inside)
+            y, slope = activated(call, summed(call, scratch, x, taps, group), slope=True)
             outputs.append(y)
             slopes.append(slope)
             cotangents.append(rows[pl.ds(group, call.tokens, stride=call.groups), :])
@@ -148,36 +159,36 @@ def backward(*refs, call: Call):
             group = i * call.together + j
             dz = dz if slope is None else dz * slope
             dz = dz if inside is None else jnp.where(inside, dz, 0)
-            scratch.dz[: call.tokens] = dz
-            scratch.dz[call.tokens :] = scratch.edge[group]
+            ahead = scratch.dz.at[slot]
+            ahead[: call.tokens] = dz
+            ahead[call.tokens :] = scratch.edge[group]
             scratch.edge[group] = dz[:EDGE]
             total = None
             for back in range(call.taps):
-                x = scratch.x[j, EDGE - back : EDGE - back + call.tokens]
+                x = scratch.x[slot, j, EDGE - back : EDGE - back + call.tokens]
                 x = same(call, scratch, x, back)
                 place = call.taps - 1 - back
                 added = jnp.sum(dz * x, axis=0, keepdims=True)
                 dtaps[0, place : place + 1, lanes_of(group)] += added
-                ahead = same(call, scratch, scratch.dz[back : back + call.tokens], -back)
-                term = ahead * tap(taps, place, group)
+                term = same(call, scratch, ahead[back : back + call.tokens], -back)
+                term *= tap(taps, place, group)
                 total = term if total is None else total + term
             du[0, :, lanes_of(group)] = total.astype(du.dtype)
 
-    over_heads(call, head, at_once=1)  # registers are short as it is
+    over_heads(call, head)
 
 
-def over_heads(call: Call, head, at_once: int) -> None:
-    """``head(i)`` for every head; several in one turn of the loop wait less for each other."""
-    heads = call.groups // call.together
-    turns = heads // at_once
+def over_heads(call: Call, head) -> None:
+    """``head(i, slot)`` for every head i, each of a turn of the loop with scratch of its own."""
+    turns = call.heads // call.at_once
 
     def turn(n, _):
-        for i in range(at_once):
-            head(n * at_once + i)
+        for slot in range(call.at_once):
+            head(n * call.at_once + slot, slot)
 
     jax.lax.fori_loop(0, turns, turn, None)
-    for i in range(turns * at_once, heads):
-        head(i)
+    for slot in range(call.heads - turns * call.at_once):
+        head(turns * call.at_once + slot, slot)
 
 
 def lanes_of(group):
@@ -226,13 +237,13 @@ def same(call: Call, scratch: Scratch, x: jax.Array, back: int) -> jax.Array:
     return jnp.where((scratch.codes[...] & 2**bit) != 0, x, 0)
 
 
-def summed(call: Call, scratch: Scratch, j: int, taps, group) -> jax.Array:
-    """The sum of taps of a group, the earliest first."""
+def summed(call: Call, scratch: Scratch, x, taps, group) -> jax.Array:
+    """The sum of taps of a group that `load` loaded, the earliest first."""
     total = None
     for place in range(call.taps):
         back = call.taps - 1 - place
-        x = same(call, scratch, scratch.x[j, EDGE - back : EDGE - back + call.tokens], back)
-        term = x * tap(taps, place, group)
+        term = same(call, scratch, x[EDGE - back : EDGE - back + call.tokens], back)
+        term *= tap(taps, place, group)
         total = term if total is None else total + term
     return total
 

@@ -21,6 +21,9 @@ MOST_TOKENS = 512
 # Of one array of a block in float32. Backwards there are up to six of them, beside what has all
 # channels of a few tokens: together less than the 16 MiB that every chip has.
 BLOCK_BYTES = 3 * 2**19
+# Tokens, times groups of 128 channels, that a turn of a kernel's loop works on: with fewer, terms
+# wait for each other, and backwards registers are short as it is.
+ROWS_FORWARD, ROWS_BACKWARD = 512, 256
 
 
 def unsupported(form: Form, *, C: int, conv_size: int, dtype) -> str | None:
@@ -54,7 +57,7 @@ def forward(u, before, taps, run, past, *, form: Form, interpret: bool) -> jax.A
       form: what is done to the sum of taps.
       interpret: run on a CPU.
     """
-    call = _call(form, u, taps, run, interpret)
+    call = _call(form, u, taps, run, interpret, reverse=False)
     operands, specs = _operands(call, u, before, taps, run, past, reverse=False)
     (y,) = _run(call, convolution.forward, operands, specs, [_rows(call, u)], reverse=False)
     return y
@@ -62,7 +65,7 @@ def forward(u, before, taps, run, past, *, form: Form, interpret: bool) -> jax.A
 
 def backward(u, before, taps, run, past, dy, *, form: Form, interpret: bool):
     """Cotangents of ``u``, ``before`` and ``taps``, from that of `forward`."""
-    call = _call(form, u, taps, run, interpret)
+    call = _call(form, u, taps, run, interpret, reverse=True)
     operands, specs = _operands(call, u, before, taps, run, past, reverse=True)
     operands.append(dy.astype(u.dtype))
     specs.append(_rows(call, u, reverse=True)[0])
@@ -85,15 +88,17 @@ def _before_back(form, u, before, taps, run, past, dy):
     return jax.vjp(of, before)[1](dy)[0]
 
 
-def _call(form: Form, u, taps, run, interpret: bool) -> Call:
+def _call(form: Form, u, taps, run, interpret: bool, *, reverse: bool) -> Call:
     _, T, C = u.shape
     tokens = MOST_TOKENS
     while tokens > VIEW and (tokens * C * 4 > BLOCK_BYTES or tokens >= 2 * T):
         tokens //= 2
     blocks = -(-T // tokens)
     is_silu = form.activation is not identity
-    fixed = (C // LANES, taps.shape[0], is_silu, form.unit_width, run is not None)
-    return Call(tokens, blocks, T, *fixed, u.dtype != jnp.float32, interpret)
+    fixed = (C // LANES, taps.shape[0], is_silu, form.unit_width)
+    call = Call(tokens, blocks, T, *fixed, 1, run is not None, u.dtype != jnp.float32, interpret)
+    rows = ROWS_BACKWARD if reverse else ROWS_FORWARD
+    return call._replace(at_once=min(call.heads, max(1, rows // (tokens * call.together))))
 
 
 def _order(call: Call, reverse: bool):
@@ -143,11 +148,11 @@ def _run(call: Call, body, operands, specs, outs, *, reverse: bool):
     f32 = lambda *shape: pltpu.VMEM(shape, jnp.float32)
     codes = pltpu.VMEM((call.tokens if call.packed else 8, LANES), jnp.int32)
     scratch = Scratch(
-        f32(call.together, EDGE + call.tokens, LANES),
+        f32(call.at_once, call.together, EDGE + call.tokens, LANES),
         f32(call.groups, EDGE, LANES),
         f32(call.tokens * call.groups if call.narrow else EDGE, LANES),
         codes,
-        f32(call.tokens + EDGE, LANES),
+        f32(call.at_once, call.tokens + EDGE, LANES),
     )
     return pl.pallas_call(
         functools.partial(body, call=call),
