@@ -2,7 +2,7 @@
 
     python -m experiments.op.convolution_speed --workdir=runs/convolution           # a CPU
     python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=gpu --peer=fla
-    python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=tpu  # needs none
+    python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=tpu  # no TPU
 
 times one layer's three convolutions: "plain" as layers compute them where no kernel runs, "fused"
 the same with one rounding (the specification of the kernels), and "triton" and "pallas_tpu" the
@@ -25,7 +25,7 @@ Takes: seconds on a CPU; minutes on a GPU with a peer; 2 minutes for an estimate
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,8 @@ from experiments.lib.bench.timing import (
     worst_error,
 )
 
+DIRECTIONS = (FORWARD, BACKWARD)
+ESTIMATES = (LAYER, FUSED, TPU_KERNEL)  # of what a TPU's compiler can compile
 PRESETS = {
     "default": {},
     "gpu": {
@@ -83,12 +85,11 @@ PRESETS = {
         "num_heads": 4,
         "head_dim": 128,
         "dtype": "bfloat16",
-        "implementations": (LAYER, FUSED, TPU_KERNEL),
+        "implementations": ESTIMATES,
         "repeats": 20,
         "estimate": "v5e",
     },
 }
-DIRECTIONS = (FORWARD, BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,8 @@ class ConvolutionConfig:
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         require_one_of("peer", self.peer, [None, "fla"])
         require_one_of("estimate", self.estimate, [None, *GENERATIONS])
-        for name, known in (("implementations", IMPLEMENTATIONS), ("directions", DIRECTIONS)):
+        runs = IMPLEMENTATIONS if self.estimate is None else ESTIMATES
+        for name, known in (("implementations", runs), ("directions", DIRECTIONS)):
             for entry in getattr(self, name):
                 require_one_of(name, entry, known)
 
@@ -146,11 +148,7 @@ def measure(config: ConvolutionConfig, direction: str) -> list[dict[str, Any]]:
     want = convolution.exact(short, checked, direction)
     programs, errors = {}, {}
     for name in config.implementations:
-        try:
-            run = convolution.program(sizes, name, direction)
-        except ValueError as error:
-            raise ConfigError(f"implementations={name}: {error}") from error
-        programs[name] = compile_program(run, arrays)
+        programs[name] = compile_program(_program(sizes, name, direction), arrays)
         got = jax.jit(convolution.program(short, name, direction))(checked)
         errors[name] = _checked(config, name, got, want)
     if config.peer:
@@ -168,6 +166,13 @@ def measure(config: ConvolutionConfig, direction: str) -> list[dict[str, Any]]:
         row |= {"device_ms": device_ms, "kernels_ms": kernels[name], "floor_ms": floor}
         rows.append(row | {"times_floor": times_floor, "worst_error": errors[name]})
     return rows
+
+
+def _program(sizes: Convolutions, name: str, direction: str) -> Callable[..., Any]:
+    try:
+        return convolution.program(sizes, name, direction)
+    except ValueError as error:
+        raise ConfigError(f"implementations={name}: {error}") from error
 
 
 def _checked(config: ConvolutionConfig, name: str, got: Any, want: Any) -> float:
@@ -218,6 +223,8 @@ def command(argv: Sequence[str]) -> None:
     record = {"command": command_line("op.convolution_speed", argv), "machine": machine()}
     record |= {"config": dataclasses.asdict(config), "rows": []}
     if config.estimate:
+        for name in config.implementations:  # an error now, not after the first rows
+            _program(config.sizes(), name, FORWARD)
         wanted = config.implementations, config.directions
         record["rows"] = convolution.estimates(config.sizes(), config.estimate, *wanted)
         print(write(parsed.workdir, record))

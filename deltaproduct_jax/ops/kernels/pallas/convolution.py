@@ -269,6 +269,10 @@ def lengths(call: Call, terms: list[jax.Array]) -> jax.Array:
     total = sum(terms[1:], start=terms[0])
     if call.width >= LANES:
         return jnp.sum(total, axis=-1, keepdims=True)
-    head = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) // call.width
-    ones = (head(0) == head(1)).astype(jnp.float32)
-    return jax.lax.dot(total, ones, precision=jax.lax.Precision.HIGHEST)
+    # No product with zeros and ones, in which a head that is not finite would reach the others.
+    head = jax.lax.broadcasted_iota(jnp.int32, total.shape, 1) // call.width
+    sums = jnp.zeros_like(total)
+    for i in range(LANES // call.width):
+        here = jnp.sum(jnp.where(head == i, total, 0), axis=-1, keepdims=True)
+        sums = jnp.where(head == i, here, sums)
+    return sums
