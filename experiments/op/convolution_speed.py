@@ -226,11 +226,11 @@ def command(argv: Sequence[str]) -> None:
         for name in config.implementations:  # an error now, not after the first rows
             _program(config.sizes(), name, FORWARD)
         wanted = config.implementations, config.directions
-        record["rows"] = convolution.estimates(config.sizes(), config.estimate, *wanted)
-        print(write(parsed.workdir, record))
-        return
-    for direction in config.directions:
-        record["rows"] += measure(config, direction)
+        rows = ([row] for row in convolution.estimates(config.sizes(), config.estimate, *wanted))
+    else:
+        rows = (measure(config, direction) for direction in config.directions)
+    for found in rows:
+        record["rows"] += found
         text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
     print(text)
 

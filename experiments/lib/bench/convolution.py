@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,15 +224,14 @@ def estimates(
     generation: str,
     implementations: Sequence[str],
     directions: Sequence[str],
-) -> list[dict[str, Any]]:
-    """What the compiler of a TPU that is not there makes of each.
+) -> Iterator[dict[str, Any]]:
+    """What the compiler of a TPU that is not there makes of each, one after the other.
 
     Raises:
         ConfigError: libtpu is missing, or the compiler ends without a program.
     """
     tpu.require_libtpu(EXTRA, f"pip install {environment.extra_requirement('tpu')} has it")
     fixed = dataclasses.asdict(sizes) | {"generation": generation}
-    rows = []
     for direction, implementation in itertools.product(directions, implementations):
         names = {"generation": generation, "direction": direction, "implementation": implementation}
         with tempfile.TemporaryDirectory(prefix="tpu_code_") as code:
@@ -247,5 +246,4 @@ def estimates(
             raise ConfigError(f"{direction} of {implementation}: the compiler {ending}")
         floor, (row,) = sizes.floor_bytes(direction), found
         row |= {"floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor}
-        rows.append(names | row)
-    return rows
+        yield names | row
