@@ -95,7 +95,7 @@ def test_over_explicit_axes_it_is_the_plain_one():
 @pytest.mark.slow
 def test_a_layer_is_the_plain_one():
     """Packed, padded, from a state; which of op and convolution takes lengths only rounds."""
-    assert layer(TPU, head_dim=64) < 1e-5
+    assert layer(TPU, head_dim=64) < 3e-5  # the bar of gradients, which are among the results
 
 
 def test_what_cannot_run_says_so():
