@@ -6,6 +6,7 @@ loaded, hence the program; `tests/test_tpu_compile.py` has the names.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import re
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from deltaproduct_jax import GatedDeltaProduct
 from deltaproduct_jax.compilers.tpu import lowering_for, mesh_of
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops import delta_product, sharded_delta_product
@@ -40,6 +42,7 @@ MODEL = ModelConfig(
     num_householder=2,
     dtype="bfloat16",
 )
+WITH_CONVOLUTIONS = dataclasses.replace(MODEL, use_short_conv=True, head_dim=128)
 SIZES = {"B": 2, "T": 512, "R": 2, "H": 2, "Hv": 4, "K": 64, "V": 128}
 
 
@@ -70,6 +73,15 @@ GRADIENTS = {
     "v6e float32": Gradient("v6e:2x2", "float32", 3, 256, 256),
     "newest bfloat16": Gradient("tpu7x:2x2x1", "bfloat16", 2, 192, 128),
     "newest float32": Gradient("tpu7x:2x2x1", "float32", 4, 100, 136, gated=False),
+}
+# Generation, dtype and ``conv_implementation``.
+LAYERS = {
+    "layer, v5e bfloat16": ("v5e:2x2", "bfloat16"),
+    "layer, v5e float32": ("v5e:2x2", "float32"),
+    "layer, v6e bfloat16": ("v6e:2x2", "bfloat16"),
+    "layer, v4 bfloat16": ("v4:2x2x1", "bfloat16"),
+    "layer, newest float32": ("tpu7x:2x2x1", "float32"),
+    "layer, plain": ("v5e:2x2", "bfloat16", "plain"),
 }
 
 
@@ -102,12 +114,12 @@ def loss(arrays, ids, op=delta_product):
     return jnp.sum(jnp.sin(o.astype(jnp.float32))) + jnp.sum(jnp.cos(state))
 
 
-def train_step(*, placed: bool):
+def train_step(*, placed: bool, config: ModelConfig = MODEL):
     """A step of training on 256 chips: batch, parameters and heads cut, or told nothing of it."""
     sizes = DeviceConfig(mesh="data:-1,fsdp:8,tensor:2").sizes_of(256)
     devices = mesh_of("v5e:16x16", tuple(sizes[axis] for axis in AXES), AXES).devices
     mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    model = nnx.eval_shape(lambda: SequenceModel(MODEL, rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
     layout = Layout(mesh, names_of_model(model))
     optimizer, schedule = make_optimizer(TrainConfig()), make_schedule(TrainConfig())
     definition, params = split_model(model)
@@ -139,6 +151,26 @@ def gradient(case: Gradient):
     return mesh, jax.grad(loss), (arrays, ids if case.packed else None)
 
 
+def layer(topology: str, dtype: str, conv_implementation: str | None = None):
+    """The gradient of a layer with convolutions on one chip, packed, from a state."""
+    mesh = mesh_of(topology, (1,), ("data",))
+    sizes = {"num_heads": 2, "head_dim": 128, "use_output_gate": False, "dtype": jnp.dtype(dtype)}
+    options = sizes | {"conv_implementation": conv_implementation}
+    make = lambda: GatedDeltaProduct(256, **options, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(nnx.eval_shape(make))
+    state = jax.eval_shape(lambda: nnx.merge(graph, params).init_state(2))
+    x, ids = (
+        jax.ShapeDtypeStruct(shape, d) for shape, d in (((2, 77, 256), dtype), ((2, 77), int))
+    )
+
+    def loss(params, x, state, ids):
+        y, after = nnx.merge(graph, params)(x, state=state, segment_ids=ids)
+        return jnp.sum(y.astype(jnp.float32) ** 2) + jnp.sum(after.recurrent**2)
+
+    given = (nnx.to_pure_dict(params), x, state, ids)
+    return mesh, jax.grad(loss, (0, 1, 2)), abstract(given, mesh)
+
+
 def sequence():
     """The gradient of the op over four chips that share each row."""
     mesh = mesh_of("v5e:2x2", (1, 4), ("data", "sequence"))
@@ -152,8 +184,10 @@ def sequence():
 PROGRAMS = {
     "step over a mesh": functools.partial(train_step, placed=True),
     "step without a layout": functools.partial(train_step, placed=False),
+    "step with convolutions": functools.partial(train_step, placed=True, config=WITH_CONVOLUTIONS),
     "transformed": transformed,
     "sequence": sequence,
+    **{name: functools.partial(layer, *case) for name, case in LAYERS.items()},
     **{name: functools.partial(gradient, case) for name, case in GRADIENTS.items()},
 }
 

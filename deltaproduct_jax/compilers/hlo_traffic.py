@@ -55,9 +55,9 @@ def hbm_bytes(
         pairs = zip(types_of_arrays, moved, strict=True)
         return sum(n for text, n in pairs if _size(text))
     if line.opcode.endswith("-start"):
-        # Of (destination, source, context), or of a part of the source.
-        arrays = _ARRAY.finditer(line.type)
-        destination = next(arrays)
+        # Of (destination, source, context), or ((source), a part of it elsewhere, context).
+        arrays = list(_ARRAY.finditer(line.type))
+        destination = arrays[len(operands) if line.type.startswith("((") else 0]
         sides = int(_is_in_hbm(destination)) + sum(_size(x.type) > 0 for x in operands)
         return sides * _bytes(destination)
     if line.opcode == "dynamic-slice":

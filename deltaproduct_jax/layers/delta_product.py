@@ -31,7 +31,7 @@ from deltaproduct_jax.layers.short_conv import (
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
-from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
@@ -91,8 +91,9 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
-        conv_implementation: how the convolutions are computed, ``"plain"`` or ``"triton"``, which
-            also makes unit vectors of q and k; None chooses, see ``select_convolution``.
+        conv_implementation: how the convolutions are computed, ``"plain"``, or by a kernel,
+            ``"triton"`` or ``"pallas_tpu"``, which also makes unit vectors of q and k; None
+            chooses, see ``select_convolution``.
         implementation: how the op is computed, see ``delta_product``.
         chunk_size: tokens in a chunk of the op; None lets the op choose.
         dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
@@ -247,12 +248,20 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
         sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
         fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
-        op = self.implementation or select_implementation(
-            "cuda", **sizes, **fixed, differentiated=True
-        )
-        forms = Form(self.q_conv1d.activation, K), Form(self.v_conv1d.activation)
+
+        def op(platform: str) -> str:
+            return self.implementation or select_implementation(
+                platform, **sizes, **fixed, differentiated=True
+            )
+
+        convolutions = [
+            Convolution(Form(conv.activation, K), conv.channels, K)
+            for conv in (self.q_conv1d, self.k_conv1d)
+        ]
+        of_values = self.v_conv1d
+        convolutions += [Convolution(Form(of_values.activation), of_values.channels, sizes["V"])]
         of_convolution = {"B": B, "T": T, "conv_size": self.conv_size, "dtype": self.dtype}
-        return choose(self.conv_implementation, forms, op=op, **of_convolution)
+        return choose(self.conv_implementation, convolutions, op=op, **of_convolution)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)

@@ -104,8 +104,8 @@ class ModelConfig:
     conv_size: int | None = setting(None, "taps of the short convolution; none: 4")
     conv_implementation: str | None = setting(
         None,
-        "how short convolutions of a delta mixer are computed, plain or triton; none: by platform "
-        "and shape",
+        "how short convolutions of a delta mixer are computed, plain, triton or pallas_tpu; none: "
+        "by platform and shape",
         recorded_if_set=True,
     )
     max_length: int | None = setting(

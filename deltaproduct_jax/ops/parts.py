@@ -212,6 +212,7 @@ def with_past(
     before: Any,
     *others: Any,
     on_each_device: bool = False,
+    check_vma: bool = True,
 ) -> jax.Array:
     """``compute(arrays, before, *others)``, where a token depends on as many before it.
 
@@ -225,8 +226,10 @@ def with_past(
       others: arrays [..., channels], the same for all tokens.
       on_each_device: ``compute`` runs a kernel, so that over a mesh nothing is left to the
         compiler: batch and channels are cut as batch and heads of the op are.
+      check_vma: of `jax.shard_map`.
     """
     spread = placement()
     if spread is None:
         return compute(arrays, before, *others)
-    return spread.past(compute, arrays, before, *others, on_each_device=on_each_device)
+    how = {"on_each_device": on_each_device, "check_vma": check_vma}
+    return spread.past(compute, arrays, before, *others, **how)

@@ -264,6 +264,7 @@ def _with_past(
     before: Any,
     *others: jax.Array,
     on_each_device: bool,
+    check_vma: bool,
 ) -> jax.Array:
     """`ops.parts.with_past` over a mesh: a device is sent the end of the piece before its own."""
     axis = "sequence"
@@ -302,6 +303,7 @@ def _with_past(
         in_specs=(specs(arrays, of_tokens), specs(before, None), *of_others),
         out_specs=specs(first, of_tokens),
         axis_names=frozenset(mesh.axis_names if on_each_device else {axis}),
+        check_vma=check_vma,
     )(arrays, before, *others)
 
 

@@ -2,39 +2,49 @@
 
     python -m experiments.op.convolution_speed --workdir=runs/convolution           # a CPU
     python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=gpu --peer=fla
-    python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=gpu \\
-        --estimate=v5e                                                             # no TPU needed
+    python -m experiments.op.convolution_speed --workdir=runs/convolution --preset=tpu  # no TPU
 
 times one layer's three convolutions: "plain" as layers compute them where no kernel runs, "fused"
-the same with one rounding (the specification of the kernels), and "triton" the kernels. On a GPU
-the times that count are those of its kernels alone. ``--peer=fla`` adds flash-linear-attention's
-convolution and its unit vectors. Before anything is timed, results and gradients of all inputs and
-taps are held against float64. "x floor" is the time over that of every input and output moved once
-at the bandwidth of an H100.
+the same with one rounding (the specification of the kernels), and "triton" and "pallas_tpu" the
+kernels. On a GPU the times that count are those of its kernels alone. ``--peer=fla`` adds
+flash-linear-attention's convolution and its unit vectors. Before anything is timed, results and
+gradients of all inputs and taps are held against float64. "x floor" is the time over that of every
+input and output moved once at the bandwidth of an H100.
 
-``--estimate`` runs nothing: it compiles both plain forms for a TPU, ahead of time, and counts the
-bytes that they move.
+``--estimate``, as of ``--preset=tpu``, runs nothing: it compiles for a TPU, ahead of time. "Memory"
+is the time of the bytes that a program moves at the published bandwidth, "kernels" that of the
+bundles that its Pallas kernels issue, at one a cycle, without stalls. Kernels take the larger of
+both, about. XLA's own operations take at least that of their bytes; "cost model" is by what XLA
+chose their tiles, and knows no kernels.
 
 Source: this project; the shapes of ``--preset=gpu`` are those of a layer of the paper's 340M model
     with n_h = 2, https://arxiv.org/abs/2502.10297.
-Expect: experiments/results/tpu/LOG.md has the estimates; no GPU has timed the kernels yet.
-Takes: seconds on a CPU; minutes on a GPU with a peer; 5 minutes for an estimate, with libtpu.
+Expect: experiments/results/tpu/LOG.md has the estimates; no GPU or TPU has timed the kernels yet.
+Takes: seconds on a CPU; minutes on a GPU with a peer; 2 minutes for an estimate, with libtpu.
 """
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from deltaproduct_jax.compilers.topologies import CHIPS
 from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench import convolution
-from experiments.lib.bench.convolution import FUSED, IMPLEMENTATIONS, KERNEL, LAYER, Convolutions
+from experiments.lib.bench.convolution import (
+    FUSED,
+    GPU_KERNEL,
+    IMPLEMENTATIONS,
+    LAYER,
+    TPU_KERNEL,
+    Convolutions,
+)
 from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.gpu_kernels import BANDWIDTH
 from experiments.lib.bench.report import TIMES, markdown, shown, times, write_report
@@ -49,6 +59,8 @@ from experiments.lib.bench.timing import (
     worst_error,
 )
 
+DIRECTIONS = (FORWARD, BACKWARD)
+ESTIMATES = (LAYER, FUSED, TPU_KERNEL)  # of what a TPU's compiler can compile
 PRESETS = {
     "default": {},
     "gpu": {
@@ -57,11 +69,20 @@ PRESETS = {
         "num_heads": 4,
         "head_dim": 128,
         "dtype": "bfloat16",
-        "implementations": (LAYER, FUSED, KERNEL),
+        "implementations": (LAYER, FUSED, GPU_KERNEL),
         "repeats": 20,
     },
+    "tpu": {
+        "batch_size": 8,
+        "length": 4096,
+        "num_heads": 4,
+        "head_dim": 128,
+        "dtype": "bfloat16",
+        "implementations": ESTIMATES,
+        "repeats": 20,
+        "estimate": "v5e",
+    },
 }
-DIRECTIONS = (FORWARD, BACKWARD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +107,7 @@ class ConvolutionConfig:
     budget_s: float = setting(30.0, "seconds after which no further round begins", above=0)
     peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU")
     estimate: str | None = setting(
-        None, f"compile for a TPU among {', '.join(GENERATIONS)} and count bytes; nothing is run"
+        None, f"compile for a TPU among {', '.join(GENERATIONS)}; nothing is run"
     )
 
     def __post_init__(self) -> None:
@@ -95,7 +116,8 @@ class ConvolutionConfig:
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         require_one_of("peer", self.peer, [None, "fla"])
         require_one_of("estimate", self.estimate, [None, *GENERATIONS])
-        for name, known in (("implementations", IMPLEMENTATIONS), ("directions", DIRECTIONS)):
+        runs = IMPLEMENTATIONS if self.estimate is None else ESTIMATES
+        for name, known in (("implementations", runs), ("directions", DIRECTIONS)):
             for entry in getattr(self, name):
                 require_one_of(name, entry, known)
 
@@ -116,11 +138,7 @@ def measure(config: ConvolutionConfig, direction: str) -> list[dict[str, Any]]:
     want = convolution.exact(short, checked, direction)
     programs, errors = {}, {}
     for name in config.implementations:
-        try:
-            run = convolution.program(sizes, name, direction)
-        except ValueError as error:
-            raise ConfigError(f"implementations={name}: {error}") from error
-        programs[name] = compile_program(run, arrays)
+        programs[name] = compile_program(_program(sizes, name, direction), arrays)
         got = jax.jit(convolution.program(short, name, direction))(checked)
         errors[name] = _checked(config, name, got, want)
     if config.peer:
@@ -140,6 +158,13 @@ def measure(config: ConvolutionConfig, direction: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _program(sizes: Convolutions, name: str, direction: str) -> Callable[..., Any]:
+    try:
+        return convolution.program(sizes, name, direction)
+    except ValueError as error:
+        raise ConfigError(f"implementations={name}: {error}") from error
+
+
 def _checked(config: ConvolutionConfig, name: str, got: Any, want: Any) -> float:
     error = worst_error(got, want)
     if not error <= ERROR_LIMIT[config.dtype]:
@@ -148,23 +173,16 @@ def _checked(config: ConvolutionConfig, name: str, got: Any, want: Any) -> float
 
 
 HEAD = ("direction", "implementation", *TIMES, "on the GPU, ms", "x floor", "temp MiB", "error")
-ESTIMATED = ("chip", "direction", "implementation", "HBM MiB", "x floor", "temp MiB")
+ESTIMATED = (
+    "chip", "direction", "implementation", "HBM MiB", "x floor", "memory, us", "kernels, us",
+    "cost model, us", "temp MiB",
+)  # fmt: skip
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Times, or estimates, as Markdown."""
     if "generation" in rows[0]:
-        names = ("generation", "direction", "implementation")
-        numbers = lambda row: (row["hbm_bytes"] / 2**20, row["times_floor"])
-        lines = [
-            [
-                *(row[name] for name in names),
-                *(f"{x:.2f}" for x in numbers(row)),
-                f"{row['temp_bytes'] / 2**20:.1f}",
-            ]
-            for row in rows
-        ]
-        return markdown(ESTIMATED, lines)
+        return markdown(ESTIMATED, [_estimated(row) for row in rows])
     lines = [
         [
             *(row["direction"], row["implementation"], *times(row)),
@@ -176,18 +194,32 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown(HEAD, lines)
 
 
+def _estimated(row: dict[str, Any]) -> list[str | None]:
+    generation, hertz = row["generation"], GENERATIONS[row["generation"]].hertz
+    cycles = lambda name: shown(row[name] and 1e6 * row[name] / hertz, ".0f")
+    return [
+        *(generation, row["direction"], row["implementation"]),
+        *(f"{row['hbm_bytes'] / 2**20:.0f}", f"{row['times_floor']:.2f}"),
+        f"{1e6 * row['hbm_bytes'] / CHIPS[generation].bandwidth:.0f}",
+        *(cycles("kernel_cycles"), cycles("model_cycles")),
+        f"{row['temp_bytes'] / 2**20:.1f}",
+    ]
+
+
 def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes convolution.json and convolution.md."""
     parsed = flags.parse(argv, {"convolution": ConvolutionConfig}, PRESETS)
     config = ConvolutionConfig(**parsed.sections["convolution"])
     record = started("op.convolution_speed", argv, config=dataclasses.asdict(config))
     if config.estimate:
-        directions = list(config.directions)
-        record["rows"] = convolution.estimates(config.sizes(), config.estimate, directions)
-        print(write(parsed.workdir, record))
-        return
-    for direction in config.directions:
-        record["rows"] += measure(config, direction)
+        for name in config.implementations:  # an error now, not after the first rows
+            _program(config.sizes(), name, FORWARD)
+        wanted = config.implementations, config.directions
+        rows = ([row] for row in convolution.estimates(config.sizes(), config.estimate, *wanted))
+    else:
+        rows = (measure(config, direction) for direction in config.directions)
+    for found in rows:
+        record["rows"] += found
         text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
     print(text)
 

@@ -45,6 +45,7 @@ KERNEL = (
         ("%s = f32[1,256]{1,0} dynamic-slice(%x, %i, %i), dynamic_slice_sizes={1,256}", 2 * ROW),
         ("%s = f32[1,256]{1,0:S(1)} dynamic-slice(%x, %i, %i)", ROW),
         ("%c = (f32[64,256]{1,0:S(1)}, f32[64,256]{1,0}, u32[]{:S(2)}) copy-start(%x)", WHOLE),
+        ("%p = ((f32[64,256]{1,0}), f32[1,256]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)", ROW),
         ("%b = f32[64,256]{1,0} custom-call(), custom_call_target=\"AllocateBuffer\"", 0),
         (KERNEL.replace("NAME", "unknown"), 2 * WHOLE + WHOLE // 2),
         # Blocks of x, not those of the array in vector memory; all of y twice; half of a result.

@@ -303,5 +303,10 @@ def test_convolutions_by_a_kernel_say_why_they_cannot_be_timed(tmp_path):
         op_convolution.command(
             [f"--workdir={tmp_path}", "--implementations=triton", "--conv_size=5"]
         )
-    with pytest.raises(ConfigError, match="directions='step' is not known"):
-        op_convolution.command([f"--workdir={tmp_path}", "--directions=step"])
+    for given, text in (
+        (["--directions=step"], "directions='step' is not known"),
+        (["--preset=gpu", "--estimate=v5e"], "implementations='triton' is not known; it may be"),
+        (["--preset=tpu", "--num_heads=3", "--head_dim=32"], "there are 96 channels; it takes mul"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            op_convolution.command([f"--workdir={tmp_path}", *given])

@@ -5,11 +5,14 @@ import operator
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from deltaproduct_jax import ops
 from deltaproduct_jax.ops import kernels, select_implementation
+from deltaproduct_jax.ops.convolution.plain import Form
+from deltaproduct_jax.ops.convolution.selection import reason_against, select_convolution
 from deltaproduct_jax.ops.selection import AVAILABLE, PLATFORMS
 
 PAGE = Path(ops.__file__).parent / "IMPLEMENTATIONS.md"
@@ -86,6 +89,55 @@ def test_kernels_take_what_the_page_says(monkeypatch):
             most = int(row[f"{column} at most"])
             assert takes(name, **{column: most})
             assert not takes(name, **{column: most + 1})
+        for dtype in ("bfloat16", "float16", "float32", "float64"):
+            assert takes(name, dtype) == (dtype in row["dtypes"].split(", "))
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_the_rule_of_convolutions_is_the_one_of_the_page(has_kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda name: True)
+    for name in kernels.KERNELS:
+        monkeypatch.setattr(kernels.load(name), "is_ready", lambda: has_kernels)
+    picked, rows = set(), table("Short convolutions")
+    for platform, op, T, width in itertools.product(
+        PLATFORMS, AVAILABLE, (1, 2, 4096), (64, 128, 192, 256)
+    ):
+        expected = next(
+            row["runs"]
+            for row in rows
+            if row["platform"] in ("any", platform)
+            and row["op in a gradient"] in ("any", op)
+            and holds(row["tokens"], {"T": T})
+            and _is_multiple(row["width of heads"], width)
+            and (has_kernels or row["runs"] == "plain")
+        )
+        sizes = {"B": 2, "T": T, "C": 2 * width, "head_width": width}
+        got = select_convolution(platform, op=op, **sizes)
+        assert got == expected, (platform, op, T, width)
+        picked.add(got)
+    assert picked == {"plain"} | ({"pallas_tpu"} if has_kernels else set())
+
+
+def _is_multiple(cell, width):
+    return cell == "any" or width % int(cell.removeprefix("K, V multiples of ")) == 0
+
+
+def test_kernels_of_convolutions_take_what_the_page_says(monkeypatch):
+    monkeypatch.setattr(kernels, "is_installed", lambda name: True)
+    rows = {row["kernel"]: row for row in table("What kernels of convolutions take")}
+    assert set(rows) == set(kernels.KERNELS)
+
+    def takes(name, dtype="float32", conv_size=2, C=128):
+        sizes = {"B": 1, "T": 64, "C": C, "conv_size": conv_size, "dtype": jnp.dtype(dtype)}
+        return reason_against(name, Form(jax.nn.silu), **sizes) is None
+
+    for name, row in rows.items():
+        most, multiple = int(row["taps at most"]), int(row["multiples of"].split()[0])
+        assert takes(name, conv_size=most)
+        assert not takes(name, conv_size=most + 1)
+        assert not takes(name, conv_size=1)
+        assert takes(name, C=3 * multiple)
+        assert takes(name, C=3 * multiple + 1) == (multiple == 1)
         for dtype in ("bfloat16", "float16", "float32", "float64"):
             assert takes(name, dtype) == (dtype in row["dtypes"].split(", "))
 

@@ -9,11 +9,12 @@ import functools
 import jax
 
 from deltaproduct_jax.ops.convolution.plain import Form, plain
-from deltaproduct_jax.ops.convolution.selection import Choice
+from deltaproduct_jax.ops.convolution.selection import Choice, for_part, of_tpu
+from deltaproduct_jax.ops.kernels import load
 from deltaproduct_jax.ops.kernels.triton import convolution_passes as of_triton
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.reverse_only import differentiated_once
-from deltaproduct_jax.ops.unavailable import unavailable
+from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
 NO_SECOND_DERIVATIVE = (
@@ -38,7 +39,8 @@ def short_convolution(
     axes of a mesh; whatever else is cut is the caller's to run on each device.
 
     Raises:
-      ValueError: the unit width does not divide the last axis of ``u``.
+      ValueError: the unit width does not divide the last axis of ``u``, or a kernel that is named
+        cannot run these.
     """
     if form.unit_width is not None and u.shape[-1] % form.unit_width:
         raise ValueError(
@@ -54,9 +56,12 @@ def short_convolution(
 
     def on_device(arrays):
         given = mark_all_varying(tuple(arrays[name] for name in NAMES))
-        return _jitted(choice, form, *given)
+        flat = _flat(*given)
+        here = for_part(choice, form, flat[0], conv_size=taps.shape[0])
+        return _jitted(here, form, *flat).reshape(given[0].shape)
 
-    return on_each_part(on_device, arrays, layouts, layouts["u"])
+    check_vma = not choice.is_interpreted
+    return on_each_part(on_device, arrays, layouts, layouts["u"], check_vma=check_vma)
 
 
 # Lowered even where a user jits nothing: what cannot run is told then.
@@ -67,8 +72,7 @@ def _jitted(choice, form, *arrays):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _with_own_backward(choice, form, u, before, taps, run, past):
-    runs = functools.partial(_kernel, form=form), functools.partial(plain, form)
-    return _by_platform(choice, *runs, u, before, taps, run, past)
+    return _by_platform(choice, "forward", plain, form, u, before, taps, run, past)
 
 
 def _forward_rule(choice, form, *arrays):
@@ -76,8 +80,7 @@ def _forward_rule(choice, form, *arrays):
 
 
 def _backward_rule(choice, form, arrays, dy):
-    runs = functools.partial(_kernel_back, form=form), functools.partial(_plain_back, form)
-    return *_by_platform(choice, *runs, *arrays, dy), None, None
+    return *_by_platform(choice, "backward", _plain_back, form, *arrays, dy), None, None
 
 
 _with_own_backward.defvjp(_forward_rule, _backward_rule)
@@ -88,29 +91,51 @@ def _plain_back(form, u, before, taps, run, past, dy):
     return jax.vjp(run_plain, u, before, taps)[1](dy)
 
 
-def _kernel(*arrays, form):
-    u, *others = arrays
-    run = differentiated_once(of_triton.forward, NO_SECOND_DERIVATIVE)
-    return run(*_flat(u, *others), form=form).reshape(u.shape)
-
-
-def _kernel_back(*arrays, form):
-    *arrays, dy = arrays
-    run = differentiated_once(of_triton.backward, NO_SECOND_DERIVATIVE)
-    flat = _flat(*arrays)
-    results = run(*flat, dy.reshape(flat[0].shape), form=form)
-    return tuple(x.reshape(like.shape) for x, like in zip(results, arrays, strict=False))
-
-
 def _flat(u, before, taps, run, past):
-    """The arrays with all channels along one axis, and the taps as one set of them."""
+    """The arrays with all channels along one axis."""
     flat = lambda x: x.reshape(*x.shape[:2], -1)
-    return flat(u), flat(before), taps.reshape(1, taps.shape[0], -1), run, past
+    return flat(u), flat(before), taps.reshape(taps.shape[0], -1), run, past
 
 
-def _by_platform(choice, kernel, others, *arrays):
-    """``kernel(*arrays)`` on an NVIDIA GPU; elsewhere ``others``, unless the kernel was named."""
+def _by_platform(choice, direction, on_others, form, *arrays):
+    """A pass by the kernel of the platform; elsewhere plainly, unless a kernel was named."""
+    others = functools.partial(on_others, form)
+    runs = {}
+    if choice.on_cuda == "triton":
+        runs["cuda"] = functools.partial(_by_triton, direction, form)
+    if choice.on_tpu == "pallas_tpu":
+        runs["tpu"] = functools.partial(_by_pallas, direction, form, interpret=False)
+    if choice.named == "pallas_tpu":
+        runs["cpu"] = functools.partial(_by_pallas, direction, form, interpret=True)
     if choice.named is not None:
-        text = f"conv_implementation={choice.named!r} runs on cuda only; 'plain' runs anywhere"
-        others = unavailable(text, like=others)
-    return jax.lax.platform_dependent(*arrays, cuda=kernel, default=others)
+        text = f"conv_implementation={choice.named!r} runs on {', '.join(runs)} only"
+        others = unavailable(f"{text}; 'plain' runs anywhere", like=others)
+    return jax.lax.platform_dependent(*arrays, **runs, default=others)
+
+
+def _by_triton(direction, form, u, before, taps, run, past, *dy):
+    """Taps are one set of several."""
+    run_pass = differentiated_once(getattr(of_triton, direction), NO_SECOND_DERIVATIVE)
+    results = run_pass(u, before, taps[None], run, past, *dy, form=form)
+    return (*results[:2], results[2][0]) if dy else results
+
+
+def _by_pallas(direction, form, u, before, taps, run, past, *dy, interpret):
+    """Outputs and their cotangents are rows of 128 channels, which heads are for free."""
+    kernels = of_tpu()
+    rows = (x.reshape(x.shape[0], -1, kernels.LANES) for x in dy)
+    run_pass = differentiated_once(_asked(direction, interpret), NO_SECOND_DERIVATIVE)
+    results = run_pass(u, before, taps, run, past, *rows, form=form, interpret=interpret)
+    return results if dy else results.reshape(u.shape)
+
+
+@functools.cache
+def _asked(direction, interpret):
+    """A pass of the kernels for TPUs; where it cannot be lowered for one an error says why."""
+    run_pass, reason = getattr(of_tpu(), direction), load("pallas_tpu").reason_when_lowered
+    text = "conv_implementation='pallas_tpu' cannot run this; 'plain' can"
+
+    def asked(u, *arrays, **options):
+        return run_pass(asked_when_lowered(u, text, reason), *arrays, **options)
+
+    return run_pass if interpret else asked

@@ -2,29 +2,31 @@
 
 import dataclasses
 import itertools
-import math
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.compilers import child, hlo_cost, tpu
+from deltaproduct_jax.compilers import child, hlo_cost, kernel_traffic, tpu
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.convolution.dispatch import short_convolution
 from deltaproduct_jax.ops.convolution.plain import Form, unit
-from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from experiments.lib import environment
 from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch
 from experiments.lib.bench.timing import FORWARD, Compiled
+from experiments.lib.bench.tpu_compiler import EXTRA, bundles_issued
 
 # As layers compute without a kernel: the convolution is rounded, then divided by lengths.
-LAYER, FUSED, KERNEL = "plain", "fused", "triton"
-IMPLEMENTATIONS = (LAYER, FUSED, KERNEL)
-EXTRA = environment.extra_folder("tpu")
+LAYER, FUSED, GPU_KERNEL, TPU_KERNEL = "plain", "fused", "triton", "pallas_tpu"
+KERNELS = (GPU_KERNEL, TPU_KERNEL)
+IMPLEMENTATIONS = (LAYER, FUSED, *KERNELS)
 TIMEOUT_S = 600  # of a compilation
 Arrays = Mapping[str, jax.Array]
 
@@ -43,10 +45,14 @@ class Convolutions:
     packed: bool
 
     @property
-    def channels(self) -> dict[str, tuple[int, ...]]:
-        """Of each convolution, as they come from projections: q's, and k's and v's by factor."""
-        heads = self.H * self.K
-        return {"q": (heads,), "k": (self.R, heads), "v": (self.R, heads)}
+    def channels(self) -> dict[str, int]:
+        """Of each convolution; a product of matrices writes all of a token's along one axis."""
+        factor = self.H * self.K
+        return {"q": factor, "k": self.R * factor, "v": self.R * factor}
+
+    def heads(self, name: str) -> tuple[int, ...]:
+        """The same channels as the op takes them."""
+        return (self.H, self.K) if name == "q" else (self.R, self.H, self.K)
 
     def inputs(self, seed: int = 0) -> dict[str, jax.Array]:
         """Inputs, taps, cotangents ("dq" and so on) of each, and "run", the segments."""
@@ -54,9 +60,9 @@ class Convolutions:
         arrays = {}
         for name, C in self.channels.items():
             draw = lambda *shape: jax.random.normal(next(keys), shape)
-            arrays[name] = draw(self.B, self.T, *C).astype(self.dtype)
-            arrays[f"{name}_taps"] = draw(self.W, *C) * self.W**-0.5
-            dy = draw(self.B, self.T, *C[:-1], self.H, self.K)  # of heads, as the op takes them
+            arrays[name] = draw(self.B, self.T, C).astype(self.dtype)
+            arrays[f"{name}_taps"] = draw(self.W, C) * self.W**-0.5
+            dy = draw(self.B, self.T, *self.heads(name))
             arrays[f"d{name}"] = dy.astype(self.dtype)
         if self.packed:  # of a quarter of a row
             ids = jnp.arange(self.T, dtype=jnp.int32) * 4 // self.T
@@ -65,8 +71,7 @@ class Convolutions:
 
     def floor_bytes(self, direction: str) -> int:
         """Of inputs and outputs, each moved once."""
-        channels = sum(math.prod(C) for C in self.channels.values())
-        size = self.B * self.T * channels * jnp.dtype(self.dtype).itemsize
+        size = self.B * self.T * sum(self.channels.values()) * jnp.dtype(self.dtype).itemsize
         return size * (2 if direction == FORWARD else 5)
 
 
@@ -78,9 +83,11 @@ def program(sizes: Convolutions, implementation: str, direction: str) -> Callabl
     """
     silu, K = jax.nn.silu, sizes.K
     choice = PLAIN
-    if implementation == KERNEL:
+    if implementation in KERNELS:
         fixed = {"B": sizes.B, "T": sizes.T, "conv_size": sizes.W, "dtype": sizes.dtype}
-        choice = choose(KERNEL, (Form(silu, K), Form(silu)), op=KERNEL, **fixed)
+        forms = {name: Form(silu, None if name == "v" else K) for name in sizes.channels}
+        each = [Convolution(forms[name], C, K) for name, C in sizes.channels.items()]
+        choice = choose(implementation, each, op=lambda _: implementation, **fixed)
 
     def forward(given: Arrays, run: jax.Array | None) -> dict[str, jax.Array]:
         return {name: _one(sizes, implementation, choice, name, given, run) for name in "qkv"}
@@ -111,7 +118,7 @@ def _one(
     within = has_length and implementation != LAYER
     form = Form(jax.nn.silu, sizes.K if within else None)
     y = short_convolution(choice, form, u, before, taps, run, past)
-    y = y.reshape(*y.shape[:-1], sizes.H, sizes.K)
+    y = y.reshape(*y.shape[:2], *sizes.heads(name))
     return unit(y, sizes.K).astype(y.dtype) if has_length and not within else y
 
 
@@ -138,8 +145,8 @@ def peer_program(sizes: Convolutions, arrays: Arrays, direction: str) -> Callabl
     if sizes.packed:
         raise ConfigError("peer=fla packs rows in another way; give packed=false")
     given = {name: to_torch(x) for name, x in arrays.items()}
-    inputs = {name: given[name].flatten(2) for name in "qkv"}
-    inputs |= {f"{n}_taps": given[f"{n}_taps"].flatten(1).T.contiguous() for n in "qkv"}
+    inputs = {name: given[name] for name in "qkv"}
+    inputs |= {f"{n}_taps": given[f"{n}_taps"].T.contiguous() for n in "qkv"}
     cotangents = [given[f"d{name}"] for name in "qkv"]
     for x in inputs.values() if direction != FORWARD else ():
         x.requires_grad_(True)
@@ -184,11 +191,16 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Compiles one program for a TPU in this process, which must have been started for it.
 
     Args:
-        fields: "generation", "implementation", "direction", and the fields of `Convolutions`.
+        fields: "generation", "implementation", "direction", the fields of `Convolutions`, and the
+            folder "code", where the compiler of this process writes the code of kernels.
+
+    Returns:
+        Bytes through HBM, bundles that kernels issue, cycles of the cost model, and what
+        `memory_of` gives.
     """
     fields = dict(fields)
-    generation, implementation, direction = (
-        fields.pop(name) for name in ("generation", "implementation", "direction")
+    generation, implementation, direction, code = (
+        fields.pop(name) for name in ("generation", "implementation", "direction", "code")
     )
     sizes = Convolutions(**fields)
     mesh = tpu.mesh_of(tpu.GENERATIONS[generation].topology, (1,), ("device",))
@@ -197,31 +209,41 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
         jax.eval_shape(sizes.inputs),
     )
-    compiled = jax.jit(program(sizes, implementation, direction)).lower(arrays).compile()
-    cost = hlo_cost.cost(compiled.as_text())
-    return {"hbm_bytes": cost.hbm_bytes, "model_cycles": cost.model_cycles, **memory_of(compiled)}
+    with tpu.lowering_for(mesh):
+        traced = jax.jit(program(sizes, implementation, direction)).trace(arrays)
+        kernels = kernel_traffic.kernel_bytes(traced.jaxpr.jaxpr)
+        compiled = traced.lower().compile()
+    cost = hlo_cost.cost(compiled.as_text(), kernels)
+    found = {"hbm_bytes": cost.hbm_bytes, "model_cycles": cost.model_cycles}
+    found["kernel_cycles"] = bundles_issued(Path(code), cost.kernels)
+    return found | memory_of(compiled)
 
 
-def estimates(sizes: Convolutions, generation: str, directions: list[str]) -> list[dict[str, Any]]:
-    """What the compiler of a TPU that is not there makes of both plain forms.
+def estimates(
+    sizes: Convolutions,
+    generation: str,
+    implementations: Sequence[str],
+    directions: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+    """What the compiler of a TPU that is not there makes of each, one after the other.
 
     Raises:
-        ConfigError: libtpu is missing.
+        ConfigError: libtpu is missing, or the compiler ends without a program.
     """
     tpu.require_libtpu(EXTRA, f"pip install {environment.extra_requirement('tpu')} has it")
     fixed = dataclasses.asdict(sizes) | {"generation": generation}
-    rows = []
-    for direction, implementation in itertools.product(directions, (LAYER, FUSED)):
+    for direction, implementation in itertools.product(directions, implementations):
         names = {"generation": generation, "direction": direction, "implementation": implementation}
-        found, ending = child.call_apart(  # each apart: together they may take too much memory
-            f"{__name__}:{compile_here.__name__}",
-            [fixed | names],
-            folder=environment.ROOT,
-            environment=tpu.child_environment(EXTRA),
-            timeout_s=TIMEOUT_S,
-        )
+        with tempfile.TemporaryDirectory(prefix="tpu_code_") as code:
+            found, ending = child.call_apart(  # each apart: together they may take too much memory
+                f"{__name__}:{compile_here.__name__}",
+                [fixed | names | {"code": code}],
+                folder=environment.ROOT,
+                environment=tpu.child_environment(EXTRA, code_folder=code),
+                timeout_s=TIMEOUT_S,
+            )
         if ending is not None:
             raise ConfigError(f"{direction} of {implementation}: the compiler {ending}")
         floor, (row,) = sizes.floor_bytes(direction), found
-        rows.append({**names, **row, "floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor})
-    return rows
+        row |= {"floor_bytes": floor, "times_floor": row["hbm_bytes"] / floor}
+        yield names | row

@@ -134,12 +134,17 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         return {"error": str(error).splitlines()[0]}
     cost = hlo_cost.cost(compiled.as_text(), kernels)
-    issued = {"kernel_cycles": _bundles_issued(code, cost.kernels)}
+    issued = {"kernel_cycles": bundles_issued(code, cost.kernels)}
     return {**dataclasses.asdict(cost), **issued, **memory_of(compiled)}
 
 
-def _bundles_issued(code: Path, kernels: Mapping[str, int]) -> int | None:
-    """By all kernels of a program; None without a kernel, or with one whose code is not clear."""
+def bundles_issued(code: Path, kernels: Mapping[str, int]) -> int | None:
+    """By all kernels of a program; None without a kernel, or with one whose code is not clear.
+
+    Args:
+      code: the folder where the compiler wrote their code.
+      kernels: how often each is called, by its label.
+    """
     try:
         each = [n * kernel_bundles.kernel_bundles(code, label) for label, n in kernels.items() if n]
     except ValueError:

@@ -15,49 +15,27 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import oracle_convolution
 import triton_interpreter
 from flax import nnx
+from ops.kernels import convolution_cases
+from ops.kernels.convolution_cases import (
+    MESHES,
+    Case,
+    layer,
+    made,
+    mapped,
+    meshed,
+    over_explicit_axes,
+    silu,
+)
 
-from deltaproduct_jax import GatedDeltaProduct
 from deltaproduct_jax.compilers.gpu import kernel_resources
-from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, tiling
 from deltaproduct_jax.ops.varying import mark_varying_as
-from deltaproduct_jax.parallel.config import DeviceConfig
-from deltaproduct_jax.parallel.layout import Layout, make_mesh
 
-silu = jax.nn.silu
-TRITON = selection.Choice("triton", "triton")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    form: Form
-    dtype: str = "float32"
-    C: int = 24
-    W: int = 4
-    T: int = 13
-    B: int = 2
-    packed: bool = False
-    rows: int | None = None  # groups of a program
-
-    def arrays(self, seed=0):
-        keys = jax.random.split(jax.random.key(seed), 4)
-        draw = lambda i, *shape: jax.random.normal(keys[i], shape)
-        tail, dtype = self.W - 1, self.dtype
-        u, before = draw(0, self.B, self.T, self.C), draw(1, self.B, tail, self.C)
-        taps, dy = draw(2, self.W, self.C), draw(3, self.B, self.T, self.C)
-        run = past = None
-        if self.packed:  # of one token, of three, and one that goes on behind a piece
-            bounds = np.array([[2, 3, 6], [1, 5, 20]])
-            run = (np.arange(self.T)[None, :, None] >= bounds[: self.B, None]).sum(-1)
-            run, past = jnp.asarray(run, jnp.int32), jnp.zeros((self.B, tail), jnp.int32)
-            past = past - (jnp.arange(tail) < 1)  # one of another segment
-        return *(x.astype(dtype) for x in (u, before)), taps, run, past, dy.astype(dtype)
+TRITON = selection.by_name("triton")
 
 
 CASES = {
@@ -93,20 +71,9 @@ def both(form, u, before, taps, run, past, dy):
     return y, *grads[:2], grads[2][0]
 
 
-def relative(x, reference):
-    x, reference = (np.asarray(a, np.float64) for a in (x, reference))
-    return float(np.linalg.norm(x - reference) / max(np.linalg.norm(reference), 1e-30))
-
-
 def errors(case):
     cut_short(case.rows)
-    arrays = case.arrays()
-    options = {"silu": case.form.activation is silu, "width": case.form.unit_width}
-    y, gradients = oracle_convolution.short_convolution(*arrays, **options)
-    results = both(case.form, *arrays)
-    found = dict(zip(("y", "du", "dbefore", "dtaps"), results, strict=True))
-    wanted = dict(zip(found, (y, *gradients), strict=True))
-    return {name: relative(found[name], wanted[name]) for name in found}
+    return convolution_cases.errors(case, both)
 
 
 def interpreted(name, arrays, *others, **options):
@@ -115,115 +82,24 @@ def interpreted(name, arrays, *others, **options):
     return tuple(mark_varying_as(x, arrays[0]) for x in results)
 
 
+def by_triton(choice, direction, on_others, form, *arrays):
+    """In place of the choice by platform: the kernels if they may run anywhere."""
+    if choice.may_run_kernel:
+        return dispatch._by_triton(direction, form, *arrays)
+    return on_others(form, *arrays)
+
+
 def interpret(every):
     passes.call = interpreted
     names = CASES if every else QUICK
     found = {name: [CASES[name].dtype, errors(CASES[name])] for name in names}
     found = {"errors": found}
     if every:
-        dispatch._by_platform = lambda choice, kernel, others, *arrays: kernel(*arrays)
-        found |= {"vmap": mapped(), "meshes": {m: meshed(m) for m in MESHES}, "layer": layer()}
-        found["explicit"] = over_explicit_axes()
+        dispatch._by_platform = by_triton
+        found |= {"vmap": mapped("triton"), "layer": layer("triton")}
+        found["meshes"] = {mesh: meshed(mesh, "triton") for mesh in MESHES}
+        found["explicit"] = over_explicit_axes("triton")
     return found
-
-
-def mapped():
-    """How far a mapped gradient is from the plain form's; of the taps too, or not."""
-    case = Case(Form(silu, 8), packed=True, T=6)
-    u, before, taps, run, past, dy = case.arrays()
-
-    def gradient(choice):
-        def one(u, taps):
-            call = lambda u, taps: dispatch.short_convolution(
-                choice, case.form, u, before, taps, run, past
-            )
-            return jax.vjp(call, u, taps)[1](dy)
-
-        stacked = jnp.stack([u, 2 * u]), jnp.stack([taps, -taps])
-        return jax.vmap(one)(*stacked), jax.vmap(one, in_axes=(0, None))(stacked[0], taps)
-
-    pair = gradient(TRITON), gradient(selection.PLAIN)
-    return max(jax.tree.leaves(jax.tree.map(relative, *pair)))
-
-
-MESHES = ("data:2", "tensor:2,sequence:2", "data:2,sequence:2", "sequence:4")
-
-
-def meshed(mesh):
-    """How far a convolution of 8 tokens over a mesh is from the plain one, and its gradients.
-
-    Over four devices along the sequence a piece has fewer tokens than are read before one.
-    """
-    layout = Layout(make_mesh(DeviceConfig(mesh=mesh), jax.devices()), {})
-    conv = ShortConv(32, activation=silu, kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
-    graph, params = nnx.split(conv)
-    case = Case(Form(silu, 8), C=32, packed=True, T=8)
-    u, before, _, run, _, dy = case.arrays()
-    u, dy = (x.reshape(2, 8, 1, 32) for x in (u, dy))
-
-    def loss(params, u, before, choice):
-        conv = nnx.merge(graph, params)
-        y, after = conv(u, before, run, unit_width=8, choice=choice)
-        return jnp.sum(y * dy) + jnp.sum(after**2), y
-
-    @functools.partial(jax.jit, static_argnums=3)
-    def placed(params, u, before, choice):
-        with layout.placed():
-            run = lambda *arrays: loss(*arrays, choice)
-            return jax.value_and_grad(run, (0, 1, 2), has_aux=True)(params, u, before)
-
-    plainly = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)
-    wanted = plainly(params, u, before, selection.PLAIN)
-    found = placed(params, u, before, TRITON)
-    return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
-
-
-def over_explicit_axes():
-    """How far a convolution is whose sequences lie over explicit axes of a mesh."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
-    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    case = Case(Form(silu, 8), packed=True, T=6)
-    u, before, taps, run, past, dy = case.arrays()
-
-    def gradient(choice, *arrays):
-        u, before, run, past, dy = arrays
-        call = lambda u, taps: dispatch.short_convolution(
-            choice, case.form, u, before, taps, run, past
-        )
-        y, pull = jax.vjp(call, u, taps)
-        return y, pull(dy)
-
-    arrays = (u, before, run, past, dy)
-    found = jax.jit(gradient, static_argnums=0)(TRITON, *jax.device_put(arrays, spread))
-    wanted = gradient(selection.PLAIN, *arrays)
-    return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
-
-
-def layer():
-    """How far a layer is from the plain one: packed, padded, from a state, and its gradients."""
-    x = jax.random.normal(jax.random.key(1), (2, 9, 16))
-    given = {"segment_ids": jnp.asarray([[0] * 4 + [1] * 5, [0] * 9])}
-    given |= {"mask": jnp.arange(9)[None] != jnp.asarray([[2], [7]])}
-
-    def run(name):
-        layer = made(name, jnp.float32)
-        graph, params = nnx.split(layer)
-        before = jax.tree.map(lambda x: x + 0.5, layer.init_state(2))
-
-        def loss(params, x, before):
-            y, state = nnx.merge(graph, params)(x, state=before, **given)
-            return jnp.sum(y**2) + sum(jnp.sum(s**2) for s in state), (y, state)
-
-        found = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(params, x, before)
-        return jax.tree.leaves(found)
-
-    return max(map(relative, run("triton"), run("plain")))
-
-
-def made(name, dtype=jnp.bfloat16, **options):
-    sizes = {"num_heads": 2, "head_dim": 16, "expand_v": 1.0}
-    options = sizes | {"conv_implementation": name, "dtype": dtype} | options
-    return GatedDeltaProduct(16, **options, rngs=nnx.Rngs(0))
 
 
 # By what is compiled: form, packed or not, dtype.

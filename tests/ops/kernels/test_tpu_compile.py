@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from quick import quick
-from tpu_programs import GRADIENTS
+from tpu_programs import GRADIENTS, LAYERS
 
 from deltaproduct_jax.compilers import child, tpu
 from experiments.lib import environment
@@ -95,7 +95,8 @@ def test_kernels_read_and_write_little_more_than_their_arrays():
     assert found["temp_bytes"] < 1.1 * states / 2 + of_a_row
 
 
-PROGRAMS = ("step over a mesh", "step without a layout", "transformed", "sequence", *GRADIENTS)
+STEPS = ("step over a mesh", "step without a layout", "step with convolutions")
+PROGRAMS = (*STEPS, "transformed", "sequence", *LAYERS, *GRADIENTS)
 QUICK_PROGRAMS = ("v4 bfloat16",)
 
 
@@ -127,6 +128,14 @@ def test_a_training_step_on_256_chips_holds_the_kernels():
     assert found["all-gather"] > 0
     assert found["all-reduce"] > 0
     assert "tpu_custom_call" not in around("step without a layout")
+
+
+@pytest.mark.slow
+def test_convolutions_run_by_kernels_where_none_is_named():
+    """Of q, k and v one forward and one on the way back each, beside the op's own, also cut."""
+    for name in (*LAYERS, "step with convolutions"):
+        expected = 4 if name == "layer, plain" else 4 + 6
+        assert around(name)["tpu_custom_call"] == expected, name
 
 
 @pytest.mark.slow

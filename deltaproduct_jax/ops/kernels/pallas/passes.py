@@ -36,6 +36,7 @@ from deltaproduct_jax.ops.kernels.pallas.chunk import (
 )
 from deltaproduct_jax.ops.kernels.pallas.plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.ops.unavailable import devices_left
 
 MOST_FACTORS = 8
@@ -66,11 +67,13 @@ def is_ready() -> bool:
 
     It does for a TPU of which it knows the kind, and partitions none: where the mesh around has
     axes of several devices that are not manual, as those of `jax.shard_map` are, XLA could not.
+    What is `placed` will run inside of one.
     """
     mesh = jax.sharding.get_abstract_mesh()
     manual = jax.sharding.AxisType.Manual
     axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return memory_of_core() is not None and all(n == 1 or kind == manual for n, kind in axes)
+    is_cut = placement() is not None or all(n == 1 or kind == manual for n, kind in axes)
+    return memory_of_core() is not None and is_cut
 
 
 def reason_when_lowered(axis_context) -> str | None:
