@@ -119,6 +119,45 @@ def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
     return pieces if pieces >= 4 else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class NarrowTiling:
+    """The cut of narrow heads, of which a program has one.
+
+    Attributes:
+      update_rows: rows of a block of updates, of which it fills as many as whole tokens do.
+      span: blocks that have one kept state.
+    """
+
+    update_rows: int
+    span: int
+    forward: Launch
+    backward: Launch
+
+
+def narrow_tiling_for(parts: int, *, R: int, K: int, V: int, gated: bool) -> NarrowTiling:
+    """The cut of narrow heads.
+
+    Args:
+      parts: terms of bfloat16 that a factor is cut into; 1: as it is.
+      R: Householder factors per token.
+      K: key width.
+      V: value width.
+      gated: whether there is a decay.
+    """
+    if FORCED:
+        return FORCED[0]
+    wide = max(power_of_two(K), power_of_two(V)) > 32 or parts > 1
+    return NarrowTiling(
+        update_rows=16,
+        span=1 if wide or gated else 2,
+        forward=Launch(warps=2 if wide else 1, stages=2),
+        backward=Launch(warps=4 if wide else 1, stages=1),
+    )
+
+
+FORCED = []
+
+
 def step_for(*, R: int, K: int, V: int) -> Launch:
     """The cut for one token: a part of a state's columns to a program."""
     warps = 2 if R == 1 else 1
