@@ -111,11 +111,11 @@ def _forward(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     kept = call.kept() if keeps else 2 * (passes.PLACEHOLDER,)
     arrays = (*call.inputs(), initial_state)
     span = call.tiling.span if keeps else 0
-    o, final, *kept = call.launch(
-        "narrow_forward", arrays, (o, final, *kept), call.tiling.forward, span=span
+    slots = (options.slots or options.spans, B, H, HV // H, K, V) if keeps else (1, B, 1, 1, 1, 1)
+    outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32))
+    o, final, *kept, slots = call.launch(
+        "narrow_forward", arrays, outs, call.tiling.forward, span=span
     )
-    slots = (options.slots or options.spans) if keeps else 1
-    slots = jnp.zeros((slots, B, H, HV // H, K, V) if keeps else (1, B, 1, 1, 1, 1), jnp.float32)
     return o, final, (slots, *kept) if keeps else (slots,)
 
 

@@ -134,7 +134,10 @@ def narrow_backward(
                       HV, V, BV)  # fmt: skip
             dr = parts(drt, dtype, PARTS)
             u = parts(written[SPAN - 1 - j], dtype, PARTS)
-            S_parts = parts(states[SPAN - 1 - j], dtype, PARTS)
+            S = states[SPAN - 1 - j]
+            if SPAN == 1:  # anew, which spares registers
+                S = tl.load(kept, mask=within, other=0.0)
+            S_parts = parts(S, dtype, PARTS)
 
             do_u = product(do, u, PARTS)
             dscores = do_u * of_scores
@@ -162,7 +165,7 @@ def narrow_backward(
                 x = tl.where(begun_rows, of_rows[None, :], x + of_out[None, :])
                 dg = tl.sum(x, axis=1)
                 dg += tl.sum(tl.where(c[:, None] <= c[None, :], of_tokens_in[None, :], 0.0), axis=1)
-                all_of_it = tl.sum(tl.sum(states[SPAN - 1 - j].to(tl.float32) * dSt, axis=1), axis=0)
+                all_of_it = tl.sum(tl.sum(S.to(tl.float32) * dSt, axis=1), axis=0)
                 dg += through * all_of_it
                 tl.store(dg_ptr + row * HV + hv + c * HV, dg, mask=is_token)
             d_parts = parts(dscores, dtype, PARTS)

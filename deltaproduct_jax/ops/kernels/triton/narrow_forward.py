@@ -37,13 +37,16 @@ from deltaproduct_jax.ops.kernels.triton.parts import head
 @triton.jit
 def narrow_forward(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr, x_ptr,
+    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and the final state; with SPAN > 0 also X of every block and a state per SPAN."""
+    """Outputs and the final state; with SPAN > 0 also X of every block and a state per SPAN.
+
+    ``slots_ptr`` is memory that the op sets aside, in which nothing is written.
+    """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     pid = tl.program_id(0)
     b, hv, h = head(pid, H, HV)
