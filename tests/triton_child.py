@@ -26,7 +26,7 @@ from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels import containment
-from deltaproduct_jax.ops.kernels.triton import choice, looking, passes, tiling
+from deltaproduct_jax.ops.kernels.triton import choice, looking, narrow, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -56,6 +56,17 @@ NARROW = (
     "extreme decay",
     "in pieces",
 )
+# Of the kernels of narrow heads; two blocks at least.
+HEADS = {
+    "grouped, packed, odd widths": Case(T=9, R=3, B=1, H=1, G=2, K=24, V=16, segments=True),
+    "ungated": Case(T=20, R=4, gate=None, **SMALL),
+    "one factor": Case(T=33, R=1, **SMALL),
+    "seven factors": Case(T=5, R=7, **SMALL),
+    "extreme decay": Case(T=20, gate="extreme", **SMALL),
+    "mixed decay, packed": Case(T=20, gate="mixed", segments=True, **SMALL),
+    "identical keys, beta 2": Case(T=40, gate=None, keys="identical", beta=(2, 2), **SMALL),
+}
+QUICK_HEADS = {"float32": (), "float16": ("grouped, packed, odd widths",)}
 # By dtype; the only ones that the ordinary tests run.
 QUICK = {
     "float32": ("one factor, ungated", "packed, grouped, odd widths", "in pieces, packed"),
@@ -72,7 +83,7 @@ def inputs(case: Case, dtype: str):
     return arrays, segment_ids, Tokens(*tokens, resets), jnp.asarray(arrays["initial_state"])
 
 
-def run(tokens, state, cotangents, case, more):
+def run(tokens, state, cotangents, case, more, passes=passes):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
@@ -81,7 +92,7 @@ def run(tokens, state, cotangents, case, more):
     return outputs, [*dtokens[:5], dstate]
 
 
-def errors(case: Case, dtype: str) -> dict[str, float]:
+def errors(case: Case, dtype: str, passes=passes) -> dict[str, float]:
     """Of the kernels, by result, and under "recurrent" those of the plain recurrence."""
     arrays, segment_ids, tokens, state = inputs(case, dtype)
     do, dstate = helpers.draw_cotangents(case.arrays())
@@ -107,7 +118,7 @@ def errors(case: Case, dtype: str) -> dict[str, float]:
     outputs, pullback = jax.vjp(plain, *tokens[:5], state)
     recurrent = of(outputs, pullback(cotangents))
     more = dtype == "float16"  # kept, or made again
-    return {**of(*run(tokens, state, cotangents, case, more)), "recurrent": recurrent}
+    return {**of(*run(tokens, state, cotangents, case, more, passes)), "recurrent": recurrent}
 
 
 def relative(x, reference) -> float:
@@ -126,6 +137,10 @@ def interpret(every: bool) -> dict:
         for dtype in (dtype for dtype, names in cases.items() if name in names):
             with counted_pieces() as pieces[f"{name}, {dtype}"]:
                 found[f"{name}, {dtype}"] = errors(case, dtype)
+    heads = dict.fromkeys(QUICK_HEADS, tuple(HEADS)) if every else QUICK_HEADS
+    for dtype, names in heads.items():
+        for name in names:
+            found[f"narrow heads, {name}, {dtype}"] = errors(HEADS[name], dtype, narrow)
     found = {"errors": found, "pieces": pieces, "kept": kept(), "launches": timed()}
     if every:
         with counted_pieces() as pieces["vmap"]:
@@ -285,7 +300,39 @@ def compile_for_cuda(every: bool) -> dict:
         lowered["on a CPU"] = "lowered"
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
-    return {"rows": rows, "passes": of_passes, "lowered": lowered}
+    heads = compile_heads(every)
+    return {"rows": rows, "passes": of_passes, "lowered": lowered, "heads": heads}
+
+
+def compile_heads(every: bool) -> list[dict]:
+    """What the compiler makes of the kernels of narrow heads, as they are launched."""
+    from deltaproduct_jax.compilers.gpu import kernel_resources
+    from deltaproduct_jax.ops.kernels.triton import kernels as bodies
+
+    rows, call = [], passes.call
+    shapes = itertools.product((32, 64), ("bfloat16", "float32"), (True, False))
+
+    def compiled(name, arrays, outs, grid, launch, *, meta):
+        del grid
+        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
+        how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
+        found = kernel_resources(getattr(bodies, name), structs, meta, **how)
+        rows.append(found | {"kernel": name, "K": meta["K"], "PARTS": meta["PARTS"]})
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
+
+    passes.call = compiled
+    for K, dtype, gated in shapes if every else [(32, "bfloat16", False)]:
+        case = Case(T=16, R=4, B=1, H=1, K=K, V=K, gate="mild" if gated else None)
+        _, _, tokens, state = inputs(case, dtype)
+        do = jnp.zeros((1, 16, 1, K), dtype)
+        jax.eval_shape(
+            lambda tokens, state, do, case=case: run(
+                tokens, state, (do, state), case, True, narrow
+            ),
+            *(tokens, state, do),
+        )
+    passes.call = call
+    return rows
 
 
 def lower_wide(loss) -> dict:

@@ -5,7 +5,6 @@ ops/kernels/README.md. The contract of `forward` and `backward` is that of
 `deltaproduct_jax.ops.kernels`, but for bad rows.
 """
 
-import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.triton import passes
 from deltaproduct_jax.ops.kernels.triton.batching import batched
-from deltaproduct_jax.ops.kernels.triton.tiling import NarrowTiling, narrow_tiling_for, power_of_two
+from deltaproduct_jax.ops.kernels.triton.tiling import narrow_tiling_for, power_of_two
 from deltaproduct_jax.ops.layout import Tokens
 
 MOST_WIDTH = 64
@@ -30,8 +29,11 @@ def takes(tokens: Tokens, options: Options) -> bool:
     Hv, V = tokens.v.shape[-2:]
     is_narrow = all(x.dtype in passes.NARROW for x in tokens[:3])
     precisions = (None, "default") if is_narrow else TERMS
-    return max(K, V) <= MOST_WIDTH and T > 0 and B * Hv >= FEWEST_HEADS and (
-        options.precision in precisions
+    return (
+        max(K, V) <= MOST_WIDTH
+        and T > 0
+        and B * Hv >= FEWEST_HEADS
+        and (options.precision in precisions)
     )
 
 

@@ -16,7 +16,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     place,
     product,
     put_block,
-    rounded,
+    rounded_parts,
     summed_to,
     turned,
 )
@@ -75,9 +75,8 @@ def narrow_backward(
                 kSt *= into[None, :]
             rt = tl.trans(v.to(tl.float32)) - kSt
             yt = rt * beta[None, :]
-            if PARTS == 1:
-                yt = rounded(yt, dtype)
-            Xyt = applied(parts(yt, dtype, PARTS), turned(X), PARTS)
+            y_parts, yt = rounded_parts(yt, dtype, PARTS)
+            Xyt = applied(y_parts, turned(X), PARTS)
             et = rt - Xyt
             ut = yt - Xyt * beta[None, :]
             states += (S,)
@@ -123,9 +122,8 @@ def narrow_backward(
                 dut *= out[None, :]
             dut = added(turned(do), parts(scores, dtype, PARTS), dut, PARTS)
             yt = dut * beta[None, :]
-            if PARTS == 1:
-                yt = rounded(yt, dtype)
-            Xyt = applied(parts(yt, dtype, PARTS), X, PARTS)
+            y_parts, yt = rounded_parts(yt, dtype, PARTS)
+            Xyt = applied(y_parts, X, PARTS)
             wt = dut - Xyt
             drt = yt - Xyt * beta[None, :]
             dbeta = tl.sum(errors[SPAN - 1 - j].to(tl.float32) * wt, axis=0)

@@ -25,7 +25,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     product,
     put_block,
     put_series,
-    rounded,
+    rounded_parts,
     series,
     to_pairs,
     turned,
@@ -98,9 +98,7 @@ def narrow_forward(
         else:
             ot *= SCALE
         yt = (tl.trans(v.to(tl.float32)) - kSt) * beta[None, :]
-        if PARTS == 1:
-            yt = rounded(yt, dtype)
-        y_parts = parts(yt, dtype, PARTS)
+        y_parts, yt = rounded_parts(yt, dtype, PARTS)
         X_parts = turned(two_terms(X, dtype, PARTS))
         ut = yt - applied(y_parts, X_parts, PARTS) * beta[None, :]
         u_parts = parts(ut, dtype, PARTS)

@@ -147,7 +147,9 @@ def narrow_tiling_for(parts: int, *, R: int, K: int, V: int, gated: bool) -> Nar
     if FORCED:
         return FORCED[0]
     is_wide = max(power_of_two(K), power_of_two(V)) > 32
-    forward = Launch(warps=4, stages=1) if is_wide else Launch(warps=1, stages=1 if parts > 1 else 2)
+    forward = (
+        Launch(warps=4, stages=1) if is_wide else Launch(warps=1, stages=1 if parts > 1 else 2)
+    )
     more = gated or parts > 1
     backward = Launch(warps=4 if is_wide else 2 if more else 1, stages=1)
     return NarrowTiling(update_rows=16, span=1, forward=forward, backward=backward)
