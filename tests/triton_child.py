@@ -19,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import helpers
 import jax
 import jax.numpy as jnp
+import narrow_heads
 import numpy as np
 import oracle
 import triton_interpreter
@@ -56,17 +57,6 @@ NARROW = (
     "extreme decay",
     "in pieces",
 )
-# Of the kernels of narrow heads; two blocks at least.
-HEADS = {
-    "grouped, packed, odd widths": Case(T=9, R=3, B=1, H=1, G=2, K=24, V=16, segments=True),
-    "ungated": Case(T=20, R=4, gate=None, **SMALL),
-    "one factor": Case(T=33, R=1, **SMALL),
-    "seven factors": Case(T=5, R=7, **SMALL),
-    "extreme decay": Case(T=20, gate="extreme", **SMALL),
-    "mixed decay, packed": Case(T=20, gate="mixed", segments=True, **SMALL),
-    "identical keys, beta 2": Case(T=40, gate=None, keys="identical", beta=(2, 2), **SMALL),
-}
-QUICK_HEADS = {"float32": (), "float16": ("grouped, packed, odd widths",)}
 # By dtype; the only ones that the ordinary tests run.
 QUICK = {
     "float32": ("one factor, ungated", "packed, grouped, odd widths", "in pieces, packed"),
@@ -137,10 +127,9 @@ def interpret(every: bool) -> dict:
         for dtype in (dtype for dtype, names in cases.items() if name in names):
             with counted_pieces() as pieces[f"{name}, {dtype}"]:
                 found[f"{name}, {dtype}"] = errors(case, dtype)
-    heads = dict.fromkeys(QUICK_HEADS, tuple(HEADS)) if every else QUICK_HEADS
-    for dtype, names in heads.items():
-        for name in names:
-            found[f"narrow heads, {name}, {dtype}"] = errors(HEADS[name], dtype, narrow)
+    for name, dtype in narrow_heads.cases(every):
+        case = narrow_heads.CASES[name]
+        found[f"narrow heads, {name}, {dtype}"] = errors(case, dtype, narrow)
     found = {"errors": found, "pieces": pieces, "kept": kept(), "launches": timed()}
     if every:
         with counted_pieces() as pieces["vmap"]:
@@ -300,39 +289,8 @@ def compile_for_cuda(every: bool) -> dict:
         lowered["on a CPU"] = "lowered"
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
-    heads = compile_heads(every)
+    heads = narrow_heads.resources(every, inputs, run)
     return {"rows": rows, "passes": of_passes, "lowered": lowered, "heads": heads}
-
-
-def compile_heads(every: bool) -> list[dict]:
-    """What the compiler makes of the kernels of narrow heads, as they are launched."""
-    from deltaproduct_jax.compilers.gpu import kernel_resources
-    from deltaproduct_jax.ops.kernels.triton import kernels as bodies
-
-    rows, call = [], passes.call
-    shapes = itertools.product((32, 64), ("bfloat16", "float32"), (True, False))
-
-    def compiled(name, arrays, outs, grid, launch, *, meta):
-        del grid
-        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
-        how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
-        found = kernel_resources(getattr(bodies, name), structs, meta, **how)
-        rows.append(found | {"kernel": name, "K": meta["K"], "PARTS": meta["PARTS"]})
-        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
-
-    passes.call = compiled
-    for K, dtype, gated in shapes if every else [(32, "bfloat16", False)]:
-        case = Case(T=16, R=4, B=1, H=1, K=K, V=K, gate="mild" if gated else None)
-        _, _, tokens, state = inputs(case, dtype)
-        do = jnp.zeros((1, 16, 1, K), dtype)
-        jax.eval_shape(
-            lambda tokens, state, do, case=case: run(
-                tokens, state, (do, state), case, True, narrow
-            ),
-            *(tokens, state, do),
-        )
-    passes.call = call
-    return rows
 
 
 def lower_wide(loss) -> dict:

@@ -30,7 +30,7 @@ if not environment.extra_folder("gpu").exists():
 
 def child(mode: str, *every: str) -> dict:
     """Runs triton_child.py in a process of its own: the interpreter is chosen at import."""
-    path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
+    path = [environment.extra_folder("gpu"), TESTS, Path(__file__).parent, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
     command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode, *every]

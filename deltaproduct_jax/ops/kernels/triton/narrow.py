@@ -5,7 +5,6 @@ ops/kernels/README.md. The contract of `forward` and `backward` is that of
 `deltaproduct_jax.ops.kernels`, but for bad rows.
 """
 
-
 import jax
 import jax.numpy as jnp
 

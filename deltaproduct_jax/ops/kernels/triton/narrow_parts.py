@@ -1,4 +1,4 @@
-"""What the kernels of narrow heads are made of, in Triton: products by parts, the series of a block.
+"""What the kernels of narrow heads are made of, in Triton: products by parts, X of a block.
 
 Letters as in narrow_forward.py.
 """
@@ -296,8 +296,4 @@ def two_terms(X, dtype: tl.constexpr, PARTS: tl.constexpr):
 @triton.jit
 def applied(y, X, PARTS: tl.constexpr):
     """``y X`` with X as `two_terms` or `kept_series` has it."""
-    if PARTS > 1:
-        x = product(y, X, PARTS)
-    else:
-        x = tl.dot(y[0], X[0], tl.dot(y[0], X[1]))
-    return x
+    return product(y, X, PARTS) if PARTS > 1 else tl.dot(y[0], X[0], tl.dot(y[0], X[1]))
