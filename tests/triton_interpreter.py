@@ -10,7 +10,6 @@ import threading
 import types
 
 import jax
-import ml_dtypes
 import numpy as np
 
 # The interpreter keeps much in global variables, and JAX would call back from several threads; of
@@ -70,30 +69,11 @@ class Tensor:
         self.array[...] = other.array
 
 
-def _inline_asm(self, code, constraints, inputs, *_):
-    """What the interpreter lacks: program ids read anew, and numbers in terms of bfloat16."""
-    axis = re.fullmatch(r"mov.u32 \$0, %ctaid.([xyz]);", code)
-    if axis:
-        results = [self.create_get_program_id("xyz".index(axis[1]))]
-    else:
-        results = _terms(inputs[0].data, constraints.count("="), is_rounded="sub." not in code)
-    return types.SimpleNamespace(get_result=lambda index: results[index])
-
-
-def _terms(x: np.ndarray, outputs: int, is_rounded: bool) -> list:
-    """Terms of bfloat16 that add up to x; or the first alone, and the same in float32."""
-    import triton.language as tl
-    from triton.runtime.interpreter import TensorHandle
-
-    terms = []
-    for _ in range(outputs):
-        term = x.astype(ml_dtypes.bfloat16)
-        terms.append(TensorHandle(term.view(np.uint16), tl.bfloat16))
-        rest = x - term.astype(np.float32)
-        if is_rounded:
-            return [*terms, TensorHandle(term.astype(np.float32), tl.float32)]
-        x = rest
-    return terms
+def _inline_asm(self, code, *_):
+    """What the interpreter lacks: the only assembly in the kernels reads a program id."""
+    axis = "xyz".index(re.fullmatch(r"mov.u32 \$0, %ctaid.([xyz]);", code)[1])
+    program_id = self.create_get_program_id(axis)
+    return types.SimpleNamespace(get_result=lambda _: program_id)
 
 
 def _wide(handle) -> np.ndarray:

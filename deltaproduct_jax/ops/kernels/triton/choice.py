@@ -1,4 +1,4 @@
-"""Which GPU kernels run a call: those in Gluon where they take it, those in Triton elsewhere.
+"""Which GPU kernels run a call: those of narrow heads or in Gluon where they take it, else the rest.
 
 The module of "triton" in the table of `deltaproduct_jax.ops.kernels`, whose contract it keeps.
 """

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.triton import passes
+from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
-from deltaproduct_jax.ops.kernels.triton.tiling import narrow_tiling_for, power_of_two
 from deltaproduct_jax.ops.layout import Tokens
 
-MOST_WIDTH = 64
+MOST_WIDTH = 32
 # From as many on a walk of their own pays: eight or so are under way on each of 132
 # multiprocessors.
 FEWEST_HEADS = 1024
@@ -49,27 +48,26 @@ class _Call:
         B, T, R, H, K = k.shape
         HV, V = v.shape[-2:]
         parts = 1 if q.dtype in passes.NARROW else TERMS[options.precision]
-        gated = tokens.g is not None
+        gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
         self.tokens = tokens
-        self.tiling = narrow_tiling_for(parts, R=R, K=K, V=V, gated=gated)
-        M = self.tiling.update_rows
+        self.forward, self.backward = tiling.narrow_launches(parts, decays=any(gates.values()))
+        M = tiling.NARROW_ROWS
         C = M // R
         self.N = -(-T // C)
         self.sizes = B, T, R, H, HV, K, V
         self.meta = {
             **{"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "V": V},
-            **{"BK": power_of_two(K), "BV": power_of_two(V), "C": C, "CP": power_of_two(C)},
-            **{"M": M, "N": self.N, "PARTS": parts},
-            **{"HAS_G": gated, "HAS_RESETS": tokens.resets is not None},
+            **{"BK": tiling.power_of_two(K), "BV": tiling.power_of_two(V)},
+            **{"C": C, "CP": tiling.power_of_two(C)},
+            **{"M": M, "N": self.N, "PARTS": parts, **gates},
         }
 
     def kept(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """States before spans, transposed, and X of blocks."""
+        """States before blocks, transposed, and X of blocks."""
         B, _, _, _, HV, K, V = self.sizes
         M, dtype = self.meta["M"], self.tokens.q.dtype
-        spans = -(-self.N // self.tiling.span)
         return (
-            jax.ShapeDtypeStruct((B, HV, spans, V, K), dtype),
+            jax.ShapeDtypeStruct((B, HV, self.N, V, K), dtype),
             jax.ShapeDtypeStruct((B, HV, self.N, M, M), dtype),
         )
 
@@ -79,10 +77,10 @@ class _Call:
         g = beta if g is None else g
         return q, k, v, beta, g, beta if resets is None else resets.astype(jnp.int8)
 
-    def launch(self, name: str, arrays, outs, launch, *, span: int):
+    def launch(self, name: str, arrays, outs, launch, **more):
         """Launches a kernel, one program for each value head."""
         B, *_, HV, _, _ = self.sizes
-        meta = self.meta | {"SPAN": span}
+        meta = self.meta | more
         return passes.call(name, arrays, outs, (B * HV,), launch, meta=meta)
 
 
@@ -111,12 +109,9 @@ def _forward(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     final = jax.ShapeDtypeStruct((B, HV, K, V), jnp.float32)
     kept = call.kept() if keeps else 2 * (passes.PLACEHOLDER,)
     arrays = (*call.inputs(), initial_state)
-    span = call.tiling.span if keeps else 0
     slots = (options.slots or options.spans, B, H, HV // H, K, V) if keeps else (1, B, 1, 1, 1, 1)
     outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32))
-    o, final, *kept, slots = call.launch(
-        "narrow_forward", arrays, outs, call.tiling.forward, span=span
-    )
+    o, final, *kept, slots = call.launch("narrow_forward", arrays, outs, call.forward, KEEPS=keeps)
     return o, final, (slots, *kept) if keeps else (slots,)
 
 
@@ -135,9 +130,7 @@ def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
         jax.ShapeDtypeStruct(dfinal_state.shape, jnp.float32),
     )
     arrays = (*call.inputs(), states, x, do, dfinal_state)
-    dq, dk, dv, dbeta, dg, dstate = call.launch(
-        "narrow_backward", arrays, outs, call.tiling.backward, span=call.tiling.span
-    )
+    dq, dk, dv, dbeta, dg, dstate = call.launch("narrow_backward", arrays, outs, call.backward)
     if H != HV:
         dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
         dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)

@@ -6,7 +6,7 @@ C * R, with the state in registers. What holds columns of V in its rows is kept 
 
 Letters: C tokens of a block, CP the same rounded up to what products take, M rows for updates, K
 and V widths of keys and values, BK and BV these rounded up, H and HV key and value heads, N blocks.
-SPAN blocks have one kept state; PARTS is the number of terms that a factor is cut into (`parts`).
+PARTS is the number of terms that a factor is cut into (`parts`).
 """
 
 import triton
@@ -25,7 +25,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     product,
     put_block,
     put_series,
-    rounded_parts,
+    rounded,
     series,
     to_pairs,
     turned,
@@ -40,10 +40,10 @@ def narrow_forward(
     o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr, HAS_G: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and the final state; with SPAN > 0 also X of every block and a state per SPAN.
+    """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
     ``slots_ptr`` is memory that the op sets aside, in which nothing is written.
     """
@@ -56,7 +56,6 @@ def narrow_forward(
     within = (values < V)[:, None] & (keys < K)[None, :]
     offsets = keys[None, :] * V + values[:, None]
     St = tl.load(initial_ptr + pid.to(tl.int64) * (K * V) + offsets, mask=within, other=0.0)
-    SPANS: tl.constexpr = (N + SPAN - 1) // SPAN if SPAN > 0 else 1
     for n in range(0, N):
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
@@ -81,14 +80,12 @@ def narrow_forward(
             of_scores = tl.where(upto, 1.0, 0.0)
         X, _ = series(gram(k, k, PARTS), decays, decays_turned, beta, m, M, PARTS)
         scores = gram(q, k, PARTS) * (of_scores * SCALE)
-        if SPAN > 0:
+        if KEEPS:
             index = pid.to(tl.int64) * N + n
             put_series(x_ptr + index * (M * M), X, m, M, PARTS)
-            if n % SPAN == 0:
-                index = pid.to(tl.int64) * SPANS + n // SPAN
-                kept = values[:, None] * K + keys[None, :]
-                kept = states_ptr + index * (K * V) + kept
-                tl.store(kept, St.to(states_ptr.dtype.element_ty), mask=within)
+            kept = values[:, None] * K + keys[None, :]
+            kept = states_ptr + index * (K * V) + kept
+            tl.store(kept, St.to(states_ptr.dtype.element_ty), mask=within)
         S_parts = parts(St, dtype, PARTS)
         kSt = product(S_parts, turned(k), PARTS)
         ot = product(S_parts, turned(q), PARTS)
@@ -98,7 +95,9 @@ def narrow_forward(
         else:
             ot *= SCALE
         yt = (tl.trans(v.to(tl.float32)) - kSt) * beta[None, :]
-        y_parts, yt = rounded_parts(yt, dtype, PARTS)
+        if PARTS == 1:
+            yt = rounded(yt, dtype)
+        y_parts = parts(yt, dtype, PARTS)
         X_parts = turned(two_terms(X, dtype, PARTS))
         ut = yt - applied(y_parts, X_parts, PARTS) * beta[None, :]
         u_parts = parts(ut, dtype, PARTS)

@@ -8,50 +8,20 @@ import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton.parts import products, sums
 
-# Of two numbers of float32, side by side in a thread: terms of bfloat16 that add up to them, two to
-# a register, and what the first stands for. The compiler would convert one at a time what it
-# converts back, at a quarter of the rate.
-FIRST = """
-    cvt.rn.bf16x2.f32 {term}, {y}, {x};
-    shl.b32 {low}, {term}, 16;
-    and.b32 {high}, {term}, 0xffff0000;
-"""
-REST = """
-    sub.f32 a, {x}, a;
-    sub.f32 b, {y}, b;
-"""
-LAST = "    cvt.rn.bf16x2.f32 {term}, b, a;"
-A_B = {"low": "a", "high": "b"}
-ROUNDED = tl.constexpr(FIRST.format(term="$0", low="$1", high="$2", x="$3", y="$4"))
-TWO = tl.constexpr(
-    "{ .reg .b32 a, b;"
-    + FIRST.format(term="$0", **A_B, x="$2", y="$3")
-    + REST.format(x="$2", y="$3")
-    + LAST.format(term="$1")
-    + " }"
-)
-THREE = tl.constexpr(
-    "{ .reg .b32 a, b, c, d;"
-    + FIRST.format(term="$0", **A_B, x="$3", y="$4")
-    + REST.format(x="$3", y="$4")
-    + FIRST.format(term="$1", low="c", high="d", x="a", y="b")
-    + "    sub.f32 a, a, c;\n    sub.f32 b, b, d;\n"
-    + LAST.format(term="$2")
-    + " }"
-)
-
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x as ``dtype`` holds it, and the same in float32."""
+    """x in float32, rounded to what ``dtype`` holds.
+
+    For bfloat16 in integers, ties away from zero: converting there and back keeps the compiler from
+    packing two numbers at once, and takes an instruction of a quarter of the rate.
+    """
     if dtype == tl.bfloat16:
-        y, x = tl.inline_asm_elementwise(
-            ROUNDED, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.float32), is_pure=True, pack=2
-        )
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
     else:
-        y = x.to(dtype)
-        x = y.to(tl.float32)
-    return y, x
+        x = x.to(dtype).to(tl.float32)
+    return x
 
 
 @triton.jit
@@ -63,28 +33,17 @@ def parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
     if PARTS == 1:
         first = x.to(dtype)
         second, third = first, first
-    elif PARTS == 2:
-        first, second = tl.inline_asm_elementwise(
-            TWO, "=&r,=&r,r,r", [x], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
-        )
-        third = second
     else:
-        first, second, third = tl.inline_asm_elementwise(
-            THREE, "=&r,=&r,=&r,r,r", [x], (tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True, pack=2,
-        )  # fmt: skip
+        high = rounded(x, tl.bfloat16)
+        rest = x - high
+        first = high.to(tl.bfloat16)
+        if PARTS == 2:
+            second = rest.to(tl.bfloat16)
+            third = second
+        else:
+            middle = rounded(rest, tl.bfloat16)
+            second, third = middle.to(tl.bfloat16), (rest - middle).to(tl.bfloat16)
     return first, second, third
-
-
-@triton.jit
-def rounded_parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
-    """The same, and in float32 what they add up to."""
-    if PARTS == 1:
-        y, x = rounded(x, dtype)
-        found = y, y, y
-    else:
-        found = parts(x, dtype, PARTS)
-    return found, x
 
 
 @triton.jit
@@ -214,8 +173,6 @@ def series(G, decays, decays_turned, beta, m, M: tl.constexpr, PARTS: tl.constex
     X, Xt = widened(X, Xt, F_parts, same, beta, m, 2, M, TERMS)
     X, Xt = widened(X, Xt, F_parts, same, beta, m, 4, M, TERMS)
     X, Xt = widened(X, Xt, F_parts, same, beta, m, 8, M, TERMS)
-    if M > 16:
-        X, Xt = widened(X, Xt, F_parts, same, beta, m, 16, M, TERMS)
     return X, Xt
 
 
@@ -262,15 +219,15 @@ def put_series(ptr, X, m, M: tl.constexpr, PARTS: tl.constexpr):
     """Writes X: as it is, or in two terms, the second above the diagonal."""
     dtype = ptr.dtype.element_ty
     if PARTS == 1:
-        _, first = rounded(X, dtype)
+        first = rounded(X, dtype)
         X = first + tl.trans(X - first)
     tl.store(ptr + m[:, None] * M + m[None, :], X.to(dtype))
 
 
 @triton.jit
-def kept_series(ptr, m, inside, M: tl.constexpr, PARTS: tl.constexpr):
+def kept_series(ptr, m, M: tl.constexpr, PARTS: tl.constexpr):
     """What `put_series` wrote, in parts."""
-    X = tl.load(ptr + m[:, None] * M + m[None, :], mask=inside, other=0.0)
+    X = tl.load(ptr + m[:, None] * M + m[None, :])
     if PARTS > 1:
         found = parts(X, tl.bfloat16, PARTS)
     else:
@@ -287,9 +244,9 @@ def two_terms(X, dtype: tl.constexpr, PARTS: tl.constexpr):
     if PARTS > 1:
         found = parts(X, dtype, PARTS)
     else:
-        first, wide = rounded(X, dtype)
-        second = (X - wide).to(dtype)
-        found = first, second, second
+        first = rounded(X, dtype)
+        second = (X - first).to(dtype)
+        found = first.to(dtype), second, second
     return found
 
 

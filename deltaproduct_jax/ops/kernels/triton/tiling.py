@@ -119,43 +119,22 @@ def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
     return pieces if pieces >= 4 else 1
 
 
-@dataclasses.dataclass(frozen=True)
-class NarrowTiling:
-    """The cut of narrow heads, of which a program has one.
-
-    Attributes:
-      update_rows: rows of a block of updates, of which it fills as many as whole tokens do.
-      span: blocks that have one kept state.
-    """
-
-    update_rows: int
-    span: int
-    forward: Launch
-    backward: Launch
+# Rows of a block of narrow heads, of which whole tokens fill as many as they can.
+NARROW_ROWS = 16
 
 
-def narrow_tiling_for(parts: int, *, R: int, K: int, V: int, gated: bool) -> NarrowTiling:
-    """The cut of narrow heads.
+def narrow_launches(parts: int, *, decays: bool) -> tuple[Launch, Launch]:
+    """How the kernels of narrow heads are launched, forward and backward: a warp a head.
 
     Args:
       parts: terms of bfloat16 that a factor is cut into; 1: as it is.
-      R: Householder factors per token.
-      K: key width.
-      V: value width.
-      gated: whether there is a decay.
+      decays: whether there are gates or segments, which need registers.
     """
-    if FORCED:
-        return FORCED[0]
-    is_wide = max(power_of_two(K), power_of_two(V)) > 32
-    forward = (
-        Launch(warps=4, stages=1) if is_wide else Launch(warps=1, stages=1 if parts > 1 else 2)
-    )
-    more = gated or parts > 1
-    backward = Launch(warps=4 if is_wide else 2 if more else 1, stages=1)
-    return NarrowTiling(update_rows=16, span=1, forward=forward, backward=backward)
-
-
-FORCED = []
+    if parts > 1:
+        return Launch(warps=1, stages=1), Launch(warps=1, stages=1)
+    if decays:
+        return Launch(warps=1, stages=2), Launch(warps=1, stages=1)
+    return Launch(warps=1, stages=3), Launch(warps=1, stages=2)
 
 
 def step_for(*, R: int, K: int, V: int) -> Launch:
