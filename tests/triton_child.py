@@ -134,6 +134,7 @@ def interpret(every: bool) -> dict:
     if every:
         with counted_pieces() as pieces["vmap"]:
             found["vmap"] = vmapped()
+        found["vmap of narrow heads"] = vmapped(12, narrow)
         found["contained"] = [contained(more) for more in (True, False)]
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
@@ -153,15 +154,15 @@ def counted_pieces():
     tiling.pieces_for = real
 
 
-def vmapped() -> float:
+def vmapped(T: int = 70, passes=passes) -> float:
     """How far a mapped call, of sequences in 4 pieces, is from one after the other, in 5."""
     tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
-    case = Case(T=70, **SMALL)
+    case = Case(T=T, **SMALL)
     _, _, tokens, state = inputs(case, "float32")
     cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(case.arrays()))
 
     def one(q, state):
-        return run(tokens._replace(q=q), state, cotangents, case, more=True)
+        return run(tokens._replace(q=q), state, cotangents, case, True, passes)
 
     q, states = jnp.stack([tokens.q, 2 * tokens.q]), jnp.stack([state, -state])
     together = jax.vmap(one, (0, 0))(q, states)

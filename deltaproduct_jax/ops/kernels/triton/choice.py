@@ -1,4 +1,4 @@
-"""Which GPU kernels run a call: those of narrow heads or in Gluon where they take it, else the rest.
+"""Which GPU kernels run a call: of narrow heads, in Gluon where they take it, else the others.
 
 The module of "triton" in the table of `deltaproduct_jax.ops.kernels`, whose contract it keeps.
 """
