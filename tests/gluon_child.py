@@ -20,6 +20,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import jax.numpy as jnp
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 from deltaproduct_jax.compilers.gpu import spills_in_loops
 from deltaproduct_jax.ops.kernels import Options
@@ -48,6 +50,22 @@ def resources(program, registers):
         "products": len(re.findall("HGMMA", code)),
         "one_by_one": "wgmma.mma_async instructions are serialized" in report,
     }
+
+
+def compose(K, V, forgets, reverse):
+    """The kernel that finds what pieces begin with, as `passes.composed` launches it."""
+    from deltaproduct_jax.ops.kernels.gluon import pieces
+
+    meta = {"K": K, "V": V, "BV": passes.COMPOSED_COLUMNS, "PIECES": 8}
+    meta |= {"REVERSE": reverse, "FORGETS": forgets}
+    names = pieces.compose.arg_names
+    signature = {x: "constexpr" if x in meta else "*fp32" for x in names} | {"needs_ptr": "*i32"}
+    pointers = [i for i, x in enumerate(names) if x not in meta]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in pointers}
+    source = ASTSource(fn=pieces.compose, signature=signature, constexprs=meta, attrs=attributes)
+    options = {"num_warps": passes.COMPOSED_WARPS, "num_stages": passes.COMPOSED_STAGES}
+    target = GPUTarget("cuda", launch.COMPUTE_CAPABILITY, 32)
+    return resources(triton.compile(source, target=target, options=options), None)
 
 
 def compiled_kernels(*, R, K, V, gated, packed, pieces, gradients):
@@ -81,6 +99,9 @@ def compiled_kernels(*, R, K, V, gated, packed, pieces, gradients):
         wide(B, T, Hv) if gated else None,
         array(B, T, dtype=jnp.bool_) if packed else None,
     )
+    if pieces:
+        for name, reverse in (("compose", False), ("compose back", True)):
+            found[name] = compose(K, V, gated or packed, reverse)
     options = Options(K**-0.5, None, 0, interpret=False)
     state = wide(B, Hv, K, V)
     if not gradients:

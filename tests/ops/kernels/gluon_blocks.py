@@ -10,9 +10,12 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from deltaproduct_jax.ops.kernels.gluon import gates
+
 SIZE = 64
 LEAST_BETA = np.float32(2.0**-64)
 LEAST_GATE = -1e6
+MILD = gates.MILD
 LOWER = np.tril(np.ones((SIZE, SIZE), bool), -1)
 f32 = np.float32
 
@@ -202,21 +205,47 @@ class Gradients(NamedTuple):
 
 def backward(head: Head, kept: list[Kept], do, dstate) -> Gradients:
     """From the last block to the first; dS goes along as the state does in `forward`."""
-    dS, R = dstate.astype(f32), head.R
+    dS, R, after = dstate.astype(f32), head.R, None
     q, k, v, beta, g = (np.zeros(x.shape, f32) for x in (*head[:4], head.q[:, :, 0]))
     for n in reversed(range(head.q.shape[1] // SIZE)):
         of = slice(n * SIZE, (n + 1) * SIZE)
+        strong, of_updates = 0.0, []
         for r in reversed(range(R)):
             m = n * R + r
             part, b = slice(m * SIZE, (m + 1) * SIZE), block(head, n, r)
-            dy, after = chain(head, b, kept[m], head.q[:, of], do[:, of], dS, is_first=r == 0)
+            dy, before = chain(head, b, kept[m], head.q[:, of], do[:, of], dS, is_first=r == 0)
             v[:, part] = dy
             one = gradients(head, b, kept[m], head.q[:, of], do[:, of], rounded(dS), dy, r == 0)
             q[:, of] += one[0]
             k[:, part], beta[:, part] = one[1:3]
-            g[:, of] += spanned(b, one[3])
-            dS = after
+            strong = strong + spanned(b, one[3])
+            of_updates = [(b.token, one[4]), *of_updates]
+            dS = before
+        mild, whole = spanned_by_mild(
+            of_updates,
+            np.sum(head.q[:, of] * q[:, of], axis=2),
+            after,
+            np.sum(kept[n * R].state * dS, axis=(1, 2)),
+        )
+        is_mild = gate_sums(head, n).high[:, -1:] >= MILD
+        g[:, of] = np.where(is_mild, mild, strong)
+        after = whole
     return Gradients(rounded(q), rounded(k), v, beta, g, dS)
+
+
+def spanned_by_mild(of_updates, of_tokens, after, before):
+    """Cotangents of the gates of a group where all of them are mild, and ``before``.
+
+    Of decays that lead to a position, less those from there: what is behind a gate counts for it,
+    and what there is behind the group, which is what was before it but for that.
+    """
+    u = np.arange(SIZE)
+    dg = of_tokens @ (u[:, None] >= u).astype(f32)
+    for token, terms in of_updates:
+        dg = dg + terms @ (token[:, None] >= u).astype(f32)
+    if after is None:
+        after = before - of_tokens.sum(axis=1) - sum(x.sum(axis=1) for _, x in of_updates)
+    return dg + after[:, None], before
 
 
 def chain(head: Head, b: Block, kept: Kept, q, do, dS, *, is_first: bool):
@@ -265,10 +294,12 @@ def gradients(head: Head, b: Block, kept: Kept, q, do, dS, dy, is_first: bool):
     of_out = np.where(token < token[-1], of_out, f32(0))
     of_into = -b.into * np.sum(b.k * read, axis=2)
     of_updates = of_updates + np.where(token > b.before, of_into, f32(0))
-    dk = w * (b.out * b.beta)[:, :, None] - read * b.into[:, :, None]
-    dk = dk + turned(rounded(dA)) @ q + rounded(Z) @ b.k
+    below = rounded(np.where(LOWER, Z, f32(0)))
+    to = below @ b.k - read * b.into[:, :, None]
+    since = w * (b.out * b.beta)[:, :, None] + turned(rounded(dA)) @ q + turned(below) @ b.k
     of_all = b.into[:, -1, None] * np.sum(S * dS, axis=1)
-    return dq, dk, dbeta, Terms(of_updates, of_out, of_tokens, of_start, of_all)
+    terms = Terms(of_updates, of_out, of_tokens, of_start, of_all)
+    return dq, to + since, dbeta, terms, np.sum(b.k * (to - since), axis=2)
 
 
 def spanned(b: Block, terms: Terms):

@@ -17,7 +17,7 @@ from experiments.lib import environment
 TESTS = Path(__file__).parents[2]
 SHARED = 227 * 1024
 # Of a walk: what ptxas moves to memory outside of the loop over blocks.
-SPILT_BY_WALKS = 40
+SPILT_BY_WALKS = 60
 # Of `walk_back`, by K: mostly addresses that are found before the loop and read again in it.
 SPILT_BY_WALKS_BACK = {64: 80, 128: 1300}
 # `inverse` keeps some 60 numbers in memory while it substitutes, so that more programs fit.
@@ -39,10 +39,10 @@ def compiled(**sizes) -> dict:
     return json.loads(run.stdout)
 
 
-def check(kernels: dict, K: int = 128, one_by_one: str | None = None) -> None:
+def check(kernels: dict, K: int = 128) -> None:
     """Every kernel fits, uses the tensor cores, and wants no scratch memory.
 
-    Products of none wait for each other, but of the one named.
+    Products of none wait for each other.
     """
     for name, kernel in kernels.items():
         assert kernel["shared_bytes"] <= SHARED, (name, kernel)
@@ -51,7 +51,7 @@ def check(kernels: dict, K: int = 128, one_by_one: str | None = None) -> None:
             assert kernel["spilt_bytes"] == 0
             continue
         assert kernel["products"] > 0, (name, kernel)
-        assert kernel["one_by_one"] is (name == one_by_one), (name, kernel)
+        assert not kernel["one_by_one"], (name, kernel)
         most = SPILT_BY_INVERSE if name == "inverse" else SPILT_BY_WALKS
         if name.startswith("walk_back"):
             most = SPILT_BY_WALKS_BACK[K]
@@ -112,5 +112,4 @@ def test_gradients_compile_for_hopper_and_fit(sizes):
     if sizes.get("pieces"):
         names |= {"walk ends", "walk maps", "walk_back ends"}
     assert {name for name in kernels if name.startswith("walk")} == names
-    # With eight factors and no gates too many registers are taken, for reasons of the assembler's.
-    check(kernels, sizes.get("K", 128), "walk_back whole" if sizes["R"] == 8 else None)
+    check(kernels, sizes.get("K", 128))

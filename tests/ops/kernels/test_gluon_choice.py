@@ -6,11 +6,12 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import launch, passes
+from deltaproduct_jax.ops.kernels.gluon import gates, launch, passes
 from deltaproduct_jax.ops.layout import Tokens
 
 OPTIONS = Options(1.0, None, 0, interpret=False)
@@ -150,6 +151,25 @@ def test_pieces_have_all_groups_and_fit_side_by_side():
 )
 def test_pieces(heads, groups, pieces):
     assert passes.pieces_for(heads, groups) == pieces
+
+
+def test_how_many_groups_of_a_piece_matter():
+    """Of two pieces of four groups: ones that forget in none, in two, and in one that is last."""
+    least = -np.inf
+    growth = [[0, 1, -2, 0, 1, -21, -20, 1], [0, -41, 0, 0, 0, 0, least], [-30, 5, -20, -30]]
+    growth = [np.pad(np.array(x, np.float32), (0, 8 - len(x))) for x in growth]
+    needs = gates.needed(jnp.asarray(growth)[None], 2)
+    assert needs.shape == (1, 3, 2, 3)
+    assert needs[0, 0].tolist() == [[4, 4, 4], [3, 0, 3]]
+    assert needs[0, 1].tolist() == [[3, 0, 2], [2, 0, 3]]
+    assert needs[0, 2].tolist() == [[2, 0, 3], [4, 4, 4]]
+
+
+def test_what_is_not_finite_is_not_forgotten():
+    growth = jnp.asarray([[[-50.0, jnp.nan, -50.0, 0.0], [-50.0, jnp.inf, -jnp.inf, 0.0]]])
+    assert gates.needed(growth, 1).tolist() == [[[[2, 0, 1]], [[2, 0, 1]]]]
+    growth = jnp.asarray([[[jnp.nan, -50.0, -50.0, jnp.nan]]])
+    assert gates.needed(growth, 1).tolist() == [[[[4, 4, 4]]]]
 
 
 def test_ptx_says_how_many_registers_a_thread_has():

@@ -21,19 +21,18 @@ from deltaproduct_jax.ops.kernels.gluon.moves import (
     ask_rows,
     half,
     put_line,
-    put_sums,
-    sum_columns,
 )
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
     ROW,
-    SUMS,
-    between,
+    is_mild,
     load_vectors,
     matrix,
     nothing,
     put_vectors,
+    quotients,
+    weights,
 )
 
 
@@ -58,19 +57,25 @@ def over_columns(rows, states, h: gl.constexpr, z, NC: gl.constexpr):
 
 
 @gluon.jit
+def from_columns(x):
+    """Sums of the columns of a square, as what belongs to its rows."""
+    return gl.convert_layout(gl.sum(x, axis=0), ROW)
+
+
+@gluon.jit
 def of_system(
-    k, tile, eb, dyb, betas, of_updates, dbeta_ptr, row, rows, b, hv, r, z, R: gl.constexpr,
+    k, tile, eb, dyb, betas, of_updates, dbeta_ptr, row, rows, b, hv, r, z, mild, R: gl.constexpr,
     HV: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """Puts what multiplies keys in dk, on behalf of the system of errors, into ``tile``.
 
-    With an update as row; it counts for both. Its terms of dg by row and by column. Writes dbeta.
+    With an update as row; it counts for both. Its terms of dg, if not ``mild``. Writes dbeta.
     """
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     Z = over_values(dyb, eb, z, NC)
     below = i_of[:, None] > (j_of + z)[None, :]
-    weight = between(of_updates, of_updates, below, z, HAS_G, HAS_RESETS)
-    weight *= -betas.index(z).load(COLUMN)[None, :]
+    of_betas = betas.index(z).load(COLUMN)
+    weight = weights(of_updates, of_updates, of_betas, below, mild, z, -1.0, HAS_G, HAS_RESETS)
     Z = warpgroup_mma_wait(0, deps=[Z])
     own = i_of[:, None] == (j_of + z)[None, :]
     dbeta = gl.sum(gl.where(own, Z, 0.0), axis=1) / betas.index(z).load(ROW)
@@ -78,50 +83,46 @@ def of_system(
     gl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=row + i_of < rows)
     Z *= weight
     tile.store(Z.to(gl.bfloat16))
-    by_row, by_column = gl.zeros([64], gl.float32, ROW), gl.zeros([4, 64], gl.float32, SUMS)
-    if HAS_G:
+    terms = gl.zeros([64], gl.float32, ROW)
+    if HAS_G and not mild:
         zero = gl.zeros([64, 64], gl.float32, ACC)
         kk = warpgroup_mma(k, k.permute((1, 0)), zero, use_acc=False)
         spans = (r * 64 + i_of)[:, None] // R != (r * 64 + j_of)[None, :] // R
         kk = gl.where(spans, Z * kk, 0.0)
-        by_row, by_column = gl.sum(kk, axis=1), sum_columns(kk)
-    return by_row, by_column
-
-
-@gluon.jit
-def of_whole_decay(sb, dsb, z, K: gl.constexpr, NC: gl.constexpr):
-    """Products of the state before a block with the cotangent of that behind it, added up."""
-    x = gl.zeros([64], gl.float32, ROW)
-    for j in gl.static_range(NC):
-        for h in gl.static_range(K // 64):
-            s = half(sb.index(z + j), h).load(ACC).to(gl.float32)
-            x += gl.sum(s * half(dsb.index(z + j), h).load(ACC).to(gl.float32), axis=1)
-    return x
+        terms = gl.sum(kk, axis=1) - from_columns(kk)
+    return terms
 
 
 @gluon.jit
 def of_queries(
-    q, dob, sb, h: gl.constexpr, scale, z, NC: gl.constexpr, HAS_G: gl.constexpr,
+    q, dob, sb, h: gl.constexpr, scale, z, mild, NC: gl.constexpr, HAS_G: gl.constexpr,
 ):  # fmt: skip
-    """What reading the state makes of 64 columns of dq of a group; its terms of dg."""
+    """What reading the state makes of 64 columns of dq of a group; terms of dg, if not ``mild``."""
     read = warpgroup_mma_wait(0, deps=[over_columns(dob, sb, h, z, NC)])
     read *= scale[:, None]
-    terms = scale
-    if HAS_G:
-        terms = gl.sum(half(q, h).load(ACC).to(gl.float32) * read, axis=1)
+    terms = gl.zeros([64], gl.float32, ROW)
+    if HAS_G and not mild:
+        terms = times(half(q, h), read)
     return read, terms
 
 
 @gluon.jit
+def times(tile, x):
+    """Products of the rows of a tile with others."""
+    return gl.sum(tile.load(ACC).to(gl.float32) * x, axis=1)
+
+
+@gluon.jit
 def put_scores(
-    q, k, pb, scores_of, betas, of_tokens, of_updates, r, z, SCALE: gl.constexpr, R: gl.constexpr,
-    HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    q, k, pb, scores_of, betas, of_tokens, of_updates, r, z, mild, SCALE: gl.constexpr,
+    R: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """What multiplies errors in outputs, into ``pb``; and its factor."""
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
-    upto = i_of[:, None] >= (r * 64 + j_of)[None, :] // R
-    factor = between(of_tokens, of_updates, upto, z, HAS_G, HAS_RESETS)
-    factor *= SCALE * betas.index(z).load(COLUMN)[None, :]
+    # Up to its token, of which there is one for R updates.
+    upto = ((i_of + 1) * R)[:, None] > (r * 64 + j_of)[None, :]
+    of_betas = betas.index(z).load(COLUMN)
+    factor = weights(of_tokens, of_updates, of_betas, upto, mild, z, SCALE, HAS_G, HAS_RESETS)
     scores = warpgroup_mma_wait(0, deps=[scores_of])
     pb.store((scores * factor).to(gl.bfloat16))
     fence_async_shared()
@@ -142,57 +143,59 @@ def ask_for_block(
 
 @gluon.jit
 def before_dv(
-    tiles, lines, dq_0, dq_1, scores, factor, terms, m, r, st, z, waits,
+    tiles, tokens, dq_0, dq_1, scores, factor, m, r, st, z, mild, waits,
     SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
     DECAYS: gl.constexpr,
 ):  # fmt: skip
     """What a block's cotangents are made of without dv: of scores, and by reading the state.
 
-    Returns the cotangents of scores, their sums by column, and what there is of dq.
+    Returns the cotangents of scores, what there is of dq, and terms of dg, if not ``mild``, by
+    token and by update.
     """
-    q, dob, eb, sb, dsb = tiles
-    intos, tokens = lines
+    q, dob, eb, sb = tiles
     of_states, of_ds = waits
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     ds = over_values(dob, eb, z, NC)
     ds = warpgroup_mma_wait(0, deps=[ds])
     ds *= factor
-    by_column = gl.zeros([4, 64], gl.float32, SUMS)
-    if HAS_G:
-        spans = i_of[:, None] > (r * 64 + j_of)[None, :] // R
+    by_token = gl.zeros([64], gl.float32, ROW)
+    by_update = by_token
+    if HAS_G and not mild:
+        spans = (i_of * R)[:, None] > (r * 64 + j_of)[None, :]
         scores = gl.where(spans, ds * scores, 0.0)
-        put_line(terms + 128, gl.sum(scores, axis=1))
-        by_column = sum_columns(scores)
+        by_token = gl.sum(scores, axis=1)
+        by_update = -from_columns(scores)
     narrow = ds.to(gl.bfloat16)
     mbarrier.wait(of_states.index(0), m & 1)
     z = nothing(m, 28)
-    of_start = gl.zeros([64], gl.float32, ROW)
     if r == 0:
         scale = gl.full([64], SCALE, gl.float32, ROW)
         if DECAYS:
             scale *= tokens.index(st).load(ROW)
-        read, of_start = of_queries(q, dob, sb, 0, scale, z, NC, HAS_G)
+        read, of_start = of_queries(q, dob, sb, 0, scale, z, mild, NC, HAS_G)
+        by_token += of_start
         dq_0 = read if R == 1 else dq_0 + read
         if K == 128:
-            read, of_more = of_queries(q, dob, sb, 1, scale, nothing(m, 23), NC, HAS_G)
+            read, of_start = of_queries(q, dob, sb, 1, scale, nothing(m, 23), mild, NC, HAS_G)
+            by_token += of_start
             dq_1 = read if R == 1 else dq_1 + read
-            of_start += of_more
     mbarrier.wait(of_ds.index(0), m & 1)
-    if HAS_G:
-        put_line(terms + 192, of_start)
-        through = intos.index(st).slice(63, 1).load(ROW)
-        whole = of_whole_decay(sb, dsb, nothing(m, 22), K, NC)
-        put_line(terms + 256, through * whole)
-    return narrow, by_column, dq_0, dq_1
+    return narrow, dq_0, dq_1, by_token, by_update
 
 
 @gluon.jit
 def of_keys(
-    tiles, ds_tile, Z_tile, into, out, m, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr
+    tiles, ds_tile, Z_tile, into, out, m, mild, K: gl.constexpr, NC: gl.constexpr,
+    HAS_G: gl.constexpr,
 ):  # fmt: skip
-    """Puts dk of a block into ``stage``; what decays to the ends of the block add to dg."""
+    """Puts dk of a block into ``stage``.
+
+    Terms of dg: of decays to updates from where the block begins, and from them to its end; if
+    ``mild`` of all decays to updates, less those from them.
+    """
     q, k, eb, sb, dsb, dyb, stage = tiles
     of_into, of_out = gl.zeros([64], gl.float32, ROW), gl.zeros([64], gl.float32, ROW)
+    of_all = of_into
     for h in gl.static_range(K // 64):
         z = nothing(m, 26 - 5 * h)
         dk = over_columns(eb, dsb, h, z, NC)
@@ -201,16 +204,25 @@ def of_keys(
         dk *= out[:, None]
         read *= -into[:, None]
         if HAS_G:
-            some = half(k, h).load(ACC).to(gl.float32)
-            of_out += gl.sum(some * dk, axis=1)
-            of_into += gl.sum(some * read, axis=1)
-        dk += read
+            if not mild:
+                of_out += times(half(k, h), dk)
+                of_into += times(half(k, h), read)
+            # Apart until their difference is known.
+            read = warpgroup_mma(Z_tile, half(k, h), read, is_async=True)
+        else:
+            dk += read
+            dk = warpgroup_mma(Z_tile, half(k, h), dk, is_async=True)
         dk = warpgroup_mma(ds_tile.permute((1, 0)), half(q, h), dk, is_async=True)
-        dk = warpgroup_mma(Z_tile, half(k, h), dk, is_async=True)
         dk = warpgroup_mma(Z_tile.permute((1, 0)), half(k, h), dk, is_async=True)
-        dk = warpgroup_mma_wait(0, deps=[dk])
+        if HAS_G:
+            dk, read = warpgroup_mma_wait(0, deps=[dk, read])
+            if mild:
+                of_all += times(half(k, h), read - dk)
+            dk += read
+        else:
+            dk = warpgroup_mma_wait(0, deps=[dk])
         half(stage.index(z), h).store(dk.to(gl.bfloat16))
-    return of_into, of_out
+    return of_into, of_out, of_all
 
 
 @gluon.jit
@@ -235,10 +247,9 @@ def find_cotangents(
 ):  # fmt: skip
     """Scores and decays of every block for those who hold the cotangent of the state; the rest.
 
-    Terms of dg are written for each block, [9, 64]: by update what counts up to its token and what
-    counts behind it, by token what scores make of a block and, of a group, what reading the state
-    makes, what counts for the whole block, to be added up, and by update in four parts what counts
-    up to its token once more.
+    Terms of dg are written for each block, [4, 64]: by update what counts from the block's first
+    token up to its own, what counts behind it, and what counts from the group's first token up to
+    its own; and by token what counts from the group's first up to it.
     """
     (
         beta_ptr, sums_ptr, dq_out, dk_out, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb,
@@ -251,7 +262,6 @@ def find_cotangents(
     wide = b.to(gl.int64)
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
-    i_of = gl.arange(0, 64, ROW)
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     dq_0, dq_1 = zero, zero
@@ -259,6 +269,7 @@ def find_cotangents(
         beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
         HAS_RESETS,
     )  # fmt: skip
+    mild = is_mild(sums_ptr, pid, first + gl.maximum(total - 1, 0) // R, NG, HAS_G)
     if total > 0:
         last = first * R + total - 1
         ask(q_in, [b, last // R * 64, qcol], qfull.index(0), qb.index(0))
@@ -278,10 +289,13 @@ def find_cotangents(
         q, k = matrix(qb.index(sq)), matrix(kb.index(s))
         scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, nothing(m, 30), True, HAS_G, HAS_RESETS)
+        shown = (vectors[1], vectors[4])
+        if HAS_G:
+            shown = quotients(vectors, mild)
+        put_vectors(vectors, shown, lines, st, nothing(m, 30), True, HAS_G, HAS_RESETS)
         scores, factor = put_scores(
             q, k, pb.index(z + m % P), scores, betas, of_tokens, of_updates, r, nothing(m, 24),
-            SCALE, R, HAS_G, HAS_RESETS,
+            mild, SCALE, R, HAS_G, HAS_RESETS,
         )  # fmt: skip
         mbarrier.arrive(ready.index(st), count=1)
         if m + 1 < total:
@@ -297,18 +311,17 @@ def find_cotangents(
                 mbarrier.wait(do_empty.index(d ^ 1), (((turn + 1) // 2) & 1) ^ 1)
                 ask_columns(do_in, b, here, vcol, do_full.index(d ^ 1), dob, (d ^ 1) * NC, NC)
         if HAS_GRADIENTS:
-            terms = terms_ptr + (pid.to(gl.int64) * (NG * R) + first * R + block) * 576
+            terms = terms_ptr + (pid.to(gl.int64) * (NG * R) + first * R + block) * 256
             # dk, and dq in the place of dv, of the block before are out.
             tma.store_wait(0)
             if m > 0:
                 mbarrier.arrive(of_dy.index(1), count=1)
             mbarrier.wait(of_e.index(0), m & 1)
             mbarrier.wait(do_full.index(0), turn & 1)
-            narrow, by_column, dq_0, dq_1 = before_dv(
-                (q, dob, eb, sb, dsb), (intos, tokens), dq_0, dq_1, scores, factor, terms, m, r, st,
-                z, (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
+            narrow, dq_0, dq_1, by_token, by_update = before_dv(
+                (q, dob, eb, sb), tokens, dq_0, dq_1, scores, factor, m, r, st, z, mild,
+                (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
             )  # fmt: skip
-
             z = nothing(m, 27)
             mbarrier.wait(of_dy.index(0), m & 1)
             # Nobody reads X or the scores any more.
@@ -317,9 +330,9 @@ def find_cotangents(
             ds_tile = pb.index(z)
             ds_tile.store(narrow)
             Z_tile = matrix(stage.index(z)).slice(K - 64, 64, dim=1)
-            by_row, of_system_g = of_system(
-                k, Z_tile, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, wide, hv, r + z, z, R,
-                HV, NC, HAS_G, HAS_RESETS,
+            by_update += of_system(
+                k, Z_tile, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, wide, hv, r + z, z,
+                mild, R, HV, NC, HAS_G, HAS_RESETS,
             )  # fmt: skip
             fence_async_shared()
             if R == 1:
@@ -334,24 +347,32 @@ def find_cotangents(
             into = gl.full([64], 1.0, gl.float32, ROW)
             if DECAYS:
                 into = intos.index(st).load(ROW)
-            of_into, of_out = of_keys(
-                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, m, K, NC, HAS_G
+            of_into, of_out, of_all = of_keys(
+                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, m, mild, K, NC, HAS_G
             )
             fence_async_shared()
             tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(nothing(m, 21)))
             mbarrier.arrive(of_ds.index(1), count=1)
+            if HAS_G:
+                mbarrier.wait(of_states.index(1), m & 1)
             if m + 1 < total:
                 ask_for_block(of_block, arrays, first * R + block - 1, R, NC, SEQUENCES)
             if HAS_G:
-                token = (r * 64 + i_of) // R
-                is_new = (token > (r * 64 - 1) // R) | (r == 0)
-                put_line(terms, by_row + gl.where(is_new, of_into, 0.0))
-                put_line(terms + 64, gl.where(token < (r * 64 + 63) // R, of_out, 0.0))
-                put_sums(terms + 320, -(by_column + of_system_g))
+                if mild:
+                    by_update = of_all
+                    if r == 0:
+                        by_token = times(half(q, 0), dq_0)
+                        if K == 128:
+                            by_token += times(half(q, 1), dq_1)
+                put_line(terms, of_into)
+                put_line(terms + 64, of_out)
+                put_line(terms + 128, by_update)
+                put_line(terms + 192, by_token)
             vectors = load_vectors(
                 beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
                 HAS_RESETS,
             )  # fmt: skip
+            mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
             z = nothing(m, 25)
             if r == 0:
                 # Those who hold the cotangent of the state have written dv.
@@ -366,6 +387,7 @@ def find_cotangents(
                 beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
                 HAS_RESETS,
             )  # fmt: skip
+            mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
             if m + 1 < total:
                 mbarrier.wait(of_x.index(1), m & 1)
                 ask_rows(x_in, pid, 2 * row - 128, of_x.index(0), xb, 2)

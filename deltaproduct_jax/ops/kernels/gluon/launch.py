@@ -20,6 +20,7 @@ TARGET = "triton_kernel_call_ffi"
 COMPUTE_CAPABILITY = 90
 DTYPES = {
     "bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64", "int8": "i8",
+    "int32": "i32",
 }  # fmt: skip
 GLUON = {"bf16": "bfloat16"}
 

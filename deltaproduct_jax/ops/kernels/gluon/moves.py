@@ -1,4 +1,4 @@
-"""What `walk_back` loads and writes, in Gluon: tiles by TMA, halves of tiles, and sums.
+"""What `walk_back` loads and writes, in Gluon: tiles by TMA, halves of tiles, and lines.
 
 Letters as in prepare.py.
 """
@@ -7,7 +7,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from deltaproduct_jax.ops.kernels.gluon.parts import BY_WARP, ROW, SUMS, matrix
+from deltaproduct_jax.ops.kernels.gluon.parts import ROW, matrix
 
 
 @gluon.jit
@@ -48,19 +48,3 @@ def half(tile, h):
 def put_line(ptr, x):
     """Writes 64 numbers, one a row."""
     gl.store(ptr + gl.arange(0, 64, ROW), x)
-
-
-@gluon.jit
-def sum_columns(x):
-    """Sums over 16 rows each, [4, 64]."""
-    return gl.sum(gl.convert_layout(x.reshape([4, 16, 64]), BY_WARP, assert_trivial=True), axis=1)
-
-
-@gluon.jit
-def put_sums(ptr, x):
-    """Writes what `sum_columns` found, and what was added to it."""
-    row, column = (
-        gl.arange(0, 4, gl.SliceLayout(1, SUMS)),
-        gl.arange(0, 64, gl.SliceLayout(0, SUMS)),
-    )
-    gl.store(ptr + row[:, None] * 64 + column[None, :], x)

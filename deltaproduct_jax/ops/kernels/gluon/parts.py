@@ -6,6 +6,8 @@ Letters as in prepare.py.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from deltaproduct_jax.ops.kernels.gluon import gates
+
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
@@ -13,17 +15,7 @@ COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
 
 LINE = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
-# A tile by what each of four warps has of it, 16 rows: sums of its columns stay within a warp.
-BY_WARP = gl.constexpr(
-    gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 1], [0, 8, 0], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
-        lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [0, 4, 0]],
-        warp_bases=[[1, 0, 0], [2, 0, 0]],
-        block_bases=[],
-        shape=[4, 16, 64],
-    )
-)
-SUMS = gl.constexpr(gl.SliceLayout(1, BY_WARP.value))
+MILD = gl.constexpr(gates.MILD)
 
 # Stands for a beta of zero: dv is a multiple of beta, and dbeta what dv is a multiple of.
 LEAST_BETA = gl.constexpr(2.0**-64)
@@ -84,6 +76,40 @@ def decays(high, low, segments, from_high, from_low, from_segments, mask,
 
 
 @gluon.jit
+def is_mild(sums_ptr, pid, group, NG: gl.constexpr, HAS_G: gl.constexpr):
+    """Whether decays within a group are quotients of what float32 holds."""
+    mild = True
+    if HAS_G:
+        mild = gl.load(sums_ptr + (pid.to(gl.int64) * NG + group) * 192 + 63) >= MILD
+    return mild
+
+
+@gluon.jit
+def weights(
+    of_rows, of_columns, of_betas, mask, mild, z, SIGN: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Decays from columns to rows, times SIGN and beta of the columns.
+
+    The lines hold what `quotients` makes of sums.
+    """
+    of_betas = SIGN * of_betas
+    if HAS_RESETS:
+        segments = of_rows.index(z + 2).load(ROW)[:, None]
+        mask = mask & (segments == of_columns.index(z + 2).load(COLUMN)[None, :])
+    x = of_betas[None, :] + gl.zeros([64, 64], gl.float32, ACC)
+    if HAS_G:
+        row, column = of_rows.index(z).load(ROW), of_columns.index(z + 1).load(COLUMN)
+        if mild:
+            x = row[:, None] * (column * of_betas)[None, :]
+        else:
+            low, from_high = of_rows.index(z + 1).load(ROW), of_columns.index(z).load(COLUMN)
+            x = (row[:, None] - from_high[None, :]) + (low[:, None] - column[None, :])
+            x = power(x) * of_betas[None, :]
+    return gl.where(mask, x, 0.0)
+
+
+@gluon.jit
 def between(
     of_rows, of_columns, mask, z, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
@@ -139,13 +165,27 @@ def load_vectors(
 
 
 @gluon.jit
+def quotients(vectors, mild):
+    """Of what `load_vectors` found, sums at updates and at tokens as `weights` takes them.
+
+    Of mild gates decays from the first token of the group on, and what undoes those to updates.
+    """
+    _, at, _, _, here = vectors
+    high = gl.where(mild, power(at[0] + at[1]), at[0])
+    low = gl.where(mild, power(-at[0] - at[1]), at[1])
+    of_tokens = gl.where(mild, power(here[0] + here[1]), here[0])
+    return (high, low, at[2]), (of_tokens, here[1], here[2])
+
+
+@gluon.jit
 def put_vectors(
-    vectors, lines, st, z, HAS_O: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    vectors, shown, lines, st, z, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
+    HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """Puts what `load_vectors` found where others read it, in turn ``st``: beta, decays and sums.
 
     Decays from the block before to its updates, and, times beta, from them to its last. With HAS_O
-    those to its tokens, and the sums that the scores' decays are made of.
+    those to its tokens, and of updates and tokens what the scores' decays are made of, ``shown``.
     """
     beta, at, last, before, here = vectors
     betas, intos, outs, tokens, of_tokens, of_updates = lines
@@ -162,7 +202,7 @@ def put_vectors(
             of_t = decays(here[0], here[1], here[2], 0.0, 0.0, 0.0, every, HAS_G, HAS_RESETS)
             tokens.index(st).store(of_t)
             for part in gl.static_range(3):
-                of_updates.index(z + part).store(at[part])
-                of_tokens.index(z + part).store(here[part])
+                of_updates.index(z + part).store(shown[0][part])
+                of_tokens.index(z + part).store(shown[1][part])
     else:
         outs.index(st).store(beta)

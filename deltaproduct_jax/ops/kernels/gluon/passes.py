@@ -2,22 +2,27 @@
 
 import functools
 import importlib.metadata
+import inspect
 import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import launch
+from deltaproduct_jax.ops.kernels.gluon import gates, launch
+from deltaproduct_jax.ops.kernels.gluon.gates import GROUP
 from deltaproduct_jax.ops.kernels.gluon.launch import Tile
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.varying import mark_varying_as
 
-GROUP = 64  # tokens
 WIDTHS = (64, 128)
 # Programs with more than half of the shared memory: one a multiprocessor of an H100 or H200.
 PROGRAMS_AT_ONCE = 132
+# Of `compose`: columns of a state a program, warps, and stages where all pieces have maps.
+COMPOSED_COLUMNS = 16
+COMPOSED_WARPS = 8
+COMPOSED_STAGES = 2
 GROUPS_IN_A_PIECE = 4
 MOST_PIECES = 24
 STAGES = 3
@@ -83,6 +88,8 @@ class Call:
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
         self.pieces = pieces_for(B * HV, self.NG)
+        self.is_gated = tokens.g is not None or tokens.resets is not None
+        self.forgets = self.pieces > 1 and self.is_gated
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
         self.meta = {
             "SCALE": options.scale,
@@ -139,12 +146,26 @@ class Call:
         return jax.ShapeDtypeStruct((self.B, self.HV, blocks * 2, 64, 64), jnp.bfloat16)
 
     def inverse(self, sums: jax.Array) -> jax.Array:
-        """X of every block in two terms, [B, Hv, 2 blocks, 64, 64]."""
+        """X of every block in two terms, [B, Hv, 2 blocks, 64, 64].
+
+        And by how much groups make a state longer or shorter, at most: logarithms [B, Hv, groups],
+        where that is asked for.
+        """
         blocks = self.NG * self.meta["R"]
         grid = (-(-blocks // 2), self.B * self.HV)
-        arrays, outs = (self.tokens.k, self.tokens.beta, sums), [self.of_inverse()]
-        how = {"registers": INVERSE_REGISTERS}
-        return self.launch(self.prepare.inverse, arrays, outs, grid, **how)[0]
+        arrays, outs = (self.tokens.k, self.tokens.beta, sums), [self.of_inverse(), PLACEHOLDER]
+        if self.forgets:
+            outs[1] = jax.ShapeDtypeStruct((self.B, self.HV, 2 * blocks), jnp.float32)
+        how = {"registers": INVERSE_REGISTERS, "HAS_GROWTH": self.forgets}
+        x, growth = self.launch(self.prepare.inverse, arrays, outs, grid, **how)
+        if not self.forgets:
+            return x, growth
+        growth = jnp.sum(growth.reshape(self.B, self.HV, self.NG, -1), axis=-1)
+        return x, growth + jnp.where(sums[:, :, :, 2, -1] > 0, -jnp.inf, sums[:, :, :, 0, -1])
+
+    def needs(self, growth: jax.Array) -> jax.Array:
+        """How many groups of a piece matter, [B, Hv, pieces, 3], where some may not."""
+        return gates.needed(growth, self.pieces) if self.forgets else growth
 
     def states(self, pieces: int, V: int) -> jax.ShapeDtypeStruct:
         """A state a piece."""
@@ -156,11 +177,15 @@ class Call:
         shape = (self.slots, self.B, H, self.HV // H, self.K, self.V)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
-        """What each of ``pieces`` does to any state; of both ends nothing."""
-        return jax.ShapeDtypeStruct((self.B, self.HV, pieces - 2, self.K, self.K), jnp.float32)
+    def of_pieces(self, pieces: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """What each of ``pieces`` does to any state, but for both ends; and growth by groups."""
+        shapes = (self.B, self.HV, pieces - 2, self.K, self.K), (self.B, self.HV, self.NG)
+        count = 0 if pieces == 1 else 1 + self.is_gated
+        return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes[:count])
 
-    def walked(self, x, sums, start, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False):
+    def walked(
+        self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
+    ):
         """Outputs, the states after pieces, kept states and errors."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
@@ -177,30 +202,34 @@ class Call:
             **{"FIRST": first, "PIECES": pieces, "V": V},
             **{"S": STAGES_OF_GRADIENTS if keeps else STAGES},
             **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
+            **{"FORGETS": self.forgets and mode != "whole", "SUMMARY": int(mode == "maps")},
         }
-        arrays = (q, k, v, x, beta, sums, start)
+        arrays = (q, k, v, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 
-    def walked_back(self, x, sums, start, do, e, states, *, mode: str):
+    def walked_back(self, x, sums, start, needs, do, e, states, *, mode: str):
         """Cotangents of q, k, v, beta and g's terms, and those of states before pieces."""
         q, k, v, beta = self.tokens[:4]
         T, R = self.meta["T"], self.meta["R"]
         is_whole, gated = mode == "whole", self.gates["HAS_G"]
         of_keys = (self.B, T, self.HV, self.K), (self.B, T, R, self.HV, self.K)
-        terms = (self.B, self.HV, self.NG, R, 9, GROUP)
-        shapes = [*of_keys, v.shape, beta.shape, terms if gated else PLACEHOLDER.shape]
-        dtypes = [q.dtype, k.dtype, v.dtype, beta.dtype, jnp.float32]
+        of_blocks = (self.B, self.HV, self.NG, R)
+        of_gates = (*of_blocks, 4, GROUP), (*of_blocks[:3], R + 1, self.V // 64)
+        of_gates = of_gates if gated else 2 * (PLACEHOLDER.shape,)
+        shapes = [*of_keys, v.shape, beta.shape, *of_gates]
+        dtypes = [q.dtype, k.dtype, v.dtype, beta.dtype, jnp.float32, jnp.float32]
         if not is_whole:
-            shapes = 5 * [PLACEHOLDER.shape]
+            shapes = 6 * [PLACEHOLDER.shape]
         outs = [jax.ShapeDtypeStruct(*x) for x in zip(shapes, dtypes, strict=True)]
         first = 0 if is_whole else 1
         more = {
             "STEPS": -(-self.NG // self.pieces),
             **{"FIRST": first, "PIECES": self.pieces, "S": STAGES_OF_GRADIENTS},
             **{"HAS_GRADIENTS": is_whole, "START": mode},
+            "FORGETS": self.forgets and not is_whole,
         }
-        arrays = (q, k, x, do, e, states, beta, sums, start)
+        arrays = (q, k, x, do, e, states, beta, sums, start, needs)
         outs.append(self.states(self.pieces, self.V))
         grid = (self.B * self.HV, self.pieces - first)
         return self.launch(self.walk_back.walk_back, arrays, outs, grid, **more)
@@ -225,16 +254,17 @@ def forward(options: Options, tokens: Tokens, initial_state: jax.Array):
 def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
     """Outputs, the final state, and X, kept states, errors and maps, if there are any."""
     sums = call.sums()
-    x = call.inverse(sums)
-    start, maps = initial_state, None
+    x, growth = call.inverse(sums)
+    start, maps, needs = initial_state, None, growth
     if call.pieces > 1:
-        ends = call.walked(x, sums, start, has_o=False, has_v=True, mode="ends")[1]
-        maps = call.walked(x, sums, start, has_o=False, has_v=False, mode="maps")[1]
-        start = composed(call, initial_state, maps, ends, reverse=False)
+        needs = call.needs(growth)
+        ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
+        maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
+        start = composed(call, initial_state, maps, ends, needs, reverse=False)
     o, after, states, errors = call.walked(
-        x, sums, start, has_o=True, has_v=True, mode="whole", keeps=keeps
+        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=keeps
     )
-    return o, after[:, :, -1], x, states, errors, maps
+    return o, after[:, :, -1], x, states, errors, (maps, growth)
 
 
 class Fixed(NamedTuple):
@@ -255,82 +285,67 @@ def fixed(tokens: Tokens, options: Options) -> Fixed:
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What a gradient keeps beside states: X, errors, and maps of pieces."""
     call = Call(tokens, options)
-    maps = (call.maps(call.pieces),) if call.pieces > 1 else ()
     v = tokens.v
-    return call.of_inverse(), jax.ShapeDtypeStruct(v.shape, v.dtype), *maps
+    return call.of_inverse(), jax.ShapeDtypeStruct(v.shape, v.dtype), *call.of_pieces(call.pieces)
 
 
 def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
     """Outputs, the final state, and what `backward` needs."""
     call = Call(tokens, fixed.options)
-    o, final_state, x, states, errors, maps = _forward(call, initial_state, keeps=True)
-    more = ()
-    if fixed.pieces > 1:
-        empty = call.maps(fixed.pieces)
-        more = (maps if fixed.pieces == call.pieces else jnp.zeros(empty.shape, empty.dtype),)
+    o, final_state, x, states, errors, more = _forward(call, initial_state, keeps=True)
+    empty = call.of_pieces(fixed.pieces)
+    if fixed.pieces != call.pieces:
+        more = [jnp.zeros(x.shape, x.dtype) for x in empty]
+    more = more[: len(empty)]
     return o, final_state, (states, x, errors, *more)
 
 
 def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
     """Cotangents of the tokens and of the initial state."""
     call = Call(tokens, fixed.options)
-    states, x, errors, *maps = kept
+    states, x, errors, *more = kept
     sums, start = call.sums(), dfinal_state
-    arrays = (do, errors, states)
+    needs, arrays = jnp.zeros(PLACEHOLDER.shape, PLACEHOLDER.dtype), (do, errors, states)
     if call.pieces > 1:
+        if call.forgets:
+            needs = call.needs(more[1])
+        maps = more[0]
         if fixed.pieces != call.pieces:  # whatever they begin with
-            maps = [call.walked(x, sums, start, has_o=False, has_v=False, mode="maps")[1]]
-        *_, ends = call.walked_back(x, sums, start, *arrays, mode="ends")
-        start = composed(call, dfinal_state, maps[0], ends, reverse=True)
-    dq, dk, dv, dbeta, terms, before = call.walked_back(x, sums, start, *arrays, mode="whole")
+            maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
+        *_, ends = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
+        start = composed(call, dfinal_state, maps, ends, needs, reverse=True)
+    dq, dk, dv, dbeta, *terms, before = call.walked_back(
+        x, sums, start, needs, *arrays, mode="whole"
+    )
     q, k, g = tokens.q, tokens.k, tokens.g
     if q.shape[2] != call.HV:  # of value heads; of a group they are added up
         dq, dk = (
             jnp.sum(dx.reshape(*x.shape[:-1], -1, x.shape[-1]).astype(jnp.float32), axis=-2)
             for dx, x in ((dq, q), (dk, k))
         )
-    dg = None if g is None else summed_terms(terms, g.shape[1]).astype(g.dtype)
+    dg = None if g is None else gates.summed_terms(*terms, sums, g.shape[1]).astype(g.dtype)
     return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
 
 
-def summed_terms(terms: jax.Array, T: int) -> jax.Array:
-    """The cotangent of g [B, T, Hv]: every term of a decay counts for the tokens that it spans.
-
-    Args:
-      terms: [B, Hv, groups, R, 9, 64], as `find_cotangents` writes them.
-      T: tokens.
-    """
-    R = terms.shape[3]
-    spans = jnp.asarray(np.stack([_spans(r, R) for r in range(R)]))
-    dg = jnp.einsum("bhnrpi,rpiu->bnuh", terms, spans, precision=jax.lax.Precision.HIGHEST)
-    return dg.reshape(dg.shape[0], -1, dg.shape[-1])[:, :T]
-
-
-def _spans(r: int, R: int) -> np.ndarray:
-    """For which tokens the terms of block r of a group count: [9, 64, 64 tokens] of 0 and 1."""
-    token = (r * GROUP + np.arange(GROUP))[:, None] // R  # of every update
-    before, last = (r * GROUP - 1) // R, token[-1]  # that the block before ends with
-    i, u = np.arange(GROUP)[:, None], np.arange(GROUP)[None, :]
-    upto, inside = (u > before) & (u <= token), (u > before) & (u <= last)
-    kinds = (
-        upto,
-        (u > token) & (u <= last),
-        (u > before) & (u <= i),
-        u <= i,
-        inside & (i >= 0),
-        *4 * [upto],
-    )
-    return np.stack(kinds).astype(np.float32)
-
-
-def composed(call: Call, first, maps, ends, *, reverse: bool) -> jax.Array:
+def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Array:
     """States [B, Hv, pieces, K, V] that pieces begin with, or cotangents, if ``reverse``."""
-    from deltaproduct_jax.ops.kernels.triton import passes, tiling
+    import jax_triton
 
-    sizes = {"R": call.meta["R"], "K": call.K, "V": call.V}
-    cut = tiling.tiling_for(jnp.dtype(jnp.bfloat16), gated=False, **sizes).compose
-    meta = {"K": call.K, "BK": call.K, "V": call.V, "BV": cut.columns, "ROWS": cut.keys}
-    meta |= {"PIECES": call.pieces, "REVERSE": reverse, "PRECISION": "tf32x3"}
-    grid = (-(-call.V // cut.columns), call.B * call.HV)
+    from deltaproduct_jax.ops.kernels.gluon import pieces
+
+    meta = {"K": call.K, "V": call.V, "BV": COMPOSED_COLUMNS, "PIECES": call.pieces}
+    meta |= {"REVERSE": reverse, "FORGETS": call.forgets}
     outs = (call.states(call.pieces, call.V),)
-    return passes.call("compose", (first, maps, ends), outs, grid, cut, meta=meta)[0]
+    named = inspect.signature(jax_triton.triton_call).parameters
+    results = jax_triton.triton_call(
+        *(first, maps, ends, needs),
+        kernel=pieces.compose,
+        grid=(call.V // COMPOSED_COLUMNS, call.B * call.HV),
+        name="delta_product_compose",
+        num_warps=COMPOSED_WARPS,
+        num_stages=COMPOSED_STAGES,
+        compute_capability=launch.COMPUTE_CAPABILITY,
+        **{"out_type" if "out_type" in named else "out_shape": outs},
+        **meta,
+    )
+    return mark_varying_as(results[0], first)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from deltaproduct_jax.ops.kernels.gluon.parts import not_zero
+from deltaproduct_jax.ops.kernels.gluon.parts import is_mild, not_zero, power
 
 # What is less than this forgets everything in float32 too, and sums of it stay exact enough.
 LEAST_GATE = gl.constexpr(-1e6)
@@ -115,7 +115,7 @@ def times_second(tiles, p: gl.constexpr):
 
 
 @gluon.jit
-def beside(X, sums, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
+def beside(X, sums, mild, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
     """What is beside the diagonal halves of block p: zeros, and below them X, with decays."""
     of_columns: gl.constexpr = gl.SliceLayout(0, ACC)
     of_rows: gl.constexpr = gl.SliceLayout(1, ACC)
@@ -125,11 +125,14 @@ def beside(X, sums, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constex
         same = here == sums.index(2).slice(p * 64, 32).load(of_columns)[None, :]
         is_below = is_below & same
     if HAS_G:
-        of_g = sums.index(0).slice(p * 64, 64).load(of_rows)[:, None]
-        of_g -= sums.index(0).slice(p * 64, 32).load(of_columns)[None, :]
-        low = sums.index(1).slice(p * 64, 64).load(of_rows)[:, None]
-        of_g += low - sums.index(1).slice(p * 64, 32).load(of_columns)[None, :]
-        X *= gl.exp(gl.where(is_below, of_g, 0.0))
+        high = sums.index(0).slice(p * 64, 64).load(of_rows)[:, None]
+        from_low = sums.index(1).slice(p * 64, 32).load(of_columns)[None, :]
+        if mild:
+            X *= high * from_low
+        else:
+            of_g = high - sums.index(0).slice(p * 64, 32).load(of_columns)[None, :]
+            of_g += sums.index(1).slice(p * 64, 64).load(of_rows)[:, None] - from_low
+            X *= power(gl.where(is_below, of_g, 0.0))
     return gl.where(is_below, X, 0.0)
 
 
@@ -177,6 +180,17 @@ def positions():
 
 
 @gluon.jit
+def put_growth(ptr, f, by_half, pair, NB: gl.constexpr):
+    """Writes by how much, at most, the updates of each half make any state longer: a logarithm."""
+    i_of, j_of = positions()
+    squares = gl.sum(gl.where(i_of == j_of, f.permute((1, 0, 2)).load(HALVES), 0.0), axis=0)
+    factor = gl.abs(1.0 - by_half.load(OF_COLUMNS) * squares)
+    growth = gl.sum(gl.where(factor <= 1.0, 0.0, gl.log(factor)), axis=1)
+    half = pair * 4 + gl.arange(0, 4, gl.SliceLayout(1, OF_COLUMNS))
+    gl.store(ptr + half, growth, mask=half < 2 * NB)
+
+
+@gluon.jit
 def substituted(f, by_half):
     """X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
     i_of, j_of = positions()
@@ -192,7 +206,7 @@ def substituted(f, by_half):
 
 
 @gluon.jit
-def decayed(X, sums, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
+def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
     """X of the halves with decays."""
     i_of, j_of = positions()
     mask = i_of > j_of
@@ -203,11 +217,14 @@ def decayed(X, sums, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
     if HAS_G:
         highs = sums.index(0)._reinterpret(gl.float32, [4, 32], PLAIN)
         lows = sums.index(1)._reinterpret(gl.float32, [4, 32], PLAIN)
-        of_g = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
-        of_g -= gl.expand_dims(highs.load(OF_COLUMNS), 0)
-        low = gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2)
-        of_g += low - gl.expand_dims(lows.load(OF_COLUMNS), 0)
-        X *= gl.exp(gl.where(mask, of_g, 0.0))
+        high = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
+        from_low = gl.expand_dims(lows.load(OF_COLUMNS), 0)
+        if mild:
+            X *= high * from_low
+        else:
+            of_g = high - gl.expand_dims(highs.load(OF_COLUMNS), 0)
+            of_g += gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2) - from_low
+            X *= power(gl.where(mask, of_g, 0.0))
     return gl.where(mask, X, 0.0)
 
 
@@ -221,9 +238,9 @@ def put_halves(ts, X):
 
 @gluon.jit
 def inverse(
-    k, beta_ptr, sums_ptr, x_out,
+    k, beta_ptr, sums_ptr, x_out, growth_ptr,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
-    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr, HAS_GROWTH: gl.constexpr,
 ):  # fmt: skip
     """``(I + L)^-1 = I - X``, L the strictly causal products of keys, decays and beta.
 
@@ -257,11 +274,16 @@ def inverse(
     row = pair * 128 + gl.arange(0, 128, flat)
     beta = gl.load(beta_ptr + (b * rows + row) * HV + hv, mask=row < rows, other=0.0)
     betas.store(not_zero(beta.to(gl.float32)))
+    # Of both blocks.
+    mild = is_mild(sums_ptr, pid, gl.minimum(pair * 2 // R, NG - 1), NG, HAS_G)
+    mild = mild & is_mild(sums_ptr, pid, gl.minimum((pair * 2 + 1) // R, NG - 1), NG, HAS_G)
     if HAS_G or HAS_RESETS:
         group = gl.minimum(row // (64 * R), NG - 1)
         at = sums_ptr + ((b * HV + hv) * NG + group) * 192 + (row // R) % 64
-        for part in gl.static_range(3):
-            sums.index(part).store(gl.load(at + part * 64))
+        high, low = gl.load(at), gl.load(at + 64)
+        sums.index(0).store(gl.where(mild, power(high + low), high))
+        sums.index(1).store(gl.where(mild, power(-high - low), low))
+        sums.index(2).store(gl.load(at + 128))
 
     mbarrier.wait(bar, 0)
     f0, f1 = halves(space.index(0))
@@ -279,6 +301,8 @@ def inverse(
     f = f.slice(0, 4)
 
     by_half = betas._reinterpret(gl.float32, [4, 32], PLAIN)
+    if HAS_GROWTH:
+        put_growth(growth_ptr + pid.to(gl.int64) * (2 * NB), f, by_half, pair, NB)
     X = substituted(f, by_half)
     gl.barrier()
 
@@ -288,9 +312,10 @@ def inverse(
     fence_async_shared()
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
     X0, X1 = below(f0, f2, tiles, betas)
-    X0, X1 = beside(X0, sums, 0, HAS_G, HAS_RESETS), beside(X1, sums, 1, HAS_G, HAS_RESETS)
+    X0 = beside(X0, sums, mild, 0, HAS_G, HAS_RESETS)
+    X1 = beside(X1, sums, mild, 1, HAS_G, HAS_RESETS)
 
-    X = decayed(X, sums, HAS_G, HAS_RESETS)
+    X = decayed(X, sums, mild, HAS_G, HAS_RESETS)
     gl.barrier()
     # In the place of T: what is on the diagonals, then what is beside them.
     put_halves(ts, X)

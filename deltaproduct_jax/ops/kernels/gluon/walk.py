@@ -92,13 +92,14 @@ def prepare_blocks(
             q, k = matrix(qb.index(sq)), matrix(kb.index(s)).permute((1, 0))
             p = warpgroup_mma(q, k, zero, use_acc=False, is_async=True)
         mbarrier.wait(free.index(st), ((m // 2) & 1) ^ 1)
-        put_vectors(vectors, lines, st, 0, HAS_O, HAS_G, HAS_RESETS)
+        shown = (vectors[1], vectors[4])
+        put_vectors(vectors, shown, lines, st, 0, HAS_O, HAS_G, HAS_RESETS)
         vectors = load_vectors(
             beta_ptr, sums_ptr, m + 1, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS
         )
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
-            upto = m_of >= (r * 64 + n_of) // R
+            upto = (m_of + 1) * R > r * 64 + n_of
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
@@ -129,7 +130,9 @@ def hold_state(
     keys = gl.arange(0, K, COLUMN)
     at = index.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
     if START == "maps":
-        state = gl.where(keys[None, :] == rows[:, None], 1.0, gl.zeros([64, K], gl.float32, ACC))
+        # Of a piece that forgets whatever was before, nothing.
+        of_map = (keys[None, :] == rows[:, None]) & (steps > 0)
+        state = gl.where(of_map, 1.0, gl.zeros([64, K], gl.float32, ACC))
     elif START == "ends":
         of_piece = pid.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
         state = gl.load(start_ptr + of_piece, mask=(of_piece >= 0) & (first == 0), other=0.0)
@@ -211,19 +214,21 @@ def hold_state(
 
 @gluon.jit
 def walk(
-    q, k, v, x, beta_ptr, sums_ptr, start_ptr, o, final_ptr, states, errors,
+    q, k, v, x, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states, errors,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr,
-    START: gl.constexpr,
+    START: gl.constexpr, FORGETS: gl.constexpr, SUMMARY: gl.constexpr,
 ):  # fmt: skip
     """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
     They begin with the states given if START is "whole"; for "ends" with nothing, but for piece 0,
     which has its true beginning; for "maps" with the identity. Without HAS_O only the states;
     without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
-    state before every block, transposed and in bfloat16, and the errors of its updates.
+    state before every block, transposed and in bfloat16, and the errors of its updates. With
+    FORGETS they walk through as many of the last groups of their piece as are needed (`Call.needs`:
+    SUMMARY of the three numbers); a map is zero, not the identity, if none is.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
@@ -233,6 +238,10 @@ def walk(
     first = piece * STEPS
     steps = gl.maximum(gl.minimum(STEPS, NG - first), 0)
     index = pid * PIECES + piece - FIRST
+    if FORGETS:
+        needed = gl.load(needs_ptr + (pid * ((NG + STEPS - 1) // STEPS) + piece) * 3 + SUMMARY)
+        first += steps - gl.minimum(needed, steps)
+        steps = gl.minimum(needed, steps)
     NC: gl.constexpr = V // 64
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     bf16: gl.constexpr = gl.bfloat16

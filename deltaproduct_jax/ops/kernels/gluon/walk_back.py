@@ -18,20 +18,35 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from deltaproduct_jax.ops.kernels.gluon.cotangents import find_cotangents
-from deltaproduct_jax.ops.kernels.gluon.parts import ACC, COLUMN, ROW, left, matrix, nothing
+from deltaproduct_jax.ops.kernels.gluon.parts import (
+    ACC,
+    COLUMN,
+    ROW,
+    is_mild,
+    left,
+    matrix,
+    nothing,
+)
+
+
+@gluon.jit
+def put_product(ptr, tile, state):
+    """Writes the sum of products of 64 columns of a state with those of a cotangent."""
+    products = matrix(tile).load(ACC).to(gl.float32) * state
+    gl.store(ptr, gl.sum(gl.sum(products, axis=1), axis=0))
 
 
 @gluon.jit
 def hold_cotangent(
     handed, SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
-    PIECES: gl.constexpr, S: gl.constexpr, D: gl.constexpr, DECAYS: gl.constexpr,
-    HAS_GRADIENTS: gl.constexpr, ENDS: gl.constexpr, J: gl.constexpr,
+    NG: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, D: gl.constexpr, DECAYS: gl.constexpr,
+    HAS_GRADIENTS: gl.constexpr, HAS_G: gl.constexpr, ENDS: gl.constexpr, J: gl.constexpr,
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the cotangent of the state, and of dv."""
     (
-        dv, start_ptr, before_ptr, qb, kb, dob, xb, pb, dsb, dyb, intos, outs, tokens, full, empty,
-        qfull, qempty, do_full, do_empty, of_x, ready, free, of_ds, of_dy, total, first, b, vcol,
-        pid, piece,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos,
+        outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free,
+        of_ds, of_dy, total, first, b, vcol, pid, piece, is_last,
     ) = handed  # fmt: skip
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     rows = J * 64 + gl.arange(0, 64, ROW)
@@ -40,7 +55,7 @@ def hold_cotangent(
     index = pid.to(gl.int64) * PIECES + piece
     if ENDS:
         of_last = start_ptr + pid.to(gl.int64) * (K * V) + at
-        state = gl.load(of_last, mask=(at >= 0) & (piece == PIECES - 1), other=0.0)
+        state = gl.load(of_last, mask=(at >= 0) & is_last, other=0.0)
     else:
         state = gl.load(start_ptr + index * (K * V) + at)
     zero = gl.zeros([64, 64], gl.float32, ACC)
@@ -49,6 +64,8 @@ def hold_cotangent(
         s, st, turn = m % S, m % 2, m // R
         sq, d = turn % 2, turn % D
         z = nothing(m)
+        group = first + block // R
+        mild = is_mild(sums_ptr, pid, group, NG, HAS_GRADIENTS and HAS_G)
         # As left operands from shared memory, where the others need them: registers are short.
         if HAS_GRADIENTS:
             mbarrier.wait(of_ds.index(1), (m & 1) ^ 1)
@@ -85,6 +102,14 @@ def hold_cotangent(
             mbarrier.arrive(of_dy.index(0), count=1)
             out = [b, (first * R + block) * 64, vcol + J * 64]
             tma.async_copy_shared_to_global(dv, out, dyb.index(z + J))
+        if HAS_GRADIENTS and HAS_G:
+            # While the others are at work on what dv is in.
+            if not mild:
+                mbarrier.wait(of_states.index(0), m & 1)
+                at_block = (pid.to(gl.int64) * NG + group) * (R + 1) + block % R
+                put_product(wholes_ptr + at_block * (V // 64) + J, sb.index(z + J), state)
+            if block % R > 0:
+                mbarrier.arrive(of_states.index(1), count=1)
         if DECAYS:
             rest *= intos.index(st).load(COLUMN)[None, :]
         state = warpgroup_mma(left(rest), k, state)
@@ -98,6 +123,11 @@ def hold_cotangent(
             if HAS_GRADIENTS:
                 tma.store_wait(0)
             mbarrier.arrive(do_empty.index(d), count=1)
+            if HAS_GRADIENTS and HAS_G:
+                mbarrier.wait(of_states.index(0), m & 1)
+                at_group = (pid.to(gl.int64) * NG + group) * (R + 1) + R
+                put_product(wholes_ptr + at_group * (V // 64) + J, sb.index(z + J), state)
+                mbarrier.arrive(of_states.index(1), count=1)
         mbarrier.arrive(free.index(st), count=1)
         mbarrier.arrive(empty.index(s), count=1)
     gl.store(before_ptr + index * (K * V) + at, state)
@@ -125,24 +155,32 @@ def both_ways(FULL: gl.constexpr, EMPTY: gl.constexpr):
 
 @gluon.jit
 def walk_back(
-    q, k, x, do, e, states, beta_ptr, sums_ptr, start_ptr,
-    dq, dk, dv, dbeta_ptr, terms_ptr, before_ptr,
+    q, k, x, do, e, states, beta_ptr, sums_ptr, start_ptr, needs_ptr,
+    dq, dk, dv, dbeta_ptr, terms_ptr, wholes_ptr, before_ptr,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_GRADIENTS: gl.constexpr, START: gl.constexpr,
+    FORGETS: gl.constexpr,
 ):  # fmt: skip
     """Cotangents of inputs, and of the states before pieces of STEPS groups, from FIRST on.
 
     They set out from the cotangents given if START is "whole"; for "ends" from nothing, but for the
-    last piece, which has its true one. Without HAS_GRADIENTS only those of states.
+    last piece, which has its true one. Without HAS_GRADIENTS only those of states. With FORGETS
+    they begin behind as many of the first groups of their piece as are needed (`Call.needs`).
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
     qcol = (hv // (HV // H)) * K
     vcol = hv * V
     first = piece * STEPS
-    total = gl.maximum(gl.minimum(STEPS, NG - first), 0) * R
+    steps = gl.maximum(gl.minimum(STEPS, NG - first), 0)
+    is_last = piece == PIECES - 1
+    if FORGETS:
+        needed = gl.load(needs_ptr + (pid * PIECES + piece) * 3 + 2)
+        is_last = is_last & (needed >= steps)
+        steps = gl.minimum(needed, steps)
+    total = steps * R
     NC: gl.constexpr = V // 64
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
     bf16: gl.constexpr = gl.bfloat16
@@ -178,13 +216,13 @@ def walk_back(
     do_full, do_empty = barriers(1, D), barriers(NC, D)
     ready, free = barriers(1, 2), barriers(NC, 2)
     # Of what there is one of: filled, and free again.
-    of_x, of_e, of_states = both_ways(1, NC), both_ways(1, 1), both_ways(1, 1)
+    of_x, of_e, of_states = both_ways(1, NC), both_ways(1, 1), both_ways(1, NC)
     of_ds, of_dy = both_ways(NC, 1), both_ways(NC, 1)
     fence_async_shared()
     hold = (
-        dv, start_ptr, before_ptr, qb, kb, dob, xb, pb, dsb, dyb, intos, outs, tokens, full, empty,
-        qfull, qempty, do_full, do_empty, of_x, ready, free, of_ds, of_dy, total, first, b32, vcol,
-        pid, piece,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos,
+        outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free,
+        of_ds, of_dy, total, first, b32, vcol, pid, piece, is_last,
     )  # fmt: skip
     find = (
         beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb, dyb,
@@ -197,10 +235,12 @@ def walk_back(
     if NC == 2:
         gl.warp_specialize([
             (hold_cotangent, (
-                hold, SCALE, R, K, V, PIECES, S, D, DECAYS, HAS_GRADIENTS, START == "ends", 0,
+                hold, SCALE, R, K, V, NG, PIECES, S, D, DECAYS, HAS_GRADIENTS, HAS_G,
+                START == "ends", 0,
             )),
             (hold_cotangent, (
-                hold, SCALE, R, K, V, PIECES, S, D, DECAYS, HAS_GRADIENTS, START == "ends", 1,
+                hold, SCALE, R, K, V, NG, PIECES, S, D, DECAYS, HAS_GRADIENTS, HAS_G,
+                START == "ends", 1,
             )),
             (find_cotangents, (
                 find, arrays, SCALE, T, R, HV, K, NG, S, D, NC, B * HV, HAS_G, HAS_RESETS,
@@ -210,7 +250,8 @@ def walk_back(
     else:
         gl.warp_specialize([
             (hold_cotangent, (
-                hold, SCALE, R, K, V, PIECES, S, D, DECAYS, HAS_GRADIENTS, START == "ends", 0,
+                hold, SCALE, R, K, V, NG, PIECES, S, D, DECAYS, HAS_GRADIENTS, HAS_G,
+                START == "ends", 0,
             )),
             (find_cotangents, (
                 find, arrays, SCALE, T, R, HV, K, NG, S, D, NC, B * HV, HAS_G, HAS_RESETS,
