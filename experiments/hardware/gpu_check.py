@@ -49,7 +49,7 @@ CASES = {
     "128 x 64": {"T": 200, "R": 2, "V": 64},
     "64 x 64": {"T": 200, "K": 64, "V": 64},
     "narrow heads with n_h = 4": {**NARROW, "R": 4, "gated": False},
-    "narrow heads, packed and grouped with n_h = 3": {**NARROW, "R": 3, "Hv": 8, "packed": True},
+    "narrow heads packed and grouped with n_h = 3": {**NARROW, "R": 3, "Hv": 8, "packed": True},
     "in pieces and packed": {"T": 4096, "packed": True},
     "in pieces with n_h = 3 and no gates": {"T": 2100, "R": 3, "gated": False},
     "from a state with n_h = 2": {"T": 300, "R": 2, "Hv": 4, "state": True},
