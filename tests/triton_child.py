@@ -269,7 +269,7 @@ def compile_for_cuda(every: bool) -> dict:
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
     lowered = {"step": lower_step(), "versions": kernels_by_version()}
-    lowered |= lower_wide(loss) if every else {}
+    lowered |= lower_wide(loss) | {"narrow heads": lower_narrow(loss)} if every else {}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)
@@ -317,6 +317,15 @@ def lower_wide(loss) -> dict:
     got, want = (gradient(name)(*arrays) for name in (None, "chunked"))
     differences = [relative(x, np.asarray(y, np.float64)) for x, y in zip(got, want, strict=True)]
     return {"wide": count(64), "in pieces": count(2048), "on a CPU instead": max(differences)}
+
+
+def lower_narrow(loss) -> int:
+    """How many kernels the gradient of many narrow heads holds when lowered for CUDA."""
+    shapes = [(128, 16, 8, 32), (128, 16, 2, 8, 32), (128, 16, 2, 8, 32), (128, 16, 2, 8)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    gradient = jax.jit(jax.grad(lambda *arrays: loss(*arrays, None), argnums=(0, 1, 2, 3)))
+    lowered = gradient.trace(*arrays).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("triton_kernel_call")
 
 
 def kernels_by_version() -> list[str]:

@@ -234,3 +234,8 @@ def test_a_gradient_with_large_states_keeps_what_the_kernels_make(everything):
     # In pieces three more for each pass, of which one finds maps for both.
     assert lowered["in pieces"] == 9
     assert lowered["on a CPU instead"] < 1e-6
+
+
+@pytest.mark.slow
+def test_a_gradient_of_many_narrow_heads_has_a_kernel_each_way(everything):
+    assert everything["lowered"]["narrow heads"] == 2
