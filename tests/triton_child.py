@@ -19,6 +19,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import helpers
 import jax
 import jax.numpy as jnp
+import narrow_heads
 import numpy as np
 import oracle
 import triton_interpreter
@@ -26,7 +27,7 @@ from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels import containment
-from deltaproduct_jax.ops.kernels.triton import choice, looking, passes, tiling
+from deltaproduct_jax.ops.kernels.triton import choice, looking, narrow, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -72,7 +73,7 @@ def inputs(case: Case, dtype: str):
     return arrays, segment_ids, Tokens(*tokens, resets), jnp.asarray(arrays["initial_state"])
 
 
-def run(tokens, state, cotangents, case, more):
+def run(tokens, state, cotangents, case, more, passes=passes):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
@@ -81,7 +82,7 @@ def run(tokens, state, cotangents, case, more):
     return outputs, [*dtokens[:5], dstate]
 
 
-def errors(case: Case, dtype: str) -> dict[str, float]:
+def errors(case: Case, dtype: str, passes=passes) -> dict[str, float]:
     """Of the kernels, by result, and under "recurrent" those of the plain recurrence."""
     arrays, segment_ids, tokens, state = inputs(case, dtype)
     do, dstate = helpers.draw_cotangents(case.arrays())
@@ -107,7 +108,7 @@ def errors(case: Case, dtype: str) -> dict[str, float]:
     outputs, pullback = jax.vjp(plain, *tokens[:5], state)
     recurrent = of(outputs, pullback(cotangents))
     more = dtype == "float16"  # kept, or made again
-    return {**of(*run(tokens, state, cotangents, case, more)), "recurrent": recurrent}
+    return {**of(*run(tokens, state, cotangents, case, more, passes)), "recurrent": recurrent}
 
 
 def relative(x, reference) -> float:
@@ -126,10 +127,14 @@ def interpret(every: bool) -> dict:
         for dtype in (dtype for dtype, names in cases.items() if name in names):
             with counted_pieces() as pieces[f"{name}, {dtype}"]:
                 found[f"{name}, {dtype}"] = errors(case, dtype)
+    for name, dtype in narrow_heads.cases(every):
+        case = narrow_heads.CASES[name]
+        found[f"narrow heads, {name}, {dtype}"] = errors(case, dtype, narrow)
     found = {"errors": found, "pieces": pieces, "kept": kept(), "launches": timed()}
     if every:
         with counted_pieces() as pieces["vmap"]:
             found["vmap"] = vmapped()
+        found["vmap of narrow heads"] = vmapped(12, narrow)
         found["contained"] = [contained(more) for more in (True, False)]
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
@@ -149,15 +154,15 @@ def counted_pieces():
     tiling.pieces_for = real
 
 
-def vmapped() -> float:
+def vmapped(T: int = 70, passes=passes) -> float:
     """How far a mapped call, of sequences in 4 pieces, is from one after the other, in 5."""
     tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
-    case = Case(T=70, **SMALL)
+    case = Case(T=T, **SMALL)
     _, _, tokens, state = inputs(case, "float32")
     cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(case.arrays()))
 
     def one(q, state):
-        return run(tokens._replace(q=q), state, cotangents, case, more=True)
+        return run(tokens._replace(q=q), state, cotangents, case, True, passes)
 
     q, states = jnp.stack([tokens.q, 2 * tokens.q]), jnp.stack([state, -state])
     together = jax.vmap(one, (0, 0))(q, states)
@@ -264,7 +269,7 @@ def compile_for_cuda(every: bool) -> dict:
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
     lowered = {"step": lower_step(), "versions": kernels_by_version()}
-    lowered |= lower_wide(loss) if every else {}
+    lowered |= lower_wide(loss) | {"narrow heads": lower_narrow(loss)} if every else {}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)
@@ -285,7 +290,8 @@ def compile_for_cuda(every: bool) -> dict:
         lowered["on a CPU"] = "lowered"
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
-    return {"rows": rows, "passes": of_passes, "lowered": lowered}
+    heads = narrow_heads.resources(every, inputs, run)
+    return {"rows": rows, "passes": of_passes, "lowered": lowered, "heads": heads}
 
 
 def lower_wide(loss) -> dict:
@@ -311,6 +317,15 @@ def lower_wide(loss) -> dict:
     got, want = (gradient(name)(*arrays) for name in (None, "chunked"))
     differences = [relative(x, np.asarray(y, np.float64)) for x, y in zip(got, want, strict=True)]
     return {"wide": count(64), "in pieces": count(2048), "on a CPU instead": max(differences)}
+
+
+def lower_narrow(loss) -> int:
+    """How many kernels the gradient of many narrow heads holds when lowered for CUDA."""
+    shapes = [(128, 16, 8, 32), (128, 16, 2, 8, 32), (128, 16, 2, 8, 32), (128, 16, 2, 8)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    gradient = jax.jit(jax.grad(lambda *arrays: loss(*arrays, None), argnums=(0, 1, 2, 3)))
+    lowered = gradient.trace(*arrays).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("triton_kernel_call")
 
 
 def kernels_by_version() -> list[str]:

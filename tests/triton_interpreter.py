@@ -76,6 +76,22 @@ def _inline_asm(self, code, *_):
     return types.SimpleNamespace(get_result=lambda _: program_id)
 
 
+def _wide(handle) -> np.ndarray:
+    """Numbers of a handle of the interpreter, which keeps those of bfloat16 as integers."""
+    if str(handle.dtype.scalar) == "bf16":
+        return (handle.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return handle.data
+
+
+def _dot(self, a, b, accumulator, *_):
+    """Products of bfloat16 too, which are those of float32."""
+    from triton.runtime.interpreter import TensorHandle
+
+    dtype = accumulator.data.dtype
+    product = np.matmul(_wide(a), _wide(b), dtype=dtype) + accumulator.data
+    return TensorHandle(product, accumulator.dtype.scalar)
+
+
 def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """Stands in for `passes.call`; a kernel "..._in_place" has no pointer of its own for what
     takes an input's place, as jax-triton 0.4 has it.
@@ -85,7 +101,7 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     from deltaproduct_jax.ops.kernels.triton import kernels
 
     del launch
-    InterpreterBuilder.create_inline_asm = _inline_asm
+    InterpreterBuilder.create_inline_asm, InterpreterBuilder.create_dot = _inline_asm, _dot
     kernel = getattr(kernels, name)
 
     def run(*arrays):

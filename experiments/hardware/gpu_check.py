@@ -29,6 +29,7 @@ import numpy as np
 from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.ops import delta_product, kernels
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
+from deltaproduct_jax.ops.kernels.triton import narrow
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -36,6 +37,7 @@ from experiments.lib.bench.report import command_line, markdown, shown, write_re
 from experiments.lib.bench.timing import FORWARD, Shape, cotangent, machine
 
 LONG = {"T": 2048, "H": 16}
+NARROW = {"T": 100, "B": 256, "H": 4, "K": 32, "V": 32}
 CASES = {
     "one token": {"T": 1},
     "63 tokens with n_h = 2": {"T": 63, "R": 2, "B": 2},
@@ -46,6 +48,8 @@ CASES = {
     "64 x 128 and packed": {"T": 200, "R": 2, "K": 64, "packed": True},
     "128 x 64": {"T": 200, "R": 2, "V": 64},
     "64 x 64": {"T": 200, "K": 64, "V": 64},
+    "narrow heads with n_h = 4": {**NARROW, "R": 4, "gated": False},
+    "narrow heads packed and grouped with n_h = 3": {**NARROW, "R": 3, "Hv": 8, "packed": True},
     "in pieces and packed": {"T": 4096, "packed": True},
     "in pieces with n_h = 3 and no gates": {"T": 2100, "R": 3, "gated": False},
     "from a state with n_h = 2": {"T": 300, "R": 2, "Hv": 4, "state": True},
@@ -181,6 +185,8 @@ def kernels_of(case: Case, arrays: dict[str, jax.Array], gradients: bool = False
     tokens = Tokens(*named, arrays.get("g"), arrays.get("segment_ids"))
     # As many slots for states as there are updates are enough for any of them.
     options = kernels.Options(1.0, None, case.T * case.R, interpret=False)
+    if narrow.takes(tokens, options):
+        return "of narrow heads"
     capability = kernels.load("triton").compute_capability()
     takes = gluon.takes_gradients if gradients else gluon.takes
     if not takes(tokens, options, capability):

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from deltaproduct_jax.compilers.gpu import spills_in_loops
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.triton import narrow
+from deltaproduct_jax.ops.layout import Tokens
 from experiments.lib import environment
 
 TESTS = Path(__file__).parents[2]
@@ -26,7 +30,7 @@ if not environment.extra_folder("gpu").exists():
 
 def child(mode: str, *every: str) -> dict:
     """Runs triton_child.py in a process of its own: the interpreter is chosen at import."""
-    path = [environment.extra_folder("gpu"), TESTS, TESTS.parent]
+    path = [environment.extra_folder("gpu"), TESTS, Path(__file__).parent, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
     command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode, *every]
@@ -71,7 +75,7 @@ def check_errors(dtype, found, at_least):
         recurrent = errors.pop("recurrent")
         for what, error in errors.items():
             bar = gradients_bar if what.startswith("d") else outputs_bar
-            bar *= OVER_REFLECTED if name == REFLECTED else 1
+            bar *= OVER_REFLECTED if name.endswith(REFLECTED) else 1
             if not error <= max(bar, OVER_RECURRENCE * recurrent[what]):
                 over[name, what] = error, recurrent[what]
     assert not over
@@ -97,6 +101,7 @@ def check_pieces(pieces, cut):
 @pytest.mark.slow
 def test_a_mapped_call_is_one_call_after_the_other(everything):
     assert everything["vmap"] < 1e-5
+    assert everything["vmap of narrow heads"] < 1e-6
 
 
 @pytest.mark.slow
@@ -134,6 +139,42 @@ def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compil
     names = {"prepare", "walk", "errors", "walk_back", "gradients", "prepare, float32"}
     assert names == set(rows)
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
+
+
+def test_each_kernel_of_narrow_heads_has_a_warp_and_keeps_its_tiles_in_registers(compiled):
+    rows = {row["kernel"]: row for row in compiled["heads"]}
+    assert set(rows) == {"narrow_forward", "narrow_backward"}
+    assert not any(row["spilt_bytes"] or row["atomics"] for row in rows.values()), rows
+    assert all(row["programs_a_multiprocessor"] >= 8 for row in rows.values()), rows
+
+
+@pytest.mark.slow
+def test_all_kernels_of_narrow_heads_compile_without_atomic_instructions(everything):
+    rows = everything["heads"]
+    assert len(rows) == 2 * 8
+    assert not any(row["atomics"] for row in rows), rows
+    of_narrow_products = [row for row in rows if row["PARTS"] == 1 and not row["HAS_G"]]
+    assert not any(row["spilt_bytes"] for row in of_narrow_products), of_narrow_products
+
+
+def test_narrow_heads_have_kernels_of_their_own_where_they_are_many():
+    """A rule of sizes, dtypes and precision."""
+
+    def takes(B=128, K=32, V=32, dtype="bfloat16", precision=None, more=True):
+        def array(*shape):
+            return jax.ShapeDtypeStruct(shape, dtype)
+
+        q, k, v = array(B, 8, 8, K), array(B, 8, 2, 8, K), array(B, 8, 2, 8, V)
+        tokens = Tokens(q, k, v, array(B, 8, 2, 8), None, None)
+        options = Options(1.0, precision, spans=1, interpret=False, more=more)
+        return narrow.takes(tokens, options), narrow.takes_gradients(tokens, options)
+
+    assert takes() == takes(K=24, V=16) == takes(dtype="float32") == (True, True)
+    assert takes(dtype="float32", precision="default") == (True, True)
+    assert takes(more=False) == (True, False)
+    none = (False, False)
+    assert takes(B=127) == takes(K=40) == takes(V=64) == none
+    assert takes(precision="highest") == takes(dtype="float32", precision="highest") == none
 
 
 @pytest.mark.slow
@@ -193,3 +234,8 @@ def test_a_gradient_with_large_states_keeps_what_the_kernels_make(everything):
     # In pieces three more for each pass, of which one finds maps for both.
     assert lowered["in pieces"] == 9
     assert lowered["on a CPU instead"] < 1e-6
+
+
+@pytest.mark.slow
+def test_a_gradient_of_many_narrow_heads_has_a_kernel_each_way(everything):
+    assert everything["lowered"]["narrow heads"] == 2

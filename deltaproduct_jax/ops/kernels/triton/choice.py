@@ -1,4 +1,4 @@
-"""Which GPU kernels run a call: those in Gluon where they take it, those in Triton elsewhere.
+"""Which GPU kernels run a call: of narrow heads, in Gluon where they take it, else the others.
 
 The module of "triton" in the table of `deltaproduct_jax.ops.kernels`, whose contract it keeps.
 """
@@ -7,7 +7,7 @@ import jax
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
-from deltaproduct_jax.ops.kernels.triton import looking
+from deltaproduct_jax.ops.kernels.triton import looking, narrow
 from deltaproduct_jax.ops.kernels.triton import passes as triton
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.passes import compute_capability
@@ -20,6 +20,8 @@ from deltaproduct_jax.ops.layout import Tokens
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What those that run a gradient of these keep beside states."""
+    if narrow.takes(tokens, options):
+        return narrow.kept_more(tokens, options)
     if gluon.takes_gradients(tokens, options, compute_capability()):
         return gluon.kept_more(tokens, options)
     return triton.kept_more(tokens, options)
@@ -27,7 +29,12 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
-    if not keep_states and gluon.takes(tokens, options, compute_capability()):
+    whole = looking.whole(tokens, options)
+    if (narrow.takes_gradients if keep_states else narrow.takes)(whole, options):
+        o, final_state, kept = narrow.forward(
+            tokens, initial_state, options, keep_states=keep_states
+        )
+    elif not keep_states and gluon.takes(tokens, options, compute_capability()):
         o, final_state = batched(gluon.forward, options)(tokens, initial_state)
         kept = None
     elif keep_states and _by_gluon(tokens, options):
@@ -44,7 +51,9 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
     """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
     *kept, flags = kept
     kept = tuple(kept)
-    if _by_gluon(tokens, options):
+    if narrow.takes_gradients(looking.whole(tokens, options), options):
+        dtokens, dstate = narrow.backward(tokens, kept, do, dfinal_state, options)
+    elif _by_gluon(tokens, options):
         run = batched(gluon.backward, _fixed_of_gluon(tokens, options))
         dtokens, dstate = run(tokens, kept, do, dfinal_state)
     else:

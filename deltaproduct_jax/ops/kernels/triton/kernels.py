@@ -21,6 +21,8 @@ import triton.language as tl
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve  # by their names
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
+from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
+from deltaproduct_jax.ops.kernels.triton.narrow_forward import narrow_forward as narrow_forward
 from deltaproduct_jax.ops.kernels.triton.parts import (
     chunk_decay,
     head,

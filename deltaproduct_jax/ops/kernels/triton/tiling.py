@@ -119,6 +119,24 @@ def pieces_for(heads: int, chunks: int, walk: Launch, *, V: int) -> int:
     return pieces if pieces >= 4 else 1
 
 
+# Rows of a block of narrow heads, of which whole tokens fill as many as they can.
+NARROW_ROWS = 16
+
+
+def narrow_launches(parts: int, *, decays: bool) -> tuple[Launch, Launch]:
+    """How the kernels of narrow heads are launched, forward and backward: a warp a head.
+
+    Args:
+      parts: terms of bfloat16 that a factor is cut into; 1: as it is.
+      decays: whether there are gates or segments, which need registers.
+    """
+    if parts > 1:
+        return Launch(warps=1, stages=1), Launch(warps=1, stages=1)
+    if decays:
+        return Launch(warps=1, stages=2), Launch(warps=1, stages=1)
+    return Launch(warps=1, stages=3), Launch(warps=1, stages=2)
+
+
 def step_for(*, R: int, K: int, V: int) -> Launch:
     """The cut for one token: a part of a state's columns to a program."""
     warps = 2 if R == 1 else 1

@@ -1,0 +1,161 @@
+"""The GPU kernel of narrow heads, backward, in Triton. Letters as in narrow_forward.py."""
+
+import triton
+import triton.language as tl
+
+from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
+    added,
+    applied,
+    block,
+    decays_of,
+    gram,
+    kept_series,
+    numbers,
+    of_pairs,
+    parts,
+    place,
+    product,
+    put_block,
+    rounded,
+    summed_to,
+    turned,
+)
+from deltaproduct_jax.ops.kernels.triton.parts import head
+
+
+@triton.jit
+def narrow_backward(
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, states_ptr, x_ptr, do_ptr, dfinal_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
+    SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Cotangents of the inputs and of the initial state; dq and dk are those of one value head.
+
+    Block after block, from the last: its errors again from the kept state, then what counts for it.
+    What both halves need is read twice, as registers are what there is least of.
+    """
+    DECAYS: tl.constexpr = HAS_G or HAS_RESETS
+    TERMS: tl.constexpr = 2 if PARTS == 1 else PARTS
+    pid = tl.program_id(0)
+    b, hv, h = head(pid, H, HV)
+    dtype = q_ptr.dtype.element_ty
+    m, c = tl.arange(0, M), tl.arange(0, CP)
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    within = (values < V)[:, None] & (keys < K)[None, :]
+    offsets = keys[None, :] * V + values[:, None]
+    dSt = tl.load(dfinal_ptr + pid.to(tl.int64) * (K * V) + offsets, mask=within, other=0.0)
+    earlier = m[:, None] > m[None, :]
+    upto = c[:, None] >= (m // R)[None, :]
+    for back in range(0, N):
+        n = N - 1 - back
+        kept = values[:, None] * K + keys[None, :]
+        kept = states_ptr + (pid.to(tl.int64) * N + n) * (K * V) + kept
+        S = tl.load(kept, mask=within, other=0.0)
+        tokens = tl.minimum(C, T - n * C)
+        row = b * T + n * C
+        updates = m < tokens * R
+        k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
+        v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
+        beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
+        k = parts(k, dtype, PARTS)
+        X = kept_series(x_ptr + (pid.to(tl.int64) * N + n) * (M * M), m, M, PARTS)
+        S_parts = parts(S, dtype, PARTS)
+        kSt = product(S_parts, turned(k), PARTS)
+        if DECAYS:
+            _, _, into, _, _, _ = decays_of(
+                g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
+            )
+            kSt *= into[None, :]
+        rt = tl.trans(v.to(tl.float32)) - kSt
+        yt = rt * beta[None, :]
+        if PARTS == 1:
+            yt = rounded(yt, dtype)
+        Xyt = applied(parts(yt, dtype, PARTS), turned(X), PARTS)
+        et = rt - Xyt
+        ut = yt - Xyt * beta[None, :]
+        if PARTS == 1:
+            et, ut = et.to(dtype), ut.to(dtype)
+        is_token = c < tokens
+        k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
+        q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
+        do = block(place(do_ptr, row, hv, HV, V), c, values, is_token, HV, V, BV)
+        beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
+        k, q = parts(k_in, dtype, PARTS), parts(q_in, dtype, PARTS)
+        if DECAYS:
+            rows, of_tokens, into, out, into_tokens, through = decays_of(
+                g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
+            )
+            decays = of_pairs(rows, rows, earlier, HAS_G, HAS_RESETS)
+            of_scores = of_pairs(of_tokens, rows, upto, HAS_G, HAS_RESETS) * SCALE
+            do_in = do.to(tl.float32) * (SCALE * into_tokens)[:, None]
+        else:
+            decays = tl.where(earlier, 1.0, 0.0)
+            of_scores = tl.where(upto, SCALE, 0.0)
+            do_in = do.to(tl.float32) * SCALE
+        do, do_in = parts(do, dtype, PARTS), parts(do_in, dtype, PARTS)
+        scores = gram(q, k, PARTS) * of_scores
+        X = kept_series(x_ptr + (pid.to(tl.int64) * N + n) * (M * M), m, M, PARTS)
+        dS_parts = parts(dSt, dtype, PARTS)
+        dut = product(dS_parts, turned(k), PARTS)
+        if DECAYS:
+            dut *= out[None, :]
+        dut = added(turned(do), parts(scores, dtype, PARTS), dut, PARTS)
+        yt = dut * beta[None, :]
+        if PARTS == 1:
+            yt = rounded(yt, dtype)
+        Xyt = applied(parts(yt, dtype, PARTS), X, PARTS)
+        wt = dut - Xyt
+        drt = yt - Xyt * beta[None, :]
+        dbeta = tl.sum(et.to(tl.float32) * wt, axis=0)
+        tl.store(dbeta_ptr + row * R * HV + hv + m * HV, dbeta, mask=updates)
+        put_block(place(dv_ptr, row * R, hv, HV, V), tl.trans(drt), m, values, updates,
+                  HV, V, BV)  # fmt: skip
+        dr = parts(drt, dtype, PARTS)
+        u = parts(ut, dtype, PARTS)
+        S = tl.load(kept, mask=within, other=0.0)
+        S_parts = parts(S, dtype, PARTS)
+
+        do_u = product(do, u, PARTS)
+        dscores = do_u * of_scores
+        dF = -product(turned(dr), u, PARTS) * decays
+        dq = product(do_in, S_parts, PARTS)
+        if DECAYS:
+            dr_in = parts(drt * into[None, :], dtype, PARTS)
+            u_out = parts(ut.to(tl.float32) * out[None, :], dtype, PARTS)
+        else:
+            dr_in, u_out = dr, u
+        dk_read = -product(turned(dr_in), S_parts, PARTS)
+        dk_written = product(turned(u_out), dS_parts, PARTS)
+        if HAS_G:
+            wF = gram(k, k, PARTS) * dF  # dF has the decays
+            begun = tl.where(c[:, None] <= c[None, :], 1.0, 0.0).to(tl.bfloat16)
+            begun_rows = c[:, None] <= (m // R)[None, :]
+            wP = parts(scores * do_u, tl.bfloat16, TERMS)
+            wF = parts(wF, tl.bfloat16, TERMS)
+            x = summed_to(begun, wP, TERMS)
+            x += summed_to(tl.where(begun_rows, 1.0, 0.0).to(tl.bfloat16), wF, TERMS)
+            k_wide = k_in.to(tl.float32)
+            of_rows = tl.sum(k_wide * dk_read, axis=1)
+            of_out = tl.sum(k_wide * dk_written, axis=1)
+            of_tokens_in = tl.sum(q_in.to(tl.float32) * dq, axis=1)
+            x = tl.where(begun_rows, of_rows[None, :], x + of_out[None, :])
+            dg = tl.sum(x, axis=1)
+            dg += tl.sum(tl.where(c[:, None] <= c[None, :], of_tokens_in[None, :], 0.0), axis=1)
+            all_of_it = tl.sum(tl.sum(S.to(tl.float32) * dSt, axis=1), axis=0)
+            dg += through * all_of_it
+            tl.store(dg_ptr + row * HV + hv + c * HV, dg, mask=is_token)
+        d_parts = parts(dscores, dtype, PARTS)
+        dq = added(d_parts, k, dq, PARTS)
+        dk = added(turned(d_parts), q, dk_read + dk_written, PARTS)
+        dk = added(parts(dF + tl.trans(dF), dtype, PARTS), k, dk, PARTS)
+        put_block(place(dq_ptr, row, hv, HV, K), dq, c, keys, is_token, HV, K, BK)
+        put_block(place(dk_ptr, row * R, hv, HV, K), dk, m, keys, updates, HV, K, BK)
+        if DECAYS:
+            dSt *= through
+        dSt = added(turned(do_in), q, dSt, PARTS)
+        removed = parts(-drt * into[None, :] if DECAYS else -drt, dtype, PARTS)
+        dSt = added(removed, k, dSt, PARTS)
+    tl.store(dinitial_ptr + pid.to(tl.int64) * (K * V) + offsets, dSt, mask=within)

@@ -1,0 +1,59 @@
+"""What triton_child.py does with the kernels of narrow heads: cases, and what is compiled."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from helpers import Case
+
+from deltaproduct_jax.compilers.gpu import kernel_resources
+from deltaproduct_jax.ops.kernels.triton import narrow, passes
+
+SMALL = {"B": 1, "H": 1, "K": 16, "V": 16}
+# Two blocks at least.
+CASES = {
+    "grouped, packed, odd widths": Case(T=9, R=3, B=1, H=1, G=2, K=24, V=16, segments=True),
+    "ungated": Case(T=20, R=4, gate=None, **SMALL),
+    "one factor": Case(T=33, R=1, **SMALL),
+    "seven factors": Case(T=5, R=7, **SMALL),
+    "extreme decay": Case(T=20, gate="extreme", **SMALL),
+    "mixed decay, packed": Case(T=20, gate="mixed", segments=True, **SMALL),
+    "identical keys, beta 2": Case(T=40, gate=None, keys="identical", beta=(2, 2), **SMALL),
+}
+QUICK = {"float32": (), "float16": ("grouped, packed, odd widths",)}
+
+
+def cases(every: bool) -> list[tuple[str, str]]:
+    """Names of cases, and dtypes; not every one is what the ordinary tests run."""
+    chosen = dict.fromkeys(QUICK, tuple(CASES)) if every else QUICK
+    return [(name, dtype) for dtype, names in chosen.items() for name in names]
+
+
+def resources(every: bool, inputs, run) -> list[dict]:
+    """What the compiler makes of the kernels of narrow heads, as they are launched."""
+    from deltaproduct_jax.ops.kernels.triton import kernels as bodies
+
+    rows, call = [], passes.call
+    shapes = itertools.product((16, 32), ("bfloat16", "float32"), (True, False))
+
+    def compiled(name, arrays, outs, grid, launch, *, meta):
+        del grid
+        structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
+        how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
+        found = kernel_resources(getattr(bodies, name), structs, meta, **how)
+        rows.append(found | {"kernel": name} | {key: meta[key] for key in ("PARTS", "HAS_G")})
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
+
+    passes.call = compiled
+    for K, dtype, gated in shapes if every else [(32, "bfloat16", False)]:
+        case = Case(T=16, R=4, B=1, H=1, K=K, V=K, gate="mild" if gated else None)
+        _, _, tokens, state = inputs(case, dtype)
+        do = jnp.zeros((1, 16, 1, K), dtype)
+        jax.eval_shape(
+            lambda tokens, state, do, case=case: run(
+                tokens, state, (do, state), case, True, narrow
+            ),
+            *(tokens, state, do),
+        )
+    passes.call = call
+    return rows
