@@ -71,18 +71,6 @@ def wide_model(mixer: str) -> SequenceModel:
         return lively(config_of(mixer, WideConfig))
 
 
-@pytest.mark.parametrize("mixer", quick(list(MIXERS), ("rwkv7", "slstm")))
-def test_parameters_may_be_narrower_than_what_is_computed(mixer):
-    """A model of bfloat16 parameters that computes in float32 is that of the rounded ones."""
-    tokens = jnp.arange(2 * 5).reshape(2, 5) % VOCAB
-    narrow = SequenceModel(config_of(mixer, param_dtype="bfloat16"), rngs=nnx.Rngs(0))
-    wide = SequenceModel(config_of(mixer), rngs=nnx.Rngs(1))
-    rounded = jax.tree.map(lambda a, b: a.astype(b.dtype), nnx.state(narrow), nnx.state(wide))
-    nnx.update(wide, rounded)
-    assert narrow(tokens).dtype == jnp.float32
-    assert relative_error(narrow(tokens), wide(tokens)) < 1e-6
-
-
 # Layers of one class: what is fast of them is that of two which hold all of it.
 KIMI = [m for m in BASELINES if issubclass(MIXERS[m].layer, KimiDeltaAttention)]
 CHUNKED = [m for m in BASELINES if MIXERS[m].takes("implementation")]
