@@ -24,7 +24,13 @@ from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_ini
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import convolutions, in_parts, projections, value_width
+from deltaproduct_jax.layers.projection import (
+    apart,
+    convolutions,
+    in_parts,
+    projections,
+    value_width,
+)
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
     check_convolutions,
@@ -242,9 +248,11 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         )
         run = segment_runs(segment_ids)
         mixed, tails = [], []
-        for name, tail in (("q", state.q_conv), ("k", state.k_conv), ("v", state.v_conv)):
+        tails_before = {"q": state.q_conv, "k": state.k_conv, "v": state.v_conv}
+        for number, (name, tail) in enumerate(tails_before.items()):
             project = getattr(self, f"{name}_proj")
-            u = project(x) if name == "q" or R == 1 else in_parts(project, x, R)
+            read = apart(x, number) if choice.may_run_kernel else x
+            u = project(read) if name == "q" or R == 1 else in_parts(project, read, R)
             if self.use_short_conv:
                 unit_width = K if choice.may_run_kernel and name != "v" else None
                 convolve = getattr(self, f"{name}_conv1d")

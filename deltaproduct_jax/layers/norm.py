@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.ops.precision import accumulator_dtype
+
+POINT = "norm_of_rows"  # name of what rows are multiplied by, for policies of `jax.checkpoint`
 
 
 class RMSNorm(nnx.Module):
@@ -42,8 +45,10 @@ class RMSNorm(nnx.Module):
         wide = accumulator_dtype(self.dtype)
         x = x.astype(wide)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
+        # Kept for the way back, a number a row saves it a pass over the array.
+        inverse = checkpoint_name(jax.lax.rsqrt(mean_square + self.eps), POINT)
         scale = self.scale[...].astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+        return (x * inverse * scale).astype(self.dtype)
 
 
 class HeadNorm(nnx.Module):

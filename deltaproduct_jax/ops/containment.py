@@ -19,12 +19,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.varying import mark_varying_as
 
 # exp of anything below is 0 in float64 too, and sums of it over a chunk are finite.
 FORGETS = -1e4
+# Name of the tokens that `confined` found to be reached, for policies of `jax.checkpoint`.
+POINT = "reached_tokens"
 
 
 def contained(
@@ -145,7 +148,7 @@ def confined(
     of_state = [_bad(leaf, (0,)) for leaf in _floating(state)] if check_state else []
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
-    reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
+    reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
     y, after = run(only_finite(x), only_finite(state))
     link_BT1 = _link_of(reached_BT1)
     y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
@@ -357,7 +360,8 @@ def _spoil_jvp(pull, axis_name, primals, tangents):
     last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
     fixed = (reached_BTH, last_BH, resets)
     out = _spoil(*primals, pull, axis_name)
-    return out, linear(_spoil_results, pull, fixed, tangents[:2])[0]
+    unasked = len(jax.tree.leaves(tangents[0]))  # all but the link
+    return out, linear(_spoil_results, pull, fixed, tangents[:2], unasked=unasked)[0]
 
 
 def _spoil_results(fixed, results):

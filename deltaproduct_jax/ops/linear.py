@@ -6,6 +6,7 @@ JAX would derive: `jax.custom_derivatives.linear_call` says so, but cannot be ma
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,9 @@ _linear_p = jax.extend.core.Primitive("delta_product_linear")
 _linear_p.multiple_results = True
 
 
-def linear(run: Callable, transposed: Callable, fixed: Any, arrays: Any) -> Any:
+def linear(
+    run: Callable, transposed: Callable, fixed: Any, arrays: Any, *, unasked: int = 0
+) -> Any:
     """``run(fixed, arrays)``, linear in ``arrays``; its transpose is ``transposed``.
 
     Args:
@@ -26,16 +29,20 @@ def linear(run: Callable, transposed: Callable, fixed: Any, arrays: Any) -> Any:
         what ``arrays`` is: the same tree of the same shapes and dtypes.
       fixed: a tree of integers and booleans.
       arrays: a tree of floating-point arrays.
+      unasked: of how many of them, the first ones, nothing is asked if nothing is asked of the
+        result in their place: ``transposed`` leaves their zeros zero. JAX then knows of it, where
+        zeros of their size would be added to other cotangents.
     """
     fixed, fixed_tree = jax.tree.flatten(fixed)
     arrays, tree = jax.tree.flatten(arrays)
     trees = (fixed_tree, tree)
-    out = _linear_p.bind(*fixed, *arrays, run=run, transposed=transposed, trees=trees, mapped=0)
+    more = {"transposed": transposed, "trees": trees, "mapped": 0, "unasked": unasked}
+    out = _linear_p.bind(*fixed, *arrays, run=run, **more)
     return jax.tree.unflatten(tree, out)
 
 
-def _evaluate(*operands, run, transposed, trees, mapped):
-    del transposed
+def _evaluate(*operands, run, transposed, trees, mapped, unasked):
+    del transposed, unasked
     fixed_tree, tree = trees
 
     def flat(*operands):
@@ -59,12 +66,15 @@ def _jvp(primals, tangents, *, trees, **parameters):
     return run(primals[number:]), run(pushed)
 
 
-def _transpose(cotangents, *operands, run, transposed, trees, mapped):
+def _transpose(cotangents, *operands, run, transposed, trees, mapped, unasked):
     number = trees[0].num_leaves
-    cotangents = map(ad.instantiate_zeros, cotangents)
+    more = {"trees": trees, "mapped": mapped, "unasked": 0}
+    arrays = map(ad.instantiate_zeros, cotangents)
     pulled = _linear_p.bind(
-        *operands[:number], *cotangents, run=transposed, transposed=run, trees=trees, mapped=mapped
+        *operands[:number], *arrays, run=transposed, transposed=run, **more
     )
+    zeros = [type(cotangent) is ad.Zero for cotangent in cotangents[:unasked]]
+    pulled = [c if zero else x for x, c, zero in itertools.zip_longest(pulled, cotangents, zeros)]
     unknown = map(ad.is_undefined_primal, operands[number:])
     pulled = [x if of_interest else None for x, of_interest in zip(pulled, unknown, strict=True)]
     return [None] * number + pulled
