@@ -38,6 +38,7 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.convolution.dispatch import activated
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
@@ -257,8 +258,12 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
                 unit_width = K if choice.may_run_kernel and name != "v" else None
                 convolve = getattr(self, f"{name}_conv1d")
                 u, tail = convolve(u, tail, run, length, unit_width=unit_width, choice=choice)
+            elif name == "v":
+                u = nnx.silu(u)
+            elif choice.may_run_kernel:
+                u = activated(choice, Form(QK_ACTIVATIONS[self.qk_activation], K), u)
             else:
-                u = nnx.silu(u) if name == "v" else QK_ACTIVATIONS[self.qk_activation](u)
+                u = QK_ACTIVATIONS[self.qk_activation](u)
             mixed.append(u)
             tails.append(tail)
         q = mixed[0].reshape(B, T, H, K)
@@ -278,9 +283,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         return q, k, v, beta, g, tails
 
     def _choice(self, x: jax.Array) -> Choice:
-        """What the convolutions of ``x`` run by."""
-        if not self.use_short_conv:
-            return PLAIN
+        """What the convolutions of ``x`` run by, or what stands behind them where there are none."""
         (B, T, _), K = x.shape, self.head_dim
         sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
         sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
@@ -288,9 +291,11 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         op = self.implementation or select_implementation(
             "cuda", **sizes, **fixed, differentiated=True
         )
-        forms = Form(self.q_conv1d.activation, K), Form(self.v_conv1d.activation)
-        of_convolution = {"B": B, "T": T, "conv_size": self.conv_size, "dtype": self.dtype}
-        return choose(self.conv_implementation, forms, op=op, **of_convolution)
+        forms = [Form(QK_ACTIVATIONS[self.qk_activation], K)]
+        forms += [Form(nnx.silu)] if self.use_short_conv else []
+        taps = self.conv_size if self.use_short_conv else None
+        given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
+        return choose(self.conv_implementation, tuple(forms), op=op, **given)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         """Norm, gate and output projection of ``o [B, T, Hv, V]``."""

@@ -8,10 +8,10 @@ import functools
 
 import jax
 
-from deltaproduct_jax.ops.convolution.plain import Form, plain
+from deltaproduct_jax.ops.convolution.plain import Form, plain, plain_activated
 from deltaproduct_jax.ops.convolution.selection import Choice
 from deltaproduct_jax.ops.kernels.triton import convolution_passes as of_triton
-from deltaproduct_jax.ops.parts import on_each_part
+from deltaproduct_jax.ops.parts import on_each_part, placement
 from deltaproduct_jax.ops.reverse_only import differentiated_once
 from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -40,11 +40,7 @@ def short_convolution(
     Raises:
       ValueError: the unit width does not divide the last axis of ``u``.
     """
-    if form.unit_width is not None and u.shape[-1] % form.unit_width:
-        raise ValueError(
-            f"u of shape {u.shape} ends in {u.shape[-1]} channels, which must be a multiple of "
-            f"unit_width={form.unit_width}"
-        )
+    _check_width(form, u)
     arrays = dict(zip(NAMES, (u, before, taps, run, past), strict=True))
     if not choice.may_run_kernel:
         return plain(form, **arrays)
@@ -57,6 +53,39 @@ def short_convolution(
         return _jitted(choice, form, *given)
 
     return on_each_part(on_device, arrays, layouts, layouts["u"])
+
+
+def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:
+    """What `short_convolution` does behind its taps, where there are none.
+
+    Of a kernel there is no forward mode and no second derivative. Over a mesh with axes of the
+    compiler the plain form runs.
+
+    Args:
+      choice: what computes it.
+      form: with a unit width, which divides the last axis of ``u``.
+      u: inputs [B, T, *channels].
+
+    Raises:
+      ValueError: the unit width does not divide the last axis of ``u``.
+    """
+    _check_width(form, u)
+    if not choice.may_run_kernel or placement() is not None:
+        return plain_activated(form, u)
+    layout = ("B", "T", *("C",) * (u.ndim - 2))
+
+    def on_device(arrays):
+        return _activated_jitted(choice, form, *mark_all_varying((arrays["u"],)))
+
+    return on_each_part(on_device, {"u": u}, {"u": layout}, layout)
+
+
+def _check_width(form: Form, u: jax.Array) -> None:
+    if form.unit_width is not None and u.shape[-1] % form.unit_width:
+        raise ValueError(
+            f"u of shape {u.shape} ends in {u.shape[-1]} channels, which must be a multiple of "
+            f"unit_width={form.unit_width}"
+        )
 
 
 # Lowered even where a user jits nothing: what cannot run is told then.
@@ -81,6 +110,32 @@ def _backward_rule(choice, form, arrays, dy):
 
 
 _with_own_backward.defvjp(_forward_rule, _backward_rule)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _activated_jitted(choice, form, u):
+    return _activated(choice, form, u)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _activated(choice, form, u):
+    run = differentiated_once(of_triton.activated, NO_SECOND_DERIVATIVE)
+    kernel = lambda u: run(u, form=form)
+    return _by_platform(choice, kernel, functools.partial(plain_activated, form), u)
+
+
+def _activated_forward(choice, form, u):
+    return _activated(choice, form, u), u
+
+
+def _activated_backward(choice, form, u, dy):
+    run = differentiated_once(of_triton.activated_back, NO_SECOND_DERIVATIVE)
+    kernel = lambda u, dy: run(u, dy, form=form)
+    others = lambda u, dy: jax.vjp(functools.partial(plain_activated, form), u)[1](dy)[0]
+    return (_by_platform(choice, kernel, others, u, dy),)
+
+
+_activated.defvjp(_activated_forward, _activated_backward)
 
 
 def _plain_back(form, u, before, taps, run, past, dy):

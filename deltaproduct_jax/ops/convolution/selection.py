@@ -13,9 +13,6 @@ from deltaproduct_jax.ops.kernels.triton.passes import is_ready
 from deltaproduct_jax.ops.selection import PLATFORMS
 
 AVAILABLE = ("plain", "triton")
-# Whether None may mean the kernels. No GPU has timed them yet, so that only a name does.
-BY_DEFAULT = False
-
 
 class Choice(NamedTuple):
     """What a convolution runs, on a platform that is known when its program is lowered.
@@ -43,22 +40,21 @@ def select_convolution(
     op: str,
     B: int,
     T: int,
-    conv_size: int = 4,
+    conv_size: int | None = 4,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     unit_width: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> str:
     """What ``conv_implementation=None`` runs, in a program that this process traces now.
 
-    The kernels run only where those of the op do, which wait for all that the convolution gives,
-    and at present (`BY_DEFAULT`) nowhere unless they are named.
+    The kernels run only where those of the op do, which wait for all that the convolution gives.
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
       op: what the layer's op runs there in a gradient, see `select_implementation`.
       B: sequences.
       T: tokens.
-      conv_size: taps.
+      conv_size: taps; None: no convolution, only what stands behind it.
       activation: applied to the sum of taps.
       unit_width: channels that are divided by their length together; None: none are.
       dtype: of the inputs.
@@ -72,7 +68,7 @@ def select_convolution(
     if platform not in PLATFORMS:
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
-    if not BY_DEFAULT or platform != "cuda" or op != "triton" or not isinstance(T, int) or T < 2:
+    if platform != "cuda" or op != "triton" or not isinstance(T, int) or T < 2:
         return "plain"
     form = Form(activation, unit_width)
     reason = reason_against(form, B=B, T=T, conv_size=conv_size, dtype=jnp.dtype(dtype))
@@ -86,7 +82,7 @@ def choose(
     op: str,
     B: int,
     T: int,
-    conv_size: int,
+    conv_size: int | None,
     dtype: jax.typing.DTypeLike,
 ) -> Choice:
     """What the convolutions of a layer run, all alike.
@@ -114,7 +110,7 @@ def choose(
     return Choice(implementation, implementation)
 
 
-def reason_against(form: Form, *, B: int, T: int, conv_size: int, dtype: jnp.dtype) -> str | None:
+def reason_against(form: Form, *, B: int, T: int, conv_size: int | None, dtype: jnp.dtype) -> str | None:
     """Why the kernels cannot run these, as the end of a sentence, or None."""
     if not all(isinstance(size, int) for size in (B, T)):
         return "a batch or length that is symbolic is not one that it is written for"

@@ -74,6 +74,12 @@ CASES = {
     "whole pieces": Case(Form(silu, 8), T=8),
 }
 QUICK = tuple(CASES)[:3]
+# Without taps.
+ACTIVATED = {
+    "SiLU and unit length alone": Case(Form(silu, 8)),
+    "unit length alone, odd": Case(Form(identity, 6), dtype="float16", C=18),
+    "SiLU and unit length alone, bfloat16": Case(Form(silu, 24), dtype="bfloat16", T=90),
+}
 
 
 def cut_short(rows=None):
@@ -109,6 +115,17 @@ def errors(case):
     return {name: relative(found[name], wanted[name]) for name in found}
 
 
+def activated(case):
+    u, *_, dy = case.arrays()
+    results = (
+        convolution_passes.activated(u, form=case.form),
+        convolution_passes.activated_back(u, dy, form=case.form),
+    )
+    options = {"silu": case.form.activation is silu, "width": case.form.unit_width}
+    wanted = oracle_convolution.activated(u, dy, **options)
+    return {n: relative(*pair) for n, pair in zip(("y", "du"), zip(results, wanted), strict=True)}
+
+
 def interpreted(name, arrays, *others, **options):
     """`passes.call`, whose results vary over a mesh as its arrays do."""
     results = triton_interpreter.call(name, arrays, *others, **options)
@@ -119,6 +136,7 @@ def interpret(every):
     passes.call = interpreted
     names = CASES if every else QUICK
     found = {name: [CASES[name].dtype, errors(CASES[name])] for name in names}
+    found |= {name: [case.dtype, activated(case)] for name, case in ACTIVATED.items()}
     found = {"errors": found}
     if every:
         dispatch._by_platform = lambda choice, kernel, others, *arrays: kernel(*arrays)
