@@ -38,9 +38,9 @@ def of_tokens(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> OfToken
             cotangent is 0.
     """
     log_sum, of_target = _sums(logits, targets, mask)
-    target = jax.lax.stop_gradient(of_target)[..., None]
-    wide, ids = _wide(jax.lax.stop_gradient(logits), mask), _ids(logits)
-    behind = (wide < target) | ((wide == target) & (ids >= targets[..., None]))
+    fixed, targets = jax.lax.stop_gradient(logits), targets[..., None]
+    target = jnp.take_along_axis(fixed, targets, axis=-1)
+    behind = (fixed < target) | ((fixed == target) & (_ids(fixed) >= targets))
     return OfTokens(log_sum - of_target, log_sum, jnp.all(behind, axis=-1))
 
 
