@@ -106,8 +106,9 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
-        conv_implementation: how the convolutions are computed, ``"plain"`` or ``"triton"``, which
-            also makes unit vectors of q and k; None chooses, see ``select_convolution``.
+        conv_implementation: how the convolutions are computed, and the activations and lengths of
+            q and k behind them or without them, ``"plain"`` or ``"triton"``; None chooses, see
+            ``select_convolution``.
         implementation: how the op is computed, see ``delta_product``.
         chunk_size: tokens in a chunk of the op; None lets the op choose.
         dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
@@ -283,7 +284,7 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         return q, k, v, beta, g, tails
 
     def _choice(self, x: jax.Array) -> Choice:
-        """What the convolutions of ``x`` run by, or what stands behind them where there are none."""
+        """What the convolutions of ``x`` run by, or what stands behind them without any."""
         (B, T, _), K = x.shape, self.head_dim
         sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
         sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}

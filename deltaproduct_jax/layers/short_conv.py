@@ -20,8 +20,8 @@ from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
-# Fields that mean nothing without convolutions; not every mixer has all.
-OF_CONVOLUTIONS = ("conv_size", "conv_implementation")
+# Fields that mean nothing without convolutions.
+OF_CONVOLUTIONS = ("conv_size",)
 
 
 class ShortConv(nnx.Module):

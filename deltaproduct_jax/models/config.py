@@ -104,7 +104,8 @@ class ModelConfig:
     conv_size: int | None = setting(None, "taps of the short convolution; none: 4")
     conv_implementation: str | None = setting(
         None,
-        "how short convolutions of a delta mixer are computed, plain or triton; none: by platform "
+        "how short convolutions of a delta mixer, and the SiLU and length of its q and k, are "
+        "computed, plain or triton; none: by platform "
         "and shape",
         recorded_if_set=True,
     )

@@ -22,8 +22,8 @@ MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
 
 # All but matrix products and the op's own results is cheap to compute anew from them, and most of
-# what a block would keep: norms, convolutions, activations. One number or flag for a row of channels
-# is no memory, and spares another pass over the row.
+# what a block would keep: norms, convolutions, activations. One number or flag for a row of
+# channels is no memory, and spares another pass over the row.
 _policies = jax.checkpoint_policies
 _KEPT = {
     "products": lambda config: _policies.save_from_both_policies(

@@ -70,9 +70,7 @@ def _transpose(cotangents, *operands, run, transposed, trees, mapped, unasked):
     number = trees[0].num_leaves
     more = {"trees": trees, "mapped": mapped, "unasked": 0}
     arrays = map(ad.instantiate_zeros, cotangents)
-    pulled = _linear_p.bind(
-        *operands[:number], *arrays, run=transposed, transposed=run, **more
-    )
+    pulled = _linear_p.bind(*operands[:number], *arrays, run=transposed, transposed=run, **more)
     zeros = [type(cotangent) is ad.Zero for cotangent in cotangents[:unasked]]
     pulled = [c if zero else x for x, c, zero in itertools.zip_longest(pulled, cotangents, zeros)]
     unknown = map(ad.is_undefined_primal, operands[number:])

@@ -61,9 +61,7 @@ def _sums_jvp(primals, tangents):
     logits, targets, mask = primals
     log_sum, of_target = _sums(*primals)
     # Of the probabilities nothing is kept for the way back: they are as large as the logits.
-    pushed = jax.checkpoint(_pushed, prevent_cse=False)(
-        tangents[0], logits, targets, mask, log_sum
-    )
+    pushed = jax.checkpoint(_pushed, prevent_cse=False)(tangents[0], logits, targets, mask, log_sum)
     return (log_sum, of_target), pushed
 
 

@@ -14,6 +14,7 @@ from deltaproduct_jax.ops.selection import PLATFORMS
 
 AVAILABLE = ("plain", "triton")
 
+
 class Choice(NamedTuple):
     """What a convolution runs, on a platform that is known when its program is lowered.
 
@@ -110,7 +111,9 @@ def choose(
     return Choice(implementation, implementation)
 
 
-def reason_against(form: Form, *, B: int, T: int, conv_size: int | None, dtype: jnp.dtype) -> str | None:
+def reason_against(
+    form: Form, *, B: int, T: int, conv_size: int | None, dtype: jnp.dtype
+) -> str | None:
     """Why the kernels cannot run these, as the end of a sentence, or None."""
     if not all(isinstance(size, int) for size in (B, T)):
         return "a batch or length that is symbolic is not one that it is written for"

@@ -89,7 +89,9 @@ def cut_short(rows=None):
         cut = real(*args, **options)
         return dataclasses.replace(cut, piece=4, rows=rows or cut.rows)
 
-    convolution_passes.tiling = type("Cut", (), {"convolution_for": staticmethod(short)})
+    kept = {"power_of_two": staticmethod(tiling.power_of_two)}
+    cut = type("Cut", (), {"convolution_for": staticmethod(short), **kept})
+    convolution_passes.tiling = cut
 
 
 def both(form, u, before, taps, run, past, dy):
@@ -123,7 +125,8 @@ def activated(case):
     )
     options = {"silu": case.form.activation is silu, "width": case.form.unit_width}
     wanted = oracle_convolution.activated(u, dy, **options)
-    return {n: relative(*pair) for n, pair in zip(("y", "du"), zip(results, wanted), strict=True)}
+    named = zip(("y", "du"), results, wanted, strict=True)
+    return {name: relative(x, reference) for name, x, reference in named}
 
 
 def interpreted(name, arrays, *others, **options):
@@ -141,6 +144,7 @@ def interpret(every):
     if every:
         dispatch._by_platform = lambda choice, kernel, others, *arrays: kernel(*arrays)
         found |= {"vmap": mapped(), "meshes": {m: meshed(m) for m in MESHES}, "layer": layer()}
+        found |= {"vmap, no taps": mapped_activated(), "layer, no convolution": layer(False)}
         found["explicit"] = over_explicit_axes()
     return found
 
@@ -162,6 +166,18 @@ def mapped():
 
     pair = gradient(TRITON), gradient(selection.PLAIN)
     return max(jax.tree.leaves(jax.tree.map(relative, *pair)))
+
+
+def mapped_activated():
+    """The same without taps."""
+    case = Case(Form(silu, 8), T=6)
+    u, *_, dy = case.arrays()
+
+    def gradient(choice):
+        call = lambda u: dispatch.activated(choice, case.form, u)
+        return jax.vmap(lambda u: jax.vjp(call, u)[1](dy))(jnp.stack([u, 2 * u]))
+
+    return max(map(relative, gradient(TRITON), gradient(selection.PLAIN)))
 
 
 MESHES = ("data:2", "tensor:2,sequence:2", "data:2,sequence:2", "sequence:4")
@@ -217,14 +233,14 @@ def over_explicit_axes():
     return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
 
 
-def layer():
+def layer(use_short_conv=True):
     """How far a layer is from the plain one: packed, padded, from a state, and its gradients."""
     x = jax.random.normal(jax.random.key(1), (2, 9, 16))
     given = {"segment_ids": jnp.asarray([[0] * 4 + [1] * 5, [0] * 9])}
     given |= {"mask": jnp.arange(9)[None] != jnp.asarray([[2], [7]])}
 
     def run(name):
-        layer = made(name, jnp.float32)
+        layer = made(name, jnp.float32, use_short_conv=use_short_conv)
         graph, params = nnx.split(layer)
         before = jax.tree.map(lambda x: x + 0.5, layer.init_state(2))
 
@@ -256,11 +272,19 @@ COMPILED = {
 }
 
 
+ALONE = {"32, bfloat16": (32, "bfloat16"), "256, float32": (256, "float32")}
+
+
 def compile_for_cuda():
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "90"
     rows = {}
     for name in COMPILED:
         for kernel, arrays, launch, meta in launches(*COMPILED[name]):
+            rows[f"{kernel}, {name}"] = kernel_resources(
+                kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
+            )
+    for name, shape in ALONE.items():
+        for kernel, arrays, launch, meta in launches_alone(*shape):
             rows[f"{kernel}, {name}"] = kernel_resources(
                 kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
             )
@@ -275,20 +299,37 @@ def kernel_of(name):
 
 def launches(form, packed, dtype, C=1024, W=4):
     """Both launches of a gradient, recorded."""
-    recorded, real = [], passes.call
-
-    def record(name, arrays, outs, grid, launch, *, meta):
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
-        recorded.append((name, shapes, launch, meta))
-        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
-
-    passes.call = record
     u, before = (jax.ShapeDtypeStruct((8, T, C), dtype) for T in (4096, W - 1))
     taps = jax.ShapeDtypeStruct((W, C), "float32")
     ids = [jax.ShapeDtypeStruct((8, T), "int32") if packed else None for T in (4096, W - 1)]
-    jax.eval_shape(functools.partial(both, form), u, before, taps, *ids, u)
+    return recorded(functools.partial(both, form), u, before, taps, *ids, u)
+
+
+def launches_alone(width, dtype):
+    """The same without taps."""
+    u, form = jax.ShapeDtypeStruct((8, 128, 8 * width), dtype), Form(silu, width)
+
+    def both(u):
+        return convolution_passes.activated(u, form=form), convolution_passes.activated_back(
+            u, u, form=form
+        )
+
+    return recorded(both, u)
+
+
+def recorded(function, *shapes):
+    """What a function launches: kernel, shapes of its arrays, launch and constants."""
+    found, real = [], passes.call
+
+    def record(name, arrays, outs, grid, launch, *, meta):
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
+        found.append((name, shapes, launch, meta))
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
+
+    passes.call = record
+    jax.eval_shape(function, *shapes)
     passes.call = real
-    return recorded
+    return found
 
 
 def lowered():
@@ -306,10 +347,9 @@ def lowered():
         return traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call")
 
     found = {"plain": count("plain"), "triton": count("triton"), "None": count(None)}
-    selection.BY_DEFAULT = True
-    found["None, by default"] = count(None)
-    found["None, by default, other op"] = count(None, implementation="chunked")
-    selection.BY_DEFAULT = False
+    found["None, other op"] = count(None, implementation="chunked")
+    for name in (None, "plain"):
+        found[f"{name}, no convolution"] = count(name, use_short_conv=False)
     return found
 
 
