@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
-POINT = "norm_of_rows"  # name of what rows are multiplied by, for policies of `jax.checkpoint`
+POINT = "norm_of_rows"  # name of the mean squares of rows, for policies of `jax.checkpoint`
 
 
 class RMSNorm(nnx.Module):
@@ -44,11 +44,10 @@ class RMSNorm(nnx.Module):
         check_width("x", x, self.width)
         wide = accumulator_dtype(self.dtype)
         x = x.astype(wide)
-        mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
         # Kept for the way back, a number a row saves it a pass over the array.
-        inverse = checkpoint_name(jax.lax.rsqrt(mean_square + self.eps), POINT)
+        mean_square = checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), POINT)
         scale = self.scale[...].astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x * inverse * scale).astype(self.dtype)
+        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
 
 
 class HeadNorm(nnx.Module):
