@@ -26,8 +26,7 @@ from deltaproduct_jax.ops.varying import mark_varying_as
 
 # exp of anything below is 0 in float64 too, and sums of it over a chunk are finite.
 FORGETS = -1e4
-# Name of the tokens that `confined` found to be reached, for policies of `jax.checkpoint`.
-POINT = "reached_tokens"
+POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
 
 
 def contained(
@@ -359,8 +358,7 @@ def _spoil_jvp(pull, axis_name, primals, tangents):
     *_, reached_BTH, resets = primals
     last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
     fixed = (reached_BTH, last_BH, resets)
-    out = _spoil(*primals, pull, axis_name)
-    unasked = len(jax.tree.leaves(tangents[0]))  # all but the link
+    out, unasked = _spoil(*primals, pull, axis_name), len(jax.tree.leaves(tangents[0]))
     return out, linear(_spoil_results, pull, fixed, tangents[:2], unasked=unasked)[0]
 
 
@@ -379,8 +377,7 @@ def _finite_cotangents(fixed, cotangents, *, axis_name):
     do, dstate = _map_reached(_nan_unless_zero, fixed, do, dstate)
     after_BH = _any_of([_bad(x, (0, 1)) for x in jax.tree.leaves(dstate)])
     dlink_BTH = reach_back(_bad(do, (0, 1, 2)), after_BH, fixed[2], axis_name)
-    dlink_BTH = dlink_BTH.astype(jnp.float32)
-    return only_finite((do, dstate)), dlink_BTH
+    return only_finite((do, dstate)), dlink_BTH.astype(jnp.float32)
 
 
 def _nan_if(x, reached):

@@ -58,7 +58,8 @@ def test_forward_mode_and_second_derivatives_are_those_of_reverse_mode():
 def test_of_equal_logits_the_smallest_id_is_the_answer():
     logits = jnp.asarray([[[1.0, 3, 3, 0]], [[3.0, 1, 3, 0]], [[jnp.nan, 1, 3, 0]]])
     mask = jnp.ones((3, 1), bool)
-    answers = [cross_entropy.of_tokens(logits, jnp.full((3, 1), i), mask).correct for i in (0, 1, 2)]
+    targets = [jnp.full((3, 1), i) for i in range(3)]
+    answers = [cross_entropy.of_tokens(logits, x, mask).correct for x in targets]
     np.testing.assert_array_equal(
         np.stack(answers)[..., 0], [[False, True, False], [True, False, False], [False] * 3]
     )
