@@ -156,7 +156,8 @@ def test_a_model_holds_it(name):
 
 def test_states_that_nobody_asks_for_cost_no_pass_over_tokens():
     """Their cotangents are known to be zero: none are padded and added to those of the inputs."""
-    layer = GatedDeltaProduct(8, num_heads=2, head_dim=4, num_householder=1, rngs=nnx.Rngs(0))
+    sizes = {"num_heads": 2, "head_dim": 4, "implementation": "recurrent"}
+    layer = GatedDeltaProduct(8, **sizes, rngs=nnx.Rngs(0))
     graph, params = nnx.split(layer)
 
     def pads(asked):
