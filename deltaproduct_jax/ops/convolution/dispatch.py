@@ -11,7 +11,7 @@ import jax
 from deltaproduct_jax.ops.convolution.plain import Form, plain, plain_activated
 from deltaproduct_jax.ops.convolution.selection import Choice
 from deltaproduct_jax.ops.kernels.triton import convolution_passes as of_triton
-from deltaproduct_jax.ops.parts import on_each_part, placement
+from deltaproduct_jax.ops.parts import on_each_part, with_past
 from deltaproduct_jax.ops.reverse_only import differentiated_once
 from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -58,8 +58,7 @@ def short_convolution(
 def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:
     """What `short_convolution` does behind its taps, where there are none.
 
-    Of a kernel there is no forward mode and no second derivative. Over a mesh with axes of the
-    compiler the plain form runs.
+    Of a kernel there is no forward mode and no second derivative.
 
     Args:
       choice: what computes it.
@@ -70,14 +69,17 @@ def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:
       ValueError: the unit width does not divide the last axis of ``u``.
     """
     _check_width(form, u)
-    if not choice.may_run_kernel or placement() is not None:
+    if not choice.may_run_kernel:
         return plain_activated(form, u)
     layout = ("B", "T", *("C",) * (u.ndim - 2))
 
     def on_device(arrays):
         return _activated_jitted(choice, form, *mark_all_varying((arrays["u"],)))
 
-    return on_each_part(on_device, {"u": u}, {"u": layout}, layout)
+    def on_piece(u, _):
+        return on_each_part(on_device, {"u": u}, {"u": layout}, layout)
+
+    return with_past(on_piece, u, u[:, :0], on_each_device=True)
 
 
 def _check_width(form: Form, u: jax.Array) -> None:

@@ -145,6 +145,7 @@ def interpret(every):
         dispatch._by_platform = lambda choice, kernel, others, *arrays: kernel(*arrays)
         found |= {"vmap": mapped(), "meshes": {m: meshed(m) for m in MESHES}, "layer": layer()}
         found |= {"vmap, no taps": mapped_activated(), "layer, no convolution": layer(False)}
+        found["meshes, no taps"] = {mesh: meshed_activated(mesh) for mesh in MESHES[:2]}
         found["explicit"] = over_explicit_axes()
     return found
 
@@ -210,6 +211,21 @@ def meshed(mesh):
     wanted = plainly(params, u, before, selection.PLAIN)
     found = placed(params, u, before, TRITON)
     return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
+
+
+def meshed_activated(mesh):
+    """The same of what stands behind the taps alone."""
+    layout = Layout(make_mesh(DeviceConfig(mesh=mesh), jax.devices()), {})
+    case = Case(Form(silu, 8), C=32, T=8)
+    u, *_, dy = (x if x is None else x.reshape(*x.shape[:-1], 1, -1) for x in case.arrays())
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def placed(u, dy, choice):
+        with layout.placed():
+            y, pull = jax.vjp(lambda u: dispatch.activated(choice, case.form, u), u)
+            return y, *pull(dy)
+
+    return max(map(relative, placed(u, dy, TRITON), placed(u, dy, selection.PLAIN)))
 
 
 def over_explicit_axes():

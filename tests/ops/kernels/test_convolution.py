@@ -70,6 +70,7 @@ def test_over_a_mesh_it_is_the_plain_one(everything):
     meshes = everything["meshes"]
     assert len(meshes) == 4
     assert max(meshes.values()) < 1e-5, meshes
+    assert max(everything["meshes, no taps"].values()) < 1e-5
     assert everything["explicit"] < 1e-5
 
 
