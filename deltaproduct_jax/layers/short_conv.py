@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
-from deltaproduct_jax.ops.convolution.dispatch import short_convolution
+from deltaproduct_jax.ops.convolution.dispatch import POINT, short_convolution
 from deltaproduct_jax.ops.convolution.plain import Form, beside
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
 from deltaproduct_jax.ops.packing import starts_of_segments
@@ -101,6 +102,7 @@ class ShortConv(nnx.Module):
             weight,
             on_each_device=choice.may_run_kernel,
         )
+        y = checkpoint_name(y, POINT) if choice.may_run_kernel else y
 
         padded = jnp.concatenate([before, u], axis=1)
         if run is not None:

@@ -16,19 +16,22 @@ from flax import nnx
 from deltaproduct_jax.layers import norm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.ops import RESIDUAL_NAMES, containment
+from deltaproduct_jax.ops.convolution import dispatch as convolution
 from deltaproduct_jax.ops.parts import placement
 
 MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
 
-# All but matrix products and the op's own results is cheap to compute anew from them, and most of
-# what a block would keep: norms, convolutions, activations. One number or flag for a row of
-# channels is no memory, and spares another pass over the row.
+# All but matrix products, the op's own results and convolutions by a kernel is cheap to compute
+# anew from them, and most of what a block would keep: norms, activations. One number or flag for a
+# row of channels is no memory, and spares another pass over the row.
 _policies = jax.checkpoint_policies
 _KEPT = {
     "products": lambda config: _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*RESIDUAL_NAMES[1:], norm.POINT, containment.POINT),
+        _policies.save_only_these_names(
+            *RESIDUAL_NAMES[1:], convolution.POINT, norm.POINT, containment.POINT
+        ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,
     "named": lambda config: _policies.save_only_these_names(*config.saved_points),

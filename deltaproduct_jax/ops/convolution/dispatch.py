@@ -16,6 +16,8 @@ from deltaproduct_jax.ops.reverse_only import differentiated_once
 from deltaproduct_jax.ops.unavailable import unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
+# Name of what a kernel made, for policies of `jax.checkpoint`.
+POINT = "short_convolution"
 NO_SECOND_DERIVATIVE = (
     "short convolution: kernels have a backward pass that cannot be differentiated again; name "
     'conv_implementation="plain" for second derivatives'

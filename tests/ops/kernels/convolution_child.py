@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import oracle_convolution
 import triton_interpreter
+from convolution_cases import ACTIVATED, CASES, QUICK, Case
 from flax import nnx
 
 from deltaproduct_jax import GatedDeltaProduct
 from deltaproduct_jax.compilers.gpu import kernel_resources
 from deltaproduct_jax.layers.short_conv import ShortConv
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, tiling
@@ -32,54 +34,6 @@ from deltaproduct_jax.parallel.layout import Layout, make_mesh
 
 silu = jax.nn.silu
 TRITON = selection.Choice("triton", "triton")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    form: Form
-    dtype: str = "float32"
-    C: int = 24
-    W: int = 4
-    T: int = 13
-    B: int = 2
-    packed: bool = False
-    rows: int | None = None  # groups of a program
-
-    def arrays(self, seed=0):
-        keys = jax.random.split(jax.random.key(seed), 4)
-        draw = lambda i, *shape: jax.random.normal(keys[i], shape)
-        tail, dtype = self.W - 1, self.dtype
-        u, before = draw(0, self.B, self.T, self.C), draw(1, self.B, tail, self.C)
-        taps, dy = draw(2, self.W, self.C), draw(3, self.B, self.T, self.C)
-        run = past = None
-        if self.packed:  # of one token, of three, and one that goes on behind a piece
-            bounds = np.array([[2, 3, 6], [1, 5, 20]])
-            run = (np.arange(self.T)[None, :, None] >= bounds[: self.B, None]).sum(-1)
-            run, past = jnp.asarray(run, jnp.int32), jnp.zeros((self.B, tail), jnp.int32)
-            past = past - (jnp.arange(tail) < 1)  # one of another segment
-        return *(x.astype(dtype) for x in (u, before)), taps, run, past, dy.astype(dtype)
-
-
-CASES = {
-    "SiLU and unit length, packed": Case(Form(silu, 8), packed=True, rows=1, T=6),
-    "SiLU, three taps": Case(Form(silu), dtype="bfloat16", W=3, T=5, C=20),
-    "unit length of 6, two taps": Case(Form(identity, 6), dtype="float16", W=2, T=5, C=18),
-    "SiLU and unit length": Case(Form(silu, 8), packed=True, rows=1),
-    "SiLU and unit length, bfloat16": Case(Form(silu, 8), dtype="bfloat16", packed=True),
-    "SiLU and unit length, float16": Case(Form(silu, 8), dtype="float16", packed=True),
-    "SiLU, packed": Case(Form(silu), packed=True, C=12, W=3),
-    "sum alone, odd number of channels": Case(Form(identity), C=7, packed=True),
-    "fewer tokens than taps": Case(Form(silu, 8), T=2, packed=True),
-    "one token": Case(Form(silu, 8), T=1),
-    "whole pieces": Case(Form(silu, 8), T=8),
-}
-QUICK = tuple(CASES)[:3]
-# Without taps.
-ACTIVATED = {
-    "SiLU and unit length alone": Case(Form(silu, 8)),
-    "unit length alone, odd": Case(Form(identity, 6), dtype="float16", C=18),
-    "SiLU and unit length alone, bfloat16": Case(Form(silu, 24), dtype="bfloat16", T=90),
-}
 
 
 def cut_short(rows=None):
@@ -366,7 +320,18 @@ def lowered():
     found["None, other op"] = count(None, implementation="chunked")
     for name in (None, "plain"):
         found[f"{name}, no convolution"] = count(name, use_short_conv=False)
-    return found
+    return found | {remat: in_model(remat) for remat in ("products", "blocks")}
+
+
+def in_model(remat):
+    """How many kernels the gradient of a model of one block holds."""
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 16, "num_layers": 1}
+    options = {"use_short_conv": True, "dtype": "bfloat16", "remat": remat}
+    model = SequenceModel(ModelConfig(vocab_size=8, **sizes, **options), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    loss = lambda params, ids: jnp.sum(nnx.merge(graph, params)(ids).astype(jnp.float32))
+    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((2, 40), int))
+    return traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call")
 
 
 def said():

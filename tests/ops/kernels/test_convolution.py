@@ -100,6 +100,8 @@ def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everyt
     # Of q and k.
     assert lowered["None, no convolution"] == 10
     assert lowered["plain, no convolution"] == 6
+    # What they made is kept like the results of the op.
+    assert (lowered["products"], lowered["blocks"]) == (12, 17)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 A program walks along PIECE tokens of one sequence with a tile of channels, ROWS groups of WIDTH,
 and keeps the last inputs in registers, so that every input is read from memory once, but for the
 W - 1 tokens in front of a piece and, on the way back, behind it. W is 2 to 4: what is kept of
-the tokens before has names, x1 of the last, x2 and x3 of those before it. Four tokens are under way
+the tokens before has names, x1 of the last, x2 and x3 of those before it. Two tokens are under way
 from memory, which Triton's own pipeline refuses to do for values that outlive two turns. A tap
 whose token belongs to another segment counts as zero.
 
@@ -34,13 +34,10 @@ def convolve(
     )
     next0 = token(u_ptr, b, start, offsets, inside, T, C)
     next1 = token(u_ptr, b, start + 1, offsets, inside, T, C)
-    next2 = token(u_ptr, b, start + 2, offsets, inside, T, C)
-    next3 = token(u_ptr, b, start + 3, offsets, inside, T, C)
     for i in range(0, PIECE):
         t = start + i
         x0 = next0.to(tl.float32)
-        next0, next1, next2 = next1, next2, next3
-        next3 = token(u_ptr, b, t + 4, offsets, inside, T, C)
+        next0, next1 = next1, token(u_ptr, b, t + 2, offsets, inside, T, C)
         r0 = r1
         if HAS_RUN:
             r0 = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
@@ -81,19 +78,13 @@ def convolve_back(
     g0, g1, g2, g3 = nothing, nothing, nothing, nothing
     next0 = token(u_ptr, b, start, offsets, inside, T, C)
     next1 = token(u_ptr, b, start + 1, offsets, inside, T, C)
-    next2 = token(u_ptr, b, start + 2, offsets, inside, T, C)
-    next3 = token(u_ptr, b, start + 3, offsets, inside, T, C)
     dnext0 = token(dy_ptr, b, start, offsets, inside, T, C)
     dnext1 = token(dy_ptr, b, start + 1, offsets, inside, T, C)
-    dnext2 = token(dy_ptr, b, start + 2, offsets, inside, T, C)
-    dnext3 = token(dy_ptr, b, start + 3, offsets, inside, T, C)
     for i in range(0, PIECE + W - 1):
         t = start + i
         x0, dy = next0.to(tl.float32), dnext0.to(tl.float32)
-        next0, next1, next2 = next1, next2, next3
-        next3 = token(u_ptr, b, t + 4, offsets, inside, T, C)
-        dnext0, dnext1, dnext2 = dnext1, dnext2, dnext3
-        dnext3 = token(dy_ptr, b, t + 4, offsets, inside, T, C)
+        next0, next1 = next1, token(u_ptr, b, t + 2, offsets, inside, T, C)
+        dnext0, dnext1 = dnext1, token(dy_ptr, b, t + 2, offsets, inside, T, C)
         r0 = r1
         if HAS_RUN:
             r0 = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
