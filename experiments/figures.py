@@ -1,6 +1,7 @@
 """How far do runs get, by a setting and over seeds: the paper's figures and tables, from records.
 
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=factors
+    python -m experiments.figures --workdir=OUT --source=runs/paper --preset=paper
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=layers
     python -m experiments.figures --workdir=OUT --source=runs/languages --preset=languages
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=escape
@@ -35,6 +36,7 @@ from experiments.lib.figures.curves import (
     panels_of,
     trained_lengths,
 )
+from experiments.lib.figures.published import keys_fit, published_points
 from experiments.lib.figures.records import MARKDOWN, show
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.tables import escape_table, scores_table
@@ -51,6 +53,7 @@ THRESHOLD = 0.9
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "factors": {"by": "num_householder", "where": "num_layers=1", "name": "factors"},
+    "paper": {"by": "num_householder", "published": True, "name": "paper"},
     "layers": {"by": "num_layers", "where": "num_householder=1", "name": "layers"},
     "languages": {"kind": "table", "by": "mixer", "x": "language", "name": "languages"},
     "escape": {"kind": "escape", "name": "escape"},
@@ -76,6 +79,7 @@ class FigureConfig:
         None, f"score from which a run has escaped; none: {THRESHOLD}"
     )
     band: bool = setting(False, "a band from the worst run to the best instead of every run's line")
+    published: bool = setting(False, "points of the paper's curves too: S5 by num_householder")
     name: str | None = setting(None, "of the files; none: the kind")
 
     def __post_init__(self):
@@ -87,6 +91,11 @@ class FigureConfig:
             raise ConfigError(f"threshold={self.threshold} needs kind=escape, got {self.kind!r}")
         if self.band and self.kind != "cumulative":
             raise ConfigError(f"band=True needs kind=cumulative, got {self.kind!r}")
+        if self.published and not (self.kind == "cumulative" and keys_fit(self.x, self.keys)):
+            raise ConfigError(
+                "published=True needs kind=cumulative, x=group and by=num_householder, got "
+                f"kind={self.kind}, x={self.x} and by={self.by}"
+            )
         if self.name is not None and Path(self.name).name != self.name:
             raise ConfigError(f"name={self.name!r} must be the name of a file, without folders")
         if self.x in self.keys:
@@ -101,9 +110,11 @@ class FigureConfig:
 def cumulative(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
     """The numbers of the curves."""
     panels = panels_of(records, config.x, config.keys, config.metric, config.length)
+    published = {"published": published_points(panels)} if config.published else {}
     return {
         "band": config.band,
         "trained": trained_lengths(records, config.x),
+        **published,
         "panels": numbers_of(panels),
     }
 

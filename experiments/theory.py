@@ -42,7 +42,7 @@ from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.theory import CATALOGUE, construct
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_json
+from experiments.lib.bench.report import command_line, listed, markdown, write_json
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.theory import draw_deviations
@@ -107,11 +107,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         shown = {**row, "min_margin": margin, "deviation": f"{row['deviation']:.1e}"}
         cells = [f"{shown[n]:,}" if isinstance(shown[n], int) else shown[n] for n in names]
         lines.append([*cells, made_by.index(row["made_by"]) + 1])
-    return (
-        markdown([*names, "made by"], lines)
-        + "\n\n"
-        + "\n".join(f"{n}. {made}" for n, made in enumerate(made_by, 1))
-    )
+    items = "\n".join(listed(f"{n}. {made}") for n, made in enumerate(made_by, 1))
+    return f"{markdown([*names, 'made by'], lines)}\n\n{items}"
 
 
 def command(argv: Sequence[str]) -> None:

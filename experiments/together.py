@@ -13,7 +13,7 @@ The exit code is 0 if all runs came to their ends, 1 if one has failed, which it
 Source: this project.
 Expect: the records of each run as alone, the losses to rounding.
 Takes: 8 seeds of a narrow S3 a third of what they take one after another on two CPU cores;
-    experiments/README.md has the command.
+    experiments/SWEEPS.md has the command.
 """
 
 import contextlib

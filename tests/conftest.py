@@ -96,6 +96,27 @@ def all_devices():
         yield
 
 
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """What one run of the module has compiled is not compiled again by the next."""
+    import tiny_run
+
+    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_model():
+    """Runs train a model that compiles at once."""
+    import tiny_run
+
+    from deltaproduct_jax.training import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+        yield
+
+
 @pytest.fixture
 def unchecked():
     """The user's path: the package's own errors, without the shape checker in front of them."""

@@ -55,7 +55,23 @@ def delta_product(
     if cotangents is None:
         return o, S
 
-    do, dS = (_wide(c) for c in cotangents)
+    cotangents = [_wide(c) for c in cotangents]
+    gradients = _backward((q, k, v, beta, decay), starts, scale, tape, cotangents)
+    gradients["q"] = gradients["q"].reshape(B, T, H, Hv // H, K).sum(3)
+    gradients["k"] = gradients["k"].reshape(B, T, R, H, Hv // H, K).sum(4)
+    if use_qk_l2norm:
+        for name, raw in (("q", raw_q), ("k", raw_k)):
+            gradients[name] = _l2norm_backward(raw, gradients[name])
+    if g is None:
+        del gradients["g"]
+    return o, S, gradients
+
+
+def _backward(inputs, starts, scale, tape, cotangents):
+    """Gradients by argument name, of q and k for every value head, from all states on the way."""
+    q, k, v, beta, decay = inputs
+    do, dS = cotangents
+    T, R = k.shape[1:3]
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     dbeta, dg = np.zeros_like(beta), np.zeros_like(decay)
     for t in reversed(range(T)):
@@ -77,14 +93,7 @@ def delta_product(
         dg[:, t] = decay[:, t] * np.sum(dS * S_before, axis=(-1, -2))
         dS = decay[:, t, :, None, None] * dS
         dS = np.where(starts[:, t, None, None, None], 0.0, dS)
-    dq = dq.reshape(B, T, H, Hv // H, K).sum(3)
-    dk = dk.reshape(B, T, R, H, Hv // H, K).sum(4)
-    if use_qk_l2norm:
-        dq, dk = _l2norm_backward(raw_q, dq), _l2norm_backward(raw_k, dk)
-    gradients = {"q": dq, "k": dk, "v": dv, "beta": dbeta, "initial_state": dS}
-    if g is not None:
-        gradients["g"] = dg
-    return o, S, gradients
+    return {"q": dq, "k": dk, "v": dv, "beta": dbeta, "g": dg, "initial_state": dS}
 
 
 def _wide(x):

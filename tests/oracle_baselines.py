@@ -13,32 +13,8 @@ def _each(shape):
     return ((b, h, range(T)) for b in range(B) for h in range(H))
 
 
-def linear(q, k, v, gate, *, a=None, b=None, scale=None, initial_state=None, segment_ids=None):
-    """``S <- (diag(gate) + b a^T) S + k v^T``; gate, not its log, is [B, T, H] or [B, T, H, K]."""
-    B, T, H, K = q.shape
-    V = v.shape[-1]
-    if gate.ndim == 3:
-        gate = np.repeat(gate[..., None], K, axis=3)
-    scale = K**-0.5 if scale is None else scale
-    o, final = np.zeros((B, T, H, V)), np.zeros((B, H, K, V))
-    for row, h, tokens in _each((B, T, H)):
-        S = np.zeros((K, V)) if initial_state is None else initial_state[row, h]
-        for t in tokens:
-            if _new(segment_ids, row, t):
-                S = np.zeros((K, V))
-            A = np.diag(gate[row, t, h])
-            if a is not None:
-                A = A + np.outer(b[row, t, h], a[row, t, h])
-            S = A @ S + np.outer(k[row, t, h], v[row, t, h])
-            o[row, t, h] = scale * S.T @ q[row, t, h]
-        final[row, h] = S
-    return o, final
-
-
-def channel_delta(
-    q, k, v, beta, gate, *, e=None, gamma=None, scale=None, initial_state=None, segment_ids=None
-):
-    """``S <- (I - beta k k^T) (I - gamma e e^T) diag(gate) S + beta k v^T``; gate, not its log."""
+def _of_states(transition, size, q, k, v, scale, initial_state, segment_ids):
+    """``S <- transition S + size k v^T``, outputs ``scale S^T q``, both functions of (b, t, h)."""
     B, T, H, K = q.shape
     V = v.shape[-1]
     scale = K**-0.5 if scale is None else scale
@@ -49,14 +25,37 @@ def channel_delta(
             if _new(segment_ids, row, t):
                 S = np.zeros((K, V))
             at = (row, t, h)
-            A = np.diag(gate[at])
-            if e is not None:
-                A = (np.eye(K) - gamma[at] * np.outer(e[at], e[at])) @ A
-            A = (np.eye(K) - beta[at] * np.outer(k[at], k[at])) @ A
-            S = A @ S + beta[at] * np.outer(k[at], v[at])
+            S = transition(at) @ S + size(at) * np.outer(k[at], v[at])
             o[at] = scale * S.T @ q[at]
         final[row, h] = S
     return o, final
+
+
+def linear(q, k, v, gate, *, a=None, b=None, scale=None, initial_state=None, segment_ids=None):
+    """``S <- (diag(gate) + b a^T) S + k v^T``; gate, not its log, is [B, T, H] or [B, T, H, K]."""
+    if gate.ndim == 3:
+        gate = np.repeat(gate[..., None], q.shape[-1], axis=3)
+
+    def transition(at):
+        A = np.diag(gate[at])
+        return A if a is None else A + np.outer(b[at], a[at])
+
+    return _of_states(transition, lambda at: 1.0, q, k, v, scale, initial_state, segment_ids)
+
+
+def channel_delta(
+    q, k, v, beta, gate, *, e=None, gamma=None, scale=None, initial_state=None, segment_ids=None
+):
+    """``S <- (I - beta k k^T) (I - gamma e e^T) diag(gate) S + beta k v^T``; gate, not its log."""
+    unit = np.eye(q.shape[-1])
+
+    def transition(at):
+        A = np.diag(gate[at])
+        if e is not None:
+            A = (unit - gamma[at] * np.outer(e[at], e[at])) @ A
+        return (unit - beta[at] * np.outer(k[at], k[at])) @ A
+
+    return _of_states(transition, lambda at: beta[at], q, k, v, scale, initial_state, segment_ids)
 
 
 def mlstm(q, k, v, i, log_f, *, segment_ids=None):

@@ -8,7 +8,6 @@ how soon the others of a dead one end, and JOIN_S how long they wait for one tha
 `start` starts all processes of a run on this machine, and `finish` waits for their ends.
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -29,6 +28,19 @@ MESH = "data:-1,fsdp:2"
 SCRIPTS = {"state_tracking": state_tracking, "language_modeling": language_modeling}
 
 
+def address_and_environment(devices):
+    """A free address of this machine, and the environment of a process with so many devices."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return address, os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+
+
 def start(
     workdir: Path,
     number: int,
@@ -46,15 +58,7 @@ def start(
     ``all_of_them`` are environment variables, ``extra`` those of the last process alone. With
     ``own_workdirs`` each has a folder of its number in ``workdir``, and sees no other.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // number}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
+    address, environment = address_and_environment(devices // number)
     fields = {"hidden_size": 16, "num_heads": 2, "schedule": "constant", "steps": steps}
     cache = f"--compilation_cache={workdir.parent / 'programs'}"
     flags = [*flags_for(workdir, **fields), f"--mesh={mesh}", cache, *flags]
@@ -83,10 +87,6 @@ def finish(processes, timeout=240):
         for process in processes:
             process.kill()
     return [(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def main() -> int:

@@ -181,14 +181,21 @@ def test_terms_are_said_where_they_stand(term):
 COMMANDS = sorted({c for page in PAGES if page.name != "CHANGELOG.md" for c in commands_of(page)})
 
 
-def test_experiments_readme_shows_every_script():
+def test_every_script_stands_on_the_page_beside_it():
     scripts = {
         name(path).removesuffix(".py").replace("/", ".")
         for path in (ROOT / "experiments").rglob("*.py")
         if "__main__" in path.read_text() and "lib" not in path.parts
     }
-    shown = {command.script for command in commands_of(ROOT / "experiments" / "README.md")}
-    assert scripts == {script.removesuffix(".py").replace("/", ".") for script in shown}
+    pages = [p for p in PAGES if p.name == "README.md" and (p.parent / "__init__.py").exists()]
+    shown = {
+        (page.parent, command.script.removesuffix(".py").replace("/", "."))
+        for page in pages
+        for command in commands_of(page)
+    }
+    missing = {s for s in scripts if ((ROOT / s.replace(".", "/")).parent, s) not in shown}
+    assert not missing, "on no page beside them"
+    assert {script for folder, script in shown if "experiments" in folder.parts} <= scripts
 
 
 @pytest.fixture

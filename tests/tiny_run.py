@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -44,6 +45,14 @@ class TinyModel(nnx.Module):
 
     def features(self, tokens):
         return jnp.tanh(jnp.cumsum(self.embeddings(tokens), axis=1))
+
+
+def nudged(model: nnx.Module, size: float = 0.3) -> nnx.Module:
+    """The model, none of whose parameters rests at 0, as some do before training."""
+    rng = np.random.default_rng(1)
+    nudge = lambda a: jnp.asarray(a + size * rng.normal(size=a.shape), a.dtype)
+    nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
+    return model
 
 
 @contextlib.contextmanager
@@ -92,6 +101,11 @@ def flags_for(workdir: Path, **fields: Any) -> list[str]:
 
 def _spell(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def rows_in(directory: Path) -> list[dict[str, Any]]:
+    """Rows of the metrics of a run."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def curve(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

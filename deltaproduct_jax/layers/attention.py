@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.mixer import SequenceMixer
 from deltaproduct_jax.layers.padding import along_rows, without_padding
-from deltaproduct_jax.layers.projection import projections, value_width
+from deltaproduct_jax.layers.projection import Parts, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.containment import contained, only_finite
@@ -99,7 +99,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.window_size, self.rope_theta = window_size, rope_theta
         self.max_length, self.dtype = max_length, jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
+        project = Parts(initializer, initializer_range, dtype, param_dtype, rngs).project
         self.q_proj = project(hidden_size, num_heads * head_dim, qkv_bias)
         self.k_proj = project(hidden_size, self.num_kv_heads * head_dim, qkv_bias)
         self.v_proj = project(hidden_size, self.num_kv_heads * value_dim, qkv_bias)

@@ -9,7 +9,6 @@ names are kept. Per token, with ``R`` Householder factors:
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,36 +19,22 @@ from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import as_inputs
+from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer
 from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
-from deltaproduct_jax.layers.mixer import RecurrentMixer
-from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import (
-    apart,
-    convolutions,
-    in_parts,
-    projections,
-    value_width,
-)
+from deltaproduct_jax.layers.projection import apart, in_parts
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
     check_convolutions,
     idle_of_convolutions,
-    segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
-from deltaproduct_jax.ops.convolution.dispatch import activated
-from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, choose
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
-
-QK_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": nnx.silu,
-    "none": identity,
-}
 
 
 @exported
@@ -85,7 +70,7 @@ class TokenFactors(NamedTuple):
     g: Float[Array, "B T Hv"] | None
 
 
-class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
+class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` with a DeltaProduct state in every head.
 
     Args:
@@ -147,57 +132,54 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        value_dim = value_width(num_heads, head_dim, num_v_heads=num_v_heads, expand_v=expand_v)
-        require_one_of("qk_activation", qk_activation, QK_ACTIVATIONS)
         require_one_of("conv_implementation", conv_implementation, (None, *CONVOLUTIONS))
-
-        self.num_heads, self.num_v_heads = num_heads, num_v_heads
-        self.head_dim, self.value_dim = head_dim, value_dim
-        self.num_householder = num_householder
-        self.allow_neg_eigval = allow_neg_eigval
-        self.use_forget_gate = use_forget_gate
-        self.use_output_gate = use_output_gate
-        self.use_short_conv = use_short_conv
-        self.conv_size = conv_size
-        self.qk_activation = qk_activation
+        self.num_householder, self.use_forget_gate = num_householder, use_forget_gate
         self.conv_implementation = conv_implementation
-        self.implementation, self.chunk_size = implementation, chunk_size
-        self.dtype = jnp.dtype(dtype)
+        super().__init__(
+            hidden_size,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            num_v_heads=num_v_heads,
+            expand_v=expand_v,
+            allow_neg_eigval=allow_neg_eigval,
+            use_output_gate=use_output_gate,
+            use_short_conv=use_short_conv,
+            conv_size=conv_size,
+            qk_activation=qk_activation,
+            beta_bias=beta_bias,
+            norm_eps=norm_eps,
+            initializer=initializer,
+            initializer_range=initializer_range,
+            implementation=implementation,
+            chunk_size=chunk_size,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
-        R, Hv, V = num_householder, num_v_heads, self.value_dim
-        widths = {"q": num_heads * head_dim, "k": R * num_heads * head_dim, "v": R * Hv * V}
-        self.q_proj = project(hidden_size, widths["q"])
-        self.k_proj = project(hidden_size, widths["k"], parts=R)
-        self.v_proj = project(hidden_size, widths["v"], parts=R)
-        self.b_proj = project(hidden_size, R * Hv, parts=R)
-        if beta_bias is not None:
-            self.b_bias = nnx.Param(jnp.full((R * Hv,), beta_bias, param_dtype))
-        if use_short_conv:
-            for name, width in widths.items():
-                act = nnx.silu if name == "v" else QK_ACTIVATIONS[qk_activation]
-                setattr(self, f"{name}_conv1d", convolve(width, act))
-        if use_forget_gate:
-            self.a_proj = project(hidden_size, Hv)
-            self.A_log = nnx.Param(decay_rate_init(rngs.params(), (Hv,)))
-            self.dt_bias = nnx.Param(decay_step_init(rngs.params(), (Hv,)))
-        if use_output_gate:
-            self.g_proj = project(hidden_size, Hv * V)
-        self.o_norm = RMSNorm(V, eps=norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.o_proj = project(Hv * V, hidden_size)
+    def _make(self, D, make):
+        keys, values = self._widths()
+        R, Hv = self.num_householder, self.num_v_heads
+        widths = {"q": keys, "k": R * keys, "v": R * values}
+        self.q_proj = make.project(D, widths["q"])
+        self.k_proj = make.project(D, widths["k"], parts=R)
+        self.v_proj = make.project(D, widths["v"], parts=R)
+        self.b_proj = make.project(D, R * Hv, parts=R)
+        self._make_bias(make, "b_bias", R * Hv)
+        for name, width in widths.items():
+            self._make_convolution(make, name, width)
+        if self.use_forget_gate:
+            self.a_proj = make.project(D, Hv)
+            self.A_log = nnx.Param(decay_rate_init(make.rngs.params(), (Hv,)))
+            self.dt_bias = nnx.Param(decay_step_init(make.rngs.params(), (Hv,)))
+        if self.use_output_gate:
+            self.g_proj = make.project(D, values)
+        self.o_norm = make.rms_norm(self.value_dim)
+        self.o_proj = make.project(values, D)
 
     def init_state(self, batch_size: int) -> DeltaProductState:
         """The state before the first token: all zero."""
-        shape = (batch_size, self.num_v_heads, self.head_dim, self.value_dim)
-        recurrent = jnp.zeros(shape, accumulator_dtype(self.dtype))
-        if self.use_short_conv:
-            convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-            tails = [conv.init_state(batch_size, self.dtype) for conv in convs]
-        else:
-            tails = [jnp.zeros((batch_size, 0, 0), self.dtype)] * 3
-        return DeltaProductState(recurrent, *tails)
+        return DeltaProductState(self._no_matrices(batch_size), *self._no_inputs(batch_size))
 
     def _mix(self, x, state, segment_ids, length):
         choice = self._choice(x)
@@ -208,11 +190,8 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
             v,
             only_counted(beta, length),
             only_counted(g, length),
-            initial_state=state.recurrent,
-            segment_ids=segment_ids,
             use_qk_l2norm=not choice.may_run_kernel,  # which has seen to it
-            chunk_size=self.chunk_size,
-            implementation=self.implementation,
+            **self._options(state, segment_ids),
         )
         return self._output(o, x), DeltaProductState(recurrent, *tails)
 
@@ -241,43 +220,22 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         Where the convolutions may run by a kernel, q and k are unit vectors.
         """
         B, T, _ = x.shape
-        R, H, Hv, K, V = (
-            self.num_householder,
-            self.num_heads,
-            self.num_v_heads,
-            self.head_dim,
-            self.value_dim,
-        )
-        run = segment_runs(segment_ids)
-        mixed, tails = [], []
-        tails_before = {"q": state.q_conv, "k": state.k_conv, "v": state.v_conv}
-        for number, (name, tail) in enumerate(tails_before.items()):
-            project = getattr(self, f"{name}_proj")
-            read = apart(x, number) if choice.may_run_kernel else x
-            u = project(read) if name == "q" or R == 1 else in_parts(project, read, R)
-            if self.use_short_conv:
-                unit_width = K if choice.may_run_kernel and name != "v" else None
-                convolve = getattr(self, f"{name}_conv1d")
-                u, tail = convolve(u, tail, run, length, unit_width=unit_width, choice=choice)
-            elif name == "v":
-                u = nnx.silu(u)
-            elif choice.may_run_kernel:
-                u = activated(choice, Form(QK_ACTIVATIONS[self.qk_activation], K), u)
-            else:
-                u = QK_ACTIVATIONS[self.qk_activation](u)
-            mixed.append(u)
-            tails.append(tail)
-        q = mixed[0].reshape(B, T, H, K)
-        k = mixed[1].reshape(B, T, R, H, K)
-        v = mixed[2].reshape(B, T, R, Hv, V)
+        R, H, Hv = self.num_householder, self.num_heads, self.num_v_heads
+        K, V = self.head_dim, self.value_dim
 
-        wide = accumulator_dtype(self.dtype)
-        b = in_parts(self.b_proj, x, R).astype(wide)
-        if hasattr(self, "b_bias"):
-            b = b + self.b_bias[...].astype(wide).reshape(R, Hv)[None, None]
-        beta = jax.nn.sigmoid(b) * (2.0 if self.allow_neg_eigval else 1.0)
+        def read(name):
+            project = getattr(self, f"{name}_proj")
+            own = apart(x, "qkv".index(name)) if choice.may_run_kernel else x
+            return project(own) if name == "q" or R == 1 else in_parts(project, own, R)
+
+        units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
+        (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
+        q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
+
+        beta = self._sizes(in_parts(self.b_proj, x, R))
         g = None
         if self.use_forget_gate:
+            wide = accumulator_dtype(self.dtype)
             rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
             a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
             g = -rate * jax.nn.softplus(a)
@@ -292,18 +250,14 @@ class GatedDeltaProduct(RecurrentMixer[DeltaProductState]):
         op = self.implementation or select_implementation(
             "cuda", **sizes, **fixed, differentiated=True
         )
-        forms = [Form(QK_ACTIVATIONS[self.qk_activation], K)]
-        forms += [Form(nnx.silu)] if self.use_short_conv else []
+        forms = [Form(self._activation("q"), K)]
+        forms += [Form(self._activation("v"))] if self.use_short_conv else []
         taps = self.conv_size if self.use_short_conv else None
         given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
         return choose(self.conv_implementation, tuple(forms), op=op, **given)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
-        """Norm, gate and output projection of ``o [B, T, Hv, V]``."""
-        o = self.o_norm(o)
-        if self.use_output_gate:
-            o = o * nnx.silu(self.g_proj(x).reshape(o.shape))
-        return self.o_proj(o.reshape(*o.shape[:2], -1))
+        return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)
 
 
 def _check_one_factor(config: Any) -> None:

@@ -9,17 +9,13 @@ written at k: DeltaProduct with two factors, of which the first has no value, an
 for every channel.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from deltaproduct_jax.layers.initializers import decay_step_init
 from deltaproduct_jax.layers.kimi_delta import KimiDeltaAttention, register_channel_delta
+from deltaproduct_jax.layers.projection import Parts
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 RANK = 16
@@ -34,8 +30,7 @@ class HeadMaps(nnx.Module):
         num_heads: heads ``H``.
         rank: of the map of every head.
         width: of the output of every head.
-        project: makes linear maps, see ``layers/projection.py``.
-        wide: dtype of the second product and of the result.
+        make: makes linear maps. The second product is taken in float32 at least.
     """
 
     def __init__(
@@ -45,13 +40,12 @@ class HeadMaps(nnx.Module):
         rank: int,
         width: int,
         *,
-        project: Callable[..., nnx.Linear],
-        wide: DTypeLike,
+        make: Parts,
     ):
-        self.num_heads, self.wide = num_heads, jnp.dtype(wide)
-        self.down = project(in_features, num_heads * rank)
+        self.num_heads, self.wide = num_heads, jnp.dtype(accumulator_dtype(make.dtype))
+        self.down = make.project(in_features, num_heads * rank)
         # The maps of all heads are drawn as one matrix of so many columns.
-        drawn = project(rank, num_heads * width).kernel[...]
+        drawn = make.project(rank, num_heads * width).kernel[...]
         self.up = nnx.Param(jnp.moveaxis(drawn.reshape(rank, num_heads, width), 1, 0))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H width"]:
@@ -68,17 +62,13 @@ class EraseThenDelta(KimiDeltaAttention):
     what is erased may be reflected. The paper has both step sizes in (0, 1) and no bias.
     """
 
-    def _make_gates(self, hidden_size, project, rngs):
+    def _make_gates(self, D, make):
         heads, K = self.num_v_heads, self.head_dim
-        shared: dict[str, Any] = {"project": project, "wide": accumulator_dtype(self.dtype)}
-        self.decay = HeadMaps(hidden_size, heads, RANK, K, **shared)
-        self.erase = HeadMaps(hidden_size, heads, RANK, K, **shared)
-        self.c_proj = project(hidden_size, heads)
-        if self.beta_bias is not None:
-            self.c_bias = nnx.Param(jnp.full((heads,), self.beta_bias, self.param_dtype))
-        rate = jax.random.uniform(rngs.params(), (heads,), jnp.float32, 1.0, 16.0)
-        self.A_log = nnx.Param(jnp.log(rate))
-        self.dt_bias = nnx.Param(decay_step_init(rngs.params(), (heads * K,)))
+        self.decay = HeadMaps(D, heads, RANK, K, make=make)
+        self.erase = HeadMaps(D, heads, RANK, K, make=make)
+        self.c_proj = make.project(D, heads)
+        self._make_bias(make, "c_bias", heads)
+        self._make_decay(make, heads * K)
 
     def _gate_inputs(self, x: jax.Array) -> jax.Array:
         f = self.decay(x)
@@ -91,7 +81,7 @@ class EraseThenDelta(KimiDeltaAttention):
 
     def _erasure(self, x):
         e = self.erase(x)
-        return self._unit(e, self.num_v_heads), self._sizes(self.c_proj, x, "c_bias")
+        return self._unit(e, self.num_v_heads), self._sizes(self.c_proj(x), "c_bias")
 
 
 register_channel_delta("erase_then_delta", EraseThenDelta)

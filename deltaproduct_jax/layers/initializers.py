@@ -60,10 +60,11 @@ def mlp_down_init(
     return nnx.initializers.normal(std)
 
 
-def decay_rate_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """``A_log`` of the forget gate: log of U(0, 16), in float32 (as in Mamba-2)."""
-    tiny = jnp.finfo(jnp.float32).tiny
-    return jnp.log(jax.random.uniform(key, shape, jnp.float32, tiny, 16.0))
+def decay_rate_init(
+    key: jax.Array, shape: tuple[int, ...], least: float = float(jnp.finfo(jnp.float32).tiny)
+) -> jax.Array:
+    """``A_log`` of a forget gate: log of U(least, 16), in float32; Mamba-2's least rate is 1."""
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, least, 16.0))
 
 
 def decay_step_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -5,19 +5,16 @@ S <- alpha S + B (dt x')^T,  alpha = exp(-exp(A_log) dt),  o = S^T C + D x'
 y = rmsnorm(o * silu(z)) W_o
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from deltaproduct_jax.layers.initializers import decay_step_init
+from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
 from deltaproduct_jax.layers.mixer import RecurrentMixer
-from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import convolutions, projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
@@ -43,7 +40,7 @@ class Mamba2State(NamedTuple):
     conv: Float[Array, "B past channels"]
 
 
-class Mamba2(RecurrentMixer[Mamba2State]):
+class Mamba2(HeadMixer[Mamba2State], RecurrentMixer[Mamba2State]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     The published layer in the words of the others: its state size is ``head_dim``, its head width
@@ -52,22 +49,11 @@ class Mamba2(RecurrentMixer[Mamba2State]):
 
     Args:
         hidden_size: width ``D`` of input and output.
-        num_heads: heads ``H`` of B and C, the keys and queries.
-        head_dim: key width ``K`` of a head.
-        num_v_heads: heads ``Hv`` of values and decays, a multiple of ``num_heads``; None for
-            ``num_heads``.
-        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
-        allow_neg_eigval: decays ``2 alpha - 1`` in (-1, 1) instead of ``alpha`` in (0, 1); the
-            write stays as it is.
+        num_v_heads: heads ``Hv`` of values and decays, a multiple of ``num_heads``, those of B and
+            C, the keys and queries; None for ``num_heads``.
         conv_size: taps of the convolution.
-        norm_eps: epsilon of the output norm.
-        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
-        initializer_range: standard deviation of ``"fla"``.
-        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
-        chunk_size: tokens in a chunk of the op; None for 64.
-        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
-        param_dtype: dtype of the parameters; A_log, dt_bias and D are float32 always.
-        rngs: source of the parameter keys.
+        **shared: as in :class:`HeadMixer`. With ``allow_neg_eigval`` decays are ``2 alpha - 1``, in
+            (-1, 1), instead of ``alpha``; the write stays as it is. D is float32 always.
 
     Raises:
         ConfigError: naming the argument, when one is out of range or does not fit another.
@@ -79,47 +65,30 @@ class Mamba2(RecurrentMixer[Mamba2State]):
         self,
         hidden_size: int,
         *,
-        num_heads: int,
-        head_dim: int,
         num_v_heads: int | None = None,
-        expand_v: float = 1.0,
-        allow_neg_eigval: bool = True,
         conv_size: int = 4,
-        norm_eps: float = 1e-5,
-        initializer: str = "paper",
-        initializer_range: float = 0.02,
-        implementation: str | None = None,
-        chunk_size: int | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **shared: Unpack[HeadOptions],
     ):
-        num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        value_dim = value_width(num_heads, head_dim, num_v_heads=num_v_heads, expand_v=expand_v)
-        self.num_heads, self.num_v_heads = num_heads, num_v_heads
-        self.head_dim, self.value_dim = head_dim, value_dim
-        self.allow_neg_eigval = allow_neg_eigval
-        self.implementation, self.chunk_size = implementation, chunk_size
-        self.dtype = jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
-        keys, values = num_heads * head_dim, num_v_heads * value_dim
-        self.z_proj = project(hidden_size, values)
-        self.xbc_proj = project(hidden_size, values + 2 * keys)
-        self.xbc_conv1d = convolve(values + 2 * keys)
-        self.dt_proj = project(hidden_size, num_v_heads)
-        rate = jax.random.uniform(rngs.params(), (num_v_heads,), jnp.float32, 1.0, 16.0)
-        self.A_log = nnx.Param(jnp.log(rate))
-        self.dt_bias = nnx.Param(decay_step_init(rngs.params(), (num_v_heads,)))
-        self.D = nnx.Param(jnp.ones((num_v_heads,), jnp.float32))
-        self.o_norm = RMSNorm(values, eps=norm_eps, dtype=dtype, param_dtype=param_dtype)
-        self.o_proj = project(values, hidden_size)
+        if num_v_heads is not None:
+            self.num_v_heads = num_v_heads
+        self.conv_size = conv_size
+        super().__init__(hidden_size, **shared)
+
+    def _make(self, D, make):
+        keys, values = self._widths()
+        self.z_proj = make.project(D, values)
+        self.xbc_proj = make.project(D, values + 2 * keys)
+        self.xbc_conv1d = make.convolve(values + 2 * keys, self.conv_size)
+        self.dt_proj = make.project(D, self.num_v_heads)
+        self._make_decay(make, self.num_v_heads)
+        self.D = nnx.Param(jnp.ones((self.num_v_heads,), jnp.float32))
+        self.o_norm = make.rms_norm(values)
+        self.o_proj = make.project(values, D)
 
     def init_state(self, batch_size: int) -> Mamba2State:
         """The state before the first token: all zero."""
-        shape = (batch_size, self.num_v_heads, self.head_dim, self.value_dim)
-        recurrent = jnp.zeros(shape, accumulator_dtype(self.dtype))
-        return Mamba2State(recurrent, self.xbc_conv1d.init_state(batch_size, self.dtype))
+        conv = self.xbc_conv1d.init_state(batch_size, self.dtype)
+        return Mamba2State(self._no_matrices(batch_size), conv)
 
     def _mix(self, x, state, segment_ids, length):
         (q, k, v, g, negative), values, conv = self._inputs(x, state.conv, segment_ids, length)
@@ -130,10 +99,7 @@ class Mamba2(RecurrentMixer[Mamba2State]):
             only_counted(g, length),
             negative=only_counted(negative, length),
             scale=1.0,
-            initial_state=state.recurrent,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-            chunk_size=self.chunk_size,
+            **self._options(state, segment_ids),
         )
         return self._output(o, values, x), Mamba2State(recurrent, conv)
 

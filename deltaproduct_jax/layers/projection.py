@@ -1,5 +1,6 @@
-"""Linear maps and convolutions of a mixer, all drawn and computed alike."""
+"""The parts of a mixer, linear maps, convolutions and norms, all drawn and computed alike."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -10,42 +11,87 @@ from jax.typing import DTypeLike
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.initializers import conv_init, projection_init
+from deltaproduct_jax.layers.norm import HeadNorm, RMSNorm
 from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
-def projections(
-    initializer: str,
-    initializer_range: float,
-    dtype: DTypeLike,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> Callable[..., nnx.Linear]:
-    """A function ``(in_features, out_features, use_bias=, wide=, parts=)`` that makes linear maps.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Makes the parts of one mixer, all drawn and computed as its constructor was told.
 
-    ``wide`` ones compute in float32 at least, as gates do; ``parts`` as in :func:`projection_init`.
+    Attributes:
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
+        initializer_range: standard deviation of ``"fla"``.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters.
+        rngs: source of the parameter keys.
+        norm_eps: epsilon of norms.
     """
 
+    initializer: str
+    initializer_range: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    rngs: nnx.Rngs
+    norm_eps: float = 1e-5
+
     def project(
+        self,
         in_features: int,
         out_features: int,
         use_bias: bool = False,
         wide: bool = False,
         parts: int = 1,
     ) -> nnx.Linear:
-        init = projection_init(initializer, initializer_range, in_features, out_features, parts)
+        """A linear map.
+
+        Args:
+            in_features: width of the input.
+            out_features: width of the output.
+            use_bias: add a learnt bias.
+            wide: compute in float32 at least, as gates do.
+            parts: as in :func:`projection_init`.
+        """
+        how = self.initializer, self.initializer_range
         return nnx.Linear(
             in_features,
             out_features,
             use_bias=use_bias,
-            kernel_init=init,
-            dtype=accumulator_dtype(dtype) if wide else jnp.dtype(dtype),
-            param_dtype=param_dtype,
-            rngs=rngs,
+            kernel_init=projection_init(*how, in_features, out_features, parts),
+            dtype=accumulator_dtype(self.dtype) if wide else jnp.dtype(self.dtype),
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
         )
 
-    return project
+    def convolve(
+        self,
+        channels: int,
+        conv_size: int,
+        activation: Callable[[jax.Array], jax.Array] = nnx.silu,
+    ) -> ShortConv:
+        """A short convolution of ``conv_size`` taps."""
+        return ShortConv(
+            channels,
+            conv_size,
+            activation=activation,
+            kernel_init=conv_init(self.initializer, self.initializer_range, conv_size),
+            param_dtype=self.param_dtype,
+            rngs=self.rngs,
+        )
+
+    def rms_norm(self, width: int) -> RMSNorm:
+        """A norm of the last axis, of this width."""
+        return RMSNorm(width, eps=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype)
+
+    def head_norm(
+        self, num_heads: int, width: int, *, eps: float | None = None, use_bias: bool = False
+    ) -> HeadNorm:
+        """A norm of every head; ``eps`` is ``norm_eps`` unless given."""
+        eps = self.norm_eps if eps is None else eps
+        kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return HeadNorm(num_heads, width, eps=eps, use_bias=use_bias, **kinds)
 
 
 def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
@@ -76,31 +122,6 @@ def apart(x: jax.Array, number: int) -> jax.Array:
 @apart.defjvp
 def _apart_jvp(number, primals, tangents):
     return apart(primals[0], number), tangents[0]
-
-
-def convolutions(
-    initializer: str,
-    initializer_range: float,
-    conv_size: int,
-    param_dtype: DTypeLike,
-    rngs: nnx.Rngs,
-) -> Callable[..., ShortConv]:
-    """A function ``(channels, activation=silu)`` that makes short convolutions."""
-    taps = conv_init(initializer, initializer_range, conv_size)
-
-    def convolve(
-        channels: int, activation: Callable[[jax.Array], jax.Array] = nnx.silu
-    ) -> ShortConv:
-        return ShortConv(
-            channels,
-            conv_size,
-            activation=activation,
-            kernel_init=taps,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
-
-    return convolve
 
 
 def value_width(

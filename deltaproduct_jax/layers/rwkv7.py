@@ -12,7 +12,7 @@ v_first is the value of the model's first block; there, v' is v.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +21,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers.checks import checks_sequences
-from deltaproduct_jax.layers.mixer import SequenceMixer
-from deltaproduct_jax.layers.norm import HeadNorm
+from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
 from deltaproduct_jax.layers.padding import along_rows, compact, only_counted, without_padding
-from deltaproduct_jax.layers.projection import projections, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.checks import as_array, check_shape
+from deltaproduct_jax.ops.convolution.plain import identity
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -79,27 +78,16 @@ class LoRA(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
-class RWKV7(SequenceMixer[RWKV7State]):
+class RWKV7(HeadMixer[RWKV7State]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``.
 
     Args:
         hidden_size: width ``D`` of input and output.
-        num_heads: heads ``H``.
-        head_dim: key width ``K`` of a head.
-        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
-        allow_neg_eigval: doubles the rank-one part, so that eigenvalues reach (-1, 1) instead of
-            (0, 1).
         value_residual: blend values with those of the model's first block; all blocks but the
             first do.
-        norm_eps: epsilon of the output norm, which is ``head_dim`` times this, as published.
-        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``, of the full-rank
-            projections.
-        initializer_range: standard deviation of ``"fla"``.
-        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
-        chunk_size: tokens in a chunk of the op; None for 64.
-        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
-        param_dtype: dtype of the parameters.
-        rngs: source of the parameter keys.
+        **shared: as in :class:`HeadMixer`. ``allow_neg_eigval`` doubles the rank-one part. The
+            output norm's epsilon is ``head_dim`` times ``norm_eps``, as published. The initialiser
+            is that of full-rank projections.
 
     Raises:
         ConfigError: naming the argument, when one is out of range or does not fit another.
@@ -108,62 +96,43 @@ class RWKV7(SequenceMixer[RWKV7State]):
     implementations = IMPLEMENTATIONS
 
     def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_heads: int,
-        head_dim: int,
-        expand_v: float = 1.0,
-        allow_neg_eigval: bool = True,
-        value_residual: bool = False,
-        norm_eps: float = 1e-5,
-        initializer: str = "paper",
-        initializer_range: float = 0.02,
-        implementation: str | None = None,
-        chunk_size: int | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        self, hidden_size: int, *, value_residual: bool = False, **shared: Unpack[HeadOptions]
     ):
-        value_dim = value_width(num_heads, head_dim, expand_v=expand_v)
-        self.num_heads, self.head_dim, self.value_dim = num_heads, head_dim, value_dim
-        self.allow_neg_eigval, self.value_residual = allow_neg_eigval, value_residual
-        self.implementation, self.chunk_size = implementation, chunk_size
-        self.dtype = jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        keys, values = num_heads * head_dim, num_heads * value_dim
-        place = jnp.arange(hidden_size) / hidden_size
+        self.value_residual = value_residual
+        super().__init__(hidden_size, **shared)
+
+    def _make(self, D, make):
+        keys, values = self._widths()
+        param_dtype = make.param_dtype
+        place = jnp.arange(D) / D
         for name, power in _SHIFT_POWERS.items():
             setattr(self, f"x_{name}", nnx.Param((1 - place**power).astype(param_dtype)))
-        self.r_proj = project(hidden_size, keys)
-        self.k_proj = project(hidden_size, keys)
-        self.v_proj = project(hidden_size, values)
-        self.o_proj = project(values, hidden_size)
+        self.r_proj = make.project(D, keys)
+        self.k_proj = make.project(D, keys)
+        self.v_proj = make.project(D, values)
+        self.o_proj = make.project(values, D)
 
-        wide = accumulator_dtype(dtype)
+        def lora(out_features, activation, factor, power, bias, dtype):
+            rank = max(32, 32 * round(factor * D**power / 32))
+            kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": make.rngs}
+            return LoRA(D, rank, out_features, activation=activation, bias=bias, **kinds)
 
-        def lora(out_features, activation, factor, power, bias, dtype=wide):
-            rank = max(32, 32 * round(factor * hidden_size**power / 32))
-            kinds = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-            return LoRA(hidden_size, rank, out_features, activation=activation, bias=bias, **kinds)
-
-        identity = lambda x: x
+        wide = accumulator_dtype(self.dtype)
         decay = -6.5 + 5 * (jnp.arange(keys) / max(keys - 1, 1)) ** 0.85
-        self.w_lora = lora(keys, jnp.tanh, 1.8, 0.5, decay)
-        self.a_lora = lora(keys, identity, 1.8, 0.5, jnp.zeros(keys))
+        self.w_lora = lora(keys, jnp.tanh, 1.8, 0.5, decay, wide)
+        self.a_lora = lora(keys, identity, 1.8, 0.5, jnp.zeros(keys), wide)
         self.g_lora = lora(values, jax.nn.sigmoid, 0.6, 0.8, None, self.dtype)
-        if value_residual:
-            self.v_lora = lora(values, identity, 1.3, 0.5, jnp.ones(values))
-        per_key = lambda value: nnx.Param(jnp.full((num_heads, head_dim), value, param_dtype))
+        if self.value_residual:
+            self.v_lora = lora(values, identity, 1.3, 0.5, jnp.ones(values), wide)
+        H, K = self.num_heads, self.head_dim
+        per_key = lambda value: nnx.Param(jnp.full((H, K), value, param_dtype))
         self.k_k, self.k_a, self.r_k = per_key(0.85), per_key(1.0), per_key(0.0)
-        norm = {"eps": head_dim * norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.o_norm = HeadNorm(num_heads, value_dim, use_bias=True, **norm)
+        self.o_norm = make.head_norm(H, self.value_dim, eps=K * make.norm_eps, use_bias=True)
 
     def init_state(self, batch_size: int) -> RWKV7State:
         """The state before the first token: all zero."""
-        shape = (batch_size, self.num_heads, self.head_dim, self.value_dim)
-        recurrent = jnp.zeros(shape, accumulator_dtype(self.dtype))
-        return RWKV7State(recurrent, jnp.zeros((batch_size, self.x_r.shape[0]), self.dtype))
+        last = jnp.zeros((batch_size, self.x_r.shape[0]), self.dtype)
+        return RWKV7State(self._no_matrices(batch_size), last)
 
     def __call__(
         self,
@@ -199,10 +168,7 @@ class RWKV7(SequenceMixer[RWKV7State]):
                 only_counted(b, length),
                 only_counted(g, length),
                 scale=1.0,
-                initial_state=state.recurrent,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-                chunk_size=self.chunk_size,
+                **self._options(state, segment_ids),
             )
             return self._output(o, r, k, v, gate), RWKV7State(recurrent, last)
 

@@ -8,7 +8,7 @@ mLSTM, a matrix memory that can be read in parallel:
 sLSTM, a scalar memory whose gates see the last output: ``y = headnorm(slstm(x W, R)) W_o``.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers.heads import DrawnMixer, DrawnOptions
 from deltaproduct_jax.layers.initializers import projection_init
 from deltaproduct_jax.layers.mixer import RecurrentMixer
-from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import convolutions, projections
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import (
@@ -65,24 +64,17 @@ def check_blocks(num_heads: int, head_dim: int) -> None:
         )
 
 
-class MLSTM(RecurrentMixer[MLSTMLayerState]):
+class MLSTM(DrawnMixer[MLSTMLayerState], RecurrentMixer[MLSTMLayerState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``, the inner width ``num_heads * head_dim``.
 
     There is no extended range: with negative forget gates the normaliser could vanish.
 
     Args:
         hidden_size: width ``D`` of input and output.
-        num_heads: heads ``H``.
-        head_dim: width ``K = V`` of a head; times ``num_heads`` a multiple of 4.
         conv_size: taps of the convolution.
-        norm_eps: epsilon of the output norm.
-        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
-        initializer_range: standard deviation of ``"fla"``.
         implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
         chunk_size: tokens in a chunk of the op; None for 64.
-        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
-        param_dtype: dtype of the parameters.
-        rngs: source of the parameter keys.
+        **shared: as in :class:`DrawnMixer`; ``head_dim`` times ``num_heads`` is a multiple of 4.
 
     Raises:
         ConfigError: naming the argument, when one is out of range or does not fit another.
@@ -94,42 +86,36 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         self,
         hidden_size: int,
         *,
-        num_heads: int,
-        head_dim: int,
         conv_size: int = 4,
-        norm_eps: float = 1e-5,
-        initializer: str = "paper",
-        initializer_range: float = 0.02,
         implementation: str | None = None,
         chunk_size: int | None = None,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
+        **shared: Unpack[DrawnOptions],
     ):
-        check_blocks(num_heads, head_dim)
-        inner = num_heads * head_dim
-        self.num_heads, self.head_dim = num_heads, head_dim
+        self.conv_size = conv_size
         self.implementation, self.chunk_size = implementation, chunk_size
-        self.dtype = jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        convolve = convolutions(initializer, initializer_range, conv_size, param_dtype, rngs)
-        self.u_proj = project(hidden_size, inner)
-        self.z_proj = project(hidden_size, inner)
-        self.conv1d = convolve(inner)
-        draw = projection_init(initializer, initializer_range, BLOCK, BLOCK)
-        blocks = lambda: nnx.Param(draw(rngs.params(), (inner // BLOCK, BLOCK, BLOCK), param_dtype))
+        super().__init__(hidden_size, **shared)
+
+    def _fit(self):
+        check_blocks(self.num_heads, self.head_dim)
+
+    def _make(self, D, make):
+        inner = self.num_heads * self.head_dim
+        self.u_proj = make.project(D, inner)
+        self.z_proj = make.project(D, inner)
+        self.conv1d = make.convolve(inner, self.conv_size)
+        draw = projection_init(make.initializer, make.initializer_range, BLOCK, BLOCK)
+        shape, kind = (inner // BLOCK, BLOCK, BLOCK), make.param_dtype
+        blocks = lambda: nnx.Param(draw(make.rngs.params(), shape, kind))
         self.q_blocks, self.k_blocks, self.v_blocks = blocks(), blocks(), blocks()
         # As published: weights of the gates start at 0, forget gates near 1, input gates near 1.
-        wide = accumulator_dtype(dtype)
-        gate = {"kernel_init": nnx.initializers.zeros, "dtype": wide, "param_dtype": param_dtype}
-        self.i_proj = nnx.Linear(
-            3 * inner, num_heads, bias_init=nnx.initializers.normal(0.1), rngs=rngs, **gate
-        )
-        self.f_proj = nnx.Linear(3 * inner, num_heads, bias_init=_forget_bias, rngs=rngs, **gate)
-        self.skip = nnx.Param(jnp.ones((inner,), param_dtype))
-        norm = {"eps": norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.o_norm = HeadNorm(num_heads, head_dim, **norm)
-        self.o_proj = project(inner, hidden_size)
+        gate = {"kernel_init": nnx.initializers.zeros, "dtype": accumulator_dtype(self.dtype)}
+        gate |= {"param_dtype": kind, "rngs": make.rngs}
+        sizes, near_0 = (3 * inner, self.num_heads), nnx.initializers.normal(0.1)
+        self.i_proj = nnx.Linear(*sizes, bias_init=near_0, **gate)
+        self.f_proj = nnx.Linear(*sizes, bias_init=_forget_bias, **gate)
+        self.skip = nnx.Param(jnp.ones((inner,), kind))
+        self.o_norm = make.head_norm(self.num_heads, self.head_dim)
+        self.o_proj = make.project(inner, D)
 
     def init_state(self, batch_size: int) -> MLSTMLayerState:
         """The state before the first token: all zero."""
@@ -178,53 +164,25 @@ class MLSTM(RecurrentMixer[MLSTMLayerState]):
         return self.o_proj(o * nnx.silu(self.z_proj(x)))
 
 
-class SLSTM(RecurrentMixer[SLSTMState]):
+class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]`` that reads its sequences token by token.
 
     Without a convolution, as in the formal-language runs of xLSTM. The input map is dense, because
     the cells, ``num_heads * head_dim`` of them, need not be as many as inputs.
 
-    Args:
-        hidden_size: width ``D`` of input and output.
-        num_heads: heads ``H``; the recurrent weights mix the cells of a head.
-        head_dim: cells ``V`` of a head.
-        norm_eps: epsilon of the output norm.
-        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
-        initializer_range: standard deviation of ``"fla"``.
-        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
-        param_dtype: dtype of the parameters.
-        rngs: source of the parameter keys.
-
-    Raises:
-        ConfigError: naming the argument, when one is out of range or does not fit another.
+    The arguments are those of :class:`DrawnMixer`; ``head_dim`` is the number of cells ``V`` of a
+    head, which the recurrent weights mix.
     """
 
-    def __init__(
-        self,
-        hidden_size: int,
-        *,
-        num_heads: int,
-        head_dim: int,
-        norm_eps: float = 1e-5,
-        initializer: str = "paper",
-        initializer_range: float = 0.02,
-        dtype: DTypeLike = jnp.float32,
-        param_dtype: DTypeLike = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.dtype = jnp.dtype(dtype)
-        project = projections(initializer, initializer_range, dtype, param_dtype, rngs)
-        cells = num_heads * head_dim
-        self.x_proj = project(hidden_size, 4 * cells)
+    def _make(self, D, make):
+        H, V, kind = self.num_heads, self.head_dim, make.param_dtype
+        self.x_proj = make.project(D, 4 * H * V)
         # As published: the recurrent weights start at 0, the forget gates near 1.
-        self.recurrent = nnx.Param(jnp.zeros((4, num_heads, head_dim, head_dim), param_dtype))
-        bias = jnp.zeros((4, num_heads, head_dim), param_dtype)
-        forget = _forget_bias(rngs.params(), (head_dim,), param_dtype)
-        self.bias = nnx.Param(bias.at[2].set(forget[None]))
-        norm = {"eps": norm_eps, "dtype": dtype, "param_dtype": param_dtype}
-        self.o_norm = HeadNorm(num_heads, head_dim, **norm)
-        self.o_proj = project(cells, hidden_size)
+        self.recurrent = nnx.Param(jnp.zeros((4, H, V, V), kind))
+        forget = _forget_bias(make.rngs.params(), (V,), kind)
+        self.bias = nnx.Param(jnp.zeros((4, H, V), kind).at[2].set(forget[None]))
+        self.o_norm = make.head_norm(H, V)
+        self.o_proj = make.project(H * V, D)
 
     def init_state(self, batch_size: int) -> SLSTMState:
         """The state before the first token: no output, nothing in any cell."""

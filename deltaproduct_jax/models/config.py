@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.layers.checks import check_options
-from deltaproduct_jax.layers.delta_product import QK_ACTIVATIONS
+from deltaproduct_jax.layers.delta_rule import QK_ACTIVATIONS
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import POINT as MLP_POINT
 from deltaproduct_jax.layers.mlp import swiglu_width

@@ -103,51 +103,37 @@ def delta_product(
       Siems, Carstensen, Zela, Hutter, Pontil, Grazzi. DeltaProduct: Improving State-Tracking in
       Linear RNNs via Householder Products. 2025. https://arxiv.org/abs/2502.10297
     """
+    options = {
+        "scale": scale,
+        "use_qk_l2norm": use_qk_l2norm,
+        "chunk_size": chunk_size,
+        "implementation": implementation,
+        "precision": precision,
+    }
     if num_segments is not None:
-        options = {
-            "scale": scale,
-            "use_qk_l2norm": use_qk_l2norm,
-            "chunk_size": chunk_size,
-            "implementation": implementation,
-            "precision": precision,
-        }
         return _by_segment((q, k, v, beta, g), initial_state, segment_ids, num_segments, options)
+    carried = {"initial_state": initial_state, "segment_ids": segment_ids}
     spread = placement()
     if spread is not None:
         with placed(None):  # what runs on each device is the op as it is
-            return spread.op(
-                q,
-                k,
-                v,
-                beta,
-                g,
-                scale=scale,
-                initial_state=initial_state,
-                segment_ids=segment_ids,
-                use_qk_l2norm=use_qk_l2norm,
-                chunk_size=chunk_size,
-                implementation=implementation,
-                precision=precision,
-            )
+            return spread.op(q, k, v, beta, g, **carried, **options)
+    return _whole({"q": q, "k": k, "v": v, "beta": beta, "g": g, **carried}, options)
+
+
+def _whole(arguments, options):
+    """`delta_product` where no mesh is placed, with one state a row."""
+    implementation, use_qk_l2norm = options["implementation"], options["use_qk_l2norm"]
     checks.check_implementation(implementation, AVAILABLE)
-    checks.check_chunk_size(chunk_size, implementation)
-    precision = checks.check_precision(precision)
+    checks.check_chunk_size(options["chunk_size"], implementation)
+    precision = checks.check_precision(options["precision"])
     checks.check_flag("use_qk_l2norm", use_qk_l2norm)
-    arrays = _arrays(
-        q=q, k=k, v=v, beta=beta, g=g, initial_state=initial_state, segment_ids=segment_ids
-    )
+    arrays = _arrays(**arguments)
     checks.check_inputs(arrays)
     values = (arrays[name] for name in ("k", "beta", "g"))
     check_op_values(*values, use_qk_l2norm=use_qk_l2norm)
-    options = {
-        "scale": checks.check_scale(scale, arrays["q"].shape[-1]),
-        "use_qk_l2norm": use_qk_l2norm,
-        "chunk_size": chunk_size,
-        "precision": precision,
-        "implementation": implementation,
-    }
+    scale = checks.check_scale(options["scale"], arrays["q"].shape[-1])
     return on_each_part(
-        functools.partial(_run, **options),
+        functools.partial(_run, **options | {"scale": scale, "precision": precision}),
         arrays,
         checks.LAYOUT,
         (checks.LAYOUT["o"], checks.LAYOUT["state"]),

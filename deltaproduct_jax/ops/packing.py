@@ -169,8 +169,7 @@ def by_segment(
         write = lambda x, new: jnp.where(_like(is_here_BS, x), new[:, None], x)
         return jax.tree.map(write, states, after), outputs
 
-    over_pieces = (cut.counts, cut.segment)
-    counts_NBP, segment_NB = (jnp.moveaxis(x, 1, 0) for x in over_pieces)
+    counts_NBP, segment_NB = (jnp.moveaxis(x, 1, 0) for x in (cut.counts, cut.segment))
     given = (jax.tree.map(pieces_of, tokens), counts_NBP, segment_NB)
     states, outputs = jax.lax.scan(one, states, given)
 

@@ -14,9 +14,9 @@ import numpy as np
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory.clock import make_clock
 from deltaproduct_jax.theory.construction import Construction
-from deltaproduct_jax.theory.one_layer import finished, representation
+from deltaproduct_jax.theory.one_layer import finished, represented
 from deltaproduct_jax.theory.program import Program, Table
-from deltaproduct_jax.theory.reflections import completion, factors, product
+from deltaproduct_jax.theory.reflections import factors, product
 
 Word = tuple[int, ...]
 
@@ -37,10 +37,8 @@ def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> C
         ConfigError: the group is no other.
     """
     kind = "permutations" if group == "S3" else "plane"
-    matrices, start, copies = representation(group, kind)
+    matrices, start, copies, letters, pads = represented(group, kind, letters)
     task, d = GroupTask(group=group), matrices.shape[-1]
-    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
-    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,
@@ -98,14 +96,12 @@ def by_blocks(
         num_householder: factors for every token, the paper's n_h.
         letters: elements that are read; None for all.
     """
-    matrices, start, copies = representation(group, "permutations")
+    matrices, start, copies, letters, pads = represented(group, "permutations", letters)
     task, d, R = GroupTask(group=group), matrices.shape[-1], num_householder
-    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
     L, m = len(letters), block_length(d - 1, R)
     P, empty, V = 2 * m, len(letters), len(letters) + 1
     clock = make_clock(P, R)
     of_keys, of_queries = list(key_cases(m, L)), list(query_cases(m, L))
-    pads = completion(int(copies * start @ start))
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,
@@ -128,16 +124,8 @@ def by_blocks(
     program.buffer(last - 1, "clock", codes, empty, "slots")
 
     acts = [matrices[letter].T for letter in letters]
-    keys, beta = np.zeros((len(of_keys), R, d)), np.zeros((len(of_keys), R))
-    for unit, (position, before) in enumerate(of_keys):
-        first = (position - 1) % m * R
-        made = factors(_product(acts, before or (), d), m * R)
-        keys[unit], beta[unit] = (part[first : first + R] for part in made)
-    queries = np.zeros((len(of_queries), d, d))
-    for unit, (_, before, now) in enumerate(of_queries):
-        made = factors(_product(acts, before or (), d), m * R)
-        rest = product(*(part[len(now) * R :] for part in made))
-        queries[unit] = _product(acts, now, d) @ rest
+    keys, beta = _keys_of_blocks(of_keys, acts, m, R)
+    queries = _queries_of_blocks(of_queries, acts, m, R)
     tables = [
         Table(_seen(of_keys, m, empty), P + 1, P, {"key": keys, "beta": beta - 1}),
         Table(_seen(of_queries, m, empty), P + 1, P, {"query": queries}),
@@ -149,6 +137,28 @@ def by_blocks(
     program.read_by_feature(last, heads, "query", d, copies)
     program.orbit(last, heads, "image", start, pads, copies)
     return finished(program, name, group, matrices, start, letters)
+
+
+def _keys_of_blocks(cases, acts, m: int, R: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys ``[cases, R, d]`` and step sizes ``[cases, R]``: a token's of the block before."""
+    d = acts[0].shape[-1]
+    keys, beta = np.zeros((len(cases), R, d)), np.zeros((len(cases), R))
+    for unit, (position, before) in enumerate(cases):
+        first = (position - 1) % m * R
+        made = factors(_product(acts, before or (), d), m * R)
+        keys[unit], beta[unit] = (part[first : first + R] for part in made)
+    return keys, beta
+
+
+def _queries_of_blocks(cases, acts, m: int, R: int) -> np.ndarray:
+    """What queries apply, ``[cases, d, d]``: the rest of the block before, and all of this one."""
+    d = acts[0].shape[-1]
+    queries = np.zeros((len(cases), d, d))
+    for unit, (_, before, now) in enumerate(cases):
+        made = factors(_product(acts, before or (), d), m * R)
+        rest = product(*(part[len(now) * R :] for part in made))
+        queries[unit] = _product(acts, now, d) @ rest
+    return queries
 
 
 def block_length(needed: int, num_householder: int) -> int:

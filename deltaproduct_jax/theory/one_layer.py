@@ -51,6 +51,22 @@ def representation(group: str, kind: str) -> tuple[np.ndarray, np.ndarray, int]:
     return solid_matrices(group), FAR_FROM_IMAGES[group], 1
 
 
+def represented(
+    group: str, kind: str, letters: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, list[int]]:
+    """What `representation` returns, the letters that are read, and the pads of a key.
+
+    Args:
+        group: see `representation`.
+        kind: see `representation`.
+        letters: elements that are read; None for all.
+    """
+    matrices, start, copies = representation(group, kind)
+    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
+    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
+    return matrices, start, copies, letters, pads
+
+
 def answers_of(images: np.ndarray) -> np.ndarray:
     """Rows of the head ``[G, d]``: unit vectors, so that the true one has the largest product.
 
@@ -81,10 +97,8 @@ def group_in_one_layer(
         ValueError: a letter takes more factors than ``num_householder``.
         ConfigError: the group has no such representation.
     """
-    matrices, start, copies = representation(group, kind)
+    matrices, start, copies, letters, pads = represented(group, kind, letters)
     task, d = GroupTask(group=group), matrices.shape[-1]
-    letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
-    pads = completion(int(copies * start @ start)) if kind == "permutations" else []
     program = Program(
         vocab_size=task.vocab_size,
         bos=task.bos_id,
@@ -151,14 +165,7 @@ def permutation_reset(
     """
     table = np.asarray(step)
     S, L = table.shape
-    permuting = [c for c in range(L) if len(set(table[:, c])) == S]
-    resets = {c: int(table[0, c]) for c in range(L) if len(set(table[:, c])) == 1}
-    if len(permuting) + len(resets) < L:
-        wrong = sorted(set(range(L)) - set(permuting) - set(resets))[0]
-        raise ConfigError(
-            f"step: letter {wrong} takes the states to {table[:, wrong].tolist()}; a letter must "
-            "permute all states or take all to one"
-        )
+    permuting, resets = _permuting_and_resets(table)
     states, bos, heads = np.eye(S), max(L, 2), slice(0, S)
     pads = completion(2)
     program = Program(
@@ -193,3 +200,17 @@ def permutation_reset(
         answer_to_bos=int(answers[0]),
         ideal=np.stack([-signs, signs], axis=1),
     )
+
+
+def _permuting_and_resets(table: np.ndarray) -> tuple[list[int], dict[int, int]]:
+    """Letters that permute the states, and those that take all to one, with that state."""
+    S, L = table.shape
+    permuting = [c for c in range(L) if len(set(table[:, c])) == S]
+    resets = {c: int(table[0, c]) for c in range(L) if len(set(table[:, c])) == 1}
+    if len(permuting) + len(resets) < L:
+        wrong = sorted(set(range(L)) - set(permuting) - set(resets))[0]
+        raise ConfigError(
+            f"step: letter {wrong} takes the states to {table[:, wrong].tolist()}; a letter must "
+            "permute all states or take all to one"
+        )
+    return permuting, resets

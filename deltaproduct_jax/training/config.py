@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
@@ -26,6 +27,7 @@ from deltaproduct_jax.training.text import TextTask
 SCHEDULES = ("cosine", "constant", "wsd")
 OPTIMIZERS = ("adamw", "muon")
 DECAYED = ("all", "matrices")
+GROWTHS = ("linear", "geometric")
 SEED_PURPOSES = ("init", "data")
 
 
@@ -95,6 +97,11 @@ class TrainConfig:
         "tokens whose answers count at first, of sequences of the full length; one more at a time "
         "until all do; none: all from the start",
     )
+    growth: str = setting(
+        "linear",
+        "what takes equally long while grow_from grows: linear, every token more; geometric, every "
+        "doubling",
+    )
     seed: int = seed_setting("the seed that every other seed is derived from")
     log_every: int = setting(10, "steps between records")
     eval_every: int = setting(100, "steps between evaluations on the validation split")
@@ -146,6 +153,11 @@ class TrainConfig:
         if self.grow_from is not None and self.curriculum:
             raise ConfigError(
                 f"grow_from={self.grow_from} and curriculum={self.curriculum} exclude each other"
+            )
+        require_one_of("growth", self.growth, GROWTHS)
+        if self.growth != "linear" and self.grow_from is None:
+            raise ConfigError(
+                f"growth={self.growth!r} means nothing without grow_from; set that too"
             )
         self._check_steps()
         _require_divisible(self, "batch_size", "accumulation_steps")
@@ -269,7 +281,14 @@ class RunConfig:
         first, last = self.train.grow_from, self.task.train_length
         if first is None:
             return self.length_at(step)
-        wait = int(self.train.steps * self.train.curriculum_fraction) // (last - first + 1)
+        steps = int(self.train.steps * self.train.curriculum_fraction)
+        if self.train.growth == "geometric":
+            shares = np.log(np.arange(first + 1, last + 1) / first) / np.log((last + 1) / first)
+            begins = np.ceil(steps * shares - 1e-6).astype(np.int32) + 1  # of every further token
+            if isinstance(step, int):
+                return first + int(np.sum(step >= begins))
+            return first + jnp.sum(step >= begins, dtype=jnp.int32)
+        wait = steps // (last - first + 1)
         counted = first + (step - 1) // max(wait, 1)
         return min(counted, last) if isinstance(counted, int) else jnp.minimum(counted, last)
 

@@ -106,17 +106,7 @@ def train(
                     fetch(workdir, config, store)
             return _finished(results, home, resume_from)
     with stop_on_signals() as request:
-        require_memory_of_config(config)
-        make_model = partial(initial_model, config)
-        devices = devices or DeviceConfig()
-        layout = layout_of(config, make_model, devices)
-        definition, shapes = shapes_of(config, make_model)
-        require_memory_of_state(shapes)
-        state = first_state(config, make_model, layout)
-        parameters = count_parameters(shapes.params)["total"]
-        throughput = Throughput(layout.mesh.size, layout.device_kind, parameters)
-        profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
-        trainer = Trainer(config, definition, layout, throughput, profiler, began)
+        trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.prepare(state)
         _go_on(request, "before the first step", home)
@@ -127,6 +117,22 @@ def train(
             if results is not None:
                 return _finished(results, home, resume_from)
             return _train(trainer, state, records, argv, request, resume_from)
+
+
+def _first(
+    config: RunConfig, devices: DeviceConfig, workdir: Path, began: float
+) -> tuple["Trainer", TrainState]:
+    """What trains the run, and the state before its first step."""
+    require_memory_of_config(config)
+    make_model = partial(initial_model, config)
+    layout = layout_of(config, make_model, devices)
+    definition, shapes = shapes_of(config, make_model)
+    require_memory_of_state(shapes)
+    state = first_state(config, make_model, layout)
+    parameters = count_parameters(shapes.params)["total"]
+    throughput = Throughput(layout.mesh.size, layout.device_kind, parameters)
+    profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
+    return Trainer(config, definition, layout, throughput, profiler, began), state
 
 
 def _finished(results: dict[str, Any], home: AnyPath, resume_from: int | None) -> dict[str, Any]:

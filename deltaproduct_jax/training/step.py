@@ -111,6 +111,46 @@ def loss_and_correct(
     return losses.objective, losses.correct
 
 
+Gradients = Callable[[Params, Batch, jax.Array], tuple[Params, Metrics]]
+
+
+def gradients_of(
+    definition: ModelDefinition, layout: Layout | None, settings: LossSettings
+) -> Gradients:
+    """(params, batch, count) -> gradients and metrics of a batch, both divided by ``count``."""
+
+    def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
+        def loss_fn(params: Params) -> tuple[jax.Array, Losses]:
+            losses = losses_of_params(definition, params, batch, layout, settings)
+            return losses.objective / count, losses
+
+        grads, losses = jax.grad(loss_fn, has_aux=True)(params)
+        correct = jnp.sum(losses.correct, where=batch.mask, dtype=jnp.float32)
+        metrics = {"loss": losses.cross_entropy / count, "accuracy": correct / count}
+        return grads, metrics | ({"z_loss": losses.z / count} if settings.z_loss else {})
+
+    return gradients
+
+
+def accumulated(gradients: Gradients, parts: int, layout: Layout | None) -> Gradients:
+    """The same of so many parts of a batch, one after another."""
+
+    def of_parts(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
+        parts_ABT = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        if layout is not None:
+            parts_ABT = layout.cut_batch(parts_ABT, parts=True)
+
+        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, part, count)), None
+
+        first = jax.tree.map(lambda x: x[0], parts_ABT)
+        shapes = jax.eval_shape(gradients, params, first, count)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.scan(add_part, zeros, parts_ABT)[0]
+
+    return of_parts
+
+
 def make_train_step(
     definition: ModelDefinition,
     optimizer: optax.GradientTransformation,
@@ -130,33 +170,12 @@ def make_train_step(
     nothing; None is the default.
     """
     skipping = skipping or Skipping()
-
-    def gradients(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
-        def loss_fn(params: Params) -> tuple[jax.Array, Losses]:
-            losses = losses_of_params(definition, params, batch, layout, settings)
-            return losses.objective / count, losses
-
-        grads, losses = jax.grad(loss_fn, has_aux=True)(params)
-        correct = jnp.sum(losses.correct, where=batch.mask, dtype=jnp.float32)
-        metrics = {"loss": losses.cross_entropy / count, "accuracy": correct / count}
-        return grads, metrics | ({"z_loss": losses.z / count} if settings.z_loss else {})
-
-    def accumulated(params: Params, batch: Batch, count: jax.Array) -> tuple[Params, Metrics]:
-        parts_ABT = jax.tree.map(lambda x: x.reshape(accumulation_steps, -1, *x.shape[1:]), batch)
-        if layout is not None:
-            parts_ABT = layout.cut_batch(parts_ABT, parts=True)
-
-        def add_part(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part, count)), None
-
-        first = jax.tree.map(lambda x: x[0], parts_ABT)
-        shapes = jax.eval_shape(gradients, params, first, count)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        return jax.lax.scan(add_part, zeros, parts_ABT)[0]
+    compute = gradients_of(definition, layout, settings)
+    if accumulation_steps > 1:
+        compute = accumulated(compute, accumulation_steps, layout)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         count = jnp.sum(batch.mask, dtype=jnp.float32)
-        compute = gradients if accumulation_steps == 1 else accumulated
         grads, metrics = compute(state.params, batch, count)
         if layout is not None:
             grads = layout.pin(grads)

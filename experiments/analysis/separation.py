@@ -46,7 +46,7 @@ from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory import construct
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_json
+from experiments.lib.bench.report import command_block, command_line, markdown, shown, write_json
 from experiments.lib.figures.separation import draw_separation
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
@@ -270,8 +270,8 @@ def command(argv: Sequence[str]) -> None:
     limit = separation.limit_of_ratio(options.accuracy)
     record = {"accuracy": options.accuracy, "limit": shortened(limit), "models": models}
     write_json(parsed.workdir / "separation.json", record, indent=None)
-    text = f"{table(models)}\n\nLimit of the ratio: {limit:.3f}. Command: "
-    text += f"`{command_line('analysis.separation', argv)}`"
+    made_by = command_block(command_line("analysis.separation", argv))
+    text = f"{table(models)}\n\nLimit of the ratio: {limit:.3f}.\n\n{made_by}"
     write_file(parsed.workdir / "separation.md", f"{text}\n".encode())
     draw_separation(models, limit, parsed.workdir / "separation", look)
     print(text)

@@ -41,7 +41,7 @@ from deltaproduct_jax.files import user_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_json
+from experiments.lib.bench.report import command_block, command_line, markdown, shown, write_json
 from experiments.lib.figures.geometry import draw_models
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
@@ -99,7 +99,8 @@ def command(argv: Sequence[str]) -> None:
         task, name = config.task, f"trained: {directory.name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))
     short = json.loads(json.dumps(models), parse_float=lambda number: float(f"{float(number):.6g}"))
-    text = f"{table(models)}\n\nCommand: `{command_line('analysis.theory_geometry', argv)}`"
+    made_by = command_block(command_line("analysis.theory_geometry", argv))
+    text = f"{table(models)}\n\n{made_by}"
     write_json(parsed.workdir / "geometry.json", short, indent=None)
     write_file(parsed.workdir / "geometry.md", f"{text}\n".encode())
     draw_models(models, parsed.workdir / "geometry", look)

@@ -28,14 +28,7 @@ from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import TrainConfig
 from experiments.lib import flags
 from experiments.lib.bench.decoding import Decoding, trained_and_decoded
-from experiments.lib.bench.report import (
-    TIMES,
-    command_line,
-    markdown,
-    shown,
-    times,
-    write_report,
-)
+from experiments.lib.bench.report import TIMES, command_line, markdown, shown, times, write_report
 from experiments.lib.bench.training_steps import OURS, Row, measured
 from experiments.lib.figures.language import draw_throughput
 from experiments.lib.figures.style import SECTION, Look

@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
-from deltaproduct_jax.errors import require_at_least, require_each_at_least, require_one_of
+from deltaproduct_jax.errors import require_each_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
@@ -61,10 +61,10 @@ from experiments.lib.bench.tpu_compiler import (
 class EstimateConfig:
     """What is compiled."""
 
-    batch_size: int = setting(1, "sequences B")
-    length: int = setting(1024, "tokens T")
-    num_heads: int = setting(4, "heads H")
-    head_dim: int = setting(128, "key width K and value width V")
+    batch_size: int = setting(1, "sequences B", least=1)
+    length: int = setting(1024, "tokens T", least=1)
+    num_heads: int = setting(4, "heads H", least=1)
+    head_dim: int = setting(128, "key width K and value width V", least=1)
     num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("bfloat16", "of q, k and v: float32 or bfloat16")
@@ -73,20 +73,15 @@ class EstimateConfig:
         "interleaved,chunked,scan", "comma list; ratios are to the first"
     )
     peer: str | None = setting(None, f"comma list of {', '.join(PEERS)}, or none; compiled last")
-    chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
+    chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice", least=1)
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is compiled")
     profile: bool = setting(True, "with the profile of the schedule, slow for large shapes")
-    timeout_s: float = setting(300.0, "seconds after which a compilation is given up")
+    timeout_s: float = setting(300.0, "seconds after which a compilation is given up", least=1)
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("batch_size", "length", "num_heads", "head_dim"):
-            require_at_least(name, getattr(self, name), 1)
         require_each_at_least("num_householder", self.num_householder, 1)
-        if self.chunk_size is not None:
-            require_at_least("chunk_size", self.chunk_size, 1)
-        require_at_least("timeout_s", self.timeout_s, 1)
         require_one_of("dtype", self.dtype, ["float32", "bfloat16"])
         for name, allowed in (
             ("generations", GENERATIONS),

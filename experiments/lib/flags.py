@@ -23,12 +23,13 @@ from absl import logging as absl_logging
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json, require_directory, user_path
 from deltaproduct_jax.parallel import processes
-from deltaproduct_jax.settings import is_union, misfit, spell
+from deltaproduct_jax.settings import misfit
 from deltaproduct_jax.training.measuring.memory import first_line, is_exhausted
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
 from experiments import leave
+from experiments.lib.field_flags import FieldParser, OptionalBoolean, options_of, show, value_of
 from experiments.lib.sweeps.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
@@ -44,59 +45,6 @@ class Parsed:
     workdir: Path
     # What the file of --config says, also of fields that have no flag; empty without one.
     saved: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-
-
-class FieldParser(flags.ArgumentParser):
-    """Reads a flag's text as the type of its field: numbers, Optional, tuples as comma lists."""
-
-    def __init__(self, annotation: Any):
-        self.annotation = annotation
-        self.syntactic_help = spell(annotation)
-
-    def parse(self, argument: Any) -> Any:
-        """The value, ValueError saying what it may be; defaults, which are no text, pass."""
-        return _parse(argument, self.annotation) if isinstance(argument, str) else argument
-
-    def flag_type(self) -> str:
-        """The type as the help shows it."""
-        return self.syntactic_help
-
-
-class OptionalBoolean(flags.BooleanFlag):
-    """A flag of a ``bool | None`` field: ``--name``, ``--noname``, or ``--name=none``."""
-
-    class Parser(flags.BooleanParser):
-        """Reads "none" as None, and the rest as a bool."""
-
-        def parse(self, argument: Any) -> bool | None:
-            """The value."""
-            if isinstance(argument, str) and argument.lower() == "none":
-                return None
-            return super().parse(argument)
-
-    def __init__(self, name: str, default: bool | None, text: str):
-        super().__init__(name, default, text)
-        self.parser = OptionalBoolean.Parser()
-
-
-def _parse(text: str, annotation: Any) -> Any:
-    options = _options(annotation)
-    if type(None) in options and text.lower() == "none":
-        return None
-    (kind,) = (option for option in options if option is not type(None))
-    try:
-        if typing.get_origin(kind) is tuple:
-            item = typing.get_args(kind)[0]
-            return tuple(item(part) for part in text.split(",")) if text else ()
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (ValueError, KeyError):
-        raise ValueError(f"it must be {spell(annotation)}") from None
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    return typing.get_args(annotation) if is_union(annotation) else (annotation,)
 
 
 def parse(
@@ -211,7 +159,7 @@ def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[st
     known |= given
     if PluginConfig in sections.values():
         plugins = known.get("plugins", ())
-        import_plugins(_parse(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
+        import_plugins(value_of(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
     vary = lambda config: config.variant(known) if hasattr(config, "variant") else config
     return {section: vary(config) for section, config in sections.items()}
 
@@ -229,7 +177,7 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
                 flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
             elif hints[field.name] is bool:
                 flags.DEFINE_bool(field.name, default, text, flag_values=values)
-            elif bool in _options(hints[field.name]):
+            elif bool in options_of(hints[field.name]):
                 flag = OptionalBoolean(field.name, default, text)
                 flags.DEFINE_flag(flag, flag_values=values)
             else:
@@ -315,7 +263,7 @@ def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
         raise ConfigError(f"--config={path}: {problem}")
     if isinstance(value, list):
         return tuple(value)
-    is_float = type(value) is int and int not in _options(annotation)
+    is_float = type(value) is int and int not in options_of(annotation)
     return float(value) if is_float else value
 
 
@@ -335,17 +283,10 @@ def _help_of_fields(
         for field in dataclasses.fields(config):
             if field.name in values:
                 default = defaults.get(field.name, field.default)
-                text = f"{field.metadata['help']} (default {_show(default)})"
+                text = f"{field.metadata['help']} (default {show(default)})"
                 lines.append(f"  --{field.name}: {text}")
         lines.append("")
     return lines
-
-
-def _show(value: Any) -> str:
-    """A default as one would write it on the command line."""
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:

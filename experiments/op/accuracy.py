@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.ops.precision import PRECISIONS
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -56,12 +56,12 @@ from experiments.lib.bench.timing import machine
 class AccuracyConfig:
     """What is compared."""
 
-    length: int = setting(2048, "tokens T of the short inputs")
-    long_length: int = setting(65536, "tokens T of the long inputs")
-    head_dim: int = setting(64, "key width K and value width V of the short inputs")
-    long_head_dim: int = setting(16, "key width K and value width V of the long inputs")
-    num_heads: int = setting(1, "heads H")
-    num_householder: int = setting(2, "Householder factors per token")
+    length: int = setting(2048, "tokens T of the short inputs", least=1)
+    long_length: int = setting(65536, "tokens T of the long inputs", least=1)
+    head_dim: int = setting(64, "key width K and value width V of the short inputs", least=2)
+    long_head_dim: int = setting(16, "key width K and value width V of the long inputs", least=2)
+    num_heads: int = setting(1, "heads H", least=1)
+    num_householder: int = setting(2, "Householder factors per token", least=1)
     implementations: str = setting(
         ",".join(("recurrent", "associative", "chunked", *ELSEWHERE)),
         "comma list; recurrent, which bars refer to, among them",
@@ -73,7 +73,9 @@ class AccuracyConfig:
         "float32,bfloat16",
         f"comma list of {', '.join(BARS)}: q, k and v; beta and g are float32 at least",
     )
-    chunk_size: int | None = setting(None, "tokens in a chunk of chunked; none: the op's choice")
+    chunk_size: int | None = setting(
+        None, "tokens in a chunk of chunked; none: the op's choice", least=1
+    )
     precision: str | None = setting(
         None, f"of our products: {', '.join(PRECISIONS)}; none: what the op does by itself"
     )
@@ -82,12 +84,6 @@ class AccuracyConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("length", "long_length", "num_heads", "num_householder"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("head_dim", "long_head_dim"):
-            require_at_least(name, getattr(self, name), 2)
-        if self.chunk_size is not None:
-            require_at_least("chunk_size", self.chunk_size, 1)
         require_one_of("precision", self.precision, [None, *PRECISIONS])
         for name in self.implementations.split(","):
             require_one_of("implementations", name, [*AVAILABLE, *ELSEWHERE])

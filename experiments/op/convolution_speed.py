@@ -31,28 +31,21 @@ from typing import Any
 import jax
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench import convolution
 from experiments.lib.bench.convolution import FUSED, IMPLEMENTATIONS, KERNEL, LAYER, Convolutions
 from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.gpu_kernels import BANDWIDTH
-from experiments.lib.bench.report import (
-    TIMES,
-    command_line,
-    markdown,
-    shown,
-    times,
-    write_report,
-)
+from experiments.lib.bench.report import TIMES, markdown, shown, times, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
     CHECKED_TOKENS,
     ERROR_LIMIT,
     FORWARD,
     compile_program,
-    machine,
+    started,
     time_in_turn,
     worst_error,
 )
@@ -76,12 +69,12 @@ DIRECTIONS = (FORWARD, BACKWARD)
 class ConvolutionConfig:
     """What is timed."""
 
-    batch_size: int = setting(2, "sequences B")
-    length: int = setting(256, "tokens T")
-    num_heads: int = setting(2, "heads H")
-    head_dim: int = setting(32, "key width K and value width V")
-    num_householder: int = setting(2, "Householder factors per token")
-    conv_size: int = setting(4, "taps")
+    batch_size: int = setting(2, "sequences B", least=1)
+    length: int = setting(256, "tokens T", least=1)
+    num_heads: int = setting(2, "heads H", least=1)
+    head_dim: int = setting(32, "key width K and value width V", least=1)
+    num_householder: int = setting(2, "Householder factors per token", least=1)
+    conv_size: int = setting(4, "taps", least=1)
     packed: bool = setting(False, "rows hold four sequences each")
     dtype: str = setting("float32", "of inputs: float32 or bfloat16")
     implementations: tuple[str, ...] = setting(
@@ -90,7 +83,7 @@ class ConvolutionConfig:
     directions: tuple[str, ...] = setting(
         DIRECTIONS, f"any of {', '.join(DIRECTIONS)}", filled=True
     )
-    repeats: int = setting(9, "timed rounds")
+    repeats: int = setting(9, "timed rounds", least=1)
     budget_s: float = setting(30.0, "seconds after which no further round begins", above=0)
     peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU")
     estimate: str | None = setting(
@@ -100,9 +93,6 @@ class ConvolutionConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        sizes = ("batch_size", "length", "num_heads", "head_dim", "num_householder", "conv_size")
-        for name in (*sizes, "repeats"):
-            require_at_least(name, getattr(self, name), 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         require_one_of("peer", self.peer, [None, "fla"])
         require_one_of("estimate", self.estimate, [None, *GENERATIONS])
@@ -191,8 +181,7 @@ def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes convolution.json and convolution.md."""
     parsed = flags.parse(argv, {"convolution": ConvolutionConfig}, PRESETS)
     config = ConvolutionConfig(**parsed.sections["convolution"])
-    record = {"command": command_line("op.convolution_speed", argv), "machine": machine()}
-    record |= {"config": dataclasses.asdict(config), "rows": []}
+    record = started("op.convolution_speed", argv, config=dataclasses.asdict(config))
     if config.estimate:
         directions = list(config.directions)
         record["rows"] = convolution.estimates(config.sizes(), config.estimate, directions)

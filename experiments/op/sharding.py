@@ -18,6 +18,7 @@ Takes: half a minute on two CPU cores, minutes on two GPUs.
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +30,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import (
     ConfigError,
-    require_at_least,
     require_each_at_least,
     require_one_of,
 )
@@ -37,14 +37,7 @@ from deltaproduct_jax.ops import sharded_delta_product
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import (
-    TIMES,
-    command_line,
-    markdown,
-    shown,
-    times,
-    write_report,
-)
+from experiments.lib.bench.report import TIMES, collect, markdown, shown, times, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
     CHECKED_TOKENS,
@@ -54,8 +47,8 @@ from experiments.lib.bench.timing import (
     checked_error,
     compile_program,
     exact_results,
-    machine,
     program,
+    started,
     time_in_turn,
 )
 
@@ -75,11 +68,11 @@ ALONE = "one device"
 class ShardingConfig:
     """What is timed."""
 
-    devices: int = setting(2, "over how many devices; as many are needed")
-    batch_size: int = setting(2, "sequences B")
-    length: int = setting(1024, "tokens T")
-    num_heads: int = setting(4, "heads H")
-    head_dim: int = setting(32, "key width K and value width V")
+    devices: int = setting(2, "over how many devices; as many are needed", least=1)
+    batch_size: int = setting(2, "sequences B", least=1)
+    length: int = setting(1024, "tokens T", least=1)
+    num_heads: int = setting(4, "heads H", least=1)
+    head_dim: int = setting(32, "key width K and value width V", least=1)
     num_householder: tuple[int, ...] = setting((2,), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
@@ -88,7 +81,7 @@ class ShardingConfig:
         AXES, "what is spread: batch, head or sequence, in turn", filled=True
     )
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
-    repeats: int = setting(9, "timed rounds")
+    repeats: int = setting(9, "timed rounds", least=1)
     budget_s: float = setting(
         60.0, "seconds after which no further round of a case begins", above=0
     )
@@ -96,8 +89,6 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("devices", "batch_size", "length", "num_heads", "head_dim", "repeats"):
-            require_at_least(name, getattr(self, name), 1)
         require_each_at_least("num_householder", self.num_householder, 1)
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         require_one_of("implementation", self.implementation, [None, *AVAILABLE])
@@ -195,19 +186,10 @@ def command(argv: Sequence[str]) -> None:
             f"devices={config.devices} are asked for, and there are {len(jax.devices())}; on a CPU "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={config.devices} makes as many"
         )
-    record = {
-        "command": command_line("op.sharding", argv),
-        "machine": machine(),
-        "config": dataclasses.asdict(config),
-        "rows": [],
-    }
-    for n_h in config.num_householder:
-        for direction in config.directions.split(","):
-            rows = measure(config, n_h, direction)
-            print(table(rows), file=sys.stderr)
-            record["rows"] += rows
-            text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
-    print(text)
+    record = started("op.sharding", argv, config=dataclasses.asdict(config))
+    cases = itertools.product(config.num_householder, config.directions.split(","))
+    measured = (measure(config, *case) for case in cases)
+    print(collect(record, measured, table, functools.partial(write, parsed.workdir)))
 
 
 def write(workdir: Path, record: dict[str, Any]) -> str:

@@ -22,6 +22,8 @@ Takes: 2 minutes on two CPU cores; the third command needs a GPU, PyTorch and th
 """
 
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +34,6 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import (
     ConfigError,
-    require_at_least,
     require_each_at_least,
     require_one_of,
 )
@@ -42,14 +43,7 @@ from experiments.lib import flags
 from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.peers import fla, flashqla
 from experiments.lib.bench.peers.jax_packages import PACKAGES, PLAIN, peer_op
-from experiments.lib.bench.report import (
-    TIMES,
-    command_line,
-    markdown,
-    shown,
-    times,
-    write_report,
-)
+from experiments.lib.bench.report import TIMES, collect, markdown, shown, times, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
     CHECKED_TOKENS,
@@ -64,8 +58,8 @@ from experiments.lib.bench.timing import (
     compile_program,
     decoding,
     exact_results,
-    machine,
     program,
+    started,
     time_in_turn,
 )
 from experiments.lib.figures.benchmarks import draw_speed
@@ -82,12 +76,12 @@ TOKENS_OF_DECODING = 8
 class SpeedConfig:
     """What is timed."""
 
-    batch_size: int = setting(1, "sequences B")
-    length: int = setting(2048, "tokens T")
-    num_heads: int = setting(4, "heads H")
-    num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H")
-    head_dim: int = setting(64, "key width K")
-    value_dim: int | None = setting(None, "value width V; none: head_dim")
+    batch_size: int = setting(1, "sequences B", least=1)
+    length: int = setting(2048, "tokens T", least=1)
+    num_heads: int = setting(4, "heads H", least=1)
+    num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H", least=1)
+    head_dim: int = setting(64, "key width K", least=1)
+    value_dim: int | None = setting(None, "value width V; none: head_dim", least=1)
     num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "float32 or bfloat16")
@@ -96,7 +90,7 @@ class SpeedConfig:
     )
     chunk_size: int | None = setting(None, "tokens in a chunk; none: the op's choice")
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed; or step")
-    repeats: int = setting(9, "timed rounds")
+    repeats: int = setting(9, "timed rounds", least=1)
     budget_s: float = setting(
         60.0, "seconds after which no further round of a case begins", above=0
     )
@@ -111,11 +105,6 @@ class SpeedConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("value_dim", "num_v_heads"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
         if self.value_heads % self.num_heads:
             raise ConfigError(
                 f"num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
@@ -274,14 +263,10 @@ def command(argv: Sequence[str]) -> None:
         f"{f'K=V={K}' if K == V else f'K={K} V={V}'}, "
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
     )
-    record = {"command": command_line("op.speed", argv), "machine": machine(), "shape": title}
-    record["rows"] = []
-    for n_h in config.num_householder:
-        for direction in config.directions.split(","):
-            rows = measure(config, n_h, direction)
-            print(table(rows), file=sys.stderr)
-            record["rows"] += rows
-            text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
+    record = started("op.speed", argv, shape=title)
+    cases = itertools.product(config.num_householder, config.directions.split(","))
+    measured = (measure(config, *case) for case in cases)
+    text = collect(record, measured, table, functools.partial(write, parsed.workdir))
     draw_speed(record["rows"], parsed.workdir / "speed", title, look)
     print(text)
 

@@ -16,7 +16,7 @@ from deltaproduct_jax.errors import ConfigError
 from experiments import figures as paper_figures
 from experiments.lib import flags, run_records
 from experiments.lib.bench import report
-from experiments.lib.figures import curves, style
+from experiments.lib.figures import curves, published, style
 
 ROOT = Path(__file__).resolve().parents[2]
 # (group, n_h, seed) -> sequence accuracy at 8, of which that at 4 is twice.
@@ -83,6 +83,21 @@ def test_curves_are_medians_over_seeds(source, tmp_path, capsys):
     assert draw(source, tmp_path / "out", "--preset=factors", "--length=4", "--name=four") == 0
     drawn = json.loads((tmp_path / "out" / "four.json").read_text())["panels"]
     np.testing.assert_allclose(drawn["group = S3"]["n_h = 2"]["median"], np.linspace(1, 0.8, 5))
+
+
+def test_published_points_stand_beside_their_curve():
+    curve = {"median": [1, 0.5], "runs": [[1, 0.5]]}
+    panels = {"group = S5": {"n_h = 3": curve, "n_h = 5": curve}, "group = S3": {"n_h = 3": curve}}
+    found = published.published_points(panels)
+    assert found == {"group = S5": {"n_h = 3": [(17, 0.5), (55, 0.0)]}, "group = S3": {}}
+    record = {"panels": panels, "trained": dict.fromkeys(panels, 1), "band": False}
+    look = style.Look()
+    figure = curves.draw_panels(record | {"metric": "strict.cumulative", "published": found}, look)
+    lines = [x for x in figure.axes[0].lines if x.get_fillstyle() == "none"]
+    hollow, key = lines
+    assert (key.get_label(), len(key.get_xdata())) == ("published", 0)
+    assert hollow.get_xydata().tolist() == [[17, 0.5], [55, 0]]
+    assert hollow.get_color() == style.series(0)["color"]
 
 
 def test_factors_left_to_the_mixer_count_as_what_they_were(tmp_path):
@@ -203,6 +218,10 @@ ERRORS = {
     "no source": (["--source="], "--source is missing; give the folder"),
     "nothing there": (["--source=absent"], "source='absent' holds no finished run"),
     "no csv": (["--source=absent.csv"], r"source='absent\.csv' cannot be read: No such file"),
+    "published points": (
+        ["--preset=paper", "--by=seed"],
+        "published=True needs kind=cumulative, x=group and by=num_householder, got .* by=seed",
+    ),
     "unknown kind": (["--kind=pie"], "kind='pie' is not known; it may be one of"),
     "unknown setting": (["--x=grup"], "'grup' is no setting of run .*; did you mean 'group'"),
     "unknown row": (["--by=sead"], "'sead' is no setting of run .*; did you mean 'seed'"),
@@ -335,3 +354,16 @@ def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(".")[-1] for line in done.stdout.splitlines()] == ["json", "png"]
     assert report.markdown(["a", "b"], [["1", None]]) == "| a | b |\n| --- | --- |\n| 1 | - |"
+
+
+def test_a_long_command_is_cut_before_flags_and_can_be_pasted():
+    command = report.command_line("op.speed", ["--workdir=DIR", "--peer=fla"])
+    assert report.command_block(command) == f"Command: `{command}`"
+    command += f" --implementations={'x' * 60} --dtype=bfloat16 --fixed='a=1 b=2'"
+    title, _, *lines = report.command_block(command).splitlines()
+    assert (title, lines[0], lines[-1]) == ("Command:", "```sh", "```")
+    assert len(lines) == 5
+    assert max(map(len, lines)) <= 100
+    assert " ".join(line.removesuffix("\\").strip() for line in lines[1:-1]) == command
+    item = report.listed(f"12. `{command}`")
+    assert [line[:4] for line in item.splitlines()] == ["12. ", "    ", "    "]

@@ -1,12 +1,11 @@
 """The experiments on formal languages and recall: whole runs, records, refusals, every field."""
 
 import dataclasses
-import json
 import re
 
 import pytest
 import tiny_run
-from tiny_run import curve, snapshot
+from tiny_run import curve, rows_in, snapshot
 
 from deltaproduct_jax.tasks.formal_languages import FormalLanguageTask
 from deltaproduct_jax.tasks.recall import RecallTask
@@ -32,10 +31,7 @@ RECALL = TRAINING | {
 EXPERIMENTS = {"formal_languages": (formal_languages, LANGUAGE), "recall": (recall, RECALL)}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +71,6 @@ def shown_again(name, run_of, capsys):
 
 def results_in(workdir):
     return tiny_run.outcome(workdir)
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_formal_languages_report_scaled_accuracy_by_length(run_of, capsys):

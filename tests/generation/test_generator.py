@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tiny_run import nudged
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
@@ -50,11 +51,7 @@ def model_of(mixer):
         mixer, layers = "delta_product", 4
         own |= {"attention_every": 2, "scan_layers": True}
     config = ModelConfig(vocab_size=VOCAB, mixer=mixer, num_layers=layers, **sizes, **own)
-    model = SequenceModel(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    nudge = lambda a: jnp.asarray(a + 0.4 * rng.normal(size=a.shape), a.dtype)
-    nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
-    return model
+    return nudged(SequenceModel(config, rngs=nnx.Rngs(0)), 0.4)
 
 
 @functools.cache

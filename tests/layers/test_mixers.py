@@ -16,6 +16,7 @@ import pytest
 from flax import nnx
 from helpers import relative_error
 from quick import quick
+from tiny_run import nudged
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct, KimiDeltaAttention
@@ -55,11 +56,7 @@ def config_of(mixer: str, kind=ModelConfig, **fields) -> ModelConfig:
 
 def lively(config: ModelConfig) -> SequenceModel:
     """A model none of whose parameters rests at 0, as some do before training."""
-    model = SequenceModel(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    nudge = lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), a.dtype)
-    nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
-    return model
+    return nudged(SequenceModel(config, rngs=nnx.Rngs(0)))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_run import nudged
 
 from deltaproduct_jax.layers.checks import states_of
 from deltaproduct_jax.layers.registry import MIXERS
@@ -22,11 +23,7 @@ def model_of(mixer):
     own = {"use_short_conv": True, "implementation": "recurrent"} if mixer == FAST else {}
     layers = 2 if mixer == "rwkv7" else 1
     config = ModelConfig(vocab_size=VOCAB, mixer=mixer, num_layers=layers, **sizes, **own)
-    model = SequenceModel(config, rngs=nnx.Rngs(0))
-    rng = np.random.default_rng(1)
-    nudge = lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), a.dtype)
-    nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
-    return model
+    return nudged(SequenceModel(config, rngs=nnx.Rngs(0)))
 
 
 def packed():

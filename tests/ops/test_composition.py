@@ -16,11 +16,8 @@ from helpers import Case, cast, relative_error
 from deltaproduct_jax.ops import (
     RESIDUAL_NAMES,
     api,
-    default_chunk_size,
     delta_product,
     delta_product_step,
-    route,
-    select_implementation,
 )
 
 P = jax.sharding.PartitionSpec
@@ -265,64 +262,6 @@ def test_numpy_arrays_and_defaults():
     for x, y in zip(delta_product(**arrays), expected, strict=True):
         assert isinstance(x, jax.Array)
         assert relative_error(x, y) < 1e-5
-
-
-def test_the_choice_can_be_asked_and_is_the_one_that_runs():
-    size = {"B": 1, "T": 64, "R": 2, "Hv": 4, "K": 64, "V": 64, "differentiated": False}
-
-    def choice(platform, **sizes):
-        return select_implementation(platform, **{**size, **sizes})
-
-    assert choice("cpu") == "recurrent"
-    assert choice("cpu", R=1) == choice("cpu", R=1, K=32, V=64) == "recurrent"
-    assert choice("cpu", R=1, V=128) == "chunked"
-    assert choice("cpu", K=128, V=128) == choice("cpu", K=128, V=128, R=3) == "chunked"
-    assert choice("cpu", B=8) == choice("cpu", K=128, V=64) == "recurrent"
-    assert choice("cpu", B=128, R=3) == "recurrent"
-    assert choice("cpu", B=1024, K=32, V=32) == "recurrent"
-    assert choice("cpu", differentiated=True) == "chunked"
-    assert choice("tpu", T=1) == "recurrent"
-    assert choice("tpu") == "chunked"  # nothing here says which TPU
-    with pytest.raises(ValueError, match="'gpu' is not known; it may be one of 'cpu', 'cuda'"):
-        choice("gpu")
-    arrays = inputs(Case(T=64, K=32, V=32, B=1))
-
-    def lowered(implementation, platform):
-        fn = jax.jit(lambda a: delta_product(**a, implementation=implementation))
-        text = fn.trace(arrays).lower(lowering_platforms=(platform,)).as_text()
-        return text.count("dot_general"), text.count("exponential")
-
-    # Lowered for a platform other than the one that traces, the choice follows the platform.
-    assert lowered(None, "cpu") == lowered("recurrent", "cpu")
-    assert lowered(None, "tpu") == lowered("chunked", "tpu")
-    assert lowered("chunked", "cpu") != lowered("recurrent", "cpu")
-
-
-def test_a_call_is_resolved_once(monkeypatch):
-    """Whatever is traced of it, primal, forward or backward pass, follows from one resolution."""
-    asked, select = [], route.select_implementation
-
-    def counted(platform, **sizes):
-        asked.append((platform, sizes["differentiated"]))
-        return select(platform, **sizes)
-
-    monkeypatch.setattr(route, "select_implementation", counted)
-    arrays = inputs(Case(T=9, K=5, V=3, B=1))
-    jax.jit(jax.grad(lambda a: jnp.sum(delta_product(**a)[0]))).trace(arrays)
-    assert len(asked) == len(set(asked)) == 8  # four platforms, with a gradient and without
-
-
-def test_default_chunk_size_follows_state_dtype_and_platform():
-    def size(platform, dtype, **sizes):
-        return default_chunk_size(platform, dtype, **{"T": 999, "R": 2, "K": 64, "V": 64} | sizes)
-
-    assert size("cpu", "float32") == 16
-    assert size("cpu", "float32", K=16, V=16) == 8
-    assert size("cpu", "bfloat16", R=3) == 8
-    assert size("tpu", "float32", R=100) == 1
-    assert size("tpu", "bfloat16") == 64
-    assert size("tpu", "bfloat16", T=40) == 40
-    assert size("default", "bfloat16") == size("cuda", "bfloat16") == 32
 
 
 @pytest.mark.slow

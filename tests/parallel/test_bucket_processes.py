@@ -10,8 +10,8 @@ import time
 
 import pytest
 from bucket_emulator import environment as of_emulator
-from parallel_process import ROOT, finish, rows_in, start
-from tiny_run import curve, outcome
+from parallel_process import ROOT, finish, start
+from tiny_run import curve, outcome, rows_in
 
 from experiments.lib import environment
 

@@ -10,7 +10,7 @@ import pytest
 import tiny_run
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_run import curve, lasting, run_config
+from tiny_run import curve, lasting, rows_in, run_config
 
 from deltaproduct_jax.compilers.collectives import collectives_by_axis
 from deltaproduct_jax.layers.registry import MIXERS
@@ -150,10 +150,6 @@ class Killed(BaseException):
 def train(workdir, mesh, **settings):
     devices = DeviceConfig(mesh=mesh, **settings)
     return loop.train(run_config(hidden_size=16), workdir, ["test"], devices=devices)
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from parallel_process import finish, rows_in, start
-from tiny_run import curve, outcome
+from parallel_process import finish, start
+from tiny_run import curve, outcome, rows_in
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

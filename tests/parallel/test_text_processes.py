@@ -1,19 +1,16 @@
 """Text over real processes: killed in the middle of an epoch, gone on with on another number."""
 
 import json
-import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from parallel_process import ROOT, address_and_environment
 from tiny_run import curve
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = [
     "--preset=tiny", "--hidden_size=16", "--steps=40", "--log_every=1", "--eval_every=20",
     "--checkpoint_every=5", "--warmup_steps=0", "--eval_sequences=8", "--train_length=32",
@@ -23,16 +20,8 @@ FLAGS = [
 
 def start(workdir, number):
     """The processes of a run, with four devices in all."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {
-        "SCRIPT": "language_modeling",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // number}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
+    address, environment = address_and_environment(4 // number)
+    environment["SCRIPT"] = "language_modeling"
     joining = [f"--coordinator_address={address}", f"--num_processes={number}"]
     command = [sys.executable, "-m", "tests.parallel_process", *FLAGS, f"--workdir={workdir}"]
     return [

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tiny_run
-from tiny_run import curve, leaves_equal, outcome, run_config, snapshot
+from tiny_run import curve, leaves_equal, outcome, rows_in, run_config, snapshot
 
 from deltaproduct_jax import files
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
@@ -19,17 +19,7 @@ CONSTANT = {"schedule": "constant"}
 RECORDS = ("config.json", "run.json", "metrics.jsonl", "results.json")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once", "tiny_model")
 
 
 def train(workdir, bucket, **fields):
@@ -73,10 +63,6 @@ def lost(tmp_path, monkeypatch):
         train(tmp_path / "lost", bucket)
     monkeypatch.undo()
     return bucket
-
-
-def rows_in(directory):
-    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def steps_in(bucket):

@@ -58,6 +58,8 @@ def run_config(task: GroupTask | None = None, **train) -> RunConfig:
         ({"grow_from": 0}, "grow_from=0 is too small"),
         ({"grow_from": 33}, "grow_from=33 must not exceed train_length=32"),
         ({"grow_from": 3, "curriculum": (4,)}, "exclude each other"),
+        ({"grow_from": 3, "growth": "fast"}, "growth='fast' is not known"),
+        ({"growth": "geometric"}, "growth='geometric' means nothing without grow_from"),
         ({"seed": -1}, "seed=-1 is too small"),
         ({"stop_accuracy": 1.5}, "stop_accuracy=1.5 must be in"),
         ({"select_length": 0}, "select_length=0 is too small"),
@@ -146,6 +148,21 @@ def test_growth_counts_one_token_more_at_a_time():
     assert traced.tolist() == counted
     assert {config.length_at(step) for step in range(1, 101)} == {6}
     assert run_config(steps=9, curriculum=(4,)).counted_at(1) == 4
+
+
+def test_geometric_growth_takes_as_long_for_every_doubling():
+    task = GroupTask("S3", train_length=127)
+    fields = {"grow_from": 4, "growth": "geometric", "curriculum_fraction": 0.5}
+    config = run_config(task, steps=200, **fields)
+    counted = [config.counted_at(step) for step in range(1, 201)]
+    assert counted == sorted(counted)
+    # From 4 to 128 are five doublings, of 20 steps each.
+    assert [counted[20 * n] for n in range(5)] == [4, 8, 16, 32, 64]
+    assert [counted[20 * n - 1] for n in range(1, 6)] == [7, 15, 30, 61, 123]
+    assert set(counted[100:]) == {127}
+    assert jax.vmap(config.counted_at)(jnp.arange(1, 201)).tolist() == counted
+    alone = run_config(GroupTask("S3", train_length=4), steps=200, **fields)
+    assert {alone.counted_at(step) for step in range(1, 201)} == {4}
 
 
 def test_growth_needs_an_answer_at_every_token():

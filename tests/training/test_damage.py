@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_run
 from quick import quick
-from tiny_run import curve, leaves_equal, outcome, run_config, snapshot
+from tiny_run import curve, leaves_equal, outcome, rows_in, run_config, snapshot
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, resume
@@ -23,10 +23,7 @@ from deltaproduct_jax.training.step import TrainState, init_state
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def state_at(step: int) -> TrainState:
@@ -181,10 +178,6 @@ def tiny_model(monkeypatch):
 
 def train(workdir, **options):
     return loop.train(run_config(), workdir, ["test"], **options)
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

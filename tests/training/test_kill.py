@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from event_files import read_events, scalars
-from tiny_run import curve, flags_for, outcome
+from tiny_run import curve, flags_for, outcome, rows_in
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {"num_heads": 1, "head_dim": 8, "intermediate_size": 8, "implementation": "recurrent"}
@@ -59,10 +59,6 @@ def kill_when(process: subprocess.Popen, condition) -> bool:
         time.sleep(0.002)
     process.communicate()
     return False
-
-
-def rows_in(workdir: Path) -> list[dict]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def lines_in(workdir: Path) -> int:

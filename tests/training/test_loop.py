@@ -13,7 +13,7 @@ import pytest
 import tiny_run
 from flax import nnx
 from quick import quick
-from tiny_run import curve, lasting, outcome, run_config, snapshot
+from tiny_run import curve, lasting, outcome, rows_in, run_config, snapshot
 
 from deltaproduct_jax import files
 from deltaproduct_jax.errors import RunDirectoryError
@@ -29,33 +29,18 @@ from deltaproduct_jax.training.step import (
     split_model,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch):
-    monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+pytestmark = pytest.mark.usefixtures("compiled_once", "tiny_model")
 
 
 def train(workdir, **fields):
     return loop.train(run_config(**fields), workdir, ["test"])
 
 
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory, compiled_once, tiny_model):
     """A run that nobody disturbed; tests only read it."""
     workdir = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
-        train(workdir)
+    train(workdir)
     return workdir
 
 
@@ -91,41 +76,40 @@ def test_the_final_step_and_the_best_have_checkpoints(finished):
     assert kept == {12, results["best_step"]}
 
 
-def test_losses_by_hand(tmp_path):
-    """Step n trains on the batch of index n - 1, of the length that the curriculum says."""
-    fields = {"steps": 4, "log_every": 1, "curriculum": (2,), "curriculum_fraction": 0.5}
-    train(tmp_path, **fields)
+def train_and_check_losses(workdir, fields, batch_of):
+    """The rows of four steps, whose losses are those of the batches ``batch_of(draw, index)``."""
+    train(workdir, **fields)
     config = run_config(**fields)
     definition, params = initial(config)
     optimizer = make_optimizer(config.train)
     update = jax.jit(make_train_step(definition, optimizer, make_schedule(config.train), 1))
     state, losses = init_state(params, optimizer), []
-    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
-    for index, length in enumerate((2, 2, 4, 4)):
-        state, metrics = update(state, draw(batch_key(data_key(config), "train", index), 8, length))
+    batch = jax.jit(config.task.batch, static_argnums=(1, 2))
+    draw = lambda index, length: batch(batch_key(data_key(config), "train", index), 8, length)
+    for index in range(4):
+        state, metrics = update(state, batch_of(draw, index))
         losses.append(float(metrics["loss"]))
-    rows = rows_in(tmp_path)
+    rows = rows_in(workdir)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+    return rows
+
+
+def test_losses_by_hand(tmp_path):
+    """Step n trains on the batch of index n - 1, of the length that the curriculum says."""
+    fields = {"steps": 4, "log_every": 1, "curriculum": (2,), "curriculum_fraction": 0.5}
+    rows = train_and_check_losses(tmp_path, fields, lambda draw, i: draw(i, (2, 2, 4, 4)[i]))
     assert [row["length"] for row in rows] == [2, 2, 4, 4]
 
 
 def test_losses_of_a_growing_prefix_by_hand(tmp_path):
     """Sequences have the full length; BOS and a prefix of the answers count."""
     fields = {"steps": 4, "log_every": 1, "grow_from": 2, "curriculum_fraction": 0.75}
-    train(tmp_path, **fields)
-    config = run_config(**fields)
-    definition, params = initial(config)
-    optimizer = make_optimizer(config.train)
-    update = jax.jit(make_train_step(definition, optimizer, make_schedule(config.train), 1))
-    state, losses = init_state(params, optimizer), []
-    draw = jax.jit(config.task.batch, static_argnums=(1, 2))
-    for index, length in enumerate((2, 3, 4, 4)):
-        batch = draw(batch_key(data_key(config), "train", index), 8, 4)
-        batch = batch._replace(mask=batch.mask.at[:, 1 + length :].set(False))
-        state, metrics = update(state, batch)
-        losses.append(float(metrics["loss"]))
-    rows = rows_in(tmp_path)
-    assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-5)
+
+    def batch_of(draw, index):
+        batch = draw(index, 4)
+        return batch._replace(mask=batch.mask.at[:, 1 + (2, 3, 4, 4)[index] :].set(False))
+
+    rows = train_and_check_losses(tmp_path, fields, batch_of)
     assert [row["length"] for row in rows] == [2, 3, 4, 4]
     assert rows[-1]["tokens"] == 4 * 8 * 4
 

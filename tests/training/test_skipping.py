@@ -1,7 +1,5 @@
 """Steps that are not made: which, what is left of them, and when a run ends for them."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 import tiny_run
 from event_files import read_events, scalars
 from flax import nnx
-from tiny_run import curve, leaves_equal, run_config
+from tiny_run import curve, leaves_equal, rows_in, run_config
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -135,17 +133,10 @@ def test_a_skipped_step_leaves_all_as_it_is_but_the_counts():
     assert numbers[-1]["learning_rate"] == metrics[-1]["learning_rate"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 RUN = {"steps": 14, "log_every": 1}
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 class Killed(BaseException):

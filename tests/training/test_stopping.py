@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_run
-from tiny_run import curve, outcome, run_config, snapshot
+from tiny_run import curve, outcome, rows_in, run_config, snapshot
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, records
@@ -23,32 +23,18 @@ ROOT = Path(__file__).parents[2]
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def tiny_model(monkeypatch):
-    monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
+pytestmark = pytest.mark.usefixtures("compiled_once", "tiny_model")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, compiled_once):
+def finished(tmp_path_factory, compiled_once, tiny_model):
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
-        train(workdir)
+    train(workdir)
     return workdir
 
 
 def train(workdir, **fields):
     return loop.train(run_config(**fields), workdir, ["test"])
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def signal_after(patch, number, step):

@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_run
 from flax import nnx
-from tiny_run import curve
+from tiny_run import curve, rows_in
 
 from deltaproduct_jax.data.config import PrepareConfig
 from deltaproduct_jax.data.preparation import prepare
@@ -52,10 +51,7 @@ class NextToken(nnx.Module):
         return jnp.where(starts[..., None], 30 * logits, logits)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(autouse=True)
@@ -85,10 +81,6 @@ def config_of(folder, **fields):
         parts.append(kind(**{name: values.pop(name) for name in names}))
     assert not values
     return RunConfig(parts[0], ModelConfig(vocab_size=257), parts[1])
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

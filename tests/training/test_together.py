@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
-from tiny_run import curve, run_config
+from tiny_run import curve, rows_in, run_config
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.parallel import layout
@@ -32,21 +32,7 @@ OWN = [
 CONFIGS = [run_config(**(COMMON | own)) for own in OWN]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny_run.compiled_once(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny_model():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
-        yield
-
-
-def rows_in(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+pytestmark = pytest.mark.usefixtures("compiled_once", "tiny_model")
 
 
 def folders(root):

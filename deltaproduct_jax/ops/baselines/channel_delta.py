@@ -21,19 +21,17 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
 from deltaproduct_jax.ops.baselines.gates import fold_signs
+from deltaproduct_jax.ops.baselines.sequences import check_together, run_checked
+from deltaproduct_jax.ops.baselines.wy import read_and_write, solve_writes
 from deltaproduct_jax.ops.checks import check_scale
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
-from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
-from deltaproduct_jax.ops.triangular import unit_lower_inverse
 
-_KEYS, _STEPS, _STATE = ("B", "T", "H", "K"), ("B", "T", "H"), ("B", "H", "K", "V")
+_KEYS, _STEPS = ("B", "T", "H", "K"), ("B", "T", "H")
 # Layout of every array along T.
 _LAYOUTS = {
     "q": _KEYS, "k": _KEYS, "v": ("B", "T", "H", "V"), "beta": _STEPS, "g": _KEYS, "e": _KEYS,
@@ -77,17 +75,11 @@ def channel_delta(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size, q.shape[1])
-    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "e": e, "gamma": gamma}
-    arrays |= {"negative": negative}
-    _check(arrays, initial_state, "initial_state", segment_ids)
-    options = {"implementation": implementation, "chunk_size": chunk_size}
-    return on_each_part(
-        functools.partial(_run, scale=check_scale(scale, q.shape[-1]), **options),
-        arrays | {"initial_state": initial_state, "segment_ids": segment_ids},
-        _LAYOUTS | {"initial_state": _STATE, "segment_ids": ("B", "T")},
-        (_LAYOUTS["v"], _STATE),
-    )
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
+    arrays |= {"e": e, "gamma": gamma, "negative": negative}
+    _check_erasure(e, gamma)
+    options = {"scale": scale, "implementation": implementation, "chunk_size": chunk_size}
+    return run_checked(_run, arrays, _LAYOUTS, initial_state, segment_ids, **options)
 
 
 def _run(arrays, *, scale, implementation, chunk_size):
@@ -129,21 +121,19 @@ def channel_delta_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token: returns the output and the state after it; see :func:`channel_delta`."""
-    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g, "e": e, "gamma": gamma}
-    arrays |= {"negative": negative}
-    _check(arrays, state, "state", None, one_token=True)
+    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
+    arrays |= {"e": e, "gamma": gamma, "negative": negative}
+    _check_erasure(e, gamma)
+    check_together(arrays, _LAYOUTS, state, one_token=True)
     return _step(state, q, k, v, beta, g, e, gamma, negative, check_scale(scale, q.shape[-1]))
 
 
-def _check(arrays, state, state_name, segment_ids, one_token=False) -> None:
-    for given, other in (("e", "gamma"), ("gamma", "e")):
-        if arrays[given] is not None and arrays[other] is None:
-            raise ValueError(
-                f"{given} means nothing without {other}, got {other}=None; give both, or neither"
-            )
-    layouts = {name: (array, " ".join(_LAYOUTS[name])) for name, array in arrays.items()}
-    layouts |= {state_name: (state, "B H K V"), "segment_ids": (segment_ids, "B T")}
-    check_arrays(layouts, one_token)
+def _check_erasure(e: jax.Array | None, gamma: jax.Array | None) -> None:
+    if (e is None) != (gamma is None):
+        given, other = ("gamma", "e") if e is None else ("e", "gamma")
+        raise ValueError(
+            f"{given} means nothing without {other}, got {other}=None; give both, or neither"
+        )
 
 
 def _step(state_BHKV, q, k, v, beta, g, e, gamma, negative, scale):
@@ -178,21 +168,13 @@ def _chunked(q, v, g, factors, state, segment_ids, scale, chunk_size):
         # Row (c, r) reads the state after the gate of token c, and all rows above it.
         products = [[chunks.decayed_products(a, b, decays, exact) for b in keys] for a in keys]
         system = jnp.stack([jnp.stack(row, axis=-1) for row in products], axis=3)  # BHCRCR
-        strict = np.tri(C * R, k=-1, dtype=bool).reshape(1, 1, C * R, C * R)
-        system_BHMM = jnp.where(strict, sizes_BHM1 * system.reshape(B, H, C * R, C * R), 0)
-        inverse_BHMM = unit_lower_inverse(system_BHMM, exact)
-
+        system_BHMM = sizes_BHM1 * system.reshape(B, H, C * R, C * R)
         reads = [matmul("bhck,bhkv->bhcv", key * decays.into, state_BHKV) for key in keys]
         errors_BHMV = _rows([-read for read in reads[:-1]] + [v_BHCV.astype(wide) - reads[-1]])
-        u_BHMV = matmul("bhms,bhsv->bhmv", inverse_BHMM, sizes_BHM1 * errors_BHMV)
+        u_BHMV = solve_writes(system_BHMM, sizes_BHM1 * errors_BHMV, exact, matmul)
         u_BHCRV = u_BHMV.reshape(B, H, C, R, -1)
-
-        o_BHCV = matmul("bhck,bhkv->bhcv", q_BHCK.astype(wide) * decays.into, state_BHKV)
-        next_BHKV = decays.through[..., None] * state_BHKV
-        for r, key in enumerate(keys):
-            scores_BHCC = chunks.decayed_products(q_BHCK, key, decays, matmul)
-            o_BHCV += matmul("bhcs,bhsv->bhcv", scores_BHCC, u_BHCRV[:, :, :, r])
-            next_BHKV += matmul("bhck,bhcv->bhkv", key * decays.out, u_BHCRV[:, :, :, r])
+        writes = [(key, u_BHCRV[:, :, :, r]) for r, key in enumerate(keys)]
+        o_BHCV, next_BHKV = read_and_write(state_BHKV, q_BHCK, writes, decays, matmul)
         return next_BHKV, (scale * o_BHCV).astype(v.dtype)
 
     # With beta near 2 and keys alike, errors grow with the rows of the system: 64 of them.

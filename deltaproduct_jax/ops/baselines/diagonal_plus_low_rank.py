@@ -11,16 +11,17 @@ is that of DPLR in flash-linear-attention, derived anew.
 import functools
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
+from deltaproduct_jax.ops.baselines.sequences import check_together, run_checked
+from deltaproduct_jax.ops.baselines.wy import read_and_write, solve_writes
 from deltaproduct_jax.ops.checks import check_scale
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
-from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
-from deltaproduct_jax.ops.triangular import unit_lower_inverse
+
+# Layout of every array along T.
+_LAYOUTS = {name: ("B", "T", "H", "V" if name == "v" else "K") for name in "qkvabg"}
 
 
 def diagonal_plus_low_rank(
@@ -55,18 +56,9 @@ def diagonal_plus_low_rank(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size, q.shape[1])
-    _check(q, k, v, a, b, g, initial_state, "initial_state", segment_ids)
     arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
-    keys, of_state = ("B", "T", "H", "K"), ("B", "H", "K", "V")
-    layouts = dict.fromkeys(arrays, keys)
-    options = {"implementation": implementation, "chunk_size": chunk_size}
-    return on_each_part(
-        functools.partial(_run, scale=check_scale(scale, q.shape[-1]), **options),
-        arrays | {"initial_state": initial_state, "segment_ids": segment_ids},
-        layouts | {"initial_state": of_state, "segment_ids": ("B", "T")},
-        (keys, of_state),
-    )
+    options = {"scale": scale, "implementation": implementation, "chunk_size": chunk_size}
+    return run_checked(_run, arrays, _LAYOUTS, initial_state, segment_ids, **options)
 
 
 def _run(arrays, *, scale, implementation, chunk_size):
@@ -99,19 +91,9 @@ def diagonal_plus_low_rank_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token: returns the output and the state after it; see :func:`diagonal_plus_low_rank`."""
-    _check(q, k, v, a, b, g, state, "state", None, one_token=True)
+    arrays = {"q": q, "k": k, "v": v, "a": a, "b": b, "g": g}
+    check_together(arrays, _LAYOUTS, state, one_token=True)
     return _step(state, q, k, v, a, b, g, check_scale(scale, q.shape[-1]))
-
-
-def _check(q, k, v, a, b, g, state, state_name, segment_ids, one_token=False) -> None:
-    keys = {"q": q, "k": k, "a": a, "b": b, "g": g}
-    arrays = {name: (array, "B T H K") for name, array in keys.items()}
-    arrays |= {
-        "v": (v, "B T H V"),
-        state_name: (state, "B H K V"),
-        "segment_ids": (segment_ids, "B T"),
-    }
-    check_arrays(arrays, one_token)
 
 
 def _step(state_BHKV, q, k, v, a, b, g, scale):
@@ -148,16 +130,9 @@ def _chunked(q, k, v, a, b, g, state, segment_ids, scale, chunk_size):
         into_before = before(decays.into, jnp.ones_like(decays.into[:, :, :1]))
         u_BHCV = matmul("bhck,bhkv->bhcv", a.astype(wide) * into_before, state_BHKV)
         u_BHCV += matmul("bhcs,bhsv->bhcv", reads_BHCC, v)
-        strict = np.tri(C, k=-1, dtype=bool).reshape(1, 1, C, C)
-        inverse_BHCC = unit_lower_inverse(jnp.where(strict, -system_BHCC, 0), exact)
-        u_BHCV = matmul("bhcs,bhsv->bhcv", inverse_BHCC, u_BHCV)
-
-        o_BHCV = matmul("bhck,bhkv->bhcv", q.astype(wide) * decays.into, state_BHKV)
-        next_BHKV = decays.through[..., None] * state_BHKV
-        for keys, values in ((k, v), (b, u_BHCV)):
-            scores_BHCC = chunks.decayed_products(q, keys, decays, matmul)
-            o_BHCV += matmul("bhcs,bhsv->bhcv", scores_BHCC, values)
-            next_BHKV += matmul("bhck,bhcv->bhkv", keys.astype(wide) * decays.out, values)
+        u_BHCV = solve_writes(-system_BHCC, u_BHCV, exact, matmul)
+        writes = ((k, v), (b, u_BHCV))
+        o_BHCV, next_BHKV = read_and_write(state_BHKV, q, writes, decays, matmul)
         return next_BHKV, (scale * o_BHCV).astype(v.dtype)
 
     inputs = (q, k, v, a, b, g.astype(wide))

@@ -12,14 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
 from deltaproduct_jax.ops.baselines.gates import fold_signs
+from deltaproduct_jax.ops.baselines.sequences import check_together, run_checked
 from deltaproduct_jax.ops.checks import check_scale
 from deltaproduct_jax.ops.containment import contained, forgets, only_finite
-from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
-
-_KEYS, _STATE = ("B", "T", "H", "K"), ("B", "H", "K", "V")
 
 Gate = Float[Array, "B T H"] | Float[Array, "B T H K"]
 Sign = Bool[Array, "B T H"] | Bool[Array, "B T H K"]
@@ -60,19 +57,9 @@ def gated_linear_attention(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size, q.shape[1])
-    _check(q, k, v, g, negative, initial_state, "initial_state", segment_ids)
-    gate = ("B", "T", "H", "K")[: g.ndim]
-    layouts = {"q": _KEYS, "k": _KEYS, "v": _KEYS, "g": gate, "negative": gate}
-    arrays = {"q": q, "k": k, "v": v, "g": g, "negative": negative}
-    arrays |= {"initial_state": initial_state, "segment_ids": segment_ids}
-    options = {"implementation": implementation, "chunk_size": chunk_size}
-    return on_each_part(
-        functools.partial(_run, scale=check_scale(scale, q.shape[-1]), **options),
-        arrays,
-        layouts | {"initial_state": _STATE, "segment_ids": ("B", "T")},
-        (_KEYS, _STATE),
-    )
+    arrays, layouts = _arrays(q, k, v, g, negative)
+    options = {"scale": scale, "implementation": implementation, "chunk_size": chunk_size}
+    return run_checked(_run, arrays, layouts, initial_state, segment_ids, **options)
 
 
 def _run(arrays, *, scale, implementation, chunk_size):
@@ -109,22 +96,17 @@ def gated_linear_attention_step(
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
     """One token: returns the output and the state after it; see :func:`gated_linear_attention`."""
-    _check(q, k, v, g, negative, state, "state", None, one_token=True)
+    arrays, layouts = _arrays(q, k, v, g, negative)
+    check_together(arrays, layouts, state, one_token=True)
     return _step(state, q, k, v, g, negative, check_scale(scale, q.shape[-1]))
 
 
-def _check(q, k, v, g, negative, state, state_name, segment_ids, one_token=False) -> None:
-    gate = "B T H K" if g.ndim == q.ndim else "B T H"
-    arrays = {
-        "q": (q, "B T H K"),
-        "k": (k, "B T H K"),
-        "v": (v, "B T H V"),
-        "g": (g, gate),
-        "negative": (negative, gate),
-        state_name: (state, "B H K V"),
-        "segment_ids": (segment_ids, "B T"),
-    }
-    check_arrays(arrays, one_token)
+def _arrays(q, k, v, g, negative) -> tuple[dict, dict]:
+    """All by name, and their layouts along T."""
+    keys = ("B", "T", "H", "K")
+    gate = keys if g.ndim == q.ndim else keys[:3]
+    arrays = {"q": q, "k": k, "v": v, "g": g, "negative": negative}
+    return arrays, {"q": keys, "k": keys, "v": (*keys[:3], "V"), "g": gate, "negative": gate}
 
 
 def _step(state_BHKV, q, k, v, g, negative, scale):

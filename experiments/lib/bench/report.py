@@ -4,12 +4,16 @@ A cell of a table holds one value; what has several gets a column for each.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.files import write_file
 
+MOST_COLUMNS = 100
 # The columns of `times`.
 TIMES = ("ms, median", "least", "most")
 
@@ -17,6 +21,27 @@ TIMES = ("ms, median", "least", "most")
 def command_line(script: str, argv: Sequence[str]) -> str:
     """The command as one would type it; ``script`` by its name within experiments."""
     return " ".join([f"python -m experiments.{script}", *argv])
+
+
+def command_block(command: str) -> str:
+    """The command as a paragraph; one too long for a line as a block of shell, cut before flags."""
+    short = f"Command: `{command}`"
+    if len(short) <= MOST_COLUMNS:
+        return short
+    first, *flags = re.split(r" (?=--)", command)
+    lines = [first]
+    for flag in flags:
+        if len(f"{lines[-1]} {flag} \\") <= MOST_COLUMNS:
+            lines[-1] += f" {flag}"
+        else:
+            lines.append(f"    {flag}")
+    return "\n".join(["Command:", "", "```sh", " \\\n".join(lines), "```"])
+
+
+def listed(item: str) -> str:
+    """An item of a list, with its mark, in lines that are not too long."""
+    fill = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(item, MOST_COLUMNS, subsequent_indent=" " * (item.index(" ") + 1), **fill)
 
 
 def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
@@ -33,6 +58,31 @@ def shown(value: Any, form: str = "") -> str:
 def times(row: Mapping[str, Any]) -> list[str]:
     """Median, least and most of a row with `Compiled.summary`, in milliseconds."""
     return [f"{row[f'{name}_ms']:.4g}" for name in ("median", "min", "max")]
+
+
+def collect(
+    record: dict[str, Any],
+    measured: Iterable[Sequence[Mapping[str, Any]]],
+    table: Callable[[Sequence[Any]], str],
+    write: Callable[[dict[str, Any]], str],
+) -> str:
+    """Adds rows to a record as they are measured; what is measured stays, whatever comes next.
+
+    Args:
+        record: with its rows at "rows".
+        measured: rows of one case after the other; their table goes to standard error.
+        table: of rows, as Markdown.
+        write: writes the record, and returns what its page holds.
+
+    Returns:
+        What it returned last.
+    """
+    text = ""
+    for rows in measured:
+        print(table(rows), file=sys.stderr)
+        record["rows"] += rows
+        text = write(record)
+    return text
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
@@ -53,6 +103,6 @@ def write_report(workdir: Path, name: str, record: Mapping[str, Any], *blocks: s
         What NAME.md holds, without the newline at its end.
     """
     write_json(workdir / f"{name}.json", record)
-    text = "\n\n".join([*blocks, f"Command: `{record['command']}`"])
+    text = "\n\n".join([*blocks, command_block(record["command"])])
     write_file(workdir / f"{name}.md", f"{text}\n".encode())
     return text

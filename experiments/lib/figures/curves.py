@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CURVE = "strict.cumulative"
+# Hollow, so that a curve below shows.
+PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 4, "fillstyle": "none"}
 # Panel -> curve -> the runs [runs, positions].
 Panels = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -92,7 +94,8 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
 
     Args:
         record: "panels" as of `numbers_of`, the "metric" that they are of, whether runs are a
-            "band", and the length "trained" of each panel, None where it is not known.
+            "band", the length "trained" of each panel, None where it is not known, and maybe
+            "published" points (position, fraction) by panel and curve.
         look: the figure's width.
     """
     panels = {
@@ -104,6 +107,9 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     order = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     for (title, curves), axes in zip(panels.items(), cells.flat, strict=False):
         draw_curves(axes, curves, order, band=record["band"])
+        for name, points in record.get("published", {}).get(title, {}).items():
+            color = series(order.index(name))["color"]
+            axes.plot(*zip(*points, strict=True), color=color, **PUBLISHED)
         if record["trained"][title] is not None:
             mark_trained(axes, record["trained"][title])
         axes.set_title(names.pretty(title))
@@ -114,6 +120,8 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     if any(len(runs) > 1 for curves in panels.values() for runs in curves.values()):
         every = {"linewidth": 5, "alpha": 0.3} if record["band"] else {"linewidth": 0.6}
         cells[0, 0].plot([], [], color="0.4", label="single runs", **every)
+    if any(record.get("published", {}).values()):
+        cells[0, 0].plot([], [], color="0.2", label="published", **PUBLISHED)
     close_grid(cells, len(panels), "position", names.metric(record["metric"]))
     add_legend(figure)
     return figure

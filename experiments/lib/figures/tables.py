@@ -8,7 +8,7 @@ Grazzi et al., https://arxiv.org/abs/2411.12537, which the DeltaProduct paper re
 import csv
 import io
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.lib.bench.report import markdown, shown
@@ -30,18 +30,19 @@ def scores_table(
         Rows of the keys of ``by``, and for each value of ``x`` "VALUE median", "VALUE best" and
         "VALUE runs"; a cell without runs is None, with 0 runs.
     """
-    columns = [value for (value,) in grouped(records, [x])]
-    rows = []
-    for group, members in grouped(records, by).items():
-        row: dict[str, Any] = dict(zip(by, group, strict=True))
-        cells = grouped(members, [x])
-        for value in columns:
-            scores = [record.score(metric, length) for record in cells.get((value,), [])]
-            row[f"{value} median"] = statistics.median(scores) if scores else None
-            row[f"{value} best"] = max(scores) if scores else None
-            row[f"{value} runs"] = len(scores)
-        rows.append(row)
-    return rows
+    return [
+        row
+        | {
+            f"{value} {name}": entry
+            for value, scores in cells.items()
+            for name, entry in (
+                ("median", statistics.median(scores) if scores else None),
+                ("best", max(scores, default=None)),
+                ("runs", len(scores)),
+            )
+        }
+        for row, cells in _cells(records, by, x, metric, length)
+    ]
 
 
 def escape_table(
@@ -53,17 +54,31 @@ def escape_table(
     threshold: float,
 ) -> list[dict[str, Any]]:
     """For every cell the runs whose score is at least ``threshold``: "VALUE escaped", of "runs"."""
+    return [
+        row
+        | {
+            f"{value} {name}": count
+            for value, scores in cells.items()
+            for name, count in (
+                ("escaped", sum(score >= threshold for score in scores)),
+                ("runs", len(scores)),
+            )
+        }
+        for row, cells in _cells(records, by, x, metric, length)
+    ]
+
+
+def _cells(
+    records: Sequence[Record], by: Sequence[str], x: str, metric: str, length: int | None
+) -> Iterator[tuple[dict[str, Any], dict[Any, list[float]]]]:
+    """The keys of every group ``by``, and its scores by the values of ``x`` among all records."""
     columns = [value for (value,) in grouped(records, [x])]
-    rows = []
     for group, members in grouped(records, by).items():
-        row: dict[str, Any] = dict(zip(by, group, strict=True))
-        cells = grouped(members, [x])
-        for value in columns:
-            scores = [record.score(metric, length) for record in cells.get((value,), [])]
-            row[f"{value} escaped"] = sum(score >= threshold for score in scores)
-            row[f"{value} runs"] = len(scores)
-        rows.append(row)
-    return rows
+        found = grouped(members, [x])
+        yield (
+            dict(zip(by, group, strict=True)),
+            {v: [r.score(metric, length) for r in found.get((v,), [])] for v in columns},
+        )
 
 
 def to_csv(rows: Sequence[Row]) -> str:

@@ -1,0 +1,159 @@
+"""What mixers of heads have in common: arguments, parameters, and a matrix for every head."""
+
+from collections.abc import Callable
+from typing import Any, Required, TypedDict, Unpack
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
+from deltaproduct_jax.layers.mixer import SequenceMixer, State
+from deltaproduct_jax.layers.projection import Parts, value_width
+from deltaproduct_jax.ops.precision import accumulator_dtype
+
+
+class DrawnOptions(TypedDict, total=False):
+    """Keywords of :class:`DrawnMixer`, which has their defaults and says what they mean."""
+
+    num_heads: Required[int]
+    head_dim: Required[int]
+    norm_eps: float
+    initializer: str
+    initializer_range: float
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+    rngs: Required[nnx.Rngs]
+
+
+class HeadOptions(DrawnOptions, total=False):
+    """Keywords of :class:`HeadMixer`, which has their defaults and says what they mean."""
+
+    expand_v: float
+    allow_neg_eigval: bool
+    implementation: str | None
+    chunk_size: int | None
+
+
+class DrawnMixer(SequenceMixer[State]):
+    """Sequence mixer ``[B, T, D] -> [B, T, D]`` of heads, whose parameters are drawn alike.
+
+    A subclass makes its parameters in :meth:`_make`. One that takes more sets it before it calls
+    this constructor, and passes the rest on.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        num_heads: heads ``H``, of queries and keys where there are such.
+        head_dim: key width ``K`` of a head.
+        norm_eps: epsilon of the output norm.
+        initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
+        initializer_range: standard deviation of ``"fla"``.
+        dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
+        param_dtype: dtype of the parameters; A_log and dt_bias are float32 always.
+        rngs: source of the parameter keys.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int,
+        head_dim: int,
+        norm_eps: float = 1e-5,
+        initializer: str = "paper",
+        initializer_range: float = 0.02,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.dtype = jnp.dtype(dtype)
+        self._fit()
+        drawn = initializer, initializer_range
+        self._make(hidden_size, Parts(*drawn, dtype, param_dtype, rngs, norm_eps))
+
+    def _fit(self) -> None:
+        """Sets the sizes that follow from others; ConfigError where they do not fit together."""
+
+    def _make(self, D: int, make: Parts) -> None:
+        """Makes the parameters, for inputs of width ``D``."""
+        raise NotImplementedError
+
+
+class HeadMixer(DrawnMixer[State]):
+    """Such a mixer with a state ``[B, Hv, K, V]``, a matrix for every value head.
+
+    A subclass that groups value heads sets ``num_v_heads`` before it calls this constructor.
+
+    Args:
+        hidden_size: width ``D`` of input and output.
+        expand_v: value width over key width; ``V = head_dim * expand_v`` must be whole.
+        allow_neg_eigval: eigenvalues of a transition in (-1, 1) instead of (0, 1).
+        implementation: how the op is computed: ``"recurrent"``, ``"chunked"``, None for the latter.
+        chunk_size: tokens in a chunk of the op; None for the op's choice.
+        **shared: as in :class:`DrawnMixer`.
+
+    Raises:
+        ConfigError: naming the argument, when one is out of range or does not fit another.
+    """
+
+    num_v_heads: int
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        expand_v: float = 1.0,
+        allow_neg_eigval: bool = True,
+        implementation: str | None = None,
+        chunk_size: int | None = None,
+        **shared: Unpack[DrawnOptions],
+    ):
+        self.expand_v, self.allow_neg_eigval = expand_v, allow_neg_eigval
+        self.implementation, self.chunk_size = implementation, chunk_size
+        super().__init__(hidden_size, **shared)
+
+    def _fit(self) -> None:
+        if not hasattr(self, "num_v_heads"):
+            self.num_v_heads = self.num_heads
+        sizes = {"num_v_heads": self.num_v_heads, "expand_v": self.expand_v}
+        self.value_dim = value_width(self.num_heads, self.head_dim, **sizes)
+
+    def _make_decay(self, make: Parts, channels: int) -> None:
+        """``A_log`` of every value head, and ``dt_bias`` of so many channels."""
+        self.A_log = nnx.Param(decay_rate_init(make.rngs.params(), (self.num_v_heads,), 1.0))
+        self.dt_bias = nnx.Param(decay_step_init(make.rngs.params(), (channels,)))
+
+    def _widths(self) -> tuple[int, int]:
+        """Channels of the keys and of the values of all heads."""
+        return self.num_heads * self.head_dim, self.num_v_heads * self.value_dim
+
+    def _no_matrices(self, batch_size: int) -> jax.Array:
+        """The matrices before the first token: all zero."""
+        shape = (batch_size, self.num_v_heads, self.head_dim, self.value_dim)
+        return jnp.zeros(shape, accumulator_dtype(self.dtype))
+
+    def _options(self, state: Any, segment_ids: jax.Array | None) -> dict[str, Any]:
+        """Keywords of the op that every one takes."""
+        return {
+            "initial_state": state.recurrent,
+            "segment_ids": segment_ids,
+            "implementation": self.implementation,
+            "chunk_size": self.chunk_size,
+        }
+
+    def _project_out(
+        self,
+        o: jax.Array,
+        gate: jax.Array | None = None,
+        activation: Callable[[jax.Array], jax.Array] = nnx.silu,
+    ) -> jax.Array:
+        """Norm, gate and output projection of ``o [B, T, Hv, V]``."""
+        o = self.o_norm(o)
+        if gate is not None:
+            o = o * activation(gate.reshape(o.shape))
+        return self.o_proj(o.reshape(*o.shape[:2], -1))
