@@ -325,8 +325,7 @@ def _linked_jvp(head_axes, axis_name, primals, tangents):
     return _linked(*primals, head_axes, axis_name), linear(_unchanged, pull, (), tangents)
 
 
-def _unchanged(_, arrays):
-    return arrays
+_unchanged = lambda _, arrays: arrays
 
 
 def _spoil_gradients(_, cotangents, *, head_axes, axis_name):
@@ -358,7 +357,8 @@ def _spoil_jvp(pull, axis_name, primals, tangents):
     *_, reached_BTH, resets = primals
     last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
     fixed = (reached_BTH, last_BH, resets)
-    out, unasked = _spoil(*primals, pull, axis_name), len(jax.tree.leaves(tangents[0]))
+    unasked = range(1, len(jax.tree.leaves(tangents[0]))) if pull is _nan_cotangents else range(0)
+    out = _spoil(*primals, pull, axis_name)
     return out, linear(_spoil_results, pull, fixed, tangents[:2], unasked=unasked)[0]
 
 

@@ -6,7 +6,6 @@ JAX would derive: `jax.custom_derivatives.linear_call` says so, but cannot be ma
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ _linear_p.multiple_results = True
 
 
 def linear(
-    run: Callable, transposed: Callable, fixed: Any, arrays: Any, *, unasked: int = 0
+    run: Callable, transposed: Callable, fixed: Any, arrays: Any, *, unasked: range = range(0)
 ) -> Any:
     """``run(fixed, arrays)``, linear in ``arrays``; its transpose is ``transposed``.
 
@@ -29,9 +28,10 @@ def linear(
         what ``arrays`` is: the same tree of the same shapes and dtypes.
       fixed: a tree of integers and booleans.
       arrays: a tree of floating-point arrays.
-      unasked: of how many of them, the first ones, nothing is asked if nothing is asked of the
-        result in their place: ``transposed`` leaves their zeros zero. JAX then knows of it, where
-        zeros of their size would be added to other cotangents.
+      unasked: the leaves of which nothing is asked if nothing is asked of the result in their
+        place: ``transposed`` leaves their zeros zero. JAX then knows of it, where zeros of their
+        size would be added to other cotangents. Not for what a loop stacks, token by token: JAX
+        0.10.2 cannot transpose a scan in a scan if nothing is asked of that.
     """
     fixed, fixed_tree = jax.tree.flatten(fixed)
     arrays, tree = jax.tree.flatten(arrays)
@@ -68,11 +68,12 @@ def _jvp(primals, tangents, *, trees, **parameters):
 
 def _transpose(cotangents, *operands, run, transposed, trees, mapped, unasked):
     number = trees[0].num_leaves
-    more = {"trees": trees, "mapped": mapped, "unasked": 0}
+    more = {"trees": trees, "mapped": mapped, "unasked": range(0)}
     arrays = map(ad.instantiate_zeros, cotangents)
     pulled = _linear_p.bind(*operands[:number], *arrays, run=transposed, transposed=run, **more)
-    zeros = [type(cotangent) is ad.Zero for cotangent in cotangents[:unasked]]
-    pulled = [c if zero else x for x, c, zero in itertools.zip_longest(pulled, cotangents, zeros)]
+    for index in unasked:
+        if type(cotangents[index]) is ad.Zero:
+            pulled[index] = cotangents[index]
     unknown = map(ad.is_undefined_primal, operands[number:])
     pulled = [x if of_interest else None for x, of_interest in zip(pulled, unknown, strict=True)]
     return [None] * number + pulled
