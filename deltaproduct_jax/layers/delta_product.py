@@ -22,7 +22,7 @@ from deltaproduct_jax.layers.checks import as_inputs
 from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer
 from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import in_parts
+from deltaproduct_jax.layers.projection import apart, in_parts
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
     check_convolutions,
@@ -91,9 +91,9 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
-        conv_implementation: how the convolutions are computed, ``"plain"``, or by a kernel,
-            ``"triton"`` or ``"pallas_tpu"``, which also makes unit vectors of q and k; None
-            chooses, see ``select_convolution``.
+        conv_implementation: how the convolutions are computed, and the activations and lengths of
+            q and k behind them or without them: ``"plain"``, or by a kernel, ``"triton"`` or
+            ``"pallas_tpu"``; None chooses, see ``select_convolution``.
         implementation: how the op is computed, see ``delta_product``.
         chunk_size: tokens in a chunk of the op; None lets the op choose.
         dtype: dtype of the computation. Gates, norms and the state stay in float32 at least.
@@ -225,7 +225,8 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
         def read(name):
             project = getattr(self, f"{name}_proj")
-            return project(x) if name == "q" or R == 1 else in_parts(project, x, R)
+            own = apart(x, "qkv".index(name)) if choice.may_run_kernel else x
+            return project(own) if name == "q" or R == 1 else in_parts(project, own, R)
 
         units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
         (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
@@ -241,9 +242,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         return q, k, v, beta, g, tails
 
     def _choice(self, x: jax.Array) -> Choice:
-        """What the convolutions of ``x`` run by."""
-        if not self.use_short_conv:
-            return PLAIN
+        """What the convolutions of ``x`` run by, or what stands behind them without any."""
         (B, T, _), K = x.shape, self.head_dim
         sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
         sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
@@ -254,14 +253,14 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
                 platform, **sizes, **fixed, differentiated=True
             )
 
-        convolutions = [
-            Convolution(Form(conv.activation, K), conv.channels, K)
-            for conv in (self.q_conv1d, self.k_conv1d)
-        ]
-        of_values = self.v_conv1d
-        convolutions += [Convolution(Form(of_values.activation), of_values.channels, sizes["V"])]
-        of_convolution = {"B": B, "T": T, "conv_size": self.conv_size, "dtype": self.dtype}
-        return choose(self.conv_implementation, convolutions, op=op, **of_convolution)
+        of_queries, of_values = Form(self._activation("q"), K), Form(self._activation("v"))
+        H, R, Hv, V = self.num_heads, self.num_householder, self.num_v_heads, self.value_dim
+        convolutions = [Convolution(of_queries, C, K) for C in (H * K, R * H * K)]
+        if self.use_short_conv:
+            convolutions.append(Convolution(of_values, R * Hv * V, V))
+        taps = self.conv_size if self.use_short_conv else None
+        given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
+        return choose(self.conv_implementation, convolutions, op=op, **given)
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)

@@ -12,7 +12,9 @@ from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
 from deltaproduct_jax.layers.mixer import RecurrentMixer, State
 from deltaproduct_jax.layers.projection import Parts
 from deltaproduct_jax.layers.short_conv import segment_runs
-from deltaproduct_jax.ops.convolution.plain import identity
+from deltaproduct_jax.ops.convolution.dispatch import activated
+from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -93,7 +95,7 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
         segment_ids: jax.Array | None,
         length: jax.Array | None,
         unit_width: int | None = None,
-        **choice: Any,
+        choice: Choice = PLAIN,
     ) -> tuple[list[jax.Array], list[jax.Array]]:
         """q, k and v, activated, and the states of their convolutions after them.
 
@@ -103,16 +105,18 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
             segment_ids: their segments, or None.
             length: number of leading tokens of each row that count; None when all do.
             unit_width: of q and k, see :class:`ShortConv`.
-            **choice: what computes them, see :class:`ShortConv`.
+            choice: what computes them, see :class:`ShortConv`.
         """
         run = segment_runs(segment_ids)
         mixed, tails = [], []
         for name in ("q", "k", "v"):
             u, tail = read(name), getattr(state, f"{name}_conv")
+            width = None if name == "v" else unit_width
             if self.use_short_conv:
                 convolve = getattr(self, f"{name}_conv1d")
-                width = None if name == "v" else unit_width
-                u, tail = convolve(u, tail, run, length, unit_width=width, **choice)
+                u, tail = convolve(u, tail, run, length, unit_width=width, choice=choice)
+            elif width is not None:
+                u = activated(choice, Form(self._activation(name), width), u)
             else:
                 u = self._activation(name)(u)
             mixed.append(u)

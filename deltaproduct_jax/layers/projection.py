@@ -1,6 +1,7 @@
 """The parts of a mixer, linear maps, convolutions and norms, all drawn and computed alike."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -106,6 +107,21 @@ def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
         kernel = spread.heads(kernel)
     x, kernel = (a.astype(linear.dtype) for a in (x, kernel))
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def apart(x: jax.Array, number: int) -> jax.Array:
+    """``x``, which a compiler takes for another array than of other numbers.
+
+    XLA makes one matrix product of some that read the same array. Where kernels read the results,
+    each whole, the parts of that product are copied out of it, and their cotangents into one.
+    """
+    return jax.lax.optimization_barrier((x, jnp.int32(number)))[0]
+
+
+@apart.defjvp
+def _apart_jvp(number, primals, tangents):
+    return apart(primals[0], number), tangents[0]
 
 
 def value_width(

@@ -7,21 +7,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
-from deltaproduct_jax.ops.convolution.dispatch import short_convolution
+from deltaproduct_jax.ops.convolution.dispatch import POINT, short_convolution
 from deltaproduct_jax.ops.convolution.plain import Form, beside
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
-# Fields that mean nothing without convolutions; not every mixer has all.
-OF_CONVOLUTIONS = ("conv_size", "conv_implementation")
+# Fields that mean nothing without convolutions.
+OF_CONVOLUTIONS = ("conv_size",)
 
 
 class ShortConv(nnx.Module):
@@ -102,6 +103,7 @@ class ShortConv(nnx.Module):
             on_each_device=choice.may_run_kernel,
             check_vma=not choice.is_interpreted,
         )
+        y = checkpoint_name(y, POINT) if choice.may_run_kernel else y
 
         padded = jnp.concatenate([before, u], axis=1)
         if run is not None:

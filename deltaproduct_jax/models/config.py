@@ -104,8 +104,8 @@ class ModelConfig:
     conv_size: int | None = setting(None, "taps of the short convolution; none: 4")
     conv_implementation: str | None = setting(
         None,
-        "how short convolutions of a delta mixer are computed, plain, triton or pallas_tpu; none: "
-        "by platform and shape",
+        "how short convolutions of a delta mixer, and the SiLU and length of its q and k, are "
+        "computed, plain, triton or pallas_tpu; none: by platform and shape",
         recorded_if_set=True,
     )
     max_length: int | None = setting(
@@ -126,9 +126,9 @@ class ModelConfig:
     )
     remat: str = setting(
         "none",
-        "what a block computes anew for its gradient: none; all but its matrix products and the "
-        "op's results (products), in a fraction of the memory; all (blocks), in the least; or all "
-        "but saved_points (named)",
+        "what a block computes anew for its gradient: none; all but its matrix products, the op's "
+        "results and those of convolutions by a kernel (products), in a fraction of the memory; "
+        "all (blocks), in the least; or all but saved_points (named)",
     )
     implementation: str | None = setting(
         None, "how the op is computed; none: by platform and shape, see delta_product"

@@ -13,20 +13,25 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaproduct_jax.layers import norm
 from deltaproduct_jax.models.config import ModelConfig
-from deltaproduct_jax.ops import RESIDUAL_NAMES
+from deltaproduct_jax.ops import RESIDUAL_NAMES, containment
+from deltaproduct_jax.ops.convolution import dispatch as convolution
 from deltaproduct_jax.ops.parts import placement
 
 MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
 
-# All but matrix products and the op's own results is cheap to compute anew from them, and most of
-# what a block would keep: norms, convolutions, activations.
+# All but matrix products, the op's own results and convolutions by a kernel is cheap to compute
+# anew from them, and most of what a block would keep: norms, activations. One number or flag for a
+# row of channels is no memory, and spares another pass over the row.
 _policies = jax.checkpoint_policies
 _KEPT = {
     "products": lambda config: _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
-        _policies.save_only_these_names(*RESIDUAL_NAMES[1:]),
+        _policies.save_only_these_names(
+            *RESIDUAL_NAMES[1:], convolution.POINT, norm.POINT, containment.POINT
+        ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,
     "named": lambda config: _policies.save_only_these_names(*config.saved_points),
@@ -58,6 +63,8 @@ def run_blocks(
     read = {"segment_ids": segment_ids, "mask": mask}
     passed_on = blocks[0].for_later_blocks(x, state=before[0], **read)
     run, given = _runner(config), given_to_blocks(config, passed_on)
+    if config.remat == "products" and placement() is None:
+        blocks = [with_rounded_kernels(block) for block in blocks]
     kinds = [(config.mixer_of(i).kind_of(i), given[i] is None) for i in range(len(blocks))]
     period = repetition(kinds) if config.scan_layers else None
     after: list[MixerState] = []
@@ -73,6 +80,19 @@ def run_blocks(
             states, at = [entry], at + 1
         after += states
     return x, after
+
+
+def with_rounded_kernels(block: nnx.Module) -> nnx.Module:
+    """The block with the kernels of its linear maps in the dtype that these compute in.
+
+    Rounded in front of a block that is computed anew, they are rounded once.
+    """
+    block = nnx.merge(*nnx.split(block))
+    for _, module in nnx.iter_modules(block):
+        if isinstance(module, nnx.Linear):
+            kernel = module.kernel[...]
+            module.kernel = nnx.Param(kernel.astype(module.dtype or kernel.dtype))
+    return block
 
 
 def given_to_blocks(

@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.varying import mark_varying_as
 
 # exp of anything below is 0 in float64 too, and sums of it over a chunk are finite.
 FORGETS = -1e4
+POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
 
 
 def contained(
@@ -145,7 +147,7 @@ def confined(
     of_state = [_bad(leaf, (0,)) for leaf in _floating(state)] if check_state else []
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
-    reached_BT1 = reach(_bad(x, (0, 1))[..., None], before_B1, resets)
+    reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
     y, after = run(only_finite(x), only_finite(state))
     link_BT1 = _link_of(reached_BT1)
     y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
@@ -323,8 +325,7 @@ def _linked_jvp(head_axes, axis_name, primals, tangents):
     return _linked(*primals, head_axes, axis_name), linear(_unchanged, pull, (), tangents)
 
 
-def _unchanged(_, arrays):
-    return arrays
+_unchanged = lambda _, arrays: arrays
 
 
 def _spoil_gradients(_, cotangents, *, head_axes, axis_name):
@@ -356,8 +357,9 @@ def _spoil_jvp(pull, axis_name, primals, tangents):
     *_, reached_BTH, resets = primals
     last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
     fixed = (reached_BTH, last_BH, resets)
+    unasked = range(1, len(jax.tree.leaves(tangents[0]))) if pull is _nan_cotangents else range(0)
     out = _spoil(*primals, pull, axis_name)
-    return out, linear(_spoil_results, pull, fixed, tangents[:2])[0]
+    return out, linear(_spoil_results, pull, fixed, tangents[:2], unasked=unasked)[0]
 
 
 def _spoil_results(fixed, results):
@@ -375,8 +377,7 @@ def _finite_cotangents(fixed, cotangents, *, axis_name):
     do, dstate = _map_reached(_nan_unless_zero, fixed, do, dstate)
     after_BH = _any_of([_bad(x, (0, 1)) for x in jax.tree.leaves(dstate)])
     dlink_BTH = reach_back(_bad(do, (0, 1, 2)), after_BH, fixed[2], axis_name)
-    dlink_BTH = dlink_BTH.astype(jnp.float32)
-    return only_finite((do, dstate)), dlink_BTH
+    return only_finite((do, dstate)), dlink_BTH.astype(jnp.float32)
 
 
 def _nan_if(x, reached):

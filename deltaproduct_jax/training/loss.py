@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training import cross_entropy
 
 
 class LossSettings(NamedTuple):
@@ -83,17 +83,12 @@ def losses_of(
 def _of_logits(
     logits: jax.Array, targets: jax.Array, mask: jax.Array, settings: LossSettings
 ) -> Losses:
-    logits = logits.astype(jnp.float32)
-    # Masked before anything is computed of them: 0 times a NaN would be one of the gradient.
-    counted = jnp.where(mask[..., None], logits, 0)
-    losses = optax.softmax_cross_entropy_with_integer_labels(counted, targets)
-    correct = jnp.argmax(logits, axis=-1) == targets
-    cross_entropy = jnp.sum(losses, where=mask)
+    found = cross_entropy.of_tokens(logits, targets, mask)
+    summed = jnp.sum(found.cross_entropy, where=mask)
     if not settings.z_loss:
-        return Losses(cross_entropy, cross_entropy, jnp.zeros(()), correct)
-    squares = jnp.square(jax.nn.logsumexp(counted, axis=-1))
-    z = settings.z_loss * jnp.sum(squares, where=mask)
-    return Losses(cross_entropy + z, cross_entropy, z, correct)
+        return Losses(summed, summed, jnp.zeros(()), found.correct)
+    z = settings.z_loss * jnp.sum(jnp.square(found.log_sum), where=mask)
+    return Losses(summed + z, summed, z, found.correct)
 
 
 def _in_chunks(

@@ -19,7 +19,8 @@ chose their tiles, and knows no kernels.
 
 Source: this project; the shapes of ``--preset=gpu`` are those of a layer of the paper's 340M model
     with n_h = 2, https://arxiv.org/abs/2502.10297.
-Expect: experiments/results/tpu/LOG.md has the estimates; no GPU or TPU has timed the kernels yet.
+Expect: experiments/results/gpu/convolution/ has an H200's; experiments/results/tpu/LOG.md has the
+    estimates.
 Takes: seconds on a CPU; minutes on a GPU with a peer; 2 minutes for an estimate, with libtpu.
 """
 

@@ -2,6 +2,7 @@
 
     python -m experiments.op.step_speed --workdir=runs/step                  # a GPU of 80 GB
     python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside the peer
+    python -m experiments.op.step_speed --workdir=runs/step --preset=narrow  # a GPU of 24 GB
     python -m experiments.op.step_speed --workdir=runs/step --preset=small   # a CPU, to see it run
 
 The shapes are the published ones of the paper's language models, with tied embeddings and
@@ -12,6 +13,15 @@ flash-linear-attention has it, in PyTorch. Tokens are drawn at random and stay t
 
 Each model runs in a process of its own, one after another, because neither library gives back the
 memory of a GPU that it has once taken. What a peer refuses becomes a line of the table.
+
+``--preset=narrow`` is the model of ``--preset=paper`` of `experiments.state_tracking`: one layer of
+128 channels, 8 heads of 32, n_h = 4, rows of 129 tokens, 4096 at a time. Of that run it leaves out
+how a step makes its data.
+
+On a GPU "on the GPU" is the time of our kernels alone, by JAX's profiler, without the host, and a
+second table has the ten kinds of kernels that take longest; step.json has them all. MFU is the part
+of the chip's peak as training reports it: 6 operations a parameter and token, whatever the model
+computes anew. "GiB moved" is what all operations read and write, as XLA counts it.
 
 Source: https://arxiv.org/abs/2502.10297, language models (340M, and n_h = 2 with half the heads).
 Expect: experiments/results/gpu/speed/step_340m.json has an H100's.
@@ -57,7 +67,22 @@ PRESETS = {
         "intermediate_size": 128,
         "repeats": 3,
     },
+    "narrow": {
+        "batch_size": 4096,
+        "length": 129,
+        "vocab_size": 127,
+        "hidden_size": 128,
+        "num_layers": 1,
+        "num_householder": (4,),
+        "num_heads": (8,),
+        "head_dim": 32,
+        "intermediate_size": 512,
+        "use_short_conv": False,
+        "tie_embeddings": False,
+        "remat": "none",
+    },
 }
+SHOWN_KERNELS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +99,14 @@ class StepConfig:
     head_dim: int = setting(128, "key width K and value width V")
     intermediate_size: int = setting(2816, "width of the SwiGLU's hidden layer")
     gated: bool = setting(False, "with a forget gate")
+    use_short_conv: bool = setting(True, "convolutions over 4 tokens on q, k and v")
+    tie_embeddings: bool = setting(True, "one matrix for embedding and head")
     dtype: str = setting("bfloat16", "dtype of our computation; parameters are float32")
     remat: str = setting("products", "what our blocks compute anew: none, products or blocks")
     implementation: str | None = setting(None, "of our op; none: by platform and shape")
+    conv_implementation: str | None = setting(
+        None, "of our convolutions, plain or triton; none: by platform and shape"
+    )
     steps: int = setting(4, "steps per timed round")
     repeats: int = setting(6, "timed rounds, after one that warms up")
     budget_s: float = setting(
@@ -124,16 +154,17 @@ class StepConfig:
             allow_neg_eigval=True,
             qk_activation="silu",
             use_output_gate=False,
-            use_short_conv=True,
-            conv_size=4,
+            use_short_conv=self.use_short_conv,
+            conv_size=4 if self.use_short_conv else None,
             norm_eps=1e-6,
             intermediate_size=self.intermediate_size,
-            tie_embeddings=True,
+            tie_embeddings=self.tie_embeddings,
             initializer="fla",
             initializer_range=0.006,
             dtype=self.dtype,
             remat=self.remat,
             implementation=self.implementation,
+            conv_implementation=self.conv_implementation,
         )
 
     @property
@@ -180,8 +211,9 @@ def _completed(
     return rows
 
 
-HEAD = ("n_h", "heads", "model", "parameters", *TIMES, "tokens/s", "ours x faster", "compile s")
-HEAD += ("temp GiB", "peak GiB", "first loss", "last loss")
+HEAD = ("n_h", "heads", "model", "parameters", *TIMES, "on the GPU, ms", "tokens/s", "MFU")
+HEAD += ("ours x faster", "compile s", "GiB moved", "temp GiB", "peak GiB", "first loss")
+HEAD += ("last loss",)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -193,16 +225,34 @@ def table(rows: Sequence[Row]) -> str:
             lines.append([*names, *[None] * (len(HEAD) - len(names))])
             failed.append(f"n_h = {names[0]}, {names[2]} did not run: {row['error']}")
             continue
-        memory = [row[name] and row[name] / 1024 for name in ("temp_mib", "peak_mib")]
+        # A peer has no more than its times.
+        in_gib = ("moved_mib", "temp_mib", "peak_mib")
+        memory = [row.get(name) and row[name] / 1024 for name in in_gib]
         lines.append(
             [
-                *(*names, f"{row['parameters']:,}", *times(row), f"{row['tokens_per_s']:,.0f}"),
+                *(
+                    *names,
+                    f"{row['parameters']:,}",
+                    *times(row),
+                    shown(row.get("device_ms"), ".4g"),
+                ),
+                *(f"{row['tokens_per_s']:,.0f}", shown(row.get("mfu"), ".1%")),
                 *(shown(row["ours_times_faster"], ".2f"), f"{row['compile_s']:.1f}"),
                 *(shown(gib, ".2f") for gib in memory),
                 *(f"{row[name]:.3f}" for name in ("first_loss", "last_loss")),
             ]
         )
-    return "\n\n".join([markdown(HEAD, lines), *failed])
+    return "\n\n".join([markdown(HEAD, lines), *failed, *table_of_kernels(rows)])
+
+
+def table_of_kernels(rows: Sequence[Row]) -> list[str]:
+    """The kinds of kernels that take longest, if any were seen."""
+    lines = [
+        [row["num_householder"], f"`{kind}`", f"{milliseconds:.3g}"]
+        for row in rows
+        for kind, milliseconds in list(row.get("kernels_ms", {}).items())[:SHOWN_KERNELS]
+    ]
+    return [markdown(("n_h", "kernels", "ms"), lines)] if lines else []
 
 
 def command(argv: Sequence[str]) -> None:

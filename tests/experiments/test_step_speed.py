@@ -8,8 +8,10 @@ from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import SequenceModel, count_parameters
+from experiments import state_tracking
 from experiments.lib import flags
 from experiments.lib.bench import training_steps
+from experiments.lib.bench.device_time import by_kind
 from experiments.lib.bench.peers.fla_model import peer_config
 from experiments.op import step_speed
 
@@ -50,6 +52,8 @@ def test_a_table_of_whole_steps(tmp_path, capsys):
     assert row["parameters"] > 0
     assert row["compile_s"] > 0
     assert row["temp_mib"] > 0
+    assert row["moved_mib"] > 0
+    assert (row["device_ms"], row["kernels_ms"], row["mfu"]) == (None, {}, None)  # of no GPU
     printed = capsys.readouterr().out
     assert (tmp_path / "step.md").read_text().strip() == printed.strip()
     assert "| 2 | 2 | deltaproduct_jax |" in printed
@@ -82,6 +86,29 @@ def test_what_the_peer_refuses_is_a_line_below_the_table(tmp_path, inline, monke
     assert timing == [4, 3, 7.0]
 
 
+def test_times_of_kernels_are_added_up_by_kind_and_the_largest_shown():
+    times = {"fusion_2": 3.0, "nvjet_128x160": 2.0, "fusion.31": 1.5, "walk": 4.0}
+    kinds = by_kind(times)
+    assert list(kinds.items()) == [("fusion", 4.5), ("walk", 4.0), ("nvjetx", 2.0)]
+    row = {"implementation": "ours", "num_householder": 2, "num_heads": 4, "error": "none"}
+    shown = step_speed.table([row | {"kernels_ms": kinds}])
+    assert shown.endswith("| 2 | `fusion` | 4.5 |\n| 2 | `walk` | 4 |\n| 2 | `nvjetx` | 2 |")
+    many = {f"k{chr(97 + i)}": 20.0 - i for i in range(20)}
+    assert step_speed.table([row | {"kernels_ms": many}]).endswith("| 2 | `kj` | 11 |")
+
+
+def test_the_narrow_model_is_that_of_state_tracking():
+    config = step_speed.StepConfig(**step_speed.PRESETS["narrow"])
+    (model,) = [config.model(*sizes) for sizes in config.models]
+    paper = state_tracking.PRESETS["paper"]
+    told = {"vocab_size", "initializer", "initializer_range"}  # of the task; of the first step
+    for field in dataclasses.fields(model):
+        if field.name in paper and field.name not in told:
+            assert getattr(model, field.name) == paper[field.name], field.name
+    assert not model.value_of("use_short_conv")
+    assert (config.batch_size, config.length) == (paper["batch_size"], paper["train_length"] + 1)
+
+
 def test_our_own_failure_fails_the_command(tmp_path, inline, monkeypatch, capsys):
     def fails(*_):
         raise ConfigError("out of memory")
@@ -97,6 +124,7 @@ def test_every_field_of_the_model_is_a_flag_that_reaches_it():
         "vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_householder": (3, 2),
         "num_heads": (4, 1), "head_dim": 8, "intermediate_size": 64, "gated": True,
         "dtype": "float32", "remat": "none", "implementation": "chunked",
+        "use_short_conv": False, "tie_embeddings": False, "conv_implementation": "plain",
     }  # fmt: skip
     models = lambda config: [config.model(*sizes) for sizes in config.models]
     for name, value in changes.items():

@@ -158,6 +158,19 @@ def test_named_points_are_kept_and_no_others():
     assert counts[0] == counts[1] + 2
 
 
+def test_products_keep_a_number_a_row_and_round_kernels_once():
+    """Neither norms' rows nor kernels are gone over again for the gradient."""
+    config = dataclasses.replace(SMALL, num_layers=1, dtype="bfloat16", remat="products")
+    plain, blocks, products = (
+        jaxpr_of(dataclasses.replace(config, remat=remat), jax.grad)
+        for remat in ("none", "blocks", "products")
+    )
+    sums_of_rows = "f32[2,6] = reduce_sum[axes=(2,)"
+    rounded = "bf16[8,8] = convert_element_type"  # every kernel has 8 channels on both sides
+    for text in (sums_of_rows, rounded):
+        assert blocks.count(text) > products.count(text) == plain.count(text) > 0
+
+
 def test_errors_name_the_field():
     for fields, words in (
         ({"attention_every": 1}, "attention_every=1 is too small"),

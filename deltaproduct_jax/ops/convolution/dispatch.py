@@ -8,15 +8,17 @@ import functools
 
 import jax
 
-from deltaproduct_jax.ops.convolution.plain import Form, plain
+from deltaproduct_jax.ops.convolution.plain import Form, plain, plain_activated
 from deltaproduct_jax.ops.convolution.selection import Choice, for_part, of_tpu
 from deltaproduct_jax.ops.kernels import load
 from deltaproduct_jax.ops.kernels.triton import convolution_passes as of_triton
-from deltaproduct_jax.ops.parts import on_each_part
+from deltaproduct_jax.ops.parts import on_each_part, with_past
 from deltaproduct_jax.ops.reverse_only import differentiated_once
 from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
+# Name of what a kernel made, for policies of `jax.checkpoint`.
+POINT = "short_convolution"
 NO_SECOND_DERIVATIVE = (
     "short convolution: kernels have a backward pass that cannot be differentiated again; name "
     'conv_implementation="plain" for second derivatives'
@@ -42,11 +44,7 @@ def short_convolution(
       ValueError: the unit width does not divide the last axis of ``u``, or a kernel that is named
         cannot run these.
     """
-    if form.unit_width is not None and u.shape[-1] % form.unit_width:
-        raise ValueError(
-            f"u of shape {u.shape} ends in {u.shape[-1]} channels, which must be a multiple of "
-            f"unit_width={form.unit_width}"
-        )
+    _check_width(form, u)
     arrays = dict(zip(NAMES, (u, before, taps, run, past), strict=True))
     if not choice.may_run_kernel:
         return plain(form, **arrays)
@@ -62,6 +60,41 @@ def short_convolution(
 
     check_vma = not choice.is_interpreted
     return on_each_part(on_device, arrays, layouts, layouts["u"], check_vma=check_vma)
+
+
+def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:
+    """What `short_convolution` does behind its taps, where there are none.
+
+    Of a kernel there is no forward mode and no second derivative.
+
+    Args:
+      choice: what computes it.
+      form: with a unit width, which divides the last axis of ``u``.
+      u: inputs [B, T, *channels].
+
+    Raises:
+      ValueError: the unit width does not divide the last axis of ``u``.
+    """
+    _check_width(form, u)
+    if not choice.may_run_kernel:
+        return plain_activated(form, u)
+    layout = ("B", "T", *("C",) * (u.ndim - 2))
+
+    def on_device(arrays):
+        return _activated_jitted(choice, form, *mark_all_varying((arrays["u"],)))
+
+    def on_piece(u, _):
+        return on_each_part(on_device, {"u": u}, {"u": layout}, layout)
+
+    return with_past(on_piece, u, u[:, :0], on_each_device=True)
+
+
+def _check_width(form: Form, u: jax.Array) -> None:
+    if form.unit_width is not None and u.shape[-1] % form.unit_width:
+        raise ValueError(
+            f"u of shape {u.shape} ends in {u.shape[-1]} channels, which must be a multiple of "
+            f"unit_width={form.unit_width}"
+        )
 
 
 # Lowered even where a user jits nothing: what cannot run is told then.
@@ -86,6 +119,32 @@ def _backward_rule(choice, form, arrays, dy):
 _with_own_backward.defvjp(_forward_rule, _backward_rule)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _activated_jitted(choice, form, u):
+    return _activated(choice, form, u)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _activated(choice, form, u):
+    run = differentiated_once(of_triton.activated, NO_SECOND_DERIVATIVE)
+    kernel = lambda u: run(u, form=form)
+    return _run(choice, {"cuda": kernel}, functools.partial(plain_activated, form), u)
+
+
+def _activated_forward(choice, form, u):
+    return _activated(choice, form, u), u
+
+
+def _activated_backward(choice, form, u, dy):
+    run = differentiated_once(of_triton.activated_back, NO_SECOND_DERIVATIVE)
+    kernel = lambda u, dy: run(u, dy, form=form)
+    others = lambda u, dy: jax.vjp(functools.partial(plain_activated, form), u)[1](dy)[0]
+    return (_run(choice, {"cuda": kernel}, others, u, dy),)
+
+
+_activated.defvjp(_activated_forward, _activated_backward)
+
+
 def _plain_back(form, u, before, taps, run, past, dy):
     run_plain = lambda u, before, taps: plain(form, u, before, taps, run, past)
     return jax.vjp(run_plain, u, before, taps)[1](dy)
@@ -107,6 +166,10 @@ def _by_platform(choice, direction, on_others, form, *arrays):
         runs["tpu"] = functools.partial(_by_pallas, direction, form, interpret=False)
     if choice.named == "pallas_tpu":
         runs["cpu"] = functools.partial(_by_pallas, direction, form, interpret=True)
+    return _run(choice, runs, others, *arrays)
+
+
+def _run(choice, runs, others, *arrays):
     if choice.named is not None:
         text = f"conv_implementation={choice.named!r} runs on {', '.join(runs)} only"
         others = unavailable(f"{text}; 'plain' runs anywhere", like=others)

@@ -54,10 +54,18 @@ def plain(
     extended = jnp.concatenate([before, u], axis=1)
     if run is not None:
         run = jnp.concatenate([past, run], axis=1)
-    y = form.activation(sum_of_taps(extended, run, taps))
-    if form.unit_width is not None:
-        y = unit(y, form.unit_width)
-    return y.astype(u.dtype)
+    return behind(form, sum_of_taps(extended, run, taps)).astype(u.dtype)
+
+
+def plain_activated(form: Form, u: jax.Array) -> jax.Array:
+    """What stands behind the taps alone, of ``u`` [B, T, *channels], rounded once."""
+    return behind(form, u.astype(accumulator_dtype(u.dtype))).astype(u.dtype)
+
+
+def behind(form: Form, y: jax.Array) -> jax.Array:
+    """What is done to the sum of taps."""
+    y = form.activation(y)
+    return y if form.unit_width is None else unit(y, form.unit_width)
 
 
 def sum_of_taps(extended: jax.Array, run: jax.Array | None, taps: jax.Array) -> jax.Array:

@@ -12,12 +12,10 @@ from deltaproduct_jax.ops.kernels.triton import convolution_passes as of_triton
 from deltaproduct_jax.ops.selection import PLATFORMS
 
 AVAILABLE = ("plain", *kernels.KERNELS)
-# Whether None may mean the kernels for GPUs. None has timed them yet, so that only a name does.
-BY_DEFAULT = False
 
 
 class Convolution(NamedTuple):
-    """One of a layer's.
+    """One of a layer's, or what stands behind it where there are no taps.
 
     Attributes:
       form: what is done to the sum of taps.
@@ -66,7 +64,7 @@ def select_convolution(
     T: int,
     C: int,
     head_width: int,
-    conv_size: int = 4,
+    conv_size: int | None = 4,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
     unit_width: int | None = None,
     dtype: jax.typing.DTypeLike = jnp.float32,
@@ -83,7 +81,7 @@ def select_convolution(
       T: tokens.
       C: channels.
       head_width: channels of a head, as the op takes what comes out.
-      conv_size: taps.
+      conv_size: taps; None: no convolution, only what stands behind it.
       activation: applied to the sum of taps.
       unit_width: channels that are divided by their length together; None: none are.
       dtype: of the inputs.
@@ -100,8 +98,6 @@ def select_convolution(
     is_of_platform = op in kernels.KERNELS and kernels.KERNELS[op].platform == platform
     if not is_of_platform or not isinstance(T, int) or T < 2:
         return "plain"
-    if op == "triton" and not BY_DEFAULT:
-        return "plain"
     if op == "pallas_tpu" and head_width % of_tpu().LANES:
         return "plain"  # XLA would lay out anew what the kernel writes
     form = Form(activation, unit_width)
@@ -117,7 +113,7 @@ def choose(
     op: Callable[[str], str],
     B: int,
     T: int,
-    conv_size: int,
+    conv_size: int | None,
     dtype: jax.typing.DTypeLike,
 ) -> Choice:
     """What the convolutions of a layer run, all alike.
@@ -181,7 +177,7 @@ def _require(name: str, form: Form, **sizes) -> None:
 
 
 def reason_against(
-    name: str, form: Form, *, B: int, T: int, C: int, conv_size: int, dtype: jnp.dtype
+    name: str, form: Form, *, B: int, T: int, C: int, conv_size: int | None, dtype: jnp.dtype
 ) -> str | None:
     """Why a kernel cannot run these, as the end of a sentence, or None."""
     if not all(isinstance(size, int) for size in (B, T)):
@@ -190,6 +186,8 @@ def reason_against(
         return f"package {kernels.KERNELS[name].package} is not installed, or does not import"
     if name == "triton":
         return of_triton.unsupported(form, B=B, conv_size=conv_size, dtype=dtype)
+    if conv_size is None:
+        return "there is no short convolution, without which it has nothing to do"
     return of_tpu().unsupported(form, C=C, conv_size=conv_size, dtype=dtype)
 
 

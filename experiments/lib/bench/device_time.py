@@ -5,6 +5,7 @@ share of a call is what wall times differ by from machine to machine.
 """
 
 import glob
+import re
 import tempfile
 from collections.abc import Mapping
 
@@ -35,6 +36,18 @@ def kernel_times(entry: Compiled, runs: int = RUNS) -> dict[str, float]:
                     milliseconds = event.duration_ns / 1e6 / (runs * entry.calls)
                     times[event.name] = times.get(event.name, 0.0) + milliseconds
     return dict(sorted(times.items(), key=lambda item: -item[1]))
+
+
+def by_kind(times: Mapping[str, float]) -> dict[str, float]:
+    """Times of kernels whose names differ in numbers alone, added up, the largest first.
+
+    XLA numbers its kernels, and libraries of matrix products put tile sizes into their names.
+    """
+    found: dict[str, float] = {}
+    for name, milliseconds in times.items():
+        kind = re.sub(r"[._]?\d+", "", name)
+        found[kind] = found.get(kind, 0.0) + milliseconds
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
 def time_on_device(programs: Mapping[str, Compiled]) -> dict[str, dict[str, float]]:

@@ -17,12 +17,15 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.measuring.throughput import Throughput
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.step import init_state, make_train_step, split_model
+from experiments.lib.bench.device_time import by_kind, kernel_times
 from experiments.lib.bench.peers.fla_model import one_line
 from experiments.lib.bench.timing import Compiled, machine, time_in_turn
 
 OURS = "deltaproduct_jax"
+PROFILED_ROUNDS = 2
 Row = dict[str, Any]
 
 
@@ -67,11 +70,18 @@ def our_rows(
 
     entry = Compiled(train, seconds, memory_of(compiled)["temp_bytes"], steps)
     time_in_turn({OURS: entry}, repeats, budget_s)
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    kernels = by_kind(kernel_times(entry, PROFILED_ROUNDS))
+    device = jax.devices()[0]
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    speed = 1e3 * inputs.size / entry.summary()["median_ms"]
     row = {
         "implementation": OURS,
         "parameters": parameters,
         **entry.summary(),
+        "device_ms": sum(kernels.values()) or None,
+        "kernels_ms": kernels,
+        "mfu": Throughput(1, device.device_kind, parameters).utilisation(speed),
+        "moved_mib": moved_bytes(compiled) / 2**20,
         "peak_mib": None if peak is None else peak / 2**20,
         "first_loss": float(losses[0]),
         "last_loss": float(losses[-1]),
@@ -79,6 +89,14 @@ def our_rows(
         "machine": machine(),
     }
     return [row]
+
+
+def moved_bytes(compiled: jax.stages.Compiled) -> float:
+    """Bytes of all that a program's operations read and write, as XLA counts them.
+
+    What an operation finds in a cache is counted too.
+    """
+    return compiled.cost_analysis().get("bytes accessed", 0.0)
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:

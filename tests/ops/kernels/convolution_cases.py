@@ -147,14 +147,14 @@ def over_explicit_axes(name, C=24):
     return max(jax.tree.leaves(jax.tree.map(relative, found, wanted)))
 
 
-def layer(kernel, head_dim=16):
+def layer(kernel, head_dim=16, use_short_conv=True):
     """How far a layer is from the plain one: packed, padded, from a state, and its gradients."""
     x = jax.random.normal(jax.random.key(1), (2, 9, 16))
     given = {"segment_ids": jnp.asarray([[0] * 4 + [1] * 5, [0] * 9])}
     given |= {"mask": jnp.arange(9)[None] != jnp.asarray([[2], [7]])}
 
     def run(name):
-        layer = made(name, jnp.float32, head_dim=head_dim)
+        layer = made(name, jnp.float32, head_dim=head_dim, use_short_conv=use_short_conv)
         graph, params = nnx.split(layer)
         before = jax.tree.map(lambda x: x + 0.5, layer.init_state(2))
 

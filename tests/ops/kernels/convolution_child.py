@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import triton_interpreter
 from flax import nnx
-from ops.kernels import convolution_cases
+from ops.kernels import convolution_cases, oracle_convolution
 from ops.kernels.convolution_cases import (
     MESHES,
     Case,
@@ -26,14 +26,18 @@ from ops.kernels.convolution_cases import (
     mapped,
     meshed,
     over_explicit_axes,
+    relative,
     silu,
 )
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, tiling
 from deltaproduct_jax.ops.varying import mark_varying_as
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout, make_mesh
 
 TRITON = selection.by_name("triton")
 
@@ -52,6 +56,12 @@ CASES = {
     "whole pieces": Case(Form(silu, 8), T=8),
 }
 QUICK = tuple(CASES)[:3]
+# Without taps.
+ACTIVATED = {
+    "SiLU and unit length alone": Case(Form(silu, 8)),
+    "unit length alone, odd": Case(Form(identity, 6), dtype="float16", C=18),
+    "SiLU and unit length alone, bfloat16": Case(Form(silu, 24), dtype="bfloat16", T=90),
+}
 
 
 def cut_short(rows=None):
@@ -61,7 +71,9 @@ def cut_short(rows=None):
         cut = real(*args, **options)
         return dataclasses.replace(cut, piece=4, rows=rows or cut.rows)
 
-    convolution_passes.tiling = type("Cut", (), {"convolution_for": staticmethod(short)})
+    kept = {"power_of_two": staticmethod(tiling.power_of_two)}
+    cut = type("Cut", (), {"convolution_for": staticmethod(short), **kept})
+    convolution_passes.tiling = cut
 
 
 def both(form, u, before, taps, run, past, dy):
@@ -74,6 +86,18 @@ def both(form, u, before, taps, run, past, dy):
 def errors(case):
     cut_short(case.rows)
     return convolution_cases.errors(case, both)
+
+
+def activated(case):
+    u, *_, dy = case.arrays()
+    results = (
+        convolution_passes.activated(u, form=case.form),
+        convolution_passes.activated_back(u, dy, form=case.form),
+    )
+    options = {"silu": case.form.activation is silu, "width": case.form.unit_width}
+    wanted = oracle_convolution.activated(u, dy, **options)
+    named = zip(("y", "du"), results, wanted, strict=True)
+    return {name: relative(x, reference) for name, x, reference in named}
 
 
 def interpreted(name, arrays, *others, **options):
@@ -93,13 +117,45 @@ def interpret(every):
     passes.call = interpreted
     names = CASES if every else QUICK
     found = {name: [CASES[name].dtype, errors(CASES[name])] for name in names}
+    found |= {name: [case.dtype, activated(case)] for name, case in ACTIVATED.items()}
     found = {"errors": found}
     if every:
         dispatch._by_platform = by_triton
+        dispatch._run = lambda choice, runs, others, *arrays: runs["cuda"](*arrays)
         found |= {"vmap": mapped("triton"), "layer": layer("triton")}
         found["meshes"] = {mesh: meshed(mesh, "triton") for mesh in MESHES}
+        found["vmap, no taps"] = mapped_activated()
+        found["layer, no convolution"] = layer("triton", use_short_conv=False)
+        found["meshes, no taps"] = {mesh: meshed_activated(mesh) for mesh in MESHES[:2]}
         found["explicit"] = over_explicit_axes("triton")
     return found
+
+
+def mapped_activated():
+    """The same without taps."""
+    case = Case(Form(silu, 8), T=6)
+    u, *_, dy = case.arrays()
+
+    def gradient(choice):
+        call = lambda u: dispatch.activated(choice, case.form, u)
+        return jax.vmap(lambda u: jax.vjp(call, u)[1](dy))(jnp.stack([u, 2 * u]))
+
+    return max(map(relative, gradient(TRITON), gradient(selection.PLAIN)))
+
+
+def meshed_activated(mesh):
+    """The same of what stands behind the taps alone."""
+    layout = Layout(make_mesh(DeviceConfig(mesh=mesh), jax.devices()), {})
+    case = Case(Form(silu, 8), C=32, T=8)
+    u, *_, dy = (x if x is None else x.reshape(*x.shape[:-1], 1, -1) for x in case.arrays())
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def placed(u, dy, choice):
+        with layout.placed():
+            y, pull = jax.vjp(lambda u: dispatch.activated(choice, case.form, u), u)
+            return y, *pull(dy)
+
+    return max(map(relative, placed(u, dy, TRITON), placed(u, dy, selection.PLAIN)))
 
 
 # By what is compiled: form, packed or not, dtype.
@@ -112,6 +168,7 @@ COMPILED = {
     "unit length, float16": (Form(silu, 64), True, "float16"),
     "no activation, packed": (Form(identity), True, "bfloat16"),
 }
+ALONE = {"32, bfloat16": (32, "bfloat16"), "256, float32": (256, "float32")}
 
 
 def compile_for_cuda():
@@ -119,6 +176,11 @@ def compile_for_cuda():
     rows = {}
     for name in COMPILED:
         for kernel, arrays, launch, meta in launches(*COMPILED[name]):
+            rows[f"{kernel}, {name}"] = kernel_resources(
+                kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
+            )
+    for name, shape in ALONE.items():
+        for kernel, arrays, launch, meta in launches_alone(*shape):
             rows[f"{kernel}, {name}"] = kernel_resources(
                 kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
             )
@@ -133,20 +195,37 @@ def kernel_of(name):
 
 def launches(form, packed, dtype, C=1024, W=4):
     """Both launches of a gradient, recorded."""
-    recorded, real = [], passes.call
-
-    def record(name, arrays, outs, grid, launch, *, meta):
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
-        recorded.append((name, shapes, launch, meta))
-        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
-
-    passes.call = record
     u, before = (jax.ShapeDtypeStruct((8, T, C), dtype) for T in (4096, W - 1))
     taps = jax.ShapeDtypeStruct((W, C), "float32")
     ids = [jax.ShapeDtypeStruct((8, T), "int32") if packed else None for T in (4096, W - 1)]
-    jax.eval_shape(functools.partial(both, form), u, before, taps, *ids, u)
+    return recorded(functools.partial(both, form), u, before, taps, *ids, u)
+
+
+def launches_alone(width, dtype):
+    """The same without taps."""
+    u, form = jax.ShapeDtypeStruct((8, 128, 8 * width), dtype), Form(silu, width)
+
+    def both(u):
+        return convolution_passes.activated(u, form=form), convolution_passes.activated_back(
+            u, u, form=form
+        )
+
+    return recorded(both, u)
+
+
+def recorded(function, *shapes):
+    """What a function launches: kernel, shapes of its arrays, launch and constants."""
+    found, real = [], passes.call
+
+    def record(name, arrays, outs, grid, launch, *, meta):
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
+        found.append((name, shapes, launch, meta))
+        return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
+
+    passes.call = record
+    jax.eval_shape(function, *shapes)
     passes.call = real
-    return recorded
+    return found
 
 
 def lowered():
@@ -164,11 +243,21 @@ def lowered():
         return traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call")
 
     found = {"plain": count("plain"), "triton": count("triton"), "None": count(None)}
-    selection.BY_DEFAULT = True
-    found["None, by default"] = count(None)
-    found["None, by default, other op"] = count(None, implementation="chunked")
-    selection.BY_DEFAULT = False
-    return found
+    found["None, other op"] = count(None, implementation="chunked")
+    for name in (None, "plain"):
+        found[f"{name}, no convolution"] = count(name, use_short_conv=False)
+    return found | {remat: in_model(remat) for remat in ("products", "blocks")}
+
+
+def in_model(remat):
+    """How many kernels the gradient of a model of one block holds."""
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 16, "num_layers": 1}
+    options = {"use_short_conv": True, "dtype": "bfloat16", "remat": remat}
+    model = SequenceModel(ModelConfig(vocab_size=8, **sizes, **options), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(model)
+    loss = lambda params, ids: jnp.sum(nnx.merge(graph, params)(ids).astype(jnp.float32))
+    traced = jax.jit(jax.grad(loss)).trace(params, jax.ShapeDtypeStruct((2, 40), int))
+    return traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel_call")
 
 
 def said():

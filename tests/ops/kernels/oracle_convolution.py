@@ -32,6 +32,15 @@ def short_convolution(u, before, taps, segments, past, cotangent, *, silu, width
     return y, (dinputs[:, W - 1 :], dinputs[:, : W - 1], dtaps)
 
 
+def activated(u, cotangent, *, silu, width):
+    """``(y, du)`` in float64, without taps; arrays [B, T, C]."""
+    one = np.ones((1, u.shape[-1]))
+    nothing = np.zeros((u.shape[0], 0, u.shape[-1]))
+    options = {"silu": silu, "width": width}
+    y, (du, *_) = short_convolution(u, nothing, one, None, None, cotangent, **options)
+    return y, du
+
+
 def lengths(a, cotangent, width):
     """``a / sqrt(sum(a^2) + EPSILON)`` over every ``width`` numbers, and the cotangent of a."""
     if width is None:

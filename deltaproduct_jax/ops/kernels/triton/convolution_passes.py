@@ -18,15 +18,19 @@ from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 MOST_TAPS = 4
 MOST_WIDTH = 512
 MOST_SEQUENCES = 65535
+ACTIVATED_AT_ONCE = 2048  # numbers of a program
 
 
-def unsupported(form: Form, *, B: int, conv_size: int, dtype) -> str | None:
-    """Why the kernels cannot run these, as the end of a sentence, or None."""
+def unsupported(form: Form, *, B: int, conv_size: int | None, dtype) -> str | None:
+    """Why the kernels cannot run these, as the end of a sentence, or None.
+
+    Without a size there is no convolution, and what stands behind it runs alone.
+    """
     if jnp.dtype(dtype) not in (*passes.NARROW, jnp.dtype(jnp.float32)):
         return f"the dtype is {jnp.dtype(dtype)}; it takes bfloat16, float16 and float32"
     if form.activation not in (jax.nn.silu, identity):
         return f"the activation is {form.activation.__name__}; it takes silu and none"
-    if not 2 <= conv_size <= MOST_TAPS:
+    if conv_size is not None and not 2 <= conv_size <= MOST_TAPS:
         return f"conv_size is {conv_size}; it takes 2 to {MOST_TAPS}"
     for name, size, most in (
         ("B", B, MOST_SEQUENCES),
@@ -74,6 +78,28 @@ def _backward(form: Form, u, before, taps, run, past, dy):
     # Summed in one order, whatever ran first.
     dtaps = jnp.sum(parts.reshape(G, -1, W, C), axis=1)
     return du, dbefore, dtaps
+
+
+def activated(u, *, form: Form) -> jax.Array:
+    """``act(u)``, divided by its length over every ``form.unit_width`` channels, [B, T, C]."""
+    return batched(_activated, form)(u)
+
+
+def activated_back(u, dy, *, form: Form) -> jax.Array:
+    """The cotangent of ``u``, from that of `activated`."""
+    return batched(_activated, form)(u, dy)
+
+
+def _activated(form: Form, u, *dy):
+    width = form.unit_width
+    columns = tiling.power_of_two(width)
+    rows = max(1, ACTIVATED_AT_ONCE // columns)
+    meta = {"N": u.size // width, "WIDTH": width, "BW": columns, "ROWS": rows}
+    meta |= {"SILU": form.activation is jax.nn.silu, "EPSILON": L2NORM_EPSILON}
+    name, grid = "activate_back" if dy else "activate", (-(-meta["N"] // rows),)
+    arrays = (u, *(x.astype(u.dtype) for x in dy))
+    out = jax.ShapeDtypeStruct(u.shape, u.dtype)
+    return passes.call(name, arrays, (out,), grid, Launch(4, stages=1), meta=meta)[0]
 
 
 def _launch(name: str, form: Form, arrays, outs, *more) -> tuple[jax.Array, ...]:

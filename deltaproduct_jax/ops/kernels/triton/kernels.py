@@ -18,7 +18,9 @@ axes T and R merged; arrays that only kernels see are ``[B, HV, N, ...]``.
 import triton
 import triton.language as tl
 
-from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve  # by their names
+from deltaproduct_jax.ops.kernels.triton.activation import activate as activate  # by their names
+from deltaproduct_jax.ops.kernels.triton.activation import activate_back as activate_back
+from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
