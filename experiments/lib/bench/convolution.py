@@ -95,7 +95,8 @@ def program(sizes: Convolutions, implementation: str, direction: str) -> Callabl
     def backward(arrays: Arrays) -> Any:
         given = {n: x for n, x in arrays.items() if n in "qkv" or n.endswith("_taps")}
         outputs, pull = jax.vjp(lambda given: forward(given, arrays.get("run")), given)
-        return outputs, pull({name: arrays[f"d{name}"] for name in "qkv"})
+        (gradients,) = pull({name: arrays[f"d{name}"] for name in "qkv"})
+        return outputs, gradients
 
     if direction == FORWARD:
         return lambda arrays: forward(arrays, arrays.get("run"))
