@@ -114,11 +114,9 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
                 if target == KERNEL:
                     total.kernels[label] = total.kernels.get(label, 0) + times
             elif kind == "while":
-                is_for_faults = SCOPE in (line.attribute("op_name") or "")
-                trips = 0 if is_for_faults else _trips(computations, computations[name], line)
-                total.loops[label] = trips
-                walk(line.attribute("body"), times * trips)
-                walk(line.attribute("condition"), times * (trips + is_for_faults))
+                total.loops[label], asked = _turns(computations, computations[name], line)
+                walk(line.attribute("body"), times * total.loops[label])
+                walk(line.attribute("condition"), times * asked)
             elif kind in ("call", "async"):
                 walk(line.attribute("to_apply") or line.attribute("calls"), times)
             elif kind == "conditional":
@@ -131,7 +129,8 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
 def passes(text: str) -> dict[str, int]:
     """How often each computation of a compiled program runs in one run of the program.
 
-    Loops are counted by their passes, and both sides of a branch as if it were taken.
+    Loops are counted by their passes as `cost` counts them, and both sides of a branch as if it were
+    taken.
 
     Raises:
       ValueError: a loop whose trip count the text does not show.
@@ -143,10 +142,12 @@ def passes(text: str) -> dict[str, int]:
         total[name] = total.get(name, 0) + times
         for line in computations[name].values():
             if line.opcode == "while":
-                trips = _trips(computations, computations[name], line)
+                trips, asked = _turns(computations, computations[name], line)
                 walk(line.attribute("body"), times * trips)
-                walk(line.attribute("condition"), times * trips)
+                walk(line.attribute("condition"), times * asked)
             else:
+                if line.opcode == "call" and line.attribute("to_apply"):
+                    walk(line.attribute("to_apply"), times)
                 for inner in _CALLED.findall(line.rest):
                     for called in re.findall(r"[^\s,%{}]+", inner):
                         walk(called, times)
@@ -178,6 +179,16 @@ class Entry:
     """An entry of what a loop carries, or a parameter of a fusion."""
 
     index: int
+
+
+def _turns(
+    computations: dict[str, Computation], around: Computation, loop: Instruction
+) -> tuple[int, int]:
+    """Passes of a loop, and how often its condition counts: once where it has none."""
+    if SCOPE in (loop.attribute("op_name") or ""):
+        return 0, 1
+    trips = _trips(computations, around, loop)
+    return trips, trips
 
 
 def _trips(computations: dict[str, Computation], around: Computation, loop: Instruction) -> int:

@@ -17,6 +17,7 @@ from deltaproduct_jax.compilers.collectives import (
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.compilers.products import product_operations
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.ops.kernels.containment import SCOPE
 
 AUTO = jax.sharding.AxisType.Auto
 SENT = """
@@ -141,6 +142,23 @@ def test_what_a_loop_sends_counts_as_often_as_it_runs():
         ("all-reduce", 4 * 3, ("x",)): 1,
         ("collective-permute", 4 * 3, ("x",)): 5,
     }
+
+
+@pytest.mark.parametrize("scope", [SCOPE, "another"])
+def test_loops_over_rows_that_are_not_finite_have_no_turns(scope):
+    def run(x):
+        with jax.named_scope(scope):
+            halved = lambda x: jnp.sin(x / 2)
+            return jax.lax.while_loop(lambda x: jnp.max(x) > 1, halved, x)
+
+    text = jax.jit(run).lower(jnp.ones(6)).compile().as_text()
+    if scope != SCOPE:
+        with pytest.raises(ValueError, match="the trip count of a loop is not to be seen"):
+            hlo_cost.passes(text)
+        return
+    assert list(hlo_cost.cost(text).loops.values()) == [0]
+    counts = hlo_cost.passes(text).values()
+    assert set(counts) == {0, 1}  # a body, and the rest
 
 
 def test_operations_of_products():
