@@ -129,8 +129,7 @@ def cost(text: str, kernels: Mapping[str, Sequence[int]] = types.MappingProxyTyp
 def passes(text: str) -> dict[str, int]:
     """How often each computation of a compiled program runs in one run of the program.
 
-    Loops are counted by their passes as `cost` counts them, and both sides of a branch as if it were
-    taken.
+    Loops are counted by their passes, as in `cost`, and both sides of a branch as if it were taken.
 
     Raises:
       ValueError: a loop whose trip count the text does not show.
