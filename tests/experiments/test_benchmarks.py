@@ -186,6 +186,7 @@ def test_containment_is_timed_beside_the_op_without_it(tmp_path):
             op_containment.check(shape, "chunked")
 
 
+@pytest.mark.slow
 def test_scaling_writes_slopes_and_plot(tmp_path):
     sizes = ["--lengths=32,64,128", "--num_householder=2,1", "--base_length=32", "--repeats=2"]
     op_scaling.command([f"--workdir={tmp_path}", *sizes, "--num_heads=1", "--head_dim=4"])

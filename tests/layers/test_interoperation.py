@@ -115,7 +115,7 @@ def test_made_in_the_wrong_place_nothing_trains():
     )
 
 
-@pytest.mark.parametrize("title", quick(PARAMETERS, ["Plain JAX", "Flax NNX", "Flax Linen"]))
+@pytest.mark.parametrize("title", quick(PARAMETERS, ["Flax NNX", "Flax Linen"]))
 def test_examples_compute_what_the_layer_does(title, unchecked):
     names = {}
     exec(compile(EXAMPLES[title], f"{README.name}: {title}", "exec"), names)

@@ -7,6 +7,7 @@ import pytest
 from helpers import IMPLEMENTATIONS, WITH_KERNELS, Case, cast, draw_cotangents, relative_error, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from quick import quick
 
 from deltaproduct_jax.ops import carry_state, delta_product, delta_product_step
 
@@ -16,6 +17,10 @@ T = 18
 CASE = Case(T=T, R=2, B=2, H=1, G=2, K=4, V=5)
 few = settings(max_examples=5, derandomize=True, deadline=None)
 every_implementation = pytest.mark.parametrize("implementation", WITH_KERNELS)
+# The kernel is interpreted, which takes seconds.
+quick_implementations = pytest.mark.parametrize(
+    "implementation", quick(WITH_KERNELS, IMPLEMENTATIONS)
+)
 
 
 def inputs(case=CASE):
@@ -53,7 +58,7 @@ def test_cutting_a_sequence_and_passing_the_state_on(cut, packed):
     assert_same(state, final)
 
 
-@every_implementation
+@quick_implementations
 def test_prefill_then_steps(implementation):
     arrays = inputs()
     o, final = delta_product(**arrays, implementation=implementation)
@@ -189,7 +194,7 @@ def test_no_output_depends_on_a_later_token():
         assert relative_error(o_later[:, t], o[:, t]) > 1e-3
 
 
-@every_implementation
+@quick_implementations
 def test_grouped_heads_equal_repeated_keys(implementation):
     arrays = inputs(Case(T=9, R=2, H=2, G=3, K=4, V=4))
     repeated = {

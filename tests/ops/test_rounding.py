@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from bars import assert_within_bars, run_as
 from helpers import Case
-from quick import quick
 
 from deltaproduct_jax.ops.gram import gram
 from deltaproduct_jax.ops.precision import Matmul
@@ -67,7 +66,8 @@ def test_refinement_removes_what_the_levels_rounded():
     assert 2 * error(refine=True) < error(refine=False)
 
 
-@pytest.mark.parametrize("keys", quick(["identical", "parallel"], ["parallel"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("keys", ["identical", "parallel"])
 def test_agreeing_keys_on_other_platforms(keys, monkeypatch):
     """With products of keys that are merely float32, identical keys are over the bar."""
     run_as("default", monkeypatch)

@@ -7,6 +7,7 @@ what is lowered for CUDA without a GPU. ``interpret all`` takes every case, and 
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import sys
@@ -117,7 +118,8 @@ def interpret(every):
     passes.call = interpreted
     names = CASES if every else QUICK
     found = {name: [CASES[name].dtype, errors(CASES[name])] for name in names}
-    found |= {name: [case.dtype, activated(case)] for name, case in ACTIVATED.items()}
+    some = ACTIVATED if every else dict(itertools.islice(ACTIVATED.items(), 1))
+    found |= {name: [case.dtype, activated(case)] for name, case in some.items()}
     found = {"errors": found}
     if every:
         dispatch._by_platform = by_triton

@@ -44,7 +44,7 @@ def check_errors(found, at_least):
 
 
 def test_outputs_and_gradients_are_those_of_the_oracle():
-    check_errors(child("interpret")["errors"], at_least=6)
+    check_errors(child("interpret")["errors"], at_least=4)
 
 
 @pytest.mark.slow

@@ -64,6 +64,7 @@ def test_a_second_derivative_names_the_remedy(second):
         second(gradient)(arrays["v"])
 
 
+@pytest.mark.slow
 def test_over_a_mesh_with_the_sequence_axis():
     arrays, ids = inputs(Case(T=32, R=2, B=2, H=2, K=8, V=4, segments=True))
     axes = (jax.sharding.AxisType.Auto,) * 3

@@ -124,6 +124,7 @@ def test_what_is_kept_is_written_in_whole(interpreted):
     assert interpreted["kept"] == {"states": True, "X": True, "scores": True, "maps": True}
 
 
+@pytest.mark.slow
 def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
     assert compiled["lowered"]["versions"] == ["step", "step_in_place"]
 
@@ -134,6 +135,7 @@ def test_every_launch_of_a_kernel_is_timed(interpreted):
     assert 0 < variant["floor_ms"] < variant["ms"] <= variant["most_ms"]
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
     rows = {row["kernel"]: row for row in compiled["rows"]}
     names = {"prepare", "walk", "errors", "walk_back", "gradients", "prepare, float32"}
@@ -141,6 +143,7 @@ def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compil
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
 
 
+@pytest.mark.slow
 def test_each_kernel_of_narrow_heads_has_a_warp_and_keeps_its_tiles_in_registers(compiled):
     rows = {row["kernel"]: row for row in compiled["heads"]}
     assert set(rows) == {"narrow_forward", "narrow_backward"}
@@ -196,6 +199,7 @@ def test_products_of_pieces_are_counted_where_they_are_made(everything):
     assert rows["compose"]["operations"] == 2 * 16 * 6 * 128**3
 
 
+@pytest.mark.slow
 def test_products_of_the_gradient_are_counted_as_they_are_made(compiled):
     rows = {row["kernel"]: row for row in compiled["rows"]}
     # 32 tokens, 64 rows, 64 of 128 keys, 128 values; what spans tokens apart from what does not.
@@ -210,6 +214,7 @@ def test_spills_in_loops_are_told_from_others():
     assert spills_in_loops(text) == 1
 
 
+@pytest.mark.slow
 def test_every_kernel_fits_a_multiprocessor(compiled):
     rows = {row["kernel"]: row for row in compiled["rows"]}
     assert all(
@@ -217,6 +222,7 @@ def test_every_kernel_fits_a_multiprocessor(compiled):
     )
 
 
+@pytest.mark.slow
 def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     lowered = compiled["lowered"]
     # Two forward, four backward.
