@@ -357,9 +357,8 @@ def _spoil_jvp(pull, axis_name, primals, tangents):
     *_, reached_BTH, resets = primals
     last_BH = reached_BTH[:, -1] & _is_first(axis_name, reverse=True)
     fixed = (reached_BTH, last_BH, resets)
-    unasked = range(1, len(jax.tree.leaves(tangents[0]))) if pull is _nan_cotangents else range(0)
     out = _spoil(*primals, pull, axis_name)
-    return out, linear(_spoil_results, pull, fixed, tangents[:2], unasked=unasked)[0]
+    return out, linear(_spoil_results, pull, fixed, tangents[:2])[0]
 
 
 def _spoil_results(fixed, results):

@@ -18,9 +18,7 @@ _linear_p = jax.extend.core.Primitive("delta_product_linear")
 _linear_p.multiple_results = True
 
 
-def linear(
-    run: Callable, transposed: Callable, fixed: Any, arrays: Any, *, unasked: range = range(0)
-) -> Any:
+def linear(run: Callable, transposed: Callable, fixed: Any, arrays: Any) -> Any:
     """``run(fixed, arrays)``, linear in ``arrays``; its transpose is ``transposed``.
 
     Args:
@@ -28,21 +26,16 @@ def linear(
         what ``arrays`` is: the same tree of the same shapes and dtypes.
       fixed: a tree of integers and booleans.
       arrays: a tree of floating-point arrays.
-      unasked: the leaves of which nothing is asked if nothing is asked of the result in their
-        place: ``transposed`` leaves their zeros zero. JAX then knows of it, where zeros of their
-        size would be added to other cotangents. Not for what a loop stacks, token by token: JAX
-        0.10.2 cannot transpose a scan in a scan if nothing is asked of that.
     """
     fixed, fixed_tree = jax.tree.flatten(fixed)
     arrays, tree = jax.tree.flatten(arrays)
     trees = (fixed_tree, tree)
-    more = {"transposed": transposed, "trees": trees, "mapped": 0, "unasked": unasked}
-    out = _linear_p.bind(*fixed, *arrays, run=run, **more)
+    out = _linear_p.bind(*fixed, *arrays, run=run, transposed=transposed, trees=trees, mapped=0)
     return jax.tree.unflatten(tree, out)
 
 
-def _evaluate(*operands, run, transposed, trees, mapped, unasked):
-    del transposed, unasked
+def _evaluate(*operands, run, transposed, trees, mapped):
+    del transposed
     fixed_tree, tree = trees
 
     def flat(*operands):
@@ -66,14 +59,12 @@ def _jvp(primals, tangents, *, trees, **parameters):
     return run(primals[number:]), run(pushed)
 
 
-def _transpose(cotangents, *operands, run, transposed, trees, mapped, unasked):
+def _transpose(cotangents, *operands, run, transposed, trees, mapped):
     number = trees[0].num_leaves
-    more = {"trees": trees, "mapped": mapped, "unasked": range(0)}
-    arrays = map(ad.instantiate_zeros, cotangents)
-    pulled = _linear_p.bind(*operands[:number], *arrays, run=transposed, transposed=run, **more)
-    for index in unasked:
-        if type(cotangents[index]) is ad.Zero:
-            pulled[index] = cotangents[index]
+    cotangents = map(ad.instantiate_zeros, cotangents)
+    pulled = _linear_p.bind(
+        *operands[:number], *cotangents, run=transposed, transposed=run, trees=trees, mapped=mapped
+    )
     unknown = map(ad.is_undefined_primal, operands[number:])
     pulled = [x if of_interest else None for x, of_interest in zip(pulled, unknown, strict=True)]
     return [None] * number + pulled

@@ -199,3 +199,14 @@ def test_errors_name_the_field():
         with pytest.raises(ConfigError, match=words):
             dataclasses.replace(SMALL, **fields)
     assert dataclasses.replace(HYBRID, max_length=8).max_length == 8
+
+
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_a_scanned_model_has_a_gradient(remat):
+    """Of its states nothing is asked, and those of all blocks are stacked."""
+    sizes = {"hidden_size": 8, "num_heads": 1, "head_dim": 8, "num_layers": 3, "vocab_size": 8}
+    config = ModelConfig(mixer="gated_delta_product", scan_layers=True, remat=remat, **sizes)
+    graph, params = nnx.split(SequenceModel(config, rngs=nnx.Rngs(0)))
+    loss = lambda params, ids: jnp.sum(nnx.merge(graph, params)(ids))
+    traced = jax.jit(jax.grad(loss)).trace(params, jnp.zeros((2, 40), int))
+    assert jax.tree.structure(traced.out_info) == jax.tree.structure(params)
