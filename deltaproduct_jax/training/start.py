@@ -8,6 +8,7 @@ from flax import nnx
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.drawing import laid_out
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
 
@@ -52,15 +53,15 @@ def shapes_of(config: RunConfig, make_model: MakeModel) -> tuple[ModelDefinition
 
 
 def first_state(config: RunConfig, make_model: MakeModel, layout: Layout) -> TrainState:
-    """The state before the first step; over a mesh each device draws only what lies on it."""
+    """The state before the first step, the same over every mesh; no device ever holds all of it."""
 
     def draw() -> TrainState:
         _, params = split_model(make_model())
         return init_state(params, make_optimizer(config.train))
 
     if layout.is_one:
-        return draw()  # not jitted, which would round otherwise
-    return jax.jit(draw, out_shardings=layout.shardings(jax.eval_shape(draw)))()
+        return draw()
+    return laid_out(draw, layout.shardings(jax.eval_shape(draw)))
 
 
 def data_key(config: RunConfig, layout: Layout) -> jax.Array:

@@ -4,6 +4,7 @@
     python -m experiments.op.step_speed --workdir=runs/step --peer=fla       # beside the peer
     python -m experiments.op.step_speed --workdir=runs/step --preset=narrow  # a GPU of 24 GB
     python -m experiments.op.step_speed --workdir=runs/step --preset=small   # a CPU, to see it run
+    python -m experiments.op.step_speed --workdir=runs/step --meshes="data:1;data:2;fsdp:2"
 
 The shapes are the published ones of the paper's language models, with tied embeddings and
 convolutions: 8 heads of 128 with one factor per token (341,594,112 parameters), 4 with two
@@ -17,6 +18,10 @@ memory of a GPU that it has once taken. What a peer refuses becomes a line of th
 ``--preset=narrow`` is the model of ``--preset=paper`` of `experiments.state_tracking`: one layer of
 128 channels, 8 heads of 32, n_h = 4, rows of 129 tokens, 4096 at a time. Of that run it leaves out
 how a step makes its data.
+
+``--meshes`` trains our model over several devices, as ``--mesh`` of the training scripts does,
+mesh by mesh. Along data and fsdp each device has ``batch_size`` sequences of its own, so that
+"of the first" is tokens per second of a device beside those with the first mesh (weak scaling).
 
 On a GPU "on the GPU" is the time of our kernels alone, by JAX's profiler, without the host, and a
 second table has the ten kinds of kernels that take longest; step.json has them all. MFU is the part
@@ -39,6 +44,7 @@ import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import TrainConfig
 from experiments.lib import flags
@@ -52,7 +58,7 @@ from experiments.lib.bench.report import (
     times,
     write_report,
 )
-from experiments.lib.bench.training_steps import OURS, Row, measured, our_rows
+from experiments.lib.bench.training_steps import ALONE, OURS, Row, measured, our_rows
 
 PRESETS = {
     "default": {},
@@ -89,7 +95,7 @@ SHOWN_KERNELS = 10
 class StepConfig:
     """What is timed."""
 
-    batch_size: int = setting(8, "sequences B")
+    batch_size: int = setting(8, "sequences B, of each device along data and fsdp")
     length: int = setting(4096, "tokens T")
     vocab_size: int = setting(32000, "number of token ids")
     hidden_size: int = setting(1024, "width D of the residual stream")
@@ -106,6 +112,9 @@ class StepConfig:
     implementation: str | None = setting(None, "of our op; none: by platform and shape")
     conv_implementation: str | None = setting(
         None, "of our convolutions, plain or triton; none: by platform and shape"
+    )
+    meshes: str = setting(
+        ALONE, "devices of our model as --mesh of training has them, in turn, a semicolon between"
     )
     steps: int = setting(4, "steps per timed round")
     repeats: int = setting(6, "timed rounds, after one that warms up")
@@ -134,6 +143,11 @@ class StepConfig:
             require_one_of("peer_precisions", precision, PRECISIONS)
         for num_householder, num_heads in self.models:
             self.model(num_householder, num_heads)
+        for mesh in self.meshes.split(";"):
+            if -1 in DeviceConfig(mesh=mesh).sizes().values():
+                raise ConfigError(f"meshes={self.meshes!r} must give sizes; {mesh!r} has -1")
+        if self.peer and self.meshes != ALONE:
+            raise ConfigError(f"peer={self.peer!r} runs on one device: give meshes={ALONE!r}")
 
     @property
     def models(self) -> list[tuple[int, int]]:
@@ -179,40 +193,65 @@ class StepConfig:
             clip_norm=1.0,
         )
 
-    def tokens(self) -> np.ndarray:
-        """``[B, T + 1]``, the same in every process."""
-        shape = (self.batch_size, self.length + 1)
+    def rows(self, mesh: str) -> int:
+        """Sequences of a step over a mesh."""
+        sizes = DeviceConfig(mesh=mesh).sizes()
+        return self.batch_size * sizes["data"] * sizes["fsdp"]
+
+    def tokens(self, mesh: str = ALONE) -> np.ndarray:
+        """``[rows(mesh), T + 1]``, the same in every process."""
+        shape = (self.rows(mesh), self.length + 1)
         return np.random.default_rng(0).integers(self.vocab_size, size=shape, dtype=np.int32)
 
 
 def measure(config: StepConfig, num_householder: int, num_heads: int) -> Iterator[list[Row]]:
-    """The rows of one shape: ours, then the peer's."""
+    """The rows of one shape: ours over each mesh, then the peer's."""
     model_config = config.model(num_householder, num_heads)
-    timing = (config.tokens(), config.steps, config.repeats, config.budget_s)
-    ours = measured(our_rows, OURS, config.training, model_config, *timing)
-    yield _completed(ours, config, num_householder, num_heads, ours[0])
+    timing = (config.steps, config.repeats, config.budget_s)
+    known = {"num_householder": num_householder, "num_heads": num_heads}
+    first: Row = {}
+    for mesh in config.meshes.split(";"):
+        tokens = config.tokens(mesh)
+        rows = measured(our_rows, OURS, config.training, model_config, tokens, *timing, mesh)
+        first = first or rows[0]
+        yield _completed(rows, config, known | {"mesh": mesh}, first)
     if config.peer:
         precisions = config.peer_precisions.split(",")
         arguments = (config.training, model_config, precisions)
-        rows = measured(peer_rows, config.peer, *arguments, *timing)
-        yield _completed(rows, config, num_householder, num_heads, ours[0])
+        rows = measured(peer_rows, config.peer, *arguments, config.tokens(), *timing)
+        yield _completed(rows, config, known | {"mesh": ALONE}, first)
 
 
-def _completed(
-    rows: list[Row], config: StepConfig, num_householder: int, num_heads: int, ours: Row
-) -> list[Row]:
-    """The rows with their shape, tokens per second, and how much faster ours is."""
+def _completed(rows: list[Row], config: StepConfig, known: Row, first: Row) -> list[Row]:
+    """The rows with their shape, tokens per second, and these beside the first row's."""
     for row in rows:
-        row |= {"num_householder": num_householder, "num_heads": num_heads}
-        if "error" not in row:
-            row["tokens_per_s"] = 1e3 * config.batch_size * config.length / row["median_ms"]
-            known = "error" not in ours
-            row["ours_times_faster"] = row["median_ms"] / ours["median_ms"] if known else None
+        row |= known
+        if "error" in row:
+            continue
+        tokens = config.rows(row["mesh"]) * config.length
+        row["tokens_per_s"] = 1e3 * tokens / row["median_ms"]
+        devices = row.setdefault("devices", 1)
+        row["ours_times_faster"] = row["of_the_first"] = None
+        if "error" not in first:
+            per_device = row["tokens_per_s"] / devices
+            of_the_first = per_device * first["devices"] / first["tokens_per_s"]
+            ours = row["implementation"] == OURS
+            row["of_the_first" if ours else "ours_times_faster"] = (
+                of_the_first if ours else 1 / of_the_first
+            )
     return rows
 
 
-HEAD = ("n_h", "heads", "model", "parameters", *TIMES, "on the GPU, ms", "tokens/s", "MFU")
-HEAD += ("ours x faster", "compile s", "GiB moved", "temp GiB", "peak GiB", "first loss")
+HEAD = ("n_h", "heads", "model", "mesh", "parameters", *TIMES, "on the GPU, ms", "tokens/s", "MFU")
+HEAD += (
+    "of the first",
+    "ours x faster",
+    "compile s",
+    "GiB moved",
+    "temp GiB",
+    "peak GiB",
+    "first loss",
+)
 HEAD += ("last loss",)
 
 
@@ -220,10 +259,12 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, and below it what did not run."""
     lines, failed = [], []
     for row in rows:
-        names = [row["num_householder"], row["num_heads"], row["implementation"]]
+        names = [row["num_householder"], row["num_heads"], row["implementation"], row["mesh"]]
         if "error" in row:
             lines.append([*names, *[None] * (len(HEAD) - len(names))])
-            failed.append(f"n_h = {names[0]}, {names[2]} did not run: {row['error']}")
+            failed.append(
+                f"n_h = {names[0]}, {names[2]} over {names[3]} did not run: {row['error']}"
+            )
             continue
         # A peer has no more than its times.
         in_gib = ("moved_mib", "temp_mib", "peak_mib")
@@ -237,7 +278,8 @@ def table(rows: Sequence[Row]) -> str:
                     shown(row.get("device_ms"), ".4g"),
                 ),
                 *(f"{row['tokens_per_s']:,.0f}", shown(row.get("mfu"), ".1%")),
-                *(shown(row["ours_times_faster"], ".2f"), f"{row['compile_s']:.1f}"),
+                *(shown(row[name], ".2f") for name in ("of_the_first", "ours_times_faster")),
+                f"{row['compile_s']:.1f}",
                 *(shown(gib, ".2f") for gib in memory),
                 *(f"{row[name]:.3f}" for name in ("first_loss", "last_loss")),
             ]

@@ -56,7 +56,7 @@ def test_a_table_of_whole_steps(tmp_path, capsys):
     assert (row["device_ms"], row["kernels_ms"], row["mfu"]) == (None, {}, None)  # of no GPU
     printed = capsys.readouterr().out
     assert (tmp_path / "step.md").read_text().strip() == printed.strip()
-    assert "| 2 | 2 | deltaproduct_jax |" in printed
+    assert "| 2 | 2 | deltaproduct_jax | data:1 |" in printed
 
 
 def test_what_the_peer_refuses_is_a_line_below_the_table(tmp_path, inline, monkeypatch, capsys):
@@ -79,18 +79,54 @@ def test_what_the_peer_refuses_is_a_line_below_the_table(tmp_path, inline, monke
     arguments = ["--preset=small", "--peer=fla", "--peer_precisions=masters", "--budget_s=7"]
     step_speed.command([f"--workdir={tmp_path}", *arguments])
     printed = capsys.readouterr().out
-    assert "\nn_h = 1, fla did not run: RuntimeError: no such kernel\n" in printed
-    assert [row.get("ours_times_faster") for row in rows_of(tmp_path)] == [1, None, 1, 2]
+    assert "\nn_h = 1, fla over data:1 did not run: RuntimeError: no such kernel\n" in printed
+    assert [row.get("ours_times_faster") for row in rows_of(tmp_path)] == [None, None, None, 2]
     _, model, precisions, tokens, *timing = asked[1]
     assert (model.num_householder, precisions, tokens.shape) == (2, ["masters"], (2, 65))
     assert timing == [4, 3, 7.0]
+
+
+def test_a_device_of_each_mesh_is_held_against_one_of_the_first(tmp_path, inline, monkeypatch):
+    asked = []
+
+    def timed(_, model, tokens, steps, repeats, budget_s, mesh):
+        asked.append((mesh, tokens.shape))
+        devices = {"data:1": 1, "data:2,fsdp:2": 4, "sequence:2": 2}[mesh]
+        row = {"implementation": step_speed.OURS, "parameters": 7, "devices": devices}
+        row |= dict.fromkeys(("median_ms", "min_ms", "max_ms"), 10.0 if devices == 1 else 12.5)
+        return [row | {"compile_s": 1.0, "first_loss": 5.0, "last_loss": 4.0}]
+
+    monkeypatch.setattr(step_speed, "our_rows", timed)
+    meshes = "data:1;data:2,fsdp:2;sequence:2"
+    step_speed.command([f"--workdir={tmp_path}", *TINY, f"--meshes={meshes}"])
+    rows = rows_of(tmp_path)
+    assert asked == [("data:1", (2, 9)), ("data:2,fsdp:2", (8, 9)), ("sequence:2", (2, 9))]
+    assert [row["tokens_per_s"] for row in rows] == [1600, 5120, 1280]
+    assert [row["of_the_first"] for row in rows] == pytest.approx([1, 0.8, 0.4])
+    assert f'--meshes="{meshes}"' in (tmp_path / "step.md").read_text().replace(" \\\n   ", "")
+
+
+@pytest.mark.parametrize(
+    ("argument", "line"),
+    [
+        ("--meshes=data:2;rows:2", "mesh='rows:2' is not known"),
+        ("--meshes=data:-1", "meshes='data:-1' must give sizes"),
+        ("--meshes=data:2 --peer=fla", "peer='fla' runs on one device"),
+    ],
+)
+def test_meshes_that_make_no_sense_are_one_line(tmp_path, argument, line, capsys):
+    argv = [f"--workdir={tmp_path}", *TINY, *argument.split()]
+    assert flags.run(step_speed.command, argv) == 2
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert line in told
 
 
 def test_times_of_kernels_are_added_up_by_kind_and_the_largest_shown():
     times = {"fusion_2": 3.0, "nvjet_128x160": 2.0, "fusion.31": 1.5, "walk": 4.0}
     kinds = by_kind(times)
     assert list(kinds.items()) == [("fusion", 4.5), ("walk", 4.0), ("nvjetx", 2.0)]
-    row = {"implementation": "ours", "num_householder": 2, "num_heads": 4, "error": "none"}
+    row = {"implementation": "ours", "num_householder": 2, "num_heads": 4, "mesh": "data:1"}
+    row["error"] = "none"
     shown = step_speed.table([row | {"kernels_ms": kinds}])
     assert shown.endswith("| 2 | `fusion` | 4.5 |\n| 2 | `walk` | 4 |\n| 2 | `nvjetx` | 2 |")
     many = {f"k{chr(97 + i)}": 20.0 - i for i in range(20)}

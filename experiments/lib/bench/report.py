@@ -5,6 +5,7 @@ A cell of a table holds one value; what has several gets a column for each.
 
 import json
 import re
+import shlex
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +21,15 @@ TIMES = ("ms, median", "least", "most")
 
 def command_line(script: str, argv: Sequence[str]) -> str:
     """The command as one would type it; ``script`` by its name within experiments."""
-    return " ".join([f"python -m experiments.{script}", *argv])
+    return " ".join([f"python -m experiments.{script}", *map(_quoted, argv)])
+
+
+def _quoted(argument: str) -> str:
+    """An argument as a shell takes it, its value alone in quotes."""
+    name, equals, value = argument.partition("=")
+    if not equals or shlex.quote(value) == value:
+        return argument if shlex.quote(argument) == argument else shlex.quote(argument)
+    return f'{name}="{value}"' if not set(value) & set('"$`\\!') else f"{name}={shlex.quote(value)}"
 
 
 def command_block(command: str) -> str:

@@ -1,6 +1,7 @@
 """Whole training steps of our model, timed; and processes of their own, whose end frees a GPU."""
 
 import concurrent.futures
+import functools
 import multiprocessing
 import time
 import traceback
@@ -8,23 +9,27 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
+from deltaproduct_jax.models import ModelConfig, count_parameters
+from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.tasks.task import Batch
-from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.loop import initial_model
 from deltaproduct_jax.training.measuring.throughput import Throughput
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
-from deltaproduct_jax.training.step import init_state, make_train_step, split_model
+from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
+from deltaproduct_jax.training.step import make_train_step
+from deltaproduct_jax.training.text import TextTask
 from experiments.lib.bench.device_time import by_kind, kernel_times
 from experiments.lib.bench.peers.fla_model import one_line
 from experiments.lib.bench.timing import Compiled, machine, time_in_turn
 
 OURS = "deltaproduct_jax"
+ALONE = "data:1"  # a mesh of one device
 PROFILED_ROUNDS = 2
 Row = dict[str, Any]
 
@@ -36,6 +41,7 @@ def our_rows(
     steps: int,
     repeats: int,
     budget_s: float,
+    mesh: str = ALONE,
 ) -> list[Row]:
     """One row: our model, trained for the rounds that are timed.
 
@@ -46,16 +52,22 @@ def our_rows(
         steps: a timed round.
         repeats: timed rounds, after one that warms up.
         budget_s: no further round begins after so many seconds.
+        mesh: devices along each axis, as ``--mesh`` of the training scripts has it.
+
+    Raises:
+        ConfigError: there are not as many devices, or an axis does not divide what it cuts.
     """
-    optimizer = make_optimizer(training)
-    model = SequenceModel(model_config, rngs=nnx.Rngs(0))
-    parameters = count_parameters(model)["total"]
-    definition, params = split_model(model)
-    state = init_state(params, optimizer)
-    del model, params  # the first step donates the arrays
-    inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
-    batch = Batch(inputs, targets, jnp.ones(inputs.shape, bool))
-    step = make_train_step(definition, optimizer, make_schedule(training), 1)
+    run = RunConfig(TextTask(), model_config, training)
+    make_model = functools.partial(initial_model, run)
+    layout = layout_of(run, make_model, DeviceConfig(mesh=mesh))
+    parameters = count_parameters(nnx.eval_shape(make_model))["total"]
+    definition, _ = shapes_of(run, make_model)
+    state = first_state(run, make_model, layout)
+    schedule = make_schedule(training)
+    step = make_train_step(definition, make_optimizer(training), schedule, 1, layout)
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    batch = Batch(inputs, targets, np.ones(inputs.shape, bool))
+    batch = jax.jit(layout.cut_batch)(batch)  # it stays where the step wants it
     began = time.perf_counter()
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     seconds = time.perf_counter() - began
@@ -70,17 +82,22 @@ def our_rows(
 
     entry = Compiled(train, seconds, memory_of(compiled)["temp_bytes"], steps)
     time_in_turn({OURS: entry}, repeats, budget_s)
-    kernels = by_kind(kernel_times(entry, PROFILED_ROUNDS))
-    device = jax.devices()[0]
-    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    devices = list(layout.mesh.devices.flat)
+    # The profiler sees all devices, of which each runs the same.
+    kernels = kernel_times(entry, PROFILED_ROUNDS)
+    kernels = by_kind({name: milliseconds / len(devices) for name, milliseconds in kernels.items()})
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
+    peak = None if None in peaks else max(peaks)
     speed = 1e3 * inputs.size / entry.summary()["median_ms"]
     row = {
         "implementation": OURS,
+        "mesh": mesh,
         "parameters": parameters,
         **entry.summary(),
         "device_ms": sum(kernels.values()) or None,
         "kernels_ms": kernels,
-        "mfu": Throughput(1, device.device_kind, parameters).utilisation(speed),
+        "devices": len(devices),
+        "mfu": Throughput(len(devices), layout.device_kind, parameters).utilisation(speed),
         "moved_mib": moved_bytes(compiled) / 2**20,
         "peak_mib": None if peak is None else peak / 2**20,
         "first_loss": float(losses[0]),
