@@ -6,9 +6,9 @@ import jax
 from flax import nnx
 
 from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.drawing import laid_out
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.drawing import laid_out
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
 

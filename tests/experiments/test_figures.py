@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -354,6 +355,15 @@ def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(".")[-1] for line in done.stdout.splitlines()] == ["json", "png"]
     assert report.markdown(["a", "b"], [["1", None]]) == "| a | b |\n| --- | --- |\n| 1 | - |"
+
+
+def test_a_command_is_quoted_as_a_shell_takes_it():
+    argv = ["--meshes=data:1;fsdp:2", "--cases=one token", "--prompt=a$b 'c'", "--x=data:2,fsdp:2"]
+    command = report.command_line("op.speed", argv)
+    assert command.startswith(
+        'python -m experiments.op.speed --meshes="data:1;fsdp:2" --cases="one'
+    )
+    assert shlex.split(command)[3:] == argv
 
 
 def test_a_long_command_is_cut_before_flags_and_can_be_pasted():

@@ -167,7 +167,8 @@ def test_every_field_of_the_model_is_a_flag_that_reaches_it():
         assert models(dataclasses.replace(base, **{name: value})) != models(base), name
     for name in ("batch_size", "length"):
         assert dataclasses.replace(base, **{name: 5}).tokens().shape != base.tokens().shape
-    told = {"steps", "repeats", "budget_s", "peer", "peer_precisions"}  # seen in the tests above
+    # Seen in the tests above.
+    told = {"steps", "repeats", "budget_s", "meshes", "peer", "peer_precisions"}
     known = {*changes, *told, "batch_size", "length"}
     assert known == {field.name for field in dataclasses.fields(step_speed.StepConfig)}
 
