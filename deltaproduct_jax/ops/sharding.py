@@ -225,7 +225,9 @@ def _piece(tokens: Tokens, initial_state, segment_ids, resets, axis_name, option
     after_BHvKV = _compose(end_BHvKW, V, axis_name, Matmul.wide(q.dtype, precision))
     before_BHvKV = _from_before(after_BHvKV, axis_name, 1)
     matmul = Matmul.of(q.dtype, precision)
-    o_BTHvV = matmul("bthk,bhkv->bthv", read_BTHvW[..., V:], before_BHvKV)
+    # XLA for CPUs (jaxlib 0.10.2) multiplies bfloat16 only where the axes of a batch come first.
+    read_BHvTK = jnp.swapaxes(read_BTHvW[..., V:], 1, 2)
+    o_BTHvV = jnp.swapaxes(matmul("bhtk,bhkv->bhtv", read_BHvTK, before_BHvKV), 1, 2)
     o_BTHvV += read_BTHvW[..., :V].astype(wide)
     return o_BTHvV.astype(v.dtype), jnp.where(index == size - 1, after_BHvKV, 0)
 
