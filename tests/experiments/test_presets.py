@@ -1,4 +1,4 @@
-"""Presets mean what they meant in version 0.1, with every mixer of that version."""
+"""Presets mean what they meant in version 0.1, or when they came, with every mixer of then."""
 
 import dataclasses
 import importlib
