@@ -25,9 +25,9 @@ def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision, bloc
 
     What is not finite counts as 0. Computes in float32 (float64 for float64 inputs) whatever the
     input dtype. Plain JAX: forward and reverse mode both work; reverse mode keeps the state before
-    every block of `BLOCK` tokens. Without ``blocks``, or where T is symbolic, it keeps several for
-    every token; nothing is then copied into blocks, which saves a tenth of the time where nothing
-    is differentiated.
+    every block of `BLOCK` tokens, and computes the block's states and then each token again.
+    Without ``blocks``, or where T is symbolic, it keeps several for every token; nothing is then
+    copied into blocks, which saves a tenth of the time where nothing is differentiated.
     """
     T = q.shape[1]
     tokens = _widened(Tokens(q, k, v, beta, g, resets))

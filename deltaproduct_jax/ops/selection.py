@@ -13,7 +13,7 @@ SCAN_BELOW_ONE_FACTOR = 64 * 128
 SCAN_BELOW_SEVERAL_FACTORS = 128 * 128
 # The same of a gradient, entries of a state at most, where as many states or more are worked on at
 # once: what a token costs whatever its size is shared by them.
-SCAN_OF_GRADIENT_UP_TO, SCAN_OF_GRADIENT_FROM_STATES = 16 * 16, 64
+SCAN_OF_GRADIENT_UP_TO, SCAN_OF_GRADIENT_FROM_STATES = 16 * 16, 16
 
 
 def select_implementation(

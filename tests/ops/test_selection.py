@@ -64,7 +64,7 @@ def test_the_rule_is_the_one_of_the_page(has_kernels, monkeypatch):
         monkeypatch.setattr(kernels.load(name), "is_ready", lambda: has_kernels)
     picked, rows = set(), table("The rule")
     for platform, differentiated, B, T, R, (K, V) in itertools.product(
-        PLATFORMS, (True, False), (31, 32), (1, 2, 4096), (1, 2, 4), WIDTHS
+        PLATFORMS, (True, False), (7, 8), (1, 2, 4096), (1, 2, 4), WIDTHS
     ):
         sizes = {"B": B, "T": T, "R": R, "Hv": 2, "K": K, "V": V}
         expected = by_the_page(rows, platform, differentiated, sizes, has_kernels=has_kernels)
