@@ -183,7 +183,8 @@ def _chunk_matrices(x: ChunkedTokens, settings: Settings) -> ChunkMatrices:
     """All that does not depend on the state, for every chunk of a group at once."""
     matmul = settings.matmul
     C, M = x.q.shape[-2], x.k.shape[-2]
-    decays = decays_of(x.g, x.resets, C, M // C, settings.gate_matmul)
+    of_gates = (x.g, x.resets, C, M // C, settings.gate_matmul)
+    decays = decays_of(*of_gates, by_token=settings.widen)
     kk_NBHMM = gram(x.k, matmul)
     qk_NBHCM = matmul("...ck,...mk->...cm", x.q, x.k)
     G = x.v.shape[3]

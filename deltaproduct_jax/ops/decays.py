@@ -28,12 +28,17 @@ class Decays(NamedTuple):
     through: jax.Array  # NBHG: from the start of the chunk to its end
 
 
-def decays_of(g_NBHGC, resets_NBC, C: int, R: int, matmul: Matmul) -> Decays:
+def decays_of(
+    g_NBHGC, resets_NBC, C: int, R: int, matmul: Matmul, *, by_token: bool = False
+) -> Decays:
     """Products of decays between tokens, each the exponential of a sum over its own tokens.
 
     A difference of two cumulative sums would lose the answer under strong decay. The mask comes
-    before exp: outside it the sums mean nothing, and exp of them could overflow.
+    before exp: outside it the sums mean nothing, and exp of them could overflow. With ``by_token``
+    each is found once a pair of tokens and repeated for updates, which is what a CPU does best.
     """
+    if by_token and R > 1:
+        return _repeated(decays_of(g_NBHGC, resets_NBC, C, 1, matmul), C, R)
     token, update = np.arange(C), np.repeat(np.arange(C), R)
     causal = token[:, None] >= update
     earlier = np.tri(C * R, k=-1, dtype=bool)  # among updates
@@ -66,6 +71,26 @@ def decays_of(g_NBHGC, resets_NBC, C: int, R: int, matmul: Matmul) -> Decays:
             token[:, None] > update, _same_segment(resets_NBC, token[-1:], update)[..., 0, :]
         ),
         through=into[..., -1],
+    )
+
+
+def _repeated(decays: Decays, C: int, R: int) -> Decays:
+    """Those of R updates per token, from those of one."""
+
+    def repeated(x, axis):
+        if x.shape[axis] == 1 < C:
+            return x
+        shape = list(x.shape)
+        shape[axis] *= R
+        return spread(x, axis, R).reshape(shape)
+
+    within = repeated(decays.within, -1)
+    earlier = _lead(np.tri(C * R, k=-1, dtype=bool)[None, None])
+    return decays._replace(
+        within=within,
+        between=jnp.where(earlier, repeated(within, -2), 0),
+        into_update=repeated(decays.into_update, -1),
+        out=repeated(decays.out, -1),
     )
 
 

@@ -20,7 +20,12 @@ from deltaproduct_jax.ops.containment import contained, forgets, only_finite
 from deltaproduct_jax.ops.kernels import containment as of_kernels
 from deltaproduct_jax.ops.kernels.containment import watched as _watched
 from deltaproduct_jax.ops.layout import Tokens, head_axes, mark_bad
-from deltaproduct_jax.ops.recurrent import recurrent, recurrent_step
+from deltaproduct_jax.ops.recurrent import (
+    recurrent,
+    recurrent_in_spans,
+    recurrent_in_spans_backward,
+    recurrent_step,
+)
 from deltaproduct_jax.ops.reverse_only import differentiated_once, reverse_only
 from deltaproduct_jax.ops.route import Branch, Route, resolve, sizes_of
 from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
@@ -28,6 +33,11 @@ from deltaproduct_jax.ops.varying import mark_all_varying, mark_varying_as
 
 # A policy that saves the last two spares a rematerialised layer the second run of the scan.
 RESIDUAL_NAMES = ("delta_product_inputs", "delta_product_states", "delta_product_outputs")
+# What runs anywhere, forward and backward, with the same residuals.
+PLAIN = {
+    "chunked": (chunked, chunked_backward),
+    "recurrent": (recurrent_in_spans, recurrent_in_spans_backward),
+}
 
 
 @functools.partial(
@@ -130,19 +140,20 @@ _with_own_backward.defvjp(_forward_rule, _backward_rule)
 
 
 def _forward_of(name: str, route: Route, branch: Branch, *, keep_states: bool):
-    """The forward pass of "chunked" or of a kernel; None where it cannot run."""
-    if name == "chunked":
-        keywords = {"settings": branch.settings, "more": route.kept_more}
+    """The forward pass of "chunked", of the scan or of a kernel; None where it cannot run."""
+    if name in PLAIN:
+        keywords = {"form": PLAIN[name][0], "settings": branch.settings, "more": route.kept_more}
         keywords["confines"] = route.may_run_kernel
-        return functools.partial(_run_chunked, **keywords, keep_states=keep_states)
+        return functools.partial(_run_plain, **keywords, keep_states=keep_states)
     return _kernel_pass(name, "forward", branch, keep_states=keep_states)
 
 
 def _backward_of(route: Route, branch: Branch):
     """The backward pass of what ran forward, whose states are its own; None if it cannot run."""
-    if branch.gradient == "chunked":
-        keywords = {"settings": branch.settings, "confines": route.may_run_kernel}
-        return functools.partial(_run_chunked_backward, **keywords)
+    if branch.gradient in PLAIN:
+        keywords = {"form": PLAIN[branch.gradient][1], "settings": branch.settings}
+        keywords["confines"] = route.may_run_kernel
+        return functools.partial(_run_plain_backward, **keywords)
     return _kernel_pass(branch.gradient, "backward", branch)
 
 
@@ -179,13 +190,13 @@ def _run_recurrent(tokens: Tokens, initial_state, *, scale, precision, confines)
     return *(results if watched is None else watched.spoil(*results)), None
 
 
-def _run_chunked(tokens: Tokens, initial_state, *, settings, more, confines, keep_states):
-    """`chunked` by the contract of kernels, with room for what it does not keep."""
+def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, keep_states):
+    """A plain form by the contract of kernels, with room for what it does not keep."""
     watched = _watched(tokens, initial_state) if confines else None
     state = initial_state
     if watched is not None:
         tokens, state = mark_bad(tokens, watched.bad), only_finite(initial_state)
-    o, final_state, states = chunked(tokens, state, settings, keep_states=keep_states)
+    o, final_state, states = form(tokens, state, settings, keep_states=keep_states)
     if watched is not None:
         o, final_state = watched.spoil(o, final_state)
     if not keep_states:
@@ -196,14 +207,14 @@ def _run_chunked(tokens: Tokens, initial_state, *, settings, more, confines, kee
     return o, final_state, (states, *empty)
 
 
-def _run_chunked_backward(tokens: Tokens, kept, do, dfinal_state, *, settings, confines):
+def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, settings, confines):
     states = kept[0]
     if not confines:
-        return chunked_backward(tokens, states, do, dfinal_state, settings)
+        return form(tokens, states, do, dfinal_state, settings)
     watched = _watched(tokens, states[0].reshape(dfinal_state.shape))
     tokens, states = mark_bad(tokens, watched.bad), only_finite(states)
     cotangents, told = watched.finite_cotangents(do, dfinal_state)
-    dtokens, dstate = chunked_backward(tokens, states, *cotangents, settings)
+    dtokens, dstate = form(tokens, states, *cotangents, settings)
     return watched.spoil_gradients(dtokens._replace(resets=None), dstate, told)
 
 

@@ -26,10 +26,13 @@ class Matmul:
     Attributes:
       operand: both operands are cast to this dtype; the result is always its accumulator dtype.
       precision: what the platform may do with float32 operands (bfloat16 passes, TF32, or neither).
+      skips_groups_of_one: leave an axis "g" of one entry out of the product. With it the order of
+        axes is none that a product has, and on a CPU every result is copied into another.
     """
 
     operand: jnp.dtype
     precision: jax.lax.Precision
+    skips_groups_of_one: bool = False
 
     @classmethod
     def of(cls, dtype: jax.typing.DTypeLike, precision: str | None) -> "Matmul":
@@ -71,13 +74,17 @@ class Matmul:
 
     def __call__(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """``jnp.einsum(equation, x, y)`` under this rule."""
-        return jnp.einsum(
+        axis = None
+        if self.skips_groups_of_one:
+            equation, x, y, axis = _without_groups_of_one(equation, x, y)
+        product = jnp.einsum(
             equation,
             x.astype(self.operand),
             y.astype(self.operand),
             precision=self.precision,
             preferred_element_type=accumulator_dtype(self.operand),
         )
+        return product if axis is None else jnp.expand_dims(product, axis)
 
     def in_two_passes(self, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
         """The same with ``x`` to 2^-17: where operands are bfloat16, as a sum of two of them.
@@ -91,3 +98,19 @@ class Matmul:
         # Not a conversion there and back, which a compiler may leave out.
         high = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
         return self(equation, high, y) + self(equation, x - high, y)
+
+
+def _without_groups_of_one(equation: str, x: jax.Array, y: jax.Array):
+    """The product without the axis "g", if that has one entry, and where the result had it."""
+    operands, result = equation.split("->")
+    axes = [
+        names.index("g") - len(names) if "g" in names else None for names in operands.split(",")
+    ]
+    sizes = {a.shape[axis] for a, axis in zip((x, y), axes, strict=True) if axis is not None}
+    if sizes != {1}:
+        return equation, x, y, None
+    x, y = (
+        a if axis is None else jnp.squeeze(a, axis) for a, axis in zip((x, y), axes, strict=True)
+    )
+    axis = result.index("g") - len(result) if "g" in result else None
+    return equation.replace("g", ""), x, y, axis

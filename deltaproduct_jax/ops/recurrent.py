@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.ops.chunked import Settings
 from deltaproduct_jax.ops.containment import only_finite
 from deltaproduct_jax.ops.layout import Tokens, pad
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
@@ -24,25 +25,92 @@ def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision, bloc
 
     What is not finite counts as 0. Computes in float32 (float64 for float64 inputs) whatever the
     input dtype. Plain JAX: forward and reverse mode both work; reverse mode keeps the state before
-    every block of `BLOCK` tokens. Without ``blocks``, or where T is symbolic, it keeps several for
-    every token; nothing is then copied into blocks, which saves a tenth of the time where nothing
-    is differentiated.
+    every block of `BLOCK` tokens, and computes the block's states and then each token again.
+    Without ``blocks``, or where T is symbolic, it keeps several for every token; nothing is then
+    copied into blocks, which saves a tenth of the time where nothing is differentiated.
     """
     T = q.shape[1]
-    # A CPU has no bfloat16: it would convert whole arrays anew for every token.
-    wide = jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), (q, k, v, beta, g))
-    tokens = Tokens(*wide, resets)
+    tokens = _widened(Tokens(q, k, v, beta, g, resets))
     body = functools.partial(_token, scale=scale, precision=precision)
     in_blocks = blocks and isinstance(T, int) and T >= 2 * BLOCK
-    tokens = pad(tokens, BLOCK) if in_blocks else tokens
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
     if in_blocks:
-        tokens = jax.tree.map(lambda x: x.reshape(-1, BLOCK, *x.shape[1:]), tokens)
-        inner = functools.partial(jax.lax.scan, body)
+        tokens = _by_span(tokens, BLOCK)
+        inner = functools.partial(jax.lax.scan, jax.checkpoint(body, prevent_cse=False))
         body = jax.checkpoint(lambda *operands: inner(*operands), prevent_cse=False)
+    else:
+        tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
     final_state, o = jax.lax.scan(body, initial_state, tokens)
     o_TBHvV = o.reshape(-1, *o.shape[2:])[:T] if in_blocks else o
     return jnp.moveaxis(o_TBHvV, 0, 1).astype(v.dtype), final_state
+
+
+def recurrent_in_spans(tokens: Tokens, initial_state, settings: Settings, *, keep_states: bool):
+    """The same as `chunked` has it: arguments, results and the state before every span.
+
+    For a gradient of many narrow states on a CPU, where the matrices of chunks are too small.
+    """
+    body = functools.partial(_token, scale=settings.scale, precision=_precision(settings))
+    B, T, _, H, K = tokens.k.shape
+    Hv, V = tokens.v.shape[-2:]
+
+    def span(state, tokens):
+        after, o = jax.lax.scan(body, state, tokens)
+        return after, (o, state if keep_states else None)
+
+    spans = _by_span(_widened(tokens), settings.cut.span)
+    final_state, (o, states) = jax.lax.scan(span, initial_state, spans)
+    o_BTHvV = jnp.moveaxis(o.reshape(-1, *o.shape[2:])[:T], 0, 1).astype(tokens.v.dtype)
+    if keep_states:
+        states = states.reshape(-1, B, H, Hv // H, K, V)
+    return o_BTHvV, final_state, states
+
+
+def recurrent_in_spans_backward(tokens: Tokens, states, do, dfinal_state, settings: Settings):
+    """Cotangents as of `chunked_backward`; a span's states are computed again, its tokens' too."""
+    body = functools.partial(_token, scale=settings.scale, precision=_precision(settings))
+    body = jax.checkpoint(body, prevent_cse=False)
+    T = tokens.q.shape[1]
+
+    def span(dstate, item):
+        state, tokens, do = item
+
+        def run(state, differentiable):
+            given = differentiable._replace(resets=tokens.resets)
+            return jax.lax.scan(body, state, given)
+
+        _, pullback = jax.vjp(run, state, tokens._replace(resets=None))
+        return pullback((dstate, do))
+
+    wide = _widened(tokens)
+    spans = _by_span((wide, do.astype(wide.v.dtype)), settings.cut.span)
+    states = states.reshape(-1, *dfinal_state.shape)
+    dstate, dspans = jax.lax.scan(span, dfinal_state, (states, *spans), reverse=True)
+
+    def as_in(dx, x):
+        return jnp.moveaxis(dx.reshape(-1, *dx.shape[2:])[:T], 0, 1).astype(x.dtype)
+
+    return jax.tree.map(as_in, dspans, tokens._replace(resets=None)), dstate
+
+
+def _precision(settings: Settings) -> str:
+    return settings.matmul.precision.name.lower()
+
+
+def _widened(tokens: Tokens) -> Tokens:
+    """In the dtype of the state: a CPU has no bfloat16, and would convert all for every token."""
+    wide = tokens._replace(resets=None)
+    wide = jax.tree.map(lambda x: x.astype(accumulator_dtype(x.dtype)), wide)
+    return wide._replace(resets=tokens.resets)
+
+
+def _by_span(tree, span: int):
+    """Arrays [B, T, ...] as [spans, span, B, ...], with padding that changes no state."""
+
+    def cut(x):
+        x = jnp.moveaxis(x, 1, 0)
+        return x.reshape(-1, span, *x.shape[1:])
+
+    return jax.tree.map(cut, pad(tree, span))
 
 
 def _token(state_BHvKV, token: Tokens, *, scale, precision):

@@ -4,6 +4,7 @@ Everything here follows from shapes, dtypes and what the caller named. The forwa
 pass read the same `Route`, so they agree on which implementation runs and on what it keeps.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -152,6 +153,7 @@ def chunked_settings(
     # operand only to widen it again.
     is_cpu = platform == "cpu"
     matmul = (Matmul.wide if is_cpu else Matmul.of)(dtype, precision)
+    matmul = dataclasses.replace(matmul, skips_groups_of_one=is_cpu)
     return Settings(
         scale,
         cut_for(platform, span, chunk_size, **sizes),

@@ -11,6 +11,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # On a CPU, entries of a state below which the scan over tokens was measured to be the faster.
 SCAN_BELOW_ONE_FACTOR = 64 * 128
 SCAN_BELOW_SEVERAL_FACTORS = 128 * 128
+# The same of a gradient, entries of a state at most, where as many states or more are worked on at
+# once: what a token costs whatever its size is shared by them.
+SCAN_OF_GRADIENT_UP_TO, SCAN_OF_GRADIENT_FROM_STATES = 16 * 16, 16
 
 
 def select_implementation(
@@ -78,10 +81,17 @@ def select_implementation(
         ):
             return name
     if differentiated:
-        return "chunked"  # on a CPU as fast as the scan with states of 16 x 16, faster with others
+        is_narrow = platform == "cpu" and T > 1 and _is_narrow(B * Hv, K * V)
+        return "recurrent" if is_narrow else "chunked"
     if T <= 1 or (platform == "cpu" and _scan_is_faster(R, K * V)):
         return "recurrent"
     return "chunked"
+
+
+def _is_narrow(states: int, entries: int) -> bool:
+    """Whether the gradient is that of the scan; a symbolic number of states may be one."""
+    is_known = not jax.export.is_symbolic_dim(states)
+    return is_known and states >= SCAN_OF_GRADIENT_FROM_STATES and entries <= SCAN_OF_GRADIENT_UP_TO
 
 
 def _scan_is_faster(R: int, entries: int) -> bool:

@@ -34,7 +34,7 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_report
-from experiments.lib.bench.timing import FORWARD, Shape, cotangent, machine
+from experiments.lib.bench.timing import FORWARD, Shape, cotangent, machine, require_gpu
 
 LONG = {"T": 2048, "H": 16}
 NARROW = {"T": 100, "B": 256, "H": 4, "K": 32, "V": 32}
@@ -206,6 +206,7 @@ def command(argv: Sequence[str]) -> None:
     """Prints the table, writes check.json and check.md."""
     parsed = flags.parse(argv, {"check": CheckConfig}, {"default": {}})
     config = CheckConfig(**parsed.sections["check"])
+    require_gpu("gpu_check")
     rows = []
     for name in config.cases:
         rows.append(row_of(name, config))

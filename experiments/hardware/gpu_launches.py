@@ -18,14 +18,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.gpu_kernels import PassConfig, as_launch, call_of, floors, time_call
 from experiments.lib.bench.report import command_line, markdown, write_report
-from experiments.lib.bench.timing import machine
+from experiments.lib.bench.timing import machine, require_gpu
 
 KERNELS = ("prepare", "walk", "errors", "walk_back", "gradients")
 
@@ -97,8 +95,7 @@ def command(argv: Sequence[str]) -> None:
     """Times, prints the table, writes launches.json and launches.md."""
     parsed = flags.parse(argv, {"launches": LaunchesConfig}, {"default": {}})
     config = LaunchesConfig(**parsed.sections["launches"])
-    if jax.default_backend() != "gpu":
-        raise ConfigError(f"gpu_launches needs a GPU; JAX runs on {jax.default_backend()}")
+    require_gpu("gpu_launches")
     rows = []
     for R in config.num_householder:
         for K in config.head_dim:

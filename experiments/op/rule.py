@@ -1,15 +1,18 @@
-"""On a CPU, is ``implementation=None`` ever slower forward than the plain scan over tokens?
+"""On a CPU, is what ``implementation=None`` picks ever slower than the other form?
 
     python -m experiments.op.rule --workdir=runs/rule
+    python -m experiments.op.rule --workdir=runs/rule_back --direction=forward+backward \\
+        --states=16,64,256 --head_dim=16,32
 
-times "recurrent" and "chunked" in turn, forward only, over sizes and numbers of states, and holds
-what `select_implementation` picks against the faster of them. This is the measurement behind the
-rule.
+times "recurrent" and "chunked" in turn over sizes and numbers of states, and holds what
+`select_implementation` picks against the faster of them. This is the measurement behind the rule.
+Where it picks the scan, the scan is timed as None runs it, whose gradient keeps other states than
+"recurrent" by name.
 
 Source: this project.
 Expect: few sizes at which the rule picks the slower, by a third at most;
     experiments/results/op/rule/ has the table.
-Takes: 6 minutes on a CPU that is otherwise quiet.
+Takes: 6 minutes on a CPU that is otherwise quiet, the second command about as long.
 """
 
 import dataclasses
@@ -21,12 +24,18 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_each_at_least
+from deltaproduct_jax.errors import (
+    ConfigError,
+    require_at_least,
+    require_each_at_least,
+    require_one_of,
+)
 from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, write_report
 from experiments.lib.bench.timing import (
+    BACKWARD,
     FORWARD,
     Shape,
     compile_program,
@@ -50,6 +59,7 @@ class RuleConfig:
         (1, 2, 3, 4), "Householder factors per token, in turn"
     )
     length: int = setting(1024, "tokens T with up to 4 states; with more, fewer in proportion")
+    direction: str = setting(FORWARD, f"{FORWARD} or {BACKWARD}")
     gated: bool = setting(True, "with a decay g")
     repeats: int = setting(15, "timed rounds")
     budget_s: float = setting(3.0, "seconds after which no further round of a case begins", above=0)
@@ -59,6 +69,7 @@ class RuleConfig:
         check_fields(self)
         for name in ("states", "head_dim", "num_householder"):
             require_each_at_least(name, getattr(self, name), 1)
+        require_one_of("direction", self.direction, (FORWARD, BACKWARD))
         require_at_least("length", self.length, 2)
         require_at_least("repeats", self.repeats, 1)
 
@@ -75,12 +86,15 @@ class RuleConfig:
 def measure(config: RuleConfig, shape: Shape) -> dict[str, Any]:
     """Times of both at one shape, and what the rule picks."""
     arrays = shape.inputs()
-    names = (SCAN, CHUNKED)
-    programs = {name: compile_program(program(name, FORWARD), arrays) for name in names}
+    sizes = {"B": shape.B, "T": shape.T, "R": shape.R, "Hv": shape.H, "K": shape.K, "V": shape.V}
+    picked = select_implementation("cpu", **sizes, differentiated=config.direction == BACKWARD)
+    forms = {SCAN: None if picked == SCAN else SCAN, CHUNKED: CHUNKED}
+    programs = {
+        name: compile_program(program(form, config.direction), arrays)
+        for name, form in forms.items()
+    }
     time_in_turn(programs, config.repeats, config.budget_s)
     times = {name: entry.summary()["median_ms"] for name, entry in programs.items()}
-    sizes = {"B": shape.B, "T": shape.T, "R": shape.R, "Hv": shape.H, "K": shape.K, "V": shape.V}
-    picked = select_implementation("cpu", **sizes, differentiated=False)
     return {
         **sizes,
         "states": shape.B * shape.H,
@@ -125,7 +139,7 @@ def command(argv: Sequence[str]) -> None:
         rows.append(measure(config, shape))
         print(json.dumps(rows[-1]), file=sys.stderr)
     title = (
-        "Time of the plain scan over time of the chunked form, forward, float32, "
+        f"Time of the plain scan over time of the chunked form, {config.direction}, float32, "
         f"{'gated' if config.gated else 'ungated'}; bold where None picks the chunked form; "
         f"{machine()}"
     )

@@ -248,18 +248,22 @@ def test_errors_of_the_sharding_benchmark(argument, text, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_the_rule_is_held_against_what_was_timed(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("direction", "picked"), [("forward", "recurrent"), ("forward+backward", "chunked")]
+)
+def test_the_rule_is_held_against_what_was_timed(direction, picked, tmp_path, capsys):
     sizes = ["--states=2,8", "--head_dim=4", "--num_householder=1,2", "--length=160"]
-    op_rule.command([f"--workdir={tmp_path}", *sizes, "--repeats=2"])
+    more = [f"--direction={direction}", "--repeats=2"]
+    op_rule.command([f"--workdir={tmp_path}", *sizes, *more])
     assert (tmp_path / "rule.md").read_text().strip() == capsys.readouterr().out.strip()
     rows = json.loads((tmp_path / "rule.json").read_text())["rows"]
     sizes = [(row["B"] * row["Hv"], row["T"], row["R"]) for row in rows]
     assert sizes == [(2, 160, 1), (2, 160, 2), (8, 128, 1), (8, 128, 2)]
     for row in rows:
         times = row["median_ms"]
-        assert row["picked"] == "recurrent"
+        assert row["picked"] == picked
         assert row["scan_over_chunked"] == times["recurrent"] / times["chunked"]
-        assert row["picked_over_best"] == times["recurrent"] / min(times.values())
+        assert row["picked_over_best"] == times[picked] / min(times.values())
 
 
 def test_the_rule_names_where_it_picked_the_slower():

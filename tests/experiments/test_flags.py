@@ -14,7 +14,7 @@ from experiments import state_tracking, theory
 from experiments.analysis import theory_limits
 from experiments.hardware import gpu_check, gpu_launches
 from experiments.lib import flags
-from experiments.op import scaling, sharding, speed
+from experiments.op import rule, scaling, sharding, speed
 
 
 def _field(default, text="a field"):
@@ -110,6 +110,7 @@ def test_a_repeated_flag_gathers_its_entries():
         (sharding.ShardingConfig, {"axes": ()}, "axes is empty; give one entry at least (what is"),
         (gpu_launches.LaunchesConfig, {"kernels": ()}, "kernels is empty; give one entry at"),
         (gpu_check.CheckConfig, {"cases": ("all",)}, "cases='all' is not known; it may be one of"),
+        (rule.RuleConfig, {"direction": "back"}, "direction='back' is not known; it may be one of"),
         (gpu_check.CheckConfig, {"peer": "fla"}, "peer='fla' is not known; it may be one of"),
     ],
 )

@@ -179,6 +179,11 @@ def test_what_the_check_refuses(refused):
         gpu_check.CheckConfig(**refused)
 
 
+def test_the_check_needs_a_gpu(tmp_path):
+    with pytest.raises(ConfigError, match=r"^gpu_check needs a GPU; JAX runs on cpu$"):
+        gpu_check.command([f"--workdir={tmp_path}"])
+
+
 @pytest.fixture
 def by_chunks(monkeypatch):
     """The chunked form in place of the kernels; what it says of a single token is wrong."""
@@ -195,6 +200,7 @@ def by_chunks(monkeypatch):
     kernels = types.SimpleNamespace(compute_capability=lambda: 90)
     monkeypatch.setattr(gpu_check.kernels, "load", lambda name: kernels)
     monkeypatch.setattr(gpu_check.gluon, "has_versions", lambda: True)
+    monkeypatch.setattr(gpu_check, "require_gpu", lambda script: None)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What is chosen where nothing is named: by platform and shape, once for every call."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
@@ -8,8 +9,10 @@ from helpers import Case, cast
 from deltaproduct_jax.ops import (
     default_chunk_size,
     delta_product,
+    dispatch,
     route,
     select_implementation,
+    selection,
 )
 
 
@@ -32,6 +35,10 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
     assert choice("cpu", B=128, R=3) == "recurrent"
     assert choice("cpu", B=1024, K=32, V=32) == "recurrent"
     assert choice("cpu", differentiated=True) == "chunked"
+    narrow = {"differentiated": True, "B": 4, "K": 16, "V": 16}
+    assert choice("cpu", **narrow) == "recurrent"
+    assert choice("cpu", **narrow | {"B": 3}) == choice("cpu", **narrow | {"V": 17}) == "chunked"
+    assert choice("tpu", **narrow) == choice("cpu", **narrow | {"T": 1}) == "chunked"
     assert choice("tpu", T=1) == "recurrent"
     assert choice("tpu") == "chunked"  # nothing here says which TPU
     with pytest.raises(ValueError, match="'gpu' is not known; it may be one of 'cpu', 'cuda'"):
@@ -47,6 +54,29 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
     assert lowered(None, "cpu") == lowered("recurrent", "cpu")
     assert lowered(None, "tpu") == lowered("chunked", "tpu")
     assert lowered("chunked", "cpu") != lowered("recurrent", "cpu")
+
+
+def test_the_gradient_of_many_narrow_states_is_that_of_the_scan(monkeypatch):
+    monkeypatch.setattr(selection, "SCAN_OF_GRADIENT_FROM_STATES", 2)
+    sizes = {"T": 70, "H": 1, "G": 2, "R": 2, "K": 8, "V": 6}  # two spans, of which one is padded
+    arrays, ids = inputs(**sizes), jnp.asarray(Case(B=1, **sizes, segments=True).segment_ids())
+
+    def both(implementation):
+        def run(arrays):
+            return delta_product(**arrays, segment_ids=ids, implementation=implementation)
+
+        outputs, pullback = jax.vjp(run, arrays)
+        return outputs, pullback(jax.tree.map(jnp.cos, outputs))
+
+    forward, backward = dispatch.PLAIN["recurrent"]
+    seen = []
+
+    def watched(form):
+        return lambda *args, **options: seen.append(form) or form(*args, **options)
+
+    monkeypatch.setitem(dispatch.PLAIN, "recurrent", (watched(forward), watched(backward)))
+    chex.assert_trees_all_close(both(None), both("recurrent"), rtol=1e-5, atol=1e-6)
+    assert seen == [forward, backward]
 
 
 def test_a_call_is_resolved_once(monkeypatch):

@@ -16,14 +16,17 @@ from deltaproduct_jax.ops.convolution.selection import reason_against, select_co
 from deltaproduct_jax.ops.selection import AVAILABLE, PLATFORMS
 
 PAGE = Path(ops.__file__).parent / "IMPLEMENTATIONS.md"
-OPERATORS = {"=": operator.eq, ">": operator.gt, "<": operator.lt, ">=": operator.ge}
+OPERATORS = {"=": operator.eq, ">": operator.gt, "<": operator.lt}
+OPERATORS |= {">=": operator.ge, "<=": operator.le}
 VALUES = {
     "T": lambda s: s["T"],
     "R": lambda s: s["R"],
     "K, V": lambda s: min(s["K"], s["V"]),
     "K V": lambda s: s["K"] * s["V"],
+    "B Hv": lambda s: s["B"] * s["Hv"],
 }
-WIDTHS = [(8, 64), (16, 16), (32, 64), (64, 64), (64, 128), (128, 128), (256, 256)]
+COLUMNS = ("tokens", "factors", "state", "states")
+WIDTHS = [(8, 64), (16, 16), (16, 17), (32, 64), (64, 64), (64, 128), (128, 128), (256, 256)]
 
 
 def table(title):
@@ -37,7 +40,7 @@ def table(title):
 def holds(cell, sizes):
     if cell == "any":
         return True
-    name, comparison, number = re.fullmatch(r"(.+?) (>=|=|>|<) (\d+)", cell).groups()
+    name, comparison, number = re.fullmatch(r"(.+?) (>=|<=|=|>|<) (\d+)", cell).groups()
     return OPERATORS[comparison](VALUES[name](sizes), int(number))
 
 
@@ -47,7 +50,7 @@ def by_the_page(rows, platform, differentiated, sizes, *, has_kernels):
         if (
             row["platform"] in ("any", platform)
             and row["gradient"] in ("any", "yes" if differentiated else "no")
-            and all(holds(row[column], sizes) for column in ("tokens", "factors", "state"))
+            and all(holds(row[column], sizes) for column in COLUMNS)
             and (has_kernels or row["runs"] not in kernels.KERNELS)
         ):
             return row["runs"]
@@ -60,13 +63,13 @@ def test_the_rule_is_the_one_of_the_page(has_kernels, monkeypatch):
     for name in kernels.KERNELS:
         monkeypatch.setattr(kernels.load(name), "is_ready", lambda: has_kernels)
     picked, rows = set(), table("The rule")
-    for platform, differentiated, T, R, (K, V) in itertools.product(
-        PLATFORMS, (True, False), (1, 2, 4096), (1, 2, 4), WIDTHS
+    for platform, differentiated, B, T, R, (K, V) in itertools.product(
+        PLATFORMS, (True, False), (7, 8), (1, 2, 4096), (1, 2, 4), WIDTHS
     ):
-        sizes = {"T": T, "R": R, "K": K, "V": V}
+        sizes = {"B": B, "T": T, "R": R, "Hv": 2, "K": K, "V": V}
         expected = by_the_page(rows, platform, differentiated, sizes, has_kernels=has_kernels)
         got = select_implementation(
-            platform, B=2, Hv=2, **sizes, differentiated=differentiated, dtype="bfloat16"
+            platform, **sizes, differentiated=differentiated, dtype="bfloat16"
         )
         assert got == expected, (platform, differentiated, sizes)
         picked.add(got)

@@ -219,6 +219,12 @@ def started(script: str, argv: Sequence[str], **more: Any) -> dict[str, Any]:
     return {"command": command_line(script, argv), "machine": machine(), **more, "rows": []}
 
 
+def require_gpu(script: str) -> None:
+    """Raises ConfigError, naming the script, where JAX runs on anything else."""
+    if jax.default_backend() != "gpu":
+        raise ConfigError(f"{script} needs a GPU; JAX runs on {jax.default_backend()}")
+
+
 def machine() -> str:
     """Device kind, cores of the host and versions of what compiles for it, for the record."""
     devices = jax.devices()

@@ -118,20 +118,13 @@ def _forward(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
 def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
     call = _Call(tokens, options)
     _, states, x = kept
-    q, k, v, beta, g, _ = tokens
-    B, T, R, H, HV, K, _ = call.sizes
-    of_keys = q.dtype if H == HV else jnp.float32
+    g = tokens.g
     outs = (
-        jax.ShapeDtypeStruct((B, T, HV, K), of_keys),
-        jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct(beta.shape, beta.dtype),
+        *passes.of_value_heads(tokens),
         passes.PLACEHOLDER if g is None else jax.ShapeDtypeStruct(g.shape, g.dtype),
         jax.ShapeDtypeStruct(dfinal_state.shape, jnp.float32),
     )
     arrays = (*call.inputs(), states, x, do, dfinal_state)
     dq, dk, dv, dbeta, dg, dstate = call.launch("narrow_backward", arrays, outs, call.backward)
-    if H != HV:
-        dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
-        dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
+    dq, dk = passes.summed_over_groups(dq, dk, tokens)
     return Tokens(dq, dk, dv, dbeta, None if g is None else dg, None), dstate

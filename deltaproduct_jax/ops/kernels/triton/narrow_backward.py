@@ -24,6 +24,64 @@ from deltaproduct_jax.ops.kernels.triton.parts import head
 
 
 @triton.jit
+def _errors(
+    k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, x_ptr, S, tokens, row, hv, h, m, c, keys, values,
+    updates, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Those of a block, and what it writes, both [V, M], again from the state before it."""
+    DECAYS: tl.constexpr = HAS_G or HAS_RESETS
+    dtype = k_ptr.dtype.element_ty
+    k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
+    v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
+    beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
+    k = parts(k, dtype, PARTS)
+    X = kept_series(x_ptr, m, M, PARTS)
+    S_parts = parts(S, dtype, PARTS)
+    kSt = product(S_parts, turned(k), PARTS)
+    if DECAYS:
+        _, _, into, _, _, _ = decays_of(
+            g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
+        )
+        kSt *= into[None, :]
+    rt = tl.trans(v.to(tl.float32)) - kSt
+    yt = rt * beta[None, :]
+    if PARTS == 1:
+        yt = rounded(yt, dtype)
+    Xyt = applied(parts(yt, dtype, PARTS), turned(X), PARTS)
+    et = rt - Xyt
+    ut = yt - Xyt * beta[None, :]
+    if PARTS == 1:
+        et, ut = et.to(dtype), ut.to(dtype)
+    return et, ut
+
+
+@triton.jit
+def _gates(
+    k, q, of_scores, of_gram, dk_read, dk_written, dq, S, dSt, through, c, m, R: tl.constexpr,
+    TERMS: tl.constexpr,
+):  # fmt: skip
+    """Cotangents of g by token, from what counts for each decay of a block."""
+    begun = tl.where(c[:, None] <= c[None, :], 1.0, 0.0).to(tl.bfloat16)
+    begun_rows = c[:, None] <= (m // R)[None, :]
+    wP = parts(of_scores, tl.bfloat16, TERMS)
+    wF = parts(of_gram, tl.bfloat16, TERMS)
+    x = summed_to(begun, wP, TERMS)
+    x += summed_to(tl.where(begun_rows, 1.0, 0.0).to(tl.bfloat16), wF, TERMS)
+    k_wide = k.to(tl.float32)
+    of_rows = tl.sum(k_wide * dk_read, axis=1)
+    of_out = tl.sum(k_wide * dk_written, axis=1)
+    of_tokens_in = tl.sum(q.to(tl.float32) * dq, axis=1)
+    x = tl.where(begun_rows, of_rows[None, :], x + of_out[None, :])
+    dg = tl.sum(x, axis=1)
+    dg += tl.sum(tl.where(c[:, None] <= c[None, :], of_tokens_in[None, :], 0.0), axis=1)
+    all_of_it = tl.sum(tl.sum(S.to(tl.float32) * dSt, axis=1), axis=0)
+    dg += through * all_of_it
+    return dg
+
+
+@triton.jit
 def narrow_backward(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, states_ptr, x_ptr, do_ptr, dfinal_ptr,
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
@@ -57,27 +115,11 @@ def narrow_backward(
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
         updates = m < tokens * R
-        k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-        v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
-        beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
-        k = parts(k, dtype, PARTS)
-        X = kept_series(x_ptr + (pid.to(tl.int64) * N + n) * (M * M), m, M, PARTS)
-        S_parts = parts(S, dtype, PARTS)
-        kSt = product(S_parts, turned(k), PARTS)
-        if DECAYS:
-            _, _, into, _, _, _ = decays_of(
-                g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
-            )
-            kSt *= into[None, :]
-        rt = tl.trans(v.to(tl.float32)) - kSt
-        yt = rt * beta[None, :]
-        if PARTS == 1:
-            yt = rounded(yt, dtype)
-        Xyt = applied(parts(yt, dtype, PARTS), turned(X), PARTS)
-        et = rt - Xyt
-        ut = yt - Xyt * beta[None, :]
-        if PARTS == 1:
-            et, ut = et.to(dtype), ut.to(dtype)
+        et, ut = _errors(
+            k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, x_ptr + (pid.to(tl.int64) * N + n) * (M * M),
+            S, tokens, row, hv, h, m, c, keys, values, updates, R, H, HV, K, BK, V, BV, M, HAS_G,
+            HAS_RESETS, PARTS,
+        )  # fmt: skip
         is_token = c < tokens
         k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
         q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
@@ -131,21 +173,10 @@ def narrow_backward(
         dk_written = product(turned(u_out), dS_parts, PARTS)
         if HAS_G:
             wF = gram(k, k, PARTS) * dF  # dF has the decays
-            begun = tl.where(c[:, None] <= c[None, :], 1.0, 0.0).to(tl.bfloat16)
-            begun_rows = c[:, None] <= (m // R)[None, :]
-            wP = parts(scores * do_u, tl.bfloat16, TERMS)
-            wF = parts(wF, tl.bfloat16, TERMS)
-            x = summed_to(begun, wP, TERMS)
-            x += summed_to(tl.where(begun_rows, 1.0, 0.0).to(tl.bfloat16), wF, TERMS)
-            k_wide = k_in.to(tl.float32)
-            of_rows = tl.sum(k_wide * dk_read, axis=1)
-            of_out = tl.sum(k_wide * dk_written, axis=1)
-            of_tokens_in = tl.sum(q_in.to(tl.float32) * dq, axis=1)
-            x = tl.where(begun_rows, of_rows[None, :], x + of_out[None, :])
-            dg = tl.sum(x, axis=1)
-            dg += tl.sum(tl.where(c[:, None] <= c[None, :], of_tokens_in[None, :], 0.0), axis=1)
-            all_of_it = tl.sum(tl.sum(S.to(tl.float32) * dSt, axis=1), axis=0)
-            dg += through * all_of_it
+            dg = _gates(
+                k_in, q_in, scores * do_u, wF, dk_read, dk_written, dq, S, dSt, through, c, m, R,
+                TERMS,
+            )  # fmt: skip
             tl.store(dg_ptr + row * HV + hv + c * HV, dg, mask=is_token)
         d_parts = parts(dscores, dtype, PARTS)
         dq = added(d_parts, k, dq, PARTS)

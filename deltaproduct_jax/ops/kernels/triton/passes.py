@@ -270,8 +270,8 @@ def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     c = _Call(tokens, fixed.options)
     states, *more = kept
     q, k, v, beta, g, _ = tokens
-    B, T, R, HV, V = v.shape
-    (H, K), N = k.shape[-2:], c.meta["N"]
+    B, _, _, HV, V = v.shape
+    K, N = k.shape[-1], c.meta["N"]
     maps = more.pop() if "maps" in fixed.more else None
     prepared = more if "prepared" in fixed.more else _prepare(c)
     prepared = (*prepared, *(PREPARED - len(prepared)) * (jnp.zeros(1, jnp.float32),))
@@ -298,22 +298,36 @@ def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     # Of a value head; what a group of them shares is summed below, as are the parts of K.
     keys = c.tiling.gradients.keys or c.tiling.key_columns
     parts = -(-K // keys)
-    of_keys = q.dtype if H == HV else jnp.float32
-    outs = (
-        jax.ShapeDtypeStruct((B, T, HV, K), of_keys),
-        jax.ShapeDtypeStruct((B, T, R, HV, K), of_keys),
-        jax.ShapeDtypeStruct(v.shape, v.dtype),
-        jax.ShapeDtypeStruct(beta.shape, beta.dtype),
-        *(2 * (PLACEHOLDER,) if g is None else c.of_decays(parts)),
-    )
+    outs = (*of_value_heads(tokens), *(2 * (PLACEHOLDER,) if g is None else c.of_decays(parts)))
     arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
     dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
-    if H != HV:
-        dq = jnp.sum(dq.reshape(B, T, H, -1, K), axis=-2).astype(q.dtype)
-        dk = jnp.sum(dk.reshape(B, T, R, H, -1, K), axis=-2).astype(k.dtype)
+    dq, dk = summed_over_groups(dq, dk, tokens)
     dg = None if g is None else summed(c.meta, *of_decays, into[..., -1]).astype(g.dtype)
     return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
+
+
+def of_value_heads(tokens: Tokens) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """What kernels write of the cotangents of q, k, v and beta: dq and dk for every value head."""
+    q, k, v, beta, *_ = tokens
+    HV = v.shape[-2]
+    dtype = q.dtype if HV == q.shape[-2] else jnp.float32
+    return (
+        *(jax.ShapeDtypeStruct((*x.shape[:-2], HV, x.shape[-1]), dtype) for x in (q, k)),
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (v, beta)),
+    )
+
+
+def summed_over_groups(dq, dk, tokens: Tokens):
+    """Of these dq and dk those of key heads, which groups of value heads share."""
+
+    def of_key_heads(dx, x):
+        *more, H, K = x.shape
+        return jnp.sum(dx.reshape(*more, H, -1, K), axis=-2).astype(x.dtype)
+
+    if dq.shape == tokens.q.shape:
+        return dq, dk
+    return of_key_heads(dq, tokens.q), of_key_heads(dk, tokens.k)
 
 
 def _step(scale: float, state, q, k, v, beta, g):
