@@ -9,6 +9,7 @@ names are kept. Per token, with ``R`` Householder factors:
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -244,15 +245,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""
         (B, T, _), K = x.shape, self.head_dim
-        sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
-        sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
-        fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
-
-        def op(platform: str) -> str:
-            return self.implementation or select_implementation(
-                platform, **sizes, **fixed, differentiated=True
-            )
-
+        op = functools.partial(self._op, x)
         of_queries, of_values = Form(self._activation("q"), K), Form(self._activation("v"))
         H, R, Hv, V = self.num_heads, self.num_householder, self.num_v_heads, self.value_dim
         convolutions = [Convolution(of_queries, C, K) for C in (H * K, R * H * K)]
@@ -261,6 +254,19 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         taps = self.conv_size if self.use_short_conv else None
         given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
         return choose(self.conv_implementation, convolutions, op=op, **given)
+
+    def _op(self, x: jax.Array, platform: str) -> str:
+        """What the op of ``x`` runs in a gradient."""
+        sizes = {"B": x.shape[0], "T": x.shape[1], "R": self.num_householder, "H": self.num_heads}
+        sizes |= {"K": self.head_dim, "Hv": self.num_v_heads, "V": self.value_dim}
+        fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
+        return self.implementation or select_implementation(
+            platform, **sizes, **fixed, differentiated=True
+        )
+
+    def runs_kernel(self, x: jax.Array) -> bool:
+        """Whether a GPU runs the op of ``x`` by a kernel."""
+        return self._op(x, "cuda") == "triton"
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)

@@ -149,10 +149,11 @@ def confined(
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
     y, after = run(only_finite(x), only_finite(state))
-    link_BT1 = _link_of(reached_BT1)
-    y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
-    spoilt = iter(spoilt)
-    return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
+    y, last_B1 = _nan_where(y, _like(reached_BT1, y)), reached_BT1[:, -1]
+    # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
+    # zeros of its size would go all the way back.
+    spoilt = lambda leaf: _nan_where(leaf, _like(last_B1, leaf)) if _is_floating(leaf) else leaf
+    return y, jax.tree.map(spoilt, after)
 
 
 def only_finite(tree: Any) -> Any:
@@ -366,17 +367,29 @@ def _spoil_results(fixed, results):
     return _map_reached(_nan_if, fixed, o, state), link_BTH
 
 
-def _nan_cotangents(fixed, cotangents):
-    ((do, dstate), dlink_BTH) = cotangents
-    return _map_reached(_nan_unless_zero, fixed, do, dstate), dlink_BTH
-
-
 def _finite_cotangents(fixed, cotangents, *, axis_name):
     ((do, dstate), _) = cotangents
     do, dstate = _map_reached(_nan_unless_zero, fixed, do, dstate)
     after_BH = _any_of([_bad(x, (0, 1)) for x in jax.tree.leaves(dstate)])
     dlink_BTH = reach_back(_bad(do, (0, 1, 2)), after_BH, fixed[2], axis_name)
     return only_finite((do, dstate)), dlink_BTH.astype(jnp.float32)
+
+
+@jax.custom_jvp
+def _nan_where(x, reached):
+    """NaN where ``reached``; on the way back, for cotangents there that are not 0."""
+    return _nan_if(x, reached)
+
+
+@_nan_where.defjvp
+def _nan_where_jvp(primals, tangents):
+    x, reached = primals
+    pushed = linear(_nan_if_reached, _nan_unless_zero_if_reached, reached, tangents[0])
+    return _nan_where(x, reached), pushed
+
+
+_nan_if_reached = lambda reached, x: _nan_if(x, reached)
+_nan_unless_zero_if_reached = lambda reached, x: _nan_unless_zero(x, reached)
 
 
 def _nan_if(x, reached):
