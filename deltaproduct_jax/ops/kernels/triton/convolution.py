@@ -15,6 +15,15 @@ one set for every B / G sequences. ``run`` and ``past`` hold the numbers of segm
 import triton
 import triton.language as tl
 
+# Tokens of a turn of a loop: what is kept of those before then moves from name to name for free.
+AT_ONCE = tl.constexpr(4)
+# 1 / (1 + exp(-x)) in four instructions, exact to some units in the last place; the compiler's own
+# division, which keeps what is nearly 0 or infinite, takes three times as many.
+SIGMOID = tl.constexpr(
+    "{.reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "
+    "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e;}"
+)
+
 
 @triton.jit
 def convolve(
@@ -34,23 +43,24 @@ def convolve(
     )
     next0 = token(u_ptr, b, start, offsets, inside, T, C)
     next1 = token(u_ptr, b, start + 1, offsets, inside, T, C)
-    for i in range(0, PIECE):
-        t = start + i
-        x0 = next0.to(tl.float32)
-        next0, next1 = next1, token(u_ptr, b, t + 2, offsets, inside, T, C)
-        r0 = r1
-        if HAS_RUN:
-            r0 = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
-        z = summed(x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W, HAS_RUN)
-        y = z
-        if SILU:
-            y = z * tl.sigmoid(z)
-        if UNIT:
-            y *= tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
-        pointers = y_ptr + (b * T + t) * C + offsets
-        tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=inside & (t < T))
-        x3, x2, x1 = x2, x1, x0
-        r3, r2, r1 = r2, r1, r0
+    next2 = token(u_ptr, b, start + 2, offsets, inside, T, C)
+    next3 = token(u_ptr, b, start + 3, offsets, inside, T, C)
+    for group in range(0, PIECE, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            t = start + group + i
+            x0 = next0.to(tl.float32)
+            next0, next1, next2 = next1, next2, next3
+            next3 = token(u_ptr, b, t + 4, offsets, inside, T, C)
+            r0 = number(run_ptr, b, t, r1, T, HAS_RUN)
+            y = summed(x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W, HAS_RUN)
+            if SILU:
+                y = y * sigmoid(y)
+            if UNIT:
+                y *= tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
+            pointers = y_ptr + (b * T + t) * C + offsets
+            tl.store(pointers, y.to(y_ptr.dtype.element_ty), mask=inside & (t < T))
+            x3, x2, x1 = x2, x1, x0
+            r3, r2, r1 = r2, r1, r0
 
 
 @triton.jit
@@ -80,51 +90,52 @@ def convolve_back(
     next1 = token(u_ptr, b, start + 1, offsets, inside, T, C)
     dnext0 = token(dy_ptr, b, start, offsets, inside, T, C)
     dnext1 = token(dy_ptr, b, start + 1, offsets, inside, T, C)
-    for i in range(0, PIECE + W - 1):
-        t = start + i
-        x0, dy = next0.to(tl.float32), dnext0.to(tl.float32)
-        next0, next1 = next1, token(u_ptr, b, t + 2, offsets, inside, T, C)
-        dnext0, dnext1 = dnext1, token(dy_ptr, b, t + 2, offsets, inside, T, C)
-        r0 = r1
-        if HAS_RUN:
-            r0 = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
-        z = summed(x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W, HAS_RUN)
-        y = z
-        if SILU:
-            s = tl.sigmoid(z)
-            y = z * s
-        dz = dy
-        if UNIT:
-            inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
-            unit = y * inverse
-            dz = inverse * (dy - unit * tl.sum(unit * dy, axis=1, keep_dims=True))
-        if SILU:
-            dz *= s * (1 + z * (1 - s))
-        counted = tl.where(i < PIECE, dz, 0.0)
-        d0 = dz * k0
-        g0 += counted * x0
-        d1 += same(dz * k1, r0, r1, HAS_RUN)
-        g1 += counted * same(x1, r0, r1, HAS_RUN)
-        if W > 2:
-            d2 += same(dz * k2, r0, r2, HAS_RUN)
-            g2 += counted * same(x2, r0, r2, HAS_RUN)
-        if W > 3:
-            d3 += same(dz * k3, r0, r3, HAS_RUN)
-            g3 += counted * same(x3, r0, r3, HAS_RUN)
-        done = d1
-        if W == 3:
-            done = d2
-        if W == 4:
-            done = d3
-        first = t - (W - 1)  # the oldest token that is read here
-        done = done.to(du_ptr.dtype.element_ty)
-        pointers = du_ptr + (b * T + first) * C + offsets
-        tl.store(pointers, done, mask=inside & (i >= W - 1) & (first < T))
-        pointers = dbefore_ptr + (b * (W - 1) + t) * C + offsets
-        tl.store(pointers, done, mask=inside & (first < 0))
-        x3, x2, x1 = x2, x1, x0
-        r3, r2, r1 = r2, r1, r0
-        d3, d2, d1 = d2, d1, d0
+    for group in range(0, PIECE + W - 1, AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
+            i = group + j
+            t = start + i
+            x0, dy = next0.to(tl.float32), dnext0.to(tl.float32)
+            next0, next1 = next1, token(u_ptr, b, t + 2, offsets, inside, T, C)
+            dnext0, dnext1 = dnext1, token(dy_ptr, b, t + 2, offsets, inside, T, C)
+            r0 = number(run_ptr, b, t, r1, T, HAS_RUN)
+            z = summed(x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W, HAS_RUN)
+            y = z
+            if SILU:
+                s = sigmoid(z)
+                y = z * s
+            dz = dy
+            if UNIT:
+                inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
+                along = tl.sum(y * dy, axis=1, keep_dims=True) * inverse * inverse
+                dz = inverse * (dy - y * along)
+            if SILU:
+                dz *= s * (1 + z * (1 - s))
+            counted = tl.where(i < PIECE, dz, 0.0)
+            d0 = dz * k0
+            g0 += counted * x0
+            d1 += same(dz * k1, r0, r1, HAS_RUN)
+            g1 += counted * same(x1, r0, r1, HAS_RUN)
+            if W > 2:
+                d2 += same(dz * k2, r0, r2, HAS_RUN)
+                g2 += counted * same(x2, r0, r2, HAS_RUN)
+            if W > 3:
+                d3 += same(dz * k3, r0, r3, HAS_RUN)
+                g3 += counted * same(x3, r0, r3, HAS_RUN)
+            done = d1
+            if W == 3:
+                done = d2
+            if W == 4:
+                done = d3
+            first = t - (W - 1)  # the oldest token that is read here
+            done = done.to(du_ptr.dtype.element_ty)
+            pointers = du_ptr + (b * T + first) * C + offsets
+            ends = (i >= W - 1) & (i < PIECE + W - 1) & (first < T)
+            tl.store(pointers, done, mask=inside & ends)
+            pointers = dbefore_ptr + (b * (W - 1) + t) * C + offsets
+            tl.store(pointers, done, mask=inside & (first < 0))
+            x3, x2, x1 = x2, x1, x0
+            r3, r2, r1 = r2, r1, r0
+            d3, d2, d1 = d2, d1, d0
     pointers = dtaps_ptr + (b * tl.num_programs(1) + piece) * (W * C) + offsets
     tl.store(pointers + (W - 1) * C, g0, mask=inside)
     tl.store(pointers + (W - 2) * C, g1, mask=inside)
@@ -132,6 +143,21 @@ def convolve_back(
         tl.store(pointers + (W - 3) * C, g2, mask=inside)
     if W > 3:
         tl.store(pointers, g3, mask=inside)
+
+
+@triton.jit
+def sigmoid(x):
+    """Of float32."""
+    return tl.inline_asm_elementwise(SIGMOID, "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def number(run_ptr, b, t, before, T: tl.constexpr, HAS_RUN: tl.constexpr):
+    """The number of the segment of token t; without any that of the token before."""
+    r = before
+    if HAS_RUN:
+        r = tl.load(run_ptr + b * T + tl.minimum(t, T - 1))
+    return r
 
 
 @triton.jit
