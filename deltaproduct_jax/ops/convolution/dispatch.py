@@ -62,6 +62,90 @@ def short_convolution(
     return on_each_part(on_device, arrays, layouts, layouts["u"], check_vma=check_vma)
 
 
+def convolved_parts(
+    choice: Choice,
+    parts: tuple[Form, ...],
+    widths: tuple[int, ...],
+    u: jax.Array,
+    before: jax.Array,
+    taps: jax.Array,
+    run: jax.Array | None,
+    past: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """Convolutions of q, k and v that stand side by side, where a GPU runs a kernel for them.
+
+    As they are read where they lie, one product can make all of them and more, with one cotangent.
+    Only on devices that have whole arrays.
+
+    Args:
+      choice: what computes them.
+      parts: what is done to q, k and v; the first two alike, with a unit width, the last without.
+      widths: channels of each, C in all; multiples of that width.
+      u: inputs [B, T, C and more].
+      before: the W - 1 inputs before them [B, W - 1, C].
+      taps: [W, C], in float32 at least.
+      run, past: as of `plain`.
+
+    Returns:
+      q, k, v, and what ``u`` has behind them, as it is: [B, T, channels] each.
+    """
+    given = mark_all_varying((u, before, taps, run, past))
+    return _parts_jitted(choice, parts, widths, *given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _parts_jitted(choice, parts, widths, *arrays):
+    return _parts(choice, parts, widths, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _parts(choice, parts, widths, u, before, taps, run, past):
+    run_pass = differentiated_once(of_triton.forward_parts, NO_SECOND_DERIVATIVE)
+
+    def kernel(u, before, taps, run, past):
+        return tuple(run_pass(u, before, taps[None], run, past, parts=parts, widths=widths))
+
+    plainly = functools.partial(_parts_one_by_one, choice, parts, widths)
+    found = _run(choice, {"cuda": kernel}, plainly, u, before, taps, run, past)
+    return *found, u[..., taps.shape[1] :]
+
+
+def _parts_forward(choice, parts, widths, *arrays):
+    return _parts(choice, parts, widths, *arrays), arrays
+
+
+def _parts_backward(choice, parts, widths, arrays, cotangents):
+    run_pass = differentiated_once(of_triton.backward_parts, NO_SECOND_DERIVATIVE)
+
+    def kernel(u, before, taps, run, past, *cotangents):
+        arrays, options = (u, before, taps[None], run, past), {"parts": parts, "widths": widths}
+        du, dbefore, dtaps = run_pass(*arrays, cotangents[:-1], cotangents[-1], **options)
+        return du, dbefore, dtaps[0]
+
+    def plainly(u, before, taps, run, past, *cotangents):
+        def one_by_one(u, before, taps):
+            found = _parts_one_by_one(choice, parts, widths, u, before, taps, run, past)
+            return *found, u[..., taps.shape[1] :]
+
+        return jax.vjp(one_by_one, u, before, taps)[1](cotangents)
+
+    return *_run(choice, {"cuda": kernel}, plainly, *arrays, *cotangents), None, None
+
+
+_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _parts_one_by_one(choice, parts, widths, u, before, taps, run, past):
+    """Each on its own, plainly."""
+    del choice
+    found, at = [], 0
+    for form, width in zip(parts, widths, strict=True):
+        of_part = (x[..., at : at + width] for x in (u, before, taps))
+        found.append(plain(form, *of_part, run, past))
+        at += width
+    return tuple(found)
+
+
 def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:
     """What `short_convolution` does behind its taps, where there are none.
 
