@@ -32,7 +32,7 @@ _KEPT = {
         _policies.save_only_these_names(
             *(RESIDUAL_NAMES[1:] + (MIDDLE,)),
             *(convolution.POINT, rows.NORM_POINT, rows.HIDDEN_POINT, containment.POINT),
-            containment.INPUT_POINT,
+            *(containment.INPUT_POINT, rows.ACTIVATED_POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,
