@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
-from deltaproduct_jax.ops import rows
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -43,7 +43,7 @@ class RMSNorm(nnx.Module):
         return rows.norm(x, self.scale[...], self.eps, self.dtype)
 
     def forked(self, x: Float[Array, "B T width"]) -> tuple[jax.Array, jax.Array]:
-        """``x`` itself and its norm, see ``ops/rows.py``; ``x`` in the dtype of the result."""
+        """``x`` itself and its norm, ``x`` in the dtype of the result: ``ops/blocks/rows.py``."""
         return rows.forked_norm(x, self.scale[...], self.eps)
 
 

@@ -87,7 +87,7 @@ class ShortConv(nnx.Module):
         """
         if math.prod(jnp.shape(u)[2:]) != self.channels:
             check_width("u", u, self.channels)
-        B, T, *channels = u.shape
+        B, _, *channels = u.shape
         tail = self.conv_size - 1
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)

@@ -24,7 +24,8 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.models.stack import MIDDLE, MixerState, given_to_blocks, run_blocks
-from deltaproduct_jax.ops import checks, rows
+from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.models.config import ModelConfig
-from deltaproduct_jax.ops import RESIDUAL_NAMES, containment, rows
+from deltaproduct_jax.ops import RESIDUAL_NAMES, containment
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution import dispatch as convolution
 from deltaproduct_jax.ops.parts import placement
 
@@ -30,9 +31,9 @@ _KEPT = {
     "products": lambda config: _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(
-            *(RESIDUAL_NAMES[1:] + (MIDDLE,)),
-            *(convolution.POINT, rows.NORM_POINT, rows.HIDDEN_POINT, containment.POINT),
-            *(containment.INPUT_POINT, rows.ACTIVATED_POINT),
+            *RESIDUAL_NAMES[1:],
+            *(convolution.POINT, rows.NORM_POINT, rows.HIDDEN_POINT, rows.ACTIVATED_POINT),
+            *(containment.POINT, containment.INPUT_POINT, MIDDLE),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,

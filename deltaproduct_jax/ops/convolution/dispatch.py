@@ -7,6 +7,7 @@ the inputs alone: the sum of taps is made again.
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from deltaproduct_jax.ops.convolution.plain import Form, plain, plain_activated
 from deltaproduct_jax.ops.convolution.selection import Choice, for_part, of_tpu
@@ -102,11 +103,12 @@ def _parts_jitted(choice, parts, widths, *arrays):
 def _parts(choice, parts, widths, u, before, taps, run, past):
     run_pass = differentiated_once(of_triton.forward_parts, NO_SECOND_DERIVATIVE)
 
+    given = u, before, taps, run, past
+
     def kernel(u, before, taps, run, past):
         return tuple(run_pass(u, before, taps[None], run, past, parts=parts, widths=widths))
 
-    plainly = functools.partial(_parts_one_by_one, choice, parts, widths)
-    found = _run(choice, {"cuda": kernel}, plainly, u, before, taps, run, past)
+    found = _run(choice, *_ways(choice, kernel, "forward", parts, widths), *given)
     return *found, u[..., taps.shape[1] :]
 
 
@@ -122,28 +124,36 @@ def _parts_backward(choice, parts, widths, arrays, cotangents):
         du, dbefore, dtaps = run_pass(*arrays, cotangents[:-1], cotangents[-1], **options)
         return du, dbefore, dtaps[0]
 
-    def plainly(u, before, taps, run, past, *cotangents):
-        def one_by_one(u, before, taps):
-            found = _parts_one_by_one(choice, parts, widths, u, before, taps, run, past)
-            return *found, u[..., taps.shape[1] :]
-
-        return jax.vjp(one_by_one, u, before, taps)[1](cotangents)
-
-    return *_run(choice, {"cuda": kernel}, plainly, *arrays, *cotangents), None, None
+    ways = _ways(choice, kernel, "backward", parts, widths)
+    return *_run(choice, *ways, *arrays, *cotangents), None, None
 
 
 _parts.defvjp(_parts_forward, _parts_backward)
 
 
-def _parts_one_by_one(choice, parts, widths, u, before, taps, run, past):
-    """Each on its own, plainly."""
-    del choice
+def _ways(choice, on_gpu, direction, parts, widths):
+    """What platforms run, and all others: there each convolution is one of its own."""
+    one = {"forward": plain, "backward": _plain_back}[direction]
+    others = functools.partial(_one_by_one, one, parts, widths)
+    runs = {"cuda": on_gpu}
+    if choice.on_tpu == "pallas_tpu":
+        one = functools.partial(_by_pallas, direction, interpret=False)
+        runs["tpu"] = functools.partial(_one_by_one, one, parts, widths)
+    return runs, others
+
+
+def _one_by_one(one, parts, widths, u, before, taps, run, past, *cotangents):
+    """A pass of each, ``one(form, *arrays)``; cotangents are put together again."""
     found, at = [], 0
-    for form, width in zip(parts, widths, strict=True):
+    for index, (form, width) in enumerate(zip(parts, widths, strict=True)):
         of_part = (x[..., at : at + width] for x in (u, before, taps))
-        found.append(plain(form, *of_part, run, past))
+        found.append(one(form, *of_part, run, past, *cotangents[index : index + 1]))
         at += width
-    return tuple(found)
+    if not cotangents:
+        return tuple(found)
+    du, dbefore, dtaps = zip(*found, strict=True)
+    du = (*du, cotangents[-1])
+    return tuple(jnp.concatenate(x, axis=-1) for x in (du, dbefore, dtaps))
 
 
 def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:

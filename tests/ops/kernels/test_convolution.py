@@ -44,12 +44,12 @@ def check_errors(found, at_least):
 
 
 def test_outputs_and_gradients_are_those_of_the_oracle():
-    check_errors(child("interpret")["errors"], at_least=4)
+    check_errors(child("interpret")["errors"], at_least=6)
 
 
 @pytest.mark.slow
 def test_all_outputs_and_gradients_are_those_of_the_oracle(everything):
-    check_errors(everything["errors"], at_least=14)
+    check_errors(everything["errors"], at_least=17)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_layer_is_the_plain_one(everything):
 @pytest.mark.slow
 def test_all_compile_for_hopper_and_spill_nothing(everything):
     rows = everything["rows"]
-    assert len(rows) == 18
+    assert len(rows) == 22
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
     assert not any(row["atomics"] for row in rows.values()), rows  # sums have one order
     assert all(row["programs_a_multiprocessor"] >= 2 for row in rows.values()), rows
@@ -87,8 +87,8 @@ def test_all_compile_for_hopper_and_spill_nothing(everything):
 @pytest.mark.slow
 def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everything):
     lowered = everything["lowered"]
-    # Of q, k and v one forward and one on the way back each, beside the six of the op.
-    assert lowered["triton"] == lowered["None"] == 12
+    # Of q, k and v together one forward and one on the way back, beside the six of the op.
+    assert lowered["triton"] == lowered["None"] == 8
     assert lowered["plain"] == 6
     assert lowered["None, other op"] == 0
     # Of q and k.

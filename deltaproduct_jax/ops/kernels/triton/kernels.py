@@ -23,7 +23,9 @@ from deltaproduct_jax.ops.kernels.triton.activation import activate_back as acti
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_parts as convolve_parts
-from deltaproduct_jax.ops.kernels.triton.convolution import convolve_parts_back as convolve_parts_back
+from deltaproduct_jax.ops.kernels.triton.convolution import (
+    convolve_parts_back as convolve_parts_back,
+)
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
 from deltaproduct_jax.ops.kernels.triton.narrow_forward import narrow_forward as narrow_forward
