@@ -276,7 +276,11 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         B, T, _ = x.shape
         R, H, Hv, K = self.num_householder, self.num_heads, self.num_v_heads, self.head_dim
         maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
-        kernel = jnp.concatenate([m.kernel[...].astype(self.dtype) for m in maps], axis=1)
+        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
+        # Rows of whole sectors of memory, 32 bytes in bfloat16.
+        columns = sum(kernel.shape[1] for kernel in kernels)
+        filling = jnp.zeros((x.shape[2], -columns % 16), self.dtype)
+        kernel = jnp.concatenate([*kernels, filling], axis=1)
         u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         wide = accumulator_dtype(self.dtype)
@@ -294,7 +298,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         q, k, v = (checkpoint_name(y, POINT) for y in mixed)
         after = last_inputs(before, u[..., : before.shape[2]], past, run, length)
         tails = jnp.split(after, [widths[0], widths[0] + widths[1]], axis=2)
-        beta = self._sizes(b.reshape(B, T, R, Hv))
+        beta = self._sizes(b[..., : R * Hv].reshape(B, T, R, Hv))
         q, k = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K)
         return q, k, v.reshape(B, T, R, Hv, -1), beta, tails
 
