@@ -33,7 +33,7 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
-from deltaproduct_jax.ops.convolution.dispatch import POINT, convolved_parts
+from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
@@ -189,6 +189,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
     def _mix(self, x, state, segment_ids, length):
         choice = self._choice(x)
+        x = checkpoint_name(x, READ_POINT) if self._reads_in_place(x, choice) else x
         q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice)
         o, recurrent = delta_product(
             q,

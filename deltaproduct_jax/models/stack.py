@@ -32,8 +32,8 @@ _KEPT = {
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(
             *RESIDUAL_NAMES[1:],
-            *(convolution.POINT, rows.NORM_POINT, rows.HIDDEN_POINT, rows.ACTIVATED_POINT),
-            *(containment.POINT, containment.INPUT_POINT, MIDDLE),
+            *(convolution.POINT, convolution.READ_POINT, containment.POINT, MIDDLE),
+            *(rows.NORM_POINT, rows.HIDDEN_POINT, rows.ACTIVATED_POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,

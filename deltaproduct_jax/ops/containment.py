@@ -26,8 +26,7 @@ from deltaproduct_jax.ops.varying import mark_varying_as
 
 # exp of anything below is 0 in float64 too, and sums of it over a chunk are finite.
 FORGETS = -1e4
-# Names of what `confined` finds, and of what it runs on, for policies of `jax.checkpoint`.
-POINT, INPUT_POINT = "reached_tokens", "finite_inputs"
+POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
 
 
 def contained(
@@ -150,7 +149,7 @@ def confined(
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
-    y, after = run(checkpoint_name(only_finite(x), INPUT_POINT), only_finite(state))
+    y, after = run(only_finite(x), only_finite(state))
     y, last_B1 = _nan_where(_like(reached_BT1, y), y), reached_BT1[:, -1]
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.

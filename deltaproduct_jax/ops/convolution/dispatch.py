@@ -18,8 +18,9 @@ from deltaproduct_jax.ops.reverse_only import differentiated_once
 from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
-# Name of what a kernel made, for policies of `jax.checkpoint`.
-POINT = "short_convolution"
+# Names for policies of `jax.checkpoint`: of what a kernel made, and of what the one product reads
+# whose parts it takes where they lie.
+POINT, READ_POINT = "short_convolution", "read_together"
 NO_SECOND_DERIVATIVE = (
     "short convolution: kernels have a backward pass that cannot be differentiated again; name "
     'conv_implementation="plain" for second derivatives'
