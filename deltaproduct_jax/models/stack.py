@@ -33,7 +33,7 @@ _KEPT = {
         _policies.save_only_these_names(
             *RESIDUAL_NAMES[1:],
             *(convolution.POINT, convolution.READ_POINT, containment.POINT, MIDDLE),
-            *(rows.NORM_POINT, rows.HIDDEN_POINT, rows.ACTIVATED_POINT),
+            *(rows.NORM_POINT, rows.HIDDEN_POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,

@@ -20,9 +20,8 @@ from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.varying import mark_all_varying
 
-# Names for policies of `jax.checkpoint`: mean squares of rows, both widened products, and what a
-# SwiGLU makes of them.
-NORM_POINT, HIDDEN_POINT, ACTIVATED_POINT = "norm_of_rows", "mlp_hidden", "mlp_activated"
+# Names for policies of `jax.checkpoint`: mean squares of rows, and both widened products.
+NORM_POINT, HIDDEN_POINT = "norm_of_rows", "mlp_hidden"
 
 
 def may_run(x: jax.Array, *widths: int) -> bool:
@@ -109,8 +108,8 @@ def _swiglu(eps, x, scale, first, down):
 def _swiglu_forward(eps, x, scale, first, down):
     y, mean_square = _norm(x, scale, eps, x.dtype)
     hidden = checkpoint_name(y @ first, HIDDEN_POINT)
-    h = checkpoint_name(_activated(hidden), ACTIVATED_POINT)
-    return x + h @ down, (x, mean_square, scale, hidden, h, first, down)
+    out = x + _activated(hidden) @ down
+    return out, (x, mean_square, scale, hidden, first, down)
 
 
 def _activated(hidden):
@@ -119,8 +118,8 @@ def _activated(hidden):
 
 
 def _swiglu_backward(eps, residuals, dout):
-    x, mean_square, scale, hidden, h, first, down = residuals
-    dhidden = _activated_back(hidden, dout @ down.T)
+    x, mean_square, scale, hidden, first, down = residuals
+    dhidden, h = _activated_back(hidden, dout @ down.T)
     dx, dscale, y = _norm_back(eps, True)(x, mean_square, scale, dhidden @ first.T, dout)
     tokens = "btx,bty->xy"
     dfirst = jnp.einsum(tokens, y, dhidden)
@@ -181,11 +180,13 @@ def _norm_back(eps: float, again: bool) -> Callable:
 
 def _activated_back_by_kernel(hidden, dh):
     rows = lambda a: a.reshape(-1, a.shape[-1])
-    return of_triton.swiglu_back(rows(hidden), rows(dh)).reshape(hidden.shape)
+    dhidden, h = of_triton.swiglu_back(rows(hidden), rows(dh))
+    return dhidden.reshape(hidden.shape), h.reshape(dh.shape)
 
 
 def _activated_back_plain(hidden, dh):
-    return jax.vjp(_activated, hidden)[1](dh)[0]
+    h, pull = jax.vjp(_activated, hidden)
+    return pull(dh)[0], h
 
 
 _activated_back = _by_kernel_or_plain(_activated_back_by_kernel, _activated_back_plain)

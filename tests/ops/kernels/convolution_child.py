@@ -148,7 +148,9 @@ def of_rows():
     wanted = dict(zip(("dx", "dscale", "y"), ((dx + after)[0], dscale, y[0]), strict=True))
     found = {name: relative(x, wanted[name]) for name, x in zip(wanted, got, strict=True)}
     [dhidden] = jax.vjp(lambda h: jax.nn.silu(h[..., :40]) * h[..., 40:], hidden)[1](dy)
-    return found | {"dhidden": relative(row_passes.swiglu_back(hidden[0], dy[0]), dhidden[0])}
+    got, h = row_passes.swiglu_back(hidden[0], dy[0])
+    again = jax.nn.silu(hidden[0, :, :40]) * hidden[0, :, 40:]
+    return found | {"dhidden": relative(got, dhidden[0]), "h": relative(h, again)}
 
 
 def interpreted(name, arrays, *others, **options):

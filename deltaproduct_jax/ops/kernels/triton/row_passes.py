@@ -57,12 +57,15 @@ def norm_back(x, mean_square, scale, dy, dx_after, *, eps: float, again: bool):
 
 
 def swiglu_back(hidden, dh):
-    """Cotangent of ``hidden`` [N, 2 D] from that of silu(first half) * second half [N, D]."""
+    """Cotangent of ``hidden`` [N, 2 D] from that of silu(first half) * second half [N, D].
+
+    Returns it and the product itself.
+    """
     N, D = dh.shape
     columns = min(tiling.power_of_two(D), max(128, min(1024, D & -D)))
     rows = max(1, AT_ONCE // columns)
     meta = {"N": N, "D": D, "BD": columns, "ROWS": rows}
-    outs = (jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),)
+    outs = tuple(jax.ShapeDtypeStruct(x.shape, hidden.dtype) for x in (hidden, dh))
     grid = (-(-N // rows), -(-D // columns))
     arrays = (hidden, dh.astype(hidden.dtype))
-    return passes.call("swiglu_back", arrays, outs, grid, Launch(4, stages=1), meta=meta)[0]
+    return passes.call("swiglu_back", arrays, outs, grid, Launch(4, stages=1), meta=meta)

@@ -47,10 +47,10 @@ def norm_back(
 @triton.jit
 def swiglu_back(
     hidden_ptr, dh_ptr,
-    dhidden_ptr,
+    dhidden_ptr, h_ptr,
     N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Cotangents of both halves of ``hidden`` [N, 2 D], from that of silu(first) * second."""
+    """Cotangents of both halves of ``hidden`` [N, 2 D], and silu(first) * second [N, D] again."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BD + tl.arange(0, BD)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
@@ -62,6 +62,7 @@ def swiglu_back(
     s = tl.sigmoid(gate)
     silu = gate * s
     dtype = dhidden_ptr.dtype.element_ty
+    tl.store(h_ptr + one, (silu * up).to(dtype), mask=inside)
     tl.store(dhidden_ptr + first + D, (dh * silu).to(dtype), mask=inside)
     dgate = dh * up * (s * (1 + gate * (1 - s)))
     tl.store(dhidden_ptr + first, dgate.to(dtype), mask=inside)
