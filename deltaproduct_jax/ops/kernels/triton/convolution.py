@@ -189,15 +189,21 @@ def walk_back(
     g0, g1, g2, g3 = nothing, nothing, nothing, nothing
     next0 = token(u_ptr, b, start, offsets, inside, T, CU)
     next1 = token(u_ptr, b, start + 1, offsets, inside, T, CU)
+    next2 = token(u_ptr, b, start + 2, offsets, inside, T, CU)
+    next3 = token(u_ptr, b, start + 3, offsets, inside, T, CU)
     dnext0 = token(dy_ptr, b, start, offsets - FIRST, inside, T, CY)
     dnext1 = token(dy_ptr, b, start + 1, offsets - FIRST, inside, T, CY)
+    dnext2 = token(dy_ptr, b, start + 2, offsets - FIRST, inside, T, CY)
+    dnext3 = token(dy_ptr, b, start + 3, offsets - FIRST, inside, T, CY)
     for group in range(0, PIECE + W - 1, AT_ONCE):
         for j in tl.static_range(AT_ONCE):
             i = group + j
             t = start + i
             x0, dy = next0.to(tl.float32), dnext0.to(tl.float32)
-            next0, next1 = next1, token(u_ptr, b, t + 2, offsets, inside, T, CU)
-            dnext0, dnext1 = dnext1, token(dy_ptr, b, t + 2, offsets - FIRST, inside, T, CY)
+            next0, next1, next2 = next1, next2, next3
+            next3 = token(u_ptr, b, t + 4, offsets, inside, T, CU)
+            dnext0, dnext1, dnext2 = dnext1, dnext2, dnext3
+            dnext3 = token(dy_ptr, b, t + 4, offsets - FIRST, inside, T, CY)
             r0 = number(run_ptr, b, t, r1, T, HAS_RUN)
             z = summed(x0, x1, x2, x3, k0, k1, k2, k3, r0, r1, r2, r3, W, HAS_RUN)
             y = z
