@@ -152,3 +152,15 @@ def test_every_channel_has_a_place_in_a_program(channels, width):
         for size in (cut.rows, cut.columns):
             assert size & (size - 1) == 0
         assert cut.rows * cut.columns <= 1024
+
+
+@pytest.mark.parametrize("groups", [(4, 8, 8), (6, 12, 24), (1, 3, 5), (64, 64, 64)])
+@pytest.mark.parametrize("width", [32, 48, 512])
+def test_side_by_side_a_program_has_channels_of_one(groups, width):
+    for backward in (False, True):
+        cut = tiling.parts_for(groups, width, backward=backward)
+        assert all(count % cut.rows == 0 for count in groups)
+        assert cut.width == width <= cut.columns
+        assert cut.rows & (cut.rows - 1) == 0
+        assert cut.rows * cut.columns <= 512
+        assert cut.warps & (cut.warps - 1) == 0
