@@ -94,8 +94,9 @@ def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everyt
     # Of q and k.
     assert lowered["None, no convolution"] == 10
     assert lowered["plain, no convolution"] == 6
-    # What they made is kept like the results of the op.
-    assert (lowered["products"], lowered["blocks"]) == (12, 17)
+    # Of a block two norms and a SwiGLU more, on the way back; what the convolutions made is kept
+    # like the results of the op.
+    assert (lowered["products"], lowered["blocks"]) == (11, 14)
 
 
 @pytest.mark.slow
