@@ -126,9 +126,9 @@ class ModelConfig:
     )
     remat: str = setting(
         "none",
-        "what a block computes anew for its gradient: none; all but its matrix products, most of "
-        "what they read, the op's results and those of convolutions by a kernel (products), in a "
-        "fraction of the memory; all (blocks), in the least; or all but saved_points (named)",
+        "what a block computes anew for its gradient: none; all but its matrix products, the op's "
+        "results and those of convolutions by a kernel (products), in a fraction of the memory; "
+        "all (blocks), in the least; or all but saved_points (named)",
     )
     implementation: str | None = setting(
         None, "how the op is computed; none: by platform and shape, see delta_product"

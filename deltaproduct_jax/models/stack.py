@@ -23,9 +23,10 @@ MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
 MIDDLE = "block_middle"  # name of what stands between mixer and MLP
 
-# All but matrix products, what they read, the op's own results and convolutions by a kernel is
-# cheap to compute anew from them. One number or flag for a row of channels is no memory, and spares
-# another pass over the row.
+# All but matrix products, the op's own results and convolutions by a kernel is cheap to compute
+# anew from them, and most of what a block would keep: norms, activations. One number or flag for a
+# row of channels is no memory, and spares another pass over the row. What q, k and v are made of is
+# kept where one product reads it, and the block's middle in the place of its mixer's product.
 _policies = jax.checkpoint_policies
 _KEPT = {
     "products": lambda config: _policies.save_from_both_policies(
