@@ -9,11 +9,13 @@ names are kept. Per token, with ``R`` Householder factors:
     y       = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -27,12 +29,16 @@ from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
     check_convolutions,
     idle_of_convolutions,
+    last_inputs,
+    segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
 
@@ -183,6 +189,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
     def _mix(self, x, state, segment_ids, length):
         choice = self._choice(x)
+        x = checkpoint_name(x, READ_POINT) if self._reads_in_place(x, choice) else x
         q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice)
         o, recurrent = delta_product(
             q,
@@ -228,31 +235,78 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             own = apart(x, "qkv".index(name)) if choice.may_run_kernel else x
             return project(own) if name == "q" or R == 1 else in_parts(project, own, R)
 
+        if self._reads_in_place(x, choice):
+            q, k, v, beta, tails = self._read_together(x, state, segment_ids, length, choice)
+            return q, k, v, beta, self._decay(x), tails
+
         units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
         (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
         q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
 
-        beta = self._sizes(in_parts(self.b_proj, x, R))
-        g = None
-        if self.use_forget_gate:
-            wide = accumulator_dtype(self.dtype)
-            rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
-            a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
-            g = -rate * jax.nn.softplus(a)
-        return q, k, v, beta, g, tails
+        return q, k, v, self._sizes(in_parts(self.b_proj, x, R)), self._decay(x), tails
+
+    def _decay(self, x: jax.Array) -> jax.Array | None:
+        """g of the op."""
+        if not self.use_forget_gate:
+            return None
+        wide = accumulator_dtype(self.dtype)
+        rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
+        a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
+        return -rate * jax.nn.softplus(a)
+
+    def _reads_in_place(self, x: jax.Array, choice: Choice) -> bool:
+        """Whether one product makes q, k, v and beta, which a kernel reads where they lie."""
+        values = self.num_householder * self.num_v_heads * self.value_dim
+        return (
+            self.use_short_conv
+            and choice.on_cuda == "triton"
+            and values % self.head_dim == 0
+            and placement() is None
+            and not any(explicit_names(x))
+        )
+
+    def _read_together(
+        self,
+        x: jax.Array,
+        state: DeltaProductState,
+        segment_ids: jax.Array | None,
+        length: jax.Array | None,
+        choice: Choice,
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, list[jax.Array]]:
+        """What `_inputs` returns but the decay, of one product."""
+        B, T, _ = x.shape
+        R, H, Hv, K = self.num_householder, self.num_heads, self.num_v_heads, self.head_dim
+        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
+        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
+        # Rows of whole sectors of memory, 32 bytes in bfloat16.
+        columns = sum(kernel.shape[1] for kernel in kernels)
+        filling = jnp.zeros((x.shape[2], -columns % 16), self.dtype)
+        kernel = jnp.concatenate([*kernels, filling], axis=1)
+        u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        wide = accumulator_dtype(self.dtype)
+        taps = jnp.concatenate([conv.weight[...].astype(wide) for conv in convs], axis=1)
+        before = jnp.concatenate([state.q_conv, state.k_conv, state.v_conv], axis=2)
+        before = before.astype(u.dtype)
+        run = segment_runs(segment_ids)
+        past = None if run is None else jnp.zeros(before.shape[:2], run.dtype)
+        forms = (Form(self._activation("q"), K), Form(self._activation("k"), K))
+        forms, widths = (
+            (*forms, Form(self._activation("v"))),
+            tuple(conv.channels for conv in convs),
+        )
+        *mixed, b = convolved_parts(choice, forms, widths, u, before, taps, run, past)
+        q, k, v = (checkpoint_name(y, POINT) for y in mixed)
+        after = last_inputs(before, u[..., : before.shape[2]], past, run, length)
+        tails = jnp.split(after, [widths[0], widths[0] + widths[1]], axis=2)
+        beta = self._sizes(b[..., : R * Hv].reshape(B, T, R, Hv))
+        q, k = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K)
+        return q, k, v.reshape(B, T, R, Hv, -1), beta, tails
 
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""
         (B, T, _), K = x.shape, self.head_dim
-        sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads, "K": K}
-        sizes |= {"Hv": self.num_v_heads, "V": self.value_dim}
-        fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
-
-        def op(platform: str) -> str:
-            return self.implementation or select_implementation(
-                platform, **sizes, **fixed, differentiated=True
-            )
-
+        op = functools.partial(self._op, x)
         of_queries, of_values = Form(self._activation("q"), K), Form(self._activation("v"))
         H, R, Hv, V = self.num_heads, self.num_householder, self.num_v_heads, self.value_dim
         convolutions = [Convolution(of_queries, C, K) for C in (H * K, R * H * K)]
@@ -261,6 +315,19 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         taps = self.conv_size if self.use_short_conv else None
         given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
         return choose(self.conv_implementation, convolutions, op=op, **given)
+
+    def _op(self, x: jax.Array, platform: str) -> str:
+        """What the op of ``x`` runs in a gradient."""
+        sizes = {"B": x.shape[0], "T": x.shape[1], "R": self.num_householder, "H": self.num_heads}
+        sizes |= {"K": self.head_dim, "Hv": self.num_v_heads, "V": self.value_dim}
+        fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
+        return self.implementation or select_implementation(
+            platform, **sizes, **fixed, differentiated=True
+        )
+
+    def runs_kernel(self, x: jax.Array) -> bool:
+        """Whether a GPU runs the op of ``x`` by a kernel."""
+        return self._op(x, "cuda") == "triton"
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
         return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)

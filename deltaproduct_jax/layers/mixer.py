@@ -66,6 +66,14 @@ class SequenceMixer(nnx.Module, Generic[State]):
     def init_state(self, batch_size: int) -> State:
         """The state before the first token."""
 
+    def runs_kernel(self, x: jax.Array) -> bool:
+        """Whether a GPU runs these inputs ``[B, T, D]`` by a kernel, which is differentiated once.
+
+        A block then does the same with what stands around the mixer.
+        """
+        del x
+        return False
+
     def _by_segment(
         self,
         x: jax.Array,

@@ -8,8 +8,9 @@ from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
-
-POINT = "mlp_hidden"  # name of both widened products, for policies of `jax.checkpoint`
+from deltaproduct_jax.layers.norm import RMSNorm
+from deltaproduct_jax.ops.blocks.rows import HIDDEN_POINT as POINT
+from deltaproduct_jax.ops.blocks.rows import residual_swiglu
 
 
 def swiglu_width(hidden_size: int, hidden_ratio: float = 4.0) -> int:
@@ -57,3 +58,9 @@ class SwiGLU(nnx.Module):
         check_width("x", x, self.hidden_size)
         gate, up = (checkpoint_name(f(x), POINT) for f in (self.gate_proj, self.up_proj))
         return self.down_proj(nnx.silu(gate) * up)
+
+    def residual(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"]:
+        """``x + self(norm(x))``, see ``ops/blocks/rows.py``; all in the dtype of ``x``."""
+        kernels = (m.kernel[...].astype(x.dtype) for m in (self.gate_proj, self.up_proj))
+        first, down = jnp.concatenate([*kernels], axis=1), self.down_proj.kernel[...]
+        return residual_swiglu(x, norm.scale[...], first, down.astype(x.dtype), norm.eps)

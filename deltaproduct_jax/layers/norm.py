@@ -3,14 +3,12 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.precision import accumulator_dtype
-
-POINT = "norm_of_rows"  # name of the mean squares of rows, for policies of `jax.checkpoint`
 
 
 class RMSNorm(nnx.Module):
@@ -42,12 +40,11 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Normalises ``x``."""
         check_width("x", x, self.width)
-        wide = accumulator_dtype(self.dtype)
-        x = x.astype(wide)
-        # Kept for the way back, a number a row saves it a pass over the array.
-        mean_square = checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), POINT)
-        scale = self.scale[...].astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale).astype(self.dtype)
+        return rows.norm(x, self.scale[...], self.eps, self.dtype)
+
+    def forked(self, x: Float[Array, "B T width"]) -> tuple[jax.Array, jax.Array]:
+        """``x`` itself and its norm, ``x`` in the dtype of the result: ``ops/blocks/rows.py``."""
+        return rows.forked_norm(x, self.scale[...], self.eps)
 
 
 class HeadNorm(nnx.Module):

@@ -87,7 +87,7 @@ class ShortConv(nnx.Module):
         """
         if math.prod(jnp.shape(u)[2:]) != self.channels:
             check_width("u", u, self.channels)
-        B, T, *channels = u.shape
+        B, _, *channels = u.shape
         tail = self.conv_size - 1
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
@@ -105,19 +105,32 @@ class ShortConv(nnx.Module):
         )
         y = checkpoint_name(y, POINT) if choice.may_run_kernel else y
 
-        padded = jnp.concatenate([before, u], axis=1)
-        if run is not None:
-            run = jnp.concatenate([past, run], axis=1)
-        # Of ``padded``, the inputs number length .. length + tail - 1 are the last ``tail`` ones.
-        if length is None:
-            after, here = padded[:, T:], None if run is None else run[:, T:]
-        else:
-            last = length[:, None] + jnp.arange(tail)[None]
-            after = along_rows(padded, last)
-            here = None if run is None else along_rows(run, last)
-        if here is not None:
-            after = jnp.where(beside(here == here[:, -1:], after), after, 0)
+        after = last_inputs(before, u, past, run, length)
         return y, after.reshape(B, tail, self.channels)
+
+
+def last_inputs(
+    before: jax.Array,
+    u: jax.Array,
+    past: jax.Array | None,
+    run: jax.Array | None,
+    length: jax.Array | None,
+) -> jax.Array:
+    """The state after ``u``, of the shape of ``before``; arguments as of a convolution."""
+    T, tail = u.shape[1], before.shape[1]
+    padded = jnp.concatenate([before, u], axis=1)
+    if run is not None:
+        run = jnp.concatenate([past, run], axis=1)
+    # Of ``padded``, the inputs number length .. length + tail - 1 are the last ``tail`` ones.
+    if length is None:
+        after, here = padded[:, T:], None if run is None else run[:, T:]
+    else:
+        last = length[:, None] + jnp.arange(tail)[None]
+        after = along_rows(padded, last)
+        here = None if run is None else along_rows(run, last)
+    if here is not None:
+        after = jnp.where(beside(here == here[:, -1:], after), after, 0)
+    return after
 
 
 def segment_runs(segment_ids: Int[Array, "B T"] | None) -> Int[Array, "B T"] | None:

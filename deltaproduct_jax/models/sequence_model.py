@@ -23,8 +23,9 @@ from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
-from deltaproduct_jax.models.stack import MixerState, given_to_blocks, run_blocks
+from deltaproduct_jax.models.stack import MIDDLE, MixerState, given_to_blocks, run_blocks
 from deltaproduct_jax.ops import checks
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
@@ -59,16 +60,28 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
         passed_on: Mapping[str, Any] | None = None,
+        fused: bool = False,
     ) -> tuple[Float[Array, "B T D"], MixerState]:
         """Whole sequences; returns outputs and the mixer's state after them.
 
-        ``passed_on`` is what :meth:`for_later_blocks` of the first block returned.
+        ``passed_on`` is what :meth:`for_later_blocks` of the first block returned. With ``fused``
+        norms and the MLP may have a way back of their own, of which some points have no name.
         """
         read = {"state": state, "segment_ids": segment_ids, "mask": mask}
+        if fused and self._may_be_fused(x):
+            x, y = self.attn_norm.forked(x)
+            y, state = self.attn(y, **read, **(passed_on or {}))
+            return self.mlp.residual(named(x + y, MIDDLE), self.mlp_norm), state
         y, state = self.attn(named(self.attn_norm(x), "mixer_input"), **read, **(passed_on or {}))
         x = x + named(y, "mixer_output")
         y = self.mlp(named(self.mlp_norm(x), "mlp_input"))
         return x + named(y, "mlp_output"), state
+
+    def _may_be_fused(self, x: jax.Array) -> bool:
+        """Whether a GPU's kernels take it: forward mode and second derivatives are refused then."""
+        kinds = {self.attn_norm.dtype, self.mlp_norm.dtype, x.dtype}
+        widths = x.shape[-1], self.mlp.down_proj.kernel.shape[0]
+        return len(kinds) == 1 and self.attn.runs_kernel(x) and rows.may_run(x, *widths)
 
     def step(
         self,

@@ -13,24 +13,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from deltaproduct_jax.layers import norm
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.ops import RESIDUAL_NAMES, containment
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution import dispatch as convolution
 from deltaproduct_jax.ops.parts import placement
 
 MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
+MIDDLE = "block_middle"  # name of what stands between mixer and MLP
 
 # All but matrix products, the op's own results and convolutions by a kernel is cheap to compute
 # anew from them, and most of what a block would keep: norms, activations. One number or flag for a
-# row of channels is no memory, and spares another pass over the row.
+# row of channels is no memory, and spares another pass over the row. What q, k and v are made of is
+# kept where one product reads it, and the block's middle in the place of its mixer's product.
 _policies = jax.checkpoint_policies
 _KEPT = {
     "products": lambda config: _policies.save_from_both_policies(
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(
-            *RESIDUAL_NAMES[1:], convolution.POINT, norm.POINT, containment.POINT
+            *RESIDUAL_NAMES[1:],
+            *(convolution.POINT, convolution.READ_POINT, containment.POINT, MIDDLE),
+            *(rows.NORM_POINT, rows.HIDDEN_POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,
@@ -172,7 +176,8 @@ def _runner(config: ModelConfig) -> Run:
         spread = placement()
         if spread is not None:
             block, x = spread.block(block, x)
-        return block(x, state=state, segment_ids=segment_ids, mask=mask, passed_on=passed_on)
+        read = {"state": state, "segment_ids": segment_ids, "mask": mask}
+        return block(x, **read, passed_on=passed_on, fused=config.remat != "named")
 
     if config.remat not in _KEPT:
         return run

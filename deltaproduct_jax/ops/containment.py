@@ -61,7 +61,8 @@ def contained(
         return run(tokens, state)
     bad_BTH, reached_BTH = _look(leaves, axes, state if check_state else (), resets, axis_name)
     tokens, state = _mapped_alike(tokens, state, reached_BTH, head_axes)
-    link_BTH = mark_varying_as(_link_of(reached_BTH), reached_BTH)
+    zero = jnp.float32(0)
+    link_BTH = mark_varying_as(jnp.where(reached_BTH, zero, zero), reached_BTH)  # mapped alike
     (tokens, state), link_BTH = _linked((tokens, state), link_BTH, head_axes, axis_name)
     pull = functools.partial(_finite_cotangents, axis_name=axis_name)
     return _spoil(run(mark(tokens, bad_BTH), state), link_BTH, reached_BTH, resets, pull, axis_name)
@@ -144,15 +145,16 @@ def confined(
     """
     if not x.shape[1]:
         return run(x, state)
-    of_state = [_bad(leaf, (0,)) for leaf in _floating(state)] if check_state else []
+    of_state = [_bad(x, (0,)) for x in jax.tree.leaves(state) if check_state and _is_floating(x)]
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
     y, after = run(only_finite(x), only_finite(state))
-    link_BT1 = _link_of(reached_BT1)
-    y, spoilt = _spoil((y, _floating(after)), link_BT1, reached_BT1, resets, _nan_cotangents, None)
-    spoilt = iter(spoilt)
-    return y, jax.tree.map(lambda leaf: next(spoilt) if _is_floating(leaf) else leaf, after)
+    y, last_B1 = _nan_where(_like(reached_BT1, y), y), reached_BT1[:, -1]
+    # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
+    # zeros of its size would go all the way back.
+    spoilt = lambda leaf: _nan_where(_like(last_B1, leaf), leaf) if _is_floating(leaf) else leaf
+    return y, jax.tree.map(spoilt, after)
 
 
 def only_finite(tree: Any) -> Any:
@@ -282,21 +284,12 @@ def _mapped_alike(tokens: Any, state: Any, reached_BTH: jax.Array, head_axes: An
     return tokens, jax.tree.map(lambda x: jnp.where(_like(first_BH, x), x, x), state)
 
 
-def _link_of(reached_BTH: jax.Array) -> jax.Array:
-    """Zeros, mapped where these are."""
-    return jnp.where(reached_BTH, jnp.float32(0), jnp.float32(0))
-
-
 def _any_of(flags: list[jax.Array]) -> jax.Array | None:
     return functools.reduce(jnp.logical_or, flags) if flags else None
 
 
 def _is_floating(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jnp.floating)
-
-
-def _floating(tree: Any) -> list[jax.Array]:
-    return [x for x in jax.tree.leaves(tree) if _is_floating(x)]
 
 
 def _repeat(x_BTH: jax.Array, H: int) -> jax.Array:
@@ -341,7 +334,7 @@ def _spoil_gradients(_, cotangents, *, head_axes, axis_name):
     tokens = jax.tree.map(spoil_tokens, tokens, head_axes)
     # A state enters where the first token's segment began.
     first_BH = spoiled_BTH[:, 0] & _is_first(axis_name)
-    state = jax.tree.map(lambda x: _nan_if(x, _like(first_BH, x)), state)
+    state = jax.tree.map(lambda x: _nan_if(_like(first_BH, x), x), state)
     return (tokens, state), jnp.zeros_like(spoiled_BTH, jnp.float32)
 
 
@@ -366,11 +359,6 @@ def _spoil_results(fixed, results):
     return _map_reached(_nan_if, fixed, o, state), link_BTH
 
 
-def _nan_cotangents(fixed, cotangents):
-    ((do, dstate), dlink_BTH) = cotangents
-    return _map_reached(_nan_unless_zero, fixed, do, dstate), dlink_BTH
-
-
 def _finite_cotangents(fixed, cotangents, *, axis_name):
     ((do, dstate), _) = cotangents
     do, dstate = _map_reached(_nan_unless_zero, fixed, do, dstate)
@@ -379,19 +367,29 @@ def _finite_cotangents(fixed, cotangents, *, axis_name):
     return only_finite((do, dstate)), dlink_BTH.astype(jnp.float32)
 
 
-def _nan_if(x, reached):
+@jax.custom_jvp
+def _nan_where(reached, x):
+    return _nan_if(reached, x)
+
+
+@_nan_where.defjvp
+def _nan_where_jvp(primals, tangents):
+    return _nan_where(*primals), linear(_nan_if, _nan_unless_zero, primals[0], tangents[1])
+
+
+def _nan_if(reached, x):
     return jnp.where(reached, jnp.nan, x)
 
 
-def _nan_unless_zero(x, reached):
+def _nan_unless_zero(reached, x):
     return jnp.where(reached & (x != 0), jnp.nan, x)
 
 
 def _map_reached(function, fixed, o, state):
     """``function`` of outputs and states, each with whether it is reached."""
     reached_BTH, last_BH, _ = fixed
-    of_state = jax.tree.map(lambda x: function(x, _like(last_BH, x)), state)
-    return function(o, _like(reached_BTH, o)), of_state
+    of_state = jax.tree.map(lambda x: function(_like(last_BH, x), x), state)
+    return function(_like(reached_BTH, o), o), of_state
 
 
 def _like(flags: jax.Array, x: jax.Array) -> jax.Array:

@@ -152,3 +152,20 @@ def test_a_model_holds_it(name):
     value, gradients, _ = run(params, bad, MASK)
     assert np.isnan(value)
     assert all(np.isnan(leaf).any() for leaf in jax.tree.leaves(gradients))
+
+
+def test_states_that_nobody_asks_for_cost_no_pass_over_tokens():
+    """Their cotangents are known to be zero: none are padded and added to those of the inputs."""
+    sizes = {"num_heads": 2, "head_dim": 4, "implementation": "recurrent"}
+    layer = GatedDeltaProduct(8, **sizes, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+
+    def pads(asked):
+        def loss(params, x):
+            y, state = nnx.merge(graph, params)(x)
+            return jnp.sum(y) + (jnp.sum(state.q_conv) if asked else 0)
+
+        gradient = jax.grad(loss, (0, 1))
+        return str(jax.make_jaxpr(gradient)(params, jnp.zeros((1, 6, 8)))).count("pad[")
+
+    assert pads(asked=True) > pads(asked=False)

@@ -7,6 +7,7 @@ the inputs alone: the sum of taps is made again.
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from deltaproduct_jax.ops.convolution.plain import Form, plain, plain_activated
 from deltaproduct_jax.ops.convolution.selection import Choice, for_part, of_tpu
@@ -17,8 +18,9 @@ from deltaproduct_jax.ops.reverse_only import differentiated_once
 from deltaproduct_jax.ops.unavailable import asked_when_lowered, unavailable
 from deltaproduct_jax.ops.varying import mark_all_varying
 
-# Name of what a kernel made, for policies of `jax.checkpoint`.
-POINT = "short_convolution"
+# Names for policies of `jax.checkpoint`: of what a kernel made, and of what the one product reads
+# whose parts it takes where they lie.
+POINT, READ_POINT = "short_convolution", "read_together"
 NO_SECOND_DERIVATIVE = (
     "short convolution: kernels have a backward pass that cannot be differentiated again; name "
     'conv_implementation="plain" for second derivatives'
@@ -60,6 +62,99 @@ def short_convolution(
 
     check_vma = not choice.is_interpreted
     return on_each_part(on_device, arrays, layouts, layouts["u"], check_vma=check_vma)
+
+
+def convolved_parts(
+    choice: Choice,
+    parts: tuple[Form, ...],
+    widths: tuple[int, ...],
+    u: jax.Array,
+    before: jax.Array,
+    taps: jax.Array,
+    run: jax.Array | None,
+    past: jax.Array | None,
+) -> tuple[jax.Array, ...]:
+    """Convolutions of q, k and v that stand side by side, where a GPU runs a kernel for them.
+
+    As they are read where they lie, one product can make all of them and more, with one cotangent.
+    Only on devices that have whole arrays.
+
+    Args:
+      choice: what computes them.
+      parts: what is done to q, k and v; the first two alike, with a unit width, the last without.
+      widths: channels of each, C in all; multiples of that width.
+      u: inputs [B, T, C and more].
+      before: the W - 1 inputs before them [B, W - 1, C].
+      taps: [W, C], in float32 at least.
+      run, past: as of `plain`.
+
+    Returns:
+      q, k, v, and what ``u`` has behind them, as it is: [B, T, channels] each.
+    """
+    given = mark_all_varying((u, before, taps, run, past))
+    return _parts_jitted(choice, parts, widths, *given)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _parts_jitted(choice, parts, widths, *arrays):
+    return _parts(choice, parts, widths, *arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _parts(choice, parts, widths, u, before, taps, run, past):
+    run_pass = differentiated_once(of_triton.forward_parts, NO_SECOND_DERIVATIVE)
+
+    given = u, before, taps, run, past
+
+    def kernel(u, before, taps, run, past):
+        return tuple(run_pass(u, before, taps[None], run, past, parts=parts, widths=widths))
+
+    found = _run(choice, *_ways(choice, kernel, "forward", parts, widths), *given)
+    return *found, u[..., taps.shape[1] :]
+
+
+def _parts_forward(choice, parts, widths, *arrays):
+    return _parts(choice, parts, widths, *arrays), arrays
+
+
+def _parts_backward(choice, parts, widths, arrays, cotangents):
+    run_pass = differentiated_once(of_triton.backward_parts, NO_SECOND_DERIVATIVE)
+
+    def kernel(u, before, taps, run, past, *cotangents):
+        arrays, options = (u, before, taps[None], run, past), {"parts": parts, "widths": widths}
+        du, dbefore, dtaps = run_pass(*arrays, cotangents[:-1], cotangents[-1], **options)
+        return du, dbefore, dtaps[0]
+
+    ways = _ways(choice, kernel, "backward", parts, widths)
+    return *_run(choice, *ways, *arrays, *cotangents), None, None
+
+
+_parts.defvjp(_parts_forward, _parts_backward)
+
+
+def _ways(choice, on_gpu, direction, parts, widths):
+    """What platforms run, and all others: there each convolution is one of its own."""
+    one = {"forward": plain, "backward": _plain_back}[direction]
+    others = functools.partial(_one_by_one, one, parts, widths)
+    runs = {"cuda": on_gpu}
+    if choice.on_tpu == "pallas_tpu":
+        one = functools.partial(_by_pallas, direction, interpret=False)
+        runs["tpu"] = functools.partial(_one_by_one, one, parts, widths)
+    return runs, others
+
+
+def _one_by_one(one, parts, widths, u, before, taps, run, past, *cotangents):
+    """A pass of each, ``one(form, *arrays)``; cotangents are put together again."""
+    found, at = [], 0
+    for index, (form, width) in enumerate(zip(parts, widths, strict=True)):
+        of_part = (x[..., at : at + width] for x in (u, before, taps))
+        found.append(one(form, *of_part, run, past, *cotangents[index : index + 1]))
+        at += width
+    if not cotangents:
+        return tuple(found)
+    du, dbefore, dtaps = zip(*found, strict=True)
+    du = (*du, cotangents[-1])
+    return tuple(jnp.concatenate(x, axis=-1) for x in (du, dbefore, dtaps))
 
 
 def activated(choice: Choice, form: Form, u: jax.Array) -> jax.Array:

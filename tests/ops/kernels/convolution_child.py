@@ -16,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import triton_interpreter
 from flax import nnx
 from ops.kernels import convolution_cases, oracle_convolution
@@ -33,9 +34,10 @@ from ops.kernels.convolution_cases import (
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
 from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
-from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, tiling
+from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, row_passes, tiling
 from deltaproduct_jax.ops.varying import mark_varying_as
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
@@ -68,13 +70,14 @@ ACTIVATED = {
 def cut_short(rows=None):
     """Pieces of 4 tokens, and of ``rows`` groups."""
 
-    def short(*args, real=tiling.convolution_for, **options):
+    def short(real, *args, **options):
         cut = real(*args, **options)
         return dataclasses.replace(cut, piece=4, rows=rows or cut.rows)
 
     kept = {"power_of_two": staticmethod(tiling.power_of_two)}
-    cut = type("Cut", (), {"convolution_for": staticmethod(short), **kept})
-    convolution_passes.tiling = cut
+    for name in ("convolution_for", "parts_for"):
+        kept[name] = staticmethod(functools.partial(short, getattr(tiling, name)))
+    convolution_passes.tiling = type("Cut", (), kept)
 
 
 def both(form, u, before, taps, run, past, dy):
@@ -101,6 +104,55 @@ def activated(case):
     return {name: relative(x, reference) for name, x, reference in named}
 
 
+# Widths of q, k and v, and behind them what is not convolved.
+WIDTHS, REST = (8, 8, 16), 5
+PARTS = (Form(silu, 8), Form(silu, 8), Form(silu))
+
+
+def parts(packed):
+    """Errors of convolutions side by side; ``rest`` is of what stands behind them."""
+    case = Case(PARTS[0], C=sum(WIDTHS), T=5, packed=packed, B=1)
+    u, before, taps, run, past, dy = case.arrays()
+    rest = jnp.ones((*u.shape[:2], REST))
+    u = jnp.concatenate([u, 2 * rest], axis=-1)
+    ends = np.cumsum(WIDTHS)
+    cotangents = jnp.split(dy, ends[:-1], axis=-1)
+    arrays, how = (u, before, taps[None], run, past), {"parts": PARTS, "widths": WIDTHS}
+    results = convolution_passes.forward_parts(*arrays, **how)
+    du, *gradients = convolution_passes.backward_parts(*arrays, cotangents, rest, **how)
+    found = {"rest": relative(du[..., ends[-1] :], rest)}
+    for i, (form, end) in enumerate(zip(PARTS, ends, strict=True)):
+        of_part = slice(end - WIDTHS[i], end)
+        given = (x[..., of_part] for x in (u, before, taps))
+        options = {"silu": True, "width": form.unit_width}
+        y, wanted = oracle_convolution.short_convolution(
+            *given, run, past, cotangents[i], **options
+        )
+        got = [x[..., of_part] for x in (du, *gradients)]
+        pairs = zip(("y", "du", "dbefore", "dtaps"), (results[i], *got), (y, *wanted), strict=True)
+        found |= {f"{name} of {i}": relative(x, reference) for name, x, reference in pairs}
+    return found
+
+
+def of_rows():
+    """Differences of the kernels of a block's way back from what JAX derives."""
+    row_passes.PROGRAMS = 3
+    keys = jax.random.split(jax.random.key(0), 5)
+    x, dy, after = (jax.random.normal(key, (1, 23, 40)) for key in keys[:3])
+    scale, hidden = 1 + jax.random.normal(keys[3], (40,)), jax.random.normal(keys[4], (1, 23, 80))
+    norm = lambda x, scale: rows.norm(x, scale, 1e-5, x.dtype)
+    y, pull = jax.vjp(norm, x, scale)
+    dx, dscale = pull(dy)
+    mean_square = jnp.mean(x * x, axis=-1)[0]
+    got = row_passes.norm_back(x[0], mean_square, scale, dy[0], after[0], eps=1e-5, again=True)
+    wanted = dict(zip(("dx", "dscale", "y"), ((dx + after)[0], dscale, y[0]), strict=True))
+    found = {name: relative(x, wanted[name]) for name, x in zip(wanted, got, strict=True)}
+    [dhidden] = jax.vjp(lambda h: jax.nn.silu(h[..., :40]) * h[..., 40:], hidden)[1](dy)
+    got, h = row_passes.swiglu_back(hidden[0], dy[0])
+    again = jax.nn.silu(hidden[0, :, :40]) * hidden[0, :, 40:]
+    return found | {"dhidden": relative(got, dhidden[0]), "h": relative(h, again)}
+
+
 def interpreted(name, arrays, *others, **options):
     """`passes.call`, whose results vary over a mesh as its arrays do."""
     results = triton_interpreter.call(name, arrays, *others, **options)
@@ -121,6 +173,9 @@ def interpret(every):
     some = ACTIVATED if every else dict(itertools.islice(ACTIVATED.items(), 1))
     found |= {name: [case.dtype, activated(case)] for name, case in some.items()}
     found = {"errors": found}
+    for packed in (False, True) if every else (True,):
+        found["errors"][f"side by side, {packed}"] = ["float32", parts(packed)]
+    found["errors"]["rows"] = ["float32", of_rows()]
     if every:
         dispatch._by_platform = by_triton
         dispatch._run = lambda choice, runs, others, *arrays: runs["cuda"](*arrays)
@@ -186,6 +241,10 @@ def compile_for_cuda():
             rows[f"{kernel}, {name}"] = kernel_resources(
                 kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
             )
+    for name, kernel, arrays, launch, meta in launches_of_blocks():
+        rows[name] = kernel_resources(
+            kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
+        )
     return {"rows": rows, "lowered": lowered(), "said": said()}
 
 
@@ -213,6 +272,30 @@ def launches_alone(width, dtype):
         )
 
     return recorded(both, u)
+
+
+def launches_of_blocks():
+    """Of a model of 1024 channels: convolutions side by side, a norm's and a SwiGLU's way back."""
+    bfloat16 = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    widths, tokens = (512, 1024, 1024), (8, 4096)
+    how = {"parts": (Form(silu, 128), Form(silu, 128), Form(silu)), "widths": widths}
+
+    def convolutions(u, before, taps, rest, *cotangents):
+        arrays = u, before, taps, None, None
+        y = convolution_passes.forward_parts(*arrays, **how)
+        return y, convolution_passes.backward_parts(*arrays, cotangents, rest, **how)
+
+    def of_rows(x, mean_square, scale, hidden, dh):
+        dx = row_passes.norm_back(x, mean_square, scale, x, x, eps=1e-6, again=True)
+        return dx, row_passes.swiglu_back(hidden, dh)
+
+    taps = jax.ShapeDtypeStruct((1, 4, sum(widths)), "float32")
+    u, before = bfloat16(*tokens, sum(widths) + 8), bfloat16(8, 3, sum(widths))
+    cotangents = [bfloat16(*tokens, width) for width in widths]
+    found = recorded(convolutions, u, before, taps, bfloat16(*tokens, 8), *cotangents)
+    wide = [jax.ShapeDtypeStruct((size,), "float32") for size in (32768, 1024)]
+    shapes = bfloat16(32768, 1024), *wide, bfloat16(32768, 5632), bfloat16(32768, 2816)
+    return [(f"{call[0]} of a block", *call) for call in found + recorded(of_rows, *shapes)]
 
 
 def recorded(function, *shapes):

@@ -44,12 +44,12 @@ def check_errors(found, at_least):
 
 
 def test_outputs_and_gradients_are_those_of_the_oracle():
-    check_errors(child("interpret")["errors"], at_least=4)
+    check_errors(child("interpret")["errors"], at_least=6)
 
 
 @pytest.mark.slow
 def test_all_outputs_and_gradients_are_those_of_the_oracle(everything):
-    check_errors(everything["errors"], at_least=14)
+    check_errors(everything["errors"], at_least=17)
 
 
 @pytest.mark.slow
@@ -78,7 +78,7 @@ def test_a_layer_is_the_plain_one(everything):
 @pytest.mark.slow
 def test_all_compile_for_hopper_and_spill_nothing(everything):
     rows = everything["rows"]
-    assert len(rows) == 18
+    assert len(rows) == 22
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
     assert not any(row["atomics"] for row in rows.values()), rows  # sums have one order
     assert all(row["programs_a_multiprocessor"] >= 2 for row in rows.values()), rows
@@ -87,15 +87,16 @@ def test_all_compile_for_hopper_and_spill_nothing(everything):
 @pytest.mark.slow
 def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everything):
     lowered = everything["lowered"]
-    # Of q, k and v one forward and one on the way back each, beside the six of the op.
-    assert lowered["triton"] == lowered["None"] == 12
+    # Of q, k and v together one forward and one on the way back, beside the six of the op.
+    assert lowered["triton"] == lowered["None"] == 8
     assert lowered["plain"] == 6
     assert lowered["None, other op"] == 0
     # Of q and k.
     assert lowered["None, no convolution"] == 10
     assert lowered["plain, no convolution"] == 6
-    # What they made is kept like the results of the op.
-    assert (lowered["products"], lowered["blocks"]) == (12, 17)
+    # Of a block two norms and a SwiGLU more, on the way back; what the convolutions made is kept
+    # like the results of the op.
+    assert (lowered["products"], lowered["blocks"]) == (11, 14)
 
 
 @pytest.mark.slow
@@ -152,3 +153,15 @@ def test_every_channel_has_a_place_in_a_program(channels, width):
         for size in (cut.rows, cut.columns):
             assert size & (size - 1) == 0
         assert cut.rows * cut.columns <= 1024
+
+
+@pytest.mark.parametrize("groups", [(4, 8, 8), (6, 12, 24), (1, 3, 5), (64, 64, 64)])
+@pytest.mark.parametrize("width", [32, 48, 512])
+def test_side_by_side_a_program_has_channels_of_one(groups, width):
+    for backward in (False, True):
+        cut = tiling.parts_for(groups, width, backward=backward)
+        assert all(count % cut.rows == 0 for count in groups)
+        assert cut.width == width <= cut.columns
+        assert cut.rows & (cut.rows - 1) == 0
+        assert cut.rows * cut.columns <= 512
+        assert cut.warps & (cut.warps - 1) == 0

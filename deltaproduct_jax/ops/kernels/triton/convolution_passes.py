@@ -80,6 +80,69 @@ def _backward(form: Form, u, before, taps, run, past, dy):
     return du, dbefore, dtaps
 
 
+def forward_parts(u, before, taps, run, past, *, parts: tuple[Form, ...], widths: tuple[int, ...]):
+    """The convolutions of what stands side by side in a token, each an array of its own.
+
+    Args:
+      u: inputs [B, T, CU], of which the first C channels are convolved.
+      before: the W - 1 inputs before them [B, W - 1, C].
+      taps: [G, W, C], as in `forward`.
+      run, past: as in `forward`.
+      parts: of q, k and v; the first two alike, with a unit width, and the last without.
+      widths: channels of each, C in all; multiples of the unit width.
+    """
+    return batched(_forward_parts, (parts, widths))(u, before, taps, run, past)
+
+
+def backward_parts(u, before, taps, run, past, cotangents, rest, *, parts, widths):
+    """Cotangents of ``u``, ``before`` and ``taps``.
+
+    Args:
+      u, before, taps, run, past, parts, widths: as in `forward_parts`.
+      cotangents: of its results.
+      rest: of the channels of ``u`` behind the first C [B, T, CU - C].
+    """
+    fixed = parts, widths
+    return batched(_backward_parts, fixed)(u, before, taps, run, past, *cotangents, rest)
+
+
+def _forward_parts(fixed, u, *others):
+    outs = [jax.ShapeDtypeStruct((*u.shape[:2], C), u.dtype) for C in fixed[1]]
+    return _launch_parts("convolve_parts", fixed, (u, *others), lambda pieces: outs)
+
+
+def _backward_parts(fixed, u, before, taps, run, past, *cotangents):
+    B, C, (G, W) = u.shape[0], before.shape[2], taps.shape[:2]
+
+    def outs(pieces: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+        likes = (u, before, jax.ShapeDtypeStruct((B, pieces, W, C), jnp.float32))
+        return tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in likes)
+
+    cotangents = [x.astype(u.dtype) for x in cotangents]
+    arrays = (u, before, taps, run, past)
+    name = "convolve_parts_back"
+    du, dbefore, parts = _launch_parts(name, fixed, arrays, outs, *cotangents)
+    return du, dbefore, jnp.sum(parts.reshape(G, -1, W, C), axis=1)
+
+
+def _launch_parts(name: str, fixed, arrays, outs, *more) -> tuple[jax.Array, ...]:
+    u, before, taps, run, past = arrays
+    (form, _, _), widths = fixed
+    (B, T, CU), (G, W, C) = u.shape, taps.shape
+    width = form.unit_width
+    cut = tiling.parts_for(tuple(c // width for c in widths), width, backward=bool(more))
+    has_run = run is not None
+    meta: dict[str, Any] = {"B": B, "T": T, "C": C, "G": G, "W": W, "HAS_RUN": has_run}
+    meta |= {"ROWS": cut.rows, "WIDTH": cut.width, "BW": cut.columns, "PIECE": cut.piece}
+    meta |= {"SILU": form.activation is jax.nn.silu, "EPSILON": L2NORM_EPSILON}
+    meta |= {"CU": CU, "CQ": widths[0], "CK": widths[1], "BREST": tiling.power_of_two(CU - C)}
+    pieces = -(-T // cut.piece)
+    columns = C // (cut.width * cut.rows) + (1 if more and CU > C else 0)
+    inputs = (u, before, taps, *((run, past) if has_run else (u, u)), *more)
+    launch = Launch(cut.warps, stages=1)
+    return passes.call(name, inputs, tuple(outs(pieces)), (columns, pieces, B), launch, meta=meta)
+
+
 def activated(u, *, form: Form) -> jax.Array:
     """``act(u)``, divided by its length over every ``form.unit_width`` channels, [B, T, C]."""
     return batched(_activated, form)(u)

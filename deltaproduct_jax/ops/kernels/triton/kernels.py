@@ -22,6 +22,10 @@ from deltaproduct_jax.ops.kernels.triton.activation import activate as activate 
 from deltaproduct_jax.ops.kernels.triton.activation import activate_back as activate_back
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
+from deltaproduct_jax.ops.kernels.triton.convolution import convolve_parts as convolve_parts
+from deltaproduct_jax.ops.kernels.triton.convolution import (
+    convolve_parts_back as convolve_parts_back,
+)
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
 from deltaproduct_jax.ops.kernels.triton.narrow_forward import narrow_forward as narrow_forward
@@ -44,6 +48,8 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
 )
 from deltaproduct_jax.ops.kernels.triton.pieces import compose as compose
 from deltaproduct_jax.ops.kernels.triton.pieces import is_asked_for, start
+from deltaproduct_jax.ops.kernels.triton.rows import norm_back as norm_back
+from deltaproduct_jax.ops.kernels.triton.rows import swiglu_back as swiglu_back
 from deltaproduct_jax.ops.kernels.triton.step import step as step
 from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_place
 

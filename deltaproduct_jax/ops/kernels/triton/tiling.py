@@ -4,6 +4,7 @@ experiments/results/gpu/LOG.md has the measurements that chose the numbers.
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
@@ -166,6 +167,22 @@ class ConvolutionTiling:
     columns: int
     piece: int
     warps: int
+
+
+def parts_for(groups: tuple[int, ...], width: int, *, backward: bool) -> ConvolutionTiling:
+    """The cut of short convolutions side by side, of which a program has channels of one.
+
+    Args:
+      groups: of each, of ``width`` channels.
+      width: channels of which one length is taken.
+      backward: whether it is the way back.
+    """
+    columns = 1 << (width - 1).bit_length()
+    common = math.gcd(*groups)
+    rows = min(common & -common, max(1, 512 // columns))
+    # Numbers of a thread: the way back holds three times as much in registers.
+    warps = max(1, rows * columns // (32 * (4 if backward else 8)))
+    return ConvolutionTiling(width, rows, columns, piece=64, warps=warps)
 
 
 def convolution_for(channels: int, unit_width: int | None, *, backward: bool) -> ConvolutionTiling:

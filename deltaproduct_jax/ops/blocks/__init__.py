@@ -1,0 +1,1 @@
+"""Parts of a block of a model outside its mixer."""

@@ -1,0 +1,74 @@
+"""A norm whose input goes on, and a residual SwiGLU: values and derivatives of what they mean."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models.sequence_model import Block
+from deltaproduct_jax.ops.blocks import rows
+
+B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
+
+
+def drawn():
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, scale = jax.random.normal(keys[0], (B, T, D)), 1 + jax.random.normal(keys[1], (D,))
+    first, down = jax.random.normal(keys[2], (D, 2 * F)), jax.random.normal(keys[3], (F, D))
+    return x, scale, 0.3 * first, 0.3 * down
+
+
+def norm(x, scale):
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * scale[None, None]
+
+
+def swiglu(x, scale, first, down):
+    gate, up = jnp.split(norm(x, scale) @ first, 2, axis=-1)
+    return x + (jax.nn.silu(gate) * up) @ down
+
+
+PAIRS = {
+    "swiglu": (lambda *arrays: rows.residual_swiglu(*arrays, EPS), swiglu),
+    "norm": (
+        lambda x, scale, *_: sum(rows.forked_norm(x, scale, EPS)),
+        lambda x, scale, *_: x + norm(x, scale),
+    ),
+}
+
+
+def assert_close(a, b):
+    error = lambda x, y: np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-3)
+    assert max(jax.tree.leaves(jax.tree.map(error, a, b))) < 1e-5
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_and_derivatives_are_those_of_the_equation(name):
+    def derivatives(function):
+        loss = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
+        gradient = jax.grad(loss, (0, 1, 2, 3))
+        twice = jax.grad(lambda *arrays: jnp.sum(jnp.sin(gradient(*arrays)[0])))
+        x, *others = drawn()
+        mapped = jax.vmap(gradient, (0, 0, None, None))
+        scales = jnp.stack([others[0], -others[0]])
+        one = function(x, *others), gradient(x, *others), twice(x, *others)
+        return one, mapped(jnp.stack([x, 2 * x]), scales, *others[1:])
+
+    ours, wanted = (jax.jit(lambda f=f: derivatives(f))() for f in PAIRS[name])
+    assert_close(ours, wanted)
+
+
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_a_block_that_is_fused_is_the_same(monkeypatch, remat):
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "num_layers": 2, "vocab_size": 8}
+    config = ModelConfig(mixer="delta_product", remat=remat, implementation="recurrent", **sizes)
+    graph, params = nnx.split(SequenceModel(config, rngs=nnx.Rngs(0)))
+    ids = jax.random.randint(jax.random.key(1), (2, 6), 0, 8)
+
+    def gradient(fused):
+        monkeypatch.setattr(Block, "_may_be_fused", lambda self, x: fused)
+        loss = lambda params: jnp.sum(jnp.sin(nnx.merge(graph, params)(ids)))
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    assert_close(gradient(True), gradient(False))
