@@ -90,28 +90,31 @@ def halves(keys):
 
 
 @gluon.jit
-def three_products(high, low, of_high, of_low):
-    """``(high + low) (of_high + of_low)`` but for the product of both second terms."""
-    x = gl.zeros([64, 32], gl.float32, ACC)
-    x = warpgroup_mma(high, of_high, x, use_acc=False, is_async=True)
+def three_products(high, low, of_high, of_low, x):
+    """x and ``(high + low) (of_high + of_low)`` but for the product of both second terms."""
+    x = warpgroup_mma(high, of_high, x, is_async=True)
     x = warpgroup_mma(high, of_low, x, is_async=True)
     return warpgroup_mma(low, of_high, x, is_async=True)
 
 
 @gluon.jit
-def times_first(product, tiles, betas, p: gl.constexpr):
+def times_first(product, turned, betas, p: gl.constexpr):
     """Begins ``L21 T11`` of block p."""
     product *= betas.slice(p * 64, 32).load(gl.SliceLayout(0, ACC))[None, :]
     high, low = two_terms(product)
     high, low = gl.convert_layout(high, LEFT), gl.convert_layout(low, LEFT)
-    return three_products(high, low, tiles.index(p).slice(0, 32), tiles.index(2 + p).slice(0, 32))
+    of_high = turned.index(0).slice(p * 32, 32).slice(0, 32, dim=1).permute((1, 0))
+    of_low = turned.index(1).slice(p * 32, 32).slice(0, 32, dim=1).permute((1, 0))
+    return three_products(high, low, of_high, of_low, product)
 
 
 @gluon.jit
-def times_second(tiles, p: gl.constexpr):
+def times_second(product, turned, tiles, p: gl.constexpr):
     """Begins ``T22 (L21 T11)`` of block p."""
+    high = turned.index(0).slice(p * 32, 32).permute((1, 0))
+    low = turned.index(1).slice(p * 32, 32).permute((1, 0))
     of_high, of_low = tiles.index(4 + p).slice(32, 32), tiles.index(6 + p).slice(32, 32)
-    return three_products(tiles.index(p), tiles.index(2 + p), of_high, of_low)
+    return three_products(high, low, of_high, of_low, product)
 
 
 @gluon.jit
@@ -137,13 +140,14 @@ def beside(X, sums, mild, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.c
 
 
 @gluon.jit
-def below(f0, f2, tiles, betas):
+def below(f0, f2, turned, tiles, betas):
     """``T22 (L21 T11)``, T = I - X, of both blocks.
 
-    ``tiles`` holds both T in two terms, and has room for two terms of two products. A product has
-    64 rows, of which the first 32 matter to nobody.
+    ``turned`` holds -X of the halves, transposed, in two terms, and the second half of ``tiles``
+    has room for two terms of two products. A product has 64 rows, of which the first 32 matter to
+    nobody.
     """
-    P0, P1 = times_first(f0, tiles, betas, 0), times_first(f2, tiles, betas, 1)
+    P0, P1 = times_first(f0, turned, betas, 0), times_first(f2, turned, betas, 1)
     P0, P1 = warpgroup_mma_wait(0, deps=[P0, P1])
     high, low = two_terms(P0)
     tiles.index(4).store(high)
@@ -152,7 +156,7 @@ def below(f0, f2, tiles, betas):
     tiles.index(5).store(high)
     tiles.index(7).store(low)
     fence_async_shared()
-    X0, X1 = times_second(tiles, 0), times_second(tiles, 1)
+    X0, X1 = times_second(P0, turned, tiles, 0), times_second(P1, turned, tiles, 1)
     X0, X1 = warpgroup_mma_wait(0, deps=[X0, X1])
     return X0, X1
 
@@ -226,6 +230,19 @@ def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
             of_g += gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2) - from_low
             X *= power(gl.where(mask, of_g, 0.0))
     return gl.where(mask, X, 0.0)
+
+
+@gluon.jit
+def put_turned(turned, X):
+    """Writes both terms of what is on the diagonals, transposed: a thread has a row then.
+
+    Rows are columns of one half of both blocks, columns rows of the first half and the second.
+    """
+    high, low = two_terms(X)
+    high = gl.permute(gl.reshape(high, [32, 2, 2, 32]), (1, 3, 2, 0))
+    low = gl.permute(gl.reshape(low, [32, 2, 2, 32]), (1, 3, 2, 0))
+    turned.index(0).store(gl.reshape(high, [64, 64]))
+    turned.index(1).store(gl.reshape(low, [64, 64]))
 
 
 @gluon.jit
@@ -306,19 +323,19 @@ def inverse(
     X = substituted(f, by_half)
     gl.barrier()
 
-    i_of, j_of = positions()
-    ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
-    put_halves(ts, gl.where(i_of == j_of, 1.0, -X))
-    fence_async_shared()
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    turned = space._reinterpret(gl.bfloat16, [4, 64, 64], square)
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
-    X0, X1 = below(f0, f2, tiles, betas)
+    put_turned(turned, -X)
+    fence_async_shared()
+    X0, X1 = below(f0, f2, turned, tiles, betas)
     X0 = beside(X0, sums, mild, 0, HAS_G, HAS_RESETS)
     X1 = beside(X1, sums, mild, 1, HAS_G, HAS_RESETS)
 
     X = decayed(X, sums, mild, HAS_G, HAS_RESETS)
     gl.barrier()
-    # In the place of T: what is on the diagonals, then what is beside them.
-    put_halves(ts, X)
+    # What is on the diagonals, then what is beside them.
+    put_halves(space._reinterpret(gl.bfloat16, [512, 32], of_tiles), X)
     high, low = two_terms(X0)
     tiles.index(4).store(high)
     tiles.index(5).store(low)
