@@ -111,7 +111,7 @@ class Call:
             "k": updates,
             "v": Tile((B, T * R, HV * V), GROUP, V),
             "dv": Tile((B, T * R, HV * V), GROUP, 64),
-            "x_out": Tile((B * HV, blocks * 2 * 64, 64), 32, 32),
+            "x_out": Tile((B * HV * blocks * 2, 64, 64), 32, 32, depth=2),
             "x": Tile((B * HV, blocks * 2 * 64, 64), 128, 64),
             "o": Tile((B, T, HV * V), GROUP, 64),
             "do": Tile((B, T, HV * V), GROUP, V),

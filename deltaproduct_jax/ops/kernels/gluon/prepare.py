@@ -162,17 +162,12 @@ def below(f0, f2, turned, tiles, betas):
 
 
 @gluon.jit
-def copy_out(x, quarters, pid, block, p: gl.constexpr, NB: gl.constexpr):
-    """Writes block p by quarters [32, 32] of its two terms; behind the last block none."""
-    if block < NB:
-        for term in gl.static_range(2):
-            row = (2 * block + term) * 64
-            of_diagonal = 4 * term + 2 * p
-            others = 8 + 4 * p + 2 * term
-            tma.async_copy_shared_to_global(x, [pid, row, 0], quarters.index(of_diagonal))
-            tma.async_copy_shared_to_global(x, [pid, row, 32], quarters.index(others))
-            tma.async_copy_shared_to_global(x, [pid, row + 32, 0], quarters.index(others + 1))
-            tma.async_copy_shared_to_global(x, [pid, row + 32, 32], quarters.index(of_diagonal + 1))
+def copy_out(x, quarters, index, p: gl.constexpr):
+    """Writes block p by quarters [32, 32], both terms of each at once."""
+    tma.async_copy_shared_to_global(x, [index, 0, 0], quarters.index(2 * p))
+    tma.async_copy_shared_to_global(x, [index, 0, 32], quarters.index(4 + 2 * p))
+    tma.async_copy_shared_to_global(x, [index, 32, 0], quarters.index(5 + 2 * p))
+    tma.async_copy_shared_to_global(x, [index, 32, 32], quarters.index(2 * p + 1))
 
 
 @gluon.jit
@@ -196,10 +191,10 @@ def put_growth(ptr, f, by_half, pair, NB: gl.constexpr):
 
 @gluon.jit
 def substituted(f, by_half):
-    """X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
+    """-X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
     i_of, j_of = positions()
     X = gl.where(i_of > j_of, f.permute((1, 0, 2)).load(HALVES), 0.0)
-    X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
+    X *= gl.expand_dims(-by_half.load(OF_COLUMNS), 0)
     for i in gl.static_range(31):
         # A negative zero, since adding it changes nothing, whatever the sign.
         x = gl.sum(gl.where(i_of == i, X, -0.0), axis=0)
@@ -211,7 +206,7 @@ def substituted(f, by_half):
 
 @gluon.jit
 def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
-    """X of the halves with decays."""
+    """X of the halves with decays, from -X without."""
     i_of, j_of = positions()
     mask = i_of > j_of
     if HAS_RESETS:
@@ -224,11 +219,13 @@ def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
         high = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
         from_low = gl.expand_dims(lows.load(OF_COLUMNS), 0)
         if mild:
-            X *= high * from_low
+            X *= high * -from_low
         else:
             of_g = high - gl.expand_dims(highs.load(OF_COLUMNS), 0)
             of_g += gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2) - from_low
-            X *= power(gl.where(mask, of_g, 0.0))
+            X *= -power(gl.where(mask, of_g, 0.0))
+    else:
+        X = -X
     return gl.where(mask, X, 0.0)
 
 
@@ -247,10 +244,17 @@ def put_turned(turned, X):
 
 @gluon.jit
 def put_halves(ts, X):
-    """Writes both terms of what is on the diagonals."""
-    high, low = two_terms(X)
-    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
-    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
+    """Writes what is on the diagonals, both terms of a half behind each other."""
+    terms = gl.permute(gl.join(*two_terms(X)), (1, 3, 0, 2))
+    ts.slice(0, 256).store(gl.reshape(terms, [256, 32]))
+
+
+@gluon.jit
+def put_beside(ts, X, p: gl.constexpr):
+    """Writes what is beside the diagonal of block p, above and below, in the same way."""
+    terms = gl.reshape(gl.join(*two_terms(X)), [2, 32, 32, 2])
+    terms = gl.reshape(gl.permute(terms, (0, 3, 1, 2)), [128, 32])
+    ts.slice(256 + p * 128, 128).store(terms)
 
 
 @gluon.jit
@@ -326,7 +330,7 @@ def inverse(
     square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
     turned = space._reinterpret(gl.bfloat16, [4, 64, 64], square)
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
-    put_turned(turned, -X)
+    put_turned(turned, X)
     fence_async_shared()
     X0, X1 = below(f0, f2, turned, tiles, betas)
     X0 = beside(X0, sums, mild, 0, HAS_G, HAS_RESETS)
@@ -335,16 +339,15 @@ def inverse(
     X = decayed(X, sums, mild, HAS_G, HAS_RESETS)
     gl.barrier()
     # What is on the diagonals, then what is beside them.
-    put_halves(space._reinterpret(gl.bfloat16, [512, 32], of_tiles), X)
-    high, low = two_terms(X0)
-    tiles.index(4).store(high)
-    tiles.index(5).store(low)
-    high, low = two_terms(X1)
-    tiles.index(6).store(high)
-    tiles.index(7).store(low)
+    ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
+    put_halves(ts, X)
+    put_beside(ts, X0, 0)
+    put_beside(ts, X1, 1)
     fence_async_shared()
-    quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 32, 32], gl.bfloat16)
-    quarters = space._reinterpret(gl.bfloat16, [16, 1, 32, 32], quarter)
+    quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2, 32, 32], gl.bfloat16)
+    quarters = space._reinterpret(gl.bfloat16, [8, 2, 32, 32], quarter)
     for p in gl.static_range(2):
-        copy_out(x_out, quarters, pid, pair * 2 + p, p, NB)
+        block = pair * 2 + p
+        if block < NB:
+            copy_out(x_out, quarters, (pid * NB + block) * 2, p)
     tma.store_wait(0)
