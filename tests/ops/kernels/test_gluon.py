@@ -20,7 +20,7 @@ SHARED = 227 * 1024
 SPILT_BY_WALKS = 60
 # Of `walk_back`, by K: mostly addresses that are found before the loop and read again in it.
 SPILT_BY_WALKS_BACK = {64: 40, 128: 400}
-SPILT_BY_INVERSE = 80
+SPILT_BY_INVERSE = 160
 
 if not environment.extra_folder("gluon").exists():
     pytest.skip("needs Triton 3.7 (tests/run.py --extra=gluon)", allow_module_level=True)
