@@ -145,11 +145,11 @@ def inverse(b: Block):
             step = F[:, :, i, None] * (b.beta[:, first][:, i, None, None] * x[:, None, i])
             x = np.where((np.arange(half) > i)[:, None], x - step, x)
         X[:, first, first] = x
-    T = np.eye(SIZE, dtype=f32) - X
     upper, under = slice(0, half), slice(half, SIZE)
     product = gram[:, under, upper] * b.beta[:, None, upper]
-    product = three_products(two_terms(product), two_terms(T[:, upper, upper]))
-    X[:, under, upper] = three_products(two_terms(T[:, under, under]), two_terms(product))
+    product += three_products(two_terms(product), two_terms(-X[:, upper, upper]))
+    product += three_products(two_terms(-X[:, under, under]), two_terms(product))
+    X[:, under, upper] = product
     return two_terms(np.where(LOWER, X * b.between, f32(0)))
 
 

@@ -17,21 +17,26 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from deltaproduct_jax.ops.kernels.gluon.moves import (
     ask,
-    ask_columns,
-    ask_rows,
+    ask_for_block,
     half,
+    joined,
+    put_dq,
     put_line,
 )
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
     ROW,
+    diagonal,
+    exceeds,
+    from_columns,
     is_mild,
     load_vectors,
     matrix,
     nothing,
     put_vectors,
     quotients,
+    times,
     weights,
 )
 
@@ -57,12 +62,6 @@ def over_columns(rows, states, h: gl.constexpr, z, NC: gl.constexpr):
 
 
 @gluon.jit
-def from_columns(x):
-    """Sums of the columns of a square, as what belongs to its rows."""
-    return gl.convert_layout(gl.sum(x, axis=0), ROW)
-
-
-@gluon.jit
 def of_system(
     k, tile, eb, dyb, betas, of_updates, dbeta_ptr, row, rows, b, hv, r, z, mild, R: gl.constexpr,
     HV: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
@@ -73,12 +72,11 @@ def of_system(
     """
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     Z = over_values(dyb, eb, z, NC)
-    below = i_of[:, None] > (j_of + z)[None, :]
+    below = exceeds(i_of - z, j_of)
     of_betas = betas.index(z).load(COLUMN)
     weight = weights(of_updates, of_updates, of_betas, below, mild, z, -1.0, HAS_G, HAS_RESETS)
     Z = warpgroup_mma_wait(0, deps=[Z])
-    own = i_of[:, None] == (j_of + z)[None, :]
-    dbeta = gl.sum(gl.where(own, Z, 0.0), axis=1) / betas.index(z).load(ROW)
+    dbeta = diagonal(Z, z) / betas.index(z).load(ROW)
     at = dbeta_ptr + (b * rows + row + i_of) * HV + hv
     gl.store(at, dbeta.to(dbeta_ptr.dtype.element_ty), mask=row + i_of < rows)
     Z *= weight
@@ -95,21 +93,24 @@ def of_system(
 
 @gluon.jit
 def of_queries(
-    q, dob, sb, h: gl.constexpr, scale, z, mild, NC: gl.constexpr, HAS_G: gl.constexpr,
+    q, dob, sb, tokens, z, mild, SCALE: gl.constexpr, K: gl.constexpr, NC: gl.constexpr,
+    HAS_G: gl.constexpr, DECAYS: gl.constexpr,
 ):  # fmt: skip
-    """What reading the state makes of 64 columns of dq of a group; terms of dg, if not ``mild``."""
-    read = warpgroup_mma_wait(0, deps=[over_columns(dob, sb, h, z, NC)])
+    """What reading the state makes of dq of a group; its terms of dg, if not ``mild``."""
+    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    read = gl.zeros([64, K], gl.float32, lay)
+    for j in gl.static_range(NC):
+        state = matrix(sb.index(z + j))
+        read = warpgroup_mma(matrix(dob.index(z + j)), state, read, use_acc=j > 0, is_async=True)
+    scale = gl.full([64], SCALE, gl.float32, gl.SliceLayout(1, lay))
+    if DECAYS:
+        scale *= tokens.load(gl.SliceLayout(1, lay))
+    read = warpgroup_mma_wait(0, deps=[read])
     read *= scale[:, None]
     terms = gl.zeros([64], gl.float32, ROW)
     if HAS_G and not mild:
-        terms = times(half(q, h), read)
+        terms = times(q, read)
     return read, terms
-
-
-@gluon.jit
-def times(tile, x):
-    """Products of the rows of a tile with others."""
-    return gl.sum(tile.load(ACC).to(gl.float32) * x, axis=1)
 
 
 @gluon.jit
@@ -120,7 +121,7 @@ def put_scores(
     """What multiplies errors in outputs, into ``pb``; and its factor."""
     i_of, j_of = gl.arange(0, 64, ROW), gl.arange(0, 64, COLUMN)
     # Up to its token, of which there is one for R updates.
-    upto = ((i_of + 1) * R)[:, None] > (r * 64 + j_of)[None, :]
+    upto = exceeds((i_of + 1) * R - r * 64, j_of)
     of_betas = betas.index(z).load(COLUMN)
     factor = weights(of_tokens, of_updates, of_betas, upto, mild, z, SCALE, HAS_G, HAS_RESETS)
     scores = warpgroup_mma_wait(0, deps=[scores_of])
@@ -130,20 +131,8 @@ def put_scores(
 
 
 @gluon.jit
-def ask_for_block(
-    handed, arrays, block, R: gl.constexpr, NC: gl.constexpr, SEQUENCES: gl.constexpr,
-):  # fmt: skip
-    """Begins to load errors of a block and the state before it, of which there is room for one."""
-    e, states = arrays[4], arrays[5]
-    eb, sb, of_e, of_states, b, pid, vcol = handed
-    ask_columns(e, b, block * 64, vcol, of_e.index(0), eb, 0, NC)
-    kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
-    ask_rows(states, kept, 0, of_states.index(0), sb, NC)
-
-
-@gluon.jit
 def before_dv(
-    tiles, tokens, dq_0, dq_1, scores, factor, m, r, st, z, mild, waits,
+    tiles, tokens, dq, scores, factor, m, r, st, z, mild, waits,
     SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, HAS_G: gl.constexpr,
     DECAYS: gl.constexpr,
 ):  # fmt: skip
@@ -161,7 +150,7 @@ def before_dv(
     by_token = gl.zeros([64], gl.float32, ROW)
     by_update = by_token
     if HAS_G and not mild:
-        spans = (i_of * R)[:, None] > (r * 64 + j_of)[None, :]
+        spans = exceeds(i_of * R - r * 64, j_of)
         scores = gl.where(spans, ds * scores, 0.0)
         by_token = gl.sum(scores, axis=1)
         by_update = -from_columns(scores)
@@ -169,26 +158,24 @@ def before_dv(
     mbarrier.wait(of_states.index(0), m & 1)
     z = nothing(m, 28)
     if r == 0:
-        scale = gl.full([64], SCALE, gl.float32, ROW)
-        if DECAYS:
-            scale *= tokens.index(st).load(ROW)
-        read, of_start = of_queries(q, dob, sb, 0, scale, z, mild, NC, HAS_G)
+        read, of_start = of_queries(
+            q, dob, sb, tokens.index(st), z, mild, SCALE, K, NC, HAS_G, DECAYS
+        )
         by_token += of_start
-        dq_0 = read if R == 1 else dq_0 + read
-        if K == 128:
-            read, of_start = of_queries(q, dob, sb, 1, scale, nothing(m, 23), mild, NC, HAS_G)
-            by_token += of_start
-            dq_1 = read if R == 1 else dq_1 + read
+        dq = read if R == 1 else dq + read
     mbarrier.wait(of_ds.index(0), m & 1)
-    return narrow, dq_0, dq_1, by_token, by_update
+    return narrow, dq, by_token, by_update
 
 
 @gluon.jit
 def of_keys(
-    tiles, ds_tile, Z_tile, into, out, m, mild, K: gl.constexpr, NC: gl.constexpr,
+    tiles, ds_tile, Z_tile, into, out, dq, m, mild, of_next, waits, arrays, block, last,
+    R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, SEQUENCES: gl.constexpr,
     HAS_G: gl.constexpr,
 ):  # fmt: skip
-    """Puts dk of a block into ``stage``.
+    """Puts dk of a block into ``stage``; ends what was begun of dq.
+
+    Asks for what the next block takes as soon as nobody reads what is in its place.
 
     Terms of dg: of decays to updates from where the block begins, and from them to its end; if
     ``mild`` of all decays to updates, less those from them.
@@ -200,7 +187,14 @@ def of_keys(
         z = nothing(m, 26 - 5 * h)
         dk = over_columns(eb, dsb, h, z, NC)
         read = over_columns(dyb, sb, h, z, NC)
-        dk, read = warpgroup_mma_wait(0, deps=[dk, read])
+        dk, read, dq = warpgroup_mma_wait(0, deps=[dk, read, dq])
+        if h == K // 64 - 1:
+            of_states, of_ds = waits
+            mbarrier.arrive(of_ds.index(1), count=1)
+            if HAS_G:
+                mbarrier.wait(of_states.index(1), m & 1)
+            if not last:
+                ask_for_block(of_next, arrays, block - 1, R, NC, SEQUENCES)
         dk *= out[:, None]
         read *= -into[:, None]
         if HAS_G:
@@ -222,20 +216,7 @@ def of_keys(
         else:
             dk = warpgroup_mma_wait(0, deps=[dk])
         half(stage.index(z), h).store(dk.to(gl.bfloat16))
-    return of_into, of_out, of_all
-
-
-@gluon.jit
-def put_dq(
-    dq_out, at, dq_0, dq_1, dyb, stage, z, K: gl.constexpr
-):  # fmt: skip
-    """Writes dq of a group, by way of the tiles that dv was in."""
-    tile = dyb._reinterpret(gl.bfloat16, stage.shape, stage.layout).index(z)
-    half(tile, 0).store(dq_0.to(gl.bfloat16))
-    if K == 128:
-        half(tile, 1).store(dq_1.to(gl.bfloat16))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dq_out, at, tile)
+    return of_into, of_out, of_all, dq
 
 
 @gluon.jit
@@ -264,20 +245,23 @@ def find_cotangents(
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    dq_0, dq_1 = zero, zero
+    of_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    dq = gl.zeros([64, K], gl.float32, of_dq)
     vectors = load_vectors(
         beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
         HAS_RESETS,
     )  # fmt: skip
     mild = is_mild(sums_ptr, pid, first + gl.maximum(total - 1, 0) // R, NG, HAS_G)
+    of_both, of_values = joined(xb, 2, 128, 64), joined(dob, NC, 64, NC * 64)
     if total > 0:
         last = first * R + total - 1
         ask(q_in, [b, last // R * 64, qcol], qfull.index(0), qb.index(0))
         ask(k_in, [b, last * 64, qcol], full.index(0), kb.index(0))
-        ask_rows(x_in, pid, last * 128, of_x.index(0), xb, 2)
-        ask_columns(do_in, b, last // R * 64, vcol, do_full.index(0), dob, 0, NC)
+        ask(x_in, [pid, last * 128, 0], of_x.index(0), of_both.index(0))
+        ask(do_in, [b, last // R * 64, vcol], do_full.index(0), of_values.index(0))
         if HAS_GRADIENTS:
             ask_for_block(of_block, arrays, last, R, NC, SEQUENCES)
+    of_sequence = pid.to(gl.int64) * (NG * R) + first * R
     for m in range(total):
         block = total - 1 - m
         r = block % R
@@ -309,24 +293,23 @@ def find_cotangents(
             ask(q_in, [b, here, qcol], qfull.index(sq ^ 1), qb.index(sq ^ 1))
             if D == 2:
                 mbarrier.wait(do_empty.index(d ^ 1), (((turn + 1) // 2) & 1) ^ 1)
-                ask_columns(do_in, b, here, vcol, do_full.index(d ^ 1), dob, (d ^ 1) * NC, NC)
+                ask(do_in, [b, here, vcol], do_full.index(d ^ 1), of_values.index(d ^ 1))
         if HAS_GRADIENTS:
-            terms = terms_ptr + (pid.to(gl.int64) * (NG * R) + first * R + block) * 256
             # dk, and dq in the place of dv, of the block before are out.
             tma.store_wait(0)
             if m > 0:
                 mbarrier.arrive(of_dy.index(1), count=1)
             mbarrier.wait(of_e.index(0), m & 1)
             mbarrier.wait(do_full.index(0), turn & 1)
-            narrow, dq_0, dq_1, by_token, by_update = before_dv(
-                (q, dob, eb, sb), tokens, dq_0, dq_1, scores, factor, m, r, st, z, mild,
+            narrow, dq, by_token, by_update = before_dv(
+                (q, dob, eb, sb), tokens, dq, scores, factor, m, r, st, z, mild,
                 (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
             )  # fmt: skip
             z = nothing(m, 27)
             mbarrier.wait(of_dy.index(0), m & 1)
             # Nobody reads X or the scores any more.
             if m + 1 < total:
-                ask_rows(x_in, pid, 2 * row - 128, of_x.index(0), xb, 2)
+                ask(x_in, [pid, 2 * row - 128, 0], of_x.index(0), of_both.index(0))
             ds_tile = pb.index(z)
             ds_tile.store(narrow)
             Z_tile = matrix(stage.index(z)).slice(K - 64, 64, dim=1)
@@ -336,52 +319,45 @@ def find_cotangents(
             )  # fmt: skip
             fence_async_shared()
             if R == 1:
-                dq_0 = warpgroup_mma(ds_tile, half(k, 0), dq_0)
-                if K == 128:
-                    dq_1 = warpgroup_mma(ds_tile, half(k, 1), dq_1)
+                dq = warpgroup_mma(ds_tile, k, dq, is_async=True)
             else:
-                dq_0 = warpgroup_mma(ds_tile, half(k, 0), dq_0, use_acc=(m % R > 0))
-                if K == 128:
-                    dq_1 = warpgroup_mma(ds_tile, half(k, 1), dq_1, use_acc=(m % R > 0))
+                dq = warpgroup_mma(ds_tile, k, dq, use_acc=m % R > 0, is_async=True)
             out = outs.index(st).load(ROW)
             into = gl.full([64], 1.0, gl.float32, ROW)
             if DECAYS:
                 into = intos.index(st).load(ROW)
-            of_into, of_out, of_all = of_keys(
-                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, m, mild, K, NC, HAS_G
-            )
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(nothing(m, 21)))
-            mbarrier.arrive(of_ds.index(1), count=1)
-            if HAS_G:
-                mbarrier.wait(of_states.index(1), m & 1)
-            if m + 1 < total:
-                ask_for_block(of_block, arrays, first * R + block - 1, R, NC, SEQUENCES)
-            if HAS_G:
-                if mild:
-                    by_update = of_all
-                    if r == 0:
-                        by_token = times(half(q, 0), dq_0)
-                        if K == 128:
-                            by_token += times(half(q, 1), dq_1)
-                put_line(terms, of_into)
-                put_line(terms + 64, of_out)
-                put_line(terms + 128, by_update)
-                put_line(terms + 192, by_token)
+            of_into, of_out, of_all, dq = of_keys(
+                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, dq, m,
+                mild, of_block, (of_states, of_ds), arrays, first * R + block, m + 1 == total,
+                R, K, NC, SEQUENCES, HAS_G,
+            )  # fmt: skip
             vectors = load_vectors(
                 beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
                 HAS_RESETS,
             )  # fmt: skip
-            mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
-            z = nothing(m, 25)
+            is_next_mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(nothing(m, 21)))
+            if HAS_G:
+                if mild:
+                    by_update = of_all
+                    if r == 0:
+                        by_token = times(q, dq)
+                terms = terms_ptr + (of_sequence + block) * 256
+                put_line(terms, of_into)
+                put_line(terms + 64, of_out)
+                put_line(terms + 128, by_update)
+                put_line(terms + 192, by_token)
             if r == 0:
                 # Those who hold the cotangent of the state have written dv.
                 mbarrier.wait(do_empty.index(0), turn & 1)
-                at = [b, (first + block // R) * 64, hv * K]
-                put_dq(dq_out, at, dq_0, dq_1, dyb, stage, z, K)
+                put_dq(
+                    dq_out, [b, (first + block // R) * 64, hv * K], dq, dyb, stage, nothing(m, 25)
+                )
                 if has_more:
                     here = (first + block // R - 1) * 64
-                    ask_columns(do_in, b, here, vcol, do_full.index(0), dob, 0, NC)
+                    ask(do_in, [b, here, vcol], do_full.index(0), of_values.index(0))
+            mild = is_next_mild
         else:
             vectors = load_vectors(
                 beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
@@ -390,6 +366,6 @@ def find_cotangents(
             mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
             if m + 1 < total:
                 mbarrier.wait(of_x.index(1), m & 1)
-                ask_rows(x_in, pid, 2 * row - 128, of_x.index(0), xb, 2)
+                ask(x_in, [pid, 2 * row - 128, 0], of_x.index(0), of_both.index(0))
     if HAS_GRADIENTS:
         tma.store_wait(0)

@@ -28,6 +28,8 @@ GLUON = {"bf16": "bfloat16"}
 class Tile(NamedTuple):
     """An array as the copy engine sees it: three dimensions, and rows and columns of a tile.
 
+    Of ``depth`` matrices behind each other a tile has as much.
+
     With a dtype the memory is taken as if it held that one.
     """
 
@@ -35,6 +37,7 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     dtype: str | None = None
+    depth: int = 1
 
 
 call_p = core.Primitive("delta_product_gluon")
@@ -105,7 +108,7 @@ def compiled(
     names = kernel.arg_names[: len(dtypes)]
     signature = {name: "*" + DTYPES[dtype] for name, dtype in zip(names, dtypes, strict=True)}
     for name, tile in tiles:
-        block = [1, tile.rows, tile.columns]
+        block = [tile.depth, tile.rows, tile.columns]
         dtype = DTYPES[tile.dtype] if tile.dtype else signature[name][1:]
         layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, GLUON[dtype]))
         signature[name] = f"tensordesc<{dtype}{block},{layout!r}>"

@@ -9,7 +9,6 @@ from triton.experimental.gluon import language as gl
 from deltaproduct_jax.ops.kernels.gluon import gates
 
 ACC = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-LEFT = gl.constexpr(gl.DotOperandLayout(0, ACC.value, 2))
 ROW = gl.constexpr(gl.SliceLayout(1, ACC.value))
 COLUMN = gl.constexpr(gl.SliceLayout(0, ACC.value))
 
@@ -28,9 +27,10 @@ def not_zero(beta):
 
 
 @gluon.jit
-def left(x):
-    """As the left operand of a product."""
-    return gl.convert_layout(x.to(gl.bfloat16), LEFT, assert_trivial=True)
+def left(x, of_product: gl.constexpr):
+    """As the left operand of a product with this layout."""
+    lay: gl.constexpr = gl.DotOperandLayout(0, of_product, 2)
+    return gl.convert_layout(x.to(gl.bfloat16), lay, assert_trivial=True)
 
 
 @gluon.jit
@@ -206,3 +206,72 @@ def put_vectors(
                 of_tokens.index(z + part).store(shown[1][part])
     else:
         outs.index(st).store(beta)
+
+
+@gluon.jit
+def widened(x):
+    """bfloat16 as float32, of two in a register: the compiler takes an instruction more."""
+    return gl.inline_asm_elementwise(
+        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+        "=f,=f,r",
+        [x],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def exceeds(of_rows, columns):
+    """Whether numbers of rows exceed those of columns, 0 to 63, as they are spread in ACC.
+
+    What threads differ in is taken from the rows: the rest of a column is a constant of a register.
+    """
+    return of_rows[:, None] - (columns & 6)[None, :] > (columns & 57)[None, :]
+
+
+@gluon.jit
+def rows_of(x):
+    """Numbers of the rows of a tensor of 64, to be compared with it."""
+    lay: gl.constexpr = x.type.layout
+    if len(x.shape) == 2:
+        i = gl.arange(0, 64, gl.SliceLayout(1, lay))[:, None]
+    else:
+        i = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, lay)))
+        i = gl.expand_dims(gl.expand_dims(i, 1), 2)
+    return i
+
+
+@gluon.jit
+def diagonal(x, z):
+    """The diagonal of a square of 64 in ACC, z being 0: by halves of columns that can be on it.
+
+    A mask would be compared and applied at every entry.
+    """
+    x0, x1 = gl.split(gl.permute(gl.reshape(x, [64, 4, 2, 8]), (0, 1, 3, 2)))
+    x = gl.where(rows_of(x0) & 8 == 0, x0, x1)
+    x = gl.permute(gl.reshape(x, [64, 2, 2, 8]), (0, 2, 3, 1))
+    x0, x1 = gl.split(x)
+    x = gl.where((rows_of(x0) + z) & 32 == 0, x0, x1)
+    x0, x1 = gl.split(gl.permute(x, (0, 2, 1)))
+    x = gl.where((rows_of(x0) + z) & 16 == 0, x0, x1)
+    x0, x1 = gl.split(gl.reshape(x, [64, 4, 2]))
+    i = rows_of(x0) + z
+    x = gl.where(i & 1 == 0, x0, x1)
+    lay: gl.constexpr = x.type.layout
+    pair = gl.arange(0, 4, gl.SliceLayout(0, lay))[None, :]
+    x = gl.sum(gl.where((i // 2) % 4 == pair, x, 0.0), axis=1)
+    return gl.convert_layout(x, ROW, assert_trivial=True)
+
+
+@gluon.jit
+def from_columns(x):
+    """Sums of the columns of a square, as what belongs to its rows."""
+    return gl.convert_layout(gl.sum(x, axis=0), ROW)
+
+
+@gluon.jit
+def times(tile, x):
+    """Products of the rows of a tile with others."""
+    sums = gl.sum(widened(tile.load(x.type.layout)) * x, axis=1)
+    return gl.convert_layout(sums, ROW, assert_trivial=True)

@@ -28,8 +28,8 @@ MOST_PIECES = 24
 STAGES = 3
 # Where states and errors are kept, room for them is taken from one stage; backward as well.
 STAGES_OF_GRADIENTS = 2
-# So that five programs of `inverse` share a multiprocessor, each of which mostly waits.
-INVERSE_REGISTERS = 96
+# So that four programs of `inverse` share a multiprocessor, each of which mostly waits.
+INVERSE_REGISTERS = 128
 PLACEHOLDER = jax.ShapeDtypeStruct((8,), jnp.float32)
 
 
@@ -109,16 +109,17 @@ class Call:
         self.tiles = {
             "q": tokens,
             "k": updates,
-            "v": Tile((B, T * R, HV * V), GROUP, 64),
-            "x_out": Tile((B * HV, blocks * 2 * 64, 64), 32, 32),
-            "x": Tile((B * HV, blocks * 2 * 64, 64), 64, 64),
+            "v": Tile((B, T * R, HV * V), GROUP, V),
+            "dv": Tile((B, T * R, HV * V), GROUP, 64),
+            "x_out": Tile((B * HV * blocks * 2, 64, 64), 32, 32, depth=2),
+            "x": Tile((B * HV, blocks * 2 * 64, 64), 128, 64),
             "o": Tile((B, T, HV * V), GROUP, 64),
+            "do": Tile((B, T, HV * V), GROUP, V),
             "states": Tile((max(states, 1), V, K), GROUP, K, "bfloat16"),
             "dq": Tile((B, T, HV * K), GROUP, K),
             "dk": Tile((B, T * R, HV * K), GROUP, K),
         }
-        self.tiles |= {name: self.tiles["v"] for name in ("errors", "e", "dv")}
-        self.tiles["do"] = self.tiles["o"]
+        self.tiles |= {"e": self.tiles["v"], "errors": self.tiles["dv"]}
 
     def launch(self, kernel, arrays, outs, grid, *, warps=4, registers=None, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
@@ -323,29 +324,46 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
             jnp.sum(dx.reshape(*x.shape[:-1], -1, x.shape[-1]).astype(jnp.float32), axis=-2)
             for dx, x in ((dq, q), (dk, k))
         )
-    dg = None if g is None else gates.summed_terms(*terms, sums, g.shape[1]).astype(g.dtype)
+    dg = None if g is None else gate_cotangents(call, *terms, sums)
     return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
+
+
+def gate_cotangents(call: Call, terms, wholes, sums) -> jax.Array:
+    """The cotangent of g [B, T, Hv], from what `walk_back` writes by block."""
+    from deltaproduct_jax.ops.kernels.gluon import spans
+
+    meta = {name: call.meta[name] for name in ("T", "R", "HV", "NG")}
+    meta |= {"RP": 1 << (meta["R"] - 1).bit_length(), "NC": call.V // 64, "MILD": gates.MILD}
+    g = call.tokens.g
+    out = jax.ShapeDtypeStruct(g.shape, g.dtype)
+    grid, how = (call.NG, call.B * call.HV), {"num_warps": 1, "num_stages": 1}
+    return launch_by_triton(spans.gate_cotangents, (terms, wholes, sums), out, grid, **how, **meta)
 
 
 def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Array:
     """States [B, Hv, pieces, K, V] that pieces begin with, or cotangents, if ``reverse``."""
-    import jax_triton
-
     from deltaproduct_jax.ops.kernels.gluon import pieces
 
     meta = {"K": call.K, "V": call.V, "BV": COMPOSED_COLUMNS, "PIECES": call.pieces}
     meta |= {"REVERSE": reverse, "FORGETS": call.forgets}
-    outs = (call.states(call.pieces, call.V),)
+    out = call.states(call.pieces, call.V)
+    grid = (call.V // COMPOSED_COLUMNS, call.B * call.HV)
+    how = {"num_warps": COMPOSED_WARPS, "num_stages": COMPOSED_STAGES}
+    return launch_by_triton(pieces.compose, (first, maps, ends, needs), out, grid, **how, **meta)
+
+
+def launch_by_triton(kernel, arrays, out, grid, **options) -> jax.Array:
+    """Launches a kernel of Triton's that writes one array."""
+    import jax_triton
+
     named = inspect.signature(jax_triton.triton_call).parameters
     results = jax_triton.triton_call(
-        *(first, maps, ends, needs),
-        kernel=pieces.compose,
-        grid=(call.V // COMPOSED_COLUMNS, call.B * call.HV),
-        name="delta_product_compose",
-        num_warps=COMPOSED_WARPS,
-        num_stages=COMPOSED_STAGES,
+        *arrays,
+        kernel=kernel,
+        grid=grid,
+        name=f"delta_product_{kernel.__name__}",
         compute_capability=launch.COMPUTE_CAPABILITY,
-        **{"out_type" if "out_type" in named else "out_shape": outs},
-        **meta,
+        **{"out_type" if "out_type" in named else "out_shape": (out,)},
+        **options,
     )
-    return mark_varying_as(results[0], first)
+    return mark_varying_as(results[0], arrays[0])

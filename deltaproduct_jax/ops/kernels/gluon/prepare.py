@@ -90,28 +90,31 @@ def halves(keys):
 
 
 @gluon.jit
-def three_products(high, low, of_high, of_low):
-    """``(high + low) (of_high + of_low)`` but for the product of both second terms."""
-    x = gl.zeros([64, 32], gl.float32, ACC)
-    x = warpgroup_mma(high, of_high, x, use_acc=False, is_async=True)
+def three_products(high, low, of_high, of_low, x):
+    """x and ``(high + low) (of_high + of_low)`` but for the product of both second terms."""
+    x = warpgroup_mma(high, of_high, x, is_async=True)
     x = warpgroup_mma(high, of_low, x, is_async=True)
     return warpgroup_mma(low, of_high, x, is_async=True)
 
 
 @gluon.jit
-def times_first(product, tiles, betas, p: gl.constexpr):
+def times_first(product, turned, betas, p: gl.constexpr):
     """Begins ``L21 T11`` of block p."""
     product *= betas.slice(p * 64, 32).load(gl.SliceLayout(0, ACC))[None, :]
     high, low = two_terms(product)
     high, low = gl.convert_layout(high, LEFT), gl.convert_layout(low, LEFT)
-    return three_products(high, low, tiles.index(p).slice(0, 32), tiles.index(2 + p).slice(0, 32))
+    of_high = turned.index(0).slice(p * 32, 32).slice(0, 32, dim=1).permute((1, 0))
+    of_low = turned.index(1).slice(p * 32, 32).slice(0, 32, dim=1).permute((1, 0))
+    return three_products(high, low, of_high, of_low, product)
 
 
 @gluon.jit
-def times_second(tiles, p: gl.constexpr):
+def times_second(product, turned, tiles, p: gl.constexpr):
     """Begins ``T22 (L21 T11)`` of block p."""
+    high = turned.index(0).slice(p * 32, 32).permute((1, 0))
+    low = turned.index(1).slice(p * 32, 32).permute((1, 0))
     of_high, of_low = tiles.index(4 + p).slice(32, 32), tiles.index(6 + p).slice(32, 32)
-    return three_products(tiles.index(p), tiles.index(2 + p), of_high, of_low)
+    return three_products(high, low, of_high, of_low, product)
 
 
 @gluon.jit
@@ -137,13 +140,14 @@ def beside(X, sums, mild, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.c
 
 
 @gluon.jit
-def below(f0, f2, tiles, betas):
+def below(f0, f2, turned, tiles, betas):
     """``T22 (L21 T11)``, T = I - X, of both blocks.
 
-    ``tiles`` holds both T in two terms, and has room for two terms of two products. A product has
-    64 rows, of which the first 32 matter to nobody.
+    ``turned`` holds -X of the halves, transposed, in two terms, and the second half of ``tiles``
+    has room for two terms of two products. A product has 64 rows, of which the first 32 matter to
+    nobody.
     """
-    P0, P1 = times_first(f0, tiles, betas, 0), times_first(f2, tiles, betas, 1)
+    P0, P1 = times_first(f0, turned, betas, 0), times_first(f2, turned, betas, 1)
     P0, P1 = warpgroup_mma_wait(0, deps=[P0, P1])
     high, low = two_terms(P0)
     tiles.index(4).store(high)
@@ -152,23 +156,18 @@ def below(f0, f2, tiles, betas):
     tiles.index(5).store(high)
     tiles.index(7).store(low)
     fence_async_shared()
-    X0, X1 = times_second(tiles, 0), times_second(tiles, 1)
+    X0, X1 = times_second(P0, turned, tiles, 0), times_second(P1, turned, tiles, 1)
     X0, X1 = warpgroup_mma_wait(0, deps=[X0, X1])
     return X0, X1
 
 
 @gluon.jit
-def copy_out(x, quarters, pid, block, p: gl.constexpr, NB: gl.constexpr):
-    """Writes block p by quarters [32, 32] of its two terms; behind the last block none."""
-    if block < NB:
-        for term in gl.static_range(2):
-            row = (2 * block + term) * 64
-            of_diagonal = 4 * term + 2 * p
-            others = 8 + 4 * p + 2 * term
-            tma.async_copy_shared_to_global(x, [pid, row, 0], quarters.index(of_diagonal))
-            tma.async_copy_shared_to_global(x, [pid, row, 32], quarters.index(others))
-            tma.async_copy_shared_to_global(x, [pid, row + 32, 0], quarters.index(others + 1))
-            tma.async_copy_shared_to_global(x, [pid, row + 32, 32], quarters.index(of_diagonal + 1))
+def copy_out(x, quarters, index, p: gl.constexpr):
+    """Writes block p by quarters [32, 32], both terms of each at once."""
+    tma.async_copy_shared_to_global(x, [index, 0, 0], quarters.index(2 * p))
+    tma.async_copy_shared_to_global(x, [index, 0, 32], quarters.index(4 + 2 * p))
+    tma.async_copy_shared_to_global(x, [index, 32, 0], quarters.index(5 + 2 * p))
+    tma.async_copy_shared_to_global(x, [index, 32, 32], quarters.index(2 * p + 1))
 
 
 @gluon.jit
@@ -192,10 +191,10 @@ def put_growth(ptr, f, by_half, pair, NB: gl.constexpr):
 
 @gluon.jit
 def substituted(f, by_half):
-    """X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
+    """-X of the halves on the diagonals, without decays, from products of keys [4, 32, 32]."""
     i_of, j_of = positions()
     X = gl.where(i_of > j_of, f.permute((1, 0, 2)).load(HALVES), 0.0)
-    X *= gl.expand_dims(by_half.load(OF_COLUMNS), 0)
+    X *= gl.expand_dims(-by_half.load(OF_COLUMNS), 0)
     for i in gl.static_range(31):
         # A negative zero, since adding it changes nothing, whatever the sign.
         x = gl.sum(gl.where(i_of == i, X, -0.0), axis=0)
@@ -207,7 +206,7 @@ def substituted(f, by_half):
 
 @gluon.jit
 def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
-    """X of the halves with decays."""
+    """X of the halves with decays, from -X without."""
     i_of, j_of = positions()
     mask = i_of > j_of
     if HAS_RESETS:
@@ -220,20 +219,42 @@ def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
         high = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
         from_low = gl.expand_dims(lows.load(OF_COLUMNS), 0)
         if mild:
-            X *= high * from_low
+            X *= high * -from_low
         else:
             of_g = high - gl.expand_dims(highs.load(OF_COLUMNS), 0)
             of_g += gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2) - from_low
-            X *= power(gl.where(mask, of_g, 0.0))
+            X *= -power(gl.where(mask, of_g, 0.0))
+    else:
+        X = -X
     return gl.where(mask, X, 0.0)
 
 
 @gluon.jit
-def put_halves(ts, X):
-    """Writes both terms of what is on the diagonals."""
+def put_turned(turned, X):
+    """Writes both terms of what is on the diagonals, transposed: a thread has a row then.
+
+    Rows are columns of one half of both blocks, columns rows of the first half and the second.
+    """
     high, low = two_terms(X)
-    ts.slice(0, 128).store(gl.reshape(gl.permute(high, (1, 0, 2)), [128, 32]))
-    ts.slice(128, 128).store(gl.reshape(gl.permute(low, (1, 0, 2)), [128, 32]))
+    high = gl.permute(gl.reshape(high, [32, 2, 2, 32]), (1, 3, 2, 0))
+    low = gl.permute(gl.reshape(low, [32, 2, 2, 32]), (1, 3, 2, 0))
+    turned.index(0).store(gl.reshape(high, [64, 64]))
+    turned.index(1).store(gl.reshape(low, [64, 64]))
+
+
+@gluon.jit
+def put_halves(ts, X):
+    """Writes what is on the diagonals, both terms of a half behind each other."""
+    terms = gl.permute(gl.join(*two_terms(X)), (1, 3, 0, 2))
+    ts.slice(0, 256).store(gl.reshape(terms, [256, 32]))
+
+
+@gluon.jit
+def put_beside(ts, X, p: gl.constexpr):
+    """Writes what is beside the diagonal of block p, above and below, in the same way."""
+    terms = gl.reshape(gl.join(*two_terms(X)), [2, 32, 32, 2])
+    terms = gl.reshape(gl.permute(terms, (0, 3, 1, 2)), [128, 32])
+    ts.slice(256 + p * 128, 128).store(terms)
 
 
 @gluon.jit
@@ -306,28 +327,27 @@ def inverse(
     X = substituted(f, by_half)
     gl.barrier()
 
-    i_of, j_of = positions()
-    ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
-    put_halves(ts, gl.where(i_of == j_of, 1.0, -X))
-    fence_async_shared()
+    square: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    turned = space._reinterpret(gl.bfloat16, [4, 64, 64], square)
     tiles = space._reinterpret(gl.bfloat16, [8, 64, 32], of_tiles)
-    X0, X1 = below(f0, f2, tiles, betas)
+    put_turned(turned, X)
+    fence_async_shared()
+    X0, X1 = below(f0, f2, turned, tiles, betas)
     X0 = beside(X0, sums, mild, 0, HAS_G, HAS_RESETS)
     X1 = beside(X1, sums, mild, 1, HAS_G, HAS_RESETS)
 
     X = decayed(X, sums, mild, HAS_G, HAS_RESETS)
     gl.barrier()
-    # In the place of T: what is on the diagonals, then what is beside them.
+    # What is on the diagonals, then what is beside them.
+    ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
     put_halves(ts, X)
-    high, low = two_terms(X0)
-    tiles.index(4).store(high)
-    tiles.index(5).store(low)
-    high, low = two_terms(X1)
-    tiles.index(6).store(high)
-    tiles.index(7).store(low)
+    put_beside(ts, X0, 0)
+    put_beside(ts, X1, 1)
     fence_async_shared()
-    quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 32, 32], gl.bfloat16)
-    quarters = space._reinterpret(gl.bfloat16, [16, 1, 32, 32], quarter)
+    quarter: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2, 32, 32], gl.bfloat16)
+    quarters = space._reinterpret(gl.bfloat16, [8, 2, 32, 32], quarter)
     for p in gl.static_range(2):
-        copy_out(x_out, quarters, pid, pair * 2 + p, p, NB)
+        block = pair * 2 + p
+        if block < NB:
+            copy_out(x_out, quarters, (pid * NB + block) * 2, p)
     tma.store_wait(0)

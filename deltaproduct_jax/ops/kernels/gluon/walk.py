@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from deltaproduct_jax.ops.kernels.gluon.moves import joined
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
@@ -54,12 +55,10 @@ def load_tiles(
         mbarrier.expect(bar, bytes_per_cta=size)
         tma.async_copy_global_to_shared(k, [b, row, qcol], bar, kb.index(s))
         if HAS_V:
-            for j in gl.static_range(NC):
-                at = [b, row, vcol + j * 64]
-                tma.async_copy_global_to_shared(v, at, bar, vb.index(s * NC + j))
-        for j in gl.static_range(2):
-            at = [pid, 2 * row + j * 64, 0]
-            tma.async_copy_global_to_shared(x, at, bar, xb.index(s * 2 + j))
+            whole = joined(vb, NC, 64, NC * 64).index(s)
+            tma.async_copy_global_to_shared(v, [b, row, vcol], bar, whole)
+        of_both = joined(xb, 2, 128, 64).index(s)
+        tma.async_copy_global_to_shared(x, [pid, 2 * row, 0], bar, of_both)
 
 
 @gluon.jit
@@ -126,13 +125,14 @@ def hold_state(
         tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index,
     ) = handed  # fmt: skip
     NC: gl.constexpr = V // 64
-    rows = J * 64 + gl.arange(0, 64, ROW)
-    keys = gl.arange(0, K, COLUMN)
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    rows = J * 64 + gl.arange(0, 64, gl.SliceLayout(1, wide))
+    keys = gl.arange(0, K, gl.SliceLayout(0, wide))
     at = index.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
     if START == "maps":
         # Of a piece that forgets whatever was before, nothing.
         of_map = (keys[None, :] == rows[:, None]) & (steps > 0)
-        state = gl.where(of_map, 1.0, gl.zeros([64, K], gl.float32, ACC))
+        state = gl.where(of_map, 1.0, gl.zeros([64, K], gl.float32, wide))
     elif START == "ends":
         of_piece = pid.to(gl.int64) * (K * V) + keys[None, :] * V + rows[:, None]
         state = gl.load(start_ptr + of_piece, mask=(of_piece >= 0) & (first == 0), other=0.0)
@@ -146,7 +146,7 @@ def hold_state(
         sq = n % 2
         s = m % S
         st = m % 2
-        narrow = left(state)
+        narrow = left(state, ACC)
         block = first * R + m
         if HAS_KEPT:
             # In pairs, in the place of one state of float32 each.
@@ -179,23 +179,23 @@ def hold_state(
         # To bfloat16, but still of float32: for an identity too, so that it is an error of a value.
         scaled = pred * 65537.0
         rounded = scaled - (scaled - pred)
-        y = left(rounded)
+        y = left(rounded, ACC)
         e = warpgroup_mma(
             y, matrix(xb.index(s * 2)).permute((1, 0)), zero, use_acc=False, is_async=True
         )
         e = warpgroup_mma(y, matrix(xb.index(s * 2 + 1)).permute((1, 0)), e, is_async=True)
         if DECAYS:
-            state *= intos.index(st).slice(63, 1).load(COLUMN)[None, :]
+            state *= intos.index(st).slice(63, 1).load(gl.SliceLayout(0, wide))[None, :]
         e = warpgroup_mma_wait(0, deps=[e])
         e = rounded - e
         if HAS_KEPT:
             matrix(eb.index(J)).permute((1, 0)).store(e.to(gl.bfloat16))
             fence_async_shared()
             tma.async_copy_shared_to_global(errors, [b, block * 64, ocol + J * 64], eb.index(J))
-        written = left(e * outs.index(st).load(COLUMN)[None, :])
+        written = left(e * outs.index(st).load(COLUMN)[None, :], wide)
         state = warpgroup_mma(written, k, state, is_async=True)
         if HAS_O:
-            o = warpgroup_mma(left(e), pb.index(st).permute((1, 0)), o, is_async=True)
+            o = warpgroup_mma(left(e, ACC), pb.index(st).permute((1, 0)), o, is_async=True)
             o, state = warpgroup_mma_wait(0, deps=[o, state])
         else:
             state = warpgroup_mma_wait(0, deps=[state])

@@ -21,7 +21,6 @@ from deltaproduct_jax.ops.kernels.gluon.cotangents import find_cotangents
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
-    ROW,
     is_mild,
     left,
     matrix,
@@ -32,7 +31,7 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
 @gluon.jit
 def put_product(ptr, tile, state):
     """Writes the sum of products of 64 columns of a state with those of a cotangent."""
-    products = matrix(tile).load(ACC).to(gl.float32) * state
+    products = matrix(tile).load(state.type.layout).to(gl.float32) * state
     gl.store(ptr, gl.sum(gl.sum(products, axis=1), axis=0))
 
 
@@ -49,8 +48,9 @@ def hold_cotangent(
         of_ds, of_dy, total, first, b, vcol, pid, piece, is_last,
     ) = handed  # fmt: skip
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
-    rows = J * 64 + gl.arange(0, 64, ROW)
-    keys = gl.arange(0, K, COLUMN)
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
+    rows = J * 64 + gl.arange(0, 64, gl.SliceLayout(1, wide))
+    keys = gl.arange(0, K, gl.SliceLayout(0, wide))
     at = keys[None, :] * V + rows[:, None]
     index = pid.to(gl.int64) * PIECES + piece
     if ENDS:
@@ -86,12 +86,12 @@ def hold_cotangent(
         # To bfloat16, but still of float32: for an identity too, as in `walk`.
         scaled = de * 65537.0
         rounded = scaled - (scaled - de)
-        y = left(rounded)
+        y = left(rounded, ACC)
         mbarrier.wait(of_x.index(0), m & 1)
         rest = warpgroup_mma(y, matrix(xb.index(z)), -rounded, is_async=True)
         rest = warpgroup_mma(y, matrix(xb.index(z + 1)), rest, is_async=True)
         if DECAYS:
-            state *= intos.index(st).slice(63, 1).load(COLUMN)[None, :]
+            state *= intos.index(st).slice(63, 1).load(gl.SliceLayout(0, wide))[None, :]
         rest = warpgroup_mma_wait(0, deps=[rest])
         mbarrier.arrive(of_x.index(1), count=1)
         if HAS_GRADIENTS:
@@ -112,13 +112,13 @@ def hold_cotangent(
                 mbarrier.arrive(of_states.index(1), count=1)
         if DECAYS:
             rest *= intos.index(st).load(COLUMN)[None, :]
-        state = warpgroup_mma(left(rest), k, state)
+        state = warpgroup_mma(left(rest, wide), k, state)
         if block % R == 0:
             mbarrier.wait(qfull.index(sq), (turn // 2) & 1)
             read = do.load(ACC).to(gl.float32) * SCALE
             if DECAYS:
                 read *= tokens.index(st).load(COLUMN)[None, :]
-            state = warpgroup_mma(left(read), matrix(qb.index(sq)), state)
+            state = warpgroup_mma(left(read, wide), matrix(qb.index(sq)), state)
             mbarrier.arrive(qempty.index(sq), count=1)
             if HAS_GRADIENTS:
                 tma.store_wait(0)
