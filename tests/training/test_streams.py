@@ -133,7 +133,10 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_epoch(folder, undisturbed, tmp
 
 
 def test_runs_together_read_what_each_reads_alone(folder, undisturbed, tmp_path, monkeypatch):
-    """Two of one seed, whose stream is read once; one of them goes on alone in between."""
+    """Two of one seed, whose stream is read once; one goes on alone before all do on two devices.
+
+    Of their four slots one repeats a run, and nobody looks at it.
+    """
     configs = [config_of(folder, **own) for own in ({}, {"learning_rate": 0.3}, {"seed": 2})]
     alone = [undisturbed, tmp_path / "alone1", tmp_path / "alone2"]
     places = [tmp_path / str(number) for number in range(3)]
@@ -154,6 +157,8 @@ def test_runs_together_read_what_each_reads_alone(folder, undisturbed, tmp_path,
         "batch",
         lambda s, step: (s.split == "train" and read.append((s.seed, step))) or plain(s, step),
     )
+    two = lambda: jax.devices()[:2]
+    monkeypatch.setattr("deltaproduct_jax.parallel.layout.all_devices", two)
     together.train_together(configs, places, ["third"])
     assert sorted(read) == sorted((c.seeds()["data"], n) for c in configs[1:] for n in range(3, 12))
     starts = [json.loads((place / "run.json").read_text())["starts"] for place in places]
