@@ -287,6 +287,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def read_list(folder: Path) -> tuple[str, list[Run]]:
     """Script and runs of a saved list; RunDirectoryError if it is not one."""
     path = folder / LIST
+    if not path.exists():
+        raise RunDirectoryError(f"{folder} has no {LIST}; it may be the folder of a sweep")
     saved = read_json(path, _SavedList)
     runs = []
     for index, run in enumerate(saved["runs"]):
