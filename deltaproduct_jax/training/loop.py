@@ -48,6 +48,7 @@ from deltaproduct_jax.training.step import (
     step_of_run,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.under_way import UnderWay
 
 
 def train(
@@ -283,6 +284,7 @@ class Trainer:
         self.count_goodput(records)
         self.stopwatch.lap()
         pending: tuple[int, Metrics] | None = None
+        under_way = UnderWay()
 
         def record(row: Row) -> None:
             records.append(row)
@@ -293,6 +295,7 @@ class Trainer:
             step += 1
             self.profiler.before(step, state)
             state, metrics = self._train_step(config.length_at(step), state, given)
+            under_way.add(metrics)
             # Only now that this step is under way are the numbers of an earlier one fetched.
             if pending is not None:
                 record(self._row(*pending, records.rows))

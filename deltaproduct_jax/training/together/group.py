@@ -42,6 +42,7 @@ from deltaproduct_jax.training.together.mapped import (
 )
 from deltaproduct_jax.training.together.member import Member, Outcome, require_same_models
 from deltaproduct_jax.training.together.numbers import FREE, program_of
+from deltaproduct_jax.training.under_way import UnderWay
 
 
 def train_together(
@@ -199,10 +200,12 @@ class Group:
             self._seat(going)
         self._watch.lap()
         pending: tuple[int, Metrics, list[Member]] | None = None
+        under_way = UnderWay()
         while going:
             step = 1 + min(member.step for member in going)
             self._let_train([member for member in going if member.step == step - 1])
             metrics = self._step(step)
+            under_way.add(metrics)
             # Only now that this step is under way are the numbers of an earlier one fetched.
             if pending is not None:
                 self._note(*pending)
