@@ -21,7 +21,7 @@ from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.buckets import open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.compiled import CompiledByLength
+from deltaproduct_jax.training.compiled import CompiledByLength, UnderWay
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
@@ -48,7 +48,6 @@ from deltaproduct_jax.training.step import (
     step_of_run,
 )
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
-from deltaproduct_jax.training.under_way import UnderWay
 
 
 def train(

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import is_there, require_directory
+from deltaproduct_jax.training.compiled import UnderWay
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, scored
 from deltaproduct_jax.training.measuring.memory import (
@@ -42,7 +43,6 @@ from deltaproduct_jax.training.together.mapped import (
 )
 from deltaproduct_jax.training.together.member import Member, Outcome, require_same_models
 from deltaproduct_jax.training.together.numbers import FREE, program_of
-from deltaproduct_jax.training.under_way import UnderWay
 
 
 def train_together(
