@@ -129,6 +129,16 @@ def test_the_command_leaves_what_runs_leave(tmp_path, tiny_model, capsys):
     assert "step 8/8  1 runs  loss" in capsys.readouterr().err
     assert together.main([*argv[:1], "--run=none"]) == 2
     assert "run='none' is no run of the sweep in" in capsys.readouterr().err
+    saved = json.loads((tmp_path / "runs.json").read_text())
+    saved["runs"][0]["config"] = {}
+    (tmp_path / "runs.json").write_text(json.dumps(saved))
+    assert together.main(argv) == 2
+    assert f"runs.json: config of '{first.name}': its sections must be" in capsys.readouterr().err
+    saved["script"] = "../x"
+    (tmp_path / "runs.json").write_text(json.dumps(saved))
+    assert together.main(argv) == 2
+    known = "formal_languages, language_modeling, recall, state_tracking, train, or a module"
+    assert f"script='../x' is not known; it may be one of {known}" in capsys.readouterr().err
     assert together.main([f"--workdir={tmp_path / 'none'}", "--run=x"]) == 2
     assert "none has no runs.json; it may be the folder of a sweep" in capsys.readouterr().err
 
