@@ -1,6 +1,7 @@
 """Files that appear at once or not at all, are read by a schema, and errors that name the file."""
 
 import contextlib
+import errno
 import importlib.util
 import json
 import math
@@ -104,6 +105,8 @@ def errors_as_one_line(path: AnyPath, what: str) -> Iterator[None]:
         if not isinstance(error, OSError) and not in_bucket(path):
             raise
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
+        if isinstance(error, FileNotFoundError):  # of which a bucket's client says its own address
+            reason = os.strerror(errno.ENOENT)
         raise RunDirectoryError(f"{path} cannot be {what}: {reason}") from error
 
 
@@ -156,6 +159,8 @@ def user_path(text: str) -> Path:
     """A path as a user writes it, ``~`` being their home; ConfigError if it cannot be one."""
     if "\0" in text:
         raise ConfigError(f"{text!r} cannot be a path: it has a NUL character")
+    if "://" in text:
+        raise ConfigError(f"{text!r} is not on a disk; it may be a path there")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

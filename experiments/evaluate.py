@@ -47,7 +47,12 @@ class EvaluateConfig:
     dtype: str | None = setting(None, "dtype of the computation; none: the model's own")
     max_length: int = setting(2048, "tokens of a prompt and what follows; longer ones are cut left")
     add_bos: bool = setting(True, "BOS, the token that begins a document, stands before every text")
-    seed: int = setting(0, "of examples drawn for prompts, of resampling, and of drawn tokens")
+    seed: int = setting(
+        0,
+        "of examples drawn for prompts, of resampling, and of drawn tokens",
+        least=0,
+        most=2**32 - 1,  # the harness sets the seed that all of NumPy has in common
+    )
     mesh: str = setting("data:1", "devices: data and fsdp cut batches, tensor cuts heads")
 
     def __post_init__(self):

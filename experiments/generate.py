@@ -24,8 +24,10 @@ from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.models import Opened, open_model
 from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
+
+MOST_TEXTS = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,7 @@ class GenerateConfig:
     samples: int = setting(1, "texts for each prompt")
     max_tokens: int = setting(100, "tokens of a text at most")
     stop: tuple[str, ...] = setting((), "a string that ends a text; may be repeated", repeated=True)
-    seed: int = setting(0, "of all draws")
+    seed: int = seed_setting("of all draws")
     rows: int = setting(16, "texts that are written at the same time")
     echo: bool = setting(True, "show the prompt before what follows it")
 
@@ -54,8 +56,12 @@ class GenerateConfig:
             raise ConfigError("--run is missing; give the directory of a language model's run")
         for name in ("samples", "max_tokens", "rows"):
             require_at_least(name, getattr(self, name), 1)
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed={self.seed} must be from 0 to below 2**63")
+        texts = self.samples * max(len(self.prompt), 1)
+        if texts > MOST_TEXTS:
+            raise ConfigError(
+                f"samples={self.samples} makes {texts} texts, which are kept until they are shown; "
+                f"they may be {MOST_TEXTS} at most"
+            )
         if "" in self.stop:
             raise ConfigError("stop holds an empty string, which ends any text")
 

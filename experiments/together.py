@@ -22,12 +22,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.together.group import train_together
 from experiments.lib import flags
-from experiments.lib.sweeps.grid import Run, load_script, read_list
+from experiments.lib.sweeps.grid import LIST, Run, load_script, read_list
 from experiments.lib.sweeps.records import LOG, RunFolder
 
 
@@ -56,7 +56,7 @@ def command(argv: Sequence[str]) -> None:
             raise ConfigError(f"run={name!r} is no run of the sweep in {workdir}")
     runs = [by_name[name] for name in dict.fromkeys(config.run)]
     outcomes = train_together(
-        [RunConfig.from_dict(run.config) for run in runs],
+        [_config_of(run, workdir) for run in runs],
         [RunFolder(workdir, run).path for run in runs],
         ["experiments.together", *argv],
     )
@@ -64,6 +64,13 @@ def command(argv: Sequence[str]) -> None:
         log_end(run, RunFolder(workdir, run).path, outcome, module.main)
     if any(isinstance(outcome, Exception) for outcome in outcomes):
         raise SystemExit(1)
+
+
+def _config_of(run: Run, workdir: Path) -> RunConfig:
+    try:
+        return RunConfig.from_dict(run.config)
+    except (ConfigError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{workdir / LIST}: config of {run.name!r}: {error}") from error
 
 
 def log_end(run: Run, folder: Path, outcome: object, main: Callable[[Sequence[str]], int]) -> None:

@@ -74,7 +74,9 @@ def _prepare(
     """All that is not done yet; the manifest last."""
     made = None
     if config.tokenizer != "bpe":  # one that cannot be opened shall leave nothing behind
-        made = tokenizer.open_tokenizer(config.tokenizer, config.bos)
+        made = tokenizer.open_tokenizer(
+            config.tokenizer, config.bos, known=("bytes", "bpe", "mistral")
+        )
     plan = _plan(config, sources, directory)
     made = _keep(made, directory) if made else _trained(config, sources, directory)
     records = _work(config, sources, made, directory)

@@ -114,13 +114,16 @@ class SentencePieceTokenizer:
         return self._model.decode([int(i) for i in ids])
 
 
-def open_tokenizer(spec: str, bos: str | None = None) -> Tokenizer:
+def open_tokenizer(
+    spec: str, bos: str | None = None, *, known: Sequence[str] = ("bytes", "mistral")
+) -> Tokenizer:
     """A tokenizer by name.
 
     Args:
         spec: ``bytes``, ``mistral`` (the paper's 32,000 pieces), or the path of a tokenizer.json or
             of a SentencePiece model.
         bos: the token that begins a document, for a tokenizer.json; without it the usual names.
+        known: names, as an error lists them.
 
     Raises:
         ConfigError: there is no such file, it is neither, or its package is not installed.
@@ -130,7 +133,7 @@ def open_tokenizer(spec: str, bos: str | None = None) -> Tokenizer:
         tokenizer: Tokenizer = ByteTokenizer()
     elif not path.is_file():
         raise ConfigError(
-            f"tokenizer={spec!r} is not known; it may be bytes, bpe, mistral, or the path of a "
+            f"tokenizer={spec!r} is not known; it may be {', '.join(known)}, or the path of a "
             "tokenizer.json or of a SentencePiece model"
         )
     else:

@@ -12,7 +12,7 @@ from deltaproduct_jax.data.tokenizer import (
     tokenizer_of,
 )
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import AnyPath, any_path, in_bucket, read_json, user_path
+from deltaproduct_jax.files import AnyPath, any_path, in_bucket, is_there, read_json, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
@@ -41,8 +41,13 @@ def is_folder_of_fla(directory: AnyPath) -> bool:
     """Whether a directory's config.json is that of a model, not of a run.
 
     Raises:
-        RunDirectoryError: it cannot be read, or is such a folder in a bucket.
+        RunDirectoryError: it is neither, cannot be read, or is such a folder in a bucket.
     """
+    if not is_there(directory / CONFIG):
+        raise RunDirectoryError(
+            f"{directory} has no {CONFIG}; it may be a run directory, or a folder of "
+            "flash-linear-attention"
+        )
     is_one = "model_type" in read_json(directory / CONFIG, dict[str, Any])
     if is_one and in_bucket(directory):
         raise RunDirectoryError(
@@ -81,8 +86,8 @@ def open_model(
     found = own if tokenizer is None else open_tokenizer(tokenizer)
     if found is None:
         raise ConfigError(
-            f"tokenizer is missing, and {directory} names none; it may be bytes, mistral, or the "
-            "path of a tokenizer.json or of a SentencePiece model"
+            f"tokenizer is missing, and {directory} names none that is here; it may be bytes, "
+            "mistral, or the path of a tokenizer.json or of a SentencePiece model"
         )
     if found.vocab_size > model.config.vocab_size:
         raise ConfigError(

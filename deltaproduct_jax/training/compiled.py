@@ -1,5 +1,6 @@
-"""Programs that are compiled when they are first called for, and say so."""
+"""Programs that are compiled when they are first called for, and how many calls are under way."""
 
+import collections
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -8,6 +9,8 @@ import jax
 
 from deltaproduct_jax.training.measuring.memory import within_memory
 from deltaproduct_jax.training.progress import Stopwatch, compiling
+
+MOST_UNDER_WAY = 2  # one that runs, and one that begins as soon as it has ended
 
 
 class CompiledByLength:
@@ -53,3 +56,20 @@ class CompiledByLength:
         if length not in self._compiled:
             self.prepare(length, *arrays)
         return self._compiled[length](*arrays)
+
+
+class UnderWay:
+    """The steps that are dispatched and may not have ended.
+
+    JAX lets 32 of them wait. They hide nothing that two would not, and a loop that is asked to stop
+    would have all of them before it: too long for those who are given half a minute.
+    """
+
+    def __init__(self):
+        self._results: collections.deque[Any] = collections.deque()
+
+    def add(self, result: Any) -> None:
+        """One more, whose ``result`` nobody donates; waits until `MOST_UNDER_WAY` are left."""
+        self._results.append(result)
+        while len(self._results) > MOST_UNDER_WAY:
+            jax.block_until_ready(self._results.popleft())

@@ -21,7 +21,7 @@ from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.buckets import open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.compiled import CompiledByLength
+from deltaproduct_jax.training.compiled import CompiledByLength, UnderWay
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
@@ -283,6 +283,7 @@ class Trainer:
         self.count_goodput(records)
         self.stopwatch.lap()
         pending: tuple[int, Metrics] | None = None
+        under_way = UnderWay()
 
         def record(row: Row) -> None:
             records.append(row)
@@ -293,6 +294,7 @@ class Trainer:
             step += 1
             self.profiler.before(step, state)
             state, metrics = self._train_step(config.length_at(step), state, given)
+            under_way.add(metrics)
             # Only now that this step is under way are the numbers of an earlier one fetched.
             if pending is not None:
                 record(self._row(*pending, records.rows))

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -228,7 +227,7 @@ class _Reader:
     def place(self, rows: Rows) -> Batch:
         """The batch [B, T] of all processes, of the rows that this one read."""
         if self._is_one:
-            return Batch(*jax.tree.map(jnp.asarray, rows))
+            return Batch(*rows)
         return Batch(*jax.tree.map(self._spread, rows))
 
     def _spread(self, own: np.ndarray) -> jax.Array:

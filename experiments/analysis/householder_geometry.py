@@ -27,7 +27,7 @@ from deltaproduct_jax.analysis.householder_geometry import (
     geometry,
 )
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import any_path
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import write_json
@@ -57,7 +57,7 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"geometry": GeometryConfig, **SECTION}, {"default": {}})
     look = Look(**parsed.sections["figures"])
     options = GeometryConfig(**parsed.sections["geometry"])
-    model, config, _ = load_group_run("run", user_path(options.run))
+    model, config, _ = load_group_run("run", any_path(options.run))
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer
     )

@@ -58,7 +58,9 @@ class ExtrapolationConfig:
         check_fields(self)
         require_one_of("split", self.split, SPLITS)
         if self.rows % self.batch_size:
-            raise ConfigError(f"rows={self.rows} must be a multiple of {self.batch_size=}")
+            raise ConfigError(
+                f"rows={self.rows} must be a multiple of batch_size={self.batch_size}"
+            )
         if self.length % self.window:
             raise ConfigError(f"window={self.window} must divide length={self.length}")
 

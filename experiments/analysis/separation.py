@@ -39,7 +39,7 @@ import numpy as np
 
 from deltaproduct_jax.analysis import separation
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import read_json, user_path, write_file
+from deltaproduct_jax.files import any_path, read_json, user_path, write_file
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -201,7 +201,7 @@ def read_all(options: SeparationConfig) -> list[dict[str, Any]]:
     """Every model of the options, constructions last."""
     models = []
     for run in options.runs:
-        directory = user_path(run)
+        directory = any_path(run)
         model, config, _ = load_group_run("runs", directory)
         fit_length = options.fit_length or config.task.train_length
         found = look_at(directory.name, model, config.task, fit_length, options)

@@ -37,7 +37,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.files import user_path, write_file
+from deltaproduct_jax.files import any_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
 from experiments.lib import flags
@@ -94,7 +94,7 @@ def command(argv: Sequence[str]) -> None:
         made = construct(name)
         models.append(describe(name, made.group, made.model(), made.letters.tolist(), made.bos))
     for run in options.runs:
-        directory = user_path(run)
+        directory = any_path(run)
         model, config, _ = load_group_run("runs", directory)
         task, name = config.task, f"trained: {directory.name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))

@@ -29,7 +29,7 @@ from flax import nnx
 from deltaproduct_jax.errors import require_each_at_least
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
 from experiments.lib.bench.peers.fla import load_torch, take_first_launches
 from experiments.lib.bench.peers.fla_model import DEVICE, check_peer
@@ -47,7 +47,7 @@ class CheckConfig:
     """Which models; raises ConfigError where the fields make no sense."""
 
     num_householder: tuple[int, ...] = setting((1, 2, 3, 4), "factors per token of the models")
-    seed: int = setting(0, "of parameters and tokens")
+    seed: int = seed_setting("of parameters and tokens")
 
     def __post_init__(self):
         check_fields(self)

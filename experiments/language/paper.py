@@ -30,10 +30,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least, require_one_of
 from deltaproduct_jax.files import read_json, read_lines, user_path
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
-from deltaproduct_jax.training.records import METRICS, RESULTS, RUN
+from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
 from deltaproduct_jax.training.stopping import exit_code
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
@@ -42,6 +42,8 @@ from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
     LEGS,
     Leg,
+    Positions,
+    Training,
     curve,
     measurements,
     preparations,
@@ -72,15 +74,19 @@ class PaperConfig:
     """Which leg, how far, and what of it; raises ConfigError where the fields make no sense."""
 
     leg: str = setting("213m_2", f"one of {', '.join(LEGS)}")
-    stages: tuple[str, ...] = setting(STAGES, f"in turn, among {', '.join(STAGES)}")
+    stages: tuple[str, ...] = setting(STAGES, f"in turn, among {', '.join(STAGES)}", filled=True)
     archive: str | None = setting(None, "of experiments.language.pack_text; none: already unpacked")
     tokenizer: str = setting("mistral", "as of experiments.prepare_text")
     tokens: int = setting(200_000_000, "trained on")
     train_length: int = setting(4096, "tokens of a row")
     batch_size: int = setting(32, "rows of an update")
-    accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
-    learning_rate: float = setting(6e-4, "peak learning rate; it falls to a tenth")
-    train_s: float | None = setting(None, "seconds of this start's training; none: to its end")
+    accumulation_steps: int = setting(
+        1, "parts of a batch whose gradients are added in turn", least=1
+    )
+    learning_rate: float = setting(6e-4, "peak learning rate; it falls to a tenth", above=0)
+    train_s: float | None = setting(
+        None, "seconds of this start's training; none: to its end", above=0
+    )
     length: int = setting(32768, "tokens of the rows measured")
     rank_length: int = setting(16384, "tokens of the row whose ranks are taken")
     rows: int = setting(16, "rows measured, of each text")
@@ -94,6 +100,11 @@ class PaperConfig:
             require_one_of("stages", stage, STAGES)
         for name in ("tokens", "train_length", "batch_size", "length", "rank_length", "rows"):
             require_at_least(name, getattr(self, name), 1)
+        if self.batch_size % self.accumulation_steps:
+            raise ConfigError(
+                f"batch_size={self.batch_size} must be a multiple of accumulation_steps="
+                f"{self.accumulation_steps}"
+            )
         if self.steps < 1:
             raise ConfigError(
                 f"tokens={self.tokens} must be one batch of batch_size={self.batch_size} rows of "
@@ -128,9 +139,9 @@ def train(config: PaperConfig, leg: Leg) -> bool:
     """Trains for as long as it may; whether the run is finished. What is known of it is kept."""
     settings = (config.batch_size, config.accumulation_steps, config.steps, config.learning_rate)
     run(leg.training(config.train_length, *settings), limit_s=config.train_s)
-    if not (leg.run / METRICS).exists():  # it ended before its first record
+    rows = read_lines(leg.run / METRICS, MetricsLine)
+    if not rows:  # it ended before its first record
         return False
-    rows = read_lines(leg.run / METRICS)
     results = leg.run / RESULTS
     record = {
         "leg": leg.name,
@@ -179,13 +190,18 @@ def measure(config: PaperConfig, leg: Leg) -> None:
 
 def draw(workdir: Path, look: Look) -> str:
     """One table and two figures of all records; the table."""
-    found = [read_json(path) for path in sorted(workdir.glob(f"records/*/{TRAINING}"))]
+    paths = sorted(workdir.glob(f"records/*/{TRAINING}"))
+    found: list[dict[str, Any]] = [dict(read_json(path, Training)) for path in paths]
     if not found:
-        raise ConfigError(f"workdir={str(workdir)!r} has no records/LEG/{TRAINING}")
-    for record in found:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} has no records/LEG/{TRAINING}; the stage train writes it"
+        )
+    for path, record in zip(paths, found, strict=True):
+        if not record["curve"]:
+            raise RunDirectoryError(f"{path}: curve is empty; it must have an entry at least")
         label = f"{record['leg']}_seed{record['seed']}"
         path = workdir / "records" / label / EXTRAPOLATION
-        record["positions"] = read_json(path)["curves"] if path.exists() else []
+        record["positions"] = read_json(path, Positions)["curves"] if path.exists() else []
     draw_losses(found, workdir / "losses", look)
     draw_positions(found, workdir / "positions", look)
     return table(found)
@@ -231,7 +247,8 @@ def command(argv: Sequence[str]) -> None:
         prepare(config, workdir)
     finished = train(config, leg) if "train" in config.stages else (leg.run / RESULTS).exists()
     if not finished and {"train", "measure"} & set(config.stages):
-        print(f"{leg.label} is not finished; the same command goes on", file=sys.stderr)
+        goes_on = "the same command" if "train" in config.stages else "the stage train"
+        print(f"{leg.label} is not finished; {goes_on} goes on", file=sys.stderr)
     elif "measure" in config.stages:
         measure(config, leg)
     if "draw" in config.stages:

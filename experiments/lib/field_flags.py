@@ -24,21 +24,39 @@ class FieldParser(flags.ArgumentParser):
         return self.syntactic_help
 
 
-class OptionalBoolean(flags.BooleanFlag):
-    """A flag of a ``bool | None`` field: ``--name``, ``--noname``, or ``--name=none``."""
+class Boolean(flags.BooleanFlag):
+    """A flag of a ``bool`` field: ``--name``, ``--noname``, or ``--name=false``."""
 
     class Parser(flags.BooleanParser):
-        """Reads "none" as None, and the rest as a bool."""
+        """Reads a bool."""
+
+        may_be = "true or false"
 
         def parse(self, argument: Any) -> bool | None:
-            """The value."""
-            if isinstance(argument, str) and argument.lower() == "none":
-                return None
-            return super().parse(argument)
+            """The value; ValueError saying what it may be."""
+            try:
+                return super().parse(argument)
+            except ValueError:
+                raise ValueError(f"it must be {self.may_be}") from None
 
     def __init__(self, name: str, default: bool | None, text: str):
         super().__init__(name, default, text)
-        self.parser = OptionalBoolean.Parser()
+        self.parser = type(self).Parser()
+
+
+class OptionalBoolean(Boolean):
+    """A flag of a ``bool | None`` field: it may also be ``--name=none``."""
+
+    class Parser(Boolean.Parser):
+        """Reads "none" as None, and the rest as a bool."""
+
+        may_be = "true, false or none"
+
+        def parse(self, argument: Any) -> bool | None:
+            """The value; ValueError saying what it may be."""
+            if isinstance(argument, str) and argument.lower() == "none":
+                return None
+            return super().parse(argument)
 
 
 def value_of(text: str, annotation: Any) -> Any:
@@ -47,6 +65,8 @@ def value_of(text: str, annotation: Any) -> Any:
     if type(None) in options and text.lower() == "none":
         return None
     (kind,) = (option for option in options if option is not type(None))
+    if kind == tuple[str, ...] and text and "" in text.split(","):  # as a path it would be "."
+        raise ValueError(f"it must be {spell(annotation)}, without an empty entry")
     try:
         if typing.get_origin(kind) is tuple:
             item = typing.get_args(kind)[0]

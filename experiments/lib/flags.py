@@ -29,7 +29,14 @@ from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
 from experiments import leave
-from experiments.lib.field_flags import FieldParser, OptionalBoolean, options_of, show, value_of
+from experiments.lib.field_flags import (
+    Boolean,
+    FieldParser,
+    OptionalBoolean,
+    options_of,
+    show,
+    value_of,
+)
 from experiments.lib.sweeps.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
@@ -87,6 +94,7 @@ def parse(
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
     saved = {} if values.config is None else _read_config(user_path(values.config), sections)
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
+    require_directory(Path(workdir))
     path = user_path(workdir)
     require_directory(path)
     return Parsed(resolved, path, saved)
@@ -176,7 +184,7 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
             if field.metadata.get("repeated"):
                 flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
             elif hints[field.name] is bool:
-                flags.DEFINE_bool(field.name, default, text, flag_values=values)
+                flags.DEFINE_flag(Boolean(field.name, default, text), flag_values=values)
             elif bool in options_of(hints[field.name]):
                 flag = OptionalBoolean(field.name, default, text)
                 flags.DEFINE_flag(flag, flag_values=values)
@@ -322,6 +330,8 @@ def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         if not is_exhausted(error):
             raise
         why = f"memory is short: {first_line(error)}"
+    except MemoryError as error:
+        why = f"memory is short: {error or 'an array, or a list, does not fit'}"
     except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
         why = " ".join(str(error).split())
     else:

@@ -1,13 +1,12 @@
 """Runs of state tracking, read back by those who look at what was trained."""
 
-from pathlib import Path
-
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import AnyPath
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.runs import Run, load_run
 
 
-def load_group_run(flag: str, run: Path) -> Run:
+def load_group_run(flag: str, run: AnyPath) -> Run:
     """The best checkpoint of a state-tracking run, its mixer a plug-in's or not.
 
     Raises:

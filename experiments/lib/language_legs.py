@@ -7,6 +7,9 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from deltaproduct_jax.training.records import Results
 
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
@@ -147,6 +150,37 @@ def samples(leg: Leg) -> list[str]:
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
     settings = {"samples": 2, "max_tokens": 300, "temperature": 0.8, "top_p": 0.95}
     return module("generate", *prompts, run=leg.run, checkpoint="newest", **settings)
+
+
+class _Row(TypedDict):
+    tokens: int
+    loss: NotRequired[float]
+    valid_loss: NotRequired[float]
+
+
+class Training(TypedDict):
+    """The record of a leg's training, as far as it is read back."""
+
+    leg: str
+    seed: int
+    curve: list[_Row]
+    results: Results | None
+
+
+class _Curve(TypedDict):
+    data: str
+    label: str
+    trained: int | None
+    position: list[float]
+    loss: list[float]
+    error: list[float] | None
+    running_loss: list[float]
+
+
+class Positions(TypedDict):
+    """What `experiments.analysis.length_extrapolation` wrote of it, likewise."""
+
+    curves: list[_Curve]
 
 
 def curve(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:

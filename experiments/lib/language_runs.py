@@ -11,7 +11,7 @@ from deltaproduct_jax.data.config import StreamConfig
 from deltaproduct_jax.data.stream import TokenStream
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import AnyPath, any_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
@@ -48,12 +48,12 @@ def open_language_models(
     """
     if not directories:
         raise ConfigError("--runs is missing; give run directories, separated by commas")
-    found = [_open(user_path(name), checkpoint) for name in directories]
+    found = [_open(any_path(name), checkpoint) for name in directories]
     times = collections.Counter(model.config.label for model, _ in found)
     models = []
     for name, (model, trained) in zip(directories, found, strict=True):
         label = model.config.label
-        label = f"{label} ({user_path(name).resolve().name})" if times[label] > 1 else label
+        label = f"{label} ({any_path(name).resolve().name})" if times[label] > 1 else label
         models.append(
             LanguageModel(
                 label, model if dtype is None else with_fields(model, dtype=dtype), trained
@@ -62,7 +62,7 @@ def open_language_models(
     return models
 
 
-def _open(directory: Path, checkpoint: str) -> tuple[SequenceModel, int | None]:
+def _open(directory: AnyPath, checkpoint: str) -> tuple[SequenceModel, int | None]:
     if is_folder_of_fla(directory):
         return fla.load(directory), None
     run = load_run(directory, checkpoint_of(checkpoint))

@@ -7,29 +7,31 @@ process and in turn, so that a busy moment of the machine meets both alike. Inpu
 it puts a NaN into one of two segments: what becomes NaN must be what does in the recurrence.
 
 On a GPU: --implementations=triton --dtype=bfloat16 --batch_size=8 --length=4096 --num_heads=16
---head_dim=128. The kernels then look for what is not finite, which they do not otherwise. In those
-of TPUs the sums stay in both.
+--head_dim=128. The kernels then look for what is not finite, which they do not otherwise.
+
+For TPUs, on a machine without one, cycles of the schedule by their compiler (libtpu):
+
+    python -m experiments.op.containment --workdir=runs/containment_tpu --estimate=v6e \
+        --implementations=pallas_tpu --length=1024 --head_dim=128 --dtype=bfloat16
 
 Source: this project; the bars are 1.05 times on a CPU, 1.02 on GPUs and TPUs.
 Expect: ratios of at most 1.05 on a CPU that does nothing else.
-Takes: 4 minutes on two CPU cores.
+Takes: 4 minutes on two CPU cores; a minute an estimate on a core of its own.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
+from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import require_at_least, require_one_of
-from deltaproduct_jax.ops import chunked, delta_product, dispatch, layout
-from deltaproduct_jax.ops.kernels import containment
+from deltaproduct_jax.ops import delta_product
 from deltaproduct_jax.ops.kernels.triton import looking
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
@@ -46,8 +48,18 @@ from experiments.lib.bench.timing import (
     program,
     time_in_turn,
 )
+from experiments.lib.bench.tpu_compiler import (
+    Compilation,
+    compile_apart,
+    require_libtpu,
+    versions,
+)
+from experiments.lib.bench.uncontained import bare
 
-HEADINGS = ("implementation", "direction", "R", "contained, ms", "without, ms", "ratio")
+NAMES = ("implementation", "direction", "R")
+HEADINGS = (*NAMES, "contained, ms", "without, ms", "ratio")
+ESTIMATED = (*NAMES, "contained, cycles", "without, cycles", "ratio")
+TIMEOUT_S = 1800.0  # of an estimate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +80,9 @@ class ContainmentConfig:
     dtype: str = setting("float32", "of q, k and v: float32 or bfloat16")
     repeats: int = setting(25, "timed rounds; medians count")
     budget_s: float = setting(30.0, "seconds after which no further round of a row begins", above=0)
+    estimate: str | None = setting(
+        None, f"compile for one of {', '.join(GENERATIONS)} instead; none: time"
+    )
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -79,32 +94,9 @@ class ContainmentConfig:
         for name, known in (("implementations", AVAILABLE), ("directions", (FORWARD, BACKWARD))):
             for entry in getattr(self, name):
                 require_one_of(name, entry, known)
-
-
-@contextlib.contextmanager
-def bare() -> Iterator[None]:
-    """Inside, the op is traced without containment: a NaN goes wherever products take it."""
-    same = lambda x: x
-    changes = [
-        (dispatch, "contained", lambda run, tokens, state, *_, **__: run(tokens, state)),
-        (dispatch, "only_finite", same),
-        (dispatch, "forgets", same),
-        (layout, "only_finite", same),
-        (chunked, "to_chunks", _without_a_look),
-        (containment, "_again", lambda run, bad, operands, results: results),
-    ]
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(looking._Choice, "looks", False))
-        for module, name, function in changes:
-            patches.enter_context(mock.patch.object(module, name, function))
-        jax.clear_caches()
-        yield
-    jax.clear_caches()
-
-
-def _without_a_look(*arguments: Any, by_case: bool) -> Any:
-    del by_case
-    return layout.to_chunks(*arguments, by_case=False)
+        require_one_of("estimate", self.estimate, [None, *GENERATIONS])
+        if self.estimate is not None:
+            require_libtpu()
 
 
 def check(shape: Shape, implementation: str) -> None:
@@ -128,6 +120,8 @@ def measure(config: ContainmentConfig, implementation: str, direction: str, R: i
     """A row of the table."""
     K = config.head_dim
     shape = Shape(config.batch_size, config.length, config.num_heads, K, K, R, config.dtype)
+    if config.estimate is not None:
+        return _estimated(config.estimate, implementation, direction, shape)
     check(shape, implementation)
     # Made anew for each: JAX would know the trace of a function that it has seen.
     make, arrays = functools.partial(program, implementation, direction), shape.inputs()
@@ -137,6 +131,18 @@ def measure(config: ContainmentConfig, implementation: str, direction: str, R: i
     time_in_turn(programs, config.repeats, config.budget_s)
     times = [entry.summary()["median_ms"] for entry in programs.values()]
     return [implementation, direction, R, *times, times[0] / times[1]]
+
+
+def _estimated(generation: str, implementation: str, direction: str, shape: Shape) -> list[Any]:
+    """A row by the compiler's profiler; RuntimeError where that refuses or aborts."""
+    one = Compilation(generation, implementation, direction, shape)
+    both = [one, dataclasses.replace(one, contained=False)]
+    cycles = []
+    for found in compile_apart(both, profile=True, timeout_s=TIMEOUT_S):
+        if "error" in found:
+            raise RuntimeError(f"{implementation} for {generation}, {direction}: {found['error']}")
+        cycles.append(found["schedule_cycles"])
+    return [implementation, direction, shape.R, *cycles, cycles[0] / cycles[1]]
 
 
 def command(argv: Sequence[str]) -> None:
@@ -150,15 +156,20 @@ def command(argv: Sequence[str]) -> None:
             for R in config.num_householder:
                 rows.append(measure(config, implementation, direction, R))
                 print(json.dumps(rows[-1]), file=sys.stderr)
+    headings, title = HEADINGS, machine()
+    if config.estimate is not None:
+        headings, title = ESTIMATED, f"{config.estimate}, nothing was run; {versions()}"
     record = {
         "command": command_line("op.containment", argv),
-        "machine": machine(),
+        "machine": title,
         "config": dataclasses.asdict(config),
-        "rows": [dict(zip(HEADINGS, row, strict=True)) for row in rows],
+        "rows": [dict(zip(headings, row, strict=True)) for row in rows],
     }
-    lines = [[*row[:3], *(f"{x:.3f}" for x in row[3:])] for row in rows]
-    found = markdown(list(HEADINGS), lines)
-    print(write_report(parsed.workdir, "containment", record, machine(), found))
+    lines = [
+        [*row[:3], *(f"{x:.3f}" if isinstance(x, float) else x for x in row[3:])] for row in rows
+    ]
+    found = markdown(list(headings), lines)
+    print(write_report(parsed.workdir, "containment", record, title, found))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def test_a_figure_is_as_wide_as_said(panels, given, inches, tmp_path, capsys):
     ("flag", "says"),
     [
         ("--format=gif", "format='gif' is not known; it may be one of ['png', 'pdf', 'svg']"),
-        ("--format=png,", "format='' is not known"),
+        ("--format=png,", "flag --format=png,: it must be"),
         ("--format=", "format"),
         ("--width=7", "width='7' is not known; it may be one of ['column', 'page']"),
     ],
@@ -79,6 +79,18 @@ def test_a_figure_is_as_wide_as_said(panels, given, inches, tmp_path, capsys):
 def test_bad_values_are_refused_in_one_line(flag, says, tmp_path, capsys):
     assert flags.run(redraw.command, [f"--workdir={tmp_path}", flag]) == 2
     (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b'{"a"', b"7\n", b"\xff\n"])
+def test_damaged_records_of_runs_are_one_line(content, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    (tmp_path / "other.json").write_bytes(content)  # another command's
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    says = (
+        "metrics.jsonl, line 1" if content.endswith(b"\n") else "holds no record that can be drawn"
+    )
     assert says in line
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import numpy as np
 import pytest
 from absl import flags as absl_flags
 
@@ -169,7 +170,7 @@ def test_a_bad_config_is_explained(tmp_path, content, message):
         ("--layers=", "flag --layers=: it must be a whole number$"),
         ("--layers", "Missing value for flag --layers"),
         ("--sugar=much", "flag --sugar=much: it must be a finite number$"),
-        ("--glazed=maybe", "flag --glazed=maybe"),
+        ("--glazed=maybe", "flag --glazed=maybe: it must be true or false$"),
         ("--cherries=some", "flag --cherries=some: it must be a whole number or none$"),
         ("--cuts=4,,8", "flag --cuts=4,,8: it must be whole numbers such as 4,8,16$"),
         ("--cuts=none", "flag --cuts=none: it must be whole numbers such as 4,8,16$"),
@@ -223,6 +224,15 @@ def test_errors_of_the_user_become_one_line(error, capsys):
     assert capsys.readouterr().err == "error: bad field\n"
 
 
+def test_memory_that_is_short_is_one_line(capsys):
+    def command(argv):
+        np.empty(2**60, np.int32)
+
+    assert flags.run(command, []) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory is short: Unable to allocate 4.00 EiB")
+
+
 def test_other_errors_keep_their_traceback():
     def command(argv):
         raise ValueError("a bug")
@@ -241,6 +251,8 @@ def test_other_errors_keep_their_traceback():
         ("--workdir=a\0b", r"argument '--workdir=a\\x00b' must be UTF-8 without a NUL"),
         ("--name=\udcff", r"argument '--name=\\udcff' must be UTF-8 without a NUL"),
         ("--workdir=~nobody-of-this-name/x", "begins with a home that is not known"),
+        ("--workdir=gs://bucket/run", "gs://bucket/run is in a bucket, which has no locks"),
+        ("--config=gs://bucket/run", "'gs://bucket/run' is not on a disk; it may be a path there"),
         ("--config=.", r"--config=\. cannot be read: Is a directory"),
     ],
 )

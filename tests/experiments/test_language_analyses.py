@@ -65,7 +65,12 @@ def test_the_presets_describe_their_runs():
     ("module", "arguments", "says"),
     [
         (length_extrapolation, [], "--runs is missing"),
-        (length_extrapolation, ["--rows=3", "--batch_size=2"], "rows=3 must be a multiple"),
+        (
+            length_extrapolation,
+            ["--rows=3", "--batch_size=2"],
+            "rows=3 must be a multiple of batch_size=2",
+        ),
+        (length_extrapolation, ["--runs=a,"], "--runs=a,: it must be"),
         (length_extrapolation, ["--window=100"], "window=100 must divide length=32768"),
         (length_extrapolation, ["--split=all"], "split='all' is not known"),
         (effective_rank, [], "--run is missing"),

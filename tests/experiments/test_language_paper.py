@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
 from experiments.language import pack_text, paper
@@ -131,11 +131,45 @@ def test_settings_of_a_leg():
         ({"leg": "213m_4"}, "leg='213m_4'"),
         ({"stages": ("train", "sing")}, "stages='sing'"),
         ({"tokens": 100}, "tokens=100 must be one batch"),
+        ({"stages": ()}, "stages is empty"),
+        ({"accumulation_steps": 0}, "accumulation_steps=0 is too small"),
+        ({"accumulation_steps": 3}, "batch_size=32 must be a multiple of accumulation_steps=3"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
+        ({"train_s": -1.0}, "train_s=-1.0 must be greater than 0"),
     ):
         with pytest.raises(ConfigError, match=said):
             dataclasses.replace(config, **wrong)
     with pytest.raises(ConfigError, match="no records"):
         paper.draw(paper.Path("nowhere"), paper.Look())
+
+
+WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "results": None}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"seed": "x"}, "seed='x' must be a whole number"),
+        ({"curve": []}, "curve is empty; it must have an entry at least"),
+        ({"curve": [{"loss": 1.0}]}, r"curve\[0\].tokens is missing"),
+        ({"results": {"steps": 1}}, "results.best_step is missing"),
+    ],
+)
+def test_a_damaged_record_of_a_leg_is_one_line(change, says, tmp_path):
+    folder = tmp_path / "records" / "213m_1_seed0"
+    folder.mkdir(parents=True)
+    (folder / paper.TRAINING).write_text(json.dumps(WHOLE | change))
+    with pytest.raises(RunDirectoryError, match=rf"training\.json: {says}"):
+        paper.draw(tmp_path, paper.Look())
+
+
+def test_damaged_curves_of_a_leg_are_one_line(tmp_path):
+    folder = tmp_path / "records" / "213m_1_seed0"
+    folder.mkdir(parents=True)
+    (folder / paper.TRAINING).write_text(json.dumps(WHOLE))
+    (folder / paper.EXTRAPOLATION).write_text('{"curves": [{"data": "x", "loss": 3}]}')
+    with pytest.raises(RunDirectoryError, match=r"extrapolation\.json: curves\[0\]"):
+        paper.draw(tmp_path, paper.Look())
 
 
 @pytest.mark.slow

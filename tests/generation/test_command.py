@@ -103,14 +103,16 @@ def test_text_is_shown_as_it_comes(run, monkeypatch):
 def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
     for argv, text in {
         (): "--run is missing; give the directory of a language model's run",
-        (f"--run={tmp_path}",): "config.json",
+        (f"--run={tmp_path}",): "has no config.json; it may be a run directory, or a folder of",
+        (f"--run={run}", "--samples=1000000000"): "samples=1000000000 makes 1000000000 texts",
+        (f"--run={run}", "--tokenizer=bpe"): "tokenizer='bpe' is not known; it may be bytes, mis",
         (f"--run={run}", "--max_tokens=0"): "max_tokens=0 is too small",
         (f"--run={run}", "--top_p=2"): "top_p=2.0 must be in (0, 1]",
         (f"--run={run}", "--checkpoint=7"): "checkpoint=7 is not in",
         (f"--run={run}", "--workdir=x"): "Unknown command line flag 'workdir'",
         (f"--run={run}", "text"): "argument 'text' is no flag",
         (f"--run={run}", "--stop="): "stop holds an empty string",
-        (f"--run={run}", "--seed=-1"): "seed=-1 must be from 0",
+        (f"--run={run}", "--seed=-1"): "seed=-1 is too small",
     }.items():
         assert flags.run(generate.command, list(argv)) == flags.USAGE_ERROR
         error = capsys.readouterr().err

@@ -142,3 +142,91 @@ def test_another_configuration_is_refused(tmp_path, variables):
     assert f"error: {bucket} holds a run with another configuration, differing in steps" in errors
     assert errors.strip().endswith("give another bucket")
     assert not (tmp_path / "other").exists()
+
+
+SMALL = {
+    "train_length": 16, "eval_lengths": 16, "hidden_size": 8, "num_heads": 1, "head_dim": 8,
+    "intermediate_size": 8, "implementation": "recurrent", "chunk_size": "none", "batch_size": 4,
+    "eval_sequences": 4, "eval_batch_size": 4, "eval_every": 2, "checkpoint_every": 4, "steps": 4,
+    "warmup_steps": 0,
+}  # fmt: skip
+PLAIN = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "HF_DATASETS_OFFLINE": "1"}
+TASK = """task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {path}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{text}}}}"
+doc_to_target: "{{{{rest}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def run(variables, script, *flags):
+    """Exit code, output and errors of a command."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"experiments.{script}", *map(str, flags)],
+        cwd=ROOT,
+        env=os.environ | variables | PLAIN,
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_what_reads_models_reads_them_from_there(tmp_path, variables):
+    """Text, a folder for other projects, a run to go on with, scores: as from a disk."""
+    extra = environment.extra_folder("evaluation")
+    if not extra.exists():
+        pytest.skip("needs lm_eval: python3 tests/run.py --extra=evaluation")
+    paths = os.pathsep.join([variables["PYTHONPATH"], str(extra)])
+    variables |= {"PYTHONPATH": paths, "HF_HOME": str(tmp_path / "hf")}
+    disk, bucket = tmp_path / "run", "gs://bucket/text"
+    small = [f"--{name}={value}" for name, value in SMALL.items()]
+    small.append(f"--compilation_cache={tmp_path / 'programs'}")
+    for more in ([f"--workdir={disk}"], [f"--workdir={tmp_path / 'own'}", f"--bucket={bucket}"]):
+        code, _, errors = run(variables, "language_modeling", *small, *more)
+        assert code == 0, errors
+    (tmp_path / "data.jsonl").write_text('{"text": "def", "rest": " f"}\n')
+    (tmp_path / "own.yaml").write_text(TASK.format(path=tmp_path / "data.jsonl"))
+    found = {}
+    for name, place in (("disk", disk), ("bucket", bucket)):
+        there = tmp_path / name
+        for script, *flags in (
+            ("generate", f"--run={place}", "--prompt=def ", "--max_tokens=4"),
+            ("convert", f"--source={place}", f"--workdir={there / 'fla'}"),
+            (
+                "convert", f"--source={disk}", "--to=run", f"--like={place}", "--checkpoint=newest",
+                f"--workdir={there / 'again'}",
+            ),
+            (
+                "evaluate", f"--model={place}", "--tasks=own", f"--include_path={tmp_path}",
+                f"--workdir={there / 'scores'}",
+            ),
+            (
+                "analysis.length_extrapolation", f"--runs={place}", "--length=32", "--window=16",
+                "--rows=2", f"--workdir={there / 'lengths'}",
+            ),
+        ):  # fmt: skip
+            code, said, errors = run(variables, script, *flags)
+            assert code == 0, errors
+            found.setdefault(script, []).append(said)
+    assert found["generate"][0] == found["generate"][1]
+    assert found["generate"][0].startswith("def ")
+    for path in ("fla/model.safetensors", "fla/config.json", "again/config.json"):
+        one, other = (tmp_path / name / path for name in ("disk", "bucket"))
+        assert one.read_bytes() == other.read_bytes()
+    scores = [
+        json.loads((tmp_path / name / "scores/results.json").read_text())["results"]["own"]
+        for name in ("disk", "bucket")
+    ]
+    assert scores[0] == scores[1]
+    for script, flag in (("generate", "run"), ("convert", "source"), ("evaluate", "model")):
+        more = {"evaluate": ["--tasks=own", f"--include_path={tmp_path}"]}.get(script, [])
+        more += [] if script == "generate" else [f"--workdir={tmp_path / 'none'}"]
+        code, _, errors = run(variables, script, f"--{flag}=gs://bucket/none", *more)
+        assert (code, errors.strip().splitlines()[-1]) == (
+            2,
+            "error: gs://bucket/none has no config.json; it may be a run directory, or a folder of "
+            "flash-linear-attention",
+        )

@@ -120,7 +120,7 @@ def test_errors_name_the_flag(files, tmp_path):
     (tmp_path / "no.model").write_text("nothing")
     path = str(files / "tokenizer.json")
     for spec, bos, words in (
-        ("words", None, "tokenizer='words' is not known; it may be bytes, bpe, mistral"),
+        ("words", None, "tokenizer='words' is not known; it may be bytes, mistral"),
         (str(tmp_path / "no.json"), None, "is no tokenizer.json"),
         (str(tmp_path / "no.model"), None, "is no SentencePiece model"),
         (path, "<none>", "bos='<none>' is no token of tokenizer="),

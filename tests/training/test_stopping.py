@@ -10,14 +10,17 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_run
 from tiny_run import curve, outcome, rows_in, run_config, snapshot
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, records
+from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.progress import Progress
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
+from deltaproduct_jax.training.together.group import train_together
 
 ROOT = Path(__file__).parents[2]
 SLOW = functools.partial(pytest.param, marks=pytest.mark.slow)
@@ -77,6 +80,31 @@ def test_a_signal_finishes_the_step_and_saves(
     assert kept == {path.name for path in (finished / "checkpoints").iterdir()}
     starts = json.loads((tmp_path / "run.json").read_text())["starts"]
     assert [start["resumed_from"] for start in starts] == [None, stops_after]
+
+
+@pytest.mark.parametrize("is_together", [False, True])
+def test_a_loop_is_two_steps_ahead_at_most(is_together, tmp_path, monkeypatch):
+    """Though nothing is recorded in between; all that is ahead is waited for before a stop."""
+    ahead, most = [0], []
+    call, wait = CompiledByLength.__call__, jax.block_until_ready
+
+    def begun(self, *arguments):
+        ahead[0] += 1
+        most.append(ahead[0])
+        return call(self, *arguments)
+
+    def ended(result):
+        ahead[0] -= 1
+        return wait(result)
+
+    monkeypatch.setattr(CompiledByLength, "__call__", begun)
+    monkeypatch.setattr(jax, "block_until_ready", ended)
+    config = run_config(**dict.fromkeys(("log_every", "eval_every", "checkpoint_every"), 12))
+    if is_together:
+        train_together([config], [tmp_path], ["test"])
+    else:
+        loop.train(config, tmp_path, ["test"])
+    assert most[:12] == [1, 2, *[3] * 10]  # the third waits for the first
 
 
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs on text: batches after a kill, selection by the loss, rows over devices, packed rows."""
+"""Runs on text: after a kill, together, selection by the loss, rows over devices, packed rows."""
 
 import json
 
@@ -22,7 +22,9 @@ from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.evaluation import selection_of
 from deltaproduct_jax.training.source import source_of
+from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
+from deltaproduct_jax.training.together import group as together
 
 ONE = DeviceConfig(mesh="data:1")
 TRAIN = {
@@ -128,6 +130,53 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_epoch(folder, undisturbed, tmp
     assert curve(rows_in(tmp_path)) == curve(rows_in(undisturbed))
     again, wanted = (json.loads((d / "results.json").read_text()) for d in (tmp_path, undisturbed))
     assert again | {"throughput": None} == wanted | {"throughput": None}
+
+
+def test_runs_together_read_what_each_reads_alone(folder, undisturbed, tmp_path, monkeypatch):
+    """Two of one seed, whose stream is read once; one goes on alone before all do on two devices.
+
+    Of their four slots one repeats a run, and nobody looks at it.
+    """
+    configs = [config_of(folder, **own) for own in ({}, {"learning_rate": 0.3}, {"seed": 2})]
+    alone = [undisturbed, tmp_path / "alone1", tmp_path / "alone2"]
+    places = [tmp_path / str(number) for number in range(3)]
+    for config, workdir in zip(configs[1:], alone[1:], strict=True):
+        loop.train(config, workdir, ["alone"])
+    step_of, read, plain = together.Group._step, [], TokenStream.batch
+    with pytest.MonkeyPatch.context() as patch:
+        stop = lambda group, step: (step == 3 and group._request.set(15)) or step_of(group, step)
+        patch.setattr(together.Group, "_step", stop)
+        with pytest.raises(Stopped, match="after step 3 of 12"):
+            together.train_together(configs, places, ["first"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop.Trainer, "_suffices", lambda self, rows: len(rows) == 6)
+        loop.train(configs[0], places[0], ["second"])
+    (places[0] / "results.json").unlink()
+    monkeypatch.setattr(
+        TokenStream,
+        "batch",
+        lambda s, step: (s.split == "train" and read.append((s.seed, step))) or plain(s, step),
+    )
+    two = lambda: jax.devices()[:2]
+    monkeypatch.setattr("deltaproduct_jax.parallel.layout.all_devices", two)
+    together.train_together(configs, places, ["third"])
+    assert sorted(read) == sorted((c.seeds()["data"], n) for c in configs[1:] for n in range(3, 12))
+    starts = [json.loads((place / "run.json").read_text())["starts"] for place in places]
+    assert [of_one[-1]["resumed_from"] for of_one in starts] == [5, 3, 3]
+    assert len({rows_in(place)[-1]["loss"] for place in alone}) == 3
+    for place, other in zip(places, alone, strict=True):
+        for row, want in zip(curve(rows_in(place)), curve(rows_in(other)), strict=True):
+            assert row == pytest.approx(want, rel=1e-4)
+            assert row["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        (entry,), (want,) = (
+            json.loads((folder / "results.json").read_text())["test"] for folder in (place, other)
+        )
+        assert entry == pytest.approx(want, rel=1e-4)
+        stood = []
+        for directory in (place, other):
+            with Checkpoints(directory / "checkpoints", read_only=True) as checkpoints:
+                stood.append((checkpoints.steps(), checkpoints.data(checkpoints.newest())))
+        assert stood[0] == stood[1]
 
 
 def test_the_smallest_loss_is_the_best(undisturbed):

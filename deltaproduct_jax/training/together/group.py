@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import is_there, require_directory
-from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.training.compiled import UnderWay
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, scored
 from deltaproduct_jax.training.measuring.memory import (
@@ -30,9 +29,9 @@ from deltaproduct_jax.training.measuring.memory import (
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CONFIG
-from deltaproduct_jax.training.source import batches_of
 from deltaproduct_jax.training.step import Metrics, Params
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.together.given import given_to, share_streams
 from deltaproduct_jax.training.together.mapped import (
     MappedProgram,
     mesh_of_runs,
@@ -72,6 +71,7 @@ def train_together(
         runs = zip(configs, workdirs, strict=True)
         members = [Member(config, workdir, mesh.size) for config, workdir in runs]
         require_same_models(members)
+        share_streams(members)
         try:
             Group(members, mesh, request).train(argv)
         finally:
@@ -84,11 +84,6 @@ def _require_one_program(configs: Sequence[RunConfig]) -> None:
     if len({program_of(config.to_dict()) for config in configs}) != 1:
         names = ", ".join(name for names in FREE.values() for name in names)
         raise ConfigError(f"runs that are trained together may differ in {names} alone")
-    if configs[0].is_streamed:
-        raise ConfigError(
-            f"runs on {type(configs[0].task).__name__}, whose batches come from a stream, are not "
-            "trained together; give another launcher"
-        )
 
 
 class Pauses:
@@ -180,7 +175,7 @@ class Group:
         place = lambda tree: put(tree, self._mesh)
         self.program, self._seated = self._program(slots), list(members)
         self._state = place(stacked([member.state for member in in_slots]))
-        self._keys = place(jnp.stack([member.source.training(0) for member in in_slots]))
+        self._given = given_to(self.config, in_slots, self._mesh)
         self._numbers = place(stacked([numbers_of(member.config.train) for member in in_slots]))
         self._training = []
         for member in members:
@@ -205,10 +200,12 @@ class Group:
             self._seat(going)
         self._watch.lap()
         pending: tuple[int, Metrics, list[Member]] | None = None
+        under_way = UnderWay()
         while going:
             step = 1 + min(member.step for member in going)
             self._let_train([member for member in going if member.step == step - 1])
             metrics = self._step(step)
+            under_way.add(metrics)
             # Only now that this step is under way are the numbers of an earlier one fetched.
             if pending is not None:
                 self._note(*pending)
@@ -224,7 +221,8 @@ class Group:
             self._make_room(going)
 
     def _step(self, step: int) -> Metrics:
-        arguments = self._state, self._keys, self._numbers, self._takes_part
+        given = self._given.training(step - 1, self._training)
+        arguments = self._state, given, self._numbers, self._takes_part
         self._state, metrics = self.program.train_step(self.config.length_at(step), *arguments)
         for member in self._training:
             member.step = step
@@ -266,9 +264,8 @@ class Group:
     ) -> dict[Member, Evaluation]:
         """What the parameters of each of these members, in its slot of ``params``, are worth."""
         outputs: dict[Member, list[Any]] = {member: [] for member in members}
-        for index in batches_of(self.config, length):
-            keys = jax.vmap(lambda key, index=index: batch_key(key, split, index))(self._keys)
-            found = self.program.eval_step(length, params, put(keys, self._mesh))
+        for given in self._given.evaluation(split, length, members):
+            found = self.program.eval_step(length, params, given)
             for member, own in self._of_each(found, members):
                 outputs[member].append(own)
         return {member: scored(member.source, split, own) for member, own in outputs.items()}

@@ -58,7 +58,7 @@ class MappedProgram:
 
     Args:
         config: of any of the runs, which differ in their numbers alone.
-        source: of any of them; it makes batches of the keys that the steps are given.
+        source: of any of them; it makes batches of what the steps are given.
         definition: of any of their models.
         mesh: over which the slots are cut.
         stopwatch: paused while something compiles.
@@ -76,9 +76,9 @@ class MappedProgram:
         train = config.train
 
         def train_one(
-            length: int, state: TrainState, key: jax.Array, numbers: Numbers, takes_part: jax.Array
+            length: int, state: TrainState, given: Any, numbers: Numbers, takes_part: jax.Array
         ) -> tuple[TrainState, Metrics]:
-            batch = source.train_batch(key, state.step, length)
+            batch = source.train_batch(given, state.step, length)
             if train.grow_from is not None:
                 batch = counting_first(batch, config.counted_at(state.step + 1), length)
             optimizer, schedule = make_optimizer(train, numbers), make_schedule(train, numbers)
@@ -94,15 +94,15 @@ class MappedProgram:
             keep = lambda new, old: jnp.where(takes_part, new, old)
             return jax.tree.map(keep, after, state), metrics
 
-        def eval_one(length: int, params: Params, key: jax.Array):
-            batch = source.eval_batch(key, length)
+        def eval_one(length: int, params: Params, given: Any):
+            batch = source.eval_batch(given, length)
             loss, correct_BT = loss_and_correct(
                 definition, params, batch, settings=train.loss_settings
             )
             return loss, correct_BT, batch.mask
 
         options = {"compiler_options": compiler_options(mesh)}
-        # (length, state, keys [S], numbers [S], takes_part [S]) -> (state, metrics [S])
+        # (length, state, given [S, ...], numbers [S], takes_part [S]) -> (state, metrics [S])
         self.train_step = CompiledByLength(
             self._mapped(train_one),
             "the training step of all runs",
@@ -111,7 +111,7 @@ class MappedProgram:
             donate=True,
             **options,
         )
-        # (length, params, keys [S]) -> (loss [S], correct [S, B, T], mask [S, B, T])
+        # (length, params, given [S, ...]) -> (loss [S], correct [S, B, T], mask [S, B, T])
         self.eval_step = CompiledByLength(
             self._mapped(eval_one),
             "the evaluation of all runs",

@@ -33,7 +33,7 @@ from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
 from deltaproduct_jax.training.start import layout_of
 from deltaproduct_jax.training.step import Metrics, TrainState, init_state, split_model
 
-Outcome = dict[str, Any] | RunDirectoryError | FloatingPointError
+Outcome = dict[str, Any] | ConfigError | RunDirectoryError | FloatingPointError
 
 
 class Member(Trainer):
@@ -76,7 +76,7 @@ class Member(Trainer):
         """What goes wrong inside becomes the run's outcome."""
         try:
             yield
-        except (RunDirectoryError, FloatingPointError) as error:
+        except (ConfigError, RunDirectoryError, FloatingPointError) as error:
             self.outcome = error
 
     def open(self, start: Mapping[str, Any]) -> None:
@@ -96,6 +96,8 @@ class Member(Trainer):
             self._held.enter_context(self.checkpoints)
             newest = self.checkpoints.newest()
             self.state = resume.newest_state(self.checkpoints, self.state)
+            if newest is not None:
+                self.source.resume(self.checkpoints.data(newest))
             self.step = newest or 0
             self.records.cut_back(self.step)
             own = {"resumed_from": newest, "seeds": self.config.seeds()}

@@ -1,5 +1,6 @@
 """Compiles the op for a TPU on a machine that has none, in a process of its own."""
 
+import contextlib
 import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -15,19 +16,24 @@ from deltaproduct_jax.ops import delta_product
 from experiments.lib import environment
 from experiments.lib.bench.peers import tokamax
 from experiments.lib.bench.timing import FORWARD, Shape
+from experiments.lib.bench.uncontained import bare
 
 EXTRA = environment.extra_folder("tpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class Compilation:
-    """What is compiled: the op, its direction and sizes, and the chip."""
+    """What is compiled: the op, its direction and sizes, and the chip.
+
+    ``contained`` is whether what is not finite stays where it is, as ever.
+    """
 
     generation: str
     implementation: str
     direction: str
     shape: Shape
     chunk_size: int | None = None
+    contained: bool = True
 
 
 def interleaved(q, k, v, beta, g=None, *, chunk_size=None):
@@ -121,7 +127,8 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     wanted = Compilation(**{**fields, "shape": Shape(**fields["shape"])})
     mesh = tpu.mesh_of(tpu.GENERATIONS[wanted.generation].topology, (1,), ("device",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    with tpu.lowering_for(mesh):
+    as_is = contextlib.nullcontext() if wanted.contained else bare()
+    with as_is, tpu.lowering_for(mesh):
         function, arguments = function_and_arguments(wanted)
         arguments = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments

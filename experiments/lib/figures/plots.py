@@ -107,7 +107,7 @@ def plot_bits(run: Path, path: Path, look: Look) -> list[Path]:
         path: where the picture goes, without an ending.
         look: width and formats.
     """
-    rows = read_lines(run / METRICS, MetricsLine)
+    rows = [row for row in read_lines(run / METRICS, MetricsLine) if BITS in row]
     figure, ((axes,),) = new_panels(look, 1, 1, 2.0)
     for index, (name, label) in enumerate(((BITS, "training"), (f"valid_{BITS}", "validation"))):
         found = [(row["tokens"], row[name]) for row in rows if name in row]

@@ -1,14 +1,13 @@
 """Figures and tables of the records that a folder keeps, whichever command wrote them."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
-from deltaproduct_jax.files import read_json, write_file
-from deltaproduct_jax.training.records import METRICS
+from deltaproduct_jax.files import read_bytes, read_json, read_lines, write_file
+from deltaproduct_jax.training.records import METRICS, MetricsLine
 from experiments.lib.figures import benchmarks, geometry, language, plots, separation, theory
 from experiments.lib.figures.curves import bars_of, draw_panels
 from experiments.lib.figures.style import Look, save
@@ -134,7 +133,7 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
         RunDirectoryError: a record cannot be read.
     """
     for file in sorted(folder.rglob("*.json")):
-        if file.stem not in NAMES and f'"{FIGURE}"' not in file.read_text()[:MOST_BEFORE]:
+        if file.stem not in NAMES and f'"{FIGURE}"'.encode() not in read_bytes(file)[:MOST_BEFORE]:
             continue  # another command's, whatever its size
         record = read_json(file)
         fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
@@ -146,6 +145,6 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
                 why = error if isinstance(error, ConfigError) else repr(error)
                 raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
     for file in sorted(folder.rglob(METRICS)):
-        first = file.read_text().partition("\n")[0]
-        if plots.BITS in json.loads(first):
+        rows = read_lines(file, MetricsLine)
+        if rows and plots.BITS in rows[0]:
             yield from plots.plot_bits(file.parent, file.with_name(plots.BITS), look)

@@ -97,8 +97,7 @@ def load_script(script: str) -> types.ModuleType:
 
 
 def _is_script(path: Path) -> bool:
-    text = path.read_text()
-    return all(re.search(rf"^{name}\b", text, re.M) for name in ("SECTIONS", "PRESETS"))
+    return re.search(r"^SECTIONS, configure\b", path.read_text(), re.M) is not None
 
 
 def parse_grid(flag: str, text: str, most: int = MOST_RUNS) -> dict[str, list[str]]:
@@ -287,6 +286,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
 def read_list(folder: Path) -> tuple[str, list[Run]]:
     """Script and runs of a saved list; RunDirectoryError if it is not one."""
     path = folder / LIST
+    if not path.exists():
+        raise RunDirectoryError(f"{folder} has no {LIST}; it may be the folder of a sweep")
     saved = read_json(path, _SavedList)
     runs = []
     for index, run in enumerate(saved["runs"]):

@@ -1,16 +1,12 @@
-"""A run does not outlive the sweep that began it: it saves and ends, however the sweep ended.
+"""A run does not outlive the sweep that began it: it saves and ends, however the sweep ended."""
 
-Linux tells a process of its parent's death; elsewhere a run goes on alone after ``kill -9`` of its
-sweep, which the next sweep in the folder then waits for.
-"""
-
-import ctypes
 import os
 import signal
-import sys
+import threading
+import time
 
 VARIABLE = "EXPERIMENTS_SWEEP_PROCESS"  # of a run: the number of the process that began it
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LOOK_EVERY_S = 0.5
 
 
 def marked(variables: dict[str, str]) -> dict[str, str]:
@@ -19,10 +15,25 @@ def marked(variables: dict[str, str]) -> dict[str, str]:
 
 
 def end_with_parent() -> None:
-    """From here on the end of the sweep that began this process is a SIGTERM to it, if one did."""
+    """From here on the end of the sweep that began this process is a SIGTERM to it, if one did.
+
+    One signal alone, since a second one would not let it save. Linux could send it by itself
+    (``PR_SET_PDEATHSIG``), but does so for each thread of the sweep that happens to die first.
+    """
     parent = os.environ.pop(VARIABLE, None)  # what this process begins has it as its parent
-    if parent is None or sys.platform != "linux":
+    if parent is None:
         return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
     if os.getppid() != int(parent):  # it has ended already
-        os.kill(os.getpid(), signal.SIGTERM)
+        _tell()
+    else:
+        threading.Thread(target=_watch, args=(int(parent),), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(LOOK_EVERY_S)
+    _tell()
+
+
+def _tell() -> None:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
