@@ -290,11 +290,9 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         before = before.astype(u.dtype)
         run = segment_runs(segment_ids)
         past = None if run is None else jnp.zeros(before.shape[:2], run.dtype)
-        forms = (Form(self._activation("q"), K), Form(self._activation("k"), K))
-        forms, widths = (
-            (*forms, Form(self._activation("v"))),
-            tuple(conv.channels for conv in convs),
-        )
+        units = {"q": K, "k": K, "v": None}
+        forms = tuple(Form(self._activation(name), unit) for name, unit in units.items())
+        widths = tuple(conv.channels for conv in convs)
         *mixed, b = convolved_parts(choice, forms, widths, u, before, taps, run, past)
         q, k, v = (checkpoint_name(y, POINT) for y in mixed)
         after = last_inputs(before, u[..., : before.shape[2]], past, run, length)

@@ -53,7 +53,7 @@ def shapes_of(config: RunConfig, make_model: MakeModel) -> tuple[ModelDefinition
 
 
 def first_state(config: RunConfig, make_model: MakeModel, layout: Layout) -> TrainState:
-    """The state before the first step, the same over every mesh; no device ever holds all of it."""
+    """The state before the first step, the same over every mesh, where no device holds it all."""
 
     def draw() -> TrainState:
         _, params = split_model(make_model())

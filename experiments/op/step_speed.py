@@ -29,7 +29,7 @@ of the chip's peak as training reports it: 6 operations a parameter and token, w
 computes anew. "GiB moved" is what all operations read and write, as XLA counts it.
 
 Source: https://arxiv.org/abs/2502.10297, language models (340M, and n_h = 2 with half the heads).
-Expect: experiments/results/gpu/speed/step_340m.json has an H100's.
+Expect: experiments/results/gpu/step/ has an H200's, results/gpu/meshes/ those of two.
 Takes: on a GPU of 80 GB 3 minutes with n_h = 1 and 5 with 2; with ``--preset=small`` seconds
     on a CPU.
 """
