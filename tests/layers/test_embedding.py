@@ -12,10 +12,10 @@ from deltaproduct_jax.layers.embedding import FEW_ROWS, Embed, embedding_gradien
 ROWS, D = 11, 8
 
 
-def case(dtype):
+def case(dtype, shape=(6, 50)):
     keys = jax.random.split(jax.random.key(0), 3)
     table = jax.random.normal(keys[0], (ROWS, D)).astype(dtype)
-    ids = jax.random.randint(keys[1], (6, 50), 0, ROWS + 2)  # some that no row has
+    ids = jax.random.randint(keys[1], shape, 0, ROWS + 2)  # some that no row has
     return table, ids, jax.random.normal(keys[2], (*ids.shape, D)).astype(dtype)
 
 
@@ -34,24 +34,45 @@ def test_the_rule_is_what_is_lowered(rows):
     traced = gradient.trace(params)
     for platform in ("cpu", "cuda", "rocm", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        found = "scatter" if "stablehlo.scatter" in text else "matmul"
-        assert ("stablehlo.dot_general" in text) == (found == "matmul")
+        held = ("stablehlo.scatter" in text, "stablehlo.dot_general" in text)
+        found = {(True, False): "scatter", (True, True): "merged", (False, True): "matmul"}[held]
         assert found == embedding_gradient(platform, rows), platform
 
 
+# Of ids: rows of a window, pieces of a row, a batch of rows, one row, one id; a window has 64.
+SHAPES = ((6, 20), (2, 3, 100), (150,), ())
+EVERY = [("lookup", SHAPES[0]), *((form, SHAPES[0]) for form in embedding.FORMS)]
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-8)])
-def test_both_gradients_are_the_sums(dtype, bound, monkeypatch):
+@pytest.mark.parametrize(("form", "shape"), [*EVERY, *(("merged", shape) for shape in SHAPES[1:])])
+def test_all_gradients_are_the_sums(form, shape, dtype, bound, monkeypatch):
     monkeypatch.setattr(embedding, "TOKENS_OF_A_SUM", 60)
-    table, ids, cotangents = case(dtype)
+    monkeypatch.setattr(embedding, "WINDOW", 64)
+    table, ids, cotangents = case(dtype, shape)
+    rows_of = embedding.FORMS.get(form, embedding.lookup)
+    both = jax.jit(lambda table, ids, cotangents: _with_gradient(rows_of, table, ids, cotangents))
+    rows, got = both(table, ids, cotangents)
+    inside = np.asarray(ids) < ROWS
+    assert np.array_equal(np.asarray(rows)[inside], np.asarray(table)[np.asarray(ids)[inside]])
     want = exact_gradient(ids, cotangents)
-    for form in (embedding.lookup, embedding._taken, embedding._multiplied):
-        rows, pull = jax.vjp(lambda table, form=form: form(table, ids), table)
-        inside = np.asarray(ids) < ROWS
-        assert np.array_equal(rows[inside], np.asarray(table)[ids[inside]])
-        got = np.asarray(pull(cotangents)[0], np.float64)
-        if dtype == "float32" or form is embedding._multiplied:
-            assert np.linalg.norm(got - want) <= bound * np.linalg.norm(want)
-    assert np.all(np.isnan(embedding.lookup(table, ids)[~inside]))
+    assert np.linalg.norm(np.asarray(got, np.float64) - want) <= bound * np.linalg.norm(want)
+    if form == "lookup":
+        assert np.all(np.isnan(rows[~inside]))
+
+
+def _with_gradient(rows_of, table, ids, cotangents):
+    rows, pull = jax.vjp(lambda table: rows_of(table, ids), table)
+    return rows, pull(cotangents)[0]
+
+
+@pytest.mark.parametrize("form", embedding.FORMS)
+def test_sums_of_thousands_do_not_stop_growing(form):
+    """Where one id stands thousands of times, a sum in bfloat16 would end at 256."""
+    table = jnp.zeros((FEW_ROWS + 1, 2), jnp.bfloat16)
+    ids = jnp.zeros((2, 1536), jnp.int32)
+    pull = jax.vjp(lambda table: embedding.FORMS[form](table, ids), table)[1]
+    assert np.all(pull(jnp.ones((2, 1536, 2), jnp.bfloat16))[0][0] == 3072)
 
 
 def test_other_transformations():
