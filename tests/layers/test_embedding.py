@@ -12,10 +12,10 @@ from deltaproduct_jax.layers.embedding import FEW_ROWS, Embed, embedding_gradien
 ROWS, D = 11, 8
 
 
-def case(dtype, shape=(6, 50)):
+def case(dtype):
     keys = jax.random.split(jax.random.key(0), 3)
     table = jax.random.normal(keys[0], (ROWS, D)).astype(dtype)
-    ids = jax.random.randint(keys[1], shape, 0, ROWS + 2)  # some that no row has
+    ids = jax.random.randint(keys[1], (6, 50), 0, ROWS + 2)  # some that no row has
     return table, ids, jax.random.normal(keys[2], (*ids.shape, D)).astype(dtype)
 
 
@@ -35,21 +35,15 @@ def test_the_rule_is_what_is_lowered(rows):
     for platform in ("cpu", "cuda", "rocm", "tpu"):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
         held = ("stablehlo.scatter" in text, "stablehlo.dot_general" in text)
-        found = {(True, False): "scatter", (True, True): "merged", (False, True): "matmul"}[held]
+        found = {(True, False): "scatter", (False, True): "matmul"}[held]
         assert found == embedding_gradient(platform, rows), platform
 
 
-# Of ids: rows of a window, pieces of a row, a batch of rows, one row, one id; a window has 64.
-SHAPES = ((6, 20), (2, 3, 100), (150,), ())
-EVERY = [("lookup", SHAPES[0]), *((form, SHAPES[0]) for form in embedding.FORMS)]
-
-
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-6), ("bfloat16", 2**-8)])
-@pytest.mark.parametrize(("form", "shape"), [*EVERY, *(("merged", shape) for shape in SHAPES[1:])])
-def test_all_gradients_are_the_sums(form, shape, dtype, bound, monkeypatch):
+@pytest.mark.parametrize("form", ["lookup", *embedding.FORMS])
+def test_all_gradients_are_the_sums(form, dtype, bound, monkeypatch):
     monkeypatch.setattr(embedding, "TOKENS_OF_A_SUM", 60)
-    monkeypatch.setattr(embedding, "WINDOW", 64)
-    table, ids, cotangents = case(dtype, shape)
+    table, ids, cotangents = case(dtype)
     rows_of = embedding.FORMS.get(form, embedding.lookup)
     both = jax.jit(lambda table, ids, cotangents: _with_gradient(rows_of, table, ids, cotangents))
     rows, got = both(table, ids, cotangents)
