@@ -200,7 +200,7 @@ def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_pa
         drawn.update(files)
         return files
 
-    rooms = ("benchmarks", "geometry", "plots", "separation", "theory")
+    rooms = ("benchmarks", "geometry", "language", "legs", "plots", "separation", "theory")
     for module in (records, *(getattr(records, room) for room in rooms)):
         monkeypatch.setattr(module, "save", noted)
     folder = tmp_path / "results"

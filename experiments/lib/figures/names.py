@@ -64,8 +64,8 @@ def _part(part: str) -> str:
 
 
 def setting(key: str) -> str:
-    """A setting's name."""
-    return SETTINGS.get(key, key.replace("_", " "))
+    """A setting's name; one that is in a figure's letters stays as it is."""
+    return key if "$" in key else SETTINGS.get(key, key.replace("_", " "))
 
 
 def value(text: str) -> str:
