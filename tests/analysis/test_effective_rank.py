@@ -35,6 +35,15 @@ def test_the_rank_of_matrices_one_knows():
     np.testing.assert_allclose(analysis.effective_rank(matrices), want, rtol=1e-5)
 
 
+def test_accelerators_leave_singular_values_to_the_host():
+    states = np.random.default_rng(0).normal(size=(3, 5, 4, 6)).astype(np.float32)
+    states[1, 2, 0, 0] = np.nan
+    found = jax.jit(jax.vmap(analysis._on_host))(states)
+    assert np.isnan(found[1, 2]).all()
+    assert np.isfinite(found).sum() == 14 * 4
+    np.testing.assert_allclose(found, analysis._singular_values(jnp.asarray(states)), rtol=1e-5)
+
+
 def test_states_before_every_update_are_looked_at(monkeypatch):
     """Two key heads serve four value heads; ranks are taken a few tokens at once."""
     monkeypatch.setattr(analysis, "AT_ONCE", 4 * 2 * 4 * 4 * 3)  # states of one token

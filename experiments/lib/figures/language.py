@@ -63,7 +63,7 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
     places = [place for entry in found for place in entry["position"]]
     panels[0, 0].set_xscale("log", base=2)
     plain_log(panels[0, 0].xaxis, (min(places), max(places)), base=2)
-    panels[0, 0].set_ylabel("loss, nats a token")
+    panels[0, 0].set_ylabel("loss, nats per token")
     panels[1, 0].set_ylabel("mean up to here")
     close_grid(panels, panels.size, "position, tokens")
     add_legend(figure)
@@ -202,6 +202,6 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -> li
         axes.set(xscale="log", title=name)
     sizes = [row["parameters"] for row in rows]
     plain_log(panels[0, 0].xaxis, (min(sizes), max(sizes)))
-    close_grid(panels, len(ways), "parameters", "test loss, nats a token")
+    close_grid(panels, len(ways), "parameters", "test loss, nats per token")
     add_legend(figure)
     return save(figure, path, look)
