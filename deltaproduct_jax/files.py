@@ -128,7 +128,8 @@ def any_path(text: str) -> AnyPath:
     Raises:
         ConfigError: it can be neither, or the package that reaches buckets is not installed.
     """
-    if "://" not in text:
+    # A single slash is a slip: nobody calls a folder "gs:".
+    if text and "://" not in text and not text.startswith(IN_BUCKET.removesuffix("/")):
         return user_path(text)
     if "\0" in text or not text.startswith(IN_BUCKET) or not text.strip("/").count("/") >= 2:
         raise ConfigError(f"{text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER")

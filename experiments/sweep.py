@@ -32,7 +32,8 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib import flags
-from experiments.lib.sweeps.grid import MOST_RUNS, claim, read_list
+from experiments.lib.sweeps.devices import device_flags
+from experiments.lib.sweeps.grid import MOST_RUNS, claim, parse_fixed, read_list
 from experiments.lib.sweeps.launchers import (
     LocalLauncher,
     SubmititLauncher,
@@ -80,6 +81,11 @@ class SweepConfig:
         "submitit's parameters of a job, as slurm_partition=gpu;gpus_per_node=1;timeout_min=240; "
         "cluster=local among them runs the jobs on this machine, without SLURM",
     )
+    devices: str = setting(
+        "",
+        "settings of the devices that each run sees, as mesh=fsdp:-1;compilation_cache=DIR; they "
+        "are no part of what a run is",
+    )
 
     def __post_init__(self):
         check_fields(self)
@@ -92,6 +98,12 @@ class SweepConfig:
             require_at_least("gpus", number, 0)
         if self.slurm and self.launcher != "slurm":
             raise ConfigError(f"slurm={self.slurm!r} needs launcher=slurm, got {self.launcher!r}")
+        if self.devices and self.launcher not in ("local", "slurm"):
+            raise ConfigError(
+                f"devices={self.devices!r} needs launcher=local or launcher=slurm, got "
+                f"{self.launcher!r}"
+            )
+        self.device_flags()
         if self.gpus and self.launcher not in ("local", "vmap"):
             raise ConfigError(
                 f"gpus={self.gpus} needs launcher=local or launcher=vmap, got {self.launcher!r}"
@@ -100,6 +112,10 @@ class SweepConfig:
             raise ConfigError(
                 f"together={self.together} needs launcher=vmap, got {self.launcher!r}"
             )
+
+    def device_flags(self) -> list[str]:
+        """Flags of each run; ConfigError where ``devices`` cannot be read."""
+        return device_flags(parse_fixed(self.devices, "--devices"))
 
 
 def command(argv: Sequence[str]) -> None:
@@ -152,11 +168,12 @@ def make_launcher(
 ) -> LocalLauncher | TogetherLauncher | SubmititLauncher:
     """Where the runs are started."""
     script, _ = read_list(workdir)
+    devices = config.device_flags()
     if config.launcher == "vmap":
         return TogetherLauncher(workdir, config.workers, config.gpus, config.together)
     if config.launcher == "slurm":
-        return SubmititLauncher(script, config.slurm, workdir)
-    return LocalLauncher(script, config.workers, config.gpus)
+        return SubmititLauncher(script, config.slurm, workdir, devices)
+    return LocalLauncher(script, config.workers, config.gpus, devices)
 
 
 def summarize(workdir: Path) -> None:

@@ -153,7 +153,7 @@ def test_each_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     assert gpus.visible_gpus() == ["2", "10"]
     seen = []
-    monkeypatch.setattr(launchers, "begin", lambda script, folder, variables, **_: seen.append(
+    monkeypatch.setattr(launchers, "begin", lambda script, folder, variables, *_, **__: seen.append(
         variables.get("CUDA_VISIBLE_DEVICES")
     ))  # fmt: skip
     for workers, given in ((3, ()), (3, (7,)), (1, ())):
