@@ -218,6 +218,34 @@ def test_chunked_layers_agree_with_recurrent_ones(mixer, x64):
     agree(forward_plain(wide_model(mixer), tokens()), want)
 
 
+GATED = [m for m in MIXERS if MIXERS[m].takes("initial_gate")]
+
+
+@pytest.mark.parametrize("mixer", quick(GATED, ["erase_then_delta", "gla"]))
+def test_gates_start_where_one_says(mixer):
+    """A token of zeros writes nothing: what is left of a state is what its gates keep."""
+    magnitudes = {"allow_neg_eigval": False} if MIXERS[mixer].takes("allow_neg_eigval") else {}
+    layer = make_mixer(config_of(mixer, initial_gate=0.7, **magnitudes), 0, nnx.Rngs(0))
+    empty = layer.init_state(1)
+    full = jax.tree.map(jnp.ones_like, empty)
+    full = full._replace(**{n: getattr(empty, n) for n in empty._fields if n in INPUTS})
+    after = layer.step(full, jnp.zeros((1, 16)))[1]
+    np.testing.assert_allclose(kept(after), 0.7 * kept(full), rtol=1e-5)
+
+
+INPUTS = ("q_conv", "k_conv", "v_conv", "conv", "last", "hidden")
+
+
+def kept(state):
+    """The numbers that a gate multiplies, free of what they were divided by."""
+    memory = getattr(state, "recurrent", state)
+    if not hasattr(memory, "stabilizer"):
+        return np.abs(memory)
+    cells = np.asarray(memory.memory if hasattr(memory, "memory") else memory.cell)
+    divided = np.exp(np.asarray(memory.stabilizer))
+    return cells * divided.reshape(*divided.shape, *[1] * (cells.ndim - divided.ndim))
+
+
 @nnx.jit
 def descend(model, ids, rate):
     """One step against the sign of the gradient; the loss before it, and the gradient."""
@@ -259,7 +287,7 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
 OWN = {
     "num_v_heads": 4, "expand_v": 2.0, "allow_neg_eigval": False, "conv_size": 3, "max_length": 8,
     "implementation": "recurrent", "chunk_size": 4, "qk_activation": "none", "beta_bias": 1.0,
-    "use_output_gate": True, "use_short_conv": False, **OF_GROUPED,
+    "initial_gate": 0.7, "use_output_gate": True, "use_short_conv": False, **OF_GROUPED,
 }  # fmt: skip
 SHARED = {"hidden_size": 20, "num_heads": 4, "head_dim": 4, "initializer": "fla"}
 
@@ -290,7 +318,7 @@ def test_every_field_that_a_mixer_has_reaches_it(mixer):
 # Given, be it what the field is anyway where a mixer has it.
 GIVEN = OWN | {
     "num_householder": 1, "allow_neg_eigval": True, "qk_activation": "silu", "beta_bias": 1.0,
-    "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0, "conv_size": 4,
+    "initial_gate": 0.9, "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0, "conv_size": 4,
     "max_length": 2048, "conv_implementation": "plain",
 }  # fmt: skip
 
@@ -322,6 +350,8 @@ def test_a_field_that_a_mixer_lacks_is_one_clear_error(mixer):
         ("gla", {"implementation": "associative"}, "implementation='associative' is not available"),
         ("gla", {"implementation": "recurrent", "chunk_size": 4}, "chunk_size=4 has no meaning"),
         ("delta_net", {"num_householder": 2}, "num_householder=2 does not fit mixer='delta_net'"),
+        ("gla", {"initial_gate": 1.0}, "initial_gate=1.0 must be above 0 and below 1, or none"),
+        ("rwkv7", {"initial_gate": 0.5}, "initial_gate=0.5 must be above 0.5452 and below 1"),
     ],
 )
 def test_a_wrong_value_is_one_clear_error(mixer, change, text):
