@@ -148,7 +148,8 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         self.num_householder, self.use_forget_gate = num_householder, use_forget_gate
         if initial_gate is not None and not use_forget_gate:
             raise ConfigError(
-                f"initial_gate={initial_gate!r} means nothing without use_forget_gate; leave it none"
+                f"initial_gate={initial_gate!r} means nothing without use_forget_gate; leave it "
+                "none"
             )
         self.conv_implementation = conv_implementation
         super().__init__(

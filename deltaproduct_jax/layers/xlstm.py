@@ -14,7 +14,6 @@ from typing import NamedTuple, Unpack
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError

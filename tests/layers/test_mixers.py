@@ -318,8 +318,8 @@ def test_every_field_that_a_mixer_has_reaches_it(mixer):
 # Given, be it what the field is anyway where a mixer has it.
 GIVEN = OWN | {
     "num_householder": 1, "allow_neg_eigval": True, "qk_activation": "silu", "beta_bias": 1.0,
-    "initial_gate": 0.9, "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0, "conv_size": 4,
-    "max_length": 2048, "conv_implementation": "plain",
+    "initial_gate": 0.9, "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0,
+    "conv_size": 4, "max_length": 2048, "conv_implementation": "plain",
 }  # fmt: skip
 
 
