@@ -22,7 +22,7 @@ from deltaproduct_jax.training.evaluation import selection_of
 from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine
 from experiments.lib.run_records import Record, label
 from experiments.lib.sweeps.grid import build, identity, load_script, parse_fixed, read_list
-from experiments.lib.sweeps.records import RunFolder
+from experiments.lib.sweeps.records import RunFolder, train_seconds
 
 # What is tried of each field, where the mixer has it and nothing else says what it is.
 SPACE: dict[str, tuple[str, ...]] = {
@@ -167,6 +167,17 @@ def row_of(
         "runs": len(folders),
         "scores": scores,
     }
+
+
+def hours_of(folders: Sequence[RunFolder]) -> float:
+    """Hours of training, without compiling and evaluating; of runs trained together their share."""
+    seconds = 0.0
+    for folder in folders:
+        path = folder.path / RUN
+        last = read_json(path)["starts"][-1] if path.exists() else {}
+        spent = train_seconds(folder.path / METRICS) or 0.0
+        seconds += spent / last.get("runs_together", 1)
+    return seconds / 3600
 
 
 def hardware_of(folders: Sequence[RunFolder]) -> list[str]:
