@@ -14,6 +14,8 @@ from experiments import sweep
 from experiments.lib.sweeps import attempts as sweep_attempts
 from experiments.lib.sweeps import grid as sweep_grid
 from experiments.lib.sweeps import records as sweep_records
+from experiments.lib.sweeps import running
+from experiments.lib.sweeps.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_sweep_that_breaks_down_stops_its_children(tmp_path, monkeypatch, caps
             raise RunDirectoryError("results.csv cannot be written: No space left on device")
         written.append(folder)
 
-    monkeypatch.setattr(sweep, "write_tables", full_disk)
+    monkeypatch.setattr(running, "write_tables", full_disk)
     fixed = "steps=2000"
     assert run(tmp_path, "seed=0:2;step_ms=0,20", fixed=fixed, workers=2) == 2
     assert capsys.readouterr().err.startswith("error: results.csv cannot be written: No space")
@@ -364,7 +366,7 @@ def test_without_submitit_the_error_names_it(tmp_path, capsys, monkeypatch):
 
 
 def test_without_pyarrow_the_csv_is_written_alone(tmp_path, capsys, monkeypatch):
-    for module in (sweep, sweep_records):
+    for module in (running, sweep_records):
         monkeypatch.setattr(module, "has_parquet", lambda: False)
     assert run(tmp_path, "seed=0") == 0
     assert "results.parquet needs the package pyarrow" in capsys.readouterr().out
@@ -386,7 +388,7 @@ def test_workers_share_the_cores(monkeypatch):
 
 
 def test_more_workers_than_runs_are_none_too_many():
-    scheduler = sweep.Scheduler([], lambda runs, slot: None, 10**15, retries=0, changed=print)
+    scheduler = Scheduler([], lambda runs, slot: None, 10**15, retries=0, changed=print)
     assert not scheduler.step()
 
 

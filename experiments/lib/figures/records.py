@@ -10,6 +10,7 @@ from deltaproduct_jax.files import read_bytes, read_json, read_lines, write_file
 from deltaproduct_jax.training.records import METRICS, MetricsLine
 from experiments.lib.figures import benchmarks, geometry, language, legs, plots, separation, theory
 from experiments.lib.figures.curves import bars_of, draw_panels
+from experiments.lib.figures.searched import search_figure, search_markdown
 from experiments.lib.figures.style import Look, save
 from experiments.lib.figures.tables import (
     escape_markdown,
@@ -36,15 +37,15 @@ def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
     kind = record[FIGURE]
     require_one_of(FIGURE, kind, MARKDOWN | PICTURES)
     if kind in MARKDOWN:
-        text = MARKDOWN[kind](record["rows"], record["by"])
+        text = MARKDOWN[kind](record["rows"], record.get("by", ()))
         yield _written(path, ".csv", to_csv(record["rows"]))
         yield _written(path, ".md", text + "\n")
     if kind in PICTURES:
         yield from save(PICTURES[kind](record, look), path, look)
 
 
-MARKDOWN = {"table": scores_markdown, "escape": escape_markdown}
-PICTURES = {"cumulative": draw_panels, "escape": bars_of}
+MARKDOWN = {"table": scores_markdown, "escape": escape_markdown, "search": search_markdown}
+PICTURES = {"cumulative": draw_panels, "escape": bars_of, "search": search_figure}
 
 
 def _written(path: Path, ending: str, text: str) -> Path:
