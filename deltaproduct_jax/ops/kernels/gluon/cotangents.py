@@ -248,11 +248,13 @@ def put_terms(ptr, of_into, of_out, by_update, by_token):
 
 @gluon.jit
 def of_block(
-    handed, arrays, q, k, scores, factor, dq, m, mild, of_sequence, SCALE: gl.constexpr, T: gl.constexpr,
-    R: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, NG: gl.constexpr, NC: gl.constexpr,
-    SEQUENCES: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    handed, arrays, q, k, scores, factor, dq, m, mild, of_sequence, SCALE: gl.constexpr,
+    T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, NG: gl.constexpr,
+    NC: gl.constexpr, SEQUENCES: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
     """Writes the cotangents of a block, but dq of a group and dv; asks for what the next takes.
+
+    The block's terms of dg stand from ``of_sequence`` plus its number on.
 
     Returns what there is of dq, and vectors of the next block and whether it is mild.
     """
@@ -365,8 +367,8 @@ def find_cotangents(
         ask_ahead(arrays, tiles, of_loads, place, m, R, S, D, NC)
         if HAS_GRADIENTS:
             dq, vectors, mild = of_block(
-                handed, arrays, q, k, scores, factor, dq, m, mild, of_sequence, SCALE, T, R, HV, K, NG, NC,
-                SEQUENCES, HAS_G, HAS_RESETS,
+                handed, arrays, q, k, scores, factor, dq, m, mild, of_sequence, SCALE, T, R, HV, K,
+                NG, NC, SEQUENCES, HAS_G, HAS_RESETS,
             )  # fmt: skip
             if r == 0:
                 # Those who hold the cotangent of the state have written dv.
