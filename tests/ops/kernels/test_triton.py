@@ -126,8 +126,9 @@ def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
     assert compiled["lowered"]["versions"] == ["step", "step_in_place"]
 
 
-def test_every_launch_of_a_kernel_is_timed(interpreted):
-    chosen, variant = interpreted["launches"]
+@pytest.mark.slow
+def test_every_launch_of_a_kernel_is_timed(everything):
+    chosen, variant = everything["launches"]
     assert (chosen["chosen"], variant["chosen"], variant["warps"]) == (True, False, 4)
     assert 0 < variant["floor_ms"] < variant["ms"] <= variant["most_ms"]
 
