@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from deltaproduct_jax.analysis.singular_values import singular_values
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.delta_product import TokenFactors
@@ -29,7 +30,7 @@ AT_ONCE = 2**26  # bytes of states whose singular values are taken at once, abou
 
 def effective_rank(states: Float[Array, "*batch K V"]) -> Float[Array, "*batch"]:
     """From 1 to min(K, V); 0 of a matrix of zeros. Shares within rounding of 0 count as 0."""
-    values = jnp.linalg.svd(states, compute_uv=False)
+    values = singular_values(states)
     total = jnp.sum(values, axis=-1, keepdims=True)
     shares = values / jnp.where(total > 0, total, 1)
     counted = shares > jnp.finfo(states.dtype).eps
