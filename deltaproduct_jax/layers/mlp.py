@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
 from deltaproduct_jax.layers.norm import RMSNorm
+from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.ops.blocks.rows import HIDDEN_POINT as POINT
 from deltaproduct_jax.ops.blocks.rows import residual_swiglu
 
@@ -48,6 +49,7 @@ class SwiGLU(nnx.Module):
         normal = nnx.initializers.normal(initializer_range)
         down = mlp_down_init(initializer, initializer_range, intermediate_size, num_layers)
         shared = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        shared |= {"dot_general": over_tokens}
         self.hidden_size = hidden_size
         self.gate_proj = nnx.Linear(hidden_size, intermediate_size, kernel_init=normal, **shared)
         self.up_proj = nnx.Linear(hidden_size, intermediate_size, kernel_init=normal, **shared)

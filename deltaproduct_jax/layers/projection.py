@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.initializers import conv_init, projection_init
 from deltaproduct_jax.layers.norm import HeadNorm, RMSNorm
 from deltaproduct_jax.layers.short_conv import ShortConv
-from deltaproduct_jax.ops.parts import placement
+from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -62,6 +64,7 @@ class Parts:
             kernel_init=projection_init(*how, in_features, out_features, parts),
             dtype=accumulator_dtype(self.dtype) if wide else jnp.dtype(self.dtype),
             param_dtype=self.param_dtype,
+            dot_general=over_tokens,
             rngs=self.rngs,
         )
 
@@ -94,15 +97,35 @@ class Parts:
         return HeadNorm(num_heads, width, eps=eps, use_bias=use_bias, **kinds)
 
 
+def over_tokens(
+    x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **options: Any
+) -> jax.Array:
+    """``x @ kernel`` for `nnx.Linear`, of all tokens as the rows of one matrix.
+
+    For the kernel's gradient of ``[B, T, D]`` XLA writes the cotangent once more, transposed, and
+    on a CPU that takes as long as the products themselves. Over a mesh, whose axes may cut ``B``
+    and ``T`` alike, they stay apart.
+    """
+    multiply = functools.partial(jax.lax.dot_general, **options)
+    lies = any(explicit_names(x)) or any(explicit_names(kernel))
+    if x.ndim < 3 or lies or placement() is not None:
+        return multiply(x, kernel, dimension_numbers)
+    *before, width = x.shape
+    rows = x.reshape(math.prod(before), width)
+    return multiply(rows, kernel, (((1,), (0,)), ((), ()))).reshape(*before, -1)
+
+
 def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
     """``linear(x)`` of ``[B, T, D]`` without a bias, ``[B, T, parts, width]``.
 
     Cut along ``width`` over a mesh, the columns of a part that belong to one device do not lie
     together in the kernel; so it is the kernel that is laid out anew, once, and no activations.
     """
+    spread = placement()
+    if spread is None and not any(explicit_names(x)):
+        return linear(x).reshape(*x.shape[:-1], parts, -1)
     kernel = linear.kernel[...]
     kernel = kernel.reshape(kernel.shape[0], parts, -1)
-    spread = placement()
     if spread is not None:
         kernel = spread.heads(kernel)
     x, kernel = (a.astype(linear.dtype) for a in (x, kernel))
