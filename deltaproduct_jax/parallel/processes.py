@@ -44,7 +44,8 @@ def join(config: DeviceConfig) -> None:
     """Joins the other processes, if there are to be any; before JAX is asked for a device.
 
     Raises:
-        ConfigError: there is no cluster, or the others did not come.
+        ConfigError: there is no cluster, or the address cannot be used. Where the others do not
+            come, JAX aborts the process.
     """
     if not config.distributed and config.coordinator_address is None:
         return

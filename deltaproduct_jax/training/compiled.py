@@ -62,7 +62,9 @@ class UnderWay:
     """The steps that are dispatched and may not have ended.
 
     JAX lets 32 of them wait. They hide nothing that two would not, and a loop that is asked to stop
-    would have all of them before it: too long for those who are given half a minute.
+    would have all of them before it: too long for those who are given half a minute. And devices
+    that a CPU simulates share its threads: where many steps wait for each other there, one may come
+    40 seconds late to a collective, upon which XLA aborts the process.
     """
 
     def __init__(self):

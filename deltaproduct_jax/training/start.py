@@ -39,7 +39,8 @@ def layout_of(
     if (train.batch_size // train.accumulation_steps) % layout.devices_of("batch"):
         rows = train.batch_size // train.accumulation_steps
         layout.require_divisible("batch", **{"batch_size over accumulation_steps": rows})
-    layout.require_divisible("heads", num_heads=model.num_heads, num_v_heads=model.num_v_heads)
+    heads = ("num_heads", "num_v_heads", "attention_heads")
+    layout.require_divisible("heads", **{name: getattr(model, name) for name in heads})
     layout.require_divisible("mlp", intermediate_size=model.mlp_width)
     layout.require_divisible("embed", hidden_size=model.hidden_size)
     return layout

@@ -58,6 +58,22 @@ def test_what_a_failure_says():
     assert compiler._of_failure("INTERNAL: no\nmore") == {"error": "INTERNAL: no"}
 
 
+def test_what_jax_cannot_read_is_read_as_the_compiler_wrote_it(tmp_path):
+    class Newer:
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: async-update should have 1 operands")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="async-update"):
+        compiler._text_of(Newer(), tmp_path)
+    for name, text in (
+        ("0.init.after_optimizations", "short"),
+        ("1.step", "of another pass, long"),
+    ):
+        (tmp_path / f"{name}.txt").write_text(text)
+    (tmp_path / "2.step.after_optimizations.txt").write_text("the program")
+    assert compiler._text_of(Newer(), tmp_path) == "the program"
+
+
 @pytest.mark.parametrize("name", ["805m_3_v5e_16x16", "1300m_2_v5p_4x4x4"])
 def test_a_plan_is_what_its_record_says(name):
     """Tokens of a row are those of all devices that share it."""

@@ -174,6 +174,11 @@ def test_where_an_axis_of_each_name_is_cut(name):
         ("data:8", {"eval_batch_size": 4}, "eval_batch_size=4 .* 8 devices of mesh axis data"),
         ("data:4", {"accumulation_steps": 4}, "accumulation_steps=2 .* 4 devices"),
         ("tensor:2", {"num_heads": 3}, "num_heads=3 .* 2 devices of mesh axis tensor"),
+        (
+            "tensor:4",
+            {"attention_every": 2, "attention_heads": 2, "num_layers": 2},
+            "attention_heads=2 .* 4 devices of mesh axis tensor",
+        ),
         ("tensor:2", {"intermediate_size": 9}, "intermediate_size=9 .* mesh axis tensor"),
         ("fsdp:4", {"hidden_size": 6}, "hidden_size=6 .* 4 devices of mesh axis fsdp"),
     ],

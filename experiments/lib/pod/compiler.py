@@ -5,8 +5,10 @@ import dataclasses
 import os
 import re
 import resource
+import tempfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -107,13 +109,15 @@ def compile_here(entry: Mapping[str, Any]) -> dict[str, Any]:
     lowered = program.lower()
     found["lower_s"] = time.perf_counter() - began
     began = time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return found | _of_failure(str(error))
-    found["compile_s"] = time.perf_counter() - began
-    found["host_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found | _of_compiled(compiled, program, platform)
+    with tempfile.TemporaryDirectory() as folder:
+        written = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            compiled = lowered.compile(compiler_options=written if platform == "tpu" else None)
+        except jax.errors.JaxRuntimeError as error:
+            return found | _of_failure(str(error))
+        found["compile_s"] = time.perf_counter() - began
+        found["host_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return found | _of_compiled(compiled, program, platform, Path(folder))
 
 
 def _with_rows(entry: Mapping[str, Any], sizes: Mapping[str, int]) -> RunConfig:
@@ -152,18 +156,33 @@ def _of_failure(message: str) -> dict[str, Any]:
     return {"needed_bytes": size("used", "unit"), "limit_bytes": size("limit", "of")}
 
 
-def _of_compiled(compiled: Any, program: StepProgram, platform: str) -> dict[str, Any]:
+def _text_of(compiled: Any, written: Path) -> str:
+    """The program's text: as JAX reads it, or as the compiler wrote it into a folder.
+
+    A compiler newer than JAX may make what JAX cannot read.
+    """
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError:
+        texts = list(written.glob("*.after_optimizations.txt"))
+        if not texts:
+            raise
+        return max(texts, key=lambda path: path.stat().st_size).read_text()
+
+
+def _of_compiled(
+    compiled: Any, program: StepProgram, platform: str, written: Path
+) -> dict[str, Any]:
     """Memory; and what is sent and the estimate, or "unread" where the program's text says less."""
     found = memory_of(compiled)
     try:
-        text = compiled.as_text()
+        text = _text_of(compiled, written)
         times = hlo_cost.passes(text)
         sent = collectives_in_a_run(text, program.layout.sizes, times)
         if platform == "tpu":
             kernels = kernel_traffic.kernel_bytes(program.traced.jaxpr.jaxpr)
             cost = dataclasses.asdict(hlo_cost.cost(text, kernels))
             found |= {name: cost[name] for name in ("model_cycles", "hbm_bytes", "custom_calls")}
-    # A compiler newer than JAX may write what JAX cannot read.
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         return found | {"unread": str(error).splitlines()[0][:300]}
     if platform == "cuda":
