@@ -179,11 +179,11 @@ def vmapped(T: int = 70, passes=passes) -> float:
     return max(jax.tree.leaves(jax.tree.map(relative, together, apart)))
 
 
-# What is bad in a row: of which argument, where, and how many tokens are then bad, from the first
-# that sees it to the end of its segment.
+# What is bad in a row: of which argument, where, and how many tokens are then bad, from that one to
+# the end of its segment.
 BAD = {
     "v": ((0, 40, 0, 0, 3), 20),
-    "q": ((0, 40, 0, 1), 1),
+    "q": ((0, 40, 0, 1), 20),
     "k": ((0, 31, 1, 0, 0), 29),
     "beta": ((0, 59, 0, 0), 1),
     "g": ((0, 62, 0), 8),
