@@ -143,6 +143,7 @@ def interpret(every: bool) -> dict:
             found["vmap"] = vmapped()
         found["vmap of narrow heads"] = vmapped(12, narrow)
         found["contained"] = [contained(more) for more in (True, False)]
+        found["contained"] += [contained(name in "kg", name) for name in BAD if name != "v"]
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
 
@@ -178,7 +179,19 @@ def vmapped(T: int = 70, passes=passes) -> float:
     return max(jax.tree.leaves(jax.tree.map(relative, together, apart)))
 
 
-def contained(more: bool) -> dict[str, float | bool]:
+# What is bad in a row: of which argument, where, and how many tokens are then bad, from that one to
+# the end of its segment.
+BAD = {
+    "v": ((0, 40, 0, 0, 3), 20),
+    "q": ((0, 40, 0, 1), 20),
+    "k": ((0, 31, 1, 0, 0), 29),
+    "beta": ((0, 59, 0, 0), 1),
+    "g": ((0, 62, 0), 8),
+    "initial_state": ((0, 0, 2, 2), 30),
+}
+
+
+def contained(more: bool, name: str = "v") -> dict[str, float | bool]:
     """How far one row is from the contained recurrence where another has a bad value.
 
     Two rows are in other pieces than one, which is run again; with ``more`` maps of pieces, X and
@@ -189,9 +202,13 @@ def contained(more: bool) -> dict[str, float | bool]:
     looking.choose_containment(True)
     arrays, _, tokens, state = inputs(case, "float32")
     ids = jnp.asarray(np.arange(70) // 30 + np.zeros((2, 1), int))
-    tokens = tokens._replace(
-        v=tokens.v.at[0, 40, 0, 0, 3].set(jnp.inf), resets=starts_of_segments(ids)
-    )
+    tokens = tokens._replace(resets=starts_of_segments(ids))
+    place, number = BAD[name]
+    if name == "initial_state":
+        state = state.at[place].set(jnp.nan)
+    else:
+        bad = jnp.inf if name == "v" else jnp.nan
+        tokens = tokens._replace(**{name: getattr(tokens, name).at[place].set(bad)})
     cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(arrays))
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=more)
     run = {"kernel": choice, "options": options}
@@ -212,7 +229,7 @@ def contained(more: bool) -> dict[str, float | bool]:
     return {
         "error": max(relative(zeros(x), zeros(y)) for x, y in pairs),
         "alike": all(np.array_equal(np.isnan(x), np.isnan(y)) for x, y in pairs),
-        "bad": int(np.isnan(o).any(axis=(2, 3)).sum()),
+        "bad": int(np.isnan(o).any(axis=(2, 3)).sum()) == number,
     }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deltaproduct_jax.data.manifest import MANIFEST, read_manifest
+from deltaproduct_jax.data.manifest import MANIFEST, ShardFacts, read_manifest
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import user_path
 
@@ -62,10 +62,19 @@ class Corpus:
         return np.diff(self.offsets)
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Fills ``out`` with the tokens from ``start`` on, which must be of one document."""
+        """Fills ``out`` with the tokens from ``start`` on, which must be of one document.
+
+        Raises:
+            RunDirectoryError: one is no token of the tokenizer; to a model it would be NaN.
+        """
         shard = bisect.bisect_right(self._bases, start) - 1
         start -= self._bases[shard]
         out[:] = self._shard(shard)[start : start + len(out)]
+        if len(out) and not 0 <= out.min() <= out.max() < self.vocab_size:
+            raise RunDirectoryError(
+                f"{self.name} is damaged: it has tokens from {out.min()} to {out.max()}, and its "
+                f"tokenizer {self.vocab_size} tokens"
+            )
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, int32."""
@@ -91,10 +100,10 @@ def open_corpus(directory: str | Path, split: str) -> Corpus:
         )
     said, tokenizer = manifest["splits"][split], manifest["tokenizer"]
     names = [shard["name"] for shard in said["shards"]]
-    opened = [functools.partial(_map, directory / f"{name}.tokens.npy") for name in names]
-    offsets = [np.array(_map(directory / f"{name}.offsets.npy")) for name in names]
+    opened = [functools.partial(_map, directory / f"{name}.tokens.npy", "u") for name in names]
+    offsets = [np.array(_map(directory / f"{name}.offsets.npy", "i")) for name in names]
     for shard, of_shard, tokens in zip(said["shards"], offsets, opened, strict=True):
-        if not len(tokens()) == of_shard[-1] == shard["tokens"]:
+        if not (_has_documents(of_shard, shard) and len(tokens()) == shard["tokens"]):
             raise RunDirectoryError(f"{directory / shard['name']} is not what {MANIFEST} says")
     hashes = [
         tokenizer["sha256"],
@@ -112,9 +121,25 @@ def open_corpus(directory: str | Path, split: str) -> Corpus:
     )
 
 
-def _map(path: Path) -> np.ndarray:
+def _has_documents(offsets: np.ndarray, said: ShardFacts) -> bool:
+    """Whether a shard's offsets are those of as many documents and tokens; each has one at least.
+
+    What is on a disk may be damaged, and a document that ends before it begins is not read.
+    """
+    ends = (0, said["tokens"])
+    is_long = len(offsets) == said["documents"] + 1 > 0
+    return is_long and (offsets[0], offsets[-1]) == ends and bool(np.all(np.diff(offsets) > 0))
+
+
+def _map(path: Path, kind: str) -> np.ndarray:
+    """A file's array of one axis, whose dtype is of a kind as NumPy names it."""
     try:
         # As a plain array: slices of np.memmap cost several times as much.
-        return np.load(path, mmap_mode="r").view(np.ndarray)
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read: {error}") from error
+        array = np.load(path, mmap_mode="r").view(np.ndarray)
+    except Exception as error:  # what a damaged header ends in is NumPy's affair
+        why = " ".join(str(error).split())
+        raise RunDirectoryError(f"{path} cannot be read: {why or repr(error)}") from error
+    if array.ndim != 1 or array.dtype.kind != kind:
+        found = f"{array.dtype.name}{list(array.shape)}"
+        raise RunDirectoryError(f"{path} is damaged: it has {found}")
+    return array

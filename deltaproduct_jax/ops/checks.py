@@ -33,6 +33,8 @@ def as_array(name: str, value: Any) -> jax.Array:
     """``value`` as a JAX array; ValueError unless it is an array already (NumPy's count)."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise ValueError(f"{name} must be a JAX or NumPy array, got {type(value).__name__}")
+    if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
+        raise ValueError(f"{name} must be an array of numbers or of bool, got {value.dtype}")
     return jnp.asarray(value)
 
 

@@ -46,6 +46,7 @@ def test_speed_writes_table_json_and_plot(tmp_path, capsys):
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_decoding_is_timed_by_the_token(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
@@ -88,6 +89,7 @@ def test_a_wrong_implementation_is_not_timed(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_plain_scan_is_what_ratios_are_to(tmp_path):
     op_speed.command(
         [f"--workdir={tmp_path}", *TINY, "--peer=plain", "--implementations=recurrent"]

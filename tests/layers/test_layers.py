@@ -127,7 +127,7 @@ SEGMENTS = np.array(
 )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", quick(VARIANTS, ["gated_conv", "grouped"]))
 def test_segments_share_nothing(variant):
     layer, x = make_layer(variant), inputs()
     start = run(layer, inputs(seed=1))[1]

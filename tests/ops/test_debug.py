@@ -64,6 +64,7 @@ def test_what_is_right_passes(ops):
     ops[0](**narrow)
 
 
+@pytest.mark.slow
 def test_through_transformations():
     """Gradients of what is computed anew, one after another, as steps of training have them."""
     op = jax.checkpoint(lambda beta: delta_product(**inputs(beta=beta), implementation="chunked"))

@@ -11,7 +11,6 @@ import numpy as np
 import oracle
 import pytest
 from helpers import record, relative_error, run
-from quick import quick
 
 DATA = np.load(pathlib.Path(__file__).parents[1] / "data" / "ops.npz")
 NAMES = [str(name) for name in DATA["cases"]]
@@ -102,7 +101,8 @@ def test_implementation(name, implementation):
     record(implementation, "float32", *checked)
 
 
-@pytest.mark.parametrize("implementation", quick(["recurrent", "chunked"], ["chunked"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["recurrent", "chunked"])
 def test_packed_row_with_segment_ids(implementation):
     """The packed case that starts from zero, in one row as it is stored."""
     name = "n3_varlen_ungated"

@@ -1,8 +1,9 @@
 """A folder of flash-linear-attention's as a model of ours."""
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +68,28 @@ def load(
 
     Raises:
         ConfigError: an option of config.json has no counterpart here, or an argument cannot be
-            honoured; the text names it.
+            honoured; the text names it, and the file.
         RunDirectoryError: a file is missing, damaged or outside of the folder, or tensors are
             missing, superfluous or of another shape; one text lists them all.
     """
     folder = user_path(os.fspath(directory))
     if not folder.is_dir():
         raise RunDirectoryError(f"{folder} is no folder")
-    fields = options.to_fields(read_json(inside(folder, CONFIG), dict[str, Any]))
+    file = inside(folder, CONFIG)
+    said = read_json(file, dict[str, Any])
+    with errors_of(file):
+        fields = options.to_fields(said)
     files = TensorFiles(folder)
     if param_dtype is not None:
         require_one_of("param_dtype", param_dtype, model_config.DTYPES)
     held = param_dtype or _dtype_of(files, folder)
+    ours = {"implementation": implementation, "chunk_size": chunk_size, "remat": remat}
+    ours |= {"param_dtype": held, "dtype": dtype or held}
+    ModelConfig(vocab_size=2, **ours)  # what is wrong in these is no fault of the file
     if max_length is not None:
         fields["max_length"] = max_length
-    config = ModelConfig(
-        **fields,
-        param_dtype=held,
-        dtype=dtype or held,
-        implementation=implementation,
-        chunk_size=chunk_size,
-        remat=remat,
-    )
+    with errors_of(file):
+        config = ModelConfig(**fields, **ours)
     _check_layers(files, folder, config.num_layers)
     model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
@@ -101,6 +102,15 @@ def load(
         asked = None if param_dtype is None else leaf.dtype
         params[path] = _placed(_read(files, keys, turn, asked), shardings[path])
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params))
+
+
+@contextlib.contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Puts the file in front of what is wrong with an option in it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def _check_layers(files: TensorFiles, folder: Path, num_layers: int) -> None:
