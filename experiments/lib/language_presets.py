@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
 
 TINY: dict[str, Any] = COMMON | {
     "train_length": 256,
-    "eval_lengths": (256, 1024),
+    "eval_lengths": (256,),
     "mixer": "gated_delta_product",
     "num_householder": 2,
     "num_layers": 2,
@@ -43,8 +43,8 @@ TINY: dict[str, Any] = COMMON | {
     "weight_decay": 0.1,
     "adam_b2": 0.99,
     "log_every": 20,
-    "eval_every": 140,
-    "checkpoint_every": 140,
+    "eval_every": 280,
+    "checkpoint_every": 280,
     "eval_sequences": 128,
     "eval_batch_size": 8,
     "select_length": 256,
