@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -128,7 +129,8 @@ def any_path(text: str) -> AnyPath:
     Raises:
         ConfigError: it can be neither, or the package that reaches buckets is not installed.
     """
-    if "://" not in text:
+    # A single slash is a slip: nobody calls a folder "gs:".
+    if text and "://" not in text and not text.startswith(IN_BUCKET.removesuffix("/")):
         return user_path(text)
     if "\0" in text or not text.startswith(IN_BUCKET) or not text.strip("/").count("/") >= 2:
         raise ConfigError(f"{text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER")
@@ -185,9 +187,16 @@ def require_directory(path: Path) -> None:
 
 
 def read_bytes(path: AnyPath) -> bytes:
-    """The content of a file; RunDirectoryError if it cannot be read."""
+    """The content of a file.
+
+    Raises:
+        RunDirectoryError: it cannot be read, or is a pipe or a device, which may never end.
+    """
     with errors_as_one_line(path, "read"):
         if not in_bucket(path):
+            kind = path.stat().st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
+                raise OSError("it is a pipe or a device, and no file")
             return path.read_bytes()
         import fsspec
 
@@ -199,8 +208,8 @@ def read_json(path: AnyPath, schema: Any = Any) -> Any:
     """The content of a JSON file that fits a schema: an annotation as `settings.misfit` knows it.
 
     Raises:
-        RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite, or does
-            not fit; the text names the file and the place in it.
+        RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite or a key
+            twice, or does not fit; the text names the file and the place in it.
     """
     return decode(read_bytes(path), schema, str(path))
 
@@ -220,7 +229,9 @@ def read_lines(path: AnyPath, schema: Any = Any) -> list[Any]:
 def decode(data: bytes, schema: Any, where: str) -> Any:
     """JSON that fits a schema, as `read_json`; the error begins with ``where`` it was found."""
     try:
-        value = json.loads(data, parse_constant=_no_number, parse_float=_finite)
+        value = json.loads(
+            data, parse_constant=_no_number, parse_float=_finite, object_pairs_hook=_each_once
+        )
     except RecursionError as error:
         raise RunDirectoryError(f"{where} is nested too deeply") from error
     except ValueError as error:
@@ -237,6 +248,16 @@ def decode(data: bytes, schema: Any, where: str) -> Any:
 
 def _no_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is no number of JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; ValueError where a key is there twice, of which the reader would take one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r} is there more than once")
+    return found
 
 
 def _finite(text: str) -> float:

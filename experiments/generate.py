@@ -15,7 +15,6 @@ Takes: seconds to load and compile, then 100 tokens in less than a second for a 
 """
 
 import dataclasses
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -124,12 +123,8 @@ def command(argv: Sequence[str]) -> None:
     """Writes text to standard output."""
     values = flags.parse_fields(argv, {"generate": GenerateConfig, "sampling": Sampling})
     texts = write(GenerateConfig(**values["generate"]), Sampling(**values["sampling"]))
-    try:
-        for text in texts:
-            print(text, end="", flush=True)
-    except BrokenPipeError:
-        # Whoever read has seen enough; Python would flush once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for text in texts:
+        print(text, end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ Takes: 2 to 10 minutes a program on a CPU core and some 3 GiB; extra "tpu" or "c
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -195,11 +196,13 @@ def blocks(record: Mapping[str, Any]) -> list[str]:
     """Paragraphs and tables of a plan."""
     kind, limit, compiled = (record[name] for name in ("chip", "memory_bytes", "compiled"))
     first = compiled[record["rows"]]
+    cut = [first["mesh"].get(axis, 1) for axis in ("sequence", "tensor")]
+    on = "a device" if math.prod(cut) == 1 else f"{math.prod(cut)} devices together"
     fit = {True: "It fits", False: "It does not fit", None: "Whether it fits is not known"}
     parts = [
         f"{record['preset']} on {record['topology']}, mesh {record['mesh']}: "
         f"{first['parameters']:,} parameters, {first['tokens']:,} tokens a step, "
-        f"{record['rows']} x {record['length']:,} tokens on a device at once. "
+        f"{record['rows']} x {record['length']:,} tokens on {on} at once. "
         f"{fit[fits(first, limit)]}. Nothing was run; {record['versions']}.",
         memory_table(first, limit),
     ]

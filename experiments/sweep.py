@@ -24,32 +24,19 @@ Takes: what its runs take, by the number of ``--workers``.
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import require_at_least
 from deltaproduct_jax.settings import check_fields, setting
-from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib import flags
-from experiments.lib.sweeps.grid import MOST_RUNS, claim, read_list
-from experiments.lib.sweeps.launchers import (
-    LocalLauncher,
-    SubmititLauncher,
-    TogetherLauncher,
-    require_described,
-)
-from experiments.lib.sweeps.records import CSV, Row, RunFolder, has_parquet, write_tables
-from experiments.lib.sweeps.scheduler import Scheduler
-from experiments.lib.sweeps.view import Entry, View
-
-LAUNCHERS = ("local", "vmap", "slurm", "none")
-POLL_S = 0.1
+from experiments.lib.sweeps.grid import MOST_RUNS
+from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """What is swept, and where; raises ConfigError where the fields make no sense."""
+    """What is swept; raises ConfigError where the fields make no sense."""
 
     script: str | None = setting(
         None, "script of experiments whose runs these are; none: that of the folder's sweep"
@@ -61,110 +48,24 @@ class SweepConfig:
         repeated=True,
     )
     fixed: str = setting("", "settings that all runs share, as steps=2000;batch_size=64")
-    launcher: str = setting(
-        "local",
-        "local: a process here for each run; vmap: one for all runs that differ only in numbers, "
-        "which train in one program; slurm: jobs through submitit; none: only the tables",
-    )
-    workers: int = setting(
-        1, "processes at a time (slurm: jobs queued or running), each with a GPU of its own"
-    )
-    together: int = setting(64, "runs that train in one program at most (launcher=vmap)")
-    retries: int = setting(1, "times that a run which died is tried again")
     max_runs: int = setting(MOST_RUNS, "runs that the grids may make; more is taken for a slip")
-    gpus: tuple[int, ...] = setting(
-        (), "numbers of GPUs handed round to workers here; empty: all, or all to a single worker"
-    )
-    slurm: str = setting(
-        "",
-        "submitit's parameters of a job, as slurm_partition=gpu;gpus_per_node=1;timeout_min=240; "
-        "cluster=local among them runs the jobs on this machine, without SLURM",
-    )
 
     def __post_init__(self):
         check_fields(self)
-        require_one_of("launcher", self.launcher, LAUNCHERS)
         require_at_least("max_runs", self.max_runs, 1)
-        require_at_least("workers", self.workers, 1)
-        require_at_least("together", self.together, 1)
-        require_at_least("retries", self.retries, 0)
-        for number in self.gpus:
-            require_at_least("gpus", number, 0)
-        if self.slurm and self.launcher != "slurm":
-            raise ConfigError(f"slurm={self.slurm!r} needs launcher=slurm, got {self.launcher!r}")
-        if self.gpus and self.launcher not in ("local", "vmap"):
-            raise ConfigError(
-                f"gpus={self.gpus} needs launcher=local or launcher=vmap, got {self.launcher!r}"
-            )
-        if self.together != type(self).together and self.launcher != "vmap":
-            raise ConfigError(
-                f"together={self.together} needs launcher=vmap, got {self.launcher!r}"
-            )
 
 
 def command(argv: Sequence[str]) -> None:
     """Runs the sweep; SystemExit with 1, or Stopped by a signal, unless all runs are done."""
-    parsed = flags.parse(argv, {"sweep": SweepConfig}, {"default": {}})
-    config, workdir = SweepConfig(**parsed.sections["sweep"]), parsed.workdir.absolute()
+    sections = {"sweep": SweepConfig, "launch": LaunchConfig}
+    parsed = flags.parse(argv, sections, {"default": {}})
+    config = SweepConfig(**parsed.sections["sweep"])
+    launch = LaunchConfig(**parsed.sections["launch"])
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
-    accept = require_described if config.launcher == "vmap" else lambda run: None
-    given = (config.script, config.grid, config.fixed, config.max_runs, accept)
-    runs = claim(workdir, *given, to_run=config.launcher != "none")
-    if not has_parquet():
-        print("results.parquet needs the package pyarrow; only results.csv is written")
-    if config.launcher == "none":
-        summarize(workdir)
-        return
-    launcher = make_launcher(config, workdir)
-    entries = [Entry(RunFolder(workdir, run)) for run in runs]
-    units = launcher.units([entry for entry in entries if not entry.is_done()])
-
-    finished: dict[str, Row] = {}
-
-    def changed() -> None:
-        write_tables(workdir, finished)
-
-    changed()
-    scheduler = Scheduler(units, launcher.start, config.workers, config.retries, changed)
-    view = View(entries, config.workers * max(map(len, units), default=1))
-    with stop_on_signals() as request:
-        try:
-            while not request.is_set() and scheduler.step():
-                view.update()
-                request.wait(POLL_S)
-            if request.is_set():
-                view.say("stopping; runs finish their step and save")
-        finally:
-            scheduler.stop()  # nothing is left to stop where all has ended
-        write_tables(workdir)
-        view.close()
-        print(f"results: {workdir / CSV}", flush=True)
-    if request.is_set():
-        text = f"stopped by {request.name}; the same command goes on in {workdir}"
-        raise Stopped(text, request.signal_number)
-    if any(entry.state == "failed" for entry in entries):
+    wanted = Sweep(config.script, config.grid, config.fixed, config.max_runs)
+    if not run_sweep(parsed.workdir.absolute(), wanted, launch):
         raise SystemExit(1)
-
-
-def make_launcher(
-    config: SweepConfig, workdir: Path
-) -> LocalLauncher | TogetherLauncher | SubmititLauncher:
-    """Where the runs are started."""
-    script, _ = read_list(workdir)
-    if config.launcher == "vmap":
-        return TogetherLauncher(workdir, config.workers, config.gpus, config.together)
-    if config.launcher == "slurm":
-        return SubmititLauncher(script, config.slurm, workdir)
-    return LocalLauncher(script, config.workers, config.gpus)
-
-
-def summarize(workdir: Path) -> None:
-    """Makes the tables anew and prints how the runs stand, by the records alone."""
-    rows = write_tables(workdir)
-    for row in rows:
-        print("  ".join(filter(None, (row["run"], row["state"], row["error"]))))
-    print(f"results: {workdir / CSV}")
 
 
 def main(argv: Sequence[str]) -> int:

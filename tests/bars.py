@@ -6,13 +6,19 @@ from helpers import errors, plain_bfloat16_error, record
 from deltaproduct_jax.ops import route
 
 # Bars of the design. float32: or 30 times the error of the plain float32 recurrence, if larger.
-OUTPUTS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-2}
-GRADIENTS = {"float64": 1e-12, "float32": 3e-5, "bfloat16": 2e-2}
+# float16: a few units of its last bit.
+OUTPUTS = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+GRADIENTS = {"float64": 1e-12, "float32": 3e-5, "bfloat16": 2e-2, "float16": 3e-3}
 OVER_PLAIN_RECURRENCE = 30
 # Of g in float32, whatever the gates: differences of cumulative sums would be off by 50 at g = -20.
 GATES = 1e-5
 # Ungated with beta up to 2, errors never die out: what plain bfloat16 dots give, times this.
 OVER_PLAIN_BFLOAT16 = 4
+
+
+def of(name, dtype):
+    """Of a result, or of the gradient of an argument, which begins with d."""
+    return (GRADIENTS if name.startswith("d") else OUTPUTS)[dtype]
 
 
 def bars_of(case, dtype):

@@ -131,7 +131,8 @@ def test_readme_is_short():
 def test_every_folder_of_results_says_how_it_was_made():
     linked = targets(*PAGES)
     folders = {RESULTS, *(path.parent for path in RESULTS.rglob("*") if path.is_file())}
-    for folder in folders:
+    # What several runs of one command leave is told where their table is.
+    for folder in {next((p.parent for p in f.parents if p.name == "records"), f) for f in folders}:
         page = folder / "README.md"
         assert page.exists(), f"{name(folder)} has no README.md"
         assert commands_of(page), f"{name(page)} names no command"

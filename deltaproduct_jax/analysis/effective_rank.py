@@ -9,6 +9,8 @@ Dimension key: ``T`` tokens, ``R`` updates of a token, ``Hv`` value heads, ``K``
 ``S`` tokens at which it is taken.
 """
 
+import concurrent.futures
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +20,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from deltaproduct_jax.analysis.singular_values import singular_values
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.delta_product import TokenFactors
@@ -30,12 +31,37 @@ AT_ONCE = 2**26  # bytes of states whose singular values are taken at once, abou
 
 def effective_rank(states: Float[Array, "*batch K V"]) -> Float[Array, "*batch"]:
     """From 1 to min(K, V); 0 of a matrix of zeros. Shares within rounding of 0 count as 0."""
-    values = singular_values(states)
+    values = jax.lax.platform_dependent(states, cpu=_singular_values, default=_on_host)
     total = jnp.sum(values, axis=-1, keepdims=True)
     shares = values / jnp.where(total > 0, total, 1)
     counted = shares > jnp.finfo(states.dtype).eps
     entropy = -jnp.sum(jnp.where(counted, shares * jnp.log(jnp.where(counted, shares, 1)), 0), -1)
     return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
+
+
+def _singular_values(states: jax.Array) -> jax.Array:
+    return jnp.linalg.svd(states, compute_uv=False)
+
+
+def _on_host(states: jax.Array) -> jax.Array:
+    """By all cores of the host: a GPU's solver takes matrices of this size one by one, slower."""
+    shape = (*states.shape[:-2], min(states.shape[-2:]))
+    found = jax.ShapeDtypeStruct(shape, states.dtype)
+    return jax.pure_callback(_by_threads, found, states, vmap_method="expand_dims")
+
+
+def _by_threads(states: np.ndarray) -> np.ndarray:
+    """Singular values ``[*batch, min(K, V)]``, NaN of what is not finite; threads share no lock."""
+    flat = np.asarray(states).reshape(-1, *states.shape[-2:])
+    finite = np.isfinite(flat).all(axis=(1, 2), keepdims=True)
+    parts = np.array_split(np.where(finite, flat, 0), max(1, min(len(flat), os.cpu_count() or 1)))
+    with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
+        found = np.concatenate(list(pool.map(_values, parts)))
+    return np.where(finite[..., 0], found, np.nan).reshape(*states.shape[:-2], -1)
+
+
+def _values(states: np.ndarray) -> np.ndarray:
+    return np.linalg.svd(states, compute_uv=False)
 
 
 def ranks_of_model(

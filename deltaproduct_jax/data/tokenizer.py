@@ -13,7 +13,7 @@ from typing import Protocol
 from deltaproduct_jax.data.manifest import TokenizerFacts, read_manifest
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import errors_as_one_line, user_path
+from deltaproduct_jax.files import read_bytes, user_path
 
 MISTRAL = ("mistral_common", "data/tokenizer.model.v1")
 BOS = "<s>"  # of a BPE that is trained here
@@ -137,8 +137,7 @@ def open_tokenizer(
             "tokenizer.json or of a SentencePiece model"
         )
     else:
-        with errors_as_one_line(path, "read"):
-            data = path.read_bytes()
+        data = read_bytes(path)
         if data.lstrip().startswith(b"{"):
             return HuggingFaceTokenizer(data, spec, bos)
         tokenizer = SentencePieceTokenizer(data, spec)
@@ -247,8 +246,7 @@ def load_tokenizer(directory: Path, said: TokenizerFacts) -> Tokenizer:
     if said["kind"] == "bytes":
         return ByteTokenizer()
     path = directory / (said["file"] or "")
-    with errors_as_one_line(path, "read"):
-        data = path.read_bytes()
+    data = read_bytes(path)
     if hashlib.sha256(data).hexdigest() != said["sha256"]:
         raise RunDirectoryError(f"{path} is not the tokenizer that the tokens were made with")
     if said["kind"] == "sentencepiece":

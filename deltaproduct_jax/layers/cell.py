@@ -29,6 +29,7 @@ class DeltaProductOptions(TypedDict, total=False):
     conv_size: int
     qk_activation: str
     beta_bias: float | None
+    initial_gate: float | None
     norm_eps: float
     initializer: str
     initializer_range: float

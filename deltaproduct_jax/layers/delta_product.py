@@ -22,7 +22,6 @@ from jaxtyping import Array, Float
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import as_inputs
 from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer
-from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import apart, in_parts
 from deltaproduct_jax.layers.registry import register_mixer
@@ -60,6 +59,10 @@ class DeltaProductState(NamedTuple):
     v_conv: Float[Array, "*B past v_channels"]
 
 
+# Of a gate that may hardly decay at all, as in the official code.
+LEAST_RATE = float(jnp.finfo(jnp.float32).tiny)
+
+
 class TokenFactors(NamedTuple):
     """What tokens do to the state of every head.
 
@@ -94,6 +97,8 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         qk_activation: ``"silu"`` (the paper's) or ``"none"`` on q and k; v always has SiLU.
         beta_bias: starting value of a learnt bias before beta's sigmoid; None for no bias, as in
             the paper. A positive one starts training near reflections.
+        initial_gate: what every forget gate keeps of a state in a token before training, in (0, 1);
+            None for the published start.
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
@@ -110,7 +115,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
-    implementations = AVAILABLE
+    implementations, least_gate = AVAILABLE, 0.0
 
     def __init__(
         self,
@@ -128,6 +133,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         conv_size: int = 4,
         qk_activation: str = "silu",
         beta_bias: float | None = None,
+        initial_gate: float | None = None,
         norm_eps: float = 1e-5,
         initializer: str = "paper",
         initializer_range: float = 0.02,
@@ -140,6 +146,11 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
     ):
         require_one_of("conv_implementation", conv_implementation, (None, *CONVOLUTIONS))
         self.num_householder, self.use_forget_gate = num_householder, use_forget_gate
+        if initial_gate is not None and not use_forget_gate:
+            raise ConfigError(
+                f"initial_gate={initial_gate!r} means nothing without use_forget_gate; leave it "
+                "none"
+            )
         self.conv_implementation = conv_implementation
         super().__init__(
             hidden_size,
@@ -153,6 +164,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             conv_size=conv_size,
             qk_activation=qk_activation,
             beta_bias=beta_bias,
+            initial_gate=initial_gate,
             norm_eps=norm_eps,
             initializer=initializer,
             initializer_range=initializer_range,
@@ -176,8 +188,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             self._make_convolution(make, name, width)
         if self.use_forget_gate:
             self.a_proj = make.project(D, Hv)
-            self.A_log = nnx.Param(decay_rate_init(make.rngs.params(), (Hv,)))
-            self.dt_bias = nnx.Param(decay_step_init(make.rngs.params(), (Hv,)))
+            self._make_decay(make, Hv, least=LEAST_RATE)
         if self.use_output_gate:
             self.g_proj = make.project(D, values)
         self.o_norm = make.rms_norm(self.value_dim)
@@ -348,7 +359,7 @@ def _register(name: str, gated: bool, one_factor: bool) -> None:
         GatedDeltaProduct,
         state=DeltaProductState,
         defaults=defaults | ({"num_householder": 1} if one_factor else {}),
-        fixed={"use_forget_gate": gated},
+        fixed={"use_forget_gate": gated} | ({} if gated else {"initial_gate": None}),
         check=_check_one_factor if one_factor else check_convolutions,
         idle=lambda values: [
             *idle_of_convolutions(values),

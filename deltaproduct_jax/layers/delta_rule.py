@@ -64,6 +64,7 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
         self.conv_size, self.qk_activation = conv_size, qk_activation
         self.beta_bias = beta_bias
         super().__init__(hidden_size, **shared)
+        del self.beta_bias  # where training starts is no part of a program, which runs may share
 
     def _activation(self, name: str) -> Activation:
         """That of q, k or v."""
@@ -127,6 +128,6 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
         """Step sizes, of what is read ``[B, T, ...]`` of them."""
         wide = accumulator_dtype(self.dtype)
         b = b.astype(wide)
-        if self.beta_bias is not None:
+        if hasattr(self, bias):
             b = b + getattr(self, bias)[...].astype(wide).reshape(b.shape[2:])[None, None]
         return jax.nn.sigmoid(b) * (2.0 if self.allow_neg_eigval else 1.0)

@@ -9,6 +9,8 @@ written at k: DeltaProduct with two factors, of which the first has no value, an
 for every channel.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -62,6 +64,8 @@ class EraseThenDelta(KimiDeltaAttention):
     what is erased may be reflected. The paper has both step sizes in (0, 1) and no bias.
     """
 
+    least_gate = math.exp(LEAST_LOG_DECAY)
+
     def _make_gates(self, D, make):
         heads, K = self.num_v_heads, self.head_dim
         self.decay = HeadMaps(D, heads, RANK, K, make=make)
@@ -78,6 +82,9 @@ class EraseThenDelta(KimiDeltaAttention):
         rate, f = self._rate_and_f(x)
         # l (1 - exp(y / l)), which for small y is -y.
         return -LEAST_LOG_DECAY * jnp.expm1(rate * jax.nn.softplus(f) / LEAST_LOG_DECAY), None
+
+    def _decay_of(self, gate):
+        return LEAST_LOG_DECAY * math.log1p(-math.log(gate) / LEAST_LOG_DECAY)
 
     def _erasure(self, x):
         e = self.erase(x)

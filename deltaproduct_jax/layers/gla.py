@@ -5,12 +5,15 @@ o = gated_linear_attention(q, k, v, log alpha)
 y = (rmsnorm(o) * silu(x W_g)) W_o
 """
 
+import math
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.heads import HeadMixer
+from deltaproduct_jax.layers.initializers import log_sigmoid_inverse
 from deltaproduct_jax.layers.mixer import RecurrentMixer
 from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.registry import register_mixer
@@ -40,7 +43,7 @@ class GatedLinearAttention(HeadMixer[GLAState], RecurrentMixer[GLAState]):
     With ``allow_neg_eigval`` decays are ``2 alpha - 1``, in (-1, 1), instead of ``alpha``.
     """
 
-    implementations = IMPLEMENTATIONS
+    implementations, least_gate = IMPLEMENTATIONS, 0.0
 
     def _make(self, D, make):
         keys, values = self._widths()
@@ -49,6 +52,9 @@ class GatedLinearAttention(HeadMixer[GLAState], RecurrentMixer[GLAState]):
         self.v_proj = make.project(D, values)
         self.gate_down = make.project(D, GATE_RANK)
         self.gate_up = make.project(GATE_RANK, keys, use_bias=True, wide=True)
+        if self.initial_gate is not None:
+            log_gate = jnp.full((keys,), GATE_TEMPERATURE * math.log(self.initial_gate))
+            self.gate_up.bias[...] = log_sigmoid_inverse(log_gate).astype(make.param_dtype)
         self.g_proj = make.project(D, values)
         self.o_norm = make.rms_norm(self.value_dim)
         self.o_proj = make.project(values, D)

@@ -1,5 +1,6 @@
 """What mixers of heads have in common: arguments, parameters, and a matrix for every head."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Required, TypedDict, Unpack
 
@@ -8,10 +9,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from deltaproduct_jax.layers.initializers import decay_rate_init, decay_step_init
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers.initializers import (
+    decay_rate_init,
+    decay_step_init,
+    softplus_inverse,
+)
 from deltaproduct_jax.layers.mixer import SequenceMixer, State
 from deltaproduct_jax.layers.projection import Parts, value_width
 from deltaproduct_jax.ops.precision import accumulator_dtype
+
+
+def check_gate(initial_gate: float | None, layer: type) -> None:
+    """Raises ConfigError unless gates of such a layer may start there."""
+    least = getattr(layer, "least_gate", None)
+    if initial_gate is None:
+        return
+    if least is None:
+        raise ConfigError(
+            f"initial_gate={initial_gate!r} does not fit {layer.__name__}, which has no gates that "
+            "start where one says; leave it none"
+        )
+    if not least < initial_gate < 1:
+        raise ConfigError(
+            f"initial_gate={initial_gate!r} must be above {least:.4g} and below 1, or none"
+        )
 
 
 class DrawnOptions(TypedDict, total=False):
@@ -19,6 +41,7 @@ class DrawnOptions(TypedDict, total=False):
 
     num_heads: Required[int]
     head_dim: Required[int]
+    initial_gate: float | None
     norm_eps: float
     initializer: str
     initializer_range: float
@@ -46,6 +69,9 @@ class DrawnMixer(SequenceMixer[State]):
         hidden_size: width ``D`` of input and output.
         num_heads: heads ``H``, of queries and keys where there are such.
         head_dim: key width ``K`` of a head.
+        initial_gate: what every forget gate keeps of a state in a token before training, where the
+            input is zero; below 1 and above the mixer's ``least_gate``. None for the published
+            start. Where ``allow_neg_eigval`` makes a gate ``2 alpha - 1``, it is alpha that starts.
         norm_eps: epsilon of the output norm.
         initializer: ``"paper"`` or ``"fla"``, see ``layers/initializers.py``.
         initializer_range: standard deviation of ``"fla"``.
@@ -57,12 +83,16 @@ class DrawnMixer(SequenceMixer[State]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    # What gates are above, whatever is learnt; None where `_make` does not see to `initial_gate`.
+    least_gate: float | None = None
+
     def __init__(
         self,
         hidden_size: int,
         *,
         num_heads: int,
         head_dim: int,
+        initial_gate: float | None = None,
         norm_eps: float = 1e-5,
         initializer: str = "paper",
         initializer_range: float = 0.02,
@@ -70,11 +100,13 @@ class DrawnMixer(SequenceMixer[State]):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        self.num_heads, self.head_dim = num_heads, head_dim
+        check_gate(initial_gate, type(self))
+        self.num_heads, self.head_dim, self.initial_gate = num_heads, head_dim, initial_gate
         self.dtype = jnp.dtype(dtype)
         self._fit()
         drawn = initializer, initializer_range
         self._make(hidden_size, Parts(*drawn, dtype, param_dtype, rngs, norm_eps))
+        del self.initial_gate  # where training starts is no part of a program
 
     def _fit(self) -> None:
         """Sets the sizes that follow from others; ConfigError where they do not fit together."""
@@ -123,10 +155,18 @@ class HeadMixer(DrawnMixer[State]):
         sizes = {"num_v_heads": self.num_v_heads, "expand_v": self.expand_v}
         self.value_dim = value_width(self.num_heads, self.head_dim, **sizes)
 
-    def _make_decay(self, make: Parts, channels: int) -> None:
+    def _make_decay(self, make: Parts, channels: int, **least: float) -> None:
         """``A_log`` of every value head, and ``dt_bias`` of so many channels."""
-        self.A_log = nnx.Param(decay_rate_init(make.rngs.params(), (self.num_v_heads,), 1.0))
-        self.dt_bias = nnx.Param(decay_step_init(make.rngs.params(), (channels,)))
+        A_log = decay_rate_init(make.rngs.params(), (self.num_v_heads,), **least)
+        dt_bias = decay_step_init(make.rngs.params(), (channels,))
+        if self.initial_gate is not None:
+            each = softplus_inverse(self._decay_of(self.initial_gate) / jnp.exp(A_log))
+            dt_bias = jnp.repeat(each, channels // self.num_v_heads)
+        self.A_log, self.dt_bias = nnx.Param(A_log), nnx.Param(dt_bias)
+
+    def _decay_of(self, gate: float) -> float:
+        """``exp(A_log) softplus(...)`` of a gate."""
+        return -math.log(gate)
 
     def _widths(self) -> tuple[int, int]:
         """Channels of the keys and of the values of all heads."""

@@ -60,10 +60,8 @@ def mlp_down_init(
     return nnx.initializers.normal(std)
 
 
-def decay_rate_init(
-    key: jax.Array, shape: tuple[int, ...], least: float = float(jnp.finfo(jnp.float32).tiny)
-) -> jax.Array:
-    """``A_log`` of a forget gate: log of U(least, 16), in float32; Mamba-2's least rate is 1."""
+def decay_rate_init(key: jax.Array, shape: tuple[int, ...], least: float = 1.0) -> jax.Array:
+    """``A_log`` of a forget gate: log of U(least, 16), in float32; 1 is Mamba-2's least rate."""
     return jnp.log(jax.random.uniform(key, shape, jnp.float32, least, 16.0))
 
 
@@ -71,4 +69,14 @@ def decay_step_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """``dt_bias`` of the forget gate: softplus of it is log-uniform in [1e-3, 1e-1], float32."""
     low, high = math.log(1e-3), math.log(1e-1)
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high)), 1e-4)
-    return dt + jnp.log(-jnp.expm1(-dt))
+    return softplus_inverse(dt)
+
+
+def softplus_inverse(y: jax.Array) -> jax.Array:
+    """What softplus makes ``y`` of, which is above 0."""
+    return y + jnp.log(-jnp.expm1(-y))
+
+
+def log_sigmoid_inverse(y: jax.Array) -> jax.Array:
+    """What the log of the sigmoid is ``y`` of, which is below 0."""
+    return y - jnp.log(-jnp.expm1(y))

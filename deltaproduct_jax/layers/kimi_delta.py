@@ -55,7 +55,7 @@ class KimiDeltaState(NamedTuple):
 class KimiDeltaAttention(DeltaRuleMixer[KimiDeltaState]):
     """Sequence mixer ``[B, T, D] -> [B, T, D]``, with the arguments of :class:`DeltaRuleMixer`."""
 
-    implementations = IMPLEMENTATIONS
+    implementations, least_gate = IMPLEMENTATIONS, 0.0
 
     def _make(self, D, make):
         keys, values = self._widths()
@@ -146,13 +146,17 @@ class ComplexKimiDeltaAttention(KimiDeltaAttention):
 
     With a = 2 sigmoid(exp(A_log) f) - 1 the gate has the sign of a and the magnitude
     ``LEAST_GATE + (1 - LEAST_GATE) |a|``. It starts where the other form's does, but below 0 in
-    every other channel.
+    every other channel, and so with ``initial_gate``.
     """
+
+    least_gate = LEAST_GATE
 
     def _make_gates(self, D, make):
         super()._make_gates(D, make)
         self.A_log = nnx.Param(jnp.zeros((self.num_v_heads,), jnp.float32))
         alpha = jnp.exp(-jax.nn.softplus(self.dt_bias[...]))
+        if self.initial_gate is not None:
+            alpha = jnp.full_like(alpha, self.initial_gate)
         start = 2 * jnp.arctanh((alpha - LEAST_GATE) / (1 - LEAST_GATE))
         sign = 1.0 - 2.0 * (jnp.arange(start.shape[0]) % 2)
         self.dt_bias = nnx.Param(sign * start)

@@ -59,7 +59,7 @@ class Mamba2(HeadMixer[Mamba2State], RecurrentMixer[Mamba2State]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
-    implementations = IMPLEMENTATIONS
+    implementations, least_gate = IMPLEMENTATIONS, 0.0
 
     def __init__(
         self,

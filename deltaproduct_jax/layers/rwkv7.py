@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.layers.checks import checks_sequences
 from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
+from deltaproduct_jax.layers.initializers import log_sigmoid_inverse
 from deltaproduct_jax.layers.padding import along_rows, compact, only_counted, without_padding
 from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.layers.registry import register_mixer
@@ -36,6 +37,8 @@ from deltaproduct_jax.ops.precision import accumulator_dtype
 # Blends of x and the token before it: channel c of D starts at weight 1 - (c / D)**power.
 _SHIFT_POWERS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}
 _L2_EPS = 1e-12
+# Log of the strongest decay.
+DECAY_RATE = -math.exp(-0.5)
 
 
 @exported
@@ -95,13 +98,13 @@ class RWKV7(HeadMixer[RWKV7State]):
             first do.
         **shared: as in :class:`HeadMixer`. ``allow_neg_eigval`` doubles the rank-one part. The
             output norm's epsilon is ``head_dim`` times ``norm_eps``, as published. The initialiser
-            is that of full-rank projections.
+            is that of full-rank projections. ``initial_gate`` is that of w.
 
     Raises:
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
-    implementations = IMPLEMENTATIONS
+    implementations, least_gate = IMPLEMENTATIONS, math.exp(DECAY_RATE)
 
     def __init__(
         self, hidden_size: int, *, value_residual: bool = False, **shared: Unpack[HeadOptions]
@@ -127,6 +130,9 @@ class RWKV7(HeadMixer[RWKV7State]):
 
         wide = accumulator_dtype(self.dtype)
         decay = -6.5 + 5 * (jnp.arange(keys) / max(keys - 1, 1)) ** 0.85
+        if self.initial_gate is not None:
+            decay = jnp.full((keys,), math.log(self.initial_gate) / DECAY_RATE)
+            decay = log_sigmoid_inverse(jnp.log(decay))
         self.w_lora = lora(keys, jnp.tanh, 1.8, 0.5, decay, wide)
         self.a_lora = lora(keys, identity, 1.8, 0.5, jnp.zeros(keys), wide)
         self.g_lora = lora(values, jax.nn.sigmoid, 0.6, 0.8, None, self.dtype)
@@ -251,7 +257,7 @@ class RWKV7(HeadMixer[RWKV7State]):
         r, v = heads(self.r_proj(blend("r"))), self._values(x, shifted)
         k = heads(self.k_proj(blend("k"))).astype(wide)
         a = heads(jax.nn.sigmoid(self.a_lora(blend("a").astype(wide))))
-        g = -math.exp(-0.5) * heads(jax.nn.sigmoid(self.w_lora(blend("w").astype(wide))))
+        g = DECAY_RATE * heads(jax.nn.sigmoid(self.w_lora(blend("w").astype(wide))))
         if self.value_residual:
             mixing = heads(jax.nn.sigmoid(self.v_lora(blend("v").astype(wide))))
             v = v + (v_first - v) * mixing.astype(v.dtype)

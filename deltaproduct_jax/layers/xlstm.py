@@ -8,12 +8,12 @@ mLSTM, a matrix memory that can be read in parallel:
 sLSTM, a scalar memory whose gates see the last output: ``y = headnorm(slstm(x W, R)) W_o``.
 """
 
+import math
 from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError
@@ -80,7 +80,7 @@ class MLSTM(DrawnMixer[MLSTMLayerState], RecurrentMixer[MLSTMLayerState]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
-    implementations = IMPLEMENTATIONS
+    implementations, least_gate = IMPLEMENTATIONS, 0.0
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class MLSTM(DrawnMixer[MLSTMLayerState], RecurrentMixer[MLSTMLayerState]):
         gate |= {"param_dtype": kind, "rngs": make.rngs}
         sizes, near_0 = (3 * inner, self.num_heads), nnx.initializers.normal(0.1)
         self.i_proj = nnx.Linear(*sizes, bias_init=near_0, **gate)
-        self.f_proj = nnx.Linear(*sizes, bias_init=_forget_bias, **gate)
+        self.f_proj = nnx.Linear(*sizes, bias_init=_forget_bias(self.initial_gate), **gate)
         self.skip = nnx.Param(jnp.ones((inner,), kind))
         self.o_norm = make.head_norm(self.num_heads, self.head_dim)
         self.o_proj = make.project(inner, D)
@@ -174,12 +174,14 @@ class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
     head, which the recurrent weights mix.
     """
 
+    least_gate = 0.0
+
     def _make(self, D, make):
         H, V, kind = self.num_heads, self.head_dim, make.param_dtype
         self.x_proj = make.project(D, 4 * H * V)
         # As published: the recurrent weights start at 0, the forget gates near 1.
         self.recurrent = nnx.Param(jnp.zeros((4, H, V, V), kind))
-        forget = _forget_bias(make.rngs.params(), (V,), kind)
+        forget = _forget_bias(self.initial_gate)(make.rngs.params(), (V,), kind)
         self.bias = nnx.Param(jnp.zeros((4, H, V), kind).at[2].set(forget[None]))
         self.o_norm = make.head_norm(H, V)
         self.o_proj = make.project(H * V, D)
@@ -215,9 +217,11 @@ class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
         return self.o_proj(self.o_norm(h).reshape(*h.shape[:2], -1))
 
 
-def _forget_bias(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+def _forget_bias(initial_gate: float | None) -> nnx.Initializer:
     """Biases of forget gates: evenly spread over 3 to 6, so that memory starts out long."""
-    return jnp.linspace(3.0, 6.0, *shape).astype(dtype)
+    if initial_gate is not None:
+        return nnx.initializers.constant(math.log(initial_gate) - math.log1p(-initial_gate))
+    return lambda key, shape, dtype: jnp.linspace(3.0, 6.0, *shape).astype(dtype)
 
 
 register_mixer(

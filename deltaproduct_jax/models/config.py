@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.layers.checks import check_options
 from deltaproduct_jax.layers.delta_rule import QK_ACTIVATIONS
+from deltaproduct_jax.layers.heads import check_gate
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.layers.mlp import POINT as MLP_POINT
 from deltaproduct_jax.layers.mlp import swiglu_width
@@ -36,8 +37,8 @@ _OPTIONAL_SIZES = (
 # Fields that not every mixer has: its layer's keywords tell. Elsewhere they must not be given.
 MIXER_FIELDS: tuple[str, ...] = (
     "num_heads", "head_dim", "num_v_heads", "expand_v", "num_householder", "allow_neg_eigval",
-    "qk_activation", "beta_bias", "use_output_gate", "use_short_conv", "conv_size", "max_length",
-    "conv_implementation", "implementation", "chunk_size", "num_kv_heads", "qkv_bias",
+    "qk_activation", "beta_bias", "initial_gate", "use_output_gate", "use_short_conv", "conv_size",
+    "max_length", "conv_implementation", "implementation", "chunk_size", "num_kv_heads", "qkv_bias",
     "window_size", "rope_theta",
 )  # fmt: skip
 
@@ -96,6 +97,12 @@ class ModelConfig:
     )
     beta_bias: float | None = setting(
         None, "start of a learnt bias before beta's sigmoid; none: no bias, as in the paper"
+    )
+    initial_gate: float | None = setting(
+        None,
+        "what a forget gate keeps of a state in a token at the start of training, between 0 and 1; "
+        "none: as published",
+        recorded_if_set=True,
     )
     use_output_gate: bool | None = setting(None, "gate a delta mixer's normalised output; none: no")
     use_short_conv: bool | None = setting(
@@ -199,6 +206,7 @@ class ModelConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         expand_v = self.value_of("expand_v") if self.registered.takes("expand_v") else 1.0
         value_width(self.num_heads, self.head_dim, num_v_heads=self.num_v_heads, expand_v=expand_v)
+        check_gate(self.initial_gate, self.registered.layer)
         self._check_hybrid()
         for mixer in self.mixers:
             mixer.check(self)

@@ -13,7 +13,9 @@ SCAN_BELOW_ONE_FACTOR = 64 * 128
 SCAN_BELOW_SEVERAL_FACTORS = 128 * 128
 # The same of a gradient, entries of a state at most, where as many states or more are worked on at
 # once: what a token costs whatever its size is shared by them.
-SCAN_OF_GRADIENT_UP_TO, SCAN_OF_GRADIENT_FROM_STATES = 16 * 16, 16
+GRADIENT_UP_TO_ONE_FACTOR = 16 * 16
+GRADIENT_UP_TO_SEVERAL_FACTORS = 32 * 32
+GRADIENT_FROM_STATES = 16
 
 
 def select_implementation(
@@ -81,17 +83,18 @@ def select_implementation(
         ):
             return name
     if differentiated:
-        is_narrow = platform == "cpu" and T > 1 and _is_narrow(B * Hv, K * V)
+        is_narrow = platform == "cpu" and T > 1 and _is_narrow(B * Hv, R, K * V)
         return "recurrent" if is_narrow else "chunked"
     if T <= 1 or (platform == "cpu" and _scan_is_faster(R, K * V)):
         return "recurrent"
     return "chunked"
 
 
-def _is_narrow(states: int, entries: int) -> bool:
+def _is_narrow(states: int, R: int, entries: int) -> bool:
     """Whether the gradient is that of the scan; a symbolic number of states may be one."""
     is_known = not jax.export.is_symbolic_dim(states)
-    return is_known and states >= SCAN_OF_GRADIENT_FROM_STATES and entries <= SCAN_OF_GRADIENT_UP_TO
+    most = GRADIENT_UP_TO_ONE_FACTOR if R == 1 else GRADIENT_UP_TO_SEVERAL_FACTORS
+    return is_known and states >= GRADIENT_FROM_STATES and entries <= most
 
 
 def _scan_is_faster(R: int, entries: int) -> bool:

@@ -64,6 +64,12 @@ class DeviceConfig:
             )
         if missing:
             return
+        host, _, port = self.coordinator_address.rpartition(":")
+        if not host.strip() or not (_is_whole(port) and 0 < int(port) < 2**16):
+            raise ConfigError(
+                f"coordinator_address={self.coordinator_address!r} is not known; it may be "
+                "host:port, the port from 1 to 65535"
+            )
         require_at_least("num_processes", self.num_processes, 1)
         if not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
@@ -76,8 +82,7 @@ class DeviceConfig:
         if self.profile_steps is None:
             return None
         first, _, last = self.profile_steps.partition(":")
-        whole = all(text.isascii() and text.isdigit() for text in (first, last))
-        if not whole or not 0 < int(first) <= int(last):
+        if not (_is_whole(first) and _is_whole(last)) or not 0 < int(first) <= int(last):
             raise ConfigError(
                 f"profile_steps={self.profile_steps!r} is not known; it may be as '10:13', first "
                 "and last step, from 1"
@@ -104,13 +109,17 @@ class DeviceConfig:
         return sizes
 
 
+def _is_whole(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def _sizes(flag: str, text: str, example: str) -> dict[str, int]:
     """A mesh as it is written: sizes by axis, -1 among them."""
     sizes = dict.fromkeys(AXES, 1)
     seen = set()
     for part in text.split(","):
         name, colon, digits = part.strip().partition(":")
-        whole = digits.isascii() and digits.isdigit() and int(digits) > 0
+        whole = _is_whole(digits) and int(digits) > 0
         if name not in AXES or name in seen or not colon or not (digits == "-1" or whole):
             raise ConfigError(
                 f"{flag}={text!r} is not known; it may be as {example!r}: each axis once at most, "

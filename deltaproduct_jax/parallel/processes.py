@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
@@ -20,9 +21,22 @@ INITIALIZATION_TIMEOUT_S = 300
 
 
 def keep_programs(config: DeviceConfig) -> None:
-    """Has JAX keep every program that it compiles, where the settings say so."""
+    """Has JAX keep every program that it compiles, where the settings say so.
+
+    Raises:
+        ConfigError: it cannot: JAX itself would go on without.
+    """
     if config.compilation_cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(any_path(config.compilation_cache)))
+        folder = any_path(config.compilation_cache)
+        try:
+            if isinstance(folder, Path):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"compilation_cache={config.compilation_cache!r} cannot be used: {error.strerror}; "
+                "it may be a directory, or gs://BUCKET/FOLDER"
+            ) from error
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 

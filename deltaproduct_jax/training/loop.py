@@ -124,6 +124,8 @@ def _first(
 ) -> tuple["Trainer", TrainState]:
     """What trains the run, and the state before its first step."""
     require_memory_of_config(config)
+    profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
+    profiler.require_within(config.train.steps)
     make_model = partial(initial_model, config)
     layout = layout_of(config, make_model, devices)
     definition, shapes = shapes_of(config, make_model)
@@ -131,7 +133,6 @@ def _first(
     state = first_state(config, make_model, layout)
     parameters = count_parameters(shapes.params)["total"]
     throughput = Throughput(layout.mesh.size, layout.device_kind, parameters)
-    profiler = Profiler(devices.profiled_steps(), workdir / PROFILE)
     return Trainer(config, definition, layout, throughput, profiler, began), state
 
 
@@ -281,6 +282,7 @@ class Trainer:
         step = int(state.step)
         progress = Progress(step, config.train.steps)
         self.count_goodput(records)
+        self.profiler.go_on(step)
         self.stopwatch.lap()
         pending: tuple[int, Metrics] | None = None
         under_way = UnderWay()

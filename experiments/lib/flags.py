@@ -7,6 +7,7 @@ has flags too. What cannot be honoured ends the command with one line on standar
 
 import dataclasses
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -87,7 +88,7 @@ def parse(
     _define_common(values, presets)
     _read(values, argv)
     if values.help:
-        print(_help(values, sections, presets))
+        print(_help(values, sections, presets), flush=True)
         raise SystemExit(0)
     workdir = values.workdir or default_workdir
     if workdir is None:
@@ -113,7 +114,7 @@ def parse_fields(argv: Sequence[str], sections: Sections) -> dict[str, dict[str,
     _define_help(values)
     _read(values, argv)
     if values.help:
-        print("\n".join(_help_of_fields(values, sections, {})))
+        print("\n".join(_help_of_fields(values, sections, {})), flush=True)
         raise SystemExit(0)
     found: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for name, section in owner.items():
@@ -300,7 +301,8 @@ def _help_of_fields(
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     """Runs a command; its exit code. Errors of the user's become one line, others propagate.
 
-    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM. Of several
+    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM. Where whoever
+    reads the output has seen enough the command ends without a word, with 141. Of several
     processes, one that fails ends here, and the others with it.
     """
     end_with_parent()
@@ -319,6 +321,7 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
     try:
         command(argv)
+        sys.stdout.flush()
     except Stopped as stopped:
         if processes.is_first():
             print(stopped, file=sys.stderr)
@@ -334,12 +337,34 @@ def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
         why = f"memory is short: {error or 'an array, or a list, does not fit'}"
     except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
         why = " ".join(str(error).split())
+    except OSError as error:
+        output = _unwritable() if error.filename is None else None
+        if output is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            return exit_code(signal.SIGPIPE)
+        why = f"{output} cannot be written: {error.strerror}"
     else:
         return 0
     where = f" in process {jax.process_index()}" if processes.are_joined() else ""
     print(f"error{where}: {why}", file=sys.stderr)
     processes.leave(USAGE_ERROR)
     return USAGE_ERROR
+
+
+def _unwritable() -> str | None:
+    """Which output takes no more, if one does; from then on it goes nowhere.
+
+    Python would else write once more at its end what could not be written. An error does not say
+    where it arose, and what was too long for a buffer is gone: another line is tried.
+    """
+    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+        try:
+            print(file=stream, flush=True)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return name
+    return None
 
 
 def _quieten_orbax() -> None:

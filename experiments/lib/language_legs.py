@@ -7,9 +7,13 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.files import read_json
 from deltaproduct_jax.training.records import Results
+
+TRAINING, EXTRAPOLATION = "training.json", "extrapolation.json"
 
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
@@ -86,7 +90,7 @@ class Leg:
             end_learning_rate=f"{rate / 10:g}",
             warmup_steps=min(100, steps // 10),
             weight_decay=0.1,
-            log_every=max(1, steps // 400),
+            log_every=max(1, steps // 200),
             eval_every=max(1, steps // 8),
             checkpoint_every=steps,
             eval_sequences=64,
@@ -156,6 +160,7 @@ class _Row(TypedDict):
     tokens: int
     loss: NotRequired[float]
     valid_loss: NotRequired[float]
+    tokens_per_second: NotRequired[float]
 
 
 class Training(TypedDict):
@@ -183,8 +188,30 @@ class Positions(TypedDict):
     curves: list[_Curve]
 
 
-def curve(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """Of records of training what a figure needs."""
-    names = ("step", "tokens", "loss", "bits_per_byte", "valid_loss", "valid_bits_per_byte")
+def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of records of training what a figure needs, to six digits."""
+    names = ("step", "tokens", "loss", "valid_loss", "valid_bits_per_byte")
     names += ("tokens_per_second", "mfu", "grad_norm")
-    return [{name: row[name] for name in names if name in row} for row in rows]
+    short = lambda x: float(f"{x:.6g}") if isinstance(x, float) else x
+    return [{name: short(row[name]) for name in names if name in row} for row in rows]
+
+
+def records_of(workdir: Path) -> list[dict[str, Any]]:
+    """What is kept of every leg of a folder: as `Training` has it, and "positions".
+
+    Raises:
+        ConfigError: there is none.
+        RunDirectoryError: a record cannot be read.
+    """
+    paths = sorted(workdir.glob(f"records/*/{TRAINING}"))
+    found: list[dict[str, Any]] = [dict(read_json(path, Training)) for path in paths]
+    if not found:
+        raise ConfigError(
+            f"workdir={str(workdir)!r} has no records/LEG/{TRAINING}; the stage train writes it"
+        )
+    for path, record in zip(paths, found, strict=True):
+        if not record["curve"]:
+            raise RunDirectoryError(f"{path}: curve is empty; it must have an entry at least")
+        places = path.with_name(EXTRAPOLATION)
+        record["positions"] = read_json(places, Positions)["curves"] if places.exists() else []
+    return found

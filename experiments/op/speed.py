@@ -120,6 +120,7 @@ class SpeedConfig:
         for name in set(self.peers) & set(OF_TORCH):
             if self.dtype != "bfloat16":
                 raise ConfigError(f"peer={name} refuses dtype={self.dtype!r}; give dtype=bfloat16")
+            fla.require_packages(flashqla.PEER if name in flashqla.NAMES else fla.FLA)
         if STEP in self.directions.split(",") and set(self.peers) - {"fla"}:
             raise ConfigError(f"peer={self.peer!r} has no directions=step; only fla has")
         if self.peers and self.value_heads != self.num_heads:

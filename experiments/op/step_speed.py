@@ -199,9 +199,14 @@ class StepConfig:
         return self.batch_size * sizes["data"] * sizes["fsdp"]
 
     def tokens(self, mesh: str = ALONE) -> np.ndarray:
-        """``[rows(mesh), T + 1]``, the same in every process."""
-        shape = (self.rows(mesh), self.length + 1)
-        return np.random.default_rng(0).integers(self.vocab_size, size=shape, dtype=np.int32)
+        """``[rows(mesh), T + 1]``, the same in every process.
+
+        As frequent as words are, by Zipf's law: an embedding's gradient adds what meets in a row.
+        """
+        frequencies = 1 / np.arange(1, self.vocab_size + 1)
+        shape, chances = (self.rows(mesh), self.length + 1), frequencies / frequencies.sum()
+        found = np.random.default_rng(0).choice(self.vocab_size, size=shape, p=chances)
+        return found.astype(np.int32)
 
 
 def measure(config: StepConfig, num_householder: int, num_heads: int) -> Iterator[list[Row]]:

@@ -2,6 +2,7 @@
 
 import importlib
 import io
+import itertools
 import json
 import re
 import shutil
@@ -183,8 +184,25 @@ def test_names_are_those_of_papers():
     assert names.model("trained: preset_S4") == "trained\n$S_{4}$"
     assert names.leg("213m_2_gated") == "213M, $n_h$ = 2, gated"
     assert names.leg("36m_mamba2") == "36M, Mamba-2"
+    assert names.run("s3_nh3_16") == "$S_{3}$, $n_h$ = 3, 16 tokens"
+    assert names.run("seed=4") == "seed 4"
+    assert names.run("cube_S4, bfloat16") == "rotations $S_{4}$, bfloat16"
     raw = re.compile("|".join(name for name in MIXERS if "_" in name))
     assert not any(raw.search(" ".join(pair)) for pair in said)
+
+
+@pytest.mark.parametrize(("limits", "columns"), [((230, 6700), 3), ((2, 2e4), 3)])
+def test_numbers_along_an_axis_do_not_meet(limits, columns):
+    figure, panels = style.new_panels(Look(width="column"), 1, columns, 2.4)
+    axes = panels[0, 0]
+    axes.set_xscale("log")
+    axes.set_xlim(*limits)
+    style.plain_log(axes.xaxis, limits)
+    figure.draw_without_rendering()
+    labels = [t for t in axes.get_xticklabels() if limits[0] <= t.get_position()[0] <= limits[1]]
+    places = [label.get_window_extent() for label in labels]
+    assert places
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(places))
 
 
 def pictures():
@@ -200,7 +218,7 @@ def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_pa
         drawn.update(files)
         return files
 
-    rooms = ("benchmarks", "geometry", "plots", "separation", "theory")
+    rooms = ("benchmarks", "geometry", "language", "legs", "plots", "separation", "theory")
     for module in (records, *(getattr(records, room) for room in rooms)):
         monkeypatch.setattr(module, "save", noted)
     folder = tmp_path / "results"

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import sys
 
 import numpy as np
 import pytest
@@ -231,6 +234,40 @@ def test_memory_that_is_short_is_one_line(capsys):
     assert flags.run(command, []) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory is short: Unable to allocate 4.00 EiB")
+
+
+@pytest.mark.parametrize(("name", "output"), [("out", "output"), ("err", "error")])
+def test_a_full_disk_under_the_output_is_one_line(name, output, capsys, monkeypatch):
+    """What is printed is less than a buffer, or more than one."""
+    for size in (1, 100_000):
+        with open("/dev/full", "w", buffering=1 if name == "err" else -1) as full:
+            monkeypatch.setattr(sys, f"std{name}", full)
+            assert flags.run(lambda argv, to=full: print("x" * argv[0], file=to), [size]) == 2
+            monkeypatch.undo()
+    says = f"error: standard {output} cannot be written: No space left on device\n"
+    captured = capsys.readouterr()
+    assert captured.err == (2 * says if name == "out" else "")
+    assert not captured.out.strip()
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command(capsys, monkeypatch):
+    for size in (1, 100_000):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w") as pipe:
+            monkeypatch.setattr(sys, "stdout", pipe)
+            code = flags.run(lambda argv: print("x" * argv[0]), [size])
+            assert code == 128 + signal.SIGPIPE
+            monkeypatch.undo()
+    assert capsys.readouterr().err == ""
+
+
+def test_an_output_that_can_be_written_hides_no_error():
+    def command(argv):
+        raise BrokenPipeError("of something else")
+
+    with pytest.raises(BrokenPipeError, match="of something else"):
+        flags.run(command, [])
 
 
 def test_other_errors_keep_their_traceback():

@@ -12,7 +12,17 @@ from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
 from experiments.language import pack_text, paper
 from experiments.lib import flags
-from experiments.lib.language_legs import LEGS, Leg, curve, measurements, preparations
+from experiments.lib.figures.records import drawn
+from experiments.lib.language_legs import (
+    EXTRAPOLATION,
+    LEGS,
+    TRAINING,
+    Leg,
+    curve,
+    measurements,
+    preparations,
+    records_of,
+)
 
 FILES = {
     "fs/xfs/a.c": 50,
@@ -116,12 +126,13 @@ def test_records_of_legs_are_drawn_together(tmp_path, capsys):
         assert "time" not in record["curve"][0]
         folder = tmp_path / "records" / f"{leg}_seed0"
         folder.mkdir(parents=True)
-        (folder / paper.TRAINING).write_text(json.dumps(record))
+        (folder / TRAINING).write_text(json.dumps(record))
     paper.command([f"--workdir={tmp_path}", "--stages=draw"])
     text = capsys.readouterr().out
-    assert "| 213m_1 | 0 | 200 | - | 1.5000 | - | - |" in text
-    assert "| 213m_2 | 0 | 200 | - | 2.5000 | - | - |" in text
-    assert (tmp_path / "losses.png").exists()
+    assert "| 213m_1 | 0 | 200 | - | - | 1.5000 | - | - |" in text
+    assert "| 213m_2 | 0 | 200 | - | - | 2.5000 | - | - |" in text
+    (tmp_path / "losses.png").unlink()
+    assert [path.name for path in drawn(tmp_path, paper.Look())] == ["losses.png"]
 
 
 def test_settings_of_a_leg():
@@ -140,7 +151,7 @@ def test_settings_of_a_leg():
         with pytest.raises(ConfigError, match=said):
             dataclasses.replace(config, **wrong)
     with pytest.raises(ConfigError, match="no records"):
-        paper.draw(paper.Path("nowhere"), paper.Look())
+        records_of(paper.Path("nowhere"))
 
 
 WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "results": None}
@@ -158,18 +169,18 @@ WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "res
 def test_a_damaged_record_of_a_leg_is_one_line(change, says, tmp_path):
     folder = tmp_path / "records" / "213m_1_seed0"
     folder.mkdir(parents=True)
-    (folder / paper.TRAINING).write_text(json.dumps(WHOLE | change))
+    (folder / TRAINING).write_text(json.dumps(WHOLE | change))
     with pytest.raises(RunDirectoryError, match=rf"training\.json: {says}"):
-        paper.draw(tmp_path, paper.Look())
+        records_of(tmp_path)
 
 
 def test_damaged_curves_of_a_leg_are_one_line(tmp_path):
     folder = tmp_path / "records" / "213m_1_seed0"
     folder.mkdir(parents=True)
-    (folder / paper.TRAINING).write_text(json.dumps(WHOLE))
-    (folder / paper.EXTRAPOLATION).write_text('{"curves": [{"data": "x", "loss": 3}]}')
+    (folder / TRAINING).write_text(json.dumps(WHOLE))
+    (folder / EXTRAPOLATION).write_text('{"curves": [{"data": "x", "loss": 3}]}')
     with pytest.raises(RunDirectoryError, match=r"extrapolation\.json: curves\[0\]"):
-        paper.draw(tmp_path, paper.Look())
+        records_of(tmp_path)
 
 
 @pytest.mark.slow
@@ -186,5 +197,5 @@ def test_a_leg_is_prepared_and_trained_and_goes_on(source, tmp_path, capfd):
     paper.command([*command, "--train_s=1"])
     assert "is not finished; the same command goes on" in capfd.readouterr().err
     paper.command(command)
-    record = json.loads((tmp_path / "legs/records/tiny_seed0" / paper.TRAINING).read_text())
+    record = json.loads((tmp_path / "legs/records/tiny_seed0" / TRAINING).read_text())
     assert record["results"]["steps"] == record["curve"][-1]["step"] == 8

@@ -66,17 +66,18 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
         "implementation": None, "chunk_size": None,
     }  # fmt: skip
     op = {"implementation": None, "chunk_size": None}
-    linear = {"expand_v": 1.0, "allow_neg_eigval": True} | op
-    channel = {
+    gated = {"initial_gate": None}
+    linear = {"expand_v": 1.0, "allow_neg_eigval": True} | op | gated
+    channel = gated | {
         name: value
         for name, value in delta.items()
         if name not in ("num_householder", "conv_implementation")
     }
     want = {
         "delta_net": delta | {"num_householder": 1},
-        "gated_delta_net": delta | {"num_householder": 1},
+        "gated_delta_net": delta | gated | {"num_householder": 1},
         "delta_product": delta,
-        "gated_delta_product": delta,
+        "gated_delta_product": delta | gated,
         "transformer": {
             "expand_v": 1.0,
             "max_length": 2048,
@@ -87,8 +88,8 @@ def test_what_presets_leave_to_the_mixer_is_what_it_was():
         },
         "mamba2": linear | {"num_v_heads": None, "conv_size": 4},
         "gla": linear,
-        "mlstm": {"conv_size": 4} | op,
-        "slstm": {},
+        "mlstm": {"conv_size": 4} | op | gated,
+        "slstm": gated,
         "rwkv7": linear,
         "kimi_delta_attention": channel,
         "complex_kimi_delta_attention": channel,

@@ -16,8 +16,8 @@ from experiments.lib import environment
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 TINY = ["--steps=4", "--train_length=4", "--hidden_size=8", "--head_dim=4", "--batch_size=4"]
-TINY += ["--curriculum=2", "--warmup_steps=0", "--eval_sequences=8", "--eval_batch_size=8"]
-TINY += ["--eval_lengths=4,16"]
+TINY += ["--curriculum=", "--warmup_steps=0", "--eval_sequences=8", "--eval_batch_size=8"]
+TINY += ["--eval_lengths=4,16", "--implementation=recurrent"]
 
 
 def test_quickstart_trains_both_models_and_draws_them(tmp_path, capsys):
@@ -67,11 +67,13 @@ def test_importing_the_package_is_quick_and_needs_no_test_packages():
         "'matplotlib', 'jax_triton', 'orbax'} & set(sys.modules)))"
     )
     command = [sys.executable, "-c", program]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)  # warms the disk
-    out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    seconds, loaded = out.split(maxsplit=1)
-    assert loaded.strip() == "[]"
-    assert float(seconds) < 10  # 3 on a quiet machine; this one may be busy with other tests
+    for _ in range(2):  # the first may find a cold disk
+        out = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        seconds, loaded = out.split(maxsplit=1)
+        assert loaded.strip() == "[]"
+        if float(seconds) < 10:
+            return
+    raise AssertionError(f"{seconds} s; 3 on a quiet machine, this one may be busy with others")
 
 
 def test_set_up_names_what_is_missing(monkeypatch, capsys, tmp_path):

@@ -14,6 +14,8 @@ from experiments import sweep
 from experiments.lib.sweeps import attempts as sweep_attempts
 from experiments.lib.sweeps import grid as sweep_grid
 from experiments.lib.sweeps import records as sweep_records
+from experiments.lib.sweeps import running
+from experiments.lib.sweeps.scheduler import Scheduler
 
 
 @pytest.mark.parametrize(
@@ -76,6 +78,13 @@ REFUSED = {
     "no workers": (["seed=1"], {"workers": "0"}, r"workers=0 is too small"),
     "no such gpu": (["seed=1"], {"gpus": "0,-1"}, r"gpus=-1 is too small"),
     "idle slurm": (["seed=1"], {"slurm": "cluster=local"}, r"slurm=.* needs launcher=slurm"),
+    "idle devices": (["seed=1"], {"launcher": "none", "devices": "mesh=data:1"},
+                     r"devices='mesh=data:1' needs launcher=local or launcher=slurm, got 'none'"),
+    "many processes": (["seed=1"], {"devices": "distributed=true"},
+                       r"--devices: 'distributed' is none of mesh, .* is one process"),
+    "no mesh": (["seed=1"], {"devices": "mesh=rows:2"}, r"--devices: mesh='rows:2' is not known"),
+    "devices fixed": (["seed=1"], {"fixed": "mesh=data:2"},
+                      r"--fixed: 'mesh' is no setting of .*; it is one of --devices"),
     "idle gpus": (["seed=1"], {"launcher": "none", "gpus": "0,1"}, r"gpus=.* needs launcher=local"),
     "idle together": (["seed=1"], {"together": 3}, r"together=3 needs launcher=vmap, got 'local'"),
     "none together": (["seed=1"], {"launcher": "vmap", "together": 0}, r"together=0 is too small"),
@@ -110,13 +119,15 @@ def test_a_script_of_experiments_is_found_by_its_name():
 
 
 def test_a_sweep_runs_once_and_says_what_came_out(tmp_path, capsys):
-    assert run(tmp_path, "seed=0:2;lengths=(4,8),()", workers=2) == 0
+    on = "mesh=fsdp:-1;profile_steps=1:2"
+    assert run(tmp_path, "seed=0:2;lengths=(4,8),()", workers=2, devices=on) == 0
     out = capsys.readouterr().out
     assert "seed=1,lengths=4-8  done  3/3  4:0.125 8:0.125" in out
     assert "4 runs: 4 done" in out
     assert starts(tmp_path) == dict.fromkeys(names(tmp_path), 1)
     log = (tmp_path / "runs" / names(tmp_path)[0] / "log.txt").read_text()
     assert log.startswith(f"$ -m {SCRIPT} --workdir=")
+    assert log.splitlines()[0].endswith(" --mesh=fsdp:-1 --profile_steps=1:2")
     # The same command, or less of it, starts nothing.
     assert run(tmp_path, "seed=0:2;lengths=(4,8),()") == 0
     assert sweep.main([f"--workdir={tmp_path}"]) == 0
@@ -190,7 +201,7 @@ def test_a_sweep_that_breaks_down_stops_its_children(tmp_path, monkeypatch, caps
             raise RunDirectoryError("results.csv cannot be written: No space left on device")
         written.append(folder)
 
-    monkeypatch.setattr(sweep, "write_tables", full_disk)
+    monkeypatch.setattr(running, "write_tables", full_disk)
     fixed = "steps=2000"
     assert run(tmp_path, "seed=0:2;step_ms=0,20", fixed=fixed, workers=2) == 2
     assert capsys.readouterr().err.startswith("error: results.csv cannot be written: No space")
@@ -337,6 +348,7 @@ def test_attempts_are_never_torn(tmp_path):
     [
         ("cluster=cloud", "slurm='cluster=cloud' is refused by submitit: .*cloud"),
         ("cluster=local;cluster_size=3", "is refused by submitit: "),
+        ("cluster=local;nodes=2", "slurm='cluster=local;nodes=2': nodes may be 1, since a run"),
     ],
 )
 def test_bad_parameters_of_jobs_are_one_line(parameters, says, tmp_path, capsys):
@@ -354,7 +366,7 @@ def test_without_submitit_the_error_names_it(tmp_path, capsys, monkeypatch):
 
 
 def test_without_pyarrow_the_csv_is_written_alone(tmp_path, capsys, monkeypatch):
-    for module in (sweep, sweep_records):
+    for module in (running, sweep_records):
         monkeypatch.setattr(module, "has_parquet", lambda: False)
     assert run(tmp_path, "seed=0") == 0
     assert "results.parquet needs the package pyarrow" in capsys.readouterr().out
@@ -376,7 +388,7 @@ def test_workers_share_the_cores(monkeypatch):
 
 
 def test_more_workers_than_runs_are_none_too_many():
-    scheduler = sweep.Scheduler([], lambda runs, slot: None, 10**15, retries=0, changed=print)
+    scheduler = Scheduler([], lambda runs, slot: None, 10**15, retries=0, changed=print)
     assert not scheduler.step()
 
 

@@ -91,7 +91,9 @@ def test_ctrl_c_stops_the_children(name, code, tmp_path):
 @pytest.mark.slow
 def test_jobs_through_submitit(tmp_path):
     others = {"launcher": "slurm", "slurm": "cluster=local;timeout_min=5", "workers": 2}
-    assert run(tmp_path, "seed=0;failures=0,1", **others) == 0
+    assert run(tmp_path, "seed=0;failures=0,1", devices="mesh=data:1", **others) == 0
+    (log,) = tmp_path.glob("runs/seed=0,failures=0/log.txt")
+    assert log.read_text().splitlines()[0].endswith(" --mesh=data:1")
     assert starts(tmp_path) == {"seed=0,failures=0": 1, "seed=0,failures=1": 2}
     assert {row["state"] for row in table(tmp_path).values()} == {"done"}
     assert not list(tmp_path.glob("runs/*/job.json"))

@@ -18,6 +18,7 @@ from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.locks import Lock
 from experiments import sweep, together
 from experiments.lib.sweeps import gpus, grid, launchers, parent, records, view
+from experiments.lib.sweeps.scheduler import Scheduler
 
 TINY = {"train_length": 2, "eval_lengths": (2, 3), "steps": 8}
 
@@ -97,7 +98,7 @@ def test_a_group_shrinks_to_what_is_left_to_do(tmp_path):
         (folders[0].path / "results.json").write_text(json.dumps(end))
         return Ended(folders[:3])
 
-    scheduler = sweep.Scheduler([entries], start, 1, retries=1, changed=lambda: None)
+    scheduler = Scheduler([entries], start, 1, retries=1, changed=lambda: None)
     assert scheduler.step()
     assert [entry.state for entry in entries] == ["running"] * 3 + ["elsewhere"]
     assert scheduler.step()
@@ -153,7 +154,7 @@ def test_each_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
         (tmp_path / name).touch()
     assert gpus.visible_gpus() == ["2", "10"]
     seen = []
-    monkeypatch.setattr(launchers, "begin", lambda script, folder, variables, **_: seen.append(
+    monkeypatch.setattr(launchers, "begin", lambda script, folder, variables, *_, **__: seen.append(
         variables.get("CUDA_VISIBLE_DEVICES")
     ))  # fmt: skip
     for workers, given in ((3, ()), (3, (7,)), (1, ())):

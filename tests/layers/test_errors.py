@@ -204,6 +204,7 @@ ARGUMENTS = {
     "conv_size=2.5 must be a whole number": {"conv_size": 2.5},
     "max_length=16.0 must be a whole number": {"max_length": 16.0},
     "beta_bias='1' must be a finite number or none": {"beta_bias": "1"},
+    "initial_gate=1.0 must be above 0": {"initial_gate": 1.0},
     "qk_activation='relu' is not known": {"qk_activation": "relu"},
     "implementation='zz' is not available; it may be one of": {"implementation": "zz"},
     "chunk_size must be at least 1, got -1": {"chunk_size": -1},

@@ -259,7 +259,7 @@ def test_bfloat16_stays_near_and_keeps_a_wide_state(mixer):
 OWN = {
     "num_v_heads": 4, "expand_v": 2.0, "allow_neg_eigval": False, "conv_size": 3, "max_length": 8,
     "implementation": "recurrent", "chunk_size": 4, "qk_activation": "none", "beta_bias": 1.0,
-    "use_output_gate": True, "use_short_conv": False, **OF_GROUPED,
+    "initial_gate": 0.7, "use_output_gate": True, "use_short_conv": False, **OF_GROUPED,
 }  # fmt: skip
 SHARED = {"hidden_size": 20, "num_heads": 4, "head_dim": 4, "initializer": "fla"}
 
@@ -290,8 +290,8 @@ def test_every_field_that_a_mixer_has_reaches_it(mixer):
 # Given, be it what the field is anyway where a mixer has it.
 GIVEN = OWN | {
     "num_householder": 1, "allow_neg_eigval": True, "qk_activation": "silu", "beta_bias": 1.0,
-    "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0, "conv_size": 4,
-    "max_length": 2048, "conv_implementation": "plain",
+    "initial_gate": 0.9, "use_output_gate": False, "use_short_conv": True, "expand_v": 1.0,
+    "conv_size": 4, "max_length": 2048, "conv_implementation": "plain",
 }  # fmt: skip
 
 
@@ -322,6 +322,8 @@ def test_a_field_that_a_mixer_lacks_is_one_clear_error(mixer):
         ("gla", {"implementation": "associative"}, "implementation='associative' is not available"),
         ("gla", {"implementation": "recurrent", "chunk_size": 4}, "chunk_size=4 has no meaning"),
         ("delta_net", {"num_householder": 2}, "num_householder=2 does not fit mixer='delta_net'"),
+        ("gla", {"initial_gate": 1.0}, "initial_gate=1.0 must be above 0 and below 1, or none"),
+        ("rwkv7", {"initial_gate": 0.5}, "initial_gate=0.5 must be above 0.5452 and below 1"),
     ],
 )
 def test_a_wrong_value_is_one_clear_error(mixer, change, text):

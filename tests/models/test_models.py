@@ -162,6 +162,7 @@ def test_every_field_reaches_the_model():
         "num_layers": (3, {}), "num_heads": (1, {}), "num_v_heads": (4, {}), "head_dim": (8, {}),
         "expand_v": (2.0, {}), "num_householder": (3, {}), "allow_neg_eigval": (False, {}),
         "qk_activation": ("none", {}), "beta_bias": (1.0, {}), "use_output_gate": (True, {}),
+        "initial_gate": (0.7, {"mixer": "gated_delta_product"}),
         "use_short_conv": (True, {}), "conv_size": (2, conv), "max_length": (16, cached),
         "intermediate_size": (32, {}),
         "hidden_ratio": (40.0, auto), "norm_eps": (1e-2, {}), "tie_embeddings": (True, {}),

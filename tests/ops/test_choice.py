@@ -35,9 +35,12 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
     assert choice("cpu", B=128, R=3) == "recurrent"
     assert choice("cpu", B=1024, K=32, V=32) == "recurrent"
     assert choice("cpu", differentiated=True) == "chunked"
-    narrow = {"differentiated": True, "B": 4, "K": 16, "V": 16}
-    assert choice("cpu", **narrow) == "recurrent"
-    assert choice("cpu", **narrow | {"B": 3}) == choice("cpu", **narrow | {"V": 17}) == "chunked"
+    narrow = {"differentiated": True, "B": 4, "K": 32, "V": 32}
+    assert choice("cpu", **narrow) == choice("cpu", **narrow | {"R": 4}) == "recurrent"
+    assert choice("cpu", **narrow | {"B": 3}) == choice("cpu", **narrow | {"V": 33}) == "chunked"
+    one_factor = narrow | {"R": 1, "K": 16, "V": 16}
+    assert choice("cpu", **one_factor) == "recurrent"
+    assert choice("cpu", **one_factor | {"V": 17}) == "chunked"
     assert choice("tpu", **narrow) == choice("cpu", **narrow | {"T": 1}) == "chunked"
     assert choice("tpu", T=1) == "recurrent"
     assert choice("tpu") == "chunked"  # nothing here says which TPU
@@ -57,7 +60,7 @@ def test_the_choice_can_be_asked_and_is_the_one_that_runs():
 
 
 def test_the_gradient_of_many_narrow_states_is_that_of_the_scan(monkeypatch):
-    monkeypatch.setattr(selection, "SCAN_OF_GRADIENT_FROM_STATES", 2)
+    monkeypatch.setattr(selection, "GRADIENT_FROM_STATES", 2)
     sizes = {"T": 70, "H": 1, "G": 2, "R": 2, "K": 8, "V": 6}  # two spans, of which one is padded
     arrays, ids = inputs(**sizes), jnp.asarray(Case(B=1, **sizes, segments=True).segment_ids())
 

@@ -37,7 +37,7 @@ ALSO_OPTIMISED = pytest.mark.parametrize(
 
 
 @ALSO_OPTIMISED
-@pytest.mark.parametrize("name", quick(CASES, ["all at once", "beta 2, parallel keys"]))
+@pytest.mark.parametrize("name", quick(CASES, ["beta 2, parallel keys"]))
 @pytest.mark.parametrize("dtype", quick(["float32", "bfloat16"], ["bfloat16"]))
 def test_other_platforms_cuts(name, dtype, optimised, as_elsewhere):
     case = CASES[name]

@@ -35,7 +35,7 @@ def assert_same(x, y, tolerance=ROUNDING):
     assert relative_error(x, y) <= tolerance
 
 
-@few
+@settings(few, max_examples=2)
 @example(cut=9, packed=True)  # A boundary of one row and not of the other.
 @given(cut=st.integers(0, T), packed=st.booleans())
 def test_cutting_a_sequence_and_passing_the_state_on(cut, packed):
@@ -115,7 +115,7 @@ def test_packed_equals_separate(bounds, returning, implementation):
     assert_same(final[0], finals[len(lengths) - 1])
 
 
-@every_implementation
+@quick_implementations
 def test_order_of_the_batch_and_padding(implementation):
     arrays = inputs()
     o, final = delta_product(**arrays, implementation=implementation)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import quick
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.sequence_model import Block
@@ -59,7 +60,7 @@ def test_values_and_derivatives_are_those_of_the_equation(name):
     assert_close(ours, wanted)
 
 
-@pytest.mark.parametrize("remat", ["none", "products"])
+@pytest.mark.parametrize("remat", quick(["none", "products"], ["products"]))
 def test_a_block_that_is_fused_is_the_same(monkeypatch, remat):
     sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "num_layers": 2, "vocab_size": 8}
     config = ModelConfig(mixer="delta_product", remat=remat, implementation="recurrent", **sizes)

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_run import curve, lasting, rows_in, run_config
 
 from deltaproduct_jax.compilers.collectives import collectives_by_axis
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.models import ModelConfig, SequenceModel
@@ -204,21 +205,29 @@ def test_a_trace_of_some_steps(runs):
     folder, _ = runs
     assert list((folder / "one/profile").rglob("*.xplane.pb"))
     assert not (folder / "mesh/profile").exists()
+    with pytest.raises(ConfigError, match=r"^profile_steps='13:14' begins behind .* to steps=12$"):
+        train(folder / "late", ONE, profile_steps="13:14")
+    assert not (folder / "late").exists()
 
 
 def test_killed_and_resumed_on_the_same_mesh_it_is_the_same_bit_for_bit(runs, tmp_path):
     folder, results = runs
     workdir = shutil.copytree(folder / "killed", tmp_path / "run")
     assert [row["step"] for row in rows_in(workdir)] == [2, 4, 6, 8]
-    assert lasting(train(workdir, MESH)) == lasting(results[MESH])
+    again = train(workdir, MESH, profile_steps="5:7")  # from step 6
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert lasting(again) == lasting(results[MESH])
     assert curve(rows_in(workdir)) == curve(rows_in(folder / "mesh"))
 
 
 @pytest.mark.parametrize("mesh", ["fsdp:8", ONE])
-def test_a_run_goes_on_over_another_mesh(runs, tmp_path, mesh):
+def test_a_run_goes_on_over_another_mesh(runs, tmp_path, mesh, capsys):
     folder, results = runs
     workdir = shutil.copytree(folder / "killed", tmp_path / "run")
-    again = train(workdir, mesh)
+    again = train(workdir, mesh, profile_steps="5:6")
+    assert "profile_steps='5:6' writes no trace: the run goes on after step 6" in (
+        capsys.readouterr().err
+    )
     assert again["best_step"] == results[MESH]["best_step"]
     for a, b in zip(rows_in(workdir), rows_in(folder / "mesh"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

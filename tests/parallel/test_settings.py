@@ -20,6 +20,7 @@ from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.parallel.config import AXES, DEFAULT_MESH, DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES, cut, names_of_model
+from deltaproduct_jax.parallel.processes import keep_programs
 from deltaproduct_jax.tasks.registry import TASKS
 from deltaproduct_jax.training.start import layout_of
 
@@ -75,6 +76,10 @@ def test_meshes_that_do_not_fit():
         ({"coordinator_address": "h:1"}, "num_processes is missing"),
         ({"coordinator_address": "h:1", "num_processes": 2, "process_id": 2}, "from 0 to 1"),
         ({"coordinator_address": "h:1", "num_processes": 0, "process_id": 0}, "at least 1"),
+        *[
+            ({"coordinator_address": a, "num_processes": 2, "process_id": 0}, "may be host:port")
+            for a in ("host", ":1", "host:port", "host:0", "host:65536", "")
+        ],
         ({"distributed": 1}, "true or false"),
         ({"profile_steps": "13:10"}, "profile_steps='13:10' .* '10:13'"),
         ({"profile_steps": "3"}, "profile_steps='3'"),
@@ -196,6 +201,15 @@ def test_settings_of_devices_are_no_fields_of_a_run():
     sections = run_config().to_dict().values()
     fields = itertools.chain.from_iterable(sections)
     assert not {field.name for field in dataclasses.fields(DeviceConfig)} & set(fields)
+
+
+def test_where_no_programs_can_be_kept_is_named(tmp_path):
+    """JAX would compile all anew at each start, without a word."""
+    there = tmp_path / "file"
+    there.touch()
+    with pytest.raises(ConfigError, match=r"^compilation_cache='.*file' cannot be used: File exis"):
+        keep_programs(DeviceConfig(compilation_cache=str(there)))
+    assert jax.config.jax_compilation_cache_dir != str(there)
 
 
 def test_a_bucket_is_no_directory():

@@ -144,6 +144,30 @@ def test_unreadable_file_is_named(recorded):
         RunRecords(recorded, CONFIG)
 
 
+@pytest.mark.parametrize("name", ["config.json", "run.json"])
+def test_a_pipe_or_a_device_is_not_waited_for(recorded, name):
+    """Nobody writes into the pipe, and the device never ends."""
+    for put in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        (recorded / name).unlink(missing_ok=True)
+        put(recorded / name)
+        with pytest.raises(RunDirectoryError, match=rf"{name} cannot be read: it is a pipe or a"):
+            RunRecords(recorded, CONFIG).add_start({})
+
+
+@pytest.mark.parametrize(
+    ("content", "key"),
+    [
+        ('{"a": 1, "b": 2, "a": 1}', "a"),
+        ('[{"x": {"y": 1, "y": {}}}]', "y"),
+        ('{"": 1, "": 2}', ""),
+    ],
+)
+def test_a_key_that_is_there_twice_is_named(tmp_path, content, key):
+    (tmp_path / "file").write_text(content)
+    with pytest.raises(RunDirectoryError, match=rf"'{key}' is there more than once$"):
+        files.read_json(tmp_path / "file")
+
+
 def test_a_workdir_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(RunDirectoryError, match="cannot be written"):

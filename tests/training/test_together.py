@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_run
+from flax import nnx
 from tiny_run import curve, rows_in, run_config
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.together import group as together
 from deltaproduct_jax.training.together.group import is_worth_compiling, train_together
+from deltaproduct_jax.training.together.member import statics_of
 from deltaproduct_jax.training.together.numbers import FREE, Numbers, program_of
 
 COMMON = {
@@ -157,8 +161,24 @@ def test_what_cannot_be_one_program_is_refused(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("mixer", ["gated_delta_product", "erase_then_delta", "rwkv7", "slstm"])
+def test_models_keep_no_number_in_which_runs_may_differ(mixer):
+    fields = [name for name in FREE["model"] if name in DRAWN or MIXERS[mixer].takes(name)]
+    sizes = {"vocab_size": 9, "mixer": mixer, "hidden_size": 8, "num_heads": 1, "head_dim": 8}
+    first, second = (
+        ModelConfig(**sizes, intermediate_size=8, **dict.fromkeys(fields, start))
+        for start in (0.7, 0.9)
+    )
+    build = lambda config: lambda: SequenceModel(config, rngs=nnx.Rngs(0))
+    assert statics_of(nnx.eval_shape(build(first))) == statics_of(nnx.eval_shape(build(second)))
+
+
+DRAWN = ("initializer_range",)
+
+
 def test_numbers_are_fields_and_all_else_is_the_program():
-    config = run_config(clip_norm=1.0, stop_accuracy=0.5, beta_bias=1.0)
+    gated = {"mixer": "gated_delta_net", "initial_gate": 0.5}
+    config = run_config(clip_norm=1.0, stop_accuracy=0.5, beta_bias=1.0, **gated)
     base = program_of(config.to_dict())
     for section, names in FREE.items():
         for name in names:

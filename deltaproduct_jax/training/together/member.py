@@ -63,7 +63,7 @@ class Member(Trainer):
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
         )
         self.definition = definition
-        self.statics = _statics(model)
+        self.statics = statics_of(model)
         self._held = contextlib.ExitStack()
         layout = layout_of(config, lambda: model, DeviceConfig(mesh="data:1"))
         parameters = count_parameters(params)["total"]
@@ -185,7 +185,7 @@ def require_same_models(members: Sequence[Member]) -> None:
                 )
 
 
-def _statics(model: nnx.Module) -> dict[str, Any]:
+def statics_of(model: nnx.Module) -> dict[str, Any]:
     """Numbers, texts and configurations that the parts of a model keep, by their place."""
     found: dict[str, Any] = {}
     for path, part in nnx.iter_modules(model):

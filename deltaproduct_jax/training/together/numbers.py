@@ -35,7 +35,7 @@ class Numbers(NamedTuple):
 # from follow from the first three, and when it ends is decided outside.
 FREE: dict[str, tuple[str, ...]] = {
     "train": (*Numbers._fields, "seed", "stop_accuracy"),
-    "model": ("beta_bias", "initializer_range"),
+    "model": ("beta_bias", "initial_gate", "initializer_range"),
 }
 
 

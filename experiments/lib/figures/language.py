@@ -24,6 +24,7 @@ from experiments.lib.figures.style import (
     series,
 )
 
+PER_OCTAVE = 4  # points of a loss by position in every doubling
 MOST_MARKED = 100  # starts of documents; more of them would be a grey field
 START = {"color": "0.5", "linewidth": 0.6, "linestyle": ":"}
 
@@ -31,6 +32,8 @@ START = {"color": "0.5", "linewidth": 0.6, "linestyle": ":"}
 @beside_records
 def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
     """Draws a column for each text: the loss at each place, and the mean up to there.
+
+    Far places are drawn as means of several, `PER_OCTAVE` to every doubling.
 
     Args:
         found: entries with the text's "data", a model's "label" and "trained", and curves.
@@ -43,14 +46,15 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
     for column, text in zip(panels.T, texts, strict=True):
         entries = [entry for entry in found if entry["data"] == text]
         for entry in entries:
-            x, loss = np.array(entry["position"]), np.array(entry["loss"])
-            style = marked(labels.index(entry["label"]), len(x), log=True)
-            style["label"] = names.pretty(entry["label"])
-            column[0].plot(x, loss, **style)
-            if entry["error"] is not None:
-                error, color = np.array(entry["error"]), style["color"]
-                column[0].fill_between(x, loss - error, loss + error, color=color, alpha=0.2)
-            column[1].plot(x, entry["running_loss"], **style)
+            number, label = labels.index(entry["label"]), names.pretty(entry["label"])
+            style = lambda count, number=number: marked(number, count, log=True)
+            x, loss, error = _by_octave(entry)
+            column[0].plot(x, loss, label=label, **style(len(x)))
+            if error is not None:
+                band = {"color": style(len(x))["color"], "alpha": 0.2}
+                column[0].fill_between(x, loss - error, loss + error, **band)
+            x = entry["position"]
+            column[1].plot(x, entry["running_loss"], label=label, **style(len(x)))
         for trained in sorted({entry["trained"] for entry in entries if entry["trained"]}):
             for axes in column:
                 mark_trained(axes, trained)
@@ -59,11 +63,24 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
     places = [place for entry in found for place in entry["position"]]
     panels[0, 0].set_xscale("log", base=2)
     plain_log(panels[0, 0].xaxis, (min(places), max(places)), base=2)
-    panels[0, 0].set_ylabel("loss, nats a token")
+    panels[0, 0].set_ylabel("loss, nats per token")
     panels[1, 0].set_ylabel("mean up to here")
     close_grid(panels, panels.size, "position, tokens")
     add_legend(figure)
     return save(figure, path, look)
+
+
+def _by_octave(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Positions, losses and their errors, far ones as means.
+
+    Windows of the same rows err together, so that the error of a mean is not less than theirs.
+    """
+    x = np.array(entry["position"])
+    group = np.unique(np.round(PER_OCTAVE * np.log2(x)), return_inverse=True)[1]
+    count = np.bincount(group)
+    means = lambda values: np.bincount(group, weights=np.array(values)) / count
+    error = None if entry["error"] is None else means(entry["error"])
+    return means(x), means(entry["loss"]), error
 
 
 @beside_records
@@ -185,6 +202,6 @@ def draw_losses(rows: Sequence[Mapping[str, Any]], path: Path, look: Look) -> li
         axes.set(xscale="log", title=name)
     sizes = [row["parameters"] for row in rows]
     plain_log(panels[0, 0].xaxis, (min(sizes), max(sizes)))
-    close_grid(panels, len(ways), "parameters", "test loss, nats a token")
+    close_grid(panels, len(ways), "parameters", "test loss, nats per token")
     add_legend(figure)
     return save(figure, path, look)

@@ -45,7 +45,7 @@ def draw_losses(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> l
         if validated:
             axes.plot(*zip(*validated, strict=True), label=label, **style)
     tokens = [row["tokens"] for record in found for row in record["curve"]]
-    axes.set(xlabel="tokens", ylabel="loss, nats a token", xscale="log")
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", xscale="log")
     plain_log(axes.xaxis, (min(tokens), max(tokens)))
     add_legend(figure)
     return save(figure, path, look)

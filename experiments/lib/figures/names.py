@@ -64,8 +64,8 @@ def _part(part: str) -> str:
 
 
 def setting(key: str) -> str:
-    """A setting's name."""
-    return SETTINGS.get(key, key.replace("_", " "))
+    """A setting's name; one that is in a figure's letters stays as it is."""
+    return key if "$" in key else SETTINGS.get(key, key.replace("_", " "))
 
 
 def value(text: str) -> str:
@@ -98,6 +98,25 @@ def construction(name: str) -> tuple[str, str]:
         family, family.replace("_", " ")
     )
     return family, value(member) + (", all letters" if full else "")
+
+
+def run(name: str) -> str:
+    """A run or construction by its name, as s3_nh2_16, seed=0, or "permutations_S3, float32"."""
+    name, comma, dtype = name.partition(", ")
+    if comma:
+        return f"{' '.join(construction(name))}, {dtype}"
+    return ", ".join(map(_word, name.split("_")))
+
+
+def _word(word: str) -> str:
+    key, equals, number = word.partition("=")
+    if equals:
+        return f"{setting(key)} {number}"
+    if word.startswith("nh") and word[2:].isdigit():
+        return f"$n_h$ = {word[2:]}"
+    return (
+        f"{word} tokens" if word.isdigit() else value(word.upper() if word[1:].isdigit() else word)
+    )
 
 
 def model(name: str) -> str:

@@ -8,14 +8,16 @@ from typing import Any
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.files import read_bytes, read_json, read_lines, write_file
 from deltaproduct_jax.training.records import METRICS, MetricsLine
-from experiments.lib.figures import benchmarks, geometry, language, plots, separation, theory
+from experiments.lib.figures import benchmarks, geometry, language, legs, plots, separation, theory
 from experiments.lib.figures.curves import bars_of, draw_panels
+from experiments.lib.figures.searched import search_figure, search_markdown
 from experiments.lib.figures.style import Look, save
 from experiments.lib.figures.tables import (
     escape_markdown,
     scores_markdown,
     to_csv,
 )
+from experiments.lib.language_legs import EXTRAPOLATION, TRAINING, records_of
 
 FIGURE = "figure"  # key of records that say themselves which figure they are
 
@@ -35,15 +37,15 @@ def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
     kind = record[FIGURE]
     require_one_of(FIGURE, kind, MARKDOWN | PICTURES)
     if kind in MARKDOWN:
-        text = MARKDOWN[kind](record["rows"], record["by"])
+        text = MARKDOWN[kind](record["rows"], record.get("by", ()))
         yield _written(path, ".csv", to_csv(record["rows"]))
         yield _written(path, ".md", text + "\n")
     if kind in PICTURES:
         yield from save(PICTURES[kind](record, look), path, look)
 
 
-MARKDOWN = {"table": scores_markdown, "escape": escape_markdown}
-PICTURES = {"cumulative": draw_panels, "escape": bars_of}
+MARKDOWN = {"table": scores_markdown, "escape": escape_markdown, "search": search_markdown}
+PICTURES = {"cumulative": draw_panels, "escape": bars_of, "search": search_figure}
 
 
 def _written(path: Path, ending: str, text: str) -> Path:
@@ -82,6 +84,12 @@ def _extrapolation(record: Any, path: Path, look: Look) -> list[Path]:
     return language.draw_extrapolation(record["curves"], path, look)
 
 
+def _legs(record: Any, path: Path, look: Look) -> Iterator[Path]:
+    found = records_of(path.parent)
+    yield from legs.draw_losses(found, path.with_name("losses"), look)
+    yield from legs.draw_positions(found, path.with_name("positions"), look)
+
+
 def _heads(record: Any, path: Path, look: Look) -> list[Path]:
     return geometry.draw_heads(record, title_of_heads(record), path, look)
 
@@ -115,6 +123,7 @@ KINDS = (
     Kind("scaling", _has("config", "rows"), _losses),
     Kind("throughput", _has("config", "rows"), _throughput),
     Kind("extrapolation", _has("curves"), _extrapolation),
+    Kind("legs", _has("legs"), _legs),
     Kind("geometry", _has("heads", "reflecting_heads"), _heads),
     Kind("geometry", _rows_have("heads", "group"), geometry.draw_models),
     Kind("separation", _has("models", "limit"), _separation),
@@ -133,6 +142,8 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
         RunDirectoryError: a record cannot be read.
     """
     for file in sorted(folder.rglob("*.json")):
+        if file.name == EXTRAPOLATION and file.with_name(TRAINING).exists():
+            continue  # a leg's, which the picture of all legs shows
         if file.stem not in NAMES and f'"{FIGURE}"'.encode() not in read_bytes(file)[:MOST_BEFORE]:
             continue  # another command's, whatever its size
         record = read_json(file)

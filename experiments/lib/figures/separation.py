@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from deltaproduct_jax.analysis.separation import Growth
+from experiments.lib.figures import names
 from experiments.lib.figures.style import (
     GREY,
     Look,
@@ -20,6 +21,7 @@ from experiments.lib.figures.style import (
     series,
 )
 
+MARGIN = 2.0  # above and below what is measured, on a logarithmic axis
 SMALLEST = 1e-8  # what the axis of ratios shows at least
 LAW = {"linestyle": (0, (1, 1)), "linewidth": 0.9}
 FAILS = {"color": "k", "marker": "x", "linestyle": "none"}
@@ -47,6 +49,10 @@ def draw_separation(
         if model["failed"] and model["predicted"]:
             failures.loglog(model["failed"], model["predicted"], **points(index))
     curves.axhline(limit, color=GREY, linewidth=0.8)
+    ratios = np.maximum(np.concatenate([[limit], *(m["ratio"] for m in models)]), SMALLEST)
+    # What is measured fills the axis; a law that is far off leaves it.
+    curves.set_ylim(ratios.min() / MARGIN, ratios.max() * MARGIN)
+    plain_log(curves.yaxis, curves.get_ylim())
     curves.set(xlabel="position", ylabel="spread / distance of classes")
     plain_log(curves.xaxis, curves.get_xlim())
     both = [(m["failed"], m["predicted"]) for m in models if m["failed"] and m["predicted"]]
@@ -65,7 +71,7 @@ def draw_separation(
 
 def _draw_curve(axes: Any, index: int, model: Mapping[str, Any]) -> None:
     x, y = np.array(model["positions"]), np.maximum(model["ratio"], SMALLEST)
-    axes.loglog(x, y, **series(index), label=model["name"])
+    axes.loglog(x, y, **series(index), label=names.run(model["name"]))
     beyond = x[x > model["fit_length"]]
     law_at = Growth(**model["growth"]).at(beyond - (model["reference_to"] + 1) / 2)
     axes.loglog(beyond, np.maximum(law_at, SMALLEST), **LAW, color=series(index)["color"])

@@ -57,6 +57,8 @@ SETTINGS: dict[str, Any] = {
 }
 # A label of the legend: inches of a letter, and of its line and the gaps.
 LETTER, HANDLE = 0.058, 0.5
+# Inches of a power of ten along an axis, below which the numbers of neighbours would meet.
+LEAST_DECADE = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,6 +266,11 @@ def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None
         subs = (1, 2, 5) if steps < 1.7 else (1,)
         if steps < 0.7 and axis.axis_name == "y":  # where there is room for more
             subs = (1, 1.5, 2, 3, 4, 5, 7)
+        room = axis.axes.bbox.width / axis.figure.dpi / steps if axis.axis_name == "x" else math.inf
+        if room < LEAST_DECADE * len(subs):
+            subs = (1,)
+        if room < LEAST_DECADE:
+            base *= base
         axis.set_major_locator(LogLocator(base=base, subs=subs, numticks=20))
     axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(

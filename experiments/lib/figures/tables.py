@@ -82,9 +82,10 @@ def _cells(
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """The rows with all their columns; nothing for none."""
+    """The rows with all columns but those of lists; nothing for none."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    columns = [name for name, value in rows[0].items() if not isinstance(value, list)]
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

@@ -141,9 +141,16 @@ class Attempt:
 
 
 def begin(
-    script: str, folder: RunFolder, variables: dict[str, str], *, new_session: bool
+    script: str,
+    folder: RunFolder,
+    variables: dict[str, str],
+    devices: Sequence[str] = (),
+    *,
+    new_session: bool,
 ) -> Attempt | None:
-    """Begins an attempt at a run; None if another process is at it, or it is done.
+    """Begins an attempt at a run, with flags that say on which ``devices``.
+
+    None if another process is at it, or it is done.
 
     Raises:
         RunDirectoryError: the run's folder cannot be written.
@@ -151,7 +158,7 @@ def begin(
     claims = Claims([folder])
     if not claims.folders:
         return None
-    command = [module_name(script), f"--workdir={folder.path}", *folder.run.argv()]
+    command = [module_name(script), f"--workdir={folder.path}", *folder.run.argv(), *devices]
     log = folder.path / LOG
     return begin_process(claims, command, log, variables, new_session=new_session)
 

@@ -28,6 +28,7 @@ from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.plugins import absolute, import_plugins
 from deltaproduct_jax.training.records import ConfigFile, refuse_other_config
 from experiments.lib import flags
+from experiments.lib.sweeps.devices import SETTINGS
 
 LIST = "runs.json"
 RUNS = "runs"
@@ -230,6 +231,8 @@ def refuse_unknown(module: types.ModuleType, script: str, flag: str, keys: Itera
         for kind in section.variants() if hasattr(section, "variants") else [section]:
             known |= {field.name for field in dataclasses.fields(kind)} - set(NO_FLAGS)
     for key in keys:
+        if key in SETTINGS:
+            raise ConfigError(f"{flag}: {key!r} is no setting of {script}; it is one of --devices")
         if key not in known:
             (closest,) = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0)
             raise ConfigError(

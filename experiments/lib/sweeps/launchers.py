@@ -25,6 +25,8 @@ from experiments.lib.sweeps.view import Entry
 JOB = "job.json"
 TOGETHER = "experiments.together"  # the script that trains several runs in one process
 GRACE_S = 10.0
+# Parameters of submitit that make a job several processes.
+PROCESSES = {"nodes", "tasks_per_node", "slurm_ntasks_per_node"}
 # How a process ends that a signal asked to: it takes the signal itself, or dies of it.
 ENDED_BY_SIGTERM = (-signal.SIGTERM, exit_code(signal.SIGTERM))
 
@@ -37,10 +39,12 @@ class LocalLauncher:
         workers: processes at a time.
         gpus: handed round, one a worker. Without any, several workers get one each of those that
             are there, and a single worker sees them all.
+        devices: flags of each run that say how it uses what it sees.
     """
 
-    def __init__(self, script: str, workers: int, gpus: Sequence[int]):
+    def __init__(self, script: str, workers: int, gpus: Sequence[int], devices: Sequence[str] = ()):
         self._script = script
+        self._devices = devices
         self._workers = workers
         self._gpus = list(map(str, gpus)) or (visible_gpus() if workers > 1 else [])
 
@@ -52,7 +56,7 @@ class LocalLauncher:
         """Begins an attempt at a run as worker number ``slot``; None if somebody else is at it."""
         (folder,) = folders
         variables = environment(self._workers, gpu_of(slot, self._gpus))
-        return begin(self._script, folder, variables, new_session=True)
+        return begin(self._script, folder, variables, self._devices, new_session=True)
 
 
 class TogetherLauncher:
@@ -149,10 +153,11 @@ class SubmititLauncher:
     """Jobs of SLURM, or of what ``cluster=`` among the parameters names, say local.
 
     Raises:
-        ConfigError: submitit is not installed, or does not know a parameter.
+        ConfigError: submitit is not installed, or does not know a parameter; or a job would have
+            several processes.
     """
 
-    def __init__(self, script: str, parameters: str, folder: Path):
+    def __init__(self, script: str, parameters: str, folder: Path, devices: Sequence[str]):
         # Else it configures logging for the whole process, and closes others' streams as it does.
         os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
         try:
@@ -161,8 +166,13 @@ class SubmititLauncher:
             raise ConfigError(
                 "launcher=slurm needs the package submitit; install it with: pip install submitit"
             ) from error
-        self._script = script
+        self._script, self._devices = script, devices
         given = {"timeout_min": "1440"} | parse_fixed(parameters, "--slurm")
+        for name in PROCESSES & given.keys():
+            if given[name] != "1":
+                raise ConfigError(
+                    f"slurm={parameters!r}: {name} may be 1, since a run of a sweep is one process"
+                )
         cluster = given.pop("cluster", "slurm")
         values = {key: int(v) if v.isdigit() else v for key, v in given.items()}
         try:
@@ -190,7 +200,7 @@ class SubmititLauncher:
                 return None
             job = self._submitted(folder)  # or another sweep has, since
             if job is None:
-                job = self._executor.submit(run_in_job, self._script, folder)
+                job = self._executor.submit(run_in_job, self._script, folder, self._devices)
                 content = json.dumps({"job_id": job.job_id})
                 write_file(folder.path / JOB, content.encode() + b"\n")
             return job
@@ -207,11 +217,11 @@ class SubmititLauncher:
         return None if job.done() else job
 
 
-def run_in_job(script: str, folder: RunFolder) -> str | None:
+def run_in_job(script: str, folder: RunFolder, devices: Sequence[str]) -> str | None:
     """What a job does: one attempt, to its end."""
     end, attempt = time.monotonic() + GRACE_S, None
     while attempt is None and time.monotonic() < end:  # the sweep may be writing the job's number
-        attempt = begin(script, folder, environment(), new_session=False)
+        attempt = begin(script, folder, environment(), devices, new_session=False)
         if attempt is None and folder.results() is not None:
             return ""
         if attempt is None:

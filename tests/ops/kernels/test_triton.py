@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import bars
 import jax
 import pytest
 
@@ -16,11 +17,9 @@ from deltaproduct_jax.ops.layout import Tokens
 from experiments.lib import environment
 
 TESTS = Path(__file__).parents[2]
-# Outputs and gradients: the bars of the design for float32, or 30 times the error of the plain
-# recurrence; for float16 a few units of its last bit, twice that where reflections keep rounding.
-BARS = {"float32": (1e-5, 3e-5), "float16": (2e-3, 3e-3)}
+DTYPES = ("float32", "float16")
+# Twice the bar where reflections keep rounding.
 REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
-OVER_RECURRENCE = 30
 # What XLA compiles for the CPU here is run once.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -55,29 +54,27 @@ def everything():
     return child("interpret", "all") | child("compile", "all")
 
 
-@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_outputs_and_gradients_are_those_of_the_oracle(dtype, interpreted):
     check_errors(dtype, interpreted, at_least=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_all_outputs_and_gradients_are_those_of_the_oracle(dtype, everything):
     check_errors(dtype, everything, at_least=7)
 
 
 def check_errors(dtype, found, at_least):
-    outputs_bar, gradients_bar = BARS[dtype]
     cases = {name: e for name, e in found["errors"].items() if name.endswith(dtype)}
     assert len(cases) >= at_least
     over = {}
     for name, errors in cases.items():
-        recurrent = errors.pop("recurrent")
+        recurrent = errors.pop("recurrent", {})
         for what, error in errors.items():
-            bar = gradients_bar if what.startswith("d") else outputs_bar
-            bar *= OVER_REFLECTED if name.endswith(REFLECTED) else 1
-            if not error <= max(bar, OVER_RECURRENCE * recurrent[what]):
-                over[name, what] = error, recurrent[what]
+            bar = bars.of(what, dtype) * (OVER_REFLECTED if name.endswith(REFLECTED) else 1)
+            if not error <= max(bar, bars.OVER_PLAIN_RECURRENCE * recurrent.get(what, 0)):
+                over[name, what] = error, recurrent.get(what)
     assert not over
 
 
@@ -129,8 +126,9 @@ def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
     assert compiled["lowered"]["versions"] == ["step", "step_in_place"]
 
 
-def test_every_launch_of_a_kernel_is_timed(interpreted):
-    chosen, variant = interpreted["launches"]
+@pytest.mark.slow
+def test_every_launch_of_a_kernel_is_timed(everything):
+    chosen, variant = everything["launches"]
     assert (chosen["chosen"], variant["chosen"], variant["warps"]) == (True, False, 4)
     assert 0 < variant["floor_ms"] < variant["ms"] <= variant["most_ms"]
 

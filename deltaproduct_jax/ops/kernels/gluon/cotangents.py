@@ -17,6 +17,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from deltaproduct_jax.ops.kernels.gluon.moves import (
     ask,
+    ask_ahead,
+    ask_do,
+    ask_first,
     ask_for_block,
     half,
     joined,
@@ -220,6 +223,101 @@ def of_keys(
 
 
 @gluon.jit
+def vectors_of(
+    sources, block, place, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr, NG: gl.constexpr,
+    HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """What `load_vectors` finds of a block, the first where it is negative, and if it is mild."""
+    beta_ptr, sums_ptr = sources
+    _, first, b, hv, pid, _, _ = place
+    block = gl.maximum(block, 0)
+    vectors = load_vectors(
+        beta_ptr, sums_ptr, block, first, b.to(gl.int64), hv, T, R, HV, NG, HAS_G, HAS_RESETS
+    )
+    return vectors, is_mild(sums_ptr, pid, first + block // R, NG, HAS_G)
+
+
+@gluon.jit
+def put_terms(ptr, of_into, of_out, by_update, by_token):
+    """Writes the lines of terms of dg of a block."""
+    put_line(ptr, of_into)
+    put_line(ptr + 64, of_out)
+    put_line(ptr + 128, by_update)
+    put_line(ptr + 192, by_token)
+
+
+@gluon.jit
+def of_block(
+    handed, arrays, q, k, scores, factor, dq, m, mild, of_sequence, SCALE: gl.constexpr,
+    T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, NG: gl.constexpr,
+    NC: gl.constexpr, SEQUENCES: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+):  # fmt: skip
+    """Writes the cotangents of a block, but dq of a group and dv; asks for what the next takes.
+
+    The block's terms of dg stand from ``of_sequence`` plus its number on.
+
+    Returns what there is of dq, and vectors of the next block and whether it is mild.
+    """
+    sources, outputs, tiles, lines, of_loads, of_ones, _, shared, place = handed
+    _, _, dob, xb, pb, eb, sb, dsb, dyb, stage = tiles
+    betas, intos, outs, tokens, _, of_updates = lines
+    of_x, of_e, of_states = of_ones
+    of_ds, of_dy = shared
+    total, first, b, hv, pid, _, vcol = place
+    DECAYS: gl.constexpr = HAS_G or HAS_RESETS
+    block = total - 1 - m
+    r, st, row = block % R, m % 2, (first * R + block) * 64
+    # dk, and dq in the place of dv, of the block before are out.
+    tma.store_wait(0)
+    if m > 0:
+        mbarrier.arrive(of_dy.index(1), count=1)
+    mbarrier.wait(of_e.index(0), m & 1)
+    mbarrier.wait(of_loads[4].index(0), (m // R) & 1)
+    narrow, dq, by_token, by_update = before_dv(
+        (q, dob, eb, sb), tokens, dq, scores, factor, m, r, st, nothing(m), mild,
+        (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
+    )  # fmt: skip
+    z = nothing(m, 27)
+    mbarrier.wait(of_dy.index(0), m & 1)
+    # Nobody reads X or the scores any more.
+    if m + 1 < total:
+        ask(arrays[2], [pid, 2 * row - 128, 0], of_x.index(0), joined(xb, 2, 128, 64).index(0))
+    ds_tile = pb.index(z)
+    ds_tile.store(narrow)
+    Z_tile = matrix(stage.index(z)).slice(K - 64, 64, dim=1)
+    by_update += of_system(
+        k, Z_tile, eb, dyb, betas, of_updates, outputs[2], row, T * R, b.to(gl.int64), hv, r + z, z,
+        mild, R, HV, NC, HAS_G, HAS_RESETS,
+    )  # fmt: skip
+    fence_async_shared()
+    if R == 1:
+        dq = warpgroup_mma(ds_tile, k, dq, is_async=True)
+    else:
+        dq = warpgroup_mma(ds_tile, k, dq, use_acc=m % R > 0, is_async=True)
+    out = outs.index(st).load(ROW)
+    into = gl.full([64], 1.0, gl.float32, ROW)
+    if DECAYS:
+        into = intos.index(st).load(ROW)
+    of_into, of_out, of_all, dq = of_keys(
+        (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, dq, m, mild,
+        (eb, sb, of_e, of_states, b, pid, vcol), (of_states, of_ds), arrays, first * R + block,
+        m + 1 == total, R, K, NC, SEQUENCES, HAS_G,
+    )  # fmt: skip
+    vectors, is_next_mild = vectors_of(sources, block - 1, place, T, R, HV, NG, HAS_G, HAS_RESETS)
+    fence_async_shared()
+    at = [b, row, hv * K]
+    tma.async_copy_shared_to_global(outputs[1], at, stage.index(nothing(m, 21)))
+    if HAS_G:
+        if mild:
+            by_update = of_all
+            if r == 0:
+                by_token = times(q, dq)
+        terms = outputs[3] + (of_sequence + block) * 256
+        put_terms(terms, of_into, of_out, by_update, by_token)
+    return dq, vectors, is_next_mild
+
+
+@gluon.jit
 def find_cotangents(
     handed, arrays, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
     K: gl.constexpr, NG: gl.constexpr, S: gl.constexpr, D: gl.constexpr, NC: gl.constexpr,
@@ -232,42 +330,26 @@ def find_cotangents(
     token up to its own, what counts behind it, and what counts from the group's first token up to
     its own; and by token what counts from the group's first up to it.
     """
-    (
-        beta_ptr, sums_ptr, dq_out, dk_out, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb,
-        dyb, stage, betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty,
-        do_full, do_empty, of_x, of_e, of_states, ready, free, of_ds, of_dy, total, first, b, hv,
-        pid, qcol, vcol,
-    ) = handed  # fmt: skip
-    q_in, k_in, x_in, do_in = arrays[0], arrays[1], arrays[2], arrays[3]
-    of_block = (eb, sb, of_e, of_states, b, pid, vcol)
-    wide = b.to(gl.int64)
-    DECAYS: gl.constexpr = HAS_G or HAS_RESETS
+    sources, outputs, tiles, lines, of_loads, of_ones, turns, _, place = handed
+    qb, kb, _, xb, pb, _, _, _, dyb, stage = tiles
+    betas, _, _, _, of_tokens, of_updates = lines
+    full, qfull, do_empty = of_loads[0], of_loads[2], of_loads[5]
+    of_x = of_ones[0]
+    ready, free = turns
+    total, first, b, hv, pid, _, _ = place
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
-    lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     of_dq: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
     dq = gl.zeros([64, K], gl.float32, of_dq)
-    vectors = load_vectors(
-        beta_ptr, sums_ptr, gl.maximum(total - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
-        HAS_RESETS,
-    )  # fmt: skip
-    mild = is_mild(sums_ptr, pid, first + gl.maximum(total - 1, 0) // R, NG, HAS_G)
-    of_both, of_values = joined(xb, 2, 128, 64), joined(dob, NC, 64, NC * 64)
+    vectors, mild = vectors_of(sources, total - 1, place, T, R, HV, NG, HAS_G, HAS_RESETS)
     if total > 0:
-        last = first * R + total - 1
-        ask(q_in, [b, last // R * 64, qcol], qfull.index(0), qb.index(0))
-        ask(k_in, [b, last * 64, qcol], full.index(0), kb.index(0))
-        ask(x_in, [pid, last * 128, 0], of_x.index(0), of_both.index(0))
-        ask(do_in, [b, last // R * 64, vcol], do_full.index(0), of_values.index(0))
-        if HAS_GRADIENTS:
-            ask_for_block(of_block, arrays, last, R, NC, SEQUENCES)
+        ask_first(arrays, tiles, of_loads, of_ones, place, R, NC, SEQUENCES, HAS_GRADIENTS)
     of_sequence = pid.to(gl.int64) * (NG * R) + first * R
     for m in range(total):
         block = total - 1 - m
         r = block % R
         s, st, turn = m % S, m % 2, m // R
-        sq, d, z = turn % 2, turn % D, nothing(m)
-        row = (first * R + block) * 64
+        sq, z = turn % 2, nothing(m)
         mbarrier.wait(qfull.index(sq), (turn // 2) & 1)
         mbarrier.wait(full.index(s), (m // S) & 1)
         q, k = matrix(qb.index(sq)), matrix(kb.index(s))
@@ -282,90 +364,24 @@ def find_cotangents(
             mild, SCALE, R, HAS_G, HAS_RESETS,
         )  # fmt: skip
         mbarrier.arrive(ready.index(st), count=1)
-        if m + 1 < total:
-            after = (m + 1) % S
-            mbarrier.wait(empty.index(after), (((m + 1) // S) & 1) ^ 1)
-            ask(k_in, [b, row - 64, qcol], full.index(after), kb.index(after))
-        has_more = turn + 1 < total // R
-        if (m % R == 0) & has_more:
-            here = (first + block // R - 1) * 64
-            mbarrier.wait(qempty.index(sq ^ 1), (((turn + 1) // 2) & 1) ^ 1)
-            ask(q_in, [b, here, qcol], qfull.index(sq ^ 1), qb.index(sq ^ 1))
-            if D == 2:
-                mbarrier.wait(do_empty.index(d ^ 1), (((turn + 1) // 2) & 1) ^ 1)
-                ask(do_in, [b, here, vcol], do_full.index(d ^ 1), of_values.index(d ^ 1))
+        ask_ahead(arrays, tiles, of_loads, place, m, R, S, D, NC)
         if HAS_GRADIENTS:
-            # dk, and dq in the place of dv, of the block before are out.
-            tma.store_wait(0)
-            if m > 0:
-                mbarrier.arrive(of_dy.index(1), count=1)
-            mbarrier.wait(of_e.index(0), m & 1)
-            mbarrier.wait(do_full.index(0), turn & 1)
-            narrow, dq, by_token, by_update = before_dv(
-                (q, dob, eb, sb), tokens, dq, scores, factor, m, r, st, z, mild,
-                (of_states, of_ds), SCALE, R, K, NC, HAS_G, DECAYS,
+            dq, vectors, mild = of_block(
+                handed, arrays, q, k, scores, factor, dq, m, mild, of_sequence, SCALE, T, R, HV, K,
+                NG, NC, SEQUENCES, HAS_G, HAS_RESETS,
             )  # fmt: skip
-            z = nothing(m, 27)
-            mbarrier.wait(of_dy.index(0), m & 1)
-            # Nobody reads X or the scores any more.
-            if m + 1 < total:
-                ask(x_in, [pid, 2 * row - 128, 0], of_x.index(0), of_both.index(0))
-            ds_tile = pb.index(z)
-            ds_tile.store(narrow)
-            Z_tile = matrix(stage.index(z)).slice(K - 64, 64, dim=1)
-            by_update += of_system(
-                k, Z_tile, eb, dyb, betas, of_updates, dbeta_ptr, row, T * R, wide, hv, r + z, z,
-                mild, R, HV, NC, HAS_G, HAS_RESETS,
-            )  # fmt: skip
-            fence_async_shared()
-            if R == 1:
-                dq = warpgroup_mma(ds_tile, k, dq, is_async=True)
-            else:
-                dq = warpgroup_mma(ds_tile, k, dq, use_acc=m % R > 0, is_async=True)
-            out = outs.index(st).load(ROW)
-            into = gl.full([64], 1.0, gl.float32, ROW)
-            if DECAYS:
-                into = intos.index(st).load(ROW)
-            of_into, of_out, of_all, dq = of_keys(
-                (q, k, eb, sb, dsb, dyb, stage), ds_tile, Z_tile, into, out, dq, m,
-                mild, of_block, (of_states, of_ds), arrays, first * R + block, m + 1 == total,
-                R, K, NC, SEQUENCES, HAS_G,
-            )  # fmt: skip
-            vectors = load_vectors(
-                beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
-                HAS_RESETS,
-            )  # fmt: skip
-            is_next_mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dk_out, [b, row, hv * K], stage.index(nothing(m, 21)))
-            if HAS_G:
-                if mild:
-                    by_update = of_all
-                    if r == 0:
-                        by_token = times(q, dq)
-                terms = terms_ptr + (of_sequence + block) * 256
-                put_line(terms, of_into)
-                put_line(terms + 64, of_out)
-                put_line(terms + 128, by_update)
-                put_line(terms + 192, by_token)
             if r == 0:
                 # Those who hold the cotangent of the state have written dv.
                 mbarrier.wait(do_empty.index(0), turn & 1)
-                put_dq(
-                    dq_out, [b, (first + block // R) * 64, hv * K], dq, dyb, stage, nothing(m, 25)
-                )
-                if has_more:
-                    here = (first + block // R - 1) * 64
-                    ask(do_in, [b, here, vcol], do_full.index(0), of_values.index(0))
-            mild = is_next_mild
+                at = [b, (first + block // R) * 64, hv * K]
+                put_dq(outputs[0], at, dq, dyb, stage, nothing(m, 25))
+                if turn + 1 < total // R:
+                    ask_do(arrays, tiles, of_loads, place, first + block // R - 1, 0, NC)
         else:
-            vectors = load_vectors(
-                beta_ptr, sums_ptr, gl.maximum(block - 1, 0), first, wide, hv, T, R, HV, NG, HAS_G,
-                HAS_RESETS,
-            )  # fmt: skip
-            mild = is_mild(sums_ptr, pid, first + gl.maximum(block - 1, 0) // R, NG, HAS_G)
+            vectors, mild = vectors_of(sources, block - 1, place, T, R, HV, NG, HAS_G, HAS_RESETS)
             if m + 1 < total:
                 mbarrier.wait(of_x.index(1), m & 1)
-                ask(x_in, [pid, 2 * row - 128, 0], of_x.index(0), of_both.index(0))
+                at = [pid, 2 * (first * R + block) * 64 - 128, 0]
+                ask(arrays[2], at, of_x.index(0), joined(xb, 2, 128, 64).index(0))
     if HAS_GRADIENTS:
         tma.store_wait(0)

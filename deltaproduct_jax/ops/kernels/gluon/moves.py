@@ -71,3 +71,61 @@ def put_dq(dq_out, at, dq, dyb, stage, z):
     matrix(tile).store(dq.to(gl.bfloat16))
     fence_async_shared()
     tma.async_copy_shared_to_global(dq_out, at, tile)
+
+
+@gluon.jit
+def ask_do(arrays, tiles, bars, place, group, d, NC: gl.constexpr):
+    """Begins to load the cotangents of outputs of a group, in place ``d``."""
+    _, _, b, _, _, _, vcol = place
+    ask(
+        arrays[3],
+        [b, group * 64, vcol],
+        bars[4].index(d),
+        joined(tiles[2], NC, 64, NC * 64).index(d),
+    )
+
+
+@gluon.jit
+def ask_first(
+    arrays, tiles, bars, of_ones, place, R: gl.constexpr, NC: gl.constexpr,
+    SEQUENCES: gl.constexpr, HAS_GRADIENTS: gl.constexpr,
+):  # fmt: skip
+    """Begins to load all that the last block of a piece takes, which is the first walked over."""
+    qb, kb, _, xb, _, eb, sb, _, _, _ = tiles
+    full, _, qfull, _, _, _ = bars
+    of_x, of_e, of_states = of_ones
+    total, first, b, _, pid, qcol, vcol = place
+    last = first * R + total - 1
+    ask(arrays[0], [b, last // R * 64, qcol], qfull.index(0), qb.index(0))
+    ask(arrays[1], [b, last * 64, qcol], full.index(0), kb.index(0))
+    ask(arrays[2], [pid, last * 128, 0], of_x.index(0), joined(xb, 2, 128, 64).index(0))
+    ask_do(arrays, tiles, bars, place, last // R, 0, NC)
+    if HAS_GRADIENTS:
+        ask_for_block((eb, sb, of_e, of_states, b, pid, vcol), arrays, last, R, NC, SEQUENCES)
+
+
+@gluon.jit
+def ask_ahead(
+    arrays, tiles, bars, place, m, R: gl.constexpr, S: gl.constexpr, D: gl.constexpr,
+    NC: gl.constexpr,
+):  # fmt: skip
+    """Begins to load keys of the block behind the m-th; with the m-th of a group what the next
+    group takes, but for cotangents of outputs where there is room for one group's alone.
+    """
+    qb, kb = tiles[0], tiles[1]
+    full, empty, qfull, qempty, _, do_empty = bars
+    total, first, b, _, _, qcol, _ = place
+    block, turn = total - 1 - m, m // R
+    row = (first * R + block) * 64
+    if m + 1 < total:
+        after = (m + 1) % S
+        mbarrier.wait(empty.index(after), (((m + 1) // S) & 1) ^ 1)
+        ask(arrays[1], [b, row - 64, qcol], full.index(after), kb.index(after))
+    has_more = turn + 1 < total // R
+    if (m % R == 0) & has_more:
+        group, other = first + block // R - 1, (turn % 2) ^ 1
+        mbarrier.wait(qempty.index(other), (((turn + 1) // 2) & 1) ^ 1)
+        ask(arrays[0], [b, group * 64, qcol], qfull.index(other), qb.index(other))
+        if D == 2:
+            mbarrier.wait(do_empty.index((turn % D) ^ 1), (((turn + 1) // 2) & 1) ^ 1)
+            ask_do(arrays, tiles, bars, place, group, (turn % D) ^ 1, NC)

@@ -225,11 +225,16 @@ def walk_back(
         of_ds, of_dy, total, first, b32, vcol, pid, piece, is_last,
     )  # fmt: skip
     find = (
-        beta_ptr, sums_ptr, dq, dk, dbeta_ptr, terms_ptr, qb, kb, dob, xb, pb, eb, sb, dsb, dyb,
-        stage, betas, intos, outs, tokens, of_tokens, of_updates, full, empty, qfull, qempty,
-        do_full, do_empty, of_x, of_e, of_states, ready, free, of_ds, of_dy, total, first, b32, hv,
-        pid, qcol, vcol,
-    )  # fmt: skip
+        (beta_ptr, sums_ptr),
+        (dq, dk, dbeta_ptr, terms_ptr),
+        (qb, kb, dob, xb, pb, eb, sb, dsb, dyb, stage),
+        (betas, intos, outs, tokens, of_tokens, of_updates),
+        (full, empty, qfull, qempty, do_full, do_empty),
+        (of_x, of_e, of_states),
+        (ready, free),
+        (of_ds, of_dy),
+        (total, first, b32, hv, pid, qcol, vcol),
+    )
     arrays = (q, k, x, do, e, states)
     # Sizes stand where they are used, since a name would make numbers of the program of them.
     if NC == 2:

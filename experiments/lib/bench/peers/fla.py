@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import importlib
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -136,6 +137,17 @@ def _refusals_named(call: Callable[[], Any], direction: str, shape: Shape) -> Ca
 
 # What a peer is called, the module that must import, and the package that has it.
 FLA = ("fla", "fla.ops.gated_delta_product", "flash-linear-attention")
+
+
+def require_packages(peer: tuple[str, str, str] = FLA) -> None:
+    """Raises ConfigError where torch or the peer's package is not installed; imports neither."""
+    name, module, package = peer
+    for needed in ("torch", module.partition(".")[0]):
+        if importlib.util.find_spec(needed) is None:
+            raise ConfigError(
+                f"peer={name} needs torch and {package}: there is no {needed}; install both, or "
+                "leave it"
+            )
 
 
 def load_torch(peer: tuple[str, str, str] = FLA) -> Any:

@@ -1,0 +1,187 @@
+"""The same small search for every mixer: what is tried, what is chosen, and what came of it.
+
+An arm is a mixer, or any other settings that are to be compared. Every arm tries as many settings,
+the same ones as far as its mixer has the fields: learning rates on a grid, and beside them, each
+equally often and in an order drawn once, starts of step sizes and gates and the activation of
+queries and keys (a Latin hypercube). The best of them by the validation split, which is not
+reported, then trains from seeds that nothing was chosen by; what these score on the test split is.
+"""
+
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import read_json, read_lines
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.tasks.task import ACCURACIES
+from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.evaluation import selection_of
+from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine
+from experiments.lib.run_records import Record, label
+from experiments.lib.sweeps.grid import build, identity, load_script, parse_fixed, read_list
+from experiments.lib.sweeps.records import RunFolder, train_seconds
+
+# What is tried of each field, where the mixer has it and nothing else says what it is.
+SPACE: dict[str, tuple[str, ...]] = {
+    "beta_bias": ("0.0", "2.5", "5.0"),
+    "initial_gate": ("0.7", "0.9", "0.99"),
+    "qk_activation": ("silu", "none"),
+}
+RATE, END, SEED, MIXER = "learning_rate", "end_learning_rate", "seed", "mixer"
+FINAL = 0.01  # of a learning rate, where its schedule ends
+FIRST_FRESH = 1000  # seeds from here on choose nothing
+Settings = dict[str, str]  # flags as they are written
+Scores = tuple[float, ...]
+
+
+class Arm(NamedTuple):
+    """What is compared: its settings, and those tried for it."""
+
+    settings: Settings
+    tried: list[Settings]
+
+
+class Reported(NamedTuple):
+    """The number of the test split that is reported, at a length, and what escaping is."""
+
+    metric: str
+    length: int | None
+    threshold: float
+
+
+def arms_of(
+    texts: Sequence[str], script: str, fixed: str, count: int, rates: tuple[float, float]
+) -> list[Arm]:
+    """The arms, each with ``count`` settings to try.
+
+    Args:
+        texts: settings of each, as mixer=delta_product;num_householder=3; none: every mixer.
+        script: whose runs they are.
+        fixed: settings that all share, which are not searched.
+        count: settings of each.
+        rates: lowest and highest learning rate.
+
+    Raises:
+        ConfigError: an arm or what is fixed cannot be read, or decides what the search is to.
+    """
+    module, constants = load_script(script), parse_fixed(fixed)
+    given = [parse_fixed(text, "--arm") for text in texts] or [{MIXER: name} for name in MIXERS]
+    arms = []
+    for arm in given:
+        decided = constants | arm
+        for key in {RATE, SEED} & decided.keys():
+            raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")
+        mixer = str(build(module, decided)["model"][MIXER])
+        takes = [name for name in SPACE if MIXERS[mixer].takes(name) and name not in decided]
+        own = (RATE, *takes, *(() if END in decided else (END,)))
+        tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
+        arms.append(Arm(arm, tried))
+    return arms
+
+
+def tried_of(count: int, rates: tuple[float, float]) -> list[Settings]:
+    """So many settings, those of mixers that have every field; the same for the same arguments."""
+    low, high = rates
+    steps = [low * (high / low) ** (index / max(1, count - 1)) for index in range(count)]
+    columns = {RATE: [f"{rate:.3g}" for rate in steps]}
+    columns[END] = [f"{FINAL * rate:.3g}" for rate in steps]
+    for name, values in SPACE.items():
+        column = [values[index % len(values)] for index in range(count)]
+        random.Random(name).shuffle(column)
+        columns[name] = column
+    return [{name: columns[name][index] for name in columns} for index in range(count)]
+
+
+def grid_of(settings: Settings) -> str:
+    """The grid of one run."""
+    return ";".join(f"{key}=({value})" for key, value in settings.items())
+
+
+class Folders:
+    """The runs of a sweep by their settings.
+
+    Args:
+        workdir: of the sweep.
+        fixed: settings that all runs share.
+    """
+
+    def __init__(self, workdir: Path, fixed: str):
+        script, runs = read_list(workdir)
+        self._workdir, self._module = workdir, load_script(script)
+        self._fixed = parse_fixed(fixed)
+        self._runs = {identity(run.config): run for run in runs}
+
+    def of(self, settings: Sequence[Settings]) -> list[RunFolder]:
+        """The folder of each; several may be one, where settings come to the same."""
+        configs = [build(self._module, self._fixed | each) for each in settings]
+        return [RunFolder(self._workdir, self._runs[identity(config)]) for config in configs]
+
+
+def validation(folder: RunFolder) -> Scores | None:
+    """What selected a run's checkpoint, larger for what is better; None of a run that failed."""
+    results = folder.results()
+    if results is None:
+        return None
+    task = RunConfig.from_dict(folder.run.config).task
+    rows = read_lines(folder.path / METRICS, MetricsLine)
+    found = (row for row in rows if row["step"] == results["best_step"])
+    return selection_of(dict(next(found, {})), getattr(task, "selected_by", ACCURACIES))
+
+
+def median_of(scores: Sequence[Scores | None]) -> Scores | None:
+    """The median of each metric over seeds, a failed run below all; None where that is one."""
+    worst = (float("-inf"),)
+    width = max((len(score) for score in scores if score is not None), default=1)
+    whole = [worst * width if score is None else score for score in scores]
+    found = tuple(statistics.median_low(column) for column in zip(*whole, strict=True))
+    return None if found[0] == worst[0] else found
+
+
+def best_of(medians: Sequence[Scores | None]) -> int | None:
+    """The place of the best, the first of equals; None where all failed."""
+    there = [(score, -place) for place, score in enumerate(medians) if score is not None]
+    return -max(there)[1] if there else None
+
+
+def row_of(
+    arm: Arm, chosen: Settings | None, folders: Sequence[RunFolder], reported: Reported
+) -> dict[str, Any]:
+    """What an arm's fresh runs came to, beside the settings that were chosen for it."""
+    scores = []
+    for folder in folders:
+        results = folder.results()
+        if results is not None:
+            scores.append(Record(folder.run.name, {}, results).score(*reported[:2]))
+    none = dict.fromkeys([RATE, *SPACE])
+    own = {name: value for name, value in (chosen or {}).items() if name in none}
+    return {
+        "arm": label(list(arm.settings), tuple(arm.settings.values())),
+        **none,
+        **own,
+        "median": statistics.median(scores) if scores else None,
+        "best": max(scores, default=None),
+        "escaped": sum(score >= reported.threshold for score in scores),
+        "runs": len(folders),
+        "scores": scores,
+    }
+
+
+def hours_of(folders: Sequence[RunFolder]) -> float:
+    """Hours of training, without compiling and evaluating; of runs trained together their share."""
+    seconds = 0.0
+    for folder in folders:
+        path = folder.path / RUN
+        last = read_json(path)["starts"][-1] if path.exists() else {}
+        spent = train_seconds(folder.path / METRICS) or 0.0
+        seconds += spent / last.get("runs_together", 1)
+    return seconds / 3600
+
+
+def hardware_of(folders: Sequence[RunFolder]) -> list[str]:
+    """The devices that runs were started on, each kind once."""
+    paths = [folder.path / RUN for folder in folders]
+    starts = [start for path in paths if path.exists() for start in read_json(path)["starts"]]
+    return sorted({f"{each['device_count']} x {each['device_kind']}" for each in starts})

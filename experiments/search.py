@@ -1,0 +1,175 @@
+"""How good is each mixer where all are tuned alike? A small search for each, then fresh seeds.
+
+    python -m experiments.search --workdir=runs/search --script=state_tracking --launcher=vmap \\
+        --fixed="group=S3;steps=2000" --arm="mixer=delta_product;num_householder=2" \\
+        --arm="mixer=kimi_delta_attention" --arm="mixer=mamba2"
+
+tries ``--settings`` settings for each ``--arm`` (none: every mixer) with ``--seeds`` seeds each:
+the learning rate and, as far as the mixer has them, the start of step sizes (``beta_bias``) and of
+gates (``initial_gate``) and the activation of q and k; what an arm or ``--fixed`` sets is left as
+it is. The setting whose median over seeds is best on the validation split trains again from
+``--fresh`` seeds that nothing was chosen by, and these are scored on the test split: median, best
+and the fraction of seeds that escape. ``search.json`` keeps every number, ``experiments.redraw``
+makes table and picture of it. Runs are those of two sweeps, in ``tried`` and ``chosen``; the same
+command goes on after a kill. A run that fails counts as the worst.
+
+Source: this project; learning rates and seeds as in https://arxiv.org/abs/2502.10297, appendix.
+Expect: in a table of every mixer on one task no row that had more tries than another.
+Takes: as long as (settings * seeds + fresh) runs of each arm; a program compiles for each mixer and
+    activation where they are launched together.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.settings import check_fields, setting
+from experiments.lib import flags
+from experiments.lib.bench.report import command_line, write_json
+from experiments.lib.figures.records import show
+from experiments.lib.figures.style import SECTION, Look
+from experiments.lib.searches import (
+    FIRST_FRESH,
+    SEED,
+    Arm,
+    Folders,
+    Reported,
+    Settings,
+    arms_of,
+    best_of,
+    grid_of,
+    hardware_of,
+    hours_of,
+    median_of,
+    row_of,
+    validation,
+)
+from experiments.lib.sweeps.records import RunFolder
+from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchConfig:
+    """What is compared and how much is tried; ConfigError where the fields make no sense."""
+
+    script: str = setting("state_tracking", "script of experiments whose runs these are")
+    arm: tuple[str, ...] = setting(
+        (),
+        "settings of what is compared, as mixer=delta_product;num_householder=3; given several "
+        "times, one each; none: every mixer",
+        repeated=True,
+    )
+    fixed: str = setting("", "settings that all runs share, as group=S3;steps=2000")
+    settings: int = setting(12, "settings tried for each arm", least=1)
+    seeds: int = setting(2, f"seeds of each, from 0; fewer than {FIRST_FRESH}", least=1)
+    fresh: int = setting(5, f"seeds of what is chosen, from {FIRST_FRESH}", least=1)
+    lowest_rate: float = setting(1e-4, "lowest learning rate that is tried", above=0)
+    highest_rate: float = setting(1e-2, "highest learning rate that is tried", above=0)
+    metric: str = setting(
+        "strict.sequence_accuracy", "path of the number in an entry of results.json's test"
+    )
+    length: int | None = setting(None, "test length looked at; none: the longest of each run")
+    threshold: float = setting(0.9, "score from which a run has escaped")
+
+    def __post_init__(self):
+        check_fields(self)
+        require_at_least("highest_rate", self.highest_rate, self.lowest_rate)
+        if self.seeds > FIRST_FRESH:
+            raise ConfigError(f"seeds={self.seeds} is too large; it may be {FIRST_FRESH} at most")
+
+
+def command(argv: Sequence[str]) -> None:
+    """Runs both sweeps, prints the table, writes search.json and what is drawn of it."""
+    sections = {"search": SearchConfig, "launch": LaunchConfig, **SECTION}
+    parsed = flags.parse(argv, sections, {"default": {}})
+    config, look = (
+        kind(**parsed.sections[name])
+        for name, kind in (("search", SearchConfig), ("figures", Look))
+    )
+    launch, workdir = LaunchConfig(**parsed.sections["launch"]), parsed.workdir.absolute()
+    # The search itself computes nothing; an accelerator is for its runs.
+    jax.config.update("jax_platforms", "cpu")
+    rates = (config.lowest_rate, config.highest_rate)
+    arms = arms_of(config.arm, config.script, config.fixed, config.settings, rates)
+
+    trials = [[seeded(arm, tried, range(config.seeds)) for tried in arm.tried] for arm in arms]
+    folders = run(workdir / "tried", config, launch, trials)
+    scores = [[[validation(f) for f in group] for group in groups] for groups in folders]
+    medians = [[median_of(group) for group in groups] for groups in scores]
+    chosen = [best_of(of_arm) for of_arm in medians]
+
+    fresh = range(FIRST_FRESH, FIRST_FRESH + config.fresh)
+    finals = [
+        [] if place is None else [seeded(arm, arm.tried[place], fresh)]
+        for arm, place in zip(arms, chosen, strict=True)
+    ]
+    ended = run(workdir / "chosen", config, launch, finals) if any(finals) else [[] for _ in arms]
+    reported = Reported(config.metric, config.length, config.threshold)
+    rows = [
+        row_of(
+            arm,
+            None if place is None else arm.tried[place],
+            [f for group in groups for f in group],
+            reported,
+        )
+        for arm, place, groups in zip(arms, chosen, ended, strict=True)
+    ]
+    everything = [f for of_arm in (*folders, *ended) for group in of_arm for f in group]
+    record = {
+        "figure": "search",
+        "command": command_line("search", argv),
+        "hardware": hardware_of(everything),
+        "hours": hours_of(everything),
+        **reported._asdict(),
+        "tried": [tried_of_arm(*each) for each in zip(arms, scores, chosen, strict=True)],
+        "rows": rows,
+    }
+    write_json(workdir / "search.json", record, indent=None)
+    print(f"written: {workdir / 'search.json'}")
+    for written in show(record, workdir / "search", look):
+        print(f"written: {written}")
+    print((workdir / "search.md").read_text().rstrip())
+
+
+def seeded(arm: Arm, tried: Settings, seeds: Sequence[int]) -> list[Settings]:
+    """The runs of one setting of an arm."""
+    return [arm.settings | tried | {SEED: str(seed)} for seed in seeds]
+
+
+def run(
+    workdir: Path,
+    config: SearchConfig,
+    launch: LaunchConfig,
+    groups: Sequence[Sequence[Sequence[Settings]]],
+) -> list[list[list[RunFolder]]]:
+    """Runs all that is in the groups as one sweep; their folders, in the same order."""
+    each = [settings for of_arm in groups for group in of_arm for settings in group]
+    grids = [grid_of(settings) for settings in each]
+    run_sweep(workdir, Sweep(config.script, grids, config.fixed), launch)
+    found = Folders(workdir, config.fixed)
+    return [[found.of(group) for group in of_arm] for of_arm in groups]
+
+
+def tried_of_arm(arm: Arm, scores: Sequence[Any], place: int | None) -> dict[str, Any]:
+    """What was tried for an arm and how it scored on the validation split, seed by seed."""
+    return {
+        "arm": arm.settings,
+        "chosen": place,
+        "settings": [
+            tried | {"validation": score} for tried, score in zip(arm.tried, scores, strict=True)
+        ],
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code of the command; ``argv`` without the program's name."""
+    return flags.run(command, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

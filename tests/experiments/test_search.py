@@ -1,0 +1,135 @@
+"""The search that all mixers get: the same number of tries, chosen by what is not reported."""
+
+import json
+import re
+
+import pytest
+
+from deltaproduct_jax.layers.registry import MIXERS
+from experiments import redraw, search
+from experiments.lib import searches
+from experiments.lib.sweeps.grid import claim
+from experiments.lib.sweeps.records import RunFolder
+
+TINY = "steps=4;warmup_steps=0;eval_every=4;checkpoint_every=4;curriculum=();train_length=4"
+TINY += ";eval_lengths=4,6"
+ARMS = ["mixer=delta_product;num_householder=3", "mixer=gla"]
+
+
+def argv(workdir, *more):
+    arms = [f"--arm={arm}" for arm in ARMS]
+    return [f"--workdir={workdir}", *arms, f"--fixed=group=S3;{TINY}", *more]
+
+
+def ends(valid, test):
+    """Stands in for a sweep: runs end at once; ``valid`` and ``test`` score a run's settings."""
+
+    def run_sweep(workdir, sweep, launch):
+        for run in claim(workdir, *sweep):
+            folder = RunFolder(workdir, run)
+            score = valid(run.settings)
+            if score is None or folder.path.exists():
+                continue
+            folder.path.mkdir(parents=True)
+            row = {
+                "step": 4,
+                "loss": 1.0,
+                "accuracy": 0.5,
+                "learning_rate": 0.1,
+                "tokens": 8,
+                "time": 0.0,
+            }
+            row |= {"tokens_per_second": 8.0, "valid_sequence_accuracy": score}
+            other = row | {"step": 2, "valid_sequence_accuracy": 1.0, "valid_token_accuracy": 1.0}
+            lines = [json.dumps(r | {"valid_token_accuracy": score}) for r in (other, row)]
+            (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+            entries = [{"length": 4, "strict": {"sequence_accuracy": 0.0}}]
+            entries += [{"length": 6, "strict": {"sequence_accuracy": test(run.settings)}}]
+            results = {"steps": 4, "best_step": 4, "parameters": {}, "test": entries}
+            (folder.path / "results.json").write_text(json.dumps(results))
+        return True
+
+    return run_sweep
+
+
+def test_the_best_on_the_validation_split_is_trained_anew(tmp_path, monkeypatch, capsys):
+    """One setting of GLA has a seed that fails, and the second is the best for both."""
+    second = searches.tried_of(3, (1e-3, 1e-1))[1]["learning_rate"]
+
+    def valid(settings):
+        if settings["mixer"] == "gla" and settings["learning_rate"] == "0.1":
+            return None if settings["seed"] == "0" else 1.0
+        return 0.5 if settings["learning_rate"] == second else 0.25
+
+    def test(settings):  # what was not chosen would do better
+        return int(settings["seed"]) / 1002 if settings["learning_rate"] == second else 1.0
+
+    monkeypatch.setattr(search, "run_sweep", ends(valid, test))
+    more = ["--settings=3", "--seeds=2", "--fresh=3", "--threshold=0.999", "--lowest_rate=1e-3"]
+    for _ in range(2):  # and again, when all has been run
+        assert search.main(argv(tmp_path, *more, "--highest_rate=1e-1")) == 0
+    record = json.loads((tmp_path / "search.json").read_text())
+    assert [arm["chosen"] for arm in record["tried"]] == [1, 1]
+    failed = record["tried"][1]["settings"][2]["validation"]
+    assert failed == [None, [1.0, 1.0]]
+    delta, gla = record["rows"]
+    assert delta["arm"] == "mixer = delta_product, n_h = 3"
+    assert delta["scores"] == gla["scores"] == [seed / 1002 for seed in (1000, 1001, 1002)]
+    assert (delta["median"], delta["best"], delta["escaped"], delta["runs"]) == (
+        1001 / 1002, 1.0, 1 + 1, 3,
+    )  # fmt: skip
+    assert delta["initial_gate"] is None is gla["beta_bias"]
+    assert record["hours"] == pytest.approx(17 / 3600)
+    picture, table = (tmp_path / "search.png").read_bytes(), (tmp_path / "search.md").read_text()
+    assert "| delta_product, n_h = 3 | 0.01 |" in table
+    assert "scores" not in (tmp_path / "search.csv").read_text()
+    (tmp_path / "search.png").unlink()
+    assert redraw.command([f"--workdir={tmp_path}"]) is None
+    assert (tmp_path / "search.png").read_bytes() == picture
+    assert "search.png" in capsys.readouterr().out
+
+
+def test_every_mixer_tries_as_much():
+    arms = searches.arms_of((), "state_tracking", f"group=S3;{TINY}", 12, (1e-4, 1e-2))
+    assert [arm.settings["mixer"] for arm in arms] == list(MIXERS)
+    rates = [each["learning_rate"] for each in arms[0].tried]
+    assert len(set(rates)) == 12
+    for arm in arms:
+        assert [each["learning_rate"] for each in arm.tried] == rates
+        mixer = MIXERS[arm.settings["mixer"]]
+        for name, values in searches.SPACE.items():
+            found = [each.get(name) for each in arm.tried]
+            often = 12 // len(values)
+            assert sorted(filter(None, found)) == sorted(values * often * mixer.takes(name))
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("--arm=mixer=gla;seed=3", "seed=3 is in --arm or --fixed; the search decides it"),
+        ("--arm=mixer=nothing", "mixer='nothing' is not known"),
+        ("--settings=0", "settings=0 is too small"),
+        ("--seeds=1001", "seeds=1001 is too large; it may be 1000 at most"),
+        ("--highest_rate=1e-5", "highest_rate=1e-05 is too small; it must be at least 0.0001"),
+        ("--script=absent", "script='absent' is not known"),
+    ],
+)
+def test_refusals_are_one_line_and_start_nothing(tmp_path, capsys, flag, says):
+    assert search.main(argv(tmp_path / "s", flag)) == 2
+    error = capsys.readouterr().err
+    assert re.search(re.escape(says), error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+def test_a_search_runs(tmp_path, capsys):
+    sizes = "hidden_size=8;num_heads=1;head_dim=8;intermediate_size=8;batch_size=4"
+    more = ["--settings=2", "--seeds=1", "--fresh=2", "--launcher=vmap"]
+    flags = argv(tmp_path, *more)
+    flags[3] += f";{sizes};eval_sequences=8;eval_batch_size=8"
+    assert search.main(flags) == 0
+    record = json.loads((tmp_path / "search.json").read_text())
+    assert [len(row["scores"]) for row in record["rows"]] == [2, 2]
+    (hardware,) = record["hardware"]
+    assert hardware.endswith(" x cpu")
