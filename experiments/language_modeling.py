@@ -13,9 +13,9 @@ at its batch of 524,288 tokens; they want a GPU of 80 GB, or several and ``--acc
 The same command goes on after a kill, in the middle of an epoch. The vocabulary is the text's.
 
 Source: https://arxiv.org/abs/2502.10297, language modelling (sizes, optimiser, schedule, batch).
-Expect: of the preset tiny, 1.98 bits per byte on the validation files and 2.04 on the test's; in
-    rows of 1,024 bytes 2.00 there: experiments/results/language/tiny/README.md.
-Takes: of the preset tiny, 440 s of process time, about 4 minutes on two CPU cores; of the others
+Expect: of the preset tiny, 1.92 bits per byte on the validation files and 1.96 on the test's:
+    experiments/results/language/tiny/README.md.
+Takes: of the preset tiny, 332 s of process time, about 3 minutes on two CPU cores; of the others
     GPU weeks.
 """
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from deltaproduct_jax.data.config import PrepareConfig
 from deltaproduct_jax.data.preparation import prepare, summary
+from deltaproduct_jax.data.splits import SPLITS
 from experiments.lib import flags
 
 PRESETS = {"default": {}}
@@ -26,7 +27,15 @@ PRESETS = {"default": {}}
 def command(argv: Sequence[str]) -> None:
     """Prepares as the flags say, and prints the counts."""
     parsed = flags.parse(argv, {"data": PrepareConfig}, PRESETS)
-    print(summary(prepare(PrepareConfig(**parsed.sections["data"]), parsed.workdir)))
+    manifest = prepare(PrepareConfig(**parsed.sections["data"]), parsed.workdir)
+    print(summary(manifest))
+    missing = [split for split in SPLITS if split not in manifest["splits"]]
+    if missing:
+        print(
+            f"note: no document is in {' or '.join(missing)}, and training needs all of "
+            f"{', '.join(SPLITS)}; --valid_fraction and --test_fraction hold out documents",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

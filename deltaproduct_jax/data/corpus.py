@@ -96,7 +96,8 @@ def open_corpus(directory: str | Path, split: str) -> Corpus:
     if split not in manifest["splits"]:
         raise ConfigError(
             f"{directory} has no split {split!r}; it has {', '.join(manifest['splits'])}, as "
-            "fractions and paths of experiments.prepare_text had it"
+            "fractions and paths of experiments.prepare_text had it; a larger "
+            f"{split}_fraction or {split}_paths there holds out more"
         )
     said, tokenizer = manifest["splits"][split], manifest["tokenizer"]
     names = [shard["name"] for shard in said["shards"]]

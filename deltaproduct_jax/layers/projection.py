@@ -107,12 +107,12 @@ def over_tokens(
     and ``T`` alike, they stay apart.
     """
     multiply = functools.partial(jax.lax.dot_general, **options)
-    lies = any(explicit_names(x)) or any(explicit_names(kernel))
+    lies = any(explicit_names(x)) or any(explicit_names(kernel)) or options.get("out_sharding")
     if x.ndim < 3 or lies or placement() is not None:
         return multiply(x, kernel, dimension_numbers)
     *before, width = x.shape
     rows = x.reshape(math.prod(before), width)
-    return multiply(rows, kernel, (((1,), (0,)), ((), ()))).reshape(*before, -1)
+    return multiply(rows, kernel, (((1,), (0,)), ((), ()))).reshape(*before, kernel.shape[1])
 
 
 def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
@@ -122,10 +122,10 @@ def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
     together in the kernel; so it is the kernel that is laid out anew, once, and no activations.
     """
     spread = placement()
-    if spread is None and not any(explicit_names(x)):
-        return linear(x).reshape(*x.shape[:-1], parts, -1)
     kernel = linear.kernel[...]
     kernel = kernel.reshape(kernel.shape[0], parts, -1)
+    if spread is None and not any(explicit_names(x)):
+        return linear(x).reshape(*x.shape[:-1], *kernel.shape[1:])
     if spread is not None:
         kernel = spread.heads(kernel)
     x, kernel = (a.astype(linear.dtype) for a in (x, kernel))

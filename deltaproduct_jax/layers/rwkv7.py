@@ -24,6 +24,7 @@ from deltaproduct_jax.layers.checks import checks_sequences
 from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
 from deltaproduct_jax.layers.initializers import log_sigmoid_inverse
 from deltaproduct_jax.layers.padding import along_rows, compact, only_counted, without_padding
+from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
@@ -75,6 +76,7 @@ class LoRA(nnx.Module):
         rngs: nnx.Rngs,
     ):
         shared = {"use_bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        shared |= {"dot_general": over_tokens}
         zeros = nnx.initializers.zeros
         self.activation = activation
         self.down = nnx.Linear(in_features, rank, kernel_init=zeros, **shared)

@@ -21,6 +21,7 @@ from deltaproduct_jax.layers.embedding import Embed
 from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.mlp import SwiGLU
 from deltaproduct_jax.layers.norm import RMSNorm
+from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.models.stack import MIDDLE, MixerState, given_to_blocks, run_blocks
@@ -135,9 +136,8 @@ class SequenceModel(nnx.Module):
         )
         self.norm = RMSNorm(D, eps=config.norm_eps, **dtypes)
         if not config.tie_embeddings:
-            self.lm_head = nnx.Linear(
-                D, config.vocab_size, use_bias=False, kernel_init=normal, rngs=rngs, **dtypes
-            )
+            how = {"kernel_init": normal, "dot_general": over_tokens, "rngs": rngs}
+            self.lm_head = nnx.Linear(D, config.vocab_size, use_bias=False, **how, **dtypes)
 
     def __call__(
         self,

@@ -140,6 +140,13 @@ class StreamedBatches:
                 f"vocab_size={config.model.vocab_size} must be at least that of the text's "
                 f"tokenizer, {self._stream.vocab_size}"
             )
+        # What cannot be evaluated is to be known now, not behind the steps.
+        for split, lengths in (
+            ("valid", (config.select_length,)),
+            ("test", config.task.test_lengths),
+        ):
+            for length in lengths:
+                self._hold_out(split, length)
 
     def _open(self, reader: "_Reader", split: str, length: int) -> TokenStream:
         return self._config.task.stream(
@@ -149,6 +156,12 @@ class StreamedBatches:
             seed=self._config.seeds()["data"],
             **reader.share,
         )
+
+    def _hold_out(self, split: str, length: int) -> tuple["_Reader", TokenStream]:
+        if (split, length) not in self._held_out:
+            reader = _Reader(self._layout, self._config.train.eval_batch_size)
+            self._held_out[split, length] = reader, self._open(reader, split, length)
+        return self._held_out[split, length]
 
     def training(self, step: int) -> Batch:
         """The rows of a step."""
@@ -161,10 +174,7 @@ class StreamedBatches:
     def evaluation(self, split: str, length: int) -> Iterable[Batch]:
         """The first rows of a split, always the same ones."""
         train = self._config.train
-        if (split, length) not in self._held_out:
-            reader = _Reader(self._layout, train.eval_batch_size)
-            self._held_out[split, length] = reader, self._open(reader, split, length)
-        reader, stream = self._held_out[split, length]
+        reader, stream = self._hold_out(split, length)
         for step in range(train.eval_sequences // train.eval_batch_size):
             yield reader.place(stream.batch(step))
 

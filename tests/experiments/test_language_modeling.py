@@ -99,12 +99,15 @@ def test_the_script_for_any_task_shows_text_as_well(finished):
     [
         ("--stop_accuracy=.5", "stop_accuracy=0.5 needs a task whose batches are drawn"),
         ("--decay_fraction=.5", "decay_fraction=0.5 needs schedule=wsd, got schedule=cosine"),
-        ("--muon_momentum=.9", "muon_momentum=0.9 needs optimizer=muon, got optimizer=adamw"),
+        (
+            "--optimizer=adamw --muon_momentum=.9",
+            "muon_momentum=0.9 needs optimizer=muon, got optimizer=adamw",
+        ),
         ("--data=nowhere", "nowhere"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(flag, words, tmp_path, capsys):
-    assert language_modeling.main(["--preset=tiny", f"--workdir={tmp_path}", flag]) == 2
+    assert language_modeling.main(["--preset=tiny", f"--workdir={tmp_path}", *flag.split()]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1

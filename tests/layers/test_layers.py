@@ -15,6 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import DeltaProductCell, GatedDeltaProduct, SwiGLU
 from deltaproduct_jax.layers.initializers import decay_step_init
 from deltaproduct_jax.layers.mlp import swiglu_width
+from deltaproduct_jax.layers.projection import over_tokens
 
 # One layer of flash-linear-attention 0.6.0 with grouped value heads, computed in float64.
 GOLDEN = Path(__file__).parents[1] / "data" / "layer_gva.npz"
@@ -234,6 +235,19 @@ def test_cell_is_a_plain_function_after_a_split():
         rtol=1e-4,
         atol=1e-5,
     )
+
+
+def test_linear_maps_take_tokens_as_rows_of_one_matrix():
+    """On a CPU the gradient of a kernel otherwise writes its cotangent once more, transposed."""
+    layer, x = SwiGLU(3, 5, rngs=nnx.Rngs(0)), jnp.arange(24.0).reshape(2, 4, 3)
+    graph, params = nnx.split(layer)
+    program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params)(x))(params, x)
+    products = [e for e in program.eqns if e.primitive is jax.lax.dot_general_p]
+    assert [e.invars[0].aval.ndim for e in products] == [2, 2, 2]
+    kernel = jnp.arange(6.0).reshape(3, 2)
+    for rows in (x, x[0], x[0, 0], x[:0]):
+        dims = ((rows.ndim - 1,), (0,)), ((), ())
+        np.testing.assert_array_equal(over_tokens(rows, kernel, dims), rows @ kernel)
 
 
 def test_swiglu_width_is_the_references():

@@ -14,7 +14,7 @@ from tiny_run import curve
 FLAGS = [
     "--preset=tiny", "--hidden_size=16", "--steps=40", "--log_every=1", "--eval_every=20",
     "--checkpoint_every=5", "--warmup_steps=0", "--eval_sequences=8", "--train_length=32",
-    "--eval_lengths=32", "--select_length=32", "--mesh=data:-1,fsdp:2",
+    "--eval_lengths=32", "--select_length=32", "--mesh=data:-1,fsdp:2", "--optimizer=adamw",
 ]  # fmt: skip
 
 

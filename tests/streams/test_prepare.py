@@ -202,9 +202,10 @@ def _runs(pid):
 
 def test_command_prints_the_counts_and_refuses_a_mixture(sources, tmp_path, capsys):
     argv = [f"--sources={sources[0]}", "--tokenizer=bytes", "--workers=1"]
-    argv += ["--valid_fraction=.1", f"--workdir={tmp_path / 'out'}"]
+    argv += ["--valid_fraction=.1", "--test_fraction=0", f"--workdir={tmp_path / 'out'}"]
     assert flags.run(prepare_text.command, argv) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "no document is in test, and training needs" in said
     assert "valid" in shown
     assert "documents 300" in shown
     before = hashes_of(tmp_path / "out")

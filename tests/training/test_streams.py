@@ -231,7 +231,7 @@ def test_packed_rows_reach_the_model_with_their_segments(folder, tmp_path):
 
 @pytest.mark.usefixtures("all_devices")
 def test_rows_lie_over_the_devices_of_a_mesh(folder):
-    config = config_of(folder)
+    config = config_of(folder, eval_batch_size=4)
     make = lambda: NextToken(config.model, rngs=nnx.Rngs(0))
     layout = Layout.of_model(DeviceConfig(mesh="data:2,fsdp:2"), make)
     one = Layout.of_model(ONE, make)
@@ -268,6 +268,11 @@ def test_what_a_stream_lacks_is_refused(folder, tmp_path):
     small = RunConfig(config.task, ModelConfig(vocab_size=256), config.train)
     with pytest.raises(ConfigError, match="vocab_size=256 must be at least that of the text's"):
         loop.train(small, tmp_path, ["test"], devices=ONE)
+    (tmp_path / "a.txt").write_text("one document of a few words")
+    prepare(PrepareConfig((str(tmp_path / "a.txt"),), tokenizer="bytes", workers=1), tmp_path / "a")
+    with pytest.raises(ConfigError, match=r"no split 'valid'.* larger valid_fraction"):
+        loop.train(config_of(str(tmp_path / "a")), tmp_path / "run", ["test"], devices=ONE)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
     missing = config_of(str(tmp_path / "nothing"))
     with pytest.raises(RunDirectoryError, match="nothing"):
         loop.train(missing, tmp_path, ["test"], devices=ONE)
