@@ -311,6 +311,7 @@ MODEL_CHANGES = {
     "allow_neg_eigval": False,
     "qk_activation": "none",
     "beta_bias": 1.0,
+    "initial_gate": 0.9,
     "use_output_gate": True,
     "use_short_conv": True,
     "conv_size": 3,
@@ -335,6 +336,7 @@ OF_ATTENTION |= {"rope_theta": 100.0}
 MODEL_CHANGES |= OF_ATTENTION
 # Fields that act only together with another.
 MODEL_NEEDS = {
+    "initial_gate": ["--mixer=gated_delta_product"],
     "conv_size": ["--use_short_conv"],
     "hidden_ratio": ["--intermediate_size=none"],
     "max_length": ["--mixer=transformer", "--implementation=none", "--qk_activation=auto"],
