@@ -10,6 +10,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 from campaign.damage import cases
 from flax import nnx
@@ -69,6 +70,14 @@ def settings_of_models(draw):
     chosen = draw(st.lists(st.sampled_from(FIELDS), max_size=5, unique_by=lambda f: f.name))
     more = {field.name: draw(drawn(field, HINTS[field.name])) for field in chosen}
     return {"mixer": draw(st.sampled_from(sorted(MIXERS))), **base, **more}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def checks_of_users_alone():
+    """Users do not have the tests' checks of types, which refuse before a configuration can."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def configured(fields):

@@ -111,6 +111,7 @@ time.sleep(60)
 
 def test_a_part_ends_when_its_time_is_over_and_a_failure_is_one(capsys):
     paper.run([sys.executable, "-c", CHILD], limit_s=3)
+    paper.run([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)  # starting
     with pytest.raises(ConfigError, match=r"^a part failed with 7, see above: -c import sys"):
         paper.run([sys.executable, "-c", "import sys; sys.exit(7)"])
     with pytest.raises(ConfigError, match="failed with 143"):  # by someone else
