@@ -254,7 +254,7 @@ def to_parquet(rows: Sequence[Row], columns: Sequence[str]) -> bytes:
         values = [row.get(column) for row in rows]
         try:
             arrays.append(pyarrow.array(values))
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError):
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError):
             arrays.append(pyarrow.array([None if v is None else spell(v) for v in values]))
     buffer = io.BytesIO()
     parquet.write_table(pyarrow.Table.from_arrays(arrays, names=list(columns)), buffer)
