@@ -161,3 +161,11 @@ def test_columns_go_from_the_least_important(tmp_path):
         assert all(len(line) <= width for line in lines)
     # Names differ at their ends.
     assert [line.split()[0][-4:] for line in view.table(entries, 40)[1:]] == ["ed=0", "ed=1"]
+
+
+@pytest.mark.parametrize("odd", [10**30, "x", [1], 2**63])
+def test_a_column_of_several_kinds_is_text(odd):
+    parquet = pytest.importorskip("pyarrow.parquet", reason="needs pyarrow")
+    rows = [{"steps": 3}, {"steps": odd}, {}]
+    found = parquet.read_table(io.BytesIO(records.to_parquet(rows, ["steps"]))).to_pylist()
+    assert [row["steps"] for row in found] == ["3", records.spell(odd), None]
