@@ -10,6 +10,7 @@ Dimension key: ``T`` tokens, ``R`` updates of a token, ``Hv`` value heads, ``K``
 """
 
 import concurrent.futures
+import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +32,8 @@ AT_ONCE = 2**26  # bytes of states whose singular values are taken at once, abou
 
 def effective_rank(states: Float[Array, "*batch K V"]) -> Float[Array, "*batch"]:
     """From 1 to min(K, V); 0 of a matrix of zeros. Shares within rounding of 0 count as 0."""
-    values = jax.lax.platform_dependent(states, cpu=_singular_values, default=_on_host)
+    by_lapack = functools.partial(jnp.linalg.svd, compute_uv=False)
+    values = jax.lax.platform_dependent(states, cpu=by_lapack, default=_on_host)
     total = jnp.sum(values, axis=-1, keepdims=True)
     shares = values / jnp.where(total > 0, total, 1)
     counted = shares > jnp.finfo(states.dtype).eps
@@ -39,29 +41,22 @@ def effective_rank(states: Float[Array, "*batch K V"]) -> Float[Array, "*batch"]
     return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
 
 
-def _singular_values(states: jax.Array) -> jax.Array:
-    return jnp.linalg.svd(states, compute_uv=False)
-
-
 def _on_host(states: jax.Array) -> jax.Array:
-    """By all cores of the host: a GPU's solver takes matrices of this size one by one, slower."""
+    """Singular values by all cores of the host: a GPU's solver takes such matrices one by one."""
     shape = (*states.shape[:-2], min(states.shape[-2:]))
     found = jax.ShapeDtypeStruct(shape, states.dtype)
     return jax.pure_callback(_by_threads, found, states, vmap_method="expand_dims")
 
 
 def _by_threads(states: np.ndarray) -> np.ndarray:
-    """Singular values ``[*batch, min(K, V)]``, NaN of what is not finite; threads share no lock."""
+    """``[*batch, min(K, V)]``, NaN of what is not finite, upon which NumPy's would raise."""
     flat = np.asarray(states).reshape(-1, *states.shape[-2:])
     finite = np.isfinite(flat).all(axis=(1, 2), keepdims=True)
     parts = np.array_split(np.where(finite, flat, 0), max(1, min(len(flat), os.cpu_count() or 1)))
+    values = functools.partial(np.linalg.svd, compute_uv=False)
     with concurrent.futures.ThreadPoolExecutor(len(parts)) as pool:
-        found = np.concatenate(list(pool.map(_values, parts)))
+        found = np.concatenate(list(pool.map(values, parts)))
     return np.where(finite[..., 0], found, np.nan).reshape(*states.shape[:-2], -1)
-
-
-def _values(states: np.ndarray) -> np.ndarray:
-    return np.linalg.svd(states, compute_uv=False)
 
 
 def ranks_of_model(

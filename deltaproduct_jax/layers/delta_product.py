@@ -183,7 +183,6 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         self.k_proj = make.project(D, widths["k"], parts=R)
         self.v_proj = make.project(D, widths["v"], parts=R)
         self.b_proj = make.project(D, R * Hv, parts=R)
-        self._make_bias(make, "b_bias", R * Hv)
         for name, width in widths.items():
             self._make_convolution(make, name, width)
         if self.use_forget_gate:

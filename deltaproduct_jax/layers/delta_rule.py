@@ -45,6 +45,8 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
         ConfigError: naming the argument, when one is out of range or does not fit another.
     """
 
+    step_sizes = ("b",)  # what reads them is called b_proj, their bias b_bias
+
     def __init__(
         self,
         hidden_size: int,
@@ -62,9 +64,12 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
             self.num_v_heads = num_v_heads
         self.use_output_gate, self.use_short_conv = use_output_gate, use_short_conv
         self.conv_size, self.qk_activation = conv_size, qk_activation
-        self.beta_bias = beta_bias
         super().__init__(hidden_size, **shared)
-        del self.beta_bias  # where training starts is no part of a program, which runs may share
+        if beta_bias is not None:
+            for name in self.step_sizes:
+                read = getattr(self, f"{name}_proj")
+                bias = jnp.full((read.out_features,), beta_bias, read.param_dtype)
+                setattr(self, f"{name}_bias", nnx.Param(bias))
 
     def _activation(self, name: str) -> Activation:
         """That of q, k or v."""
@@ -75,12 +80,6 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
         if self.use_short_conv:
             conv = make.convolve(channels, self.conv_size, self._activation(name))
             setattr(self, f"{name}_conv1d", conv)
-
-    def _make_bias(self, make: Parts, name: str, count: int) -> None:
-        """The bias of so many step sizes, if there is one."""
-        if self.beta_bias is not None:
-            bias = jnp.full((count,), self.beta_bias, make.param_dtype)
-            setattr(self, name, nnx.Param(bias))
 
     def _no_inputs(self, batch_size: int) -> list[jax.Array]:
         """The states of the three convolutions before the first token."""

@@ -55,10 +55,11 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 @lookup.defjvp
 def _lookup_jvp(primals, tangents):
     table, ids = primals
-    forms = {platform: FORMS[embedding_gradient(platform, len(table))] for platform in PLATFORMS}
-    by_platform = functools.partial(jax.lax.platform_dependent, **forms)
+    take = _taken
+    if len(table) <= FEW_ROWS:  # as `embedding_gradient` says
+        take = functools.partial(jax.lax.platform_dependent, cpu=_taken, default=_multiplied)
     # Only ids are kept for the way back, not the one-hot matrix.
-    rows = jax.checkpoint(by_platform, prevent_cse=False)(tangents[0], ids)
+    rows = jax.checkpoint(take, prevent_cse=False)(tangents[0], ids)
     return lookup(table, ids), rows
 
 
@@ -79,10 +80,6 @@ def _multiplied(table: jax.Array, ids: jax.Array) -> jax.Array:
         "gnr,grd->gnd", one_hot, tables, precision=exact, preferred_element_type=summed
     )
     return rows.astype(table.dtype).reshape(*ids.shape, -1)
-
-
-FORMS = {"scatter": _taken, "matmul": _multiplied}
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def _groups(shape: tuple[int, ...]) -> int:

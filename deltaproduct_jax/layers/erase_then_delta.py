@@ -64,14 +64,13 @@ class EraseThenDelta(KimiDeltaAttention):
     what is erased may be reflected. The paper has both step sizes in (0, 1) and no bias.
     """
 
-    least_gate = math.exp(LEAST_LOG_DECAY)
+    least_gate, step_sizes = math.exp(LEAST_LOG_DECAY), ("b", "c")
 
     def _make_gates(self, D, make):
         heads, K = self.num_v_heads, self.head_dim
         self.decay = HeadMaps(D, heads, RANK, K, make=make)
         self.erase = HeadMaps(D, heads, RANK, K, make=make)
         self.c_proj = make.project(D, heads)
-        self._make_bias(make, "c_bias", heads)
         self._make_decay(make, heads * K)
 
     def _gate_inputs(self, x: jax.Array) -> jax.Array:

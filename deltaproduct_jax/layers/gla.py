@@ -52,8 +52,8 @@ class GatedLinearAttention(HeadMixer[GLAState], RecurrentMixer[GLAState]):
         self.v_proj = make.project(D, values)
         self.gate_down = make.project(D, GATE_RANK)
         self.gate_up = make.project(GATE_RANK, keys, use_bias=True, wide=True)
-        if self.initial_gate is not None:
-            log_gate = jnp.full((keys,), GATE_TEMPERATURE * math.log(self.initial_gate))
+        if make.initial_gate is not None:
+            log_gate = jnp.full((keys,), GATE_TEMPERATURE * math.log(make.initial_gate))
             self.gate_up.bias[...] = log_sigmoid_inverse(log_gate).astype(make.param_dtype)
         self.g_proj = make.project(D, values)
         self.o_norm = make.rms_norm(self.value_dim)

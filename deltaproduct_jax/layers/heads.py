@@ -101,12 +101,11 @@ class DrawnMixer(SequenceMixer[State]):
         rngs: nnx.Rngs,
     ):
         check_gate(initial_gate, type(self))
-        self.num_heads, self.head_dim, self.initial_gate = num_heads, head_dim, initial_gate
+        self.num_heads, self.head_dim = num_heads, head_dim
         self.dtype = jnp.dtype(dtype)
         self._fit()
         drawn = initializer, initializer_range
-        self._make(hidden_size, Parts(*drawn, dtype, param_dtype, rngs, norm_eps))
-        del self.initial_gate  # where training starts is no part of a program
+        self._make(hidden_size, Parts(*drawn, dtype, param_dtype, rngs, norm_eps, initial_gate))
 
     def _fit(self) -> None:
         """Sets the sizes that follow from others; ConfigError where they do not fit together."""
@@ -159,8 +158,8 @@ class HeadMixer(DrawnMixer[State]):
         """``A_log`` of every value head, and ``dt_bias`` of so many channels."""
         A_log = decay_rate_init(make.rngs.params(), (self.num_v_heads,), **least)
         dt_bias = decay_step_init(make.rngs.params(), (channels,))
-        if self.initial_gate is not None:
-            each = softplus_inverse(self._decay_of(self.initial_gate) / jnp.exp(A_log))
+        if make.initial_gate is not None:
+            each = softplus_inverse(self._decay_of(make.initial_gate) / jnp.exp(A_log))
             dt_bias = jnp.repeat(each, channels // self.num_v_heads)
         self.A_log, self.dt_bias = nnx.Param(A_log), nnx.Param(dt_bias)
 

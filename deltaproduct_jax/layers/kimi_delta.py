@@ -63,7 +63,6 @@ class KimiDeltaAttention(DeltaRuleMixer[KimiDeltaState]):
             setattr(self, f"{name}_proj", make.project(D, width))
             self._make_convolution(make, name, width)
         self.b_proj = make.project(D, self.num_v_heads)
-        self._make_bias(make, "b_bias", self.num_v_heads)
         self._make_gates(D, make)
         if self.use_output_gate:
             self.output_gate_down = make.project(D, self.value_dim)
@@ -155,8 +154,8 @@ class ComplexKimiDeltaAttention(KimiDeltaAttention):
         super()._make_gates(D, make)
         self.A_log = nnx.Param(jnp.zeros((self.num_v_heads,), jnp.float32))
         alpha = jnp.exp(-jax.nn.softplus(self.dt_bias[...]))
-        if self.initial_gate is not None:
-            alpha = jnp.full_like(alpha, self.initial_gate)
+        if make.initial_gate is not None:
+            alpha = jnp.full_like(alpha, make.initial_gate)
         start = 2 * jnp.arctanh((alpha - LEAST_GATE) / (1 - LEAST_GATE))
         sign = 1.0 - 2.0 * (jnp.arange(start.shape[0]) % 2)
         self.dt_bias = nnx.Param(sign * start)

@@ -30,6 +30,7 @@ class Parts:
         param_dtype: dtype of the parameters.
         rngs: source of the parameter keys.
         norm_eps: epsilon of norms.
+        initial_gate: where forget gates start; None for as published.
     """
 
     initializer: str
@@ -38,6 +39,7 @@ class Parts:
     param_dtype: DTypeLike
     rngs: nnx.Rngs
     norm_eps: float = 1e-5
+    initial_gate: float | None = None
 
     def project(
         self,

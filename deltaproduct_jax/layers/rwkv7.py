@@ -130,8 +130,8 @@ class RWKV7(HeadMixer[RWKV7State]):
 
         wide = accumulator_dtype(self.dtype)
         decay = -6.5 + 5 * (jnp.arange(keys) / max(keys - 1, 1)) ** 0.85
-        if self.initial_gate is not None:
-            decay = jnp.full((keys,), math.log(self.initial_gate) / DECAY_RATE)
+        if make.initial_gate is not None:
+            decay = jnp.full((keys,), math.log(make.initial_gate) / DECAY_RATE)
             decay = log_sigmoid_inverse(jnp.log(decay))
         self.w_lora = lora(keys, jnp.tanh, 1.8, 0.5, decay, wide)
         self.a_lora = lora(keys, identity, 1.8, 0.5, jnp.zeros(keys), wide)

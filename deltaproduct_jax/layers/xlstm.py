@@ -112,7 +112,7 @@ class MLSTM(DrawnMixer[MLSTMLayerState], RecurrentMixer[MLSTMLayerState]):
         gate |= {"param_dtype": kind, "rngs": make.rngs}
         sizes, near_0 = (3 * inner, self.num_heads), nnx.initializers.normal(0.1)
         self.i_proj = nnx.Linear(*sizes, bias_init=near_0, **gate)
-        self.f_proj = nnx.Linear(*sizes, bias_init=_forget_bias(self.initial_gate), **gate)
+        self.f_proj = nnx.Linear(*sizes, bias_init=_forget_bias(make.initial_gate), **gate)
         self.skip = nnx.Param(jnp.ones((inner,), kind))
         self.o_norm = make.head_norm(self.num_heads, self.head_dim)
         self.o_proj = make.project(inner, D)
@@ -181,7 +181,7 @@ class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
         self.x_proj = make.project(D, 4 * H * V)
         # As published: the recurrent weights start at 0, the forget gates near 1.
         self.recurrent = nnx.Param(jnp.zeros((4, H, V, V), kind))
-        forget = _forget_bias(self.initial_gate)(make.rngs.params(), (V,), kind)
+        forget = _forget_bias(make.initial_gate)(make.rngs.params(), (V,), kind)
         self.bias = nnx.Param(jnp.zeros((4, H, V), kind).at[2].set(forget[None]))
         self.o_norm = make.head_norm(H, V)
         self.o_proj = make.project(H * V, D)
