@@ -7,6 +7,7 @@ queries and keys (a Latin hypercube). The best of them by the validation split, 
 reported, then trains from seeds that nothing was chosen by; what these score on the test split is.
 """
 
+import math
 import random
 import statistics
 from collections.abc import Sequence
@@ -146,6 +147,14 @@ def best_of(medians: Sequence[Scores | None]) -> int | None:
     return -max(there)[1] if there else None
 
 
+def median_of_runs(scores: Sequence[float], runs: int) -> float | None:
+    """That of so many runs, of which those without a score failed; None where one is the median."""
+    if not runs:
+        return None
+    median = statistics.median([*scores, *[-math.inf] * (runs - len(scores))])
+    return median if math.isfinite(median) else None
+
+
 def row_of(
     arm: Arm, chosen: Settings | None, folders: Sequence[RunFolder], reported: Reported
 ) -> dict[str, Any]:
@@ -161,7 +170,7 @@ def row_of(
         "arm": label(list(arm.settings), tuple(arm.settings.values())),
         **none,
         **own,
-        "median": statistics.median(scores) if scores else None,
+        "median": median_of_runs(scores, len(folders)),
         "best": max(scores, default=None),
         "escaped": sum(score >= reported.threshold for score in scores),
         "runs": len(folders),

@@ -122,6 +122,15 @@ def test_refusals_are_one_line_and_start_nothing(tmp_path, capsys, flag, says):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    ("scores", "runs", "median"),
+    [([], 0, None), ([], 3, None), ([0.2, 0.9, 0.4], 3, 0.4), ([0.9, 0.8], 3, 0.8),
+     ([0.9], 3, None), ([0.9, 0.5], 4, None), ([0.9, 0.8, 0.6], 4, 0.7)],
+)  # fmt: skip
+def test_a_run_that_failed_is_below_all(scores, runs, median):
+    assert searches.median_of_runs(scores, runs) == pytest.approx(median)
+
+
 @pytest.mark.slow
 def test_a_search_runs(tmp_path, capsys):
     sizes = "hidden_size=8;num_heads=1;head_dim=8;intermediate_size=8;batch_size=4"

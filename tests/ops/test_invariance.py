@@ -35,7 +35,7 @@ def assert_same(x, y, tolerance=ROUNDING):
     assert relative_error(x, y) <= tolerance
 
 
-@settings(few, max_examples=2)
+@few
 @example(cut=9, packed=True)  # A boundary of one row and not of the other.
 @given(cut=st.integers(0, T), packed=st.booleans())
 def test_cutting_a_sequence_and_passing_the_state_on(cut, packed):
