@@ -33,7 +33,7 @@ from tiny_run import flags_for, run_config
 from deltaproduct_jax.training import loop
 from experiments import figures, formal_languages, recall, state_tracking, sweep
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,6 @@ import typing
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 from campaign.damage import cases
 from flax import nnx
@@ -22,7 +21,7 @@ from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
 from deltaproduct_jax.parallel.names import names_of_model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
 B, T = 2, 6
 SMALL = st.integers(1, 4)
@@ -70,14 +69,6 @@ def settings_of_models(draw):
     chosen = draw(st.lists(st.sampled_from(FIELDS), max_size=5, unique_by=lambda f: f.name))
     more = {field.name: draw(drawn(field, HINTS[field.name])) for field in chosen}
     return {"mixer": draw(st.sampled_from(sorted(MIXERS))), **base, **more}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def checks_of_users_alone():
-    """Users do not have the tests' checks of types, which refuse before a configuration can."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def configured(fields):

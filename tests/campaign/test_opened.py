@@ -4,6 +4,7 @@ Each case ends well, or in one error of ours that names something of the folder;
 touched. What is opened in spite of damage is whole: ids of the vocabulary, finite parameters.
 """
 
+import contextlib
 import json
 import random
 import shutil
@@ -25,7 +26,7 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.training import loop, runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
 REFUSALS = (ConfigError, RunDirectoryError)
 
@@ -57,22 +58,24 @@ def prepared(tmp_path_factory):
     return folder / "tokens"
 
 
-def damaged(data, whole, folder, pattern="*"):
-    """A copy of a folder with one or two files damaged."""
-    copy = Path(shutil.copytree(whole, Path(folder) / "folder"))
-    for _ in range(data.draw(st.integers(1, 2))):
-        if there := files(copy, pattern):
-            damage(data, data.draw(st.sampled_from(there)))
-    return copy
+@contextlib.contextmanager
+def damaged(data, whole, pattern="*"):
+    """A copy of a folder with one or two files damaged, which no one else may change."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(shutil.copytree(whole, Path(place) / "folder"))
+        for _ in range(data.draw(st.integers(1, 2))):
+            if there := files(copy, pattern):
+                damage(data, data.draw(st.sampled_from(there)))
+        before = files_in(copy)
+        yield copy
+        assert files_in(copy) == before
 
 
 @cases(200)
 @given(data=st.data())
 def test_prepared_text(prepared, data):
     """A stream reads rows of ids that its tokenizer knows, or names a file and what is wrong."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = damaged(data, prepared, place)
-        before = files_in(folder)
+    with damaged(data, prepared) as folder:
         packing = data.draw(st.sampled_from(["concatenate", "first_fit"]))
         config = StreamConfig((str(folder),), packing=packing)
 
@@ -91,7 +94,6 @@ def test_prepared_text(prepared, data):
             for rows in batches:
                 assert 0 <= rows.inputs.min()
                 assert rows.inputs.max() < tokenizer.vocab_size
-        assert files_in(folder) == before
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +111,7 @@ def trained(tmp_path_factory):
 @given(data=st.data())
 def test_finished_runs(trained, data):
     """A checkpoint that is opened has finite numbers of the right shapes."""
-    with tempfile.TemporaryDirectory() as place:
-        folder = damaged(data, trained, place)
-        before = files_in(folder)
+    with damaged(data, trained) as folder:
         which = data.draw(st.sampled_from(["best", "newest", 12, 7, "middle", True, 4.0, -1]))
         opened = said(lambda: load_run(folder, which), folder)
         if opened is not None:
@@ -119,14 +119,10 @@ def test_finished_runs(trained, data):
             embedding = np.asarray(opened.model.embeddings.embedding[...])
             assert embedding.shape == (opened.config.model.vocab_size, 8)
             assert np.isfinite(embedding).all()
-        assert files_in(folder) == before
 
 
 @cases(150)
 @given(data=st.data(), name=st.sampled_from(["a_gated", "b_ungated"]))
 def test_models_of_other_projects(data, name):
-    with tempfile.TemporaryDirectory() as place:
-        folder = damaged(data, FOLDERS / name, place, "[cm]*")
-        before = files_in(folder)
+    with damaged(data, FOLDERS / name, "[cm]*") as folder:
         said(lambda: fla.load(folder), folder)
-        assert files_in(folder) == before

@@ -25,7 +25,7 @@ from experiments.lib import flags
 from experiments.lib.field_flags import options_of, show, value_of
 from experiments.lib.sweeps import grid
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
 WORDS = st.text(st.characters(blacklist_categories=["Cs"]), max_size=6)
 NUMBERS_OF_JSON = st.one_of(

@@ -249,6 +249,7 @@ REFUSED = {
     "what nobody knows": ({"use_magic": 1}, "use_magic of config.json: no known option"),
     "another model": ({"model_type": "gla"}, "model_type='gla'.*gated_deltaproduct"),
     "a fork's spelling": ({"model_type": "gated_deltaproduct_decay"}, "model_type="),
+    "a list of models": ({"model_type": []}, r"model_type=\[\] is not known; it may be"),
     "text for a number": ({"num_heads": "2"}, "num_heads='2' must be a whole number"),
     "a fraction of a head": ({"expand_v": 0.3}, "expand_v=0.3"),
     "no layer": ({"num_hidden_layers": 0}, "num_layers=0"),

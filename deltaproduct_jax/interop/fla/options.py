@@ -126,7 +126,7 @@ def to_fields(saved: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: naming the option, what it is and what it may be.
     """
     kind = saved.get("model_type")
-    if kind not in OPTIONS:
+    if kind not in tuple(OPTIONS):  # what a file holds may have no hash
         raise ConfigError(f"model_type={shown(kind)} is not known; it may be {', '.join(OPTIONS)}")
     values = _checked(kind, saved)
     fields = {option.field: values[name] for name, option in OPTIONS[kind].items() if option.field}
