@@ -69,12 +69,14 @@ class Corpus:
         """
         shard = bisect.bisect_right(self._bases, start) - 1
         start -= self._bases[shard]
-        out[:] = self._shard(shard)[start : start + len(out)]
-        if len(out) and not 0 <= out.min() <= out.max() < self.vocab_size:
+        tokens = self._shard(shard)[start : start + len(out)]
+        most = int(tokens.max(initial=0))  # before they are made wide, which takes longer
+        if most >= self.vocab_size:
             raise RunDirectoryError(
-                f"{self.name} is damaged: it has tokens from {out.min()} to {out.max()}, and its "
-                f"tokenizer {self.vocab_size} tokens"
+                f"{self.name} is damaged: it has token {most}, and its tokenizer "
+                f"{self.vocab_size} tokens"
             )
+        out[:] = tokens
 
     def document(self, index: int) -> np.ndarray:
         """The tokens of one document, int32."""

@@ -278,7 +278,24 @@ def test_errors_name_the_flag(sources, tmp_path):
     prepare(config_for(sources, valid_fraction=0), done)
     with pytest.raises(ConfigError, match="has no split 'valid'; it has train"):
         open_corpus(done, "valid")
-    np.save(done / "train-00000.tokens.npy", np.zeros(3, np.uint16))
+    path = done / "train-00000.tokens.npy"
+    tokens = np.load(path)
+    tokens[5] = 60_000
+    np.save(path, tokens)
+    with pytest.raises(RunDirectoryError, match=r"is damaged: it has token 60000, and its token"):
+        open_corpus(done, "train").document(0)
+    for array, words in (
+        (tokens.astype(np.float32), r"npy is damaged: it has float32\["),
+        (tokens[None], r"npy is damaged: it has uint16\[1, "),
+        (tokens[:-1], "is not what manifest"),
+    ):
+        np.save(path, array)
+        with pytest.raises(RunDirectoryError, match=words):
+            open_corpus(done, "train")
+    path.write_bytes(b"")
+    with pytest.raises(RunDirectoryError, match=r"tokens.npy cannot be read: \w"):
+        open_corpus(done, "train")
+    np.save(path, np.zeros(3, np.uint16))
     with pytest.raises(RunDirectoryError, match="is not what manifest"):
         open_corpus(done, "train")
     for text, words in (
