@@ -204,7 +204,7 @@ def gathered(keys: Iterable[str]) -> list[str]:
     """Names of tensors, those of several layers as one: ``model.layers.{0,1}.attn.A_log``."""
     layers: dict[tuple[str, str], list[int]] = {}
     for key in keys:
-        parts = re.fullmatch(r"(.*?\blayers\.)?(\d+)?(.*)", key, re.DOTALL)
+        parts = re.fullmatch(r"(.*?\blayers\.)?([0-9]{1,18})?(.*)", key, re.DOTALL)
         before, number, after = parts.groups()
         layers.setdefault((before or "", after), []).append(-1 if number is None else int(number))
     return sorted(
