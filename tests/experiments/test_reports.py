@@ -182,6 +182,32 @@ def test_reading_rows_is_held_against_one_batch_that_is_kept():
         data_speed.RoundConfig(steps_a_round=0)
 
 
+@pytest.mark.slow
+def test_reading_rows_is_timed_in_a_real_run(tmp_path):
+    sizes = (
+        "hidden_size=16;num_heads=2;head_dim=8;intermediate_size=16;train_length=32;batch_size=2"
+    )
+    argv = [f"--{size}" for size in sizes.split(";")]
+    argv += ["--eval_lengths=32", "--select_length=32", "--rounds=2", "--steps_a_round=2"]
+    data_speed.command([f"--workdir={tmp_path}", "--preset=small", *argv])
+    found = record_in(tmp_path, "data_speed")["tokens_per_s"]
+    assert {name: len(speeds) for name, speeds in found.items()} == {
+        data_speed.WITH: 2, data_speed.WITHOUT: 2,
+    }  # fmt: skip
+    assert min(itertools.chain(*found.values())) > 0
+
+
+@pytest.mark.slow
+def test_a_step_is_compiled_with_and_without_a_scan(tmp_path):
+    argv = ["--model=tiny", "--num_layers=2", "--rows=1", "--length=32", "--vocab_size=64"]
+    step_compile.command([f"--workdir={tmp_path}", *argv, "--chunks=0,16"])
+    rows = record_in(tmp_path, "compile")["rows"]
+    assert [(row["scan_layers"], row["loss_chunk_size"]) for row in rows] == [
+        (True, None), (True, 16), (False, None), (False, 16),
+    ]  # fmt: skip
+    assert all(row["compile_s"] > 0 and row["temporary_mib"] > 0 for row in rows)
+
+
 def test_compiling_is_timed_of_every_form(tmp_path, monkeypatch, capsys):
     asked = []
 
