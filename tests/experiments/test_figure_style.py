@@ -205,6 +205,18 @@ def test_numbers_along_an_axis_do_not_meet(limits, columns):
     assert all(one.x1 < other.x0 for one, other in itertools.pairwise(places))
 
 
+@pytest.mark.parametrize("name", ["xaxis", "yaxis"])
+@pytest.mark.parametrize("base", [2, 10])
+@pytest.mark.filterwarnings("error")
+def test_a_single_point_has_its_number_along_an_axis(name, base):
+    _, panels = style.new_panels(Look(), 1, 1, 2.0)
+    axes = panels[0, 0]
+    axes.loglog([1024], [1024])
+    axis = getattr(axes, name)
+    style.plain_log(axis, (1024, 1024), base)
+    assert axis.get_major_formatter()(1024) == ("1k" if base == 2 else "1024")
+
+
 def pictures():
     return set(RESULTS.rglob("*.png"))
 
