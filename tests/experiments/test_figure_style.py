@@ -258,6 +258,13 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
         redraw.command([f"--workdir={tmp_path}"])
 
 
+def test_models_of_which_none_ran_have_no_picture(tmp_path, capsys):
+    failed = {"num_householder": 1, "error": "ConfigError: out of memory"}
+    write(tmp_path, {"config": {"batch_size": 8}, "rows": [failed]}, "throughput")
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    assert "holds no record that can be drawn" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_drawn_again_where_a_flag_says_how(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loop, "SequenceModel", TinyModel)
     run = tmp_path / "run"
