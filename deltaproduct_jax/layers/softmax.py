@@ -191,8 +191,8 @@ def _chunked(q, k, v, places: Places, *, window: int | None):
     What a gradient sums up over them it sums in float32.
     """
     (B, T, H, _), S = q.shape, k.shape[1]
-    at_once = min(T, max(LEAST_QUERIES, MOST_SCORES // (B * H * S)))
-    parts = -(-T // at_once)
+    at_once = max(LEAST_QUERIES, MOST_SCORES // (B * H * S))
+    parts = -(-T // 2 ** int(math.log2(at_once)))  # a power of 2 suits any device's products
     dtype, wide = v.dtype, accumulator_dtype(v.dtype)
     wide_k, wide_v = k.astype(wide), v.astype(wide)
 
