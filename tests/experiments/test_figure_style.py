@@ -20,7 +20,7 @@ from deltaproduct_jax.theory import CATALOGUE
 from deltaproduct_jax.training import loop
 from experiments import redraw, state_tracking
 from experiments.lib import flags
-from experiments.lib.figures import curves, names, records, style
+from experiments.lib.figures import curves, names, records, separation, style
 from experiments.lib.figures.style import Look
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,6 +154,17 @@ def test_series_differ_without_colour():
 
 def _rgb(color):
     return [int(color[place : place + 2], 16) for place in (1, 3, 5)]
+
+
+def test_a_construction_looks_alike_in_every_dtype_but_for_its_marker():
+    models = ["s3", "permutations_S3, float32", "permutations_S3, bfloat16", "s4"]
+    (run, solid, hollow, other), named = separation._styles(models)
+    assert list(named) == ["$S_{3}$", "permutations $S_{3}$", "$S_{4}$", "in bfloat16"]
+    assert len({(style["color"], style["marker"]) for style in (run, solid, other)}) == 3
+    for key in ("color", "marker"):
+        assert solid[key] == hollow[key]
+    for key in ("markerfacecolor", "linestyle"):
+        assert solid[key] != hollow[key]
 
 
 @pytest.mark.parametrize(("lowest", "scale", "floor"), [

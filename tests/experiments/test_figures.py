@@ -357,6 +357,24 @@ def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):
     assert report.markdown(["a", "b"], [["1", None]]) == "| a | b |\n| --- | --- |\n| 1 | - |"
 
 
+def test_a_report_is_made_of_what_its_file_gives_back(tmp_path):
+    argv = ["--workdir=DIR"]
+    record = report.begun("op.speed", argv, rows=[{"a": float("inf"), 2: (0.5,)}])
+    page = lambda record: [f"{float(record['rows'][0]['a'])}", f"{record['rows'][0]['2']}"]
+    text = report.write_report(tmp_path, "x", record, page)
+    assert text == "inf\n\n[0.5]\n\nCommand: `python -m experiments.op.speed --workdir=DIR`"
+    assert (tmp_path / "x.md").read_text() == f"{text}\n"
+    kept = json.loads((tmp_path / "x.json").read_text())
+    assert kept["rows"] == [{"a": "inf", "2": [0.5]}]
+    kept["command"] = "python -m experiments.op_speed --workdir=DIR"  # as it was called before
+    assert report.report_of(kept, page) == text
+
+
+def test_columns_of_which_nothing_is_known_are_left_out():
+    rows = [[1, None, "-", None], [2, None, None, 0]]
+    assert report.known_columns("abcd", rows) == report.markdown("ad", [[1, None], [2, 0]])
+
+
 def test_a_command_is_quoted_as_a_shell_takes_it():
     argv = ["--meshes=data:1;fsdp:2", "--cases=one token", "--prompt=a$b 'c'", "--x=data:2,fsdp:2"]
     command = report.command_line("op.speed", argv)
