@@ -156,7 +156,7 @@ def command(argv: Sequence[str]) -> None:
     write_json(file, record, indent=None)
     print(f"written: {file}")
     if config.kind != "cumulative":
-        print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record['rows'], config.keys)}")
+        print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record)}")
     for written in show(record, path, look):
         print(f"written: {written}")
 

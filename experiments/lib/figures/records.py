@@ -39,14 +39,18 @@ def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
     kind = record[FIGURE]
     require_one_of(FIGURE, kind, MARKDOWN | PICTURES)
     if kind in MARKDOWN:
-        text = MARKDOWN[kind](record["rows"], record.get("by", ()))
+        text = MARKDOWN[kind](record)
         yield _written(path, ".csv", to_csv(record["rows"]))
         yield _written(path, ".md", text + "\n")
     if kind in PICTURES:
         yield from save(PICTURES[kind](record, look), path, look)
 
 
-MARKDOWN = {"table": scores_markdown, "escape": escape_markdown, "search": search_markdown}
+MARKDOWN: dict[str, Callable[[Any], str]] = {
+    "table": lambda record: scores_markdown(record["rows"], record["by"]),
+    "escape": lambda record: escape_markdown(record["rows"], record["by"]),
+    "search": search_markdown,
+}
 PICTURES = {"cumulative": draw_panels, "escape": bars_of, "search": search_figure}
 
 
