@@ -154,14 +154,19 @@ class Folders:
 
 
 def validation(folder: RunFolder) -> Scores | None:
-    """What selected a run's checkpoint, larger for what is better; None of a run that failed."""
+    """What selected a run's checkpoint, larger for what is better; None of a run that failed.
+
+    Behind it stands the loss, below zero: on an easy task many settings are right throughout.
+    """
     results = folder.results()
     if results is None:
         return None
     task = RunConfig.from_dict(folder.run.config).task
     rows = read_lines(folder.path / METRICS, MetricsLine)
     found = (row for row in rows if row["step"] == results["best_step"])
-    return selection_of(dict(next(found, {})), getattr(task, "selected_by", ACCURACIES))
+    row = dict(next(found, {}))
+    scores = selection_of(row, getattr(task, "selected_by", ACCURACIES))
+    return None if scores is None else (*scores, -row["valid_loss"])
 
 
 def median_of(scores: Sequence[Scores | None]) -> Scores | None:
@@ -174,14 +179,9 @@ def median_of(scores: Sequence[Scores | None]) -> Scores | None:
 
 
 def best_of(medians: Sequence[Scores | None]) -> int | None:
-    """The place of the best; None where all failed.
-
-    Of equals it is the middle one: rates rise with the place, and what is right by a wide range of
-    them is so for its middle rather than for an end.
-    """
-    best = max((score for score in medians if score is not None), default=None)
-    places = [place for place, score in enumerate(medians) if score == best]
-    return None if best is None else places[(len(places) - 1) // 2]
+    """The place of the best, the first of equals; None where all failed."""
+    there = [(score, -place) for place, score in enumerate(medians) if score is not None]
+    return -max(there)[1] if there else None
 
 
 def median_of_runs(scores: Sequence[float], runs: int) -> float | None:

@@ -43,6 +43,7 @@ def ends(valid, test):
                 "time": 0.0,
             }
             row |= {"tokens_per_second": 8.0, "valid_sequence_accuracy": score}
+            row["valid_loss"] = 1e-4 / float(run.settings["learning_rate"])
             other = row | {"step": 2, "valid_sequence_accuracy": 1.0, "valid_token_accuracy": 1.0}
             lines = [json.dumps(r | {"valid_token_accuracy": score}) for r in (other, row)]
             (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -74,7 +75,7 @@ def test_the_best_on_the_validation_split_is_trained_anew(tmp_path, monkeypatch,
     record = json.loads((tmp_path / "search.json").read_text())
     assert [arm["chosen"] for arm in record["tried"]] == [1, 1]
     failed = record["tried"][1]["settings"][2]["validation"]
-    assert failed == [None, [1.0, 1.0]]
+    assert failed == [None, [1.0, 1.0, -1e-3]]
     delta, gla = record["rows"]
     assert delta["arm"] == "mixer = delta_product, n_h = 3"
     assert delta["scores"] == gla["scores"] == [seed / 1002 for seed in (1000, 1001, 1002)]
@@ -200,11 +201,13 @@ def test_a_run_that_failed_is_below_all(scores, runs, median):
     assert searches.median_of_runs(scores, runs) == pytest.approx(median)
 
 
-def test_of_equals_the_middle_is_chosen():
-    best, worse = (1.0, 1.0), (1.0, 0.5)
-    assert searches.best_of([best, None, worse, best, best, worse]) == 3
-    assert searches.best_of([worse, best, best]) == 1
-    assert searches.best_of([None, None]) is None
+def test_of_runs_right_throughout_the_one_with_less_loss_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "run_sweep", ends(lambda settings: 1.0, lambda settings: 1.0))
+    assert search.main(argv(tmp_path, "--settings=3", "--seeds=1", "--fresh=1")) == 0
+    record = json.loads((tmp_path / "search.json").read_text())
+    for arm in record["tried"]:
+        assert arm["chosen"] == 2
+        assert arm["settings"][2]["validation"] == [[1.0, 1.0, -0.01]]
 
 
 @pytest.mark.slow
