@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped
 from experiments.lib import flags
@@ -38,6 +38,7 @@ from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.searches import (
     FIRST_FRESH,
     SEED,
+    SPACE,
     Arm,
     Folders,
     Reported,
@@ -79,6 +80,11 @@ class SearchConfig:
     fresh: int = setting(5, f"seeds of what is chosen, from {FIRST_FRESH}", least=1)
     lowest_rate: float = setting(1e-4, "lowest learning rate that is tried", above=0)
     highest_rate: float = setting(1e-2, "highest learning rate that is tried", above=0)
+    fields: tuple[str, ...] = setting(
+        tuple(SPACE),
+        f"what is tried beside it, of {', '.join(SPACE)}, where a mixer has it; a number adds no "
+        "program, qk_activation one for each mixer that has it",
+    )
     metric: str | None = setting(
         None,
         "path of the number in an entry of results.json's test; none: strict.scaled_accuracy, "
@@ -90,6 +96,8 @@ class SearchConfig:
     def __post_init__(self):
         check_fields(self)
         require_at_least("highest_rate", self.highest_rate, self.lowest_rate)
+        for name in self.fields:
+            require_one_of("fields", name, SPACE)
         if self.seeds > FIRST_FRESH:
             raise ConfigError(f"seeds={self.seeds} is too large; it may be {FIRST_FRESH} at most")
 
@@ -110,7 +118,7 @@ def command(argv: Sequence[str]) -> None:
     # The search itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
     rates = (config.lowest_rate, config.highest_rate)
-    arms = arms_of(config.arm, config.script, config.fixed, config.settings, rates)
+    arms = arms_of(config.arm, config.script, config.fixed, config.settings, rates, config.fields)
 
     trials = [[seeded(arm, tried, range(config.seeds)) for tried in arm.tried] for arm in arms]
     folders, stopped = run(workdir / TRIED, config, launch, trials)

@@ -67,7 +67,12 @@ class Reported(NamedTuple):
 
 
 def arms_of(
-    texts: Sequence[str], script: str, fixed: str, count: int, rates: tuple[float, float]
+    texts: Sequence[str],
+    script: str,
+    fixed: str,
+    count: int,
+    rates: tuple[float, float],
+    fields: Sequence[str] = tuple(SPACE),
 ) -> list[Arm]:
     """The arms, each with ``count`` settings to try.
 
@@ -77,6 +82,7 @@ def arms_of(
         fixed: settings that all share, which are not searched.
         count: settings of each.
         rates: lowest and highest learning rate.
+        fields: what is tried beside it, some of `SPACE`.
 
     Raises:
         ConfigError: an arm or what is fixed cannot be read, or decides what the search is to.
@@ -89,7 +95,7 @@ def arms_of(
         for key in {RATE, SEED} & decided.keys():
             raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")
         mixer = str(build(module, decided)["model"][MIXER])
-        takes = [name for name in SPACE if MIXERS[mixer].takes(name) and name not in decided]
+        takes = [name for name in fields if MIXERS[mixer].takes(name) and name not in decided]
         own = (RATE, *takes, *(() if END in decided else (END,)))
         tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
         arms.append(Arm(arm, tried))

@@ -171,6 +171,10 @@ def test_every_mixer_tries_as_much():
             found = [each.get(name) for each in arm.tried]
             often = 12 // len(values)
             assert sorted(filter(None, found)) == sorted(values * often * mixer.takes(name))
+    fewer = searches.arms_of((), "state_tracking", f"group=S3;{TINY}", 12, (1e-4, 1e-2), ())
+    assert {key for arm in fewer for each in arm.tried for key in each} == {
+        "learning_rate", "end_learning_rate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -179,6 +183,7 @@ def test_every_mixer_tries_as_much():
         ("--arm=mixer=gla;seed=3", "seed=3 is in --arm or --fixed; the search decides it"),
         ("--arm=mixer=nothing", "mixer='nothing' is not known"),
         ("--settings=0", "settings=0 is too small"),
+        ("--fields=beta_bias,steps", "fields='steps' is not known; it may be one of"),
         ("--seeds=1001", "seeds=1001 is too large; it may be 1000 at most"),
         ("--highest_rate=1e-5", "highest_rate=1e-05 is too small; it must be at least 0.0001"),
         ("--script=absent", "script='absent' is not known"),
