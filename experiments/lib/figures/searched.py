@@ -71,7 +71,8 @@ def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
             axes.plot([row["median"]] * 2, [place - 0.32, place + 0.32], **MEDIAN)
     axes.axvline(record["threshold"], color="0.35", linestyle=(0, (1, 1)), linewidth=1)
     axes.set_yticks(range(len(rows)), [names.pretty(row["arm"]) for row in rows])
-    axes.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
+    lowest = min([0, *(score for row in rows for score in row["scores"])])  # scaled ones go below
+    axes.set(xlim=(lowest - 0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     where = "" if record["length"] is None else f" at {record['length']} tokens"
     axes.set_xlabel(names.metric(record["metric"]) + where)
