@@ -10,7 +10,7 @@ from deltaproduct_jax.files import read_bytes, read_json, read_lines, write_file
 from deltaproduct_jax.training.records import METRICS, MetricsLine
 from experiments.lib.bench.report import PAGE, report_of
 from experiments.lib.figures import benchmarks, geometry, language, legs, plots, separation, theory
-from experiments.lib.figures.curves import bars_of, draw_panels
+from experiments.lib.figures.curves import bars_of, draw_panels, scores_of
 from experiments.lib.figures.pages import page_of, text_of
 from experiments.lib.figures.searched import search_figure, search_markdown
 from experiments.lib.figures.style import Look, save
@@ -51,7 +51,12 @@ MARKDOWN: dict[str, Callable[[Any], str]] = {
     "escape": lambda record: escape_markdown(record["rows"], record["by"]),
     "search": search_markdown,
 }
-PICTURES = {"cumulative": draw_panels, "escape": bars_of, "search": search_figure}
+PICTURES = {
+    "cumulative": draw_panels,
+    "table": scores_of,
+    "escape": bars_of,
+    "search": search_figure,
+}
 
 
 def _written(path: Path, ending: str, text: str) -> Path:
