@@ -23,12 +23,13 @@ from deltaproduct_jax.layers.padding import along_rows, without_padding
 from deltaproduct_jax.layers.projection import Parts, value_width
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.layers.softmax import Places, attend
 from deltaproduct_jax.ops.containment import contained, only_finite
 from deltaproduct_jax.ops.debug import check_range
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, on_each_row
-from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
 ROPE_THETA = 10_000.0
 
@@ -143,8 +144,12 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         state = along_rows_of(x, state)
         q, k, v = self._inputs(x[:, None], state.length[:, None])
         state = on_each_row(_append, state, k[:, 0], v[:, 0])
-        visible = self._in_reach(jnp.arange(self.max_length)[None], state.length[:, None] - 1)
-        o = self._attend(q, self._grouped(state.k), self._grouped(state.v), visible[:, None])
+        held = jnp.arange(self.max_length, dtype=jnp.int32)[None]
+        held = along_rows_of(x, jnp.broadcast_to(held, state.k.shape[:2]))
+        last = state.length[:, None] - 1
+        places = Places(jnp.zeros_like(last), last, jnp.zeros_like(held), held)
+        k, v = self._grouped(state.k), self._grouped(state.v)
+        o = attend(q, k, v, places, window=self.window_size)
         return self._output(o, state.length)[:, 0], state
 
     def _whole(self, x, state, segment_ids, length):
@@ -159,17 +164,20 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         position = tokens - start + goes_on
         q, k, v = self._inputs(x, position)
 
-        near = self._in_reach(tokens[:, None], tokens[..., None])
-        visible = (run[:, :, None] == run[:, None]) & near
+        places = Places(run, position, run, position)
         if state is not None:
-            place = jnp.arange(self.max_length)[None, None]
-            old = (place < goes_on[..., None]) & self._in_reach(place, position[..., None])
-            visible = jnp.concatenate([old, visible], axis=2)
+            old = jnp.broadcast_to(jnp.arange(self.max_length, dtype=jnp.int32), state.k.shape[:2])
+            run_of_old = jnp.where(old < before[:, None], 0, -1)
+            places = places._replace(
+                run_of_keys=jnp.concatenate([run_of_old, run], axis=1),
+                position_of_keys=jnp.concatenate([old, position], axis=1),
+            )
+        is_whole = state is None and segment_ids is None
         # Whoever looks for what is not finite counts heads of the past as those of the outputs.
         held = () if state is None else (self._grouped(state.k), self._grouped(state.v))
         past = tuple(jnp.swapaxes(x, 1, 2) for x in held)
 
-        def attend(tokens, past):
+        def mix(tokens, past):
             q, k, v = only_finite(tokens)
             k, v = self._grouped(k), self._grouped(v)
             if past:
@@ -177,10 +185,10 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
                     jnp.concatenate([jnp.swapaxes(old, 1, 2), new], axis=1)
                     for old, new in zip(past, (k, v), strict=True)
                 )
-            return self._attend(q, k, v, visible), ()
+            return attend(q, k, v, places, whole=is_whole, window=self.window_size), ()
 
         resets = None if segment_ids is None else starts_of_segments(segment_ids)
-        o, _ = contained(attend, (q, k, v), past, resets, head_axes=(2, 2, 2))
+        o, _ = contained(mix, (q, k, v), past, resets, head_axes=(2, 2, 2))
         if state is not None:
             k = jnp.concatenate([state.k, k], axis=1)
             v = jnp.concatenate([state.v, v], axis=1)
@@ -223,17 +231,6 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
         """Keys or values ``[B, S, Hk, *]``, one a head of the queries: ``[B, S, H, *]``."""
         groups = self.num_heads // self.num_kv_heads
         return x if groups == 1 else jnp.repeat(x, groups, axis=2)
-
-    def _in_reach(self, of_key: jax.Array, of_query: jax.Array) -> jax.Array:
-        """Whether a token sees another, by their positions, which broadcast."""
-        seen = of_key <= of_query
-        return seen if self.window_size is None else seen & (of_query - of_key < self.window_size)
-
-    def _attend(self, q, k, v, visible_BTS) -> jax.Array:
-        matmul = Matmul.of(self.dtype, None)
-        scores = matmul("bthk,bshk->bhts", q, k) * self.head_dim**-0.5
-        weights = jax.nn.softmax(jnp.where(visible_BTS[:, None], scores, -jnp.inf), axis=-1)
-        return matmul("bhts,bshv->bthv", weights, v).astype(self.dtype)
 
     def _output(self, o: jax.Array, length: jax.Array) -> jax.Array:
         """Output projection; NaN in rows whose state had no room for ``length`` tokens."""

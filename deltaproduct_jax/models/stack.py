@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from deltaproduct_jax.layers import softmax
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.ops import RESIDUAL_NAMES, containment
 from deltaproduct_jax.ops.blocks import rows
@@ -34,7 +35,7 @@ _KEPT = {
         _policies.save_only_these_names(
             *RESIDUAL_NAMES[1:],
             *(convolution.POINT, convolution.READ_POINT, containment.POINT, MIDDLE),
-            *(rows.NORM_POINT, rows.HIDDEN_POINT),
+            *(rows.NORM_POINT, rows.HIDDEN_POINT, softmax.POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,

@@ -39,7 +39,7 @@ from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
 from deltaproduct_jax.training.stopping import exit_code
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
+from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
 from experiments.lib.figures.legs import draw_losses, draw_positions
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
@@ -193,36 +193,48 @@ def measure(config: PaperConfig, leg: Leg) -> None:
         spare.unlink()
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a leg: tokens, losses, and those by position at the end of each text's rows."""
-    texts = sorted({entry["data"] for record in found for entry in record["positions"]})
-    lines = []
+def rows_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a leg: tokens, losses, and those by position at the end of each text's rows."""
+    rows = []
     for record in found:
         last, results = record["curve"][-1], record["results"]
         validated = [row["valid_loss"] for row in record["curve"] if "valid_loss" in row]
-        ends = {entry["data"]: entry["loss"] for entry in record["positions"]}
         tests = results["test"][-1] if results else {}
         rates = [row["tokens_per_second"] for row in record["curve"] if "tokens_per_second" in row]
-        lines.append(
-            [
-                *(record["leg"], record["seed"], f"{last['tokens']:,}"),
-                results and f"{results['parameters']['total']:,}",
-                shown(statistics.median(rates) if rates else None, ",.0f"),
-                shown(validated[-1] if validated else None, ".4f"),
-                *(shown(tests.get(name), ".4f") for name in ("loss", "bits_per_byte")),
-                *(_last_eighth(ends.get(text)) for text in texts),
-            ]
+        rows.append(
+            {
+                **{"leg": record["leg"], "seed": record["seed"], "tokens": last["tokens"]},
+                "parameters": results and results["parameters"]["total"],
+                "tokens_per_second": statistics.median(rates) if rates else None,
+                "valid_loss": validated[-1] if validated else None,
+                **{name: tests.get(name) for name in ("loss", "bits_per_byte")},
+                "last_eighth": {e["data"]: _last_eighth(e["loss"]) for e in record["positions"]},
+            }
         )
+    return rows
+
+
+def _last_eighth(loss: Sequence[float]) -> float:
+    last = loss[-max(1, len(loss) // 8) :]
+    return sum(last) / len(last)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown."""
+    texts = sorted({text for row in rows for text in row["last_eighth"]})
+    lines = [
+        [
+            *(row["leg"], row["seed"]),
+            *(shown(row[name], ",d") for name in ("tokens", "parameters")),
+            shown(row["tokens_per_second"], ",.0f"),
+            *(shown(row[name], ".4f") for name in ("valid_loss", "loss", "bits_per_byte")),
+            *(shown(row["last_eighth"].get(text), ".4f") for text in texts),
+        ]
+        for row in rows
+    ]
     head = ("leg", "seed", "tokens", "parameters", "median tokens/s", "validation loss")
     head += ("test loss", "bits per byte")
     return markdown((*head, *(f"{text}, last eighth" for text in texts)), lines)
-
-
-def _last_eighth(loss: Sequence[float] | None) -> str:
-    if loss is None:
-        return shown(None)
-    last = loss[-max(1, len(loss) // 8) :]
-    return f"{sum(last) / len(last):.4f}"
 
 
 def command(argv: Sequence[str]) -> None:
@@ -245,8 +257,13 @@ def command(argv: Sequence[str]) -> None:
         draw_losses(found, workdir / "losses", look)
         draw_positions(found, workdir / "positions", look)
         legs = [f"{record['leg']}_seed{record['seed']}" for record in found]
-        record = {"command": command_line("language.paper", argv), "legs": legs}
-        print(write_report(workdir, "legs", record, table(found)))
+        record = begun("language.paper", argv, legs=legs, rows=rows_of(found))
+        print(write_report(workdir, "legs", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What legs.md holds."""
+    return [table(record["rows"])]
 
 
 if __name__ == "__main__":
