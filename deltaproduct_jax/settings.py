@@ -13,6 +13,8 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import numpy as np
+
 from deltaproduct_jax.errors import ConfigError
 
 SHOWN = 60  # characters of a value in an error
@@ -68,8 +70,10 @@ def recorded(config: Any) -> dict[str, Any]:
 def check_fields(config: Any) -> None:
     """Raises ConfigError, naming it, if a field of a dataclass holds what its annotation excludes.
 
-    So it does for what the bounds of its `setting` exclude. Configurations call it first in
-    ``__post_init__``, so that their other checks meet right types.
+    So it does for what the bounds of its `setting` exclude. What is left is kept as the annotation
+    has it: a list as a tuple, a number or text of NumPy's as Python's, a whole number for a float
+    as a float. So a configuration is hashable, equals what its record is read as, and no later
+    check or program meets another kind. Configurations call it first in ``__post_init__``.
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
@@ -78,6 +82,20 @@ def check_fields(config: Any) -> None:
         problem = problem or _outside(value, field.metadata, field.name)
         if problem is not None:
             raise ConfigError(problem)
+        object.__setattr__(config, field.name, _kept(value, hints[field.name]))
+
+
+def _kept(value: Any, annotation: Any) -> Any:
+    """A value that fits an annotation, as its very kind."""
+    if is_union(annotation):
+        fits = [part for part in typing.get_args(annotation) if misfit(value, part, "") is None]
+        return _kept(value, fits[0])
+    if typing.get_origin(annotation) is tuple:
+        item = typing.get_args(annotation)[0]
+        return tuple(_kept(entry, item) for entry in value)
+    if annotation is str:
+        return str.__str__(value)  # str() of an enum's member is its name
+    return annotation(value) if annotation in (int, float, bool) else value
 
 
 def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
@@ -160,6 +178,8 @@ def _is(value: Any, annotation: Any) -> bool:
         return False
     if annotation is int:
         return isinstance(value, numbers.Integral)
+    if annotation is bool:
+        return isinstance(value, bool | np.bool)
     if annotation is float:
         return isinstance(value, numbers.Real) and _is_finite(value)
     if annotation is None:
