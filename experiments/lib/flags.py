@@ -7,7 +7,6 @@ has flags too. What cannot be honoured ends the command with one line on standar
 
 import dataclasses
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -30,6 +29,7 @@ from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
 from experiments import leave
+from experiments.lib import outputs
 from experiments.lib.field_flags import (
     Boolean,
     FieldParser,
@@ -319,52 +319,38 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
 
 def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    try:
-        command(argv)
-        sys.stdout.flush()
-    except Stopped as stopped:
-        if processes.is_first():
-            print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
-        return exit_code(signal.SIGINT)
-    except jax.errors.JaxRuntimeError as error:
-        if not is_exhausted(error):
-            raise
-        why = f"memory is short: {first_line(error)}"
-    except MemoryError as error:
-        why = f"memory is short: {error or 'an array, or a list, does not fit'}"
-    except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
-        why = " ".join(str(error).split())
-    except OSError as error:
-        output = _unwritable() if error.filename is None else None
-        if output is None:
-            raise
-        if isinstance(error, BrokenPipeError):
-            return exit_code(signal.SIGPIPE)
-        why = f"{output} cannot be written: {error.strerror}"
-    else:
-        return 0
-    where = f" in process {jax.process_index()}" if processes.are_joined() else ""
-    print(f"error{where}: {why}", file=sys.stderr)
-    processes.leave(USAGE_ERROR)
-    return USAGE_ERROR
-
-
-def _unwritable() -> str | None:
-    """Which output takes no more, if one does; from then on it goes nowhere.
-
-    Python would else write once more at its end what could not be written. An error does not say
-    where it arose, and what was too long for a buffer is gone: another line is tried.
-    """
-    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+    with outputs.watched() as watched:
         try:
-            print(file=stream, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            return name
-    return None
+            command(argv)
+            sys.stdout.flush()
+        except Stopped as stopped:
+            if processes.is_first():
+                print(stopped, file=sys.stderr)
+            return stopped.exit_code
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
+            return exit_code(signal.SIGINT)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            why = f"memory is short: {first_line(error)}"
+        except MemoryError as error:
+            why = f"memory is short: {error or 'an array, or a list, does not fit'}"
+        except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
+            why = " ".join(str(error).split())
+        except OSError as error:
+            name = next((name for name in watched if watched[name].error is error), None)
+            if name is None:
+                raise
+            if isinstance(error, BrokenPipeError):
+                return exit_code(signal.SIGPIPE)
+            why = f"{name} cannot be written: {error.strerror}"
+        else:
+            return 0
+        where = f" in process {jax.process_index()}" if processes.are_joined() else ""
+        print(f"error{where}: {why}", file=sys.stderr)
+        processes.leave(USAGE_ERROR)
+        return USAGE_ERROR
 
 
 def _quieten_orbax() -> None:
