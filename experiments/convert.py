@@ -24,13 +24,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import (
-    AnyPath,
-    any_path,
-    require_directory,
-    to_json,
-    write_file,
-)
+from deltaproduct_jax.files import AnyPath, any_path, to_json, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
@@ -112,7 +106,6 @@ def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:
     """A run that has made no step yet, with this model in its first checkpoint."""
     other = read_config(like)
     config = RunConfig(other.task, model.config, other.train, other.plugins)
-    require_directory(workdir)
     if workdir.exists() and any(workdir.iterdir()):
         raise RunDirectoryError(f"{workdir} is not empty; give another workdir")
     _, params = split_model(model)

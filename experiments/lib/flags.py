@@ -21,7 +21,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json, require_directory, user_path
+from deltaproduct_jax.files import read_json, require_directory, require_writable, user_path
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.settings import misfit
 from deltaproduct_jax.training.measuring.memory import first_line, is_exhausted
@@ -62,6 +62,7 @@ def parse(
     *,
     exclude: Iterable[str] = (),
     default_workdir: str | None = None,
+    writes: bool = True,
 ) -> Parsed:
     """Understands a command line.
 
@@ -76,6 +77,8 @@ def parse(
         presets: fields that a preset sets; the one called "default" is used where none is named.
         exclude: fields that get no flag, because the experiment sets them.
         default_workdir: where to run if no flag says so; without it --workdir must be given.
+        writes: whether the command always writes there, so that a place where it cannot is refused
+            now, not after the work.
 
     Raises:
         ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
@@ -97,7 +100,7 @@ def parse(
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
     require_directory(Path(workdir))
     path = user_path(workdir)
-    require_directory(path)
+    (require_writable if writes else require_directory)(path)
     return Parsed(resolved, path, saved)
 
 

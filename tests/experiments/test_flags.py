@@ -340,3 +340,10 @@ def test_a_vocabulary_that_is_not_the_tasks_is_refused(tmp_path, capsys):
     assert state_tracking.main(argv) == 2
     assert "--config: vocab_size=14 must be the task's, 13" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_where_a_command_writes_is_looked_at_before_its_work(tmp_path):
+    with pytest.raises(RunDirectoryError, match=r"/proc/x cannot be written: No such file"):
+        parse("--workdir=/proc/x")
+    parse(f"--workdir={tmp_path / 'new'}")
+    assert not list(tmp_path.iterdir())
