@@ -263,6 +263,9 @@ def test_a_place_that_takes_no_files_is_refused_before_anything_is_traced(
     for folder in (Path("/proc/a/b"), Path("/sys/a")):
         with pytest.raises(RunDirectoryError, match=rf"{folder} cannot be written: (No such|Perm)"):
             start(folder)
+    if not several:
+        with pytest.raises(RunDirectoryError, match="/proc/a cannot be written: No such"):
+            loop.train(run_config(), tmp_path, ["test"], bucket="/proc/a")
     monkeypatch.setattr(files.tempfile, "TemporaryFile", no_room)
     with pytest.raises(RunDirectoryError, match=r"/new cannot be written: No space left"):
         start(tmp_path / "new")
