@@ -18,6 +18,7 @@ TRAINING, EXTRAPOLATION = "training.json", "extrapolation.json"
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
 TEST_PATHS = ("*/fs/btrfs/*", "*/net/ipv4/*")
+DOMAINS = ("code", "prose")
 PROMPTS = ("static int ", "/* SPDX-License-Identifier: GPL-2.0 */\n#include <linux/")
 
 _GATED = ("--mixer=gated_delta_product",)
