@@ -20,6 +20,9 @@ from deltaproduct_jax.errors import ConfigError
 SHOWN = 60  # characters of a value in an error
 LARGEST_SEED = 2**63 - 1  # that JAX and NumPy both take
 LARGEST_COUNT = 2**31 - 1  # that a device counts to
+# What arrays hold, of the dtype that most have: what is larger would be inf there, what is smaller
+# nothing, and an epsilon then none.
+LARGEST_FLOAT, SMALLEST_FLOAT = (float(x) for x in (np.finfo("f4").max, np.finfo("f4").tiny))
 
 
 def setting(
@@ -79,10 +82,12 @@ def check_fields(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         problem = misfit(value, hints[field.name], field.name)
-        problem = problem or _outside(value, field.metadata, field.name)
+        if problem is None:
+            value = _kept(value, hints[field.name])
+            problem = _outside(value, field.metadata, field.name)
         if problem is not None:
             raise ConfigError(problem)
-        object.__setattr__(config, field.name, _kept(value, hints[field.name]))
+        object.__setattr__(config, field.name, value)
 
 
 def _kept(value: Any, annotation: Any) -> Any:
@@ -105,6 +110,12 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
         most = LARGEST_SEED  # no array has more entries, and none holds a larger number
     if metadata.get("filled") and not value:
         return f"{name} is empty; give one entry at least ({metadata['help']})"
+    for entry in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(entry, float) and entry and not _is_held(entry):
+            return (
+                f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "
+                f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
+            )
     if value is None:
         return None
     if least is not None and value < least:
@@ -114,6 +125,10 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     if most is not None and value > most:
         return f"{name}={shown(value)} is too large; it may be up to {most}"
     return None
+
+
+def _is_held(value: float) -> bool:
+    return SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
 
 
 def misfit(value: Any, annotation: Any, name: str) -> str | None:

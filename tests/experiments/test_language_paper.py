@@ -129,7 +129,9 @@ def test_an_archive_cut_between_two_files_is_one_line(tmp_path):
         for name in ("linux/x.c", "linux/y.c"):
             archive.add(tmp_path / "x.c", name)
     (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:1024])
-    with pytest.raises(ConfigError, match=r"x\.tar' cannot be read: (it ends too early|empty header)"):
+    with pytest.raises(
+        ConfigError, match=r"x\.tar' cannot be read: (it ends too early|empty header)"
+    ):
         packed(tmp_path / "a", tmp_path / "x.tar")
 
 

@@ -44,6 +44,12 @@ def run_config(task: GroupTask | None = None, **train) -> RunConfig:
         ({"weight_decay": -math.inf}, "weight_decay=-inf must be a finite number"),
         ({"clip_norm": "1"}, "clip_norm='1' must be a finite number or none"),
         ({"adam_eps": 10**400}, r"adam_eps=10+\.\.\. must be a finite number"),
+        (
+            {"learning_rate": 1e39},
+            r"learning_rate=1e\+39 cannot be held in float32; it may be 0 or",
+        ),
+        ({"adam_eps": 1e-46}, r"adam_eps=1e-46 cannot be held in float32"),
+        ({"clip_norm": 10**39}, r"clip_norm=1e\+39 cannot be held in float32"),
         ({"steps": 10.0}, r"steps=10\.0 must be a whole number"),
         ({"batch_size": True}, "batch_size=True must be a whole number"),
         ({"seed": None}, "seed=None must be a whole number"),
