@@ -20,6 +20,7 @@ Takes: as long as (settings * seeds + fresh) runs of each arm; a program compile
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, write_json
@@ -49,6 +51,7 @@ from experiments.lib.searches import (
     row_of,
     validation,
 )
+from experiments.lib.sweeps.grid import MOST_RUNS
 from experiments.lib.sweeps.records import RunFolder
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
@@ -75,12 +78,23 @@ class SearchConfig:
     )
     length: int | None = setting(None, "test length looked at; none: the longest of each run")
     threshold: float = setting(0.9, "score from which a run has escaped")
+    max_runs: int = setting(
+        MOST_RUNS, "runs that each of the two sweeps may have; more is taken for a slip", least=1
+    )
 
     def __post_init__(self):
         check_fields(self)
         require_at_least("highest_rate", self.highest_rate, self.lowest_rate)
         if self.seeds > FIRST_FRESH:
             raise ConfigError(f"seeds={self.seeds} is too large; it may be {FIRST_FRESH} at most")
+        arms = len(self.arm) or len(MIXERS)
+        for names in (("settings", "seeds"), ("fresh",)):
+            runs = arms * math.prod(getattr(self, name) for name in names)
+            if runs > self.max_runs:
+                given = " and ".join(f"{name}={getattr(self, name)}" for name in names)
+                raise ConfigError(
+                    f"{given} make {runs} runs of {arms} arms, more than max_runs={self.max_runs}"
+                )
 
 
 def command(argv: Sequence[str]) -> None:
@@ -150,7 +164,7 @@ def run(
     """Runs all that is in the groups as one sweep; their folders, in the same order."""
     each = [settings for of_arm in groups for group in of_arm for settings in group]
     grids = [grid_of(settings) for settings in each]
-    run_sweep(workdir, Sweep(config.script, grids, config.fixed), launch)
+    run_sweep(workdir, Sweep(config.script, grids, config.fixed, config.max_runs), launch)
     found = Folders(workdir, config.fixed)
     return [[found.of(group) for group in of_arm] for of_arm in groups]
 
