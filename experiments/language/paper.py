@@ -41,6 +41,7 @@ from deltaproduct_jax.training.stopping import exit_code
 from experiments.lib import archives, flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
 from experiments.lib.figures.legs import draw_losses, draw_positions
+from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
     DOMAINS,
@@ -276,8 +277,9 @@ def command(argv: Sequence[str]) -> None:
         measure(config, leg)
     if "draw" in config.stages:
         found = records_of(workdir)
-        draw_losses(found, workdir / "losses", look)
-        draw_positions(found, workdir / "positions", look)
+        with from_record(workdir / "records"):
+            draw_losses(found, workdir / "losses", look)
+            draw_positions(found, workdir / "positions", look)
         legs = [f"{record['leg']}_seed{record['seed']}" for record in found]
         record = {"command": command_line("language.paper", argv), "legs": legs}
         print(write_report(workdir, "legs", record, table(found)))

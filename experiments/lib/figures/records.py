@@ -1,5 +1,6 @@
 """Figures and tables of the records that a folder keeps, whichever command wrote them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -131,6 +132,16 @@ KINDS = (
 )
 
 
+@contextlib.contextmanager
+def from_record(file: Path) -> Iterator[None]:
+    """Says of what cannot be drawn, in one line, that it is the record's fault."""
+    try:
+        yield
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        why = error if isinstance(error, ConfigError) else repr(error)
+        raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
+
+
 NAMES = {kind.name for kind in KINDS}
 MOST_BEFORE = 100  # characters before the key that says that it is a figure's
 
@@ -150,11 +161,8 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
         fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
         kind = next(fits, None)
         if kind is not None:
-            try:
+            with from_record(file):
                 yield from kind.draw(record, file.with_suffix(""), look)
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-                why = error if isinstance(error, ConfigError) else repr(error)
-                raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
     for file in sorted(folder.rglob(METRICS)):
         rows = read_lines(file, MetricsLine)
         if rows and plots.BITS in rows[0]:
