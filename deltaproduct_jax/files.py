@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,6 +22,7 @@ from deltaproduct_jax.settings import misfit
 DEEPEST = 32
 # What is written inside a run directory has names of up to so many characters.
 ROOM_FOR_NAMES = 128
+PROBE_BYTES = 4096  # of a block, which a file system gives whole
 
 AnyPath = Path | epath.Path  # on a disk, or in a bucket
 IN_BUCKET = "gs://"
@@ -184,6 +186,21 @@ def require_directory(path: Path) -> None:
             (path / ("x" * ROOM_FOR_NAMES)).stat()
         except FileNotFoundError:
             return
+
+
+def require_writable(path: Path) -> None:
+    """Raises RunDirectoryError unless ``path`` is a directory, or may become one, that takes files.
+
+    Nothing is left behind: a file without a name is written there, or where ``path`` is to be made.
+    """
+    require_directory(path)
+    with errors_as_one_line(path, "written"):
+        path = path.absolute()
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=there) as file:  # permissions do not tell of a full disk
+            file.write(bytes(PROBE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_bytes(path: AnyPath) -> bytes:

@@ -14,11 +14,16 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any
 
+import numpy as np
+
 from deltaproduct_jax.errors import ConfigError
 
 SHOWN = 60  # characters of a value in an error
 LARGEST_SEED = 2**63 - 1  # that JAX and NumPy both take
 LARGEST_COUNT = 2**31 - 1  # that a device counts to
+# What arrays hold, of the dtype that most have: what is larger would be inf there, what is smaller
+# nothing, and an epsilon then none.
+LARGEST_FLOAT, SMALLEST_FLOAT = (float(x) for x in (np.finfo("f4").max, np.finfo("f4").tiny))
 
 
 def setting(
@@ -69,16 +74,34 @@ def recorded(config: Any) -> dict[str, Any]:
 def check_fields(config: Any) -> None:
     """Raises ConfigError, naming it, if a field of a dataclass holds what its annotation excludes.
 
-    So it does for what the bounds of its `setting` exclude. Configurations call it first in
-    ``__post_init__``, so that their other checks meet right types.
+    So it does for what the bounds of its `setting` exclude. What is left is kept as the annotation
+    has it: a list as a tuple, a number or text of NumPy's as Python's, a whole number for a float
+    as a float. So a configuration is hashable, equals what its record is read as, and no later
+    check or program meets another kind. Configurations call it first in ``__post_init__``.
     """
     hints = _hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         problem = misfit(value, hints[field.name], field.name)
-        problem = problem or _outside(value, field.metadata, field.name)
+        if problem is None:
+            value = _kept(value, hints[field.name])
+            problem = _outside(value, field.metadata, field.name)
         if problem is not None:
             raise ConfigError(problem)
+        object.__setattr__(config, field.name, value)
+
+
+def _kept(value: Any, annotation: Any) -> Any:
+    """A value that fits an annotation, as its very kind."""
+    if is_union(annotation):
+        fits = [part for part in typing.get_args(annotation) if misfit(value, part, "") is None]
+        return _kept(value, fits[0])
+    if typing.get_origin(annotation) is tuple:
+        item = typing.get_args(annotation)[0]
+        return tuple(_kept(entry, item) for entry in value)
+    if annotation is str:
+        return str.__str__(value)  # str() of an enum's member is its name
+    return annotation(value) if annotation in (int, float, bool) else value
 
 
 def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
@@ -88,6 +111,12 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
         most = LARGEST_SEED  # no array has more entries, and none holds a larger number
     if metadata.get("filled") and not value:
         return f"{name} is empty; give one entry at least ({metadata['help']})"
+    for entry in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(entry, float) and entry and not _is_held(entry):
+            return (
+                f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "
+                f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
+            )
     if value is None:
         return None
     if least is not None and value < least:
@@ -97,6 +126,10 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     if most is not None and value > most:
         return f"{name}={shown(value)} is too large; it may be up to {most}"
     return None
+
+
+def _is_held(value: float) -> bool:
+    return SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
 
 
 def misfit(value: Any, annotation: Any, name: str) -> str | None:
@@ -161,6 +194,8 @@ def _is(value: Any, annotation: Any) -> bool:
         return False
     if annotation is int:
         return isinstance(value, numbers.Integral)
+    if annotation is bool:
+        return isinstance(value, bool | np.bool)
     if annotation is float:
         return isinstance(value, numbers.Real) and _is_finite(value)
     if annotation is None:

@@ -23,14 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
-from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import (
-    AnyPath,
-    any_path,
-    require_directory,
-    to_json,
-    write_file,
-)
+from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
+from deltaproduct_jax.files import AnyPath, any_path, to_json, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
@@ -99,9 +93,7 @@ def command(argv: Sequence[str]) -> None:
 def _read(source: AnyPath, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
     """The model of either kind of directory, and what is known of it."""
     if is_folder_of_fla(source):
-        if options.checkpoint != "best":
-            raise ConfigError(f"checkpoint={options.checkpoint} is for runs; {source} is a folder")
-        return fla.load(source, param_dtype=options.param_dtype), {}
+        return load_folder(source, options.checkpoint, options.param_dtype), {}
     if options.param_dtype is not None:
         raise ConfigError(f"param_dtype={options.param_dtype} is for folders; {source} is a run")
     run = load_run(source, checkpoint_of(options.checkpoint))
@@ -112,7 +104,6 @@ def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:
     """A run that has made no step yet, with this model in its first checkpoint."""
     other = read_config(like)
     config = RunConfig(other.task, model.config, other.train, other.plugins)
-    require_directory(workdir)
     if workdir.exists() and any(workdir.iterdir()):
         raise RunDirectoryError(f"{workdir} is not empty; give another workdir")
     _, params = split_model(model)

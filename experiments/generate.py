@@ -23,7 +23,7 @@ from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.models import Opened, open_model
 from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
-from deltaproduct_jax.settings import check_fields, seed_setting, setting
+from deltaproduct_jax.settings import LARGEST_COUNT, check_fields, seed_setting, setting
 from experiments.lib import flags
 
 MOST_TEXTS = 100_000
@@ -42,7 +42,7 @@ class GenerateConfig:
         (), "text that is gone on with; may be repeated; none: a document's start", repeated=True
     )
     samples: int = setting(1, "texts for each prompt")
-    max_tokens: int = setting(100, "tokens of a text at most")
+    max_tokens: int = setting(100, "tokens of a text at most", most=LARGEST_COUNT)
     stop: tuple[str, ...] = setting((), "a string that ends a text; may be repeated", repeated=True)
     seed: int = seed_setting("of all draws")
     rows: int = setting(16, "texts that are written at the same time")

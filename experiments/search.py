@@ -21,6 +21,7 @@ Takes: as long as (settings * seeds + fresh) runs of each arm; a program compile
 """
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 import jax
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped
 from experiments.lib import flags
@@ -57,6 +59,7 @@ from experiments.lib.searches import (
     row_of,
     validation,
 )
+from experiments.lib.sweeps.grid import MOST_RUNS
 from experiments.lib.sweeps.records import RunFolder
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
@@ -92,6 +95,9 @@ class SearchConfig:
     )
     length: int | None = setting(None, "test length looked at; none: the longest of each run")
     threshold: float = setting(0.9, "score from which a run has escaped")
+    max_runs: int = setting(
+        MOST_RUNS, "runs that each of the two sweeps may have; more is taken for a slip", least=1
+    )
 
     def __post_init__(self):
         check_fields(self)
@@ -100,6 +106,14 @@ class SearchConfig:
             require_one_of("fields", name, SPACE)
         if self.seeds > FIRST_FRESH:
             raise ConfigError(f"seeds={self.seeds} is too large; it may be {FIRST_FRESH} at most")
+        arms = len(self.arm) or len(MIXERS)
+        for names in (("settings", "seeds"), ("fresh",)):
+            runs = arms * math.prod(getattr(self, name) for name in names)
+            if runs > self.max_runs:
+                given = " and ".join(f"{name}={getattr(self, name)}" for name in names)
+                raise ConfigError(
+                    f"{given} make {runs} runs of {arms} arms, more than max_runs={self.max_runs}"
+                )
 
 
 def command(argv: Sequence[str]) -> None:
@@ -172,7 +186,7 @@ def run(
     said = counted(config.script, config.fixed, each, together=launch.launcher == "vmap")
     print(f"{workdir.name}: {said}", file=sys.stderr, flush=True)
     try:
-        run_sweep(workdir, Sweep(config.script, grids, config.fixed), launch)
+        run_sweep(workdir, Sweep(config.script, grids, config.fixed, config.max_runs), launch)
     except Stopped as error:
         stopped = error
     found = Folders(workdir, config.fixed)

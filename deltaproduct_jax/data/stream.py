@@ -201,7 +201,7 @@ class TokenStream:
         problem = misfit(state, StreamState, "state")
         if problem is not None:
             raise ConfigError(problem)
-        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in state["config"].items()}
+        fields = dict(state["config"])
         if data is not None:
             fields["data"] = tuple(data)
         if len(fields["data"]) != len(state["fingerprints"]):

@@ -16,7 +16,7 @@ from deltaproduct_jax.files import AnyPath, any_path, in_bucket, is_there, read_
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
-from deltaproduct_jax.settings import whole_number
+from deltaproduct_jax.settings import misfit, shown, whole_number
 from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.runs import load_run
 
@@ -63,6 +63,13 @@ def checkpoint_of(text: str) -> str | int:
     return text if step is None else step
 
 
+def load_folder(directory: Path, checkpoint: str, param_dtype: str | None = None) -> SequenceModel:
+    """The model of a folder of flash-linear-attention; ConfigError for a ``checkpoint`` of it."""
+    if checkpoint != "best":
+        raise ConfigError(f"checkpoint={checkpoint} is for runs; {directory} is a folder")
+    return fla.load(directory, param_dtype=param_dtype)
+
+
 def open_model(
     path: str, *, checkpoint: str = "best", tokenizer: str | None = None, dtype: str | None = None
 ) -> Opened:
@@ -76,12 +83,13 @@ def open_model(
         dtype: dtype of the computation; None for the model's own.
 
     Raises:
-        ConfigError: there is no tokenizer, or it has ids that the model does not have.
-        RunDirectoryError: the directory cannot be read.
+        ConfigError: there is no tokenizer, or it has ids that the model does not have; a folder
+            has no checkpoints.
+        RunDirectoryError: the directory cannot be read, or names an end that is no token.
     """
     directory = any_path(path)
     if is_folder_of_fla(directory):
-        model, own = fla.load(directory), _beside(directory)
+        model, own = load_folder(directory, checkpoint), _beside(directory)
     else:
         run = load_run(directory, checkpoint_of(checkpoint))
         model, own = run.model, _of_text(run.config.task)
@@ -95,14 +103,20 @@ def open_model(
         raise ConfigError(
             f"tokenizer has {found.vocab_size} ids; the model has {model.config.vocab_size}"
         )
-    ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory))))
+    ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory, model.config.vocab_size))))
     return Opened(model if dtype is None else with_fields(model, dtype=dtype), found, ends)
 
 
-def _eos_of(directory: AnyPath) -> list[int]:
+def _eos_of(directory: AnyPath, vocab_size: int) -> list[int]:
     """The ids that a folder of Hugging Face's says end a document; a run has none."""
     said = read_json(directory / CONFIG, dict[str, Any]).get("eos_token_id")
-    return [end for end in (said if isinstance(said, list) else [said]) if isinstance(end, int)]
+    problem = misfit(said, int | list[int] | None, "eos_token_id")
+    ends = said if isinstance(said, list) else [] if said is None else [said]
+    if problem is None and not all(0 <= end < vocab_size for end in ends):
+        problem = f"eos_token_id={shown(said)} must be from 0 to below vocab_size={vocab_size}"
+    if problem is not None:
+        raise RunDirectoryError(f"{directory / CONFIG}: {problem}")
+    return ends
 
 
 def _beside(directory: Path) -> Tokenizer | None:

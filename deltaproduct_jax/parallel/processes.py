@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 HEARTBEAT_TIMEOUT_S = 30
 # Until all have come. Some start minutes later than others where a scheduler starts them.
 INITIALIZATION_TIMEOUT_S = 300
+# JAX, whose own end is a trace of its C++, comes so much later.
+GRACE_S = 60
+GIVEN_UP = 2  # exit code, as of a setting that cannot be honoured
 
 
 def keep_programs(config: DeviceConfig) -> None:
@@ -45,7 +49,7 @@ def join(config: DeviceConfig) -> None:
 
     Raises:
         ConfigError: there is no cluster, or the address cannot be used. Where the others do not
-            come, JAX aborts the process.
+            come, which nothing can interrupt, the process ends with a line and `GIVEN_UP`.
     """
     if not config.distributed and config.coordinator_address is None:
         return
@@ -54,18 +58,41 @@ def join(config: DeviceConfig) -> None:
         "num_processes": config.num_processes,
         "process_id": config.process_id,
     }
+    which = f"coordinator_address={config.coordinator_address!r}"
+    if config.coordinator_address is None:
+        which = "distributed=True, without coordinator_address,"
     try:
-        jax.distributed.initialize(
-            **(given if config.coordinator_address is not None else {}),
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-            initialization_timeout=INITIALIZATION_TIMEOUT_S,
-        )
+        with _at_most(INITIALIZATION_TIMEOUT_S, which):
+            jax.distributed.initialize(
+                **(given if config.coordinator_address is not None else {}),
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+                initialization_timeout=INITIALIZATION_TIMEOUT_S + GRACE_S,
+            )
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        which = f"coordinator_address={config.coordinator_address!r}"
-        if config.coordinator_address is None:
-            which = "distributed=True, without coordinator_address,"
         raise ConfigError(f"{which} does not join any processes: {reason}") from error
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float, which: str) -> Iterator[None]:
+    """Ends the process, if what is inside takes longer: JAX waits where no exception arrives."""
+
+    def give_up() -> None:
+        print(
+            f"error: {which} has not brought all processes together in {seconds} s; each must be "
+            "started, with the same settings but its process_id; see what the others say",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(GIVEN_UP)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def are_joined() -> bool:

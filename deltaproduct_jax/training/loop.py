@@ -13,7 +13,13 @@ import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import AnyPath, is_there, require_directory
+from deltaproduct_jax.files import (
+    AnyPath,
+    in_bucket,
+    is_there,
+    require_directory,
+    require_writable,
+)
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -97,6 +103,9 @@ def train(
     results = None if fresh else _results_before(config, workdir, home, store)
     if results is not None:
         return _finished(results, home, resume_from)
+    for place in {workdir, home} if processes.is_first() else ():
+        if not in_bucket(place):
+            require_writable(place)  # now, not when all is compiled
     with stop_on_signals() as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind

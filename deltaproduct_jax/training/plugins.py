@@ -35,23 +35,33 @@ def import_plugins(plugins: Iterable[str]) -> None:
     """Imports each, once; what an import raises of its own is not touched.
 
     Raises:
-        ConfigError: there is no such module or file.
+        ConfigError: there is no such module or file, or it ends the program.
     """
     for plugin in plugins:
-        if plugin.endswith(".py"):
-            _import_file(Path(absolute(plugin)))
-            continue
         try:
-            if not is_module_name(plugin):
-                raise ModuleNotFoundError(name=plugin)
-            importlib.import_module(plugin)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{plugin}.".startswith(f"{error.name}."):
-                raise  # the plug-in is there, and something it needs is not
+            if plugin.endswith(".py"):
+                _import_file(Path(absolute(plugin)))
+            else:
+                _import_module(plugin)
+        except SystemExit as error:  # as a script does, and nothing would be said
             raise ConfigError(
-                f"plugins={plugin!r} is no module that can be imported; it may be one, or the path "
-                "of a file that ends in .py"
+                f"plugins={plugin!r} ends the program when it is imported, with {error.code!r}; "
+                'what it does as a script stands under if __name__ == "__main__"'
             ) from error
+
+
+def _import_module(name: str) -> None:
+    try:
+        if not is_module_name(name):
+            raise ModuleNotFoundError(name=name)
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # the plug-in is there, and something it needs is not
+        raise ConfigError(
+            f"plugins={name!r} is no module that can be imported; it may be one, or the path "
+            "of a file that ends in .py"
+        ) from error
 
 
 def _import_file(path: Path) -> None:

@@ -19,17 +19,18 @@ import dataclasses
 import fnmatch
 import hashlib
 import io
+import os
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import errors_as_one_line, user_path
 from deltaproduct_jax.settings import check_fields, setting
-from experiments.lib import flags
+from experiments.lib import archives, flags
 from experiments.lib.bench.report import command_line, write_json
-from experiments.lib.language_legs import TEST_PATHS, VALID_PATHS
+from experiments.lib.language_legs import DOMAINS, TEST_PATHS, VALID_PATHS
 
 ARCHIVE = "text.tar.xz"
 
@@ -64,24 +65,47 @@ class PackConfig:
         return None
 
 
-def files_of(source: Path) -> Iterator[tuple[str, int, io.BufferedIOBase | Path]]:
-    """Path, size and content of every regular file, in the source's order.
+def files_of(source: Path, wanted: Container[str] = ()) -> Iterator[tuple[str, int, bytes | None]]:
+    """Path, size and, of those that are wanted, content of every regular file.
 
     Raises:
-        ConfigError: it is neither a folder nor an archive.
+        ConfigError: the source is neither a folder nor an archive, or cannot be read.
     """
-    if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
-            yield path.relative_to(source).as_posix(), path.stat().st_size, path
-        return
-    try:
-        with tarfile.open(source, "r|*") as archive:
+    if not source.is_dir():
+        with archives.opened(source, "source") as archive:
             for member in archive:
                 if member.isreg():
-                    inside = PurePosixPath(member.name).parts[1:]
-                    yield "/".join(inside), member.size, archive.extractfile(member)
-    except (OSError, tarfile.TarError) as error:
+                    path = PurePosixPath(member.name.lstrip("/")).as_posix()
+                    data = archive.extractfile(member).read() if path in wanted else None
+                    yield path, member.size, data
+        return
+    try:
+        for file in sorted(p for p in source.rglob("*") if p.is_file() and not p.is_symlink()):
+            path = file.relative_to(source).as_posix()
+            data = file.read_bytes() if path in wanted else None
+            yield path, file.stat().st_size if data is None else len(data), data
+    except OSError as error:
         raise ConfigError(f"source={str(source)!r} cannot be read: {error}") from error
+
+
+def listed(config: PackConfig, source: Path) -> tuple[str, dict[str, int]]:
+    """The folder that all files are in, and the sizes of those of code and prose by path in it.
+
+    A folder that an archive has around everything is not a part of a path, or files of an archive
+    would be others than those of the folder that it was made from.
+
+    Raises:
+        ConfigError: the source cannot be read, or has a path twice.
+    """
+    sizes: dict[str, int] = {}
+    for path, size, _ in files_of(source):
+        if path in sizes:
+            raise ConfigError(f"source={str(source)!r} has {path!a} twice")
+        sizes[path] = size
+    tops = {path.partition("/")[0] for path in sizes}
+    around = "" if source.is_dir() or len(tops) > 1 else f"{''.join(tops)}/"
+    inside = {path.removeprefix(around): size for path, size in sizes.items()}
+    return around, {path: size for path, size in inside.items() if config.place_of(path)}
 
 
 def chosen(config: PackConfig, sizes: dict[str, int]) -> set[str]:
@@ -89,7 +113,7 @@ def chosen(config: PackConfig, sizes: dict[str, int]) -> set[str]:
     taken = {path for path in sizes if config.place_of(path) == "code" and is_held_out(path)}
     for folder, most in (("code", config.code_bytes), ("prose", config.prose_bytes)):
         rest = [p for p in sizes if config.place_of(p) == folder and p not in taken]
-        for path in sorted(rest, key=lambda p: hashlib.sha256(p.encode()).digest()):
+        for path in sorted(rest, key=lambda p: hashlib.sha256(os.fsencode(p)).digest()):
             most -= sizes[path]
             if most < 0:
                 break
@@ -107,24 +131,24 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"pack": PackConfig}, {"default": {}})
     config = PackConfig(**parsed.sections["pack"])
     source = user_path(config.source)
-    sizes = {path: size for path, size, _ in files_of(source) if config.place_of(path)}
+    around, sizes = listed(config, source)
     taken = chosen(config, sizes)
     if not taken:
         raise ConfigError(f"source={config.source!r} has no file of {config.code}, {config.prose}")
     target = parsed.workdir / ARCHIVE
     partial = target.with_suffix(".partial")
-    parsed.workdir.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(partial, "w:xz", preset=config.level) as archive:
-        for path, size, content in files_of(source):
-            if path in taken:
-                data = content.read_bytes() if isinstance(content, Path) else content.read()
-                entry = tarfile.TarInfo(f"{config.place_of(path)}/{path}")
-                entry.size = size
-                archive.addfile(entry, io.BytesIO(data))
-    partial.replace(target)
+    with errors_as_one_line(target, "written"):
+        parsed.workdir.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(partial, "w:xz", preset=config.level) as archive:
+            for found, _, data in files_of(source, {f"{around}{path}" for path in taken}):
+                if data is not None:
+                    path = found.removeprefix(around)
+                    entry = tarfile.TarInfo(f"{config.place_of(path)}/{path}")
+                    entry.size = len(data)
+                    archive.addfile(entry, io.BytesIO(data))
+        partial.replace(target)
     summed = {
-        folder: sum(sizes[p] for p in taken if config.place_of(p) == folder)
-        for folder in ("code", "prose")
+        folder: sum(sizes[p] for p in taken if config.place_of(p) == folder) for folder in DOMAINS
     }
     record = {"command": command_line("language.pack_text", argv), "files": len(taken)}
     record |= {"bytes": summed, "archive_bytes": target.stat().st_size}

@@ -22,27 +22,29 @@ Takes: on one H200 three minutes to train a leg of 36M, ten a leg of 213M, and a
 """
 
 import dataclasses
+import hashlib
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import read_json, read_lines, user_path
+from deltaproduct_jax.files import errors_as_one_line, read_json, read_lines, user_path
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
 from deltaproduct_jax.training.stopping import exit_code
-from experiments.lib import flags
+from experiments.lib import archives, flags
 from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
 from experiments.lib.figures.legs import draw_losses, draw_positions
+from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
+    DOMAINS,
     LEGS,
     TRAINING,
     Leg,
@@ -124,19 +126,52 @@ class PaperConfig:
 def prepare(config: PaperConfig, workdir: Path) -> None:
     """Unpacks the archive, and makes its text tokens."""
     text = workdir / "text"
-    if config.archive is not None and not text.exists():
-        partial = workdir / "text.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            with tarfile.open(user_path(config.archive)) as archive:
-                archive.extractall(partial, filter="data")
-        except (OSError, tarfile.TarError) as error:
-            raise ConfigError(f"archive={config.archive!r} cannot be read: {error}") from error
-        partial.rename(text)
+    if config.archive is not None:
+        unpack(user_path(config.archive), text)
     if not text.exists():
         raise ConfigError(f"archive is missing; {text} is not there either")
     for command in preparations(workdir, config.tokenizer).values():
         run(command)
+
+
+def unpack(path: Path, text: Path) -> None:
+    """Unpacks an archive, whole or not at all; text that is there already, of this one, stays.
+
+    Raises:
+        ConfigError: it cannot be read, or the text that is there is of another.
+    """
+    origin, partial = text.with_name("text.json"), text.with_name("text.partial")
+    if text.exists():
+        if path.is_file() and origin.exists() and read_json(origin, Origin) != origin_of(path):
+            raise ConfigError(f"archive={str(path)!r} is not what {text} is of; give a new workdir")
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with archives.opened(path, "archive") as archive:
+            archive.extractall(partial, filter="data")
+        missing = [domain for domain in DOMAINS if not (partial / domain).is_dir()]
+        if missing:
+            raise ConfigError(
+                f"archive={str(path)!r} has no folder {' or '.join(missing)}; it may be one of "
+                "experiments.language.pack_text, of a source with code and prose"
+            )
+        write_json(origin, origin_of(path))
+        with errors_as_one_line(text, "unpacked"):
+            partial.rename(text)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class Origin(TypedDict):
+    """Which archive text was unpacked from."""
+
+    sha256: str
+
+
+def origin_of(path: Path) -> Origin:
+    """That of an archive."""
+    with open(path, "rb") as file:
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def train(config: PaperConfig, leg: Leg) -> bool:
@@ -254,8 +289,9 @@ def command(argv: Sequence[str]) -> None:
         measure(config, leg)
     if "draw" in config.stages:
         found = records_of(workdir)
-        draw_losses(found, workdir / "losses", look)
-        draw_positions(found, workdir / "positions", look)
+        with from_record(workdir / "records"):
+            draw_losses(found, workdir / "losses", look)
+            draw_positions(found, workdir / "positions", look)
         legs = [f"{record['leg']}_seed{record['seed']}" for record in found]
         record = begun("language.paper", argv, legs=legs, rows=rows_of(found))
         print(write_report(workdir, "legs", record, page))

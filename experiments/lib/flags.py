@@ -7,7 +7,6 @@ has flags too. What cannot be honoured ends the command with one line on standar
 
 import dataclasses
 import logging
-import os
 import signal
 import sys
 import traceback
@@ -22,7 +21,7 @@ from absl import flags
 from absl import logging as absl_logging
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json, require_directory, user_path
+from deltaproduct_jax.files import read_json, require_directory, require_writable, user_path
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.settings import misfit
 from deltaproduct_jax.training.measuring.memory import first_line, is_exhausted
@@ -30,6 +29,7 @@ from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
 from deltaproduct_jax.training.stopping import Stopped, exit_code
 from experiments import leave
+from experiments.lib import outputs
 from experiments.lib.field_flags import (
     Boolean,
     FieldParser,
@@ -62,6 +62,7 @@ def parse(
     *,
     exclude: Iterable[str] = (),
     default_workdir: str | None = None,
+    writes: bool = True,
 ) -> Parsed:
     """Understands a command line.
 
@@ -76,6 +77,8 @@ def parse(
         presets: fields that a preset sets; the one called "default" is used where none is named.
         exclude: fields that get no flag, because the experiment sets them.
         default_workdir: where to run if no flag says so; without it --workdir must be given.
+        writes: whether the command always writes there, so that a place where it cannot is refused
+            now, not after the work.
 
     Raises:
         ConfigError, flags.Error: naming the flag or key, what it got and what it may be.
@@ -97,7 +100,7 @@ def parse(
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
     require_directory(Path(workdir))
     path = user_path(workdir)
-    require_directory(path)
+    (require_writable if writes else require_directory)(path)
     return Parsed(resolved, path, saved)
 
 
@@ -319,52 +322,38 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
 
 
 def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    try:
-        command(argv)
-        sys.stdout.flush()
-    except Stopped as stopped:
-        if processes.is_first():
-            print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
-        return exit_code(signal.SIGINT)
-    except jax.errors.JaxRuntimeError as error:
-        if not is_exhausted(error):
-            raise
-        why = f"memory is short: {first_line(error)}"
-    except MemoryError as error:
-        why = f"memory is short: {error or 'an array, or a list, does not fit'}"
-    except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
-        why = " ".join(str(error).split())
-    except OSError as error:
-        output = _unwritable() if error.filename is None else None
-        if output is None:
-            raise
-        if isinstance(error, BrokenPipeError):
-            return exit_code(signal.SIGPIPE)
-        why = f"{output} cannot be written: {error.strerror}"
-    else:
-        return 0
-    where = f" in process {jax.process_index()}" if processes.are_joined() else ""
-    print(f"error{where}: {why}", file=sys.stderr)
-    processes.leave(USAGE_ERROR)
-    return USAGE_ERROR
-
-
-def _unwritable() -> str | None:
-    """Which output takes no more, if one does; from then on it goes nowhere.
-
-    Python would else write once more at its end what could not be written. An error does not say
-    where it arose, and what was too long for a buffer is gone: another line is tried.
-    """
-    for name, stream in (("standard output", sys.stdout), ("standard error", sys.stderr)):
+    with outputs.watched() as watched:
         try:
-            print(file=stream, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            return name
-    return None
+            command(argv)
+            sys.stdout.flush()
+        except Stopped as stopped:
+            if processes.is_first():
+                print(stopped, file=sys.stderr)
+            return stopped.exit_code
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
+            return exit_code(signal.SIGINT)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_exhausted(error):
+                raise
+            why = f"memory is short: {first_line(error)}"
+        except MemoryError as error:
+            why = f"memory is short: {error or 'an array, or a list, does not fit'}"
+        except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
+            why = " ".join(str(error).split())
+        except OSError as error:
+            name = next((name for name in watched if watched[name].error is error), None)
+            if name is None:
+                raise
+            if isinstance(error, BrokenPipeError):
+                return exit_code(signal.SIGPIPE)
+            why = f"{name} cannot be written: {error.strerror}"
+        else:
+            return 0
+        where = f" in process {jax.process_index()}" if processes.are_joined() else ""
+        print(f"error{where}: {why}", file=sys.stderr)
+        processes.leave(USAGE_ERROR)
+        return USAGE_ERROR
 
 
 def _quieten_orbax() -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json
@@ -18,6 +18,7 @@ TRAINING, EXTRAPOLATION = "training.json", "extrapolation.json"
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
 TEST_PATHS = ("*/fs/btrfs/*", "*/net/ipv4/*")
+DOMAINS = ("code", "prose")
 PROMPTS = ("static int ", "/* SPDX-License-Identifier: GPL-2.0 */\n#include <linux/")
 
 _GATED = ("--mixer=gated_delta_product",)
@@ -163,13 +164,27 @@ class _Row(TypedDict):
     tokens_per_second: NotRequired[float]
 
 
+class _Parameters(TypedDict):
+    total: int
+
+
+class _Test(TypedDict):
+    loss: NotRequired[float]
+    bits_per_byte: NotRequired[float]
+
+
+class _Results(TypedDict):
+    parameters: _Parameters
+    test: list[_Test]
+
+
 class Training(TypedDict):
     """The record of a leg's training, as far as it is read back."""
 
     leg: str
     seed: int
     curve: list[_Row]
-    results: Results | None
+    results: Annotated[Results, _Results] | None
 
 
 class _Curve(TypedDict):
@@ -210,8 +225,37 @@ def records_of(workdir: Path) -> list[dict[str, Any]]:
             f"workdir={str(workdir)!r} has no records/LEG/{TRAINING}; the stage train writes it"
         )
     for path, record in zip(paths, found, strict=True):
-        if not record["curve"]:
-            raise RunDirectoryError(f"{path}: curve is empty; it must have an entry at least")
+        problem = _wrong_with_curve(record["curve"])
+        if problem is None and record["results"] is not None and not record["results"]["test"]:
+            problem = "results.test is empty; it must have an entry at least"
+        if problem is not None:
+            raise RunDirectoryError(f"{path}: {problem}")
         places = path.with_name(EXTRAPOLATION)
         record["positions"] = read_json(places, Positions)["curves"] if places.exists() else []
+        for index, entry in enumerate(record["positions"]):
+            problem = _wrong_with_positions(entry, f"curves[{index}]")
+            if problem is not None:
+                raise RunDirectoryError(f"{places}: {problem}")
     return found
+
+
+def _wrong_with_curve(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    if not rows:
+        return "curve is empty; it must have an entry at least"
+    few = (f"curve[{i}].tokens={row['tokens']}" for i, row in enumerate(rows) if row["tokens"] < 1)
+    found = next(few, None)
+    return None if found is None else f"{found} is too small; it must be at least 1"
+
+
+def _wrong_with_positions(entry: Mapping[str, Any], name: str) -> str | None:
+    """What keeps a curve by position from being drawn: lists that differ, no places."""
+    places = entry["position"]
+    if not places or min(places) < 1:
+        return f"{name}.position must have a place at least, each from 1 on"
+    for column in ("loss", "error", "running_loss"):
+        if entry[column] is not None and len(entry[column]) != len(places):
+            return (
+                f"{name}.{column} has {len(entry[column])} entries; it must have {len(places)}, "
+                "as position"
+            )
+    return None

@@ -85,12 +85,15 @@ def arms_of(
         fields: what is tried beside it, some of `SPACE`.
 
     Raises:
-        ConfigError: an arm or what is fixed cannot be read, or decides what the search is to.
+        ConfigError: an arm or what is fixed cannot be read, or decides what the search is to; two
+            arms are the same.
     """
     module, constants = load_script(script), parse_fixed(fixed)
     given = [parse_fixed(text, "--arm") for text in texts] or [{MIXER: name} for name in MIXERS]
     arms = []
-    for arm in given:
+    for place, arm in enumerate(given):
+        if not arm or arm in given[:place]:
+            raise ConfigError(f"--arm={texts[place]!r} is empty, or there before; each is one row")
         decided = constants | arm
         for key in {RATE, SEED} & decided.keys():
             raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")

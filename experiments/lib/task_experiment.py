@@ -104,7 +104,12 @@ class TaskExperiment:
         sections = {**self.sections, "start": StartConfig, "devices": DeviceConfig}
         sections |= {} if self.figure is None else SECTION
         parsed = flags.parse(
-            argv, sections, self.presets, exclude=NOT_FLAGS, default_workdir=self.default_workdir
+            argv,
+            sections,
+            self.presets,
+            exclude=NOT_FLAGS,
+            default_workdir=self.default_workdir,
+            writes=False,  # to a run that is finished
         )
         devices = DeviceConfig(**parsed.sections["devices"])
         processes.keep_programs(devices)

@@ -1,6 +1,7 @@
 """Flags from dataclasses: types, precedence, help, and one line for whatever cannot be honoured."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -242,7 +243,8 @@ def test_a_full_disk_under_the_output_is_one_line(name, output, capsys, monkeypa
     for size in (1, 100_000):
         with open("/dev/full", "w", buffering=1 if name == "err" else -1) as full:
             monkeypatch.setattr(sys, f"std{name}", full)
-            assert flags.run(lambda argv, to=full: print("x" * argv[0], file=to), [size]) == 2
+            prints = lambda argv: print("x" * argv[0], file=getattr(sys, f"std{name}"))
+            assert flags.run(prints, [size]) == 2
             monkeypatch.undo()
     says = f"error: standard {output} cannot be written: No space left on device\n"
     captured = capsys.readouterr()
@@ -262,12 +264,35 @@ def test_a_reader_that_has_seen_enough_ends_a_command(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_an_output_that_can_be_written_hides_no_error():
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError("of another"), OSError(28, "No space left"), OSError("text alone")]
+)
+def test_an_output_that_can_be_written_hides_no_error_and_gets_no_line(error, capsys):
     def command(argv):
-        raise BrokenPipeError("of something else")
+        raise error
 
-    with pytest.raises(BrokenPipeError, match="of something else"):
+    with pytest.raises(OSError, match=error.args[-1]):
         flags.run(command, [])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_letters_that_an_output_lacks_are_spelt(monkeypatch):
+    kept = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(kept, encoding="ascii"))
+    assert flags.run(lambda argv: print("größe λ"), []) == 0
+    assert kept.getvalue() == b"gr\\xf6\\xdfe \\u03bb\n"
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_command_runs_with_an_output_closed(name, monkeypatch):
+    """Python then has None in the place of a stream."""
+    monkeypatch.setattr(sys, name, None)
+
+    def command(argv):
+        print("seen by nobody", file=getattr(sys, name), flush=True)
+        raise ConfigError("bad field")
+
+    assert flags.run(command, []) == 2
 
 
 def test_other_errors_keep_their_traceback():
@@ -315,3 +340,10 @@ def test_a_vocabulary_that_is_not_the_tasks_is_refused(tmp_path, capsys):
     assert state_tracking.main(argv) == 2
     assert "--config: vocab_size=14 must be the task's, 13" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_where_a_command_writes_is_looked_at_before_its_work(tmp_path):
+    with pytest.raises(RunDirectoryError, match=r"/proc/x cannot be written: No such file"):
+        parse("--workdir=/proc/x")
+    parse(f"--workdir={tmp_path / 'new'}")
+    assert not list(tmp_path.iterdir())

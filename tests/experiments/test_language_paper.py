@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 import tarfile
 
@@ -65,6 +66,92 @@ def test_text_is_chosen_alike_from_a_folder_and_an_archive(source, tmp_path, cap
     capsys.readouterr()
 
 
+def test_an_archive_holds_what_its_folder_does_however_it_was_made(source, tmp_path, capsys):
+    found = packed(tmp_path / "a", source)
+    with tarfile.open(tmp_path / "dot.tar", "w") as archive:
+        archive.add(source, ".")
+    assert packed(tmp_path / "b", tmp_path / "dot.tar") == found
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        archive.add(source, "linux")
+        archive.add(source / "drivers" / "3.c", "linux/drivers/3.c")
+    with pytest.raises(ConfigError, match=r"twice\.tar' has 'linux/drivers/3\.c' twice"):
+        packed(tmp_path / "c", tmp_path / "twice.tar")
+    capsys.readouterr()
+
+
+def test_a_name_that_is_no_text_is_packed(tmp_path, capsys):
+    (tmp_path / "odd").mkdir()
+    with open(os.fsencode(tmp_path / "odd") + b"/\xff.c", "w") as file:
+        file.write("x")
+    assert packed(tmp_path / "a", tmp_path / "odd") == {"code/\udcff.c": 1}
+    capsys.readouterr()
+
+
+def archive_of(folder, kind):
+    """An archive of one kind, in the same folder."""
+    path = folder.with_name(f"{folder.name}.tar.{kind}")
+    with tarfile.open(path, f"w:{kind}") as archive:
+        archive.add(folder, "linux-1.2")
+    return path
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def flipped(data):
+    middle = len(data) // 2
+    return (
+        data[:middle]
+        + bytes(byte ^ 0x5A for byte in data[middle : middle + 40])
+        + data[middle + 40 :]
+    )
+
+
+@pytest.mark.parametrize("kind", ["", "gz", "bz2", "xz"])
+@pytest.mark.parametrize("damage", [cut, flipped])
+def test_an_archive_that_is_damaged_is_one_line(kind, damage, source, tmp_path):
+    """Wherever it is read, and nothing of it is kept."""
+    path = archive_of(source, kind)
+    data = path.read_bytes()
+    if kind or damage is cut:  # else text that is another cannot be told from what it was
+        path.write_bytes(damage(data))
+        with pytest.raises(ConfigError, match=r"^source='.*' cannot be read: [a-zA-Z]"):
+            packed(tmp_path / "a", path)
+        with pytest.raises(ConfigError, match=r"^archive='.*' cannot be read: [a-zA-Z]"):
+            paper.unpack(path, tmp_path / "text")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"kernel", path.name}
+
+
+def test_an_archive_cut_between_two_files_is_one_line(tmp_path):
+    (tmp_path / "x.c").write_text("x")
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for name in ("linux/x.c", "linux/y.c"):
+            archive.add(tmp_path / "x.c", name)
+    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:1024])
+    with pytest.raises(
+        ConfigError, match=r"x\.tar' cannot be read: (it ends too early|empty header)"
+    ):
+        packed(tmp_path / "a", tmp_path / "x.tar")
+
+
+def test_text_is_of_the_archive_that_is_named(source, tmp_path, capsys):
+    workdir, text = tmp_path / "legs", tmp_path / "legs" / "text"
+    with pytest.raises(ConfigError, match=r"\.gz' has no folder code or prose; it may be one of"):
+        paper.unpack(archive_of(source, "gz"), text)
+    assert not list(workdir.glob("*"))
+    packed(tmp_path / "a", source)
+    good = tmp_path / "a" / pack_text.ARCHIVE
+    for _ in range(2):
+        paper.unpack(good, text)
+        assert (text / "prose/Documentation/x.rst").read_text() == "x" * 30
+    with pytest.raises(ConfigError, match=r"is not what .*/text is of; give a new workdir"):
+        paper.unpack(archive_of(source, "xz"), text)
+    good.unlink()
+    paper.unpack(good, text)  # which is not needed any more
+    capsys.readouterr()
+
+
 def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^--source is missing"):
         pack_text.PackConfig()
@@ -73,6 +160,9 @@ def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"^source=.*empty' has no file of"):
         packed(tmp_path / "a", tmp_path / "empty")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigError, match=r"^source=.*pipe' cannot be read: it is no file"):
+        packed(tmp_path / "a", tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("name", LEGS)
@@ -110,7 +200,7 @@ time.sleep(60)
 
 
 def test_a_part_ends_when_its_time_is_over_and_a_failure_is_one(capsys):
-    paper.run([sys.executable, "-c", CHILD], limit_s=3)
+    paper.run([sys.executable, "-c", CHILD], limit_s=1)
     paper.run([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)  # starting
     with pytest.raises(ConfigError, match=r"^a part failed with 7, see above: -c import sys"):
         paper.run([sys.executable, "-c", "import sys; sys.exit(7)"])
@@ -155,6 +245,7 @@ def test_settings_of_a_leg():
         records_of(paper.Path("nowhere"))
 
 
+RESULTS = {"steps": 1, "best_step": 1, "parameters": {"total": 3}, "test": [{"length": 4}]}
 WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "results": None}
 
 
@@ -164,7 +255,11 @@ WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "res
         ({"seed": "x"}, "seed='x' must be a whole number"),
         ({"curve": []}, "curve is empty; it must have an entry at least"),
         ({"curve": [{"loss": 1.0}]}, r"curve\[0\].tokens is missing"),
+        ({"curve": [{"tokens": 9}, {"tokens": 0}]}, r"curve\[1\]\.tokens=0 is too small"),
         ({"results": {"steps": 1}}, "results.best_step is missing"),
+        ({"results": RESULTS | {"parameters": {}}}, "results.parameters.total is missing"),
+        ({"results": RESULTS | {"test": []}}, "results.test is empty; it must have an entry"),
+        ({"results": RESULTS | {"test": [{"length": 4, "loss": "x"}]}}, r"results.test\[0\].loss"),
     ],
 )
 def test_a_damaged_record_of_a_leg_is_one_line(change, says, tmp_path):
@@ -175,13 +270,42 @@ def test_a_damaged_record_of_a_leg_is_one_line(change, says, tmp_path):
         records_of(tmp_path)
 
 
-def test_damaged_curves_of_a_leg_are_one_line(tmp_path):
+BY_POSITION = {
+    "data": "x", "label": "y", "trained": None, "position": [1.0, 2.0], "loss": [3.0, 2.0],
+    "error": None, "running_loss": [3.0, 2.5],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"loss": 3}, r"curves\[0\]\.loss=3 must be a list"),
+        ({"loss": [3.0]}, r"curves\[0\]\.loss has 1 entries; it must have 2, as position"),
+        ({"error": []}, r"curves\[0\]\.error has 0 entries; it must have 2"),
+        ({"position": []}, r"curves\[0\]\.position must have a place at least"),
+        ({"position": [0.0, 1.0]}, r"curves\[0\]\.position must .*, each from 1 on"),
+    ],
+)
+def test_damaged_curves_of_a_leg_are_one_line(change, says, tmp_path):
     folder = tmp_path / "records" / "213m_1_seed0"
     folder.mkdir(parents=True)
     (folder / TRAINING).write_text(json.dumps(WHOLE))
-    (folder / EXTRAPOLATION).write_text('{"curves": [{"data": "x", "loss": 3}]}')
-    with pytest.raises(RunDirectoryError, match=r"extrapolation\.json: curves\[0\]"):
+    (folder / EXTRAPOLATION).write_text(json.dumps({"curves": [BY_POSITION]}))
+    (record,) = records_of(tmp_path)
+    assert record["positions"] == [BY_POSITION]
+    (folder / EXTRAPOLATION).write_text(json.dumps({"curves": [BY_POSITION | change]}))
+    with pytest.raises(RunDirectoryError, match=rf"extrapolation\.json: {says}"):
         records_of(tmp_path)
+
+
+def test_numbers_that_no_picture_shows_are_one_line(tmp_path):
+    folder = tmp_path / "records" / "213m_1_seed0"
+    folder.mkdir(parents=True)
+    rows = [{"tokens": tokens, "loss": tokens * 1e308} for tokens in (1, -1)]
+    rows[1]["tokens"] = 2
+    (folder / TRAINING).write_text(json.dumps(WHOLE | {"curve": rows}))
+    with pytest.raises(RunDirectoryError, match=r"records cannot be drawn: "):
+        paper.command([f"--workdir={tmp_path}", "--stages=draw"])
 
 
 @pytest.mark.slow

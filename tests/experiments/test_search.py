@@ -182,8 +182,15 @@ def test_every_mixer_tries_as_much():
     [
         ("--arm=mixer=gla;seed=3", "seed=3 is in --arm or --fixed; the search decides it"),
         ("--arm=mixer=nothing", "mixer='nothing' is not known"),
+        ("--arm=", "--arm='' is empty, or there before; each is one row"),
+        ("--arm=mixer=gla", "--arm='mixer=gla' is empty, or there before"),
         ("--settings=0", "settings=0 is too small"),
         ("--fields=beta_bias,steps", "fields='steps' is not known; it may be one of"),
+        (
+            "--settings=1000000000",
+            "settings=1000000000 and seeds=2 make 4000000000 runs of 2 arms, more than max_runs=10",
+        ),
+        ("--fresh=1000000000", "fresh=1000000000 make 2000000000 runs of 2 arms, more than max_ru"),
         ("--seeds=1001", "seeds=1001 is too large; it may be 1000 at most"),
         ("--highest_rate=1e-5", "highest_rate=1e-05 is too small; it must be at least 0.0001"),
         ("--script=absent", "script='absent' is not known"),

@@ -3,11 +3,16 @@
 import json
 import random
 import signal
+import threading
 import time
 
+import jax
 import pytest
 from parallel_process import finish, start
 from tiny_run import curve, outcome, rows_in
+
+from deltaproduct_jax.parallel import processes
+from deltaproduct_jax.parallel.config import DeviceConfig
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -126,6 +131,32 @@ def test_one_of_four_is_killed_ten_times_at_random_moments(tmp_path):
     assert outcome(killed) == outcome(undisturbed)
     names = [sorted(p.name for p in (w / "checkpoints").iterdir()) for w in (killed, undisturbed)]
     assert names[0] == names[1]
+
+
+def test_waiting_for_others_that_do_not_come_ends_with_a_line(monkeypatch, capsys):
+    ended, codes = threading.Event(), []
+    monkeypatch.setattr(processes, "INITIALIZATION_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(processes.os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: ended.wait(timeout=60))
+    processes.join(DeviceConfig(coordinator_address="host:1", num_processes=2, process_id=0))
+    assert codes == [processes.GIVEN_UP]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: coordinator_address='host:1' has not brought all processes tog")
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    processes.join(DeviceConfig(coordinator_address="host:1", num_processes=2, process_id=0))
+    time.sleep(0.1)
+    assert len(codes) == 1  # all have come
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_process_that_is_alone_ends_before_jax_would(missing, tmp_path):
+    ones = start(tmp_path / "run", 2, all_of_them={"JOIN_S": "5"})
+    ones[missing].kill()
+    code, out, err = finish(ones)[1 - missing]
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert "has not brought all processes together in 5 s" in line
 
 
 @pytest.mark.slow

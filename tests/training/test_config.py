@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,17 @@ import numpy as np
 import optax
 import pytest
 
+from deltaproduct_jax.data.config import PrepareConfig, StreamConfig
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import to_json
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.models.generation.sampling import Sampling
 from deltaproduct_jax.tasks.groups import GroupTask
+from deltaproduct_jax.tasks.recall import RecallTask
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.plugins import PluginConfig
+from deltaproduct_jax.training.text import TextTask
 
 
 def run_config(task: GroupTask | None = None, **train) -> RunConfig:
@@ -37,6 +44,12 @@ def run_config(task: GroupTask | None = None, **train) -> RunConfig:
         ({"weight_decay": -math.inf}, "weight_decay=-inf must be a finite number"),
         ({"clip_norm": "1"}, "clip_norm='1' must be a finite number or none"),
         ({"adam_eps": 10**400}, r"adam_eps=10+\.\.\. must be a finite number"),
+        (
+            {"learning_rate": 1e39},
+            r"learning_rate=1e\+39 cannot be held in float32; it may be 0 or",
+        ),
+        ({"adam_eps": 1e-46}, r"adam_eps=1e-46 cannot be held in float32"),
+        ({"clip_norm": 10**39}, r"clip_norm=1e\+39 cannot be held in float32"),
         ({"steps": 10.0}, r"steps=10\.0 must be a whole number"),
         ({"batch_size": True}, "batch_size=True must be a whole number"),
         ({"seed": None}, "seed=None must be a whole number"),
@@ -82,6 +95,61 @@ def test_the_model_must_speak_the_task():
 def test_every_field_is_explained(config):
     for field in dataclasses.fields(config):
         assert field.metadata["help"].strip(), field.name
+
+
+def of_other_kinds(value):
+    """What a caller may well give for a value: NumPy's numbers and texts, lists, whole floats."""
+    if isinstance(value, tuple):
+        return [of_other_kinds(entry) for entry in value]
+    if isinstance(value, bool | int | str):
+        return np.asarray(value)[()]
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else Fraction(value)
+    return value
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(curriculum=(4, 8), clip_norm=1.0, spike_deviations=3.5),
+        ModelConfig(
+            remat="named", saved_points=("mixer_input",), num_layers=2, attention_layers=(0,)
+        ),
+        GroupTask("S3", train_length=8, eval_lengths=(4, 8)),
+        RecallTask(eval_lengths=(64, 128), eval_pairs=(4, 8)),
+        TextTask(data=("a", "b"), data_weights=(0.75, 1.0)),
+        StreamConfig(data=("a", "b"), data_weights=(0.75, 1.0)),
+        PrepareConfig(sources=("a",), valid_fraction=0.5),
+        PluginConfig(plugins=("a.py",)),
+        Sampling(temperature=0.5),
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_fields_are_kept_as_the_kinds_that_they_are_of(config, unchecked):
+    """However they were given, a configuration is hashable, and its record is the same."""
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    again = dataclasses.replace(config, **{n: of_other_kinds(v) for n, v in values.items()})
+    kept = {name: getattr(again, name) for name in values}
+    assert repr(kept) == repr(values)  # which shows kinds that are equal
+    assert again == config
+    assert hash(again) == hash(config)
+    assert to_json(kept) == to_json(values)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scan_layers": np.asarray(True)}, r"scan_layers=array\(True\) must be true or false"),
+        ({"num_heads": np.bool_(True)}, r"num_heads=np\.True_ must be a whole number"),
+        ({"num_heads": np.float32(4)}, r"num_heads=np\.float32\(4\.0\) must be a whole number"),
+        ({"norm_eps": np.float32("nan")}, r"norm_eps=np\.float32\(nan\) must be a finite number"),
+        ({"saved_points": {"mixer_input"}}, r"saved_points={'mixer_input'} must be texts"),
+        ({"attention_layers": [np.int8(0), 1.0]}, r"attention_layers\[1\]=1\.0 must be a whole"),
+    ],
+)
+def test_kinds_that_would_change_a_value_are_refused(fields, message, unchecked):
+    with pytest.raises(ConfigError, match=message):
+        ModelConfig(**fields)
 
 
 def test_warmup_then_cosine():

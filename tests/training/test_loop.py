@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ from deltaproduct_jax.training.step import (
     make_train_step,
     split_model,
 )
+from deltaproduct_jax.training.together import group
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "tiny_model")
 
@@ -240,6 +242,40 @@ def test_a_failed_write_is_one_line_and_the_run_goes_on_later(
     train(tmp_path)
     assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
     assert outcome(tmp_path) == outcome(finished)
+
+
+def no_room(**_):
+    return open("/dev/full", "wb")
+
+
+def untraced(*_, **__):
+    raise AssertionError("something was traced")
+
+
+@pytest.mark.parametrize("begin", [loop.train, group.train_together])
+def test_a_place_that_takes_no_files_is_refused_before_anything_is_traced(
+    begin, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "SequenceModel", untraced)
+    several = begin is group.train_together
+    start = lambda workdir: begin(
+        [run_config()] if several else run_config(), [workdir] if several else workdir, ["test"]
+    )
+    for folder in (Path("/proc/a/b"), Path("/sys/a")):
+        with pytest.raises(RunDirectoryError, match=rf"{folder} cannot be written: (No such|Perm)"):
+            start(folder)
+    if not several:
+        with pytest.raises(RunDirectoryError, match="/proc/a cannot be written: No such"):
+            loop.train(run_config(), tmp_path, ["test"], bucket="/proc/a")
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", no_room)
+    with pytest.raises(RunDirectoryError, match=r"/new cannot be written: No space left"):
+        start(tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_shown_where_nothing_can_be_written(finished, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", no_room)
+    assert train(finished)["steps"] == 12
 
 
 def test_a_new_version_or_commit_only_adds_a_start(tmp_path, finished):

@@ -192,6 +192,14 @@ def test_registrations_that_cannot_be_honoured(files):
         register_task("layer", GatedDeltaProduct)
 
 
+@pytest.mark.parametrize("ends", ["sys.exit(main())", "raise SystemExit", "sys.exit('usage')"])
+def test_a_script_that_ends_the_program_is_no_plugin(ends, tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(f"import sys\nmain = lambda: 3\n{ends}\n")
+    with pytest.raises(ConfigError, match=r"^plugins='.*script\.py' ends the program when it is"):
+        import_plugins([str(path)])
+
+
 def test_a_saved_run_is_read_with_care():
     saved = json.loads((ROOT / "tests" / "data" / "presets.json").read_text())
     for preset in saved.values():  # of version 0.1, before there were plug-ins

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import is_there, require_directory
+from deltaproduct_jax.files import is_there, require_writable
 from deltaproduct_jax.training.compiled import UnderWay
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, scored
@@ -64,7 +64,7 @@ def train_together(
     """
     _require_one_program(configs)
     for workdir in workdirs:
-        require_directory(workdir)
+        require_writable(workdir)
     require_memory_of_config(configs[0])
     with stop_on_signals() as request:
         mesh = mesh_of_runs()

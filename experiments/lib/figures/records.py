@@ -1,5 +1,6 @@
 """Figures and tables of the records that a folder keeps, whichever command wrote them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -148,6 +149,16 @@ KINDS = (
 )
 
 
+@contextlib.contextmanager
+def from_record(file: Path) -> Iterator[None]:
+    """Says of what cannot be drawn, in one line, that it is the record's fault."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = error if isinstance(error, ConfigError) else repr(error)
+        raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
+
+
 NAMES = {kind.name for kind in KINDS}
 MOST_BEFORE = 100  # characters before the key that says whose record it is
 KEYS = tuple(f'"{key}"'.encode() for key in (FIGURE, PAGE))
@@ -168,15 +179,12 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
         record, path = read_json(file), file.with_suffix("")
         fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
         kind = next(fits, None)
-        try:
+        with from_record(file):
             text = text_of(record)
             if text is not None:
                 yield _written(path, ".md", f"{text}\n")
             if kind is not None:
                 yield from kind.draw(record, path, look)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            why = error if isinstance(error, ConfigError) else repr(error)
-            raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
     for file in sorted(folder.rglob(METRICS)):
         rows = read_lines(file, MetricsLine)
         if rows and plots.BITS in rows[0]:

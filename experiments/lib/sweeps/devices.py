@@ -29,7 +29,11 @@ def device_flags(given: Mapping[str, str]) -> list[str]:
     written = [f"--{name}={value}" for name, value in given.items()]
     try:
         parsed = flags.parse(
-            ["--workdir=.", *written], {"devices": DeviceConfig}, {"default": {}}, exclude=JOINING
+            ["--workdir=.", *written],
+            {"devices": DeviceConfig},
+            {"default": {}},
+            exclude=JOINING,
+            writes=False,
         )
         DeviceConfig(**parsed.sections["devices"])
     except (absl_flags.Error, ConfigError) as error:

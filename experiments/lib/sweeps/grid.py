@@ -245,7 +245,11 @@ def build(module: types.ModuleType, settings: Mapping[str, str]) -> dict[str, An
     written = [f"--{key}={value}" for key, value in settings.items()]
     try:
         parsed = flags.parse(
-            ["--workdir=.", *written], module.SECTIONS, module.PRESETS, exclude=NO_FLAGS
+            ["--workdir=.", *written],
+            module.SECTIONS,
+            module.PRESETS,
+            exclude=NO_FLAGS,
+            writes=False,
         )
         config = module.configure(parsed.sections).to_dict()
     except (absl_flags.Error, ConfigError) as error:

@@ -1,0 +1,51 @@
+"""Archives that tar reads: one line for what is none, is damaged, or ends too early."""
+
+import contextlib
+import lzma
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from deltaproduct_jax.errors import ConfigError
+
+
+class _Member(tarfile.TarInfo):
+    """A member of an archive, which knows when the archive's own end has been met.
+
+    An archive that was cut short between two members is else read as one that ends there.
+    """
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
+        """The next member."""
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            archive.has_ended = True
+            raise
+
+
+@contextlib.contextmanager
+def opened(path: Path, name: str) -> Iterator[tarfile.TarFile]:
+    """An archive, of which all members are to be read, in turn; compressed in any way.
+
+    Args:
+        path: of the archive.
+        name: of the setting that gave it.
+
+    Raises:
+        ConfigError: it is no archive, cannot be read, or not to its end.
+    """
+    try:
+        if not path.is_file():  # a pipe may never end
+            path.stat()
+            raise tarfile.ReadError("it is no file")
+        with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
+            archive.has_ended = False
+            yield archive
+            if not archive.has_ended:
+                raise tarfile.ReadError("it ends too early")
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name}={str(path)!r} cannot be read: {reason}") from error
