@@ -21,107 +21,38 @@ Takes: on one H200 three minutes to train a leg of 36M, ten a leg of 213M, and a
     measure; seconds of ``--leg=tiny``.
 """
 
-import dataclasses
 import shutil
-import signal
 import statistics
-import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+import jax
+
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, read_lines, user_path
-from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
-from deltaproduct_jax.training.stopping import exit_code
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
-from experiments.lib.figures.legs import draw_losses, draw_positions
+from experiments.lib.children import run
+from experiments.lib.figures.legs import draw_all
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
-    LEGS,
     TRAINING,
     Leg,
     curve,
     measurements,
     preparations,
     records_of,
-    samples,
 )
+from experiments.lib.leg_config import PRESETS, LegConfig
 
-STAGES = ("prepare", "train", "measure", "draw")
-SAMPLES = "samples.txt"
-# Of a part that was told to end; the second, while it is still starting.
-STOPPED = (exit_code(signal.SIGTERM), -signal.SIGTERM)
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "tiny": {
-        "leg": "tiny",
-        "tokens": 20_000,
-        "train_length": 128,
-        "batch_size": 8,
-        "learning_rate": 3e-3,
-        "length": 512,
-        "rank_length": 256,
-        "rows": 2,
-        "tokenizer": "bytes",
-    },
-}
+RANK_COLUMNS = ("effective rank", "rank, last quarter", "least rank kept at starts")
 
 
-@dataclasses.dataclass(frozen=True)
-class PaperConfig:
-    """Which leg, how far, and what of it; raises ConfigError where the fields make no sense."""
-
-    leg: str = setting("213m_2", f"one of {', '.join(LEGS)}")
-    stages: tuple[str, ...] = setting(STAGES, f"in turn, among {', '.join(STAGES)}", filled=True)
-    archive: str | None = setting(None, "of experiments.language.pack_text; none: already unpacked")
-    tokenizer: str = setting("mistral", "as of experiments.prepare_text")
-    tokens: int = setting(200_000_000, "trained on")
-    train_length: int = setting(4096, "tokens of a row")
-    batch_size: int = setting(32, "rows of an update")
-    accumulation_steps: int = setting(
-        1, "parts of a batch whose gradients are added in turn", least=1
-    )
-    learning_rate: float = setting(6e-4, "peak learning rate; it falls to a tenth", above=0)
-    train_s: float | None = setting(
-        None, "seconds of this start's training; none: to its end", above=0
-    )
-    length: int = setting(32768, "tokens of the rows measured")
-    rank_length: int = setting(16384, "tokens of the row whose ranks are taken")
-    rows: int = setting(16, "rows measured, of each text")
-    seed: int = seed_setting("of parameters and data")
-
-    def __post_init__(self) -> None:
-        """Checks every field."""
-        check_fields(self)
-        require_one_of("leg", self.leg, LEGS)
-        for stage in self.stages:
-            require_one_of("stages", stage, STAGES)
-        for name in ("tokens", "train_length", "batch_size", "length", "rank_length", "rows"):
-            require_at_least(name, getattr(self, name), 1)
-        if self.batch_size % self.accumulation_steps:
-            raise ConfigError(
-                f"batch_size={self.batch_size} must be a multiple of accumulation_steps="
-                f"{self.accumulation_steps}"
-            )
-        if self.steps < 1:
-            raise ConfigError(
-                f"tokens={self.tokens} must be one batch of batch_size={self.batch_size} rows of "
-                f"train_length={self.train_length} at least"
-            )
-
-    @property
-    def steps(self) -> int:
-        """Updates of the parameters."""
-        return self.tokens // (self.batch_size * self.train_length)
-
-
-def prepare(config: PaperConfig, workdir: Path) -> None:
+def prepare(config: LegConfig, workdir: Path) -> None:
     """Unpacks the archive, and makes its text tokens."""
     text = workdir / "text"
     if config.archive is not None and not text.exists():
@@ -139,13 +70,21 @@ def prepare(config: PaperConfig, workdir: Path) -> None:
         run(command)
 
 
-def train(config: PaperConfig, leg: Leg) -> bool:
+def train(config: LegConfig, leg: Leg) -> bool:
     """Trains for as long as it may; whether the run is finished. What is known of it is kept."""
-    settings = (config.batch_size, config.accumulation_steps, config.steps, config.learning_rate)
-    run(leg.training(config.train_length, *settings), limit_s=config.train_s)
+    settings = (config.batch_size, config.parts, config.steps, config.learning_rate)
+    try:
+        run(leg.training(config.train_length, *settings), limit_s=config.train_s)
+    finally:  # of what was told to end too
+        keep(leg)
+    return (leg.run / RESULTS).exists()
+
+
+def keep(leg: Leg) -> None:
+    """Writes what is known of a leg's training, if it has come to its first record."""
     rows = read_lines(leg.run / METRICS, MetricsLine)
-    if not rows:  # it ended before its first record
-        return False
+    if not rows:
+        return
     results = leg.run / RESULTS
     record = {
         "leg": leg.name,
@@ -155,42 +94,13 @@ def train(config: PaperConfig, leg: Leg) -> bool:
         "results": read_json(results) if results.exists() else None,
     }
     write_json(leg.records / TRAINING, record)
-    return results.exists()
 
 
-def run(command: Sequence[str], *, limit_s: float | None = None, output: Any = None) -> None:
-    """Runs a command, which is told to save and end when its time is over.
-
-    Raises:
-        ConfigError: it failed; it has said why.
-    """
-    shown_as = " ".join(command[1:])
-    print(shown_as, file=sys.stderr, flush=True)
-    began = time.monotonic()
-    child = subprocess.Popen(command, stdout=output)
-    try:
-        child.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-    except BaseException:
-        child.send_signal(signal.SIGTERM)
-        child.wait()
-        raise
-    out_of_time = limit_s is not None and time.monotonic() - began >= limit_s
-    if child.returncode and not (out_of_time and child.returncode in STOPPED):
-        raise ConfigError(f"a part failed with {child.returncode}, see above: {shown_as}")
-
-
-def measure(config: PaperConfig, leg: Leg) -> None:
+def measure(config: LegConfig, leg: Leg) -> None:
     """What a trained model is asked; each answer is written as soon as it is there."""
-    with open(leg.records / SAMPLES, "w", encoding="utf-8") as file:
-        run(samples(leg), output=file)
-    for command in measurements(leg, config.length, config.rank_length, config.rows):
-        run(command)
-    # What all legs' table and figures show need not stand here too.
-    for spare in [*leg.records.glob("*.npz"), *leg.records.glob("extrapolation.[mp]*")]:
-        spare.unlink()
+    for part in measurements(leg, config.length, config.rank_length, config.rows):
+        run(part.command, output=part.output)
+    leg.remove_spares()
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
@@ -211,11 +121,13 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
                 shown(validated[-1] if validated else None, ".4f"),
                 *(shown(tests.get(name), ".4f") for name in ("loss", "bits_per_byte")),
                 *(_last_eighth(ends.get(text)) for text in texts),
+                *_ranks(record["ranks"]),
             ]
         )
     head = ("leg", "seed", "tokens", "parameters", "median tokens/s", "validation loss")
     head += ("test loss", "bits per byte")
-    return markdown((*head, *(f"{text}, last eighth" for text in texts)), lines)
+    head += tuple(f"{text}, last eighth" for text in texts)
+    return markdown((*head, *RANK_COLUMNS), lines)
 
 
 def _last_eighth(loss: Sequence[float] | None) -> str:
@@ -225,11 +137,22 @@ def _last_eighth(loss: Sequence[float] | None) -> str:
     return f"{sum(last) / len(last):.4f}"
 
 
+def _ranks(ranks: Mapping[str, Any] | None) -> list[str]:
+    """Means over all heads, and the head that keeps least where documents begin."""
+    heads = [head for block in ranks["heads"].values() for head in block] if ranks else []
+    said = lambda name: [head[name] for head in heads if head[name] is not None]
+    means = [statistics.fmean(said(name)) if said(name) else None for name in ("trained", "end")]
+    least = min(said("kept_at_starts"), default=None)
+    return [*(shown(mean, ".1f") for mean in means), shown(least, ".2f")]
+
+
 def command(argv: Sequence[str]) -> None:
     """Runs the stages in turn."""
-    parsed = flags.parse(argv, {"paper": PaperConfig, **SECTION}, PRESETS)
-    config, workdir = PaperConfig(**parsed.sections["paper"]), parsed.workdir.resolve()
+    parsed = flags.parse(argv, {"paper": LegConfig, **SECTION}, PRESETS)
+    config, workdir = LegConfig(**parsed.sections["paper"]), parsed.workdir.resolve()
     look = Look(**parsed.sections["figures"])
+    # This process computes nothing; an accelerator is for what it runs.
+    jax.config.update("jax_platforms", "cpu")
     workdir.mkdir(parents=True, exist_ok=True)
     leg = Leg(config.leg, config.seed, workdir)
     if "prepare" in config.stages:
@@ -242,8 +165,7 @@ def command(argv: Sequence[str]) -> None:
         measure(config, leg)
     if "draw" in config.stages:
         found = records_of(workdir)
-        draw_losses(found, workdir / "losses", look)
-        draw_positions(found, workdir / "positions", look)
+        list(draw_all(found, workdir, look))
         legs = [f"{record['leg']}_seed{record['seed']}" for record in found]
         record = {"command": command_line("language.paper", argv), "legs": legs}
         print(write_report(workdir, "legs", record, table(found)))

@@ -85,9 +85,7 @@ def _extrapolation(record: Any, path: Path, look: Look) -> list[Path]:
 
 
 def _legs(record: Any, path: Path, look: Look) -> Iterator[Path]:
-    found = records_of(path.parent)
-    yield from legs.draw_losses(found, path.with_name("losses"), look)
-    yield from legs.draw_positions(found, path.with_name("positions"), look)
+    yield from legs.draw_all(records_of(path.parent), path.parent, look)
 
 
 def _heads(record: Any, path: Path, look: Look) -> list[Path]:
