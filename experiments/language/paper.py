@@ -9,7 +9,8 @@ code, measures it and keeps what is small in ``records/LEG_seedN``: losses of tr
 position on code that was held out and on prose, effective ranks, samples. The same command goes on
 where it stood, so that a leg may take several sessions of a machine; ``--train_s`` ends training
 for this time, saved. ``--stages=draw`` puts the records of all legs that are in the folder into one
-table and two figures, wherever they were made: it needs no checkpoint.
+table and three figures, wherever they were made: it needs no checkpoint. All legs on the GPUs of a
+machine: ``experiments.language.legs``.
 
 Legs are the paper's 213M with n_h = 1, 2 and 3, a gated one, and models of 36M parameters beside
 attention, Mamba-2 and a hybrid (``experiments/lib/language_legs.py``).
@@ -49,7 +50,7 @@ from experiments.lib.language_legs import (
 )
 from experiments.lib.leg_config import PRESETS, LegConfig
 
-RANK_COLUMNS = ("effective rank", "rank, last quarter", "least rank kept at starts")
+RANK_COLUMNS = ("rank, length trained", "rank, last quarter", "least rank kept at starts")
 
 
 def prepare(config: LegConfig, workdir: Path) -> None:
@@ -104,8 +105,9 @@ def measure(config: LegConfig, leg: Leg) -> None:
 
 
 def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a leg: tokens, losses, and those by position at the end of each text's rows."""
+    """A line a leg: tokens, losses, and those by position at the end of each text's rows; ranks."""
     texts = sorted({entry["data"] for record in found for entry in record["positions"]})
+    ranked = any(record["ranks"] for record in found)
     lines = []
     for record in found:
         last, results = record["curve"][-1], record["results"]
@@ -121,13 +123,13 @@ def table(found: Sequence[Mapping[str, Any]]) -> str:
                 shown(validated[-1] if validated else None, ".4f"),
                 *(shown(tests.get(name), ".4f") for name in ("loss", "bits_per_byte")),
                 *(_last_eighth(ends.get(text)) for text in texts),
-                *_ranks(record["ranks"]),
+                *(_ranks(record["ranks"]) if ranked else ()),
             ]
         )
     head = ("leg", "seed", "tokens", "parameters", "median tokens/s", "validation loss")
     head += ("test loss", "bits per byte")
     head += tuple(f"{text}, last eighth" for text in texts)
-    return markdown((*head, *RANK_COLUMNS), lines)
+    return markdown((*head, *(RANK_COLUMNS if ranked else ())), lines)
 
 
 def _last_eighth(loss: Sequence[float] | None) -> str:

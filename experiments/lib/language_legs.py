@@ -4,6 +4,7 @@ A leg is: text to tokens, a training run, its measurements. Every command goes o
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,7 +94,8 @@ class Leg:
 
     def remove_spares(self) -> None:
         """Removes of what measuring wrote that which all legs' table and figures show."""
-        for spare in [*self.records.glob("*.npz"), *self.records.glob("extrapolation.[mp]*")]:
+        shown = [self.records.glob(f"{Path(name).stem}.[mp]*") for name in (EXTRAPOLATION, RANKS)]
+        for spare in itertools.chain(self.records.glob("*.npz"), *shown):
             spare.unlink()
 
     def tokens(self, domain: str) -> Path:

@@ -6,7 +6,6 @@ the next starts and compiles; measuring a leg goes on beside the training of oth
 
 import dataclasses
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -107,8 +106,13 @@ class Schedule:
         self._look, self._train, self._measure = look, train, measure
         self._say, self._clock = say, clock
         self._queue = [leg for leg in legs if not look(leg).is_done]
-        self._unmeasured = deque(leg for leg in legs if leg not in self._queue)
+        # And the slot that trained it, None where that was an earlier start.
+        self._unmeasured: list[tuple[Leg, int | None]] = [
+            (leg, None) for leg in legs if leg not in self._queue
+        ]
         self._rates: dict[str, float] = {}  # of legs seen to train, by name, the last one last
+        for leg in legs:
+            self._note_rate(leg)
 
     def step(self) -> bool:
         """Looks at what runs and begins what can begin; False once nothing is left to do.
@@ -153,16 +157,19 @@ class Schedule:
     def _reap(self) -> None:
         for slot in self.slots:
             for leg, job in list(slot.training):
-                rate = self._look(leg).rate
-                if rate is not None:
-                    self._rates.pop(leg.name, None)
-                    self._rates[leg.name] = rate
+                self._note_rate(leg)
                 if self._ended(job):
                     slot.training.remove((leg, job))
                     if self._look(leg).is_done:
-                        self._unmeasured.append(leg)
+                        self._unmeasured.append((leg, slot.number))
             if slot.measuring is not None and self._ended(slot.measuring[1]):
                 slot.measuring = None
+
+    def _note_rate(self, leg: Leg) -> None:
+        rate = self._look(leg).rate
+        if rate is not None:
+            self._rates.pop(leg.name, None)
+            self._rates[leg.name] = rate
 
     def _ended(self, job: Job) -> bool:
         errors = job.poll()
@@ -172,13 +179,19 @@ class Schedule:
         return errors is not None
 
     def _fill(self, slot: Slot) -> None:
-        while slot.measuring is None and self._unmeasured:
-            leg = self._unmeasured.popleft()
-            job = self._measure(leg, slot.number)
-            slot.measuring = None if job is None else (leg, job)
+        while slot.measuring is None and (found := self._to_measure(slot)) is not None:
+            self._unmeasured.remove(found)
+            job = self._measure(found[0], slot.number)
+            slot.measuring = None if job is None else (found[0], job)
         while (leg := self._next(slot)) is not None:
             self._queue.remove(leg)
             slot.training.append((leg, self._train(leg, slot.number)))
+
+    def _to_measure(self, slot: Slot) -> tuple[Leg, int | None] | None:
+        """A leg that was trained here, or where nothing trains any; None without one."""
+        mine = (None, slot.number) if slot.training else (None, *range(len(self.slots)))
+        own_first = sorted(self._unmeasured, key=lambda entry: entry[1] != slot.number)
+        return next((entry for entry in own_first if entry[1] in mine), None)
 
     def _next(self, slot: Slot) -> Leg | None:
         """The first leg that this GPU has room and time for."""
