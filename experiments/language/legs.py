@@ -103,8 +103,8 @@ def command(argv: Sequence[str]) -> None:
     """Prepares, trains, measures, draws; SystemExit with 1 if a leg failed."""
     sections = {"legs": LegsConfig, "paper": LegConfig, **SECTION}
     parsed = flags.parse(argv, sections, PRESETS, exclude=DECIDED)
-    config, workdir = LegsConfig(**parsed.sections["legs"]), parsed.workdir.resolve()
     look = Look(**parsed.sections["figures"])
+    config, workdir = LegsConfig(**parsed.sections["legs"]), parsed.workdir.resolve()
     of_each = [
         LegConfig(**parsed.sections["paper"] | {"leg": name, "seed": seed})
         for name, seed in config.named
