@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
+import signal
 import sys
 import tarfile
+import threading
 
 import pytest
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
 from experiments.language import pack_text, paper
@@ -113,13 +117,21 @@ time.sleep(60)
 
 
 def test_a_part_ends_when_its_time_is_over_and_a_failure_is_one(capsys):
-    children.run([sys.executable, "-c", CHILD], limit_s=3)
+    children.run([sys.executable, "-c", CHILD], limit_s=2)
     children.run([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)  # starting
     with pytest.raises(ConfigError, match=r"^a part failed with 7, see above: -c import sys"):
         children.run([sys.executable, "-c", "import sys; sys.exit(7)"])
     with pytest.raises(ConfigError, match="failed with 143"):  # by someone else
         children.run([sys.executable, "-c", "import sys; sys.exit(143)"], limit_s=60)
     capsys.readouterr()
+
+
+def test_a_signal_ends_a_part_before_this_process(capsys):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Stopped, match="stopped by Ctrl-C; the same command goes on") as stopped:
+        children.run([sys.executable, "-c", CHILD])
+    assert stopped.value.exit_code == 130
+    assert "import signal" in capsys.readouterr().err
 
 
 def test_records_of_legs_are_drawn_together(tmp_path, capsys):
