@@ -8,10 +8,10 @@
 
 ``--kind=cumulative`` draws the fraction of sequences right up to each position, a panel a value of
 ``--x`` and a curve a value of ``--by``: the median over all other settings, seeds above all, and
-every run thinly or as a band. ``--kind=table`` puts median and best over them into a table,
-``--kind=escape`` the fraction of runs that reach a threshold, as a table and bars. ``NAME.json``
-keeps what is shown: ``experiments.redraw`` makes the same of it, without the runs. It is written
-before the picture, which needs matplotlib.
+every run thinly or as a band. ``--kind=table`` puts median and best over them into a table and
+points, ``--kind=escape`` the fraction of runs that reach a threshold, as a table and bars.
+``NAME.json`` keeps what is shown: ``experiments.redraw`` makes the same of it, without the runs. It
+is written before the picture, which needs matplotlib.
 
 Source: https://arxiv.org/abs/2502.10297: accuracy over length by n_h and by layers (state tracking)
     and the table of formal languages, as in https://arxiv.org/abs/2411.12537, table 3.
@@ -156,7 +156,7 @@ def command(argv: Sequence[str]) -> None:
     write_json(file, record, indent=None)
     print(f"written: {file}")
     if config.kind != "cumulative":
-        print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record['rows'], config.keys)}")
+        print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record)}")
     for written in show(record, path, look):
         print(f"written: {written}")
 

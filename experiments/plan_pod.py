@@ -41,7 +41,7 @@ from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib import environment, flags, language_presets
-from experiments.lib.bench.report import command_line, markdown, shown, write_report
+from experiments.lib.bench.report import begun, markdown, shown, write_report
 from experiments.lib.pod.batches import fits, largest_rows, memory_of_step
 from experiments.lib.pod.compiler import EXTRAS, PLUGIN, compile_apart
 
@@ -192,9 +192,10 @@ def plan(config: PlanConfig, run: RunConfig, mesh: str) -> dict[str, Any]:
     return {"compiled": compiled, "line": line, "memory_bytes": limit, "chip": kind}
 
 
-def blocks(record: Mapping[str, Any]) -> list[str]:
+def page(record: Mapping[str, Any]) -> list[str]:
     """Paragraphs and tables of a plan."""
-    kind, limit, compiled = (record[name] for name in ("chip", "memory_bytes", "compiled"))
+    kind, limit = record["chip"], record["memory_bytes"]
+    compiled = {int(rows): found for rows, found in record["compiled"].items()}
     first = compiled[record["rows"]]
     cut = [first["mesh"].get(axis, 1) for axis in ("sequence", "tensor")]
     on = "a device" if math.prod(cut) == 1 else f"{math.prod(cut)} devices together"
@@ -225,12 +226,12 @@ def command(argv: Sequence[str]) -> None:
     config, run = PlanConfig(**parsed.sections["plan"]), run_of(parsed.sections)
     mesh = DeviceConfig(**parsed.sections["devices"]).mesh
     preset = next((a.split("=", 1)[1] for a in argv if a.startswith("--preset=")), DEFAULT)
-    record = {"command": command_line("plan_pod", argv), "preset": preset, "mesh": mesh}
+    record = begun("plan_pod", argv, preset=preset, mesh=mesh)
     record |= {"topology": config.topology, "rows": config.rows, "search": config.search}
     record |= {"length": run.task.train_length, "versions": _versions(config.topology)}
     record |= plan(config, run, mesh)
     name = f"{preset}_{config.topology.replace(':', '_')}"
-    print(write_report(parsed.workdir, name, record, *blocks(record)))
+    print(write_report(parsed.workdir, name, record, page))
 
 
 def _versions(topology: str) -> str:

@@ -3,8 +3,9 @@
     python -m experiments.redraw --workdir=experiments/results
     python -m experiments.redraw --workdir=experiments/results/op/cpu --format=pdf --width=column
 
-looks through the folder and those below it for records that a figure or a table of many runs is
-made of, as NAME.json, and writes NAME.png or NAME.md beside it. Nothing is trained or measured.
+looks through the folder and those below it for records that a figure or a table is made of, as
+NAME.json, and writes NAME.png or NAME.md beside it: of runs, and of every measurement that names
+its script. Nothing is trained or measured.
 
 Source: this project; a figure's own command says where its idea is from.
 Expect: for the folder of results the very files that are there.

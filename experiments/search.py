@@ -11,7 +11,8 @@ it is. The setting whose median over seeds is best on the validation split train
 ``--fresh`` seeds that nothing was chosen by, and these are scored on the test split: median, best
 and the fraction of seeds that escape. ``search.json`` keeps every number, ``experiments.redraw``
 makes table and picture of it. Runs are those of two sweeps, in ``tried`` and ``chosen``; the same
-command goes on after a kill. A run that fails counts as the worst.
+command goes on after a kill. Ctrl-C or SIGTERM, as of ``timeout``, leave a table of what has ended,
+which says so. A run that fails counts as the worst.
 
 Source: this project; learning rates and seeds as in https://arxiv.org/abs/2502.10297, appendix.
 Expect: in a table of every mixer on one task no row that had more tries than another.
@@ -27,8 +28,9 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.training.stopping import Stopped
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, write_json
 from experiments.lib.figures.records import show
@@ -36,21 +38,29 @@ from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.searches import (
     FIRST_FRESH,
     SEED,
+    SPACE,
     Arm,
     Folders,
     Reported,
     Settings,
     arms_of,
     best_of,
+    commits_of,
+    counted,
+    finished,
     grid_of,
+    grids_there,
     hardware_of,
     hours_of,
     median_of,
+    metric_of,
     row_of,
     validation,
 )
 from experiments.lib.sweeps.records import RunFolder
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
+
+TRIED, CHOSEN = "tried", "chosen"  # folders of the two sweeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +80,15 @@ class SearchConfig:
     fresh: int = setting(5, f"seeds of what is chosen, from {FIRST_FRESH}", least=1)
     lowest_rate: float = setting(1e-4, "lowest learning rate that is tried", above=0)
     highest_rate: float = setting(1e-2, "highest learning rate that is tried", above=0)
-    metric: str = setting(
-        "strict.sequence_accuracy", "path of the number in an entry of results.json's test"
+    fields: tuple[str, ...] = setting(
+        tuple(SPACE),
+        f"what is tried beside it, of {', '.join(SPACE)}, where a mixer has it; a number adds no "
+        "program, qk_activation one for each mixer that has it",
+    )
+    metric: str | None = setting(
+        None,
+        "path of the number in an entry of results.json's test; none: strict.scaled_accuracy, "
+        "strict.sequence_accuracy or strict.token_accuracy, the first that the task has",
     )
     length: int | None = setting(None, "test length looked at; none: the longest of each run")
     threshold: float = setting(0.9, "score from which a run has escaped")
@@ -79,12 +96,18 @@ class SearchConfig:
     def __post_init__(self):
         check_fields(self)
         require_at_least("highest_rate", self.highest_rate, self.lowest_rate)
+        for name in self.fields:
+            require_one_of("fields", name, SPACE)
         if self.seeds > FIRST_FRESH:
             raise ConfigError(f"seeds={self.seeds} is too large; it may be {FIRST_FRESH} at most")
 
 
 def command(argv: Sequence[str]) -> None:
-    """Runs both sweeps, prints the table, writes search.json and what is drawn of it."""
+    """Runs both sweeps, prints the table, writes search.json and what is drawn of it.
+
+    Raises:
+        Stopped: by a signal; the same of what has ended by then is written first.
+    """
     sections = {"search": SearchConfig, "launch": LaunchConfig, **SECTION}
     parsed = flags.parse(argv, sections, {"default": {}})
     config, look = (
@@ -95,10 +118,10 @@ def command(argv: Sequence[str]) -> None:
     # The search itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
     rates = (config.lowest_rate, config.highest_rate)
-    arms = arms_of(config.arm, config.script, config.fixed, config.settings, rates)
+    arms = arms_of(config.arm, config.script, config.fixed, config.settings, rates, config.fields)
 
     trials = [[seeded(arm, tried, range(config.seeds)) for tried in arm.tried] for arm in arms]
-    folders = run(workdir / "tried", config, launch, trials)
+    folders, stopped = run(workdir / TRIED, config, launch, trials)
     scores = [[[validation(f) for f in group] for group in groups] for groups in folders]
     medians = [[median_of(group) for group in groups] for groups in scores]
     chosen = [best_of(of_arm) for of_arm in medians]
@@ -108,32 +131,22 @@ def command(argv: Sequence[str]) -> None:
         [] if place is None else [seeded(arm, arm.tried[place], fresh)]
         for arm, place in zip(arms, chosen, strict=True)
     ]
-    ended = run(workdir / "chosen", config, launch, finals) if any(finals) else [[] for _ in arms]
-    reported = Reported(config.metric, config.length, config.threshold)
-    rows = [
-        row_of(
-            arm,
-            None if place is None else arm.tried[place],
-            [f for group in groups for f in group],
-            reported,
-        )
-        for arm, place, groups in zip(arms, chosen, ended, strict=True)
-    ]
-    everything = [f for of_arm in (*folders, *ended) for group in of_arm for f in group]
+    ended: list[list[list[RunFolder]]] = [[] for _ in arms]
+    if any(finals) and stopped is None:
+        ended, stopped = run(workdir / CHOSEN, config, launch, finals)
     record = {
         "figure": "search",
         "command": command_line("search", argv),
-        "hardware": hardware_of(everything),
-        "hours": hours_of(everything),
-        **reported._asdict(),
-        "tried": [tried_of_arm(*each) for each in zip(arms, scores, chosen, strict=True)],
-        "rows": rows,
+        **what_came_of_it(config, arms, (folders, scores, chosen), ended),
+        "stopped": stopped is not None,
     }
     write_json(workdir / "search.json", record, indent=None)
     print(f"written: {workdir / 'search.json'}")
     for written in show(record, workdir / "search", look):
         print(f"written: {written}")
     print((workdir / "search.md").read_text().rstrip())
+    if stopped is not None:
+        raise stopped
 
 
 def seeded(arm: Arm, tried: Settings, seeds: Sequence[int]) -> list[Settings]:
@@ -146,13 +159,62 @@ def run(
     config: SearchConfig,
     launch: LaunchConfig,
     groups: Sequence[Sequence[Sequence[Settings]]],
-) -> list[list[list[RunFolder]]]:
-    """Runs all that is in the groups as one sweep; their folders, in the same order."""
+) -> tuple[list[list[list[RunFolder]]], Stopped | None]:
+    """Runs all that is in the groups as one sweep.
+
+    Returns:
+        Their folders, in the same order, and by what the sweep was stopped, if it was.
+    """
     each = [settings for of_arm in groups for group in of_arm for settings in group]
-    grids = [grid_of(settings) for settings in each]
-    run_sweep(workdir, Sweep(config.script, grids, config.fixed), launch)
+    grids, stopped = [grid_of(settings) for settings in each], None
+    if workdir.name == CHOSEN:
+        grids += grids_there(workdir)
+    said = counted(config.script, config.fixed, each, together=launch.launcher == "vmap")
+    print(f"{workdir.name}: {said}", file=sys.stderr, flush=True)
+    try:
+        run_sweep(workdir, Sweep(config.script, grids, config.fixed), launch)
+    except Stopped as error:
+        stopped = error
     found = Folders(workdir, config.fixed)
-    return [[found.of(group) for group in of_arm] for of_arm in groups]
+    return [[found.of(group) for group in of_arm] for of_arm in groups], stopped
+
+
+def what_came_of_it(
+    config: SearchConfig,
+    arms: Sequence[Arm],
+    tried: tuple[Sequence[Any], Sequence[Any], Sequence[int | None]],
+    ended: Sequence[Sequence[Sequence[RunFolder]]],
+) -> dict[str, Any]:
+    """What search.json holds.
+
+    Args:
+        config: of the search.
+        arms: all of them.
+        tried: for each arm the folders of what was tried, their scores, and the place of the best.
+        ended: for each arm the folders of its fresh seeds.
+    """
+    folders, scores, chosen = tried
+    everything = [f for of_arm in (*folders, *ended) for group in of_arm for f in group]
+    metric = config.metric or metric_of(finished(everything), config.length)
+    reported = Reported(metric, config.length, config.threshold)
+    rows = [
+        row_of(
+            arm,
+            None if place is None else arm.tried[place],
+            [f for group in groups for f in group],
+            reported,
+        )
+        for arm, place, groups in zip(arms, chosen, ended, strict=True)
+    ]
+    return {
+        "hardware": hardware_of(everything),
+        "commits": commits_of(everything),
+        "hours": hours_of(everything),
+        "missing": len(everything) - len(finished(everything)),
+        **reported._asdict(),
+        "tried": [tried_of_arm(*each) for each in zip(arms, scores, chosen, strict=True)],
+        "rows": rows,
+    }
 
 
 def tried_of_arm(arm: Arm, scores: Sequence[Any], place: int | None) -> dict[str, Any]:

@@ -42,7 +42,7 @@ from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.theory import CATALOGUE, construct
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, listed, markdown, write_json
+from experiments.lib.bench.report import command_line, listed, markdown, report_of, write_json
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.theory import draw_deviations
@@ -94,7 +94,7 @@ class TheoryConfig:
         return reading.Reading(**{name: getattr(self, name) for name in names})
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def page(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows as Markdown, and below them the commands that made them."""
     names = (
         "construction", "group", "letters", "num_layers", "num_householder", "dtype",
@@ -108,7 +108,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [f"{shown[n]:,}" if isinstance(shown[n], int) else shown[n] for n in names]
         lines.append([*cells, made_by.index(row["made_by"]) + 1])
     items = "\n".join(listed(f"{n}. {made}") for n, made in enumerate(made_by, 1))
-    return f"{markdown([*names, 'made by'], lines)}\n\n{items}"
+    return [markdown([*names, "made by"], lines), items]
 
 
 def command(argv: Sequence[str]) -> None:
@@ -125,7 +125,7 @@ def command(argv: Sequence[str]) -> None:
     order = {name: index for index, name in enumerate(CATALOGUE)}
     rows = sorted(done.values(), key=lambda row: order[row["construction"]])
     write_json(path, rows)
-    text = table(rows)
+    text = report_of(rows, page)
     write_file(parsed.workdir / "theory.md", f"{text}\n".encode())
     draw_deviations(rows, parsed.workdir / "theory", look)
     print(text)

@@ -30,7 +30,7 @@ from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_report
+from experiments.lib.bench.report import begun, markdown, shown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.language import draw_ranks
 from experiments.lib.figures.style import SECTION, Look
@@ -102,22 +102,30 @@ def command(argv: Sequence[str]) -> None:
         block: summary(of_block, config.every, starts.tolist(), trained)
         for block, of_block in ranks.items()
     }
-    record = {
-        "command": command_line("analysis.effective_rank", argv),
-        "config": dataclasses.asdict(config),
-        "machine": machine(),
-        "trained": trained,
-        "starts": starts.tolist(),
-        "num_householder": next(iter(ranks.values())).shape[1],
-        "heads": heads,
-        "along": over_heads(ranks, config.every),
-    }
+    record = begun(
+        "analysis.effective_rank",
+        argv,
+        config=dataclasses.asdict(config),
+        machine=machine(),
+        label=label,
+        trained=trained,
+        starts=starts.tolist(),
+        num_householder=next(iter(ranks.values())).shape[1],
+        heads=heads,
+        along=over_heads(ranks, config.every),
+    )
     name = name_of_text(config.data)
-    head = f"{label}, {config.length} tokens of {name} with {len(starts)} starts; {machine()}"
-    print(write_report(parsed.workdir, "effective_rank", record, head, table(heads)))
+    print(write_report(parsed.workdir, "effective_rank", record, page))
     write_arrays(parsed.workdir / "ranks.npz", ranks, starts)
     path = parsed.workdir / "effective_rank"
     draw_ranks(ranks, config.every, starts.tolist(), trained, f"{label}, {name}", path, look)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What effective_rank.md holds."""
+    config, starts = record["config"], record["starts"]
+    text = f"{config['length']} tokens of {name_of_text(config['data'])} with {len(starts)} starts"
+    return [f"{record['label']}, {text}; {record['machine']}", table(record["heads"])]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ Takes: seconds on a CPU for the preset tiny's model; minutes on a GPU for the pa
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.analysis.length_extrapolation import PIECE, by_position, token_losses
@@ -23,7 +23,7 @@ from deltaproduct_jax.data.splits import SPLITS
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.language import draw_extrapolation
 from experiments.lib.figures.style import SECTION, Look
@@ -110,15 +110,18 @@ def command(argv: Sequence[str]) -> None:
     config = ExtrapolationConfig(**parsed.sections["extrapolation"])
     look = Look(**parsed.sections["figures"])
     found = list(measure(config))
-    record = {
-        "command": command_line("analysis.length_extrapolation", argv),
-        "config": dataclasses.asdict(config),
-        "machine": machine(),
-        "curves": found,
-    }
-    head = f"{config.rows} rows of {config.length} tokens of split {config.split}; {machine()}"
-    print(write_report(parsed.workdir, "extrapolation", record, head, table(found)))
+    config_said = dataclasses.asdict(config)
+    record = begun("analysis.length_extrapolation", argv, config=config_said, machine=machine())
+    record["curves"] = found
+    print(write_report(parsed.workdir, "extrapolation", record, page))
     draw_extrapolation(found, parsed.workdir / "extrapolation", look)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What extrapolation.md holds."""
+    config = record["config"]
+    head = f"{config['rows']} rows of {config['length']} tokens of split {config['split']}"
+    return [f"{head}; {record['machine']}", table(record["curves"])]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ Takes: of the preset tiny about 11 minutes on two CPU cores; of the paper's GPU 
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from deltaproduct_jax.training.loop import train
 from deltaproduct_jax.training.records import read_results
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.figures.language import draw_losses
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_presets import PRESETS as MODELS
@@ -199,15 +199,17 @@ def _show(
     argv: Sequence[str],
     look: Look,
 ) -> None:
-    record = {
-        "command": command_line("analysis.scaling", argv),
-        "config": dataclasses.asdict(options),
-        "rows": rows,
-    }
-    head = f"{len(rows)} of {len(options.cells())} models are trained"
-    print(write_report(workdir, "scaling", record, head, table(rows)))
+    config, wanted = dataclasses.asdict(options), len(options.cells())
+    record = begun("analysis.scaling", argv, config=config, wanted=wanted, rows=rows)
+    print(write_report(workdir, "scaling", record, page))
     if rows:
         draw_losses(rows, workdir / "scaling", look)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What scaling.md holds."""
+    rows = record["rows"]
+    return [f"{len(rows)} of {record['wanted']} models are trained", table(rows)]
 
 
 if __name__ == "__main__":

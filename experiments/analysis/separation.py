@@ -39,14 +39,14 @@ import numpy as np
 
 from deltaproduct_jax.analysis import separation
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import any_path, read_json, user_path, write_file
+from deltaproduct_jax.files import any_path, read_json, user_path
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory import construct
 from experiments.lib import flags
-from experiments.lib.bench.report import command_block, command_line, markdown, shown, write_json
+from experiments.lib.bench.report import begun, markdown, shown, write_report
 from experiments.lib.figures.separation import draw_separation
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
@@ -268,13 +268,16 @@ def command(argv: Sequence[str]) -> None:
     options = SeparationConfig(**parsed.sections["separation"])
     models = put_together(options) if options.rows_from else shortened(read_all(options))
     limit = separation.limit_of_ratio(options.accuracy)
-    record = {"accuracy": options.accuracy, "limit": shortened(limit), "models": models}
-    write_json(parsed.workdir / "separation.json", record, indent=None)
-    made_by = command_block(command_line("analysis.separation", argv))
-    text = f"{table(models)}\n\nLimit of the ratio: {limit:.3f}.\n\n{made_by}"
-    write_file(parsed.workdir / "separation.md", f"{text}\n".encode())
+    record = begun("analysis.separation", argv, accuracy=options.accuracy, limit=shortened(limit))
+    record["models"] = models
+    text = write_report(parsed.workdir, "separation", record, page, indent=None)
     draw_separation(models, limit, parsed.workdir / "separation", look)
     print(text)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What separation.md holds."""
+    return [table(record["models"]), f"Limit of the ratio: {record['limit']:.3f}."]
 
 
 if __name__ == "__main__":

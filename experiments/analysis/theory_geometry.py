@@ -33,15 +33,15 @@ Takes: a minute on a CPU, after the runs.
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.files import any_path, write_file
+from deltaproduct_jax.files import any_path
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
 from experiments.lib import flags
-from experiments.lib.bench.report import command_block, command_line, markdown, shown, write_json
+from experiments.lib.bench.report import begun, markdown, shown, write_report
 from experiments.lib.figures.geometry import draw_models
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
@@ -99,12 +99,15 @@ def command(argv: Sequence[str]) -> None:
         task, name = config.task, f"trained: {directory.name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))
     short = json.loads(json.dumps(models), parse_float=lambda number: float(f"{float(number):.6g}"))
-    made_by = command_block(command_line("analysis.theory_geometry", argv))
-    text = f"{table(models)}\n\n{made_by}"
-    write_json(parsed.workdir / "geometry.json", short, indent=None)
-    write_file(parsed.workdir / "geometry.md", f"{text}\n".encode())
+    record = begun("analysis.theory_geometry", argv, models=short)
+    text = write_report(parsed.workdir, "geometry", record, page, indent=None)
     draw_models(models, parsed.workdir / "geometry", look)
     print(text)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What geometry.md holds."""
+    return [table(record["models"])]
 
 
 if __name__ == "__main__":

@@ -16,8 +16,7 @@ Takes: about 20 minutes on a GPU of 80 GB, not run yet; 2 minutes with --preset=
 
 import dataclasses
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import TrainConfig
 from experiments.lib import flags
 from experiments.lib.bench.decoding import Decoding, trained_and_decoded
-from experiments.lib.bench.report import TIMES, command_line, markdown, shown, times, write_report
+from experiments.lib.bench.report import TIMES, begun, markdown, shown, times, write_report
 from experiments.lib.bench.training_steps import OURS, Row, measured
 from experiments.lib.figures.language import draw_throughput
 from experiments.lib.figures.style import SECTION, Look
@@ -154,13 +153,14 @@ def command(argv: Sequence[str]) -> None:
     config = ThroughputConfig(**parsed.sections["throughput"])
     look = Look(**parsed.sections["figures"])
     rows: list[Row] = []
+    record = begun("analysis.throughput", argv, config=dataclasses.asdict(config), rows=rows)
     for shape in config.parsed:
         row = measure(config, shape)
         if "error" not in row:
             done = [r for r in rows if "error" not in r]
             row["relative"] = row["tokens_per_s"] / (done or [row])[0]["tokens_per_s"]
         rows.append(row)
-        text = write(parsed.workdir, argv, config, rows)
+        text = write_report(parsed.workdir, "throughput", record, page)
     print(text)
     done = [row for row in rows if "error" not in row]
     if not done:
@@ -168,20 +168,17 @@ def command(argv: Sequence[str]) -> None:
     draw_throughput(done, dataclasses.asdict(config), parsed.workdir / "throughput", look)
 
 
-def write(workdir: Path, argv: Sequence[str], config: ThroughputConfig, rows: list[Row]) -> str:
-    """throughput.json and throughput.md; what the latter holds."""
-    record = {
-        "command": command_line("analysis.throughput", argv),
-        "config": dataclasses.asdict(config),
-        "rows": rows,
-    }
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What throughput.md holds."""
+    config, rows = record["config"], record["rows"]
     machines = dict.fromkeys(row["machine"] for row in rows if "machine" in row)
     head = (
-        f"B={config.batch_size} T={config.length} D={config.hidden_size}, {config.num_layers} "
-        f"blocks, vocabulary {config.vocab_size}, {'gated' if config.gated else 'ungated'}; "
-        f"{config.dtype}, remat={config.remat}; {'; '.join(machines)}"
+        f"B={config['batch_size']} T={config['length']} D={config['hidden_size']}, "
+        f"{config['num_layers']} blocks, vocabulary {config['vocab_size']}, "
+        f"{'gated' if config['gated'] else 'ungated'}; {config['dtype']}, "
+        f"remat={config['remat']}; {'; '.join(machines)}"
     )
-    return write_report(workdir, "throughput", record, head, table(rows, config.decode_rows))
+    return [head, table(rows, config["decode_rows"])]
 
 
 if __name__ == "__main__":

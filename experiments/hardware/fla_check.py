@@ -17,7 +17,7 @@ import dataclasses
 import itertools
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
 from experiments.lib.bench.peers.fla import load_torch, take_first_launches
 from experiments.lib.bench.peers.fla_model import DEVICE, check_peer
-from experiments.lib.bench.report import command_line, markdown, write_report
-from experiments.lib.bench.timing import machine
+from experiments.lib.bench.report import markdown, write_report
+from experiments.lib.bench.timing import started
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}}
 TOKENS = {"float32": 48, "bfloat16": 256}
@@ -60,18 +60,18 @@ def command(argv: Sequence[str]) -> None:
     options = CheckConfig(**parsed.sections["check"])
     check_peer()
     take_first_launches()
-    record = {"command": command_line("hardware.fla_check", argv), "machine": machine()}
-    record["rows"] = []
+    record = started("hardware.fla_check", argv)
     for R, gated, dtype in itertools.product(options.num_householder, (False, True), TOKENS):
         row = {"num_householder": R, "gated": gated, "dtype": dtype}
         record["rows"].append(row | _errors(R, gated, dtype, options))
         print(record["rows"][-1], file=sys.stderr, flush=True)
-        text = _write(parsed.workdir, record)  # what is found stays, whatever comes next
+        # What is found stays, whatever comes next.
+        text = write_report(parsed.workdir, "fla_check", record, page)
     print(text)
 
 
-def _write(workdir: Path, record: dict[str, Any]) -> str:
-    """fla_check.json and fla_check.md; what the latter holds."""
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What fla_check.md holds."""
     named = ("num_householder", "gated", "dtype")
     cells = [
         (*(row[name] for name in named), *(f"{row[name]:.1e}" for name in ERRORS))
@@ -79,7 +79,7 @@ def _write(workdir: Path, record: dict[str, Any]) -> str:
     ]
     about = f"Relative errors of logits; {record['machine']}."
     head = ("n_h", "gated", "dtype", "ours there", "theirs here")
-    return write_report(workdir, "fla_check", record, about, markdown(head, cells))
+    return [about, markdown(head, cells)]
 
 
 def _errors(R: int, gated: bool, dtype: str, options: CheckConfig) -> dict[str, float]:

@@ -19,7 +19,7 @@ Takes: two minutes on an H200, mostly compiling.
 import dataclasses
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from deltaproduct_jax.ops.kernels.triton import narrow
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_report
+from experiments.lib.bench.report import begun, known_columns, shown, write_report
 from experiments.lib.bench.timing import FORWARD, Shape, cotangent, machine, require_gpu
 
 LONG = {"T": 2048, "H": 16}
@@ -211,20 +211,21 @@ def command(argv: Sequence[str]) -> None:
     for name in config.cases:
         rows.append(row_of(name, config))
         print(rows[-1], file=sys.stderr, flush=True)
+    record = begun("hardware.gpu_check", argv, machine=machine(), rows=rows)
+    print(write_report(parsed.workdir, "check", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What check.md holds."""
     columns = {"o": "o", "final_state": "final state"}
-    if config.gradients:
-        columns |= {f"d{key}": f"d{key}".replace("_", " ") for key in GRADIENTS}
-    if config.peer:
-        columns["peer"] = "FlashQLA, o"
-    head = ("case", "kernels", *columns.values())
+    columns |= {f"d{key}": f"d{key}".replace("_", " ") for key in GRADIENTS}
+    columns["peer"] = "FlashQLA, o"
     lines = [
         [row["case"], row["kernels"], *(shown(row.get(key), ".1e") for key in columns)]
-        for row in rows
+        for row in record["rows"]
     ]
-    record = {"command": command_line("hardware.gpu_check", argv), "machine": machine()}
-    record["rows"] = rows
     about = f"Relative errors against float64; {record['machine']}."
-    print(write_report(parsed.workdir, "check", record, about, markdown(head, lines)))
+    return [about, known_columns(("case", "kernels", *columns.values()), lines)]
 
 
 if __name__ == "__main__":

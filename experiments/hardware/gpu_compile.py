@@ -18,7 +18,7 @@ Takes: 3 minutes on a CPU; jax-triton, Triton and jax-cuda13-plugin (extra "gpu"
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
@@ -26,7 +26,7 @@ from deltaproduct_jax.ops.kernels.triton import passes
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.gpu_kernels import PassConfig, floors, launches
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,13 @@ def command(argv: Sequence[str]) -> None:
 
     shape = f"{config.described()}; compute capability {config.compute_capability}, "
     shape += f"Triton {triton.__version__}"
-    record = {"command": command_line("hardware.gpu_compile", argv), "shape": shape, "rows": rows}
-    print(write_report(parsed.workdir, "compile", record, shape, table(rows)))
+    record = begun("hardware.gpu_compile", argv, shape=shape, rows=rows)
+    print(write_report(parsed.workdir, "compile", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What compile.md holds."""
+    return [record["shape"], table(record["rows"])]
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ Takes: about a minute a variant on a GPU, most of it compiling.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.gpu_kernels import PassConfig, as_launch, call_of, floors, time_call
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import machine, require_gpu
 
 KERNELS = ("prepare", "walk", "errors", "walk_back", "gradients")
@@ -102,10 +102,14 @@ def command(argv: Sequence[str]) -> None:
             for kernel in config.kernels:
                 rows += rows_of(config, R, K, kernel)
                 print(table(rows[-1 - len(config.variants) :]), file=sys.stderr)
-    record = {"command": command_line("hardware.gpu_launches", argv), "machine": machine()}
+    record = begun("hardware.gpu_launches", argv, machine=machine())
     record |= {"shape": config.described(), "rows": rows}
-    title = f"{config.described()}; {machine()}"
-    print(write_report(parsed.workdir, "launches", record, title, table(rows)))
+    print(write_report(parsed.workdir, "launches", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What launches.md holds."""
+    return [f"{record['shape']}; {record['machine']}", table(record["rows"])]
 
 
 if __name__ == "__main__":

@@ -38,14 +38,14 @@ Takes: half an hour on a busy CPU core, with libtpu; no TPU.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import require_each_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, known_columns, write_report
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
 from experiments.lib.bench.tpu_compiler import (
     IMPLEMENTATIONS,
@@ -142,27 +142,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         if "error" in row:
             cells += [row["error"], *[None] * 11]
         else:
-            cells += [row["profile_error"], None] if row["profile_error"] else []
-            for name in (
-                ("kernel", "model") if row["profile_error"] else ("schedule", "kernel", "model")
-            ):
+            failed = row.get("profile_error")
+            cells += [failed, None] if failed else []
+            for name in ("kernel", "model") if failed else ("schedule", "kernel", "model"):
                 cells += _microseconds(row, reference, name)
-            least = sum(row[f"{name}_bytes"] for name in ("argument", "output", "states"))
-            cells += [f"{row['hbm_bytes'] / 2**20:.1f}", f"{row['hbm_bytes'] / least:.2f}"]
+            cells += [f"{row['hbm_bytes'] / 2**20:.1f}", _times_least(row)]
             cells += [f"{row[f'{n}_bytes'] / 2**20:.1f}" for n in ("temp", "argument", "output")]
             # Buffers that the compiler sets aside are custom calls to it.
             calls = {n: c for n, c in row["custom_calls"].items() if n != "AllocateBuffer"}
-            calls |= row["collectives"]
+            calls |= row.get("collectives", {})
             cells.append(", ".join(f"{count} {name}" for name, count in calls.items()) or None)
         lines.append(cells)
-    return markdown(HEAD, lines)
+    return known_columns(HEAD, lines)
+
+
+def _times_least(row: dict[str, Any]) -> str | None:
+    """Bytes moved over those of arguments, results and states; None where these are not known."""
+    if "states_bytes" not in row:
+        return None
+    least = sum(row[f"{name}_bytes"] for name in ("argument", "output", "states"))
+    return f"{row['hbm_bytes'] / least:.2f}"
 
 
 def _microseconds(
     row: dict[str, Any], reference: dict[str, Any], name: str
 ) -> tuple[str | None, str | None]:
     """Microseconds by one of the estimates, and how many times those of the reference."""
-    cycles, base = row[f"{name}_cycles"], reference.get(f"{name}_cycles")
+    cycles, base = row.get(f"{name}_cycles"), reference.get(f"{name}_cycles")
     if cycles is None:
         return None, None
     text = f"{1e6 * cycles / GENERATIONS[row['generation']].hertz:.1f}"
@@ -187,9 +193,14 @@ def command(argv: Sequence[str]) -> None:
         f"nothing was run; {installed}"
     )
     clocks = {name: GENERATIONS[name].hertz for name in config.generations.split(",")}
-    record = {"command": command_line("hardware.tpu_estimate", argv), "versions": installed}
+    record = begun("hardware.tpu_estimate", argv, versions=installed)
     record |= {"hertz": clocks, "shape": title, "rows": rows}
-    print(write_report(parsed.workdir, "estimate", record, title, table(rows)))
+    print(write_report(parsed.workdir, "estimate", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What estimate.md holds."""
+    return [record["shape"], table(record["rows"])]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import functools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
 from deltaproduct_jax.training.step import step_of_run
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.language_presets import PRESETS as MODELS
 
@@ -118,13 +118,14 @@ def command(argv: Sequence[str]) -> None:
         DeviceConfig(**sections["devices"]),
     )
     found = measure(config, rounds, devices)
-    record = {
-        "command": command_line("language.data_speed", argv),
-        "config": config.to_dict(),
-        "machine": machine(),
-        "tokens_per_s": found,
-    }
-    print(write_report(parsed.workdir, "data_speed", record, machine(), table(found)))
+    record = begun("language.data_speed", argv, config=config.to_dict(), machine=machine())
+    record["tokens_per_s"] = found
+    print(write_report(parsed.workdir, "data_speed", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What data_speed.md holds."""
+    return [record["machine"], table(record["tokens_per_s"])]
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, read_lines, user_path
 from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_json, write_report
+from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
 from experiments.lib.children import run
 from experiments.lib.figures.legs import draw_all
 from experiments.lib.figures.style import SECTION, Look
@@ -50,7 +50,11 @@ from experiments.lib.language_legs import (
 )
 from experiments.lib.leg_config import PRESETS, LegConfig
 
-RANK_COLUMNS = ("rank, length trained", "rank, last quarter", "least rank kept at starts")
+RANK_COLUMNS = {
+    "trained": "rank, length trained",
+    "end": "rank, last quarter",
+    "kept_at_starts": "least rank kept at starts",
+}
 
 
 def prepare(config: LegConfig, workdir: Path) -> None:
@@ -104,48 +108,63 @@ def measure(config: LegConfig, leg: Leg) -> None:
     leg.remove_spares()
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a leg: tokens, losses, and those by position at the end of each text's rows; ranks."""
-    texts = sorted({entry["data"] for record in found for entry in record["positions"]})
-    ranked = any(record["ranks"] for record in found)
-    lines = []
+def rows_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row a leg: tokens, losses, and those by position at the end of each text's rows; ranks."""
+    rows = []
     for record in found:
         last, results = record["curve"][-1], record["results"]
         validated = [row["valid_loss"] for row in record["curve"] if "valid_loss" in row]
-        ends = {entry["data"]: entry["loss"] for entry in record["positions"]}
         tests = results["test"][-1] if results else {}
         rates = [row["tokens_per_second"] for row in record["curve"] if "tokens_per_second" in row]
-        lines.append(
-            [
-                *(record["leg"], record["seed"], f"{last['tokens']:,}"),
-                results and f"{results['parameters']['total']:,}",
-                shown(statistics.median(rates) if rates else None, ",.0f"),
-                shown(validated[-1] if validated else None, ".4f"),
-                *(shown(tests.get(name), ".4f") for name in ("loss", "bits_per_byte")),
-                *(_last_eighth(ends.get(text)) for text in texts),
-                *(_ranks(record["ranks"]) if ranked else ()),
-            ]
+        rows.append(
+            {
+                **{"leg": record["leg"], "seed": record["seed"], "tokens": last["tokens"]},
+                "parameters": results and results["parameters"]["total"],
+                "tokens_per_second": statistics.median(rates) if rates else None,
+                "valid_loss": validated[-1] if validated else None,
+                **{name: tests.get(name) for name in ("loss", "bits_per_byte")},
+                "ranks": record["ranks"] and _ranks(record["ranks"]),
+                "last_eighth": {e["data"]: _last_eighth(e["loss"]) for e in record["positions"]},
+            }
         )
+    return rows
+
+
+def _last_eighth(loss: Sequence[float]) -> float:
+    last = loss[-max(1, len(loss) // 8) :]
+    return sum(last) / len(last)
+
+
+def _ranks(ranks: Mapping[str, Any]) -> dict[str, float | None]:
+    """Means over all heads, and the head that keeps least where documents begin."""
+    heads = [head for block in ranks["heads"].values() for head in block]
+    said = {
+        name: [head[name] for head in heads if head[name] is not None]
+        for name in ("trained", "end", "kept_at_starts")
+    }
+    means = {name: statistics.fmean(said[name]) if said[name] else None for name in said}
+    return means | {"kept_at_starts": min(said["kept_at_starts"], default=None)}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as Markdown."""
+    texts = sorted({text for row in rows for text in row["last_eighth"]})
+    ranked = RANK_COLUMNS if any(row.get("ranks") for row in rows) else {}
+    lines = [
+        [
+            *(row["leg"], row["seed"]),
+            *(shown(row[name], ",d") for name in ("tokens", "parameters")),
+            shown(row["tokens_per_second"], ",.0f"),
+            *(shown(row[name], ".4f") for name in ("valid_loss", "loss", "bits_per_byte")),
+            *(shown(row["last_eighth"].get(text), ".4f") for text in texts),
+            *(shown((row.get("ranks") or {}).get(name), ".2f") for name in ranked),
+        ]
+        for row in rows
+    ]
     head = ("leg", "seed", "tokens", "parameters", "median tokens/s", "validation loss")
     head += ("test loss", "bits per byte")
     head += tuple(f"{text}, last eighth" for text in texts)
-    return markdown((*head, *(RANK_COLUMNS if ranked else ())), lines)
-
-
-def _last_eighth(loss: Sequence[float] | None) -> str:
-    if loss is None:
-        return shown(None)
-    last = loss[-max(1, len(loss) // 8) :]
-    return f"{sum(last) / len(last):.4f}"
-
-
-def _ranks(ranks: Mapping[str, Any] | None) -> list[str]:
-    """Means over all heads, and the head that keeps least where documents begin."""
-    heads = [head for block in ranks["heads"].values() for head in block] if ranks else []
-    said = lambda name: [head[name] for head in heads if head[name] is not None]
-    means = [statistics.fmean(said(name)) if said(name) else None for name in ("trained", "end")]
-    least = min(said("kept_at_starts"), default=None)
-    return [*(shown(mean, ".1f") for mean in means), shown(least, ".2f")]
+    return markdown((*head, *ranked.values()), lines)
 
 
 def command(argv: Sequence[str]) -> None:
@@ -169,8 +188,13 @@ def command(argv: Sequence[str]) -> None:
         found = records_of(workdir)
         list(draw_all(found, workdir, look))
         legs = [f"{record['leg']}_seed{record['seed']}" for record in found]
-        record = {"command": command_line("language.paper", argv), "legs": legs}
-        print(write_report(workdir, "legs", record, table(found)))
+        record = begun("language.paper", argv, legs=legs, rows=rows_of(found))
+        print(write_report(workdir, "legs", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What legs.md holds."""
+    return [table(record["rows"])]
 
 
 if __name__ == "__main__":

@@ -21,8 +21,16 @@ from deltaproduct_jax.tasks.task import ACCURACIES
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import selection_of
 from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine
+from deltaproduct_jax.training.together.numbers import program_of
 from experiments.lib.run_records import Record, label
-from experiments.lib.sweeps.grid import build, identity, load_script, parse_fixed, read_list
+from experiments.lib.sweeps.grid import (
+    LIST,
+    build,
+    identity,
+    load_script,
+    parse_fixed,
+    read_list,
+)
 from experiments.lib.sweeps.records import RunFolder, train_seconds
 
 # What is tried of each field, where the mixer has it and nothing else says what it is.
@@ -34,6 +42,8 @@ SPACE: dict[str, tuple[str, ...]] = {
 RATE, END, SEED, MIXER = "learning_rate", "end_learning_rate", "seed", "mixer"
 FINAL = 0.01  # of a learning rate, where its schedule ends
 FIRST_FRESH = 1000  # seeds from here on choose nothing
+# What is reported unless something else is said: the first that a task's test scores have.
+SCORES = ("strict.scaled_accuracy", "strict.sequence_accuracy", "strict.token_accuracy")
 Settings = dict[str, str]  # flags as they are written
 Scores = tuple[float, ...]
 
@@ -46,15 +56,23 @@ class Arm(NamedTuple):
 
 
 class Reported(NamedTuple):
-    """The number of the test split that is reported, at a length, and what escaping is."""
+    """The number of the test split that is reported, at a length, and what escaping is.
 
-    metric: str
+    The metric is None for the first of `SCORES`.
+    """
+
+    metric: str | None
     length: int | None
     threshold: float
 
 
 def arms_of(
-    texts: Sequence[str], script: str, fixed: str, count: int, rates: tuple[float, float]
+    texts: Sequence[str],
+    script: str,
+    fixed: str,
+    count: int,
+    rates: tuple[float, float],
+    fields: Sequence[str] = tuple(SPACE),
 ) -> list[Arm]:
     """The arms, each with ``count`` settings to try.
 
@@ -64,6 +82,7 @@ def arms_of(
         fixed: settings that all share, which are not searched.
         count: settings of each.
         rates: lowest and highest learning rate.
+        fields: what is tried beside it, some of `SPACE`.
 
     Raises:
         ConfigError: an arm or what is fixed cannot be read, or decides what the search is to.
@@ -76,7 +95,7 @@ def arms_of(
         for key in {RATE, SEED} & decided.keys():
             raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")
         mixer = str(build(module, decided)["model"][MIXER])
-        takes = [name for name in SPACE if MIXERS[mixer].takes(name) and name not in decided]
+        takes = [name for name in fields if MIXERS[mixer].takes(name) and name not in decided]
         own = (RATE, *takes, *(() if END in decided else (END,)))
         tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
         arms.append(Arm(arm, tried))
@@ -101,6 +120,25 @@ def grid_of(settings: Settings) -> str:
     return ";".join(f"{key}=({value})" for key, value in settings.items())
 
 
+def grids_there(workdir: Path) -> list[str]:
+    """Grids of the runs that a sweep has, so that others may be added; of none where there is none.
+
+    What is chosen changes where a run that failed has come to its end since.
+    """
+    runs = read_list(workdir)[1] if (workdir / LIST).exists() else []
+    return [grid_of({key: run.settings[key] for key in run.keys}) for run in runs]
+
+
+def counted(script: str, fixed: str, each: Sequence[Settings], *, together: bool) -> str:
+    """How many runs these are, and where they are run together how many programs compile."""
+    module, constants = load_script(script), parse_fixed(fixed)
+    text = f"{len(each)} runs"
+    if not together:
+        return text
+    programs = {program_of(build(module, constants | settings)) for settings in each}
+    return f"{text} in {len(programs)} programs"
+
+
 class Folders:
     """The runs of a sweep by their settings.
 
@@ -122,14 +160,19 @@ class Folders:
 
 
 def validation(folder: RunFolder) -> Scores | None:
-    """What selected a run's checkpoint, larger for what is better; None of a run that failed."""
+    """What selected a run's checkpoint, larger for what is better; None of a run that failed.
+
+    Behind it stands the loss, below zero: on an easy task many settings are right throughout.
+    """
     results = folder.results()
     if results is None:
         return None
     task = RunConfig.from_dict(folder.run.config).task
     rows = read_lines(folder.path / METRICS, MetricsLine)
     found = (row for row in rows if row["step"] == results["best_step"])
-    return selection_of(dict(next(found, {})), getattr(task, "selected_by", ACCURACIES))
+    row = dict(next(found, {}))
+    scores = selection_of(row, getattr(task, "selected_by", ACCURACIES))
+    return None if scores is None else (*scores, -row["valid_loss"])
 
 
 def median_of(scores: Sequence[Scores | None]) -> Scores | None:
@@ -155,21 +198,36 @@ def median_of_runs(scores: Sequence[float], runs: int) -> float | None:
     return median if math.isfinite(median) else None
 
 
+def finished(folders: Sequence[RunFolder]) -> list[Record]:
+    """Those of the runs that have results."""
+    found = ((folder.run.name, folder.results()) for folder in folders)
+    return [Record(name, {}, dict(results)) for name, results in found if results is not None]
+
+
+def metric_of(records: Sequence[Record], length: int | None) -> str:
+    """The first of `SCORES` that the runs have; without any run, the first."""
+    if not records:
+        return SCORES[0]
+    strict = records[0].entry(length).get("strict", {})
+    there = (path for path in SCORES if path.removeprefix("strict.") in strict)
+    return next(there, SCORES[0])
+
+
 def row_of(
     arm: Arm, chosen: Settings | None, folders: Sequence[RunFolder], reported: Reported
 ) -> dict[str, Any]:
     """What an arm's fresh runs came to, beside the settings that were chosen for it."""
-    scores = []
-    for folder in folders:
-        results = folder.results()
-        if results is not None:
-            scores.append(Record(folder.run.name, {}, results).score(*reported[:2]))
+    records = finished(folders)
+    scores = [record.score(*reported[:2]) for record in records]
+    rates = [each[RATE] for each in arm.tried]
     none = dict.fromkeys([RATE, *SPACE])
     own = {name: value for name, value in (chosen or {}).items() if name in none}
     return {
         "arm": label(list(arm.settings), tuple(arm.settings.values())),
+        "parameters": records[0].results["parameters"]["total"] if records else None,
         **none,
         **own,
+        "rate_at_an_end": chosen is not None and chosen[RATE] in (rates[0], rates[-1]),
         "median": median_of_runs(scores, len(folders)),
         "best": max(scores, default=None),
         "escaped": sum(score >= reported.threshold for score in scores),
@@ -191,6 +249,14 @@ def hours_of(folders: Sequence[RunFolder]) -> float:
 
 def hardware_of(folders: Sequence[RunFolder]) -> list[str]:
     """The devices that runs were started on, each kind once."""
+    return sorted({f"{s['device_count']} x {s['device_kind']}" for s in _starts(folders)})
+
+
+def commits_of(folders: Sequence[RunFolder]) -> list[str]:
+    """The commits of the code that runs were started by, as far as it was known."""
+    return sorted({start["commit"] for start in _starts(folders) if start["commit"]})
+
+
+def _starts(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
     paths = [folder.path / RUN for folder in folders]
-    starts = [start for path in paths if path.exists() for start in read_json(path)["starts"]]
-    return sorted({f"{each['device_count']} x {each['device_kind']}" for each in starts})
+    return [start for path in paths if path.exists() for start in read_json(path)["starts"]]

@@ -30,7 +30,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ from experiments.lib.bench.accuracy import (
     over_the_bars,
 )
 from experiments.lib.bench.peers.jax_packages import PACKAGES, peer_op
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import machine
 
 
@@ -164,18 +164,26 @@ def command(argv: Sequence[str]) -> None:
     for row in rows_of(config):
         rows.append(row)
         print(json.dumps(row), file=sys.stderr)
-    title = (
-        f"B=1 H={config.num_heads} n_h={config.num_householder}, errors against float64; "
-        f"{machine()}"
-    )
     over = [
         {"input": row["input"], "dtype": row["dtype"], "over": found}
         for row in rows
         if (found := over_the_bars(row))
     ]
-    record = {"command": command_line("op.accuracy", argv), "machine": machine()}
+    shape = f"B=1 H={config.num_heads} n_h={config.num_householder}"
+    record = begun("op.accuracy", argv, shape=shape, machine=machine())
     record |= {"over_the_bars": over, "rows": rows}
-    print(write_report(parsed.workdir, "accuracy", record, title, table(rows)))
+    print(write_report(parsed.workdir, "accuracy", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What accuracy.md holds."""
+    title = f"{record['shape']}, errors against float64; {record['machine']}"
+    return [title, table([row | {"errors": _numbers(row["errors"])} for row in record["rows"]])]
+
+
+def _numbers(errors: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Errors as numbers, also those that a file spells out."""
+    return {of: {name: float(error) for name, error in e.items()} for of, e in errors.items()}
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,7 @@ from deltaproduct_jax.ops.kernels.triton import looking
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
     CHECKED_TOKENS,
@@ -159,17 +159,23 @@ def command(argv: Sequence[str]) -> None:
     headings, title = HEADINGS, machine()
     if config.estimate is not None:
         headings, title = ESTIMATED, f"{config.estimate}, nothing was run; {versions()}"
-    record = {
-        "command": command_line("op.containment", argv),
-        "machine": title,
-        "config": dataclasses.asdict(config),
-        "rows": [dict(zip(headings, row, strict=True)) for row in rows],
-    }
+    record = begun(
+        "op.containment",
+        argv,
+        machine=title,
+        config=dataclasses.asdict(config),
+        rows=[dict(zip(headings, row, strict=True)) for row in rows],
+    )
+    print(write_report(parsed.workdir, "containment", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What containment.md holds."""
     lines = [
-        [*row[:3], *(f"{x:.3f}" if isinstance(x, float) else x for x in row[3:])] for row in rows
+        [f"{value:.3f}" if isinstance(value, float) else value for value in row.values()]
+        for row in record["rows"]
     ]
-    found = markdown(list(headings), lines)
-    print(write_report(parsed.workdir, "containment", record, title, found))
+    return [record["machine"], markdown(list(record["rows"][0]), lines)]
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ Takes: seconds on a CPU; minutes on a GPU with a peer; 2 minutes for an estimate
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -221,16 +220,15 @@ def command(argv: Sequence[str]) -> None:
         rows = (measure(config, direction) for direction in config.directions)
     for found in rows:
         record["rows"] += found
-        text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
+        # What is measured stays, whatever comes next.
+        text = write_report(parsed.workdir, "convolution", record, page)
     print(text)
 
 
-def write(workdir: Path, record: dict[str, Any]) -> str:
-    """convolution.json and convolution.md; what the latter holds."""
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What convolution.md holds."""
     sizes = ConvolutionConfig(**record["config"]).sizes()
-    return write_report(
-        workdir, "convolution", record, f"{sizes}; {record['machine']}", table(record["rows"])
-    )
+    return [f"{sizes}; {record['machine']}", table(record["rows"])]
 
 
 if __name__ == "__main__":

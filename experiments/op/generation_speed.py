@@ -33,7 +33,7 @@ from deltaproduct_jax.models.generation import Generator, Sampling
 from deltaproduct_jax.models.generation.sampling import draw, needs_of, row_keys, rules_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import machine
 
 _LANGUAGE = {"use_short_conv": True, "tie_embeddings": True}
@@ -199,21 +199,28 @@ def command(argv: Sequence[str]) -> None:
     model = SequenceModel(model_config, rngs=nnx.Rngs(0))
     parameters = count_parameters(model)["total"]
     rows = list(measure(model, config, sampling))
-    record = {
-        "command": command_line("op.generation_speed", argv),
-        "model": dataclasses.asdict(model_config),
-        "config": dataclasses.asdict(config),
-        "sampling": dataclasses.asdict(sampling),
-        "parameters": parameters,
-        "machine": machine(),
-        "rows": rows,
-    }
-    head = (
-        f"{model_config.mixer}, {parameters:,} parameters in {model_config.num_layers} blocks, "
-        f"vocabulary {model_config.vocab_size}, {model_config.dtype}; {config.max_tokens} tokens a "
-        f"row, stride {config.stride}; {record['machine']}"
+    record = begun(
+        "op.generation_speed",
+        argv,
+        model=dataclasses.asdict(model_config),
+        config=dataclasses.asdict(config),
+        sampling=dataclasses.asdict(sampling),
+        parameters=parameters,
+        machine=machine(),
+        rows=rows,
     )
-    print(write_report(parsed.workdir, "generation", record, head, table(rows)))
+    print(write_report(parsed.workdir, "generation", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What generation.md holds."""
+    model, config = record["model"], record["config"]
+    head = (
+        f"{model['mixer']}, {record['parameters']:,} parameters in {model['num_layers']} blocks, "
+        f"vocabulary {model['vocab_size']}, {model['dtype']}; {config['max_tokens']} tokens a "
+        f"row, stride {config['stride']}; {record['machine']}"
+    )
+    return [head, table(record["rows"])]
 
 
 if __name__ == "__main__":

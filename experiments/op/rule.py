@@ -19,7 +19,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from deltaproduct_jax.errors import (
 from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
     FORWARD,
@@ -138,13 +138,19 @@ def command(argv: Sequence[str]) -> None:
     for shape in config.shapes():
         rows.append(measure(config, shape))
         print(json.dumps(rows[-1]), file=sys.stderr)
+    timed = {"direction": config.direction, "gated": config.gated}
+    record = begun("op.rule", argv, machine=machine(), **timed, rows=rows)
+    print(write_report(parsed.workdir, "rule", record, page))
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What rule.md holds."""
     title = (
-        f"Time of the plain scan over time of the chunked form, {config.direction}, float32, "
-        f"{'gated' if config.gated else 'ungated'}; bold where None picks the chunked form; "
-        f"{machine()}"
+        f"Time of the plain scan over time of the chunked form, {record['direction']}, float32, "
+        f"{'gated' if record['gated'] else 'ungated'}; bold where None picks the chunked form; "
+        f"{record['machine']}"
     )
-    record = {"command": command_line("op.rule", argv), "machine": machine(), "rows": rows}
-    print(write_report(parsed.workdir, "rule", record, title, table(rows)))
+    return [title, table(record["rows"])]
 
 
 if __name__ == "__main__":

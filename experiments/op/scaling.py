@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, write_report
+from experiments.lib.bench.report import TIMES, begun, markdown, times, write_report
 from experiments.lib.bench.timing import (
     FORWARD,
     Shape,
@@ -97,18 +97,40 @@ def command(argv: Sequence[str]) -> None:
             rows[x].append(measure(config, T, R))
             print(json.dumps(rows[x][-1]), file=sys.stderr)
     slopes = {f"{y} over {x}": slope(rows[x], x, y) for x in rows for y in MEASURES}
-    record = {
-        "command": command_line("op.scaling", argv),
-        "machine": machine(),
-        "config": dataclasses.asdict(config),
-        "slopes": slopes,
-        "by_length": rows["T"],
-        "by_num_householder": rows["num_householder"],
-    }
-    lines = [(*name.split(" over "), f"{value:.2f}") for name, value in slopes.items()]
-    found = markdown(["of", "over", "slope in log-log"], lines)
-    print(write_report(parsed.workdir, "scaling", record, machine(), found))
+    record = begun(
+        "op.scaling",
+        argv,
+        machine=machine(),
+        config=dataclasses.asdict(config),
+        slopes=slopes,
+        by_length=rows["T"],
+        by_num_householder=rows["num_householder"],
+    )
+    print(write_report(parsed.workdir, "scaling", record, page))
     draw_scaling(rows, slopes, parsed.workdir / "scaling", look)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What scaling.md holds."""
+    slopes = record["slopes"].items()
+    lines = [(*name.split(" over "), f"{value:.2f}") for name, value in slopes]
+    return [
+        record["machine"],
+        markdown(["of", "over", "slope in log-log"], lines),
+        *_points(record),
+    ]
+
+
+def _points(record: Mapping[str, Any]) -> list[str]:
+    """A table of each of what is varied."""
+    tables = []
+    for varied in ("by_length", "by_num_householder"):
+        lines = [
+            (f"{row['T']:,}", row["num_householder"], *times(row), f"{row['temp_mib']:.3f}")
+            for row in record[varied]
+        ]
+        tables.append(markdown(["T", "n_h", *TIMES, "temp MiB"], lines))
+    return tables
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -189,18 +188,19 @@ def command(argv: Sequence[str]) -> None:
     record = started("op.sharding", argv, config=dataclasses.asdict(config))
     cases = itertools.product(config.num_householder, config.directions.split(","))
     measured = (measure(config, *case) for case in cases)
-    print(collect(record, measured, table, functools.partial(write, parsed.workdir)))
+    write = lambda record: write_report(parsed.workdir, "sharding", record, page)
+    print(collect(record, measured, table, write))
 
 
-def write(workdir: Path, record: dict[str, Any]) -> str:
-    """sharding.json and sharding.md; what the latter holds."""
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What sharding.md holds."""
     c = record["config"]
     head = (
         f"B={c['batch_size']} T={c['length']} H={c['num_heads']} K=V={c['head_dim']}, "
         f"{c['dtype']}, {'gated' if c['gated'] else 'ungated'}, over {c['devices']} devices; "
         f"{record['machine']}"
     )
-    return write_report(workdir, "sharding", record, head, table(record["rows"]))
+    return [head, table(record["rows"])]
 
 
 if __name__ == "__main__":

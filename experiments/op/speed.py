@@ -22,11 +22,9 @@ Takes: 2 minutes on two CPU cores; the third command needs a GPU, PyTorch and th
 """
 
 import dataclasses
-import functools
 import itertools
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +41,7 @@ from experiments.lib import flags
 from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.peers import fla, flashqla
 from experiments.lib.bench.peers.jax_packages import PACKAGES, PLAIN, peer_op
-from experiments.lib.bench.report import TIMES, collect, markdown, shown, times, write_report
+from experiments.lib.bench.report import TIMES, collect, known_columns, shown, times, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
     CHECKED_TOKENS,
@@ -243,13 +241,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             *(row[name] for name in ("num_householder", "direction", "implementation")),
             *times(row),
-            shown(row["device_ms"], ".3f"),
+            shown(row.get("device_ms"), ".3f"),
             *(f"{row['times_faster_than_first']:.2f}", f"{row['compile_s']:.1f}"),
             *(shown(row["temp_mib"], ".1f"), f"{row['worst_error']:.1e}"),
         ]
         for row in rows
     ]
-    return markdown(HEAD, lines)
+    return known_columns(HEAD, lines)
 
 
 def command(argv: Sequence[str]) -> None:
@@ -267,19 +265,19 @@ def command(argv: Sequence[str]) -> None:
     record = started("op.speed", argv, shape=title)
     cases = itertools.product(config.num_householder, config.directions.split(","))
     measured = (measure(config, *case) for case in cases)
-    text = collect(record, measured, table, functools.partial(write, parsed.workdir))
+    write = lambda record: write_report(parsed.workdir, "speed", record, page)
+    text = collect(record, measured, table, write)
     draw_speed(record["rows"], parsed.workdir / "speed", title, look)
     print(text)
 
 
-def write(workdir: Path, record: dict[str, Any]) -> str:
-    """speed.json and speed.md; what the latter holds."""
-    head = f"{record['shape']}; {record['machine']}"
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What speed.md holds."""
     errors = (
         f"Errors: the worst of the results, against float64, on {CHECKED_SEQUENCES} sequences of "
         f"{CHECKED_TOKENS} tokens at most ({DECODING_ROUNDS * TOKENS_OF_DECODING} of decoding)."
     )
-    return write_report(workdir, "speed", record, head, table(record["rows"]), errors)
+    return [f"{record['shape']}; {record['machine']}", table(record["rows"]), errors]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.memory import memory_of
@@ -26,8 +26,8 @@ from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib import flags
-from experiments.lib.bench.report import command_line, markdown, shown, write_report
-from experiments.lib.bench.timing import machine
+from experiments.lib.bench.report import markdown, shown, write_report
+from experiments.lib.bench.timing import started
 from experiments.lib.language_presets import PRESETS
 from experiments.lib.pod.step_program import step_program
 
@@ -104,21 +104,23 @@ def command(argv: Sequence[str]) -> None:
     """Compiles, prints the table, writes compile.json and compile.md."""
     parsed = flags.parse(argv, {"compile": CompileConfig}, {"default": {}})
     config = CompileConfig(**parsed.sections["compile"])
-    record = {
-        "command": command_line("op.step_compile", argv),
-        "config": dataclasses.asdict(config),
-        "machine": machine(),
-        "rows": [],
-    }
-    head = (
-        f"{config.model}, {config.num_layers} blocks, B={config.rows} T={config.length}, "
-        f"vocabulary {config.vocab_size}, remat={config.remat}; {record['machine']}"
-    )
+    record = started("op.step_compile", argv, config=dataclasses.asdict(config))
     for scanned, chunk in itertools.product(config.scans, config.chunks):
         record["rows"].append(compiled_row(config, bool(scanned), chunk))
         print(table(record["rows"][-1:]), file=sys.stderr)
-        text = write_report(parsed.workdir, "compile", record, head, table(record["rows"]))
+        text = write_report(parsed.workdir, "compile", record, page)
     print(text)
+
+
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What compile.md holds."""
+    config = record["config"]
+    head = (
+        f"{config['model']}, {config['num_layers']} blocks, B={config['rows']} "
+        f"T={config['length']}, vocabulary {config['vocab_size']}, remat={config['remat']}; "
+        f"{record['machine']}"
+    )
+    return [head, table(record["rows"])]
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ Takes: on a GPU of 80 GB 3 minutes with n_h = 1 and 5 with 2; with ``--preset=sm
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +51,8 @@ from experiments.lib.bench import training_steps
 from experiments.lib.bench.peers.fla_model import PRECISIONS, check_peer, peer_rows
 from experiments.lib.bench.report import (
     TIMES,
-    command_line,
+    begun,
+    known_columns,
     markdown,
     shown,
     times,
@@ -264,7 +264,7 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, and below it what did not run."""
     lines, failed = [], []
     for row in rows:
-        names = [row["num_householder"], row["num_heads"], row["implementation"], row["mesh"]]
+        names = [row["num_householder"], row["num_heads"], row["implementation"], row.get("mesh")]
         if "error" in row:
             lines.append([*names, *[None] * (len(HEAD) - len(names))])
             failed.append(
@@ -283,13 +283,13 @@ def table(rows: Sequence[Row]) -> str:
                     shown(row.get("device_ms"), ".4g"),
                 ),
                 *(f"{row['tokens_per_s']:,.0f}", shown(row.get("mfu"), ".1%")),
-                *(shown(row[name], ".2f") for name in ("of_the_first", "ours_times_faster")),
+                *(shown(row.get(name), ".2f") for name in ("of_the_first", "ours_times_faster")),
                 f"{row['compile_s']:.1f}",
                 *(shown(gib, ".2f") for gib in memory),
                 *(f"{row[name]:.3f}" for name in ("first_loss", "last_loss")),
             ]
         )
-    return "\n\n".join([markdown(HEAD, lines), *failed, *table_of_kernels(rows)])
+    return "\n\n".join([known_columns(HEAD, lines), *failed, *table_of_kernels(rows)])
 
 
 def table_of_kernels(rows: Sequence[Row]) -> list[str]:
@@ -308,24 +308,21 @@ def command(argv: Sequence[str]) -> None:
     config = StepConfig(**parsed.sections["step"])
     if config.peer:
         training_steps.apart(check_peer)  # before minutes are spent
-    record = {
-        "command": command_line("op.step_speed", argv),
-        "config": dataclasses.asdict(config),
-        "rows": [],
-    }
+    record = begun("op.step_speed", argv, config=dataclasses.asdict(config), rows=[])
     for num_householder, num_heads in config.models:
         for rows in measure(config, num_householder, num_heads):
             print(table(rows), file=sys.stderr)
             record["rows"] += rows
-            text = write(parsed.workdir, record)  # what is measured stays, whatever comes next
+            # What is measured stays, whatever comes next.
+            text = write_report(parsed.workdir, "step", record, page)
     print(text)
     failed = [r for r in record["rows"] if "error" in r and r["implementation"] == OURS]
     if failed:
         raise ConfigError(f"our own model did not run: {failed[0]['error']}")
 
 
-def write(workdir: Path, record: dict[str, Any]) -> str:
-    """step.json and step.md; what the latter holds."""
+def page(record: Mapping[str, Any]) -> list[str]:
+    """What step.md holds."""
     config = record["config"]
     machines = dict.fromkeys(row["machine"] for row in record["rows"] if "machine" in row)
     head = (
@@ -334,7 +331,7 @@ def write(workdir: Path, record: dict[str, Any]) -> str:
         f"{config['vocab_size']}, {'gated' if config['gated'] else 'ungated'}; ours in "
         f"{config['dtype']}, remat={config['remat']}; {'; '.join(machines)}"
     )
-    return write_report(workdir, "step", record, head, table(record["rows"]))
+    return [head, table(record["rows"])]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from deltaproduct_jax.theory import CATALOGUE
 from deltaproduct_jax.training import loop
 from experiments import redraw, state_tracking
 from experiments.lib import flags
-from experiments.lib.figures import curves, names, records, style
+from experiments.lib.figures import curves, names, records, separation, style
 from experiments.lib.figures.style import Look
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,6 +156,17 @@ def _rgb(color):
     return [int(color[place : place + 2], 16) for place in (1, 3, 5)]
 
 
+def test_a_construction_looks_alike_in_every_dtype_but_for_its_marker():
+    models = ["s3", "permutations_S3, float32", "permutations_S3, bfloat16", "s4"]
+    (run, solid, hollow, other), named = separation._styles(models)
+    assert list(named) == ["$S_{3}$", "permutations $S_{3}$", "$S_{4}$", "in bfloat16"]
+    assert len({(style["color"], style["marker"]) for style in (run, solid, other)}) == 3
+    for key in ("color", "marker"):
+        assert solid[key] == hollow[key]
+    for key in ("markerfacecolor", "linestyle"):
+        assert solid[key] != hollow[key]
+
+
 @pytest.mark.parametrize(("lowest", "scale", "floor"), [
     (0.0, "linear", -0.03), (0.8, "linear", 0.75), (-3.0, "log", -0.03),
 ])  # fmt: skip
@@ -209,8 +220,14 @@ def pictures():
     return set(RESULTS.rglob("*.png"))
 
 
-def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_path, monkeypatch):
-    """No pixel is drawn here: which record makes which picture is enough."""
+def tables_of(folder):
+    """Those that scripts wrote: all Markdown but what a person writes."""
+    by_hand = re.compile(r"README|LOG|full_size")
+    return {path for path in folder.rglob("*.md") if not by_hand.match(path.name)}
+
+
+def test_every_figure_and_table_of_the_results_is_what_its_record_gives(tmp_path, monkeypatch):
+    """No pixel is drawn here: which record makes which picture is enough. Tables are equal."""
     drawn = set()
 
     def noted(figure, path, look):
@@ -223,11 +240,15 @@ def test_every_picture_of_the_results_is_drawn_from_what_stands_beside_it(tmp_pa
         monkeypatch.setattr(module, "save", noted)
     folder = tmp_path / "results"
     shutil.copytree(RESULTS, folder, ignore=shutil.ignore_patterns("*.png"))
-    tables = [path for path in records.drawn(folder, Look()) if path not in drawn]
+    for path in tables_of(folder):
+        path.unlink()
+    tables = {path for path in records.drawn(folder, Look()) if path not in drawn}
     there = {path.relative_to(RESULTS) for path in pictures()}
     assert len(there) >= 19
     assert {path.relative_to(folder) for path in drawn} == there
-    assert len(tables) >= 12
+    there = {path.relative_to(RESULTS) for path in tables_of(RESULTS)}
+    assert len(there) >= 45
+    assert {p.relative_to(folder) for p in tables if p.suffix == ".md"} == there
     for path in tables:
         assert path.read_bytes() == (RESULTS / path.relative_to(folder)).read_bytes()
     for path in pictures():
@@ -241,6 +262,10 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
     assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(r"cumulative\.json cannot be drawn: ", line)
+    for script in ("op.nothing", "lib.flags", "../x"):
+        write(tmp_path, {"page": script, "command": "python -m experiments.x"})
+        with pytest.raises(RunDirectoryError, match=f"page='{script}' is not known; it may be"):
+            redraw.command([f"--workdir={tmp_path}"])
     write(tmp_path, {"figure": "pie"})
     with pytest.raises(RunDirectoryError, match=r"json cannot be drawn: figure='pie' is not known"):
         redraw.command([f"--workdir={tmp_path}"])

@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +167,25 @@ def test_escapes_are_counted(source, tmp_path, capsys):
         ("0", "2"),
         ("0", "2"),
     ]
+
+
+def test_points_of_a_table_are_its_medians_and_bests():
+    rows = [
+        {"mixer": "gla", "S3 median": 0.5, "S3 best": 0.75, "S3 runs": 2, "A5 median": None,
+         "A5 best": None, "A5 runs": 0},
+        {"mixer": "mamba2", "S3 median": 0.25, "S3 best": 1.0, "S3 runs": 2, "A5 median": 0.1,
+         "A5 best": 0.1, "A5 runs": 1},
+    ]  # fmt: skip
+    record = {"rows": rows, "by": ["mixer"], "x": "group", "length": 4}
+    figure = curves.scores_of(record | {"metric": "strict.token_accuracy"}, style.Look())
+    s3, a5 = figure.axes
+    drawn = [[line.get_xydata().tolist() for line in axes.lines] for axes in (s3, a5)]
+    assert drawn == [
+        [[[0.5, 0], [0.25, 1]], [[0.75, 0], [1.0, 1]]],
+        [[[0.1, 1]], [[0.1, 1]]],
+    ]
+    assert [text.get_text() for text in s3.get_yticklabels()] == ["GLA", "Mamba-2"]
+    assert figure.get_suptitle() == "answers right at 4 tokens"
 
 
 def test_bars_are_as_long_as_their_fraction():
@@ -336,6 +354,7 @@ def test_training_and_tables_go_without_matplotlib(source, tmp_path):
     notes = [line for line in done.stderr.splitlines() if "matplotlib" in line]
     assert [line.partition(missing)[:2] for line in notes] == [
         ("note: ", missing),
+        ("error: ", missing),  # of the table, which is written by then
         ("error: ", missing),
     ]
     assert "Traceback" not in done.stderr
@@ -355,25 +374,3 @@ def test_it_is_a_script_and_markdown_is_markdown(source, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [line.rsplit(".")[-1] for line in done.stdout.splitlines()] == ["json", "png"]
     assert report.markdown(["a", "b"], [["1", None]]) == "| a | b |\n| --- | --- |\n| 1 | - |"
-
-
-def test_a_command_is_quoted_as_a_shell_takes_it():
-    argv = ["--meshes=data:1;fsdp:2", "--cases=one token", "--prompt=a$b 'c'", "--x=data:2,fsdp:2"]
-    command = report.command_line("op.speed", argv)
-    assert command.startswith(
-        'python -m experiments.op.speed --meshes="data:1;fsdp:2" --cases="one'
-    )
-    assert shlex.split(command)[3:] == argv
-
-
-def test_a_long_command_is_cut_before_flags_and_can_be_pasted():
-    command = report.command_line("op.speed", ["--workdir=DIR", "--peer=fla"])
-    assert report.command_block(command) == f"Command: `{command}`"
-    command += f" --implementations={'x' * 60} --dtype=bfloat16 --fixed='a=1 b=2'"
-    title, _, *lines = report.command_block(command).splitlines()
-    assert (title, lines[0], lines[-1]) == ("Command:", "```sh", "```")
-    assert len(lines) == 5
-    assert max(map(len, lines)) <= 100
-    assert " ".join(line.removesuffix("\\").strip() for line in lines[1:-1]) == command
-    item = report.listed(f"12. `{command}`")
-    assert [line[:4] for line in item.splitlines()] == ["12. ", "    ", "    "]

@@ -2,12 +2,15 @@
 
 import json
 import re
+import signal
 
 import pytest
 
 from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.training.stopping import Stopped
 from experiments import redraw, search
 from experiments.lib import searches
+from experiments.lib.run_records import Record
 from experiments.lib.sweeps.grid import claim
 from experiments.lib.sweeps.records import RunFolder
 
@@ -40,12 +43,13 @@ def ends(valid, test):
                 "time": 0.0,
             }
             row |= {"tokens_per_second": 8.0, "valid_sequence_accuracy": score}
+            row["valid_loss"] = 1e-4 / float(run.settings["learning_rate"])
             other = row | {"step": 2, "valid_sequence_accuracy": 1.0, "valid_token_accuracy": 1.0}
             lines = [json.dumps(r | {"valid_token_accuracy": score}) for r in (other, row)]
             (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
             entries = [{"length": 4, "strict": {"sequence_accuracy": 0.0}}]
             entries += [{"length": 6, "strict": {"sequence_accuracy": test(run.settings)}}]
-            results = {"steps": 4, "best_step": 4, "parameters": {}, "test": entries}
+            results = {"steps": 4, "best_step": 4, "parameters": {"total": 7000}, "test": entries}
             (folder.path / "results.json").write_text(json.dumps(results))
         return True
 
@@ -71,7 +75,7 @@ def test_the_best_on_the_validation_split_is_trained_anew(tmp_path, monkeypatch,
     record = json.loads((tmp_path / "search.json").read_text())
     assert [arm["chosen"] for arm in record["tried"]] == [1, 1]
     failed = record["tried"][1]["settings"][2]["validation"]
-    assert failed == [None, [1.0, 1.0]]
+    assert failed == [None, [1.0, 1.0, -1e-3]]
     delta, gla = record["rows"]
     assert delta["arm"] == "mixer = delta_product, n_h = 3"
     assert delta["scores"] == gla["scores"] == [seed / 1002 for seed in (1000, 1001, 1002)]
@@ -80,13 +84,79 @@ def test_the_best_on_the_validation_split_is_trained_anew(tmp_path, monkeypatch,
     )  # fmt: skip
     assert delta["initial_gate"] is None is gla["beta_bias"]
     assert record["hours"] == pytest.approx(17 / 3600)
+    assert (record["metric"], record["missing"], record["stopped"]) == (
+        "strict.sequence_accuracy", 1, False,
+    )  # fmt: skip
     picture, table = (tmp_path / "search.png").read_bytes(), (tmp_path / "search.md").read_text()
-    assert "| delta_product, n_h = 3 | 0.01 |" in table
+    assert "| delta_product, n_h = 3 | 7,000 | 0.01 |" in table
+    assert "Runs without results: 1. They count as the worst.\n" in table
+    assert "at an end of the rates" not in table
     assert "scores" not in (tmp_path / "search.csv").read_text()
     (tmp_path / "search.png").unlink()
     assert redraw.command([f"--workdir={tmp_path}"]) is None
     assert (tmp_path / "search.png").read_bytes() == picture
     assert "search.png" in capsys.readouterr().out
+
+
+def test_what_has_ended_when_a_search_is_stopped_is_told(tmp_path, monkeypatch, capsys):
+    """In its first part, after the lowest rate; and again, among the fresh seeds."""
+    stop = Stopped("stopped by SIGTERM; the same command goes on", signal.SIGTERM)
+
+    def stopped_after(rates, seeds):
+        valid = lambda x: 0.5 if x["learning_rate"] in rates and x["seed"] in seeds else None
+        begin = ends(valid, lambda settings: 0.75)
+
+        def run_sweep(workdir, sweep, launch):
+            begin(workdir, sweep, launch)
+            raise stop
+
+        return run_sweep
+
+    table, more = tmp_path / "search.md", ["--settings=2", "--seeds=1", "--fresh=2"]
+    monkeypatch.setattr(search, "run_sweep", stopped_after(("0.0001",), ("0",)))
+    assert search.main(argv(tmp_path, *more)) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert "| delta_product, n_h = 3 | 0.0001 | 0.0 | - | silu |\n" in table.read_text()
+    assert "Runs without results: 2. They count as the worst; the search was" in table.read_text()
+    assert not (tmp_path / "chosen").exists()
+    once = stopped_after(("0.0001",), ("1000",))
+    full = ends(lambda settings: 0.1, lambda settings: 0.0)
+    sweeps = iter([full, once])
+    monkeypatch.setattr(search, "run_sweep", lambda *given: next(sweeps)(*given))
+    assert search.main(argv(tmp_path, *more)) == 143
+    record = json.loads((tmp_path / "search.json").read_text())
+    assert [(row["scores"], row["runs"], row["median"]) for row in record["rows"]] == [
+        ([0.75], 2, None)
+    ] * 2
+    text = table.read_text()
+    assert "tried, so that others may do better: delta_product, n_h = 3; gla." in text
+    assert capsys.readouterr().err.startswith("tried: 4 runs\nchosen: 4 runs\n")
+
+
+def test_the_first_score_that_a_task_has_is_reported():
+    def records(*names):
+        entry = {"length": 4, "strict": dict.fromkeys(names, 0.5)}
+        return [Record("r", {}, {"test": [entry]})]
+
+    assert searches.metric_of([], None) == "strict.scaled_accuracy"
+    for names, metric in (
+        (("token_accuracy", "sequence_accuracy"), "strict.sequence_accuracy"),
+        (("token_accuracy", "sequence_accuracy", "scaled_accuracy"), "strict.scaled_accuracy"),
+        (("token_accuracy",), "strict.token_accuracy"),
+    ):
+        assert searches.metric_of(records(*names), 4) == metric
+
+
+@pytest.mark.parametrize(("together", "said"), [(True, "4 runs in 3 programs"), (False, "4 runs")])
+def test_runs_and_the_programs_that_they_compile_are_counted(together, said):
+    each = [
+        {"mixer": "gla", "seed": "0"},
+        {"mixer": "gla", "seed": "1", "learning_rate": "1"},
+        {"mixer": "delta_net", "seed": "0", "qk_activation": "none"},
+        {"mixer": "delta_net", "seed": "0", "qk_activation": "silu"},
+    ]
+    fixed = f"group=S3;{TINY}"
+    assert searches.counted("state_tracking", fixed, each, together=together) == said
 
 
 def test_every_mixer_tries_as_much():
@@ -101,6 +171,10 @@ def test_every_mixer_tries_as_much():
             found = [each.get(name) for each in arm.tried]
             often = 12 // len(values)
             assert sorted(filter(None, found)) == sorted(values * often * mixer.takes(name))
+    fewer = searches.arms_of((), "state_tracking", f"group=S3;{TINY}", 12, (1e-4, 1e-2), ())
+    assert {key for arm in fewer for each in arm.tried for key in each} == {
+        "learning_rate", "end_learning_rate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -109,6 +183,7 @@ def test_every_mixer_tries_as_much():
         ("--arm=mixer=gla;seed=3", "seed=3 is in --arm or --fixed; the search decides it"),
         ("--arm=mixer=nothing", "mixer='nothing' is not known"),
         ("--settings=0", "settings=0 is too small"),
+        ("--fields=beta_bias,steps", "fields='steps' is not known; it may be one of"),
         ("--seeds=1001", "seeds=1001 is too large; it may be 1000 at most"),
         ("--highest_rate=1e-5", "highest_rate=1e-05 is too small; it must be at least 0.0001"),
         ("--script=absent", "script='absent' is not known"),
@@ -129,6 +204,15 @@ def test_refusals_are_one_line_and_start_nothing(tmp_path, capsys, flag, says):
 )  # fmt: skip
 def test_a_run_that_failed_is_below_all(scores, runs, median):
     assert searches.median_of_runs(scores, runs) == pytest.approx(median)
+
+
+def test_of_runs_right_throughout_the_one_with_less_loss_is_chosen(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "run_sweep", ends(lambda settings: 1.0, lambda settings: 1.0))
+    assert search.main(argv(tmp_path, "--settings=3", "--seeds=1", "--fresh=1")) == 0
+    record = json.loads((tmp_path / "search.json").read_text())
+    for arm in record["tried"]:
+        assert arm["chosen"] == 2
+        assert arm["settings"][2]["validation"] == [[1.0, 1.0, -0.01]]
 
 
 @pytest.mark.slow

@@ -134,7 +134,7 @@ def test_a_broken_record_is_one_line(tmp_path, capsys):
 def test_geometry_of_constructions(tmp_path, capsys):
     argv = [f"--workdir={tmp_path}", "--constructions=plane_Z5,cube_S4"]
     assert flags.run(theory_geometry.command, argv) == 0
-    z5, cube = json.loads((tmp_path / "geometry.json").read_text())
+    z5, cube = json.loads((tmp_path / "geometry.json").read_text())["models"]
     assert (z5["exponent"], cube["exponent"]) == (5, 12)
     for model, dimensions in ((z5, 2), (cube, 3)):
         for head in model["heads"]:

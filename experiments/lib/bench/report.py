@@ -1,9 +1,12 @@
 """What a measurement leaves: a record as JSON, tables as Markdown, and the command that made both.
 
-A cell of a table holds one value; what has several gets a column for each.
+A cell of a table holds one value; what has several gets a column for each. The Markdown is made of
+the record alone, by the function ``page`` of the script that the record names, so that it can be
+made again (`experiments.redraw`).
 """
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -12,9 +15,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.files import write_file
+from deltaproduct_jax.files import read_json, write_file
 
 MOST_COLUMNS = 100
+PAGE = "page"  # key of a record: the script whose `page` shows it, by its name in experiments
+# Paragraphs and tables of what a record holds, from the top.
+Page = Callable[[Any], Sequence[str]]
 # The columns of `times`.
 TIMES = ("ms, median", "least", "most")
 
@@ -22,6 +28,11 @@ TIMES = ("ms, median", "least", "most")
 def command_line(script: str, argv: Sequence[str]) -> str:
     """The command as one would type it; ``script`` by its name within experiments."""
     return " ".join([f"python -m experiments.{script}", *map(_quoted, argv)])
+
+
+def begun(script: str, argv: Sequence[str], **more: Any) -> dict[str, Any]:
+    """A record before what is measured: whose it is, the command, and what more there is."""
+    return {PAGE: script, "command": command_line(script, argv), **more}
 
 
 def _quoted(argument: str) -> str:
@@ -57,6 +68,13 @@ def markdown(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table, without a newline at its end; None is shown as a dash."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(shown, line))} |" for line in lines)
+
+
+def known_columns(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table without the columns of which no row knows anything."""
+    kept = [place for place in range(len(head)) if any(shown(row[place]) != "-" for row in rows)]
+    head, *rows = [[line[place] for place in kept] for line in (head, *rows)]
+    return markdown(head, rows)
 
 
 def shown(value: Any, form: str = "") -> str:
@@ -95,23 +113,54 @@ def collect(
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
-    """Writes a value, whole or not at all; RunDirectoryError where that fails."""
-    write_file(path, json.dumps(value, indent=indent).encode() + b"\n")
+    """Writes a value, whole or not at all; RunDirectoryError where that fails.
+
+    Numbers that are not finite, which JSON does not have, become the words "inf", "-inf" and "nan",
+    as ``float`` reads them.
+    """
+    write_file(path, json.dumps(_spelled(value), indent=indent, allow_nan=False).encode() + b"\n")
 
 
-def write_report(workdir: Path, name: str, record: Mapping[str, Any], *blocks: str) -> str:
+def _spelled(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {name: _spelled(entry) for name, entry in value.items()}
+    return [_spelled(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def report_of(record: Any, page: Page) -> str:
+    """What the Markdown of a record holds, without a newline.
+
+    Args:
+        record: what its file holds. Where that is a command too, it closes the Markdown, by the
+            name that its script has now.
+        page: of the script.
+    """
+    closing = []
+    if isinstance(record, Mapping):
+        rest = record["command"].split(" ", 3)[3:]  # behind python -m MODULE
+        closing = [command_block(" ".join([f"python -m experiments.{record[PAGE]}", *rest]))]
+    return "\n\n".join([*page(record), *closing])
+
+
+def write_report(
+    workdir: Path, name: str, record: Any, page: Page, *, indent: int | None = 1
+) -> str:
     """Writes NAME.json and NAME.md.
 
     Args:
         workdir: where they go.
         name: of both.
         record: what the JSON file holds; its "command" closes the Markdown.
-        blocks: paragraphs and tables of the Markdown, from the top.
+        page: of the script; it sees what the file gives back, and nothing else.
+        indent: of the JSON file.
 
     Returns:
         What NAME.md holds, without the newline at its end.
     """
-    write_json(workdir / f"{name}.json", record)
-    text = "\n\n".join([*blocks, command_block(record["command"])])
+    path = workdir / f"{name}.json"
+    write_json(path, record, indent=indent)
+    text = report_of(read_json(path), page)
     write_file(workdir / f"{name}.md", f"{text}\n".encode())
     return text

@@ -18,7 +18,7 @@ from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops import delta_product, delta_product_step
 from deltaproduct_jax.ops.precision import accumulator_dtype
-from experiments.lib.bench.report import command_line
+from experiments.lib.bench.report import begun
 
 # Larger errors than these mean a wrong result, not rounding (design: 1e-5 and 3e-5 in float32).
 ERROR_LIMIT = {"float32": 1e-4, "bfloat16": 1e-1}
@@ -216,7 +216,7 @@ def _error(x: np.ndarray, ref: np.ndarray) -> float:
 
 def started(script: str, argv: Sequence[str], **more: Any) -> dict[str, Any]:
     """The record of a measurement before its first row: command, machine and what more there is."""
-    return {"command": command_line(script, argv), "machine": machine(), **more, "rows": []}
+    return begun(script, argv, machine=machine(), **more, rows=[])
 
 
 def require_gpu(script: str) -> None:

@@ -16,6 +16,7 @@ from experiments.lib.figures.style import (
     fractions_axis,
     mark_trained,
     new_panels,
+    points,
     positions_axis,
     series,
 )
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 CURVE = "strict.cumulative"
 # Hollow, so that a curve below shows.
 PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 4, "fillstyle": "none"}
+# Of a score, so that the one shows around the other.
+SCORE_MARKS = {"median": {"markersize": 3}, "best": {"markersize": 6, "fillstyle": "none"}}
 # Panel -> curve -> the runs [runs, positions].
 Panels = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -107,9 +110,9 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     order = list(dict.fromkeys(name for curves in panels.values() for name in curves))
     for (title, curves), axes in zip(panels.items(), cells.flat, strict=False):
         draw_curves(axes, curves, order, band=record["band"])
-        for name, points in record.get("published", {}).get(title, {}).items():
+        for name, published in record.get("published", {}).get(title, {}).items():
             color = series(order.index(name))["color"]
-            axes.plot(*zip(*points, strict=True), color=color, **PUBLISHED)
+            axes.plot(*zip(*published, strict=True), color=color, **PUBLISHED)
         if record["trained"][title] is not None:
             mark_trained(axes, record["trained"][title])
         axes.set_title(names.pretty(title))
@@ -148,6 +151,35 @@ def draw_curves(
         axes.plot(positions, np.median(runs, axis=0), label=names.pretty(name), **look)
 
 
+def scores_of(record: Mapping[str, Any], look: Look) -> "Figure":
+    """A figure of a table of scores: a panel a column, in it median and best of each row.
+
+    Args:
+        record: its "rows", their settings "by", the setting "x" of its columns, and what they show:
+            "metric", and "length", None for the longest.
+        look: the figure's width.
+    """
+    rows = record["rows"]
+    values = [column.removesuffix(" median") for column in rows[0] if column.endswith(" median")]
+    lines, columns = look.grid(len(values), 4)
+    figure, cells = new_panels(
+        look, lines, columns, 0.35 + 0.15 * len(rows), sparse=len(values) < 3, sharey=True
+    )
+    for value, axes in zip(values, cells.flat, strict=False):
+        for number, (name, more) in enumerate(SCORE_MARKS.items()):
+            there = [place for place, row in enumerate(rows) if row[f"{value} {name}"] is not None]
+            scores = [rows[place][f"{value} {name}"] for place in there]
+            style = points(number) | {"linestyle": "none"} | more
+            axes.plot(scores, there, label=f"{name} over runs", **style)
+        axes.set_title(names.pretty(label([record["x"]], (value,))))
+        rows_axis(axes, rows, record["by"])
+        axes.set_xlim(min(0, axes.get_xlim()[0]) - 0.03, 1.05)
+    close_grid(cells, len(values))
+    figure.suptitle(names.metric(record["metric"]) + _where(record))
+    add_legend(figure)
+    return figure
+
+
 def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
     """A figure of the bars of an escape table.
 
@@ -167,13 +199,24 @@ def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
         draw_bars(axes, rows, record["by"], value)
         axes.set_title(names.pretty(label([record["x"]], (value,))))
     close_grid(cells, len(values))
-    where = "" if record["length"] is None else f" at {record['length']} tokens"
     figure.supxlabel(
         f"fraction of runs with at least {record['threshold']:g} of the\n"
-        f"{names.metric(record['metric'])}{where}",
+        f"{names.metric(record['metric'])}{_where(record)}",
         fontsize="medium",
     )
     return figure
+
+
+def _where(record: Mapping[str, Any]) -> str:
+    return "" if record["length"] is None else f" at {record['length']} tokens"
+
+
+def rows_axis(axes: "Axes", rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Names the rows of a table by their settings, the first at the top."""
+    said = [names.pretty(label(keys, tuple(row[key] for key in keys))) for row in rows]
+    axes.set_yticks(range(len(rows)), said)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
 
 
 def draw_bars(
@@ -188,7 +231,5 @@ def draw_bars(
                 f"{escaped}/{runs}", (escaped / runs, place), (3, 0),
                 textcoords="offset points", va="center", fontsize="small",
             )  # fmt: skip
-    said = [names.pretty(label(keys, tuple(row[key] for key in keys))) for row in rows]
-    axes.set_yticks(range(len(rows)), said)
-    axes.set(xlim=(0, 1.28), ylim=(len(rows) - 0.4, -0.6), xticks=(0, 0.5, 1))
-    axes.grid(visible=False, axis="y")
+    rows_axis(axes, rows, keys)
+    axes.set(xlim=(0, 1.28), xticks=(0, 0.5, 1))

@@ -51,7 +51,7 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
             x, loss, error = _by_octave(entry)
             column[0].plot(x, loss, label=label, **style(len(x)))
             if error is not None:
-                band = {"color": style(len(x))["color"], "alpha": 0.2}
+                band = {"color": style(len(x))["color"], "alpha": 0.12}
                 column[0].fill_between(x, loss - error, loss + error, **band)
             x = entry["position"]
             column[1].plot(x, entry["running_loss"], label=label, **style(len(x)))

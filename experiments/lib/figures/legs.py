@@ -56,8 +56,10 @@ def draw_losses(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> l
         if validated:
             axes.plot(*zip(*validated, strict=True), label=label, **style)
     tokens = [row["tokens"] for record in found for row in record["curve"]]
-    axes.set(xlabel="tokens", ylabel="loss, nats per token", xscale="log")
+    losses = [row["loss"] for record in found for row in record["curve"] if "loss" in row]
+    axes.set(xlabel="tokens", ylabel="loss, nats per token", xscale="log", yscale="log")
     plain_log(axes.xaxis, (min(tokens), max(tokens)))
+    plain_log(axes.yaxis, (min(losses), max(losses)))
     add_legend(figure)
     return save(figure, path, look)
 

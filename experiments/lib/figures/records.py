@@ -8,8 +8,10 @@ from typing import Any
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.files import read_bytes, read_json, read_lines, write_file
 from deltaproduct_jax.training.records import METRICS, MetricsLine
+from experiments.lib.bench.report import PAGE, report_of
 from experiments.lib.figures import benchmarks, geometry, language, legs, plots, separation, theory
-from experiments.lib.figures.curves import bars_of, draw_panels
+from experiments.lib.figures.curves import bars_of, draw_panels, scores_of
+from experiments.lib.figures.pages import page_of, text_of
 from experiments.lib.figures.searched import search_figure, search_markdown
 from experiments.lib.figures.style import Look, save
 from experiments.lib.figures.tables import (
@@ -17,7 +19,7 @@ from experiments.lib.figures.tables import (
     scores_markdown,
     to_csv,
 )
-from experiments.lib.language_legs import EXTRAPOLATION, TRAINING, records_of
+from experiments.lib.language_legs import EXTRAPOLATION, RANKS, TRAINING, records_of
 
 FIGURE = "figure"  # key of records that say themselves which figure they are
 
@@ -37,15 +39,24 @@ def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
     kind = record[FIGURE]
     require_one_of(FIGURE, kind, MARKDOWN | PICTURES)
     if kind in MARKDOWN:
-        text = MARKDOWN[kind](record["rows"], record.get("by", ()))
+        text = MARKDOWN[kind](record)
         yield _written(path, ".csv", to_csv(record["rows"]))
         yield _written(path, ".md", text + "\n")
     if kind in PICTURES:
         yield from save(PICTURES[kind](record, look), path, look)
 
 
-MARKDOWN = {"table": scores_markdown, "escape": escape_markdown, "search": search_markdown}
-PICTURES = {"cumulative": draw_panels, "escape": bars_of, "search": search_figure}
+MARKDOWN: dict[str, Callable[[Any], str]] = {
+    "table": lambda record: scores_markdown(record["rows"], record["by"]),
+    "escape": lambda record: escape_markdown(record["rows"], record["by"]),
+    "search": search_markdown,
+}
+PICTURES = {
+    "cumulative": draw_panels,
+    "table": scores_of,
+    "escape": bars_of,
+    "search": search_figure,
+}
 
 
 def _written(path: Path, ending: str, text: str) -> Path:
@@ -92,8 +103,14 @@ def _heads(record: Any, path: Path, look: Look) -> list[Path]:
     return geometry.draw_heads(record, title_of_heads(record), path, look)
 
 
-def _deviations(record: Any, path: Path, look: Look) -> list[Path]:
-    return theory.draw_deviations(record, path.with_name("theory"), look)
+def _models(record: Any, path: Path, look: Look) -> list[Path]:
+    return geometry.draw_models(record["models"], path, look)
+
+
+def _deviations(record: Any, path: Path, look: Look) -> Iterator[Path]:
+    beside = path.with_name("theory")
+    yield _written(beside, ".md", report_of(record, page_of("theory")) + "\n")
+    yield from theory.draw_deviations(record, beside, look)
 
 
 def _separation(record: Any, path: Path, look: Look) -> list[Path]:
@@ -123,36 +140,41 @@ KINDS = (
     Kind("extrapolation", _has("curves"), _extrapolation),
     Kind("legs", _has("legs"), _legs),
     Kind("geometry", _has("heads", "reflecting_heads"), _heads),
-    Kind("geometry", _rows_have("heads", "group"), geometry.draw_models),
+    Kind("geometry", _has("models"), _models),
     Kind("separation", _has("models", "limit"), _separation),
     Kind("results", _rows_have("construction", "curve"), _deviations),
 )
 
 
 NAMES = {kind.name for kind in KINDS}
-MOST_BEFORE = 100  # characters before the key that says that it is a figure's
+MOST_BEFORE = 100  # characters before the key that says whose record it is
+KEYS = tuple(f'"{key}"'.encode() for key in (FIGURE, PAGE))
 
 
 def drawn(folder: Path, look: Look) -> Iterator[Path]:
-    """Draws what the records in a folder and below hold; the files written.
+    """Writes the tables and draws the pictures of the records in a folder and below; the files.
 
     Raises:
         RunDirectoryError: a record cannot be read.
     """
     for file in sorted(folder.rglob("*.json")):
-        if file.name == EXTRAPOLATION and file.with_name(TRAINING).exists():
-            continue  # a leg's, which the picture of all legs shows
-        if file.stem not in NAMES and f'"{FIGURE}"'.encode() not in read_bytes(file)[:MOST_BEFORE]:
+        if file.name in (EXTRAPOLATION, RANKS) and file.with_name(TRAINING).exists():
+            continue  # a leg's, which the table and the pictures of all legs show
+        start = read_bytes(file)[:MOST_BEFORE]
+        if file.stem not in NAMES and not any(key in start for key in KEYS):
             continue  # another command's, whatever its size
-        record = read_json(file)
+        record, path = read_json(file), file.with_suffix("")
         fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
         kind = next(fits, None)
-        if kind is not None:
-            try:
-                yield from kind.draw(record, file.with_suffix(""), look)
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-                why = error if isinstance(error, ConfigError) else repr(error)
-                raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
+        try:
+            text = text_of(record)
+            if text is not None:
+                yield _written(path, ".md", f"{text}\n")
+            if kind is not None:
+                yield from kind.draw(record, path, look)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            why = error if isinstance(error, ConfigError) else repr(error)
+            raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
     for file in sorted(folder.rglob(METRICS)):
         rows = read_lines(file, MetricsLine)
         if rows and plots.BITS in rows[0]:

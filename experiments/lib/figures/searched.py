@@ -1,9 +1,9 @@
 """What searches came to: a table of what was chosen, and every seed of it in a picture."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from experiments.lib.bench.report import markdown, shown
+from experiments.lib.bench.report import command_block, known_columns, shown
 from experiments.lib.figures import names
 from experiments.lib.figures.style import COLORS, Look, add_legend, mark, new_panels
 
@@ -11,25 +11,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHOSEN = ("learning_rate", "beta_bias", "initial_gate", "qk_activation")
+KINDS = ("median", "best")
 
 
-def search_markdown(rows: Sequence[Mapping[str, Any]], by: Sequence[str]) -> str:
-    """A row an arm: what was chosen, median and best of its fresh seeds, and how many escaped."""
-    del by  # the arms are the rows
-    fields = [name for name in CHOSEN if any(row[name] is not None for row in rows)]
+def search_markdown(record: Mapping[str, Any]) -> str:
+    """A row an arm: what was chosen, median and best of its fresh seeds, and how many escaped.
+
+    Below the table stand what it shows, which choices are at an end of the rates, what is missing.
+    """
     lines = [
         [
-            row["arm"].removeprefix("mixer = "),
-            *(row[name] for name in fields),
-            *(shown(row[name], ".3f" if row[name] is not None else "") for name in KINDS),
-            f"{row['escaped']}/{row['runs']}" if row["runs"] else "-",
+            _arm(row),
+            shown(row["parameters"], ","),
+            *(row[name] for name in CHOSEN),
+            *(shown(row[name], ".3f") for name in KINDS),
+            f"{row['escaped']}/{row['runs']}" if row["runs"] else None,
         ]
-        for row in rows
+        for row in record["rows"]
     ]
-    return markdown(["arm", *fields, *KINDS, "escaped"], lines)
+    table = known_columns(["arm", "parameters", *CHOSEN, *KINDS, "escaped"], lines)
+    return "\n\n".join([table, *_notes(record), command_block(record["command"])])
 
 
-KINDS = ("median", "best")
+def _arm(row: Mapping[str, Any]) -> str:
+    return row["arm"].removeprefix("mixer = ")
+
+
+def _notes(record: Mapping[str, Any]) -> Iterator[str]:
+    where = "the longest test length" if record["length"] is None else f"{record['length']} tokens"
+    yield (
+        f"Of each arm {len(record['tried'][0]['settings'])} settings were tried. Scores are "
+        f"{record['metric']} at {where} on the test split, of seeds that chose nothing; from "
+        f"{record['threshold']:g} on a run has escaped. {record['hours']:.2f} hours of training on "
+        f"{', '.join(record['hardware']) or 'nothing'}, "
+        f"commit {', '.join(c[:7] for c in record['commits']) or 'not known'}."
+    )
+    ends = "; ".join(_arm(row) for row in record["rows"] if row["rate_at_an_end"])
+    if ends:
+        yield f"Chosen at an end of the rates tried, so that others may do better: {ends}."
+    if record["missing"]:
+        text = f"Runs without results: {record['missing']}. They count as the worst"
+        yield f"{text}; the search was stopped." if record["stopped"] else f"{text}."
 
 
 def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
@@ -49,7 +71,8 @@ def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
             axes.plot([row["median"]] * 2, [place - 0.32, place + 0.32], **MEDIAN)
     axes.axvline(record["threshold"], color="0.35", linestyle=(0, (1, 1)), linewidth=1)
     axes.set_yticks(range(len(rows)), [names.pretty(row["arm"]) for row in rows])
-    axes.set(xlim=(-0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
+    lowest = min([0, *(score for row in rows for score in row["scores"])])  # scaled ones go below
+    axes.set(xlim=(lowest - 0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     where = "" if record["length"] is None else f" at {record['length']} tokens"
     axes.set_xlabel(names.metric(record["metric"]) + where)

@@ -24,6 +24,9 @@ from experiments.lib.figures.style import (
 MARGIN = 2.0  # above and below what is measured, on a logarithmic axis
 SMALLEST = 1e-8  # what the axis of ratios shows at least
 LAW = {"linestyle": (0, (1, 1)), "linewidth": 0.9}
+# A construction has one colour and marker in every dtype, so that the legend stays short.
+SOLID = {"linestyle": "-"}
+HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
 FAILS = {"color": "k", "marker": "x", "linestyle": "none"}
 
 
@@ -32,6 +35,8 @@ def draw_separation(
     models: Sequence[Mapping[str, Any]], limit: float, path: Path, look: Look
 ) -> list[Path]:
     """Draws every model's ratio with its law, and beside it predicted over measured positions.
+
+    In a column the second panel stands below the first.
 
     Args:
         models: entries of separation.json.
@@ -42,12 +47,16 @@ def draw_separation(
     Returns:
         The files written.
     """
-    figure, panels = new_panels(look, 1, 2, 2.4, width_ratios=(1.5, 1))
-    curves, failures = panels[0]
-    for index, model in enumerate(models):
-        _draw_curve(curves, index, model)
+    if look.is_narrow(2):
+        figure, panels = new_panels(look, 2, 1, 2.1, height_ratios=(1.2, 1))
+    else:
+        figure, panels = new_panels(look, 1, 2, 2.4, width_ratios=(1.5, 1))
+    curves, failures = panels.flat
+    styles, named = _styles([model["name"] for model in models])
+    for index, (model, style) in enumerate(zip(models, styles, strict=True)):
+        _draw_curve(curves, style | {"markevery": series(index)["markevery"]}, model)
         if model["failed"] and model["predicted"]:
-            failures.loglog(model["failed"], model["predicted"], **points(index))
+            failures.loglog(model["failed"], model["predicted"], **style)
     curves.axhline(limit, color=GREY, linewidth=0.8)
     ratios = np.maximum(np.concatenate([[limit], *(m["ratio"] for m in models)]), SMALLEST)
     # What is measured fills the axis; a law that is far off leaves it.
@@ -62,18 +71,34 @@ def draw_separation(
         for axis in (failures.xaxis, failures.yaxis):
             plain_log(axis, ends)
     failures.set(xlabel="fails at", ylabel="predicted")
-    handles, labels = curves.get_legend_handles_labels()
-    named = dict(zip(labels, handles, strict=True))
     named |= {"law beyond the fit": mark(color="k", **LAW), "fails": mark(**FAILS)}
     add_legend(figure, named | {"limit": mark(color=GREY, linewidth=0.8)})
     return save(figure, path, look)
 
 
-def _draw_curve(axes: Any, index: int, model: Mapping[str, Any]) -> None:
+def _styles(models: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The style of each model by its name, and what stands for it in the legend."""
+    order = list(dict.fromkeys(name.partition(", ")[0] for name in models))
+    styles, named, hollow = [], {}, {}
+    for model in models:
+        name, _, dtype = model.partition(", ")
+        style = points(order.index(name))
+        if dtype == "float32":
+            style |= SOLID | {"markerfacecolor": style["color"]}
+        elif dtype:
+            style |= HOLLOW
+            hollow[f"in {dtype}"] = mark(color=GREY, marker="o", **HOLLOW)
+        styles.append(style)
+        label = " ".join(names.construction(name)) if dtype else names.run(name)
+        named.setdefault(label, mark(**style))
+    return styles, named | hollow
+
+
+def _draw_curve(axes: Any, style: Mapping[str, Any], model: Mapping[str, Any]) -> None:
     x, y = np.array(model["positions"]), np.maximum(model["ratio"], SMALLEST)
-    axes.loglog(x, y, **series(index), label=names.run(model["name"]))
+    axes.loglog(x, y, **style)
     beyond = x[x > model["fit_length"]]
     law_at = Growth(**model["growth"]).at(beyond - (model["reference_to"] + 1) / 2)
-    axes.loglog(beyond, np.maximum(law_at, SMALLEST), **LAW, color=series(index)["color"])
+    axes.loglog(beyond, np.maximum(law_at, SMALLEST), **LAW, color=style["color"])
     if model["failed"]:
         axes.plot(model["failed"], model["ratio_at_failure"], **FAILS)

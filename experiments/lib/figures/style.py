@@ -266,7 +266,8 @@ def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None
         subs = (1, 2, 5) if steps < 1.7 else (1,)
         if steps < 0.7 and axis.axis_name == "y":  # where there is room for more
             subs = (1, 1.5, 2, 3, 4, 5, 7)
-        room = axis.axes.bbox.width / axis.figure.dpi / steps if axis.axis_name == "x" else math.inf
+        along = axis.axis_name == "x" and steps > 0  # not where all is at one number
+        room = axis.axes.bbox.width / axis.figure.dpi / steps if along else math.inf
         if room < LEAST_DECADE * len(subs):
             subs = (1,)
         if room < LEAST_DECADE:
