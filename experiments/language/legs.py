@@ -15,14 +15,16 @@ list does instead. At the deadline, and upon Ctrl-C and SIGTERM, legs save, and 
 goes on. A leg that fails is told in a line and ends no other; the exit code is 1 then. What the
 processes print is in ``logs/``.
 
-On a machine without GPUs legs go one after another. To have no GPU wait for the text, make its
-tokens beforehand, anywhere: ``python -m experiments.language.paper --stages=prepare``.
+On a machine without GPUs legs go one after another. While text becomes tokens, the first legs of
+GPUs compile, by training on a made-up text until their first record (``--warm``). To have no GPU
+wait, make tokens beforehand, anywhere: ``experiments.language.paper --stages=prepare``.
 
 Source: https://arxiv.org/abs/2502.10297, its language models side by side.
 Expect: the records and the table of ``experiments.language.paper``, of all legs.
 Takes: what the legs take, divided by the GPUs, and a start and a measuring more.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -42,11 +44,10 @@ from experiments.lib.leg_config import PRESETS as OF_A_LEG
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_jobs import Place, paper, run_legs
 from experiments.lib.leg_schedule import Terms
+from experiments.lib.leg_warming import warmed
 from experiments.lib.sweeps.gpus import visible_gpus
 
 PROGRAMS = "programs"
-# What computes nothing leaves GPUs to the legs.
-ON_CPU = {"JAX_PLATFORMS": "cpu"}
 # What this command says of a leg itself.
 DECIDED = ("leg", "seed", "stages", "train_s")
 PRESETS: dict[str, dict[str, Any]] = OF_A_LEG | {
@@ -75,6 +76,9 @@ class LegsConfig:
         "of a GPU's memory for each process: two train at times, others measure",
         above=0,
         most=1,
+    )
+    warm: bool = setting(
+        True, "compiles the first legs while their text becomes tokens, on a made-up one; on GPUs"
     )
     compilation_cache: str | None = setting(
         None, f"directory of compiled programs; none: {PROGRAMS} in the workdir"
@@ -109,23 +113,28 @@ def command(argv: Sequence[str]) -> None:
         LegConfig(**parsed.sections["paper"] | {"leg": name, "seed": seed})
         for name, seed in config.named
     ]
-    jax.config.update("jax_platforms", ON_CPU["JAX_PLATFORMS"])
+    jax.config.update("jax_platforms", "cpu")  # an accelerator is for the legs
     end = math.inf if config.deadline_s is None else time.monotonic() + config.deadline_s
     programs = user_path(config.compilation_cache or str(workdir / PROGRAMS)).resolve()
     require_directory(programs)
     place = Place(workdir, visible_gpus(), programs, config.memory_fraction)
-    children.run(
-        paper(workdir, "prepare", of_each[0].flags()),
-        variables=ON_CPU,
-        limit_s=config.deadline_s,
-        log=place.log("prepare"),
-    )
     legs = [Leg(name, seed, workdir) for name, seed in config.named]
+    with contextlib.ExitStack() as ending:
+        beside = {}
+        if config.warm and place.gpus and not legs[0].tokens("code").exists():
+            beside["beside"] = ending.enter_context(warmed(legs, of_each[0], place)).step
+        children.run(
+            paper(workdir, "prepare", of_each[0].flags()),
+            variables=children.ON_CPU,
+            limit_s=config.deadline_s,
+            log=place.log("prepare"),
+            **beside,
+        )
     terms = Terms(of_each[0].tokens_trained, config.overlap_s, config.measure_s, end)
     failures = run_legs(legs, of_each[0], place, terms)
     if any(workdir.glob(f"records/*/{TRAINING}")):
         drawn = {"format": ",".join(look.format)} | ({"width": look.width} if look.width else {})
-        children.run(paper(workdir, "draw", drawn), variables=ON_CPU)
+        children.run(paper(workdir, "draw", drawn), variables=children.ON_CPU)
     if failures:
         raise SystemExit(1)
 

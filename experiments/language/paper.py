@@ -77,9 +77,8 @@ def prepare(config: LegConfig, workdir: Path) -> None:
 
 def train(config: LegConfig, leg: Leg) -> bool:
     """Trains for as long as it may; whether the run is finished. What is known of it is kept."""
-    settings = (config.batch_size, config.parts, config.steps, config.learning_rate)
     try:
-        run(leg.training(config.train_length, *settings), limit_s=config.train_s)
+        run(config.training(leg), limit_s=config.train_s)
     finally:  # of what was told to end too
         keep(leg)
     return (leg.run / RESULTS).exists()

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +15,8 @@ from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signa
 from experiments.lib.sweeps.attempts import SAVING_S
 from experiments.lib.sweeps.parent import marked
 
+# What computes nothing leaves GPUs to others.
+ON_CPU = MappingProxyType({"JAX_PLATFORMS": "cpu"})
 # Of a child that was told to end; the second, while it is still starting.
 STOPPED = (exit_code(signal.SIGTERM), -signal.SIGTERM)
 POLL_S = 0.1
@@ -74,6 +76,12 @@ class Child:
             self.was_asked = True
             self._process.terminate()
 
+    def kill(self) -> None:
+        """Ends it at once, with what it has begun itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
     def stop(self) -> None:
         """Ends it, if it still runs, saved if it does so in time."""
         self.ask_to_stop()
@@ -91,6 +99,7 @@ def run(
     limit_s: float | None = None,
     log: Path | None = None,
     output: Path | None = None,
+    beside: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs a command to its end, or until its time is over, when it is told to save and end.
 
@@ -100,6 +109,8 @@ def run(
         limit_s: seconds that it may take.
         log: as of `Child`.
         output: as of `Child`.
+        beside: called again and again meanwhile, and then as long as it says that there is more to
+            do.
 
     Raises:
         ConfigError: it failed; it has said why.
@@ -111,8 +122,10 @@ def run(
     with stop_on_signals() as request:
         child = Child(command, variables=variables, log=log, output=output)
         try:
-            while child.poll() is None and not request.is_set() and time.monotonic() < end:
-                request.wait(POLL_S)
+            more = True
+            while more and not child.poll() and not request.is_set() and time.monotonic() < end:
+                more = beside() or child.poll() is None
+                request.wait(POLL_S if more else 0)
         finally:
             child.stop()
     if request.is_set():

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
-from experiments.lib.language_legs import LEGS, size_of_leg
+from experiments.lib.language_legs import LEGS, Leg, size_of_leg
 
 STAGES = ("prepare", "train", "measure", "draw")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -86,6 +86,12 @@ class LegConfig:
     def tokens_trained(self) -> int:
         """Tokens of all updates, whole batches."""
         return self.steps * self.batch_size * self.train_length
+
+    def training(self, leg: Leg) -> list[str]:
+        """The command that trains a leg by these settings, but for "leg" and "seed"."""
+        own = dataclasses.replace(self, leg=leg.name, seed=leg.seed)
+        settings = (own.batch_size, own.parts, own.steps, own.learning_rate)
+        return leg.training(own.train_length, *settings)
 
     def flags(self, **others: object) -> dict[str, object]:
         """What the command `experiments.language.paper` is given; ``others`` instead of fields."""

@@ -13,7 +13,7 @@ import pytest
 
 from deltaproduct_jax.errors import ConfigError
 from experiments.language import legs, pack_text
-from experiments.lib import flags
+from experiments.lib import children, flags
 from experiments.lib.children import Child
 from experiments.lib.language_legs import RANKS, SAMPLES, TRAINING, Leg, Part
 from experiments.lib.leg_config import LegConfig
@@ -252,6 +252,17 @@ def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
     assert not sleeping.has_failed()
 
 
+def test_what_goes_on_beside_a_part_is_waited_for(capfd):
+    asked = []
+    code = "print('part')"  # over before the tenth time
+    children.run([sys.executable, "-c", code], beside=lambda: asked.append(0) or len(asked) < 10)
+    assert len(asked) >= 10
+    child = Child([sys.executable, "-c", "import time; time.sleep(60)"])
+    child.kill()
+    assert child.poll() == -signal.SIGKILL
+    assert "part" in capfd.readouterr().out
+
+
 @pytest.mark.slow
 def test_legs_side_by_side_go_on_and_tell_of_one_that_fails(tmp_path, capfd, monkeypatch):
     for folder in ("fs/xfs", "fs/btrfs", "drivers", "Documentation"):
@@ -297,6 +308,10 @@ def test_legs_side_by_side_go_on_and_tell_of_one_that_fails(tmp_path, capfd, mon
         assert (done.records / SAMPLES).stat().st_size > 0
         assert len(list(done.records.iterdir())) == 4  # spares are gone
         assert f"| tiny | {done.seed} | 399,360 |" in shown.out
+    # A made-up text, in a folder that is gone, had the first legs' program compiled.
+    assert "step 1/390" in (folder / "logs" / "warming.log").read_text()
+    assert not (folder / "warming").exists()
+    assert len(list((folder / "programs").glob("jit_train_step-*-cache"))) == 1
     assert (folder / "ranks.png").stat().st_size > 10_000
     record = json.loads((of[0].records / TRAINING).read_text())
     assert len(record["starts"]["starts"]) == 2  # it went on where it stood
