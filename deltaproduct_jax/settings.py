@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -189,6 +190,14 @@ def shown(value: Any) -> str:
     except ValueError:  # Python does not write whole numbers of thousands of digits
         return "(a number of thousands of digits)"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def whole_number(text: str) -> int | None:
+    """The number that plain digits are; None for any other text, and for what nothing counts to.
+
+    ``int`` takes digits of every script, and fails at thousands of them.
+    """
+    return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
 
 def is_union(annotation: Any) -> bool:

@@ -8,7 +8,7 @@ Dimension key: ``T`` positions of a row.
 
 import functools
 import threading
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,15 +27,6 @@ class Rows(NamedTuple):
     targets: np.ndarray  # int32, the token that follows in the document
     mask: np.ndarray  # bool, False where there is padding
     segment_ids: np.ndarray | None  # int32, documents counted from 1, padding 0; None: no reset
-
-
-class Packing(Protocol):
-    """Rows of one corpus, one length and one seed."""
-
-    rows_per_epoch: int
-
-    def row(self, index: int) -> Rows:
-        """The row of an index, counted over all epochs."""
 
 
 def permutation(size: int, *seeds: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from deltaproduct_jax.evaluation.models import open_model
 from deltaproduct_jax.evaluation.requests import as_request, cut, windows
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer
 from deltaproduct_jax.models.generation import Generator, Request
+from deltaproduct_jax.settings import whole_number
 
 MAX_LENGTH = 2048
 
@@ -63,7 +64,8 @@ class DeltaProductLM(TemplateLM):
         super().__init__()
         if (path is None) == (pretrained is None):
             raise ConfigError("path is missing; give a run directory or a folder, by one name")
-        if not str(batch_size).isdigit():
+        rows = whole_number(str(batch_size))
+        if rows is None:
             raise ConfigError(f"batch_size={batch_size!r} must be a whole number")
         require_at_least("max_length", max_length, 2)
         require_at_least("max_gen_toks", max_gen_toks, 1)
@@ -71,9 +73,9 @@ class DeltaProductLM(TemplateLM):
         model, self.text, self._ends = open_model(
             where, checkpoint=str(checkpoint), tokenizer=tokenizer, dtype=dtype
         )
-        self.scorer = Scorer(model, batch_size=int(batch_size), mesh=mesh)
+        self.scorer = Scorer(model, batch_size=rows, mesh=mesh)
         self.max_length, self.max_gen_toks, self.add_bos = max_length, max_gen_toks, add_bos
-        self.batch_size, self.seed = int(batch_size), seed
+        self.batch_size, self.seed = rows, seed
         self._name = where
 
     @property

@@ -16,6 +16,7 @@ from deltaproduct_jax.files import AnyPath, any_path, in_bucket, is_there, read_
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
+from deltaproduct_jax.settings import whole_number
 from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.runs import load_run
 
@@ -58,7 +59,8 @@ def is_folder_of_fla(directory: AnyPath) -> bool:
 
 def checkpoint_of(text: str) -> str | int:
     """What ``load_run`` takes for a checkpoint: a step is a number."""
-    return int(text) if text.isascii() and text.isdigit() else text
+    step = whole_number(text)
+    return text if step is None else step
 
 
 def open_model(

@@ -7,14 +7,12 @@ flash-linear-attention does today: everything, convolutions included, is ``N(0, 
 """
 
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-InitializerName = Literal["paper", "fla"]
 INITIALIZERS: tuple[str, ...] = ("paper", "fla")
 
 _PAPER_GAIN = 2.0**-2.5

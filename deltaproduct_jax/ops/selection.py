@@ -1,5 +1,7 @@
 """The rule for ``implementation=None``, which IMPLEMENTATIONS.md has as a table."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -60,34 +62,48 @@ def select_implementation(
     Raises:
       ValueError: an argument may not have that value, or the sizes do not fit each other.
     """
-    if platform not in PLATFORMS:
-        names = ", ".join(repr(name) for name in PLATFORMS)
-        raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
     sizes = {"B": B, "T": T, "R": R, "H": Hv if H is None else H, "Hv": Hv, "K": K, "V": V}
-    for name, size in sizes.items():
-        checks.check_size(name, size, 0 if name in ("B", "T") else 1)
-    if Hv % sizes["H"]:
-        raise ValueError(f"Hv={Hv} must be a multiple of H={H}")
+    _check(platform, sizes)
     checks.check_flag("differentiated", differentiated)
     dtype = checks.as_dtype("dtype", dtype)
     checks.check_chunk_size(chunk_size, None)
     precision = checks.check_precision(precision)
-    for name, kernel in kernels.KERNELS.items():
-        if (
-            platform == kernel.platform
-            and chunk_size is None
-            and T > 1
-            and min(K, V) >= kernel.least_width
-            and kernels.reason_against(name, **sizes, dtype=dtype, precision=precision) is None
-            and kernels.load(name).is_ready()
-        ):
-            return name
+    if chunk_size is None and T > 1:
+        for name in kernels.KERNELS:
+            if _kernel_runs(name, platform, sizes, dtype, precision):
+                return name
     if differentiated:
         is_narrow = platform == "cpu" and T > 1 and _is_narrow(B * Hv, R, K * V)
         return "recurrent" if is_narrow else "chunked"
     if T <= 1 or (platform == "cpu" and _scan_is_faster(R, K * V)):
         return "recurrent"
     return "chunked"
+
+
+def _check(platform: str, sizes: Mapping[str, int]) -> None:
+    if platform not in PLATFORMS:
+        names = ", ".join(repr(name) for name in PLATFORMS)
+        raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
+    for name, size in sizes.items():
+        checks.check_size(name, size, 0 if name in ("B", "T") else 1)
+    if sizes["Hv"] % sizes["H"]:
+        raise ValueError(f"Hv={sizes['Hv']} must be a multiple of H={sizes['H']}")
+
+
+def _kernel_runs(
+    name: str,
+    platform: str,
+    sizes: Mapping[str, int],
+    dtype: jnp.dtype,
+    precision: jax.lax.Precision | None,
+) -> bool:
+    kernel = kernels.KERNELS[name]
+    return (
+        platform == kernel.platform
+        and min(sizes["K"], sizes["V"]) >= kernel.least_width
+        and kernels.reason_against(name, **sizes, dtype=dtype, precision=precision) is None
+        and kernels.load(name).is_ready()
+    )
 
 
 def _is_narrow(states: int, R: int, entries: int) -> bool:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, setting, whole_number
 
 # In the order in which neighbouring devices are given out, the last one's the closest.
 AXES = ("data", "fsdp", "sequence", "tensor")
@@ -65,7 +65,7 @@ class DeviceConfig:
         if missing:
             return
         host, _, port = self.coordinator_address.rpartition(":")
-        if not host.strip() or not (_is_whole(port) and 0 < int(port) < 2**16):
+        if not host.strip() or not 0 < (whole_number(port) or 0) < 2**16:
             raise ConfigError(
                 f"coordinator_address={self.coordinator_address!r} is not known; it may be "
                 "host:port, the port from 1 to 65535"
@@ -81,13 +81,13 @@ class DeviceConfig:
         """First and last step of the trace, None without one."""
         if self.profile_steps is None:
             return None
-        first, _, last = self.profile_steps.partition(":")
-        if not (_is_whole(first) and _is_whole(last)) or not 0 < int(first) <= int(last):
+        first, last = map(whole_number, self.profile_steps.partition(":")[::2])
+        if first is None or last is None or not 0 < first <= last:
             raise ConfigError(
                 f"profile_steps={self.profile_steps!r} is not known; it may be as '10:13', first "
                 "and last step, from 1"
             )
-        return int(first), int(last)
+        return first, last
 
     def sizes(self) -> dict[str, int]:
         """Devices along every axis as written, -1 among them."""
@@ -109,24 +109,20 @@ class DeviceConfig:
         return sizes
 
 
-def _is_whole(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
 def _sizes(flag: str, text: str, example: str) -> dict[str, int]:
     """A mesh as it is written: sizes by axis, -1 among them."""
     sizes = dict.fromkeys(AXES, 1)
     seen = set()
     for part in text.split(","):
         name, colon, digits = part.strip().partition(":")
-        whole = _is_whole(digits) and int(digits) > 0
-        if name not in AXES or name in seen or not colon or not (digits == "-1" or whole):
+        size = -1 if digits == "-1" else whole_number(digits)
+        if name not in AXES or name in seen or not colon or not size:
             raise ConfigError(
                 f"{flag}={text!r} is not known; it may be as {example!r}: each axis once at most, "
                 "with its size, at least 1, or -1 for what is left"
             )
         seen.add(name)
-        sizes[name] = int(digits)
+        sizes[name] = size
     if list(sizes.values()).count(-1) > 1:
         raise ConfigError(f"{flag}={text!r} has -1 more than once; one axis may have it")
     return sizes

@@ -85,7 +85,7 @@ class Lock:
     def owner(self) -> str:
         """Who has, or had, the lock."""
         try:
-            return self.path.read_text() or "another process"
+            return self.path.read_text(errors="replace") or "another process"
         except OSError:
             return "another process"
 

@@ -19,7 +19,7 @@ from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training import resume
-from deltaproduct_jax.training.buckets import open_bucket
+from deltaproduct_jax.training.buckets import Bucket, open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.compiled import CompiledByLength, UnderWay
 from deltaproduct_jax.training.config import RunConfig
@@ -90,21 +90,13 @@ def train(
     """
     began = time.time()
     require_directory(workdir)
-    if resume_from is not None and jax.process_count() > 1:
-        raise ConfigError(
-            f"resume_from={resume_from} is for a single process; go on with one, and then with "
-            f"{jax.process_count()}"
-        )
+    _require_single_process(resume_from)
     store = None if bucket is None else open_bucket(bucket, workdir)
     home = workdir if store is None else store.path  # where all processes see the run
     fresh = not is_there(home / CONFIG)
-    if not fresh:
-        results = RunRecords(home, config, store).results()
-        if results is not None:
-            if store is not None and processes.is_first():
-                with run_lock(workdir):
-                    fetch(workdir, config, store)
-            return _finished(results, home, resume_from)
+    results = None if fresh else _results_before(config, workdir, home, store)
+    if results is not None:
+        return _finished(results, home, resume_from)
     with stop_on_signals() as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind
@@ -117,6 +109,25 @@ def train(
             if results is not None:
                 return _finished(results, home, resume_from)
             return _train(trainer, state, records, argv, request, resume_from)
+
+
+def _require_single_process(resume_from: int | None) -> None:
+    if resume_from is not None and jax.process_count() > 1:
+        raise ConfigError(
+            f"resume_from={resume_from} is for a single process; go on with one, and then with "
+            f"{jax.process_count()}"
+        )
+
+
+def _results_before(
+    config: RunConfig, workdir: Path, home: AnyPath, store: Bucket | None
+) -> dict[str, Any] | None:
+    """The results of a finished run, whose records are brought from its bucket; else None."""
+    results = RunRecords(home, config, store).results()
+    if results is not None and store is not None and processes.is_first():
+        with run_lock(workdir):
+            fetch(workdir, config, store)
+    return results
 
 
 def _first(

@@ -57,7 +57,7 @@ class Record:
         found: Any = entry
         for name in metric.split("."):
             found = found.get(name) if isinstance(found, dict) else None
-        if isinstance(found, bool) or not isinstance(found, int | float):
+        if not _is_number(found):
             raise ConfigError(
                 f"metric={metric!r} is not in the results of run {self.name}; it may be one of "
                 f"{', '.join(_numbers(entry))}"
@@ -68,7 +68,11 @@ class Record:
 def _numbers(entry: Any, path: str = "") -> list[str]:
     if isinstance(entry, dict):
         return [p for name in entry for p in _numbers(entry[name], f"{path}.{name}".strip("."))]
-    return [path] if isinstance(entry, int | float) else []
+    return [path] if _is_number(entry) else []
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_records(source: Path) -> list[Record]:

@@ -27,7 +27,7 @@ from campaign.damage import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from sweep_helpers import run as run_sweep
+from sweeps.helpers import run as run_sweep
 from tiny_run import flags_for, run_config
 
 from deltaproduct_jax.training import loop

@@ -7,7 +7,7 @@ from interop.golden_models import drawn
 
 from deltaproduct_jax.data.tokenizer import train_bpe
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.evaluation.models import open_model
+from deltaproduct_jax.evaluation.models import checkpoint_of, open_model
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig
 
@@ -17,6 +17,13 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models") / "tiny"
     fla.save(drawn(ModelConfig(vocab_size=260, hidden_size=8, num_heads=2, head_dim=4)), path)
     return path
+
+
+@pytest.mark.parametrize(("text", "checkpoint"), [
+    ("best", "best"), ("0", 0), ("120", 120), ("-1", "-1"), ("²", "²"), ("1" * 5000, "1" * 5000),
+])  # fmt: skip
+def test_a_step_is_a_number_and_all_else_a_name(text, checkpoint):
+    assert checkpoint_of(text) == checkpoint
 
 
 def test_a_folder_has_its_tokenizer_and_its_ends(folder):

@@ -216,6 +216,18 @@ def test_numbers_along_an_axis_do_not_meet(limits, columns):
     assert all(one.x1 < other.x0 for one, other in itertools.pairwise(places))
 
 
+@pytest.mark.parametrize("name", ["xaxis", "yaxis"])
+@pytest.mark.parametrize("base", [2, 10])
+@pytest.mark.filterwarnings("error")
+def test_a_single_point_has_its_number_along_an_axis(name, base):
+    _, panels = style.new_panels(Look(), 1, 1, 2.0)
+    axes = panels[0, 0]
+    axes.loglog([1024], [1024])
+    axis = getattr(axes, name)
+    style.plain_log(axis, (1024, 1024), base)
+    assert axis.get_major_formatter()(1024) == ("1k" if base == 2 else "1024")
+
+
 def pictures():
     return set(RESULTS.rglob("*.png"))
 
@@ -269,6 +281,13 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
     write(tmp_path, {"figure": "pie"})
     with pytest.raises(RunDirectoryError, match=r"json cannot be drawn: figure='pie' is not known"):
         redraw.command([f"--workdir={tmp_path}"])
+
+
+def test_models_of_which_none_ran_have_no_picture(tmp_path, capsys):
+    failed = {"num_householder": 1, "error": "ConfigError: out of memory"}
+    write(tmp_path, {"config": {"batch_size": 8}, "rows": [failed]}, "throughput")
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    assert "holds no record that can be drawn" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_drawn_again_where_a_flag_says_how(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import importlib
 import json
 
 import pytest
-from sweep_helpers import ROOT
+from sweeps.helpers import ROOT
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS

@@ -7,10 +7,14 @@ import re
 
 import numpy as np
 import pytest
+from campaign.damage import cases
+from hypothesis import given
+from hypothesis import strategies as st
 from interop.golden_models import FOLDERS, config, tensors, write
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.interop import fla
+from deltaproduct_jax.interop.fla import loading
 
 NAME = "b_ungated"
 INDEX = "model.safetensors.index.json"
@@ -61,6 +65,23 @@ def test_the_fork_is_compared_as_well(tmp_path):
     text = refused(write(tmp_path, config(NAME), content), "other tensors")
     assert "model.layers.0.attn.k_projs.1.weight is [31, 48], not [32, 48]" in text
     assert "model.layers.1.attn.k_projs.{0,1,2}.weight" in text or "k_projs.2.weight" in text
+
+
+@cases(40)
+@given(st.sets(st.integers(0, 10**18 - 1), max_size=4), st.booleans())
+def test_names_of_several_layers_are_one(layers, has_norm):
+    keys = [f"model.layers.{layer}.attn.A_log" for layer in layers] + ["model.norm"] * has_norm
+    found = loading.gathered(keys)
+    listed = ",".join(map(str, sorted(layers)))
+    name = f"model.layers.{{{listed}}}.attn" if len(layers) > 1 else f"model.layers.{listed}.attn"
+    assert found == [f"{name}.A_log"] * bool(layers) + ["model.norm"] * has_norm
+
+
+def test_a_layer_with_a_number_of_thousands_of_digits_is_none(tmp_path):
+    name = f"model.layers.{'1' * 5000}.attn.A_log"
+    refused(
+        changed(tmp_path, **{name: np.ones(1, np.float32)}), "not of this model: model.layers.1"
+    )
 
 
 def test_a_tied_head_must_be_the_embedding(tmp_path):

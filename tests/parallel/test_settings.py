@@ -2,13 +2,17 @@
 
 import dataclasses
 import itertools
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from campaign.damage import cases
 from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 from tiny_run import run_config
 
@@ -54,11 +58,33 @@ def test_devices_along_the_axes(mesh, devices, expected):
 
 
 @pytest.mark.parametrize(
-    "mesh", ["", "data", "data:0", "data:-2", "data:1.5", "rows:2", "data:2,data:2", "data:²"]
+    "mesh",
+    [
+        *("", "data", "data:0", "data:-2", "data:1.5", "rows:2", "data:2,data:2", "data:²"),
+        f"data:{'1' * 5000}",
+    ],
 )
 def test_a_mesh_that_is_none(mesh):
     with pytest.raises(ConfigError, match="it may be as 'data:-1,fsdp:1,tensor:1,sequence:1'"):
         DeviceConfig(mesh=mesh)
+
+
+@cases(60)
+@given(
+    st.dictionaries(st.sampled_from(AXES), st.integers(1, 4), min_size=1),
+    st.sampled_from([*AXES, None]),
+    st.integers(1, 4),
+)
+def test_a_mesh_takes_the_devices_that_it_names_or_all(named, rest, times):
+    """What is written in any order is read, and -1 is what is left."""
+    written = named | ({rest: -1} if rest in named else {})
+    config = DeviceConfig(mesh=", ".join(f"{name}:{size}" for name, size in written.items()))
+    assert config.sizes() == sizes(**written)
+    fixed = math.prod(size for size in written.values() if size > 0)
+    found = config.sizes_of(fixed * times)
+    assert list(found) == list(AXES)
+    assert math.prod(found.values()) == fixed * (times if rest in named else 1)
+    assert all(found[name] == size for name, size in written.items() if size > 0)
 
 
 def test_meshes_that_do_not_fit():
@@ -78,11 +104,13 @@ def test_meshes_that_do_not_fit():
         ({"coordinator_address": "h:1", "num_processes": 0, "process_id": 0}, "at least 1"),
         *[
             ({"coordinator_address": a, "num_processes": 2, "process_id": 0}, "may be host:port")
-            for a in ("host", ":1", "host:port", "host:0", "host:65536", "")
+            for a in ("host", ":1", "host:port", "host:0", "host:65536", f"host:{'1' * 5000}", "")
         ],
         ({"distributed": 1}, "true or false"),
         ({"profile_steps": "13:10"}, "profile_steps='13:10' .* '10:13'"),
         ({"profile_steps": "3"}, "profile_steps='3'"),
+        ({"profile_steps": "0:3"}, "profile_steps='0:3'"),
+        ({"profile_steps": f"1:{'9' * 5000}"}, "profile_steps='1:999"),
     ],
 )
 def test_settings_that_are_none(fields, message):
@@ -194,8 +222,8 @@ def test_a_size_that_an_axis_does_not_divide(mesh, fields, message):
 def test_a_row_depends_on_its_number_and_not_on_how_many_there_are(name):
     """So that any process can draw its own rows, and those alone."""
     task = TASKS[name]()
-    length = 4 if name == "groups" else task.train_length  # which draws its products op by op
-    few, many = (task.batch(jax.random.key(3), rows, length) for rows in (4, 12))
+    draw = jax.jit(task.batch, static_argnums=(1, 2))  # op by op it takes three times as long
+    few, many = (draw(jax.random.key(3), rows, task.train_length) for rows in (4, 12))
     for a, b in zip(few[:3], many[:3], strict=True):
         np.testing.assert_array_equal(a, b[:4])
     assert len({np.asarray(row).tobytes() for row in many.inputs}) > 6

@@ -44,7 +44,7 @@ def words(construction, T, B=4, seed=0):
         return np.concatenate([bos, letters], axis=1), wanted
     task = GroupTask(group=construction.group)
     bos = np.full((B, 1), task.bos_id)
-    wanted = np.asarray(task.running_products(jnp.asarray(letters)))
+    wanted = np.asarray(jax.jit(task.running_products)(letters))
     return np.concatenate([bos, letters], axis=1), np.concatenate([bos, wanted], axis=1)
 
 
@@ -166,9 +166,8 @@ def test_too_few_factors_and_wrong_groups():
 )  # fmt: skip
 def test_matrices_multiply_like_the_group(group, matrices):
     found = matrices(group)
-    table = np.asarray(GroupTask(group=group).running_products(jnp.asarray(
-        np.stack(np.meshgrid(range(len(found)), range(len(found)), indexing="ij"), -1)
-        .reshape(-1, 2))))[:, 1]  # fmt: skip
+    pairs = np.stack(np.meshgrid(*2 * [range(len(found))], indexing="ij"), -1).reshape(-1, 2)
+    table = np.asarray(jax.jit(GroupTask(group=group).running_products)(pairs))[:, 1]
     products = np.einsum("pij,qjk->pqik", found, found).reshape(-1, *found.shape[1:])
     np.testing.assert_allclose(products, found[table], atol=1e-12)
     with pytest.raises(ValueError, match="do not multiply like"):

@@ -3,8 +3,13 @@
 import numpy as np
 import pytest
 
+from deltaproduct_jax.tasks.finite_groups import finite_group
 from deltaproduct_jax.theory import limits, reflections
-from deltaproduct_jax.theory.representations import plane_matrices, solid_matrices
+from deltaproduct_jax.theory.representations import (
+    plane_matrices,
+    solid_matrices,
+    subgroup_matrices,
+)
 
 
 def test_proposition_1_on_random_products():
@@ -61,3 +66,22 @@ def test_s5_takes_four():
 def test_factors_that_permutation_matrices_take():
     found = [limits.least_factors_of_permutations(group) for group in ("S3", "S4", "S5", "A4")]
     assert found == [2, 3, 4, 2]
+
+
+@pytest.mark.parametrize(
+    ("group", "prime", "subgroups"), [("S3", 2, 3), ("A4", 3, 4), ("S4", 3, 4), ("S5", 5, 6)]
+)
+def test_conjugation_permutes_the_subgroups_of_a_prime_order(group, prime, subgroups):
+    """S5 acts on its six of order 5 as on nothing else of six: no letter is fixed by all."""
+    matrices = subgroup_matrices(group, prime)
+    table = finite_group(group).table
+    assert matrices.shape == (len(table), subgroups, subgroups)
+    for axis in (1, 2):
+        np.testing.assert_array_equal(matrices.sum(axis), 1)
+    np.testing.assert_array_equal(matrices[0], np.eye(subgroups))
+    rng = np.random.default_rng(0)
+    one, other = rng.integers(0, len(table), (2, 300))
+    np.testing.assert_array_equal(matrices[one] @ matrices[other], matrices[table[one, other]])
+    assert (matrices.sum(0) > 0).all()  # each goes to each
+    fixed = np.einsum("gii->g", matrices)
+    assert fixed.mean() == 1  # Burnside: one orbit

@@ -49,6 +49,9 @@ def test_one_holder_at_a_time(tmp_path):
     second.release()  # of no effect
     assert second.is_held()
     assert second.owner().startswith(f"process {os.getpid()} on ")
+    for content, owner in ((b"", "another process"), (b"\xff", "\ufffd")):  # damaged meanwhile
+        (tmp_path / "new" / "lock").write_bytes(content)
+        assert second.owner() == owner
     first.release()
     assert not (tmp_path / "new" / "lock").exists()
     assert second.acquire()

@@ -123,11 +123,12 @@ def test_test_scores_by_hand(finished):
         best = checkpoints.restore(results["best_step"], like=like).params
     assert [entry["length"] for entry in results["test"]] == [4, 6]
     draw = jax.jit(config.task.batch, static_argnums=(1, 2))
+    score = jax.jit(lambda params, batch: loss_and_correct(definition, params, batch)[1])
     for position, entry in enumerate(results["test"]):
         corrects = []
         for index in (2 * position, 2 * position + 1):
             batch = draw(batch_key(data_key(config), "test", index), 16, entry["length"])
-            corrects.append(np.asarray(loss_and_correct(definition, best, batch)[1]))
+            corrects.append(np.asarray(score(best, batch)))
         correct = np.concatenate(corrects)
         assert entry["paper"]["token_accuracy"] == correct.mean()
         assert entry["strict"]["token_accuracy"] == correct[:, 1:].mean()

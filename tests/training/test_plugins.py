@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from example_plugins import EXAMPLES, forget, write
 from flax import nnx
-from sweep_helpers import ROOT, table
+from sweeps.helpers import ROOT, table
 from tiny_run import outcome
 
 from deltaproduct_jax import load_run

@@ -25,6 +25,8 @@ STARTS = [{"time": "1970-01-01T00:16:40Z"}, {"time": "1970-01-01T00:18:30Z"}]  #
         ("TPU v5p", 459e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
         ("NVIDIA L40S", 362e12),
         ("NVIDIA L4", 121e12),
         ("cpu", None),

@@ -91,6 +91,18 @@ def load(
     with errors_of(file):
         config = ModelConfig(**fields, **ours)
     _check_layers(files, folder, config.num_layers)
+    return _filled(config, files, folder, mesh, converts=param_dtype is not None)
+
+
+def _filled(
+    config: ModelConfig,
+    files: TensorFiles,
+    folder: Path,
+    mesh: jax.sharding.Mesh | None,
+    *,
+    converts: bool,
+) -> SequenceModel:
+    """The model with the tensors of its files, each read to where it lies."""
     model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(model, nnx.Param)
     shapes = traverse_util.flatten_dict(nnx.to_pure_dict(state))
@@ -99,7 +111,7 @@ def load(
     params = {}
     for path, leaf in shapes.items():
         keys, turn = sources[path]
-        asked = None if param_dtype is None else leaf.dtype
+        asked = leaf.dtype if converts else None
         params[path] = _placed(_read(files, keys, turn, asked), shardings[path])
     return nnx.merge(graphdef, traverse_util.unflatten_dict(params))
 
@@ -192,7 +204,7 @@ def gathered(keys: Iterable[str]) -> list[str]:
     """Names of tensors, those of several layers as one: ``model.layers.{0,1}.attn.A_log``."""
     layers: dict[tuple[str, str], list[int]] = {}
     for key in keys:
-        parts = re.fullmatch(r"(.*?\blayers\.)?(\d+)?(.*)", key, re.DOTALL)
+        parts = re.fullmatch(r"(.*?\blayers\.)?([0-9]{1,18})?(.*)", key, re.DOTALL)
         before, number, after = parts.groups()
         layers.setdefault((before or "", after), []).append(-1 if number is None else int(number))
     return sorted(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -31,7 +32,7 @@ OPERATIONS_A_PARAMETER_AND_TOKEN = 6
 
 def peak_of(device_kind: str) -> float | None:
     """FLOP/s of a chip by the name that JAX has for it; None for one that is not in the table."""
-    words = device_kind.split()
+    words = re.split("[ -]", device_kind)  # an A100 on its own board is an A100-SXM4-80GB
     known = {
         name: peak for name, peak in PEAKS.items() if words[: len(name.split())] == name.split()
     }

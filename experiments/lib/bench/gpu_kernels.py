@@ -19,7 +19,7 @@ from deltaproduct_jax.ops.cut import default_span
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.settings import check_fields, setting, whole_number
 
 # Where q and scores stand among the arrays of a walk, whose summary has no output.
 UNREAD = (0, 5)
@@ -169,11 +169,9 @@ def as_launch(text: str) -> Launch:
     Raises:
         ConfigError: it is something else.
     """
-    parts = text.split(":")
-    sizes = [int(part) for part in parts if part.isdecimal()]
-    powers = sizes[:1] + sizes[2:]
-    is_launch = len(sizes) == len(parts) in (3, 4)
-    if not is_launch or any(n < 1 or n & (n - 1) for n in powers):
+    sizes = list(map(whole_number, text.split(":")))
+    is_launch = None not in sizes and len(sizes) in (3, 4)
+    if not is_launch or any(n < 1 or n & (n - 1) for n in sizes[:1] + sizes[2:]):
         raise ConfigError(
             f"variants={text!r} is not warps:stages:columns or warps:stages:columns:keys, such as "
             "4:2:64; all but the stages are powers of two"

@@ -18,6 +18,8 @@ from typing import Any
 from deltaproduct_jax.files import read_json, write_file
 
 MOST_COLUMNS = 100
+# What a shell takes for one, of a `command_line`.
+_WORD = re.compile(r"""(?:[^\s'"]|'[^']*'|"[^"]*")+""")
 PAGE = "page"  # key of a record: the script whose `page` shows it, by its name in experiments
 # Paragraphs and tables of what a record holds, from the top.
 Page = Callable[[Any], Sequence[str]]
@@ -44,17 +46,20 @@ def _quoted(argument: str) -> str:
 
 
 def command_block(command: str) -> str:
-    """The command as a paragraph; one too long for a line as a block of shell, cut before flags."""
+    """The command as a paragraph; one too long for a line as a block of shell, cut before flags.
+
+    It is not cut where a text in quotes looks like a flag.
+    """
     short = f"Command: `{command}`"
     if len(short) <= MOST_COLUMNS:
         return short
-    first, *flags = re.split(r" (?=--)", command)
+    first, *words = _WORD.findall(command)
     lines = [first]
-    for flag in flags:
-        if len(f"{lines[-1]} {flag} \\") <= MOST_COLUMNS:
-            lines[-1] += f" {flag}"
+    for word in words:
+        if word.startswith("--") and len(f"{lines[-1]} {word} \\") > MOST_COLUMNS:
+            lines.append(f"    {word}")
         else:
-            lines.append(f"    {flag}")
+            lines[-1] += f" {word}"
     return "\n".join(["Command:", "", "```sh", " \\\n".join(lines), "```"])
 
 

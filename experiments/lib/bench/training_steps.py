@@ -5,12 +5,11 @@ import functools
 import multiprocessing
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from deltaproduct_jax.compilers.memory import memory_of
 from deltaproduct_jax.errors import ConfigError
@@ -22,7 +21,7 @@ from deltaproduct_jax.training.loop import initial_model
 from deltaproduct_jax.training.measuring.throughput import Throughput
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
-from deltaproduct_jax.training.step import make_train_step
+from deltaproduct_jax.training.step import TrainState, make_train_step
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib.bench.device_time import by_kind, kernel_times
 from experiments.lib.bench.peers.fla_model import one_line
@@ -60,17 +59,12 @@ def our_rows(
     run = RunConfig(TextTask(), model_config, training)
     make_model = functools.partial(initial_model, run)
     layout = layout_of(run, make_model, DeviceConfig(mesh=mesh))
-    parameters = count_parameters(nnx.eval_shape(make_model))["total"]
-    definition, _ = shapes_of(run, make_model)
+    definition, shapes = shapes_of(run, make_model)
+    parameters = count_parameters(shapes.params)["total"]
     state = first_state(run, make_model, layout)
-    schedule = make_schedule(training)
-    step = make_train_step(definition, make_optimizer(training), schedule, 1, layout)
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    batch = Batch(inputs, targets, np.ones(inputs.shape, bool))
-    batch = jax.jit(layout.cut_batch)(batch)  # it stays where the step wants it
-    began = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    seconds = time.perf_counter() - began
+    step = make_train_step(definition, make_optimizer(training), make_schedule(training), 1, layout)
+    batch = jax.jit(layout.cut_batch)(_batch_of(tokens))  # it stays where the step wants it
+    compiled, seconds = _compiled(step, state, batch)
     losses: list[jax.Array] = []
 
     def train() -> None:
@@ -83,29 +77,51 @@ def our_rows(
     entry = Compiled(train, seconds, memory_of(compiled)["temp_bytes"], steps)
     time_in_turn({OURS: entry}, repeats, budget_s)
     devices = list(layout.mesh.devices.flat)
+    speed = 1e3 * batch.inputs.size / entry.summary()["median_ms"]
+    return [
+        {
+            "implementation": OURS,
+            "mesh": mesh,
+            "parameters": parameters,
+            **entry.summary(),
+            **_on_devices(entry, devices),
+            "mfu": Throughput(len(devices), layout.device_kind, parameters).utilisation(speed),
+            "moved_mib": moved_bytes(compiled) / 2**20,
+            "first_loss": float(losses[0]),
+            "last_loss": float(losses[-1]),
+            "steps": len(losses),
+            "machine": machine(),
+        }
+    ]
+
+
+def _compiled(
+    step: Callable[..., Any], state: TrainState, batch: Batch
+) -> tuple[jax.stages.Compiled, float]:
+    """The program of a step, and the seconds that compiling took."""
+    began = time.perf_counter()
+    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    return compiled, time.perf_counter() - began
+
+
+def _batch_of(tokens: np.ndarray) -> Batch:
+    """Every token is to be told from those before it."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    return Batch(inputs, targets, np.ones(inputs.shape, bool))
+
+
+def _on_devices(entry: Compiled, devices: Sequence[jax.Device]) -> Row:
+    """Times of the kernels of one device, and the most memory that any of them has taken."""
     # The profiler sees all devices, of which each runs the same.
-    kernels = kernel_times(entry, PROFILED_ROUNDS)
-    kernels = by_kind({name: milliseconds / len(devices) for name, milliseconds in kernels.items()})
+    seen = kernel_times(entry, PROFILED_ROUNDS)
+    kernels = by_kind({name: milliseconds / len(devices) for name, milliseconds in seen.items()})
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in devices]
-    peak = None if None in peaks else max(peaks)
-    speed = 1e3 * inputs.size / entry.summary()["median_ms"]
-    row = {
-        "implementation": OURS,
-        "mesh": mesh,
-        "parameters": parameters,
-        **entry.summary(),
+    return {
         "device_ms": sum(kernels.values()) or None,
         "kernels_ms": kernels,
         "devices": len(devices),
-        "mfu": Throughput(len(devices), layout.device_kind, parameters).utilisation(speed),
-        "moved_mib": moved_bytes(compiled) / 2**20,
-        "peak_mib": None if peak is None else peak / 2**20,
-        "first_loss": float(losses[0]),
-        "last_loss": float(losses[-1]),
-        "steps": len(losses),
-        "machine": machine(),
+        "peak_mib": None if None in peaks else max(peaks) / 2**20,
     }
-    return [row]
 
 
 def moved_bytes(compiled: jax.stages.Compiled) -> float:

@@ -88,7 +88,7 @@ def _losses(record: Any, path: Path, look: Look) -> list[Path]:
 
 def _throughput(record: Any, path: Path, look: Look) -> list[Path]:
     ran = [row for row in record["rows"] if "error" not in row]
-    return language.draw_throughput(ran, record["config"], path, look)
+    return language.draw_throughput(ran, record["config"], path, look) if ran else []
 
 
 def _extrapolation(record: Any, path: Path, look: Look) -> list[Path]:

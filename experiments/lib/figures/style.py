@@ -280,13 +280,17 @@ def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None
 
 
 def plain(value: float, thousand: int = 1000) -> str:
-    """A number as a tick shows it: 20,000 is 20k, 0.02 stays, beyond there are powers of ten."""
+    """A number as a tick shows it: 20,000 is 20k, 0.02 stays, beyond are multiples of powers."""
     if 1e-3 <= abs(value) < (1e4 if thousand == 1000 else thousand):
         return f"{value:g}"
     for unit, letter in ((thousand**2, "M"), (thousand, "k")):
         if unit <= abs(value) < thousand * unit:
             return f"{value / unit:g}{letter}"
-    return "0" if value == 0 else f"$10^{{{round(math.log10(abs(value)))}}}$"
+    if value == 0:
+        return "0"
+    times, power = f"{value:.5e}".split("e")
+    factor = {1.0: "", -1.0: "-"}.get(float(times), rf"{float(times):g}\cdot ")
+    return f"${factor}10^{{{int(power)}}}$"
 
 
 def draw_unit_circle(axes: "Axes") -> None:

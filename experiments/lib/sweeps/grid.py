@@ -32,7 +32,7 @@ from experiments.lib.sweeps.devices import SETTINGS
 
 LIST = "runs.json"
 RUNS = "runs"
-RANGE = re.compile(r"(-?\d+):(-?\d+)(?::([1-9]\d*))?")
+RANGE = re.compile(r"(-?[0-9]{1,18}):(-?[0-9]{1,18})(?::([1-9][0-9]{0,17}))?")
 # What a run of any task takes from the task itself, so that it has no flag.
 NO_FLAGS = ("vocab_size",)
 MOST_RUNS = 10_000  # unless a flag says more

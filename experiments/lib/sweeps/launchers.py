@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, write_file
+from deltaproduct_jax.settings import whole_number
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.stopping import exit_code
 from deltaproduct_jax.training.together.numbers import program_of
@@ -174,7 +175,7 @@ class SubmititLauncher:
                     f"slurm={parameters!r}: {name} may be 1, since a run of a sweep is one process"
                 )
         cluster = given.pop("cluster", "slurm")
-        values = {key: int(v) if v.isdigit() else v for key, v in given.items()}
+        values = {key: v if (n := whole_number(v)) is None else n for key, v in given.items()}
         try:
             self._executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
             self._executor.update_parameters(name=script, **values)

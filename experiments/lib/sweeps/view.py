@@ -100,8 +100,8 @@ class Entry:
 
 
 def clock(seconds: float) -> str:
-    """A time as 1:05, or 2:01:05 from an hour on."""
-    minutes, rest = divmod(int(seconds), 60)
+    """A time as 1:05, or 2:01:05 from an hour on; none where a machine's clock was set back."""
+    minutes, rest = divmod(int(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

@@ -13,7 +13,7 @@ import pytest
 
 from experiments import sweep
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tests.stand_in"
 
 

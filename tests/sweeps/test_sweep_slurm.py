@@ -6,7 +6,7 @@ import stat
 import time
 
 import pytest
-from sweep_helpers import needs_submitit, process, rows_in, run, starts, table, wait_until
+from sweeps.helpers import needs_submitit, process, rows_in, run, starts, table, wait_until
 
 pytestmark = [pytest.mark.slow, needs_submitit]
 

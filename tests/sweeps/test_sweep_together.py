@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import tiny_run
-from sweep_helpers import ROOT, table, wait_until
+from sweeps.helpers import ROOT, table, wait_until
 from tiny_run import curve, flags_for
 
 from deltaproduct_jax.tasks.groups import GroupTask

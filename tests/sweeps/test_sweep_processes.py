@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from sweep_helpers import (
+from sweeps.helpers import (
     ROOT,
     names,
     needs_submitit,

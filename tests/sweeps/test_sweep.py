@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from sweep_helpers import SCRIPT, names, needs_submitit, run, starts, table
+from sweeps.helpers import SCRIPT, names, needs_submitit, run, starts, table
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.training.locks import Lock

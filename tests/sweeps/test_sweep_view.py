@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from sweep_helpers import SCRIPT
+from sweeps.helpers import SCRIPT
 
 from experiments.lib.sweeps import grid, records, view
 
