@@ -12,7 +12,7 @@ Dimension key: ``T`` tokens, ``R`` updates of a token, ``Hv`` value heads, ``K``
 import concurrent.futures
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -185,3 +185,31 @@ def summary(
             }
         )
     return heads
+
+
+def over_heads(
+    ranks_by_block: Mapping[int, np.ndarray], every: int, most: int = 256
+) -> dict[str, list[float]]:
+    """How the ranks of a model's heads lie along the row, few enough numbers for a record.
+
+    Args:
+        ranks_by_block: ``[S, R, Hv]`` of each block, S the same.
+        every: tokens from one to the next.
+        most: places; where there are more, each is the mean of several, and a rest is left out.
+
+    Returns:
+        ``position`` in tokens and, over all heads of all blocks, ``mean``, and the 10th and the
+        90th percentile, ``low`` and ``high``, to four digits.
+    """
+    of_heads = np.concatenate([x.mean(axis=1) for x in ranks_by_block.values()], axis=1)
+    size = -(-len(of_heads) // most)
+    whole = len(of_heads) // size
+    places = of_heads[: whole * size].reshape(whole, size, -1).mean(axis=1)  # [place, head]
+    low, high = np.quantile(places, (0.1, 0.9), axis=1)
+    short = lambda values: [float(f"{x:.4g}") for x in values]
+    return {
+        "position": [every * size * place for place in range(whole)],
+        "mean": short(places.mean(axis=1)),
+        "low": short(low),
+        "high": short(high),
+    }

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.analysis.effective_rank import ranks_of_model, summary
+from deltaproduct_jax.analysis.effective_rank import over_heads, ranks_of_model, summary
 from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.splits import SPLITS
 from deltaproduct_jax.errors import ConfigError, require_one_of
@@ -110,7 +110,9 @@ def command(argv: Sequence[str]) -> None:
         label=label,
         trained=trained,
         starts=starts.tolist(),
+        num_householder=next(iter(ranks.values())).shape[1],
         heads=heads,
+        along=over_heads(ranks, config.every),
     )
     name = name_of_text(config.data)
     print(write_report(parsed.workdir, "effective_rank", record, page))

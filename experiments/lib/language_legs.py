@@ -4,16 +4,18 @@ A leg is: text to tokens, a training run, its measurements. Every command goes o
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_json
 from deltaproduct_jax.training.records import Results
 
-TRAINING, EXTRAPOLATION = "training.json", "extrapolation.json"
+TRAINING, EXTRAPOLATION, RANKS = "training.json", "extrapolation.json", "effective_rank.json"
+SAMPLES = "samples.txt"
 
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
@@ -38,6 +40,28 @@ LEGS: dict[str, tuple[str, ...]] = {
     "36m_mamba2": ("--preset=213m_1", *_SMALL, "--num_heads=4", "--mixer=mamba2"),
     "tiny": ("--preset=tiny", "--num_layers=1", "--hidden_size=64", "--num_heads=2"),
 }
+# Legs without Householder factors have no states whose ranks could be taken.
+_WITHOUT_FACTORS = ("36m_transformer", "36m_mamba2")
+
+
+class Size(NamedTuple):
+    """What legs of a size ask of a device.
+
+    Attributes:
+        parts: of a batch of 32 rows of 4,096 tokens, so that two such legs fit on one GPU.
+        minutes: of an H200 for 200 million tokens, about; what counts is how sizes compare.
+    """
+
+    parts: int
+    minutes: float
+
+
+SIZES = {"213m": Size(4, 10.0), "36m": Size(1, 3.0), "tiny": Size(1, 1.0)}
+
+
+def size_of_leg(name: str) -> Size:
+    """That of a leg of `LEGS`, by its name."""
+    return SIZES[name.partition("_")[0]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +92,12 @@ class Leg:
     def records(self) -> Path:
         """What is kept when the checkpoints are gone."""
         return self.workdir / "records" / self.label
+
+    def remove_spares(self) -> None:
+        """Removes of what measuring wrote that which all legs' table and figures show."""
+        shown = [self.records.glob(f"{Path(name).stem}.[mp]*") for name in (EXTRAPOLATION, RANKS)]
+        for spare in itertools.chain(self.records.glob("*.npz"), *shown):
+            spare.unlink()
 
     def tokens(self, domain: str) -> Path:
         """Tokens of "code" or "prose"."""
@@ -123,31 +153,53 @@ def preparations(workdir: Path, tokenizer: str) -> dict[str, list[str]]:
     }
 
 
-def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[list[str]]:
-    """Commands that measure a trained leg, in order of what matters most."""
+class Part(NamedTuple):
+    """One of the measurements of a leg.
+
+    Attributes:
+        name: of its log.
+        command: what is run.
+        record: what is there when it is done.
+        output: where its standard output goes, None if it writes the record itself.
+    """
+
+    name: str
+    command: list[str]
+    record: Path
+    output: Path | None = None
+
+
+def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[Part]:
+    """What a trained leg is asked, none of it in need of another."""
     texts = f"{leg.tokens('code')},{leg.tokens('prose')}"
     kept = {"workdir": leg.records, "checkpoint": "newest"}
-    return [
-        module(
-            "analysis.length_extrapolation",
-            **kept,
-            runs=leg.run,
-            data=texts,
-            length=length,
-            rows=rows,
-            batch_size=rows,
-            window=min(256, length),
-        ),
-        module(
-            "analysis.effective_rank",
-            **kept,
-            dtype="float32",
-            run=leg.run,
-            data=leg.tokens("prose"),
-            length=rank_length,
-            every=min(16, rank_length),
-        ),
+    extrapolation = module(
+        "analysis.length_extrapolation",
+        **kept,
+        runs=leg.run,
+        data=texts,
+        length=length,
+        rows=rows,
+        batch_size=rows,
+        window=min(256, length),
+    )
+    ranks = module(
+        "analysis.effective_rank",
+        **kept,
+        dtype="float32",
+        run=leg.run,
+        data=leg.tokens("prose"),
+        length=rank_length,
+        every=min(16, rank_length),
+    )
+    written = leg.records / SAMPLES
+    parts = [
+        Part("samples", samples(leg), written, output=written),
+        Part("extrapolation", extrapolation, leg.records / EXTRAPOLATION),
     ]
+    if leg.name not in _WITHOUT_FACTORS:
+        parts.append(Part("effective_rank", ranks, leg.records / RANKS))
+    return parts
 
 
 def samples(leg: Leg) -> list[str]:
@@ -203,6 +255,32 @@ class Positions(TypedDict):
     curves: list[_Curve]
 
 
+class _Head(TypedDict):
+    trained: float | None
+    end: float
+    kept_at_starts: float | None
+
+
+class Along(TypedDict):
+    """Ranks along a row over all heads, as `analysis.effective_rank.over_heads` has them."""
+
+    position: list[int]
+    mean: list[float]
+    low: list[float]
+    high: list[float]
+
+
+class Ranks(TypedDict):
+    """What `experiments.analysis.effective_rank` wrote of it."""
+
+    trained: int | None
+    starts: list[int]
+    heads: dict[str, list[_Head]]
+    # Records before 0.2.0 have neither.
+    num_householder: NotRequired[int]
+    along: NotRequired[Along]
+
+
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Of records of training what a figure needs, to six digits."""
     names = ("step", "tokens", "loss", "valid_loss", "valid_bits_per_byte")
@@ -212,7 +290,7 @@ def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def records_of(workdir: Path) -> list[dict[str, Any]]:
-    """What is kept of every leg of a folder: as `Training` has it, and "positions".
+    """What is kept of every leg of a folder: as `Training`, "positions", and "ranks" or None.
 
     Raises:
         ConfigError: there is none.
@@ -236,6 +314,8 @@ def records_of(workdir: Path) -> list[dict[str, Any]]:
             problem = _wrong_with_positions(entry, f"curves[{index}]")
             if problem is not None:
                 raise RunDirectoryError(f"{places}: {problem}")
+        ranks = path.with_name(RANKS)
+        record["ranks"] = read_json(ranks, Ranks) if ranks.exists() else None
     return found
 
 

@@ -88,3 +88,14 @@ def test_summary_by_hand():
     assert head == {"trained": 2.5, "end": 2.0, "kept_at_starts": 0.25}
     (head,) = analysis.summary(ranks, 10, starts=[0, 70], trained=None)
     assert head == {"trained": None, "end": 2.0, "kept_at_starts": None}
+
+
+def test_ranks_over_heads_by_hand():
+    first = np.arange(14.0).reshape(7, 2, 1)  # means over updates: .5, 2.5, ...
+    second = np.zeros((7, 1, 3))
+    found = analysis.over_heads({0: first, 4: second}, 10, most=4)
+    assert found["position"] == [0, 20, 40]
+    assert found["mean"] == [1.5 / 4, 5.5 / 4, 9.5 / 4]
+    assert found["low"] == [0, 0, 0]
+    assert found["high"] == [float(f"{0.7 * x:.4g}") for x in (1.5, 5.5, 9.5)]
+    assert analysis.over_heads({0: first}, 10)["mean"] == first.mean(axis=1)[:, 0].tolist()

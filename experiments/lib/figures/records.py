@@ -20,7 +20,7 @@ from experiments.lib.figures.tables import (
     scores_markdown,
     to_csv,
 )
-from experiments.lib.language_legs import EXTRAPOLATION, TRAINING, records_of
+from experiments.lib.language_legs import EXTRAPOLATION, RANKS, TRAINING, records_of
 
 FIGURE = "figure"  # key of records that say themselves which figure they are
 
@@ -97,9 +97,7 @@ def _extrapolation(record: Any, path: Path, look: Look) -> list[Path]:
 
 
 def _legs(record: Any, path: Path, look: Look) -> Iterator[Path]:
-    found = records_of(path.parent)
-    yield from legs.draw_losses(found, path.with_name("losses"), look)
-    yield from legs.draw_positions(found, path.with_name("positions"), look)
+    yield from legs.draw_all(records_of(path.parent), path.parent, look)
 
 
 def _heads(record: Any, path: Path, look: Look) -> list[Path]:
@@ -171,8 +169,8 @@ def drawn(folder: Path, look: Look) -> Iterator[Path]:
         RunDirectoryError: a record cannot be read.
     """
     for file in sorted(folder.rglob("*.json")):
-        if file.name == EXTRAPOLATION and file.with_name(TRAINING).exists():
-            continue  # a leg's, which the picture of all legs shows
+        if file.name in (EXTRAPOLATION, RANKS) and file.with_name(TRAINING).exists():
+            continue  # a leg's, which the table and the pictures of all legs show
         start = read_bytes(file)[:MOST_BEFORE]
         if file.stem not in NAMES and not any(key in start for key in KEYS):
             continue  # another command's, whatever its size

@@ -3,20 +3,25 @@
 import dataclasses
 import json
 import os
+import signal
 import sys
 import tarfile
+import threading
 
 import pytest
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
 from experiments.language import pack_text, paper
-from experiments.lib import flags
+from experiments.lib import children, flags
+from experiments.lib.figures import legs
 from experiments.lib.figures.records import drawn
 from experiments.lib.language_legs import (
     EXTRAPOLATION,
     LEGS,
+    RANKS,
     TRAINING,
     Leg,
     curve,
@@ -24,6 +29,7 @@ from experiments.lib.language_legs import (
     preparations,
     records_of,
 )
+from experiments.lib.leg_config import LegConfig
 
 FILES = {
     "fs/xfs/a.c": 50,
@@ -185,7 +191,7 @@ def test_every_leg_is_a_run(name, tmp_path, monkeypatch):
 def test_commands_of_a_leg_know_each_other(tmp_path):
     leg = Leg("tiny", 0, tmp_path)
     written = {part for command in preparations(tmp_path, "bytes").values() for part in command}
-    read = {part for command in measurements(leg, 512, 256, 2) for part in command}
+    read = {flag for part in measurements(leg, 512, 256, 2) for flag in part.command}
     assert f"--workdir={leg.tokens('prose')}" in written
     assert f"--data={leg.tokens('prose')}" in read
     assert f"--run={leg.run}" in read
@@ -200,13 +206,21 @@ time.sleep(60)
 
 
 def test_a_part_ends_when_its_time_is_over_and_a_failure_is_one(capsys):
-    paper.run([sys.executable, "-c", CHILD], limit_s=1)
-    paper.run([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)  # starting
+    children.run([sys.executable, "-c", CHILD], limit_s=1)
+    children.run([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)  # starting
     with pytest.raises(ConfigError, match=r"^a part failed with 7, see above: -c import sys"):
-        paper.run([sys.executable, "-c", "import sys; sys.exit(7)"])
+        children.run([sys.executable, "-c", "import sys; sys.exit(7)"])
     with pytest.raises(ConfigError, match="failed with 143"):  # by someone else
-        paper.run([sys.executable, "-c", "import sys; sys.exit(143)"], limit_s=60)
+        children.run([sys.executable, "-c", "import sys; sys.exit(143)"], limit_s=60)
     capsys.readouterr()
+
+
+def test_a_signal_ends_a_part_before_this_process(capsys):
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(Stopped, match="stopped by Ctrl-C; the same command goes on") as stopped:
+        children.run([sys.executable, "-c", CHILD])
+    assert stopped.value.exit_code == 130
+    assert "import signal" in capsys.readouterr().err
 
 
 def test_records_of_legs_are_drawn_together(tmp_path, capsys):
@@ -218,16 +232,43 @@ def test_records_of_legs_are_drawn_together(tmp_path, capsys):
         folder = tmp_path / "records" / f"{leg}_seed0"
         folder.mkdir(parents=True)
         (folder / TRAINING).write_text(json.dumps(record))
+    heads = [{"trained": None, "end": end, "kept_at_starts": kept} for end, kept in KEPT]
+    ranks = {"trained": None, "starts": [], "heads": {"0": heads[:1], "3": heads[1:]}}
+    (folder / RANKS).write_text(json.dumps(ranks))  # of a record without what a figure needs
     paper.command([f"--workdir={tmp_path}", "--stages=draw"])
     text = capsys.readouterr().out
-    assert "| 213m_1 | 0 | 200 | - | - | 1.5000 | - | - |" in text
-    assert "| 213m_2 | 0 | 200 | - | - | 2.5000 | - | - |" in text
+    assert "| 213m_1 | 0 | 200 | - | - | 1.5000 | - | - | - | - | - |" in text
+    assert "| 213m_2 | 0 | 200 | - | - | 2.5000 | - | - | - | 3.00 | 0.25 |" in text
     (tmp_path / "losses.png").unlink()
     assert [path.name for path in drawn(tmp_path, paper.Look())] == ["legs.md", "losses.png"]
+    assert not (tmp_path / "ranks.png").exists()
+
+
+KEPT = [(2.0, 0.5), (4.0, 0.25), (3.0, None)]
+
+
+def test_ranks_of_legs_are_a_panel_for_each_n_h(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(legs, "save", lambda figure, path, look: figures.append(figure))
+    along = {"position": [0, 8], "mean": [1.0, 2.0], "low": [0.5, 1.0], "high": [1.5, 3.0]}
+    entry = {"trained": 4, "starts": [0, 6], "heads": {}, "along": along}
+    ranks = {"36m_3": 3, "36m_transformer": None, "36m_2": 2, "36m_2_gated": 2}
+    found = [
+        {"leg": leg, "seed": 0, "ranks": n and entry | {"num_householder": n}}
+        for leg, n in ranks.items()
+    ]
+    legs.draw_ranks(found, tmp_path, paper.Look())
+    first, second = figures.pop().axes
+    assert [axes.get_title() for axes in (first, second)] == ["$n_h$ = 2", "$n_h$ = 3"]
+    labels = [line.get_label() for line in first.lines]
+    assert labels[2:] == ["36M, $n_h$ = 2", "36M, $n_h$ = 2, gated", "length trained"]
+    assert [line.get_xdata()[0] for line in first.lines[:2]] == [0, 6]  # starts of documents
+    assert list(second.lines[2].get_ydata()) == [1.0, 2.0]
+    assert legs.draw_ranks(found[1:2], tmp_path, paper.Look()) == []
 
 
 def test_settings_of_a_leg():
-    config = paper.PaperConfig(tokens=10 * 32 * 4096 + 5)
+    config = LegConfig(tokens=10 * 32 * 4096 + 5)
     assert config.steps == 10
     for wrong, said in (
         ({"leg": "213m_4"}, "leg='213m_4'"),
@@ -295,6 +336,22 @@ def test_damaged_curves_of_a_leg_are_one_line(change, says, tmp_path):
     assert record["positions"] == [BY_POSITION]
     (folder / EXTRAPOLATION).write_text(json.dumps({"curves": [BY_POSITION | change]}))
     with pytest.raises(RunDirectoryError, match=rf"extrapolation\.json: {says}"):
+        records_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        (EXTRAPOLATION, '{"curves": [{"data": "x", "loss": 3}]}', r"curves\[0\]"),
+        (RANKS, '{"trained": 4, "starts": [0], "heads": {"0": [{"end": "x"}]}}', r"heads\.0\[0\]"),
+    ],
+)
+def test_damaged_measurements_of_a_leg_are_one_line(name, text, says, tmp_path):
+    folder = tmp_path / "records" / "213m_1_seed0"
+    folder.mkdir(parents=True)
+    (folder / TRAINING).write_text(json.dumps(WHOLE))
+    (folder / name).write_text(text)
+    with pytest.raises(RunDirectoryError, match=rf"{name}: {says}"):
         records_of(tmp_path)
 
 

@@ -1,0 +1,136 @@
+"""Commands of ours as child processes: they save and end with this one, however it ends."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signals
+from experiments.lib.sweeps.attempts import SAVING_S
+from experiments.lib.sweeps.parent import marked
+
+# What computes nothing leaves GPUs to others.
+ON_CPU = MappingProxyType({"JAX_PLATFORMS": "cpu"})
+# Of a child that was told to end; the second, while it is still starting.
+STOPPED = (exit_code(signal.SIGTERM), -signal.SIGTERM)
+POLL_S = 0.1
+
+
+class Child:
+    """A command that runs, in a session of its own: Ctrl-C on a terminal reaches this process.
+
+    Args:
+        command: the program and its arguments.
+        variables: of its environment, beside those of this process.
+        log: what it prints is added there; None for where this process prints.
+        output: what it prints on standard output goes there instead, once it has ended well.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        variables: Mapping[str, str] = MappingProxyType({}),
+        log: Path | None = None,
+        output: Path | None = None,
+    ):
+        self.was_asked = False
+        self._output = output
+        self._partial = None if output is None else output.with_name(f".{output.name}.partial")
+        with contextlib.ExitStack() as files:
+            errors = None if log is None else files.enter_context(open(log, "ab"))
+            to_file = self._partial is not None
+            self._process = subprocess.Popen(
+                command,
+                env=marked(dict(os.environ) | dict(variables)),
+                stdin=subprocess.DEVNULL,
+                stdout=files.enter_context(open(self._partial, "wb")) if to_file else errors,
+                stderr=errors,
+                start_new_session=True,
+            )
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        code = self._process.poll()
+        if code is not None and self._partial is not None and self._partial.exists():
+            if code:
+                self._partial.unlink()
+            else:
+                self._partial.rename(self._output)
+        return code
+
+    def has_failed(self) -> bool:
+        """Whether it ended otherwise than well, or as it was told to."""
+        code = self.poll()
+        return bool(code) and not (self.was_asked and code in STOPPED)
+
+    def ask_to_stop(self) -> None:
+        """Tells it to save and end; once, as a second time would not let it save."""
+        if self.poll() is None and not self.was_asked:
+            self.was_asked = True
+            self._process.terminate()
+
+    def kill(self) -> None:
+        """Ends it at once, with what it has begun itself."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def stop(self) -> None:
+        """Ends it, if it still runs, saved if it does so in time."""
+        self.ask_to_stop()
+        try:
+            self._process.wait(SAVING_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def run(
+    command: Sequence[str],
+    *,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    limit_s: float | None = None,
+    log: Path | None = None,
+    output: Path | None = None,
+    beside: Callable[[], bool] = lambda: False,
+) -> None:
+    """Runs a command to its end, or until its time is over, when it is told to save and end.
+
+    Args:
+        command: the program and its arguments.
+        variables: as of `Child`.
+        limit_s: seconds that it may take.
+        log: as of `Child`.
+        output: as of `Child`.
+        beside: called again and again meanwhile, and then as long as it says that there is more to
+            do.
+
+    Raises:
+        ConfigError: it failed; it has said why.
+        Stopped: by a signal to this process, when the command has ended.
+    """
+    shown_as = " ".join(command[1:])
+    print(shown_as, file=sys.stderr, flush=True)
+    end = float("inf") if limit_s is None else time.monotonic() + limit_s
+    with stop_on_signals() as request:
+        child = Child(command, variables=variables, log=log, output=output)
+        try:
+            more = True
+            while more and not child.poll() and not request.is_set() and time.monotonic() < end:
+                more = beside() or child.poll() is None
+                request.wait(POLL_S if more else 0)
+        finally:
+            child.stop()
+    if request.is_set():
+        text = f"stopped by {request.name}; the same command goes on"
+        raise Stopped(text, request.signal_number)
+    if child.has_failed():
+        where = "above" if log is None else str(log)
+        raise ConfigError(f"a part failed with {child.poll()}, see {where}: {shown_as}")

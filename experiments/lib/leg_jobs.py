@@ -1,0 +1,219 @@
+"""Legs side by side on the GPUs of one machine: child processes, how far they are, what is said."""
+
+import contextlib
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.files import read_lines
+from deltaproduct_jax.training.records import METRICS, RESULTS, MetricsLine
+from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
+from experiments.lib.children import Child
+from experiments.lib.language_legs import Leg, Part, measurements, module
+from experiments.lib.leg_config import LegConfig
+from experiments.lib.leg_schedule import Progress, Schedule, Terms
+from experiments.lib.sweeps.attempts import environment
+from experiments.lib.sweeps.records import last_line, size_of
+from experiments.lib.sweeps.view import clock
+
+POLL_S = 1.0
+SAY_EVERY_S = 30.0
+LATEST = 40  # records whose median is a leg's rate
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where legs run, and what their processes share.
+
+    Attributes:
+        workdir: of all legs.
+        gpus: as CUDA_VISIBLE_DEVICES names them; empty for the CPU.
+        programs: folder of compiled programs.
+        memory_fraction: of a GPU's memory that a process may take.
+    """
+
+    workdir: Path
+    gpus: Sequence[str]
+    programs: Path
+    memory_fraction: float
+
+    @property
+    def slots(self) -> int:
+        """Legs at a time, but for the ends of some."""
+        return max(1, len(self.gpus))
+
+    def name(self, slot: int) -> str:
+        """Of a GPU."""
+        return f"GPU {self.gpus[slot]}" if self.gpus else "CPU"
+
+    def variables(self, slot: int, *, reserve: bool) -> dict[str, str]:
+        """The environment of a process; ``reserve`` has it take its memory as it starts."""
+        variables = environment(self.slots, self.gpus[slot : slot + 1])
+        return variables | {
+            "JAX_COMPILATION_CACHE_DIR": str(self.programs),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(self.memory_fraction),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": str(reserve).lower(),
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def log(self, name: str) -> Path:
+        """Where a process's output goes."""
+        path = self.workdir / "logs" / f"{name}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+class Parts:
+    """Processes of one leg that run side by side.
+
+    Args:
+        leg: whose they are.
+        place: where they run.
+        slot: the number of their GPU.
+        parts: what they are, none of which needs another.
+        reserve: whether each takes its memory as it starts.
+    """
+
+    def __init__(self, leg: Leg, place: Place, slot: int, parts: Sequence[Part], *, reserve: bool):
+        self._leg = leg
+        self._children: dict[str, tuple[Child, Path, int]] = {}
+        variables = place.variables(slot, reserve=reserve)
+        leg.records.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            log = place.log(f"{leg.label}.{part.name}")
+            before = size_of(log)
+            child = Child(part.command, variables=variables, log=log, output=part.output)
+            self._children[part.name] = child, log, before
+
+    def poll(self) -> list[str] | None:
+        """None while one runs; then a line for each that failed."""
+        codes = [child.poll() for child, _, _ in self._children.values()]
+        if None in codes:
+            return None
+        failed = []
+        for name, (child, log, before) in self._children.items():
+            if child.has_failed():
+                said = last_line(log, before)
+                why = f"{self._leg.label}: {name} failed with exit code {child.poll()}"
+                failed.append(f"{why}, see {log}" + (f": {said}" if said else ""))
+        if not any(codes):
+            self._leg.remove_spares()
+        return failed
+
+    def ask_to_stop(self) -> None:
+        """Tells them to save and end."""
+        for child, _, _ in self._children.values():
+            child.ask_to_stop()
+
+    def stop(self) -> None:
+        """Ends them, saved."""
+        self.ask_to_stop()
+        for child, _, _ in self._children.values():
+            child.stop()
+
+
+def progress_of(leg: Leg) -> Progress:
+    """What a leg's run directory says; nothing where a record is damaged: its run will say so."""
+    with contextlib.suppress(RunDirectoryError):
+        rows = read_lines(leg.run / METRICS, MetricsLine)
+        rates = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+        losses = [row["loss"] for row in rows if "loss" in row]
+        return Progress(
+            tokens=int(rows[-1].get("tokens", 0)) if rows else 0,
+            rate=statistics.median(rates[-LATEST:]) if rates else None,
+            loss=losses[-1] if losses else None,
+            is_done=(leg.run / RESULTS).exists(),
+        )
+    return Progress()
+
+
+def paper(workdir: Path, stage: str, settings: Mapping[str, object]) -> list[str]:
+    """The command of a stage of `experiments.language.paper`."""
+    return module("language.paper", workdir=workdir, **(dict(settings) | {"stages": stage}))
+
+
+def missing(leg: Leg, config: LegConfig) -> list[Part]:
+    """Measurements of a leg whose records are not there."""
+    parts = measurements(leg, config.length, config.rank_length, config.rows)
+    return [part for part in parts if not part.record.exists()]
+
+
+def run_legs(legs: Sequence[Leg], config: LegConfig, place: Place, terms: Terms) -> int:
+    """Trains and measures what is not done yet; how many of the processes failed.
+
+    Args:
+        legs: in the order of importance.
+        config: of all of them, but for "leg" and "seed".
+        place: where they run.
+        terms: when they begin; the clock is `time.monotonic`.
+
+    Raises:
+        Stopped: by a signal, when all have ended or saved.
+    """
+
+    def train(leg: Leg, slot: int) -> Parts:
+        settings = config.flags(leg=leg.name, seed=leg.seed)
+        part = Part("train", paper(place.workdir, "train", settings), leg.run / RESULTS)
+        say(f"{place.name(slot)}: {leg.label} begins")
+        return Parts(leg, place, slot, [part], reserve=True)
+
+    def measure(leg: Leg, slot: int) -> Parts | None:
+        parts = missing(leg, config)
+        if not parts:
+            return None
+        say(f"{place.name(slot)}: {leg.label} is measured")
+        return Parts(leg, place, slot, parts, reserve=False)
+
+    hooks = {"look": progress_of, "train": train, "measure": measure, "say": say}
+    schedule = Schedule(legs, place.slots, terms, clock=time.monotonic, **hooks)
+    began = said = time.monotonic()
+    with stop_on_signals() as request:
+        try:
+            while not request.is_set() and schedule.step():
+                request.wait(POLL_S)
+                if time.monotonic() - said >= SAY_EVERY_S:
+                    said = time.monotonic()
+                    for line in lines_of(schedule, place):
+                        say(f"{clock(said - began)} {line}")
+            if request.is_set():
+                say("stopping; legs finish their step and save")
+        finally:
+            schedule.stop()
+    if request.is_set():
+        text = f"stopped by {request.name}; the same command goes on in {place.workdir}"
+        raise Stopped(text, request.signal_number)
+    for leg in legs:
+        if leg in schedule.not_begun():
+            needed = schedule.seconds_left(leg)
+            takes = "" if needed is None else f", training takes {clock(needed)}"
+            say(f"{leg.label} was not begun, there is no time{takes}; the same command goes on")
+        elif not progress_of(leg).is_done or missing(leg, config):
+            say(f"{leg.label} is not finished; the same command goes on")
+    return schedule.failures
+
+
+def say(line: str) -> None:
+    """Shows a line of progress."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def lines_of(schedule: Schedule, place: Place) -> list[str]:
+    """A line for each leg that runs: where, tokens, tokens a second, loss, time left."""
+    lines = []
+    for slot in schedule.slots:
+        for leg, _ in slot.training:
+            progress = progress_of(leg)
+            left = schedule.seconds_left(leg)
+            said = [f"{progress.tokens:,} tokens"]
+            said += [] if progress.rate is None else [f"{progress.rate:,.0f} tokens/s"]
+            said += [] if progress.loss is None else [f"loss {progress.loss:.3f}"]
+            said += [] if left is None else [f"{clock(left)} left"]
+            lines.append(f"{place.name(slot.number)}: {leg.label}, {', '.join(said)}")
+        if slot.measuring is not None:
+            lines.append(f"{place.name(slot.number)}: {slot.measuring[0].label} is measured")
+    return lines

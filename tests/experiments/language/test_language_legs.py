@@ -1,0 +1,317 @@
+"""Which leg goes where and when; children that fail or are told to end; legs side by side."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deltaproduct_jax.errors import ConfigError
+from experiments.language import legs, pack_text
+from experiments.lib import children, flags
+from experiments.lib.children import Child
+from experiments.lib.language_legs import RANKS, SAMPLES, TRAINING, Leg, Part
+from experiments.lib.leg_config import LegConfig
+from experiments.lib.leg_jobs import Parts, Place, missing, paper, progress_of
+from experiments.lib.leg_schedule import Progress, Schedule, Terms
+
+TOKENS = 1000
+
+
+def leg(name, seed=0):
+    """A leg of no folder."""
+    return Leg(name, seed, Path("nowhere"))
+
+
+class World:
+    """A clock, and legs that train at their rates after a start of 10 s; measuring takes 20 s."""
+
+    def __init__(self, rates, failing=(), there=()):
+        self.now, self.events, self.said = 0.0, [], []
+        self._rates, self._failing, self._there = rates, failing, set(there)
+        self._begun = {}
+
+    def schedule(self, order, slots, **terms):
+        """A schedule in this world."""
+        values = {"tokens": TOKENS, "overlap_s": 10, "measure_s": 20} | terms
+        hooks = {"look": self.look, "train": self.train, "measure": self.measure}
+        hooks |= {"say": self.said.append, "clock": lambda: self.now}
+        return Schedule(order, slots, Terms(**values), **hooks)
+
+    def run(self, schedule):
+        """Steps of a second to the end; what began and ended, with when and where."""
+        while schedule.step():
+            self.now += 1
+            assert self.now < 10_000
+        return self.events
+
+    def look(self, of):
+        """How far a leg is."""
+        if of in self._there:
+            return Progress(TOKENS, 1.0, 1.0, is_done=True)
+        trained = max(0.0, self.now - self._begun.get(of, self.now) - 10)
+        rate = self._rates[of.name]
+        tokens = min(TOKENS, int(trained * rate))
+        return Progress(tokens, rate if tokens else None, None, is_done=tokens == TOKENS)
+
+    def train(self, of, slot):
+        """Begins."""
+        self._begun[of] = self.now
+        self.events.append(("train", of.label, slot, self.now))
+        return Work(self, of, lambda: self.look(of).is_done)
+
+    def measure(self, of, slot):
+        """Begins, unless its records are there."""
+        self.events.append(("measure", of.label, slot, self.now))
+        end = self.now + 20
+        return Work(self, of, lambda: self.now >= end)
+
+    def has_failed(self, of):
+        """Whether a leg's training breaks: as it has begun to train."""
+        return of.name in self._failing and self.look(of).tokens > 0
+
+
+@dataclasses.dataclass
+class Work:
+    """What runs in that world."""
+
+    world: World
+    of: Leg
+    ends: object
+    asked: bool = False
+
+    def poll(self):
+        """As `Parts.poll`."""
+        if self.world.has_failed(self.of):
+            return [f"{self.of.label} failed"]
+        return [] if self.asked or self.ends() else None
+
+    def ask_to_stop(self):
+        """Notes it."""
+        if self.poll() is None:
+            self.world.events.append(("stop", self.of.label, None, self.world.now))
+        self.asked = True
+
+    def stop(self):
+        """Is told before."""
+        assert self.asked
+
+
+def test_the_next_leg_goes_where_one_ends_first_and_begins_before_that():
+    world = World({"213m_3": 5, "36m_1": 10, "36m_2": 20})
+    order = [leg("213m_3"), leg("36m_1"), leg("36m_2"), leg("36m_2", 1)]
+    assert world.run(world.schedule(order, 2)) == [
+        ("train", "213m_3_seed0", 0, 0),
+        ("train", "36m_1_seed0", 1, 0),
+        ("train", "36m_2_seed0", 1, 100),  # 36m_1 ends at 110
+        ("measure", "36m_1_seed0", 1, 110),
+        ("train", "36m_2_seed1", 1, 150),
+        ("measure", "36m_2_seed0", 1, 160),
+        ("measure", "213m_3_seed0", 0, 210),
+        ("measure", "36m_2_seed1", 1, 210),
+    ]
+
+
+def test_a_leg_without_time_is_left_out_for_a_shorter_one():
+    world = World({"36m_1": 10, "213m_2": 3, "36m_2": 10})
+    order = [leg("36m_1"), leg("213m_2"), leg("36m_2")]
+    # By the rate of 36m_1, at 100 s: 10 to start, 333 by what its size costs, 20 to measure.
+    schedule = world.schedule(order, 1, deadline=100 + 362)
+    assert [event[1] for event in world.run(schedule) if event[0] == "train"] == [
+        "36m_1_seed0",
+        "36m_2_seed0",
+    ]
+    assert schedule.not_begun() == [leg("213m_2")]
+    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(TOKENS / 3)
+    world = World({"36m_1": 10, "213m_2": 3, "36m_2": 10})
+    schedule = world.schedule(order, 1, deadline=100 + 364)
+    assert world.run(schedule)[1] == ("train", "213m_2_seed0", 0, 100)
+
+
+def test_rates_of_an_earlier_start_are_known():
+    world = World({"36m_1": 10, "213m_2": 3}, there=[leg("36m_1")])
+    schedule = world.schedule([leg("36m_1"), leg("213m_2")], 1, deadline=1000)
+    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(TOKENS / 0.3)
+    assert world.run(schedule) == [("measure", "36m_1_seed0", 0, 0)]
+    assert schedule.not_begun() == [leg("213m_2")]
+
+
+def test_at_the_deadline_all_is_told_to_end_and_nothing_begins():
+    world = World({"36m_1": 10, "36m_2": 1})
+    order = [leg("36m_1"), leg("36m_2"), leg("36m_1", 1)]
+    schedule = world.schedule(order, 2, deadline=115)
+    events = world.run(schedule)
+    assert events[-2:] == [("stop", "36m_1_seed0", None, 115), ("stop", "36m_2_seed0", None, 115)]
+    assert (world.now, schedule.failures) == (115, 0)
+    assert schedule.not_begun() == [leg("36m_1", 1)]
+
+
+def test_a_leg_that_fails_ends_no_other_and_is_not_measured():
+    world = World({"36m_1": 10, "36m_2": 10}, failing=("36m_1",))
+    schedule = world.schedule([leg("36m_1"), leg("36m_2")], 1)
+    assert world.run(schedule) == [
+        ("train", "36m_1_seed0", 0, 0),
+        ("train", "36m_2_seed0", 0, 11),
+        ("measure", "36m_2_seed0", 0, 121),
+    ]
+    assert (schedule.failures, world.said) == (1, ["36m_1_seed0 failed"])
+
+
+def test_legs_that_are_trained_are_measured_one_at_a_time_beside_training():
+    there = [leg("36m_1"), leg("36m_1", 1)]
+    world = World({"36m_1": 10, "36m_2": 10}, there=there)
+    assert world.run(world.schedule([*there, leg("36m_2")], 1)) == [
+        ("measure", "36m_1_seed0", 0, 0),
+        ("train", "36m_2_seed0", 0, 0),
+        ("measure", "36m_1_seed1", 0, 20),
+        ("measure", "36m_2_seed0", 0, 110),
+    ]
+
+
+def test_a_gpu_that_trains_nothing_measures_legs_of_others():
+    world = World({"36m_1": 10, "36m_2": 100})
+    order = [leg("36m_2"), leg("36m_1"), leg("36m_2", 1), leg("36m_2", 2)]
+    events = world.run(world.schedule(order, 2, overlap_s=0))
+    # GPU 0 ends them at 20, 40 and 60, and measures from 20 to 80; GPU 1 trains until 110.
+    assert [event[1:] for event in events if event[0] == "measure"] == [
+        ("36m_2_seed0", 0, 20),
+        ("36m_2_seed1", 0, 40),
+        ("36m_2_seed2", 0, 60),
+        ("36m_1_seed0", 0, 110),
+    ]
+
+
+def test_settings_of_legs():
+    config = legs.LegsConfig(legs=("213m_3:0", "tiny:7"))
+    assert config.named == [("213m_3", 0), ("tiny", 7)]
+    for wrong, said in (
+        ({"legs": ()}, "legs is empty"),
+        ({"legs": ("213m_4:0",)}, "legs='213m_4' is not known"),
+        ({"legs": ("213m_3",)}, "legs='213m_3' must be LEG:SEED"),
+        ({"legs": ("213m_3:-1",)}, "legs='213m_3:-1' must be LEG:SEED"),
+        ({"legs": ("tiny:0", "tiny:00")}, "legs='tiny:0,tiny:00' has a leg twice"),
+        ({"deadline_s": 0.0}, "deadline_s=0.0 must be greater than 0"),
+        ({"overlap_s": -1.0}, "overlap_s=-1.0 is too small"),
+        ({"memory_fraction": 1.5}, "memory_fraction=1.5 is too large; it may be up to 1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            dataclasses.replace(config, **wrong)
+    for name, parts in (("213m_2_gated", 4), ("36m_2", 1), ("tiny", 1)):
+        assert LegConfig(leg=name).parts == parts
+    assert LegConfig(leg="213m_1", batch_size=6).parts == 2
+    assert LegConfig(leg="213m_1", accumulation_steps=8).parts == 8
+
+
+def test_commands_and_surroundings_of_legs(tmp_path, monkeypatch):
+    monkeypatch.delenv("NPROC", raising=False)
+    config = LegConfig(archive="text.tar.xz", stages=("train",))
+    command = paper(tmp_path, "train", config.flags(leg="36m_1", seed=3))
+    parsed = flags.parse(command[3:], {"paper": LegConfig}, {"default": {}})
+    expected = dataclasses.replace(config, leg="36m_1", seed=3)
+    assert LegConfig(**parsed.sections["paper"]) == expected
+    place = Place(tmp_path, ["4", "7"], tmp_path / "programs", 0.25)
+    variables = place.variables(1, reserve=False)
+    assert variables["CUDA_VISIBLE_DEVICES"] == "7"
+    assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.25"
+    assert place.variables(0, reserve=True)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    # Models without factors have no states to take ranks of.
+    for name, number in (("36m_2_hybrid", 3), ("36m_transformer", 2), ("36m_mamba2", 2)):
+        assert len(missing(Leg(name, 0, tmp_path), config)) == number
+    assert progress_of(Leg("tiny", 0, tmp_path)) == Progress()
+
+
+def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
+    of, place = Leg("tiny", 0, tmp_path), Place(tmp_path, [], tmp_path / "programs", 0.3)
+    python = lambda code: [sys.executable, "-c", code]
+    place.log("tiny_seed0.bad").write_text("of an earlier start\n")
+    written = of.records / SAMPLES
+    parts = [
+        Part("bad", python("import sys; print('error: no'); sys.exit(3)"), tmp_path / "x"),
+        Part("good", python("print('text')"), written, output=written),
+        Part("torn", python("print(1); raise SystemExit(1)"), tmp_path / "y", tmp_path / "y"),
+    ]
+    job = Parts(of, place, 0, parts, reserve=False)
+    while (failed := job.poll()) is None:
+        time.sleep(0.01)
+    logs = tmp_path / "logs"
+    assert failed == [
+        f"tiny_seed0: bad failed with exit code 3, see {logs}/tiny_seed0.bad.log: error: no",
+        f"tiny_seed0: torn failed with exit code 1, see {logs}/tiny_seed0.torn.log",
+    ]
+    assert written.read_text() == "text\n"
+    assert not list(tmp_path.glob("*y*"))  # what was torn
+    sleeping = Child(python("import time; time.sleep(60)"))
+    sleeping.stop()
+    assert sleeping.poll() == -signal.SIGTERM
+    assert not sleeping.has_failed()
+
+
+def test_what_goes_on_beside_a_part_is_waited_for(capfd):
+    asked = []
+    code = "print('part')"  # over before the tenth time
+    children.run([sys.executable, "-c", code], beside=lambda: asked.append(0) or len(asked) < 10)
+    assert len(asked) >= 10
+    child = Child([sys.executable, "-c", "import time; time.sleep(60)"])
+    child.kill()
+    assert child.poll() == -signal.SIGKILL
+    assert "part" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_legs_side_by_side_go_on_and_tell_of_one_that_fails(tmp_path, capfd, monkeypatch):
+    for folder in ("fs/xfs", "fs/btrfs", "drivers", "Documentation"):
+        for number in range(8):
+            ending = "rst" if folder == "Documentation" else "c"
+            file = tmp_path / "kernel" / folder / f"{number}.{ending}"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = (f"int f{number}_{i}(void) {{ return {i}; }}\n" for i in range(200))
+            file.write_text("".join(lines))
+    text, folder = tmp_path / "text", tmp_path / "legs"
+    pack_text.command([f"--workdir={text}", f"--source={tmp_path}/kernel"])
+    argv = [f"--workdir={folder}", f"--archive={text}/text.tar.xz", "--preset=tiny"]
+    argv += ["--tokens=400000", "--legs=tiny:0,tiny:1,tiny:2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as if there were two
+    command = [sys.executable, "-m", "experiments.language.legs", *argv]
+    of = [Leg("tiny", seed, folder) for seed in range(3)]
+    of[1].run.mkdir(parents=True)
+    (of[1].run / "config.json").write_text("{")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 300
+        while not progress_of(of[0]).tokens and time.monotonic() < end:
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGTERM)
+        said = process.communicate()[1].splitlines()
+    assert process.returncode == 143
+    assert said[-1] == f"stopped by SIGTERM; the same command goes on in {folder}"
+    assert f"GPU 1: {of[1].label} begins" in said
+    first = json.loads((of[0].records / TRAINING).read_text())
+    assert first["curve"]
+    assert first["results"] is None
+    assert any((of[0].run / "checkpoints").iterdir())
+    with pytest.raises(SystemExit, match="1"):
+        legs.command(argv)
+    shown = capfd.readouterr()
+    log = folder / "logs" / "tiny_seed1.train.log"
+    assert f"tiny_seed1: train failed with exit code 2, see {log}: error: a part" in shown.err
+    assert "tiny_seed1 is not finished; the same command goes on" in shown.err
+    for done in (of[0], of[2]):
+        record = json.loads((done.records / TRAINING).read_text())
+        assert record["results"]["steps"] == 390
+        ranks = json.loads((done.records / RANKS).read_text())
+        assert len(ranks["along"]["mean"]) == len(ranks["along"]["position"]) == 16
+        assert (done.records / SAMPLES).stat().st_size > 0
+        assert len(list(done.records.iterdir())) == 4  # spares are gone
+        assert f"| tiny | {done.seed} | 399,360 |" in shown.out
+    # A made-up text, in a folder that is gone, had the first legs' program compiled.
+    assert "step 1/390" in (folder / "logs" / "warming.log").read_text()
+    assert not (folder / "warming").exists()
+    assert len(list((folder / "programs").glob("jit_train_step-*-cache"))) == 1
+    assert (folder / "ranks.png").stat().st_size > 10_000
+    record = json.loads((of[0].records / TRAINING).read_text())
+    assert len(record["starts"]["starts"]) == 2  # it went on where it stood
