@@ -20,7 +20,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from deltaproduct_jax.ops.parts import explicit_names, on_each_part, placement
+from deltaproduct_jax.ops.parts import (
+    explicit_names,
+    is_left_to_the_compiler,
+    on_each_part,
+    placement,
+)
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.selection import PLATFORMS
 
@@ -89,9 +94,9 @@ def select_attention(
     Returns:
         "cudnn" on NVIDIA GPUs where JAX takes these sizes: float16 or bfloat16, V equal to K, a
         multiple of 8 up to 128, or 256 where this process has a Hopper GPU; for whole rows of
-        `CUDNN_FROM` tokens or more, where no mesh of several devices is known while tracing, and in
-        a process that has cuDNN. Else "chunked" where there are more than `MOST_SCORES` scores, and
-        "plain".
+        `CUDNN_FROM` tokens or more, where no mesh is known while tracing that the compiler cuts
+        them for, and in a process that has cuDNN. Else "chunked" where there are more than
+        `MOST_SCORES` scores, and "plain".
 
     Raises:
         ValueError: the platform is not known.
@@ -223,8 +228,8 @@ def _cudnn(q, k, v, *, window: int | None):
 
 
 def _is_spread() -> bool:
-    """Whether what is traced is known to run on several devices."""
-    return placement() is not None or jax.sharding.get_abstract_mesh().size > 1
+    """Whether what is traced is known to be cut over several devices by the compiler."""
+    return placement() is not None or is_left_to_the_compiler()
 
 
 @functools.cache

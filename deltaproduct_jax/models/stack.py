@@ -165,6 +165,7 @@ def _stacked(trees: Sequence[Any]) -> Any:
 
 def _runner(config: ModelConfig) -> Run:
     """Calls a block on whole sequences, and computes anew for its gradient what is not kept."""
+    fused = config.remat != "named"
 
     def run(
         block: nnx.Module,
@@ -174,11 +175,16 @@ def _runner(config: ModelConfig) -> Run:
         mask: jax.Array | None,
         passed_on: Mapping[str, Any] | None,
     ) -> tuple[jax.Array, MixerState]:
+        read = {"state": state, "segment_ids": segment_ids, "mask": mask, "passed_on": passed_on}
         spread = placement()
-        if spread is not None:
-            block, x = spread.block(block, x)
-        read = {"state": state, "segment_ids": segment_ids, "mask": mask}
-        return block(x, **read, passed_on=passed_on, fused=config.remat != "named")
+        if spread is None:
+            return block(x, **read, fused=fused)
+        graphdef, params = nnx.split(block)
+
+        def whole(params: Any, x: jax.Array, read: Any) -> tuple[jax.Array, MixerState]:
+            return nnx.merge(graphdef, params)(x, **read, fused=fused)
+
+        return spread.block(whole, nnx.to_pure_dict(params), x, read)
 
     if config.remat not in _KEPT:
         return run

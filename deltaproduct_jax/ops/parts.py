@@ -60,6 +60,13 @@ def on_each_part(
     )(cut)
 
 
+def is_left_to_the_compiler() -> bool:
+    """Whether the mesh around what is traced has an axis of several devices that is not manual."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
+    return any(n > 1 and kind != AxisType.Manual for n, kind in axes)
+
+
 def along_rows_of(like: jax.Array, tree: Any) -> Any:
     """Arrays [B, ...], over the explicit axes along which the batch of ``like`` lies."""
     names = explicit_names(like)[0]
@@ -173,13 +180,15 @@ class Placement(NamedTuple):
 
     Attributes:
       op: what `delta_product` calls instead of itself, with its own arguments.
-      block: (block of a model, its input [B, T, D]) -> both as they are to be used.
+      block: (run, params, x, others) -> ``run(params, x, others)`` of a block of a model, with its
+        parameters whole. Where rows alone are cut, on every device's own ones, as if it had no
+        others. Besides parameters all are trees of arrays [B, ...], what is returned too.
       heads: a kernel [D, parts, width], width that of all heads -> the same, cut as they are.
       past: what `with_past` calls instead of itself.
     """
 
     op: Callable[..., tuple[Any, Any]]
-    block: Callable[[Any, Any], tuple[Any, Any]]
+    block: Callable[[Callable[..., Any], Any, jax.Array, Any], Any]
     heads: Callable[[jax.Array], jax.Array]
     past: Callable[..., jax.Array]
 

@@ -3,7 +3,9 @@
 Parameters and all that is kept for each of them (AdamW's moments) are cut over fsdp and tensor.
 A block gathers its own over fsdp just before it runs, in the part that is rematerialised, so that
 no more than a block's are whole at a time; their gradients are cut again as soon as they are there.
-The op runs inside `jax.shard_map`, where kernels can; all else is left to the compiler.
+Where rows alone are cut, a block runs inside `jax.shard_map`, so that a device runs what it would
+alone, every kernel among it. Where tokens or heads are, only the op and convolutions do, and all
+else is left to the compiler.
 
 Shape suffixes: B batch, T tokens, D model width.
 """
@@ -224,7 +226,7 @@ class Layout:
             sequence_axis=MESH_AXES["sequence"],
         )
         past = functools.partial(_with_past, self.mesh)
-        return placed(Placement(op, self._place_block, self._cut_heads, past))
+        return placed(Placement(op, self._run_block, self._cut_heads, past))
 
     def _cut_heads(self, kernel: jax.Array) -> jax.Array:
         """A kernel ``[D, parts, width]`` cut along ``width``; its gradient goes the same way back.
@@ -237,15 +239,51 @@ class Layout:
         cut = self._sharding(None, None, heads)
         return _moved(kernel, cut, (self._sharding(embed, None, heads),))
 
-    def _place_block(self, block: nnx.Module, x: jax.Array) -> tuple[nnx.Module, jax.Array]:
-        graphdef, state = nnx.split(block)
-        params = nnx.to_pure_dict(state)
+    def _run_block(self, run: Callable[..., Any], params: Any, x: jax.Array, others: Any) -> Any:
+        """A block as `ops.parts.Placement` has it."""
         prefix = self._prefix_of_block(params)
+        if self._cuts_rows_alone(x, others):
+            return self._on_rows(run, prefix, params, x, others)
         params = jax.tree_util.tree_map_with_path(
             lambda keys, p: self._gathered((*prefix, *keys), p), params
         )
         cut_BTD = self._sharding(MESH_AXES["batch"], "sequence", None)
-        return nnx.merge(graphdef, params), jax.lax.with_sharding_constraint(x, cut_BTD)
+        return run(params, jax.lax.with_sharding_constraint(x, cut_BTD), others)
+
+    def _cuts_rows_alone(self, x: jax.Array, others: Any) -> bool:
+        """Whether every device may have rows of its own, and all of them."""
+        among_others = [n for axis, n in self.sizes.items() if axis not in MESH_AXES["batch"]]
+        B = x.shape[0]
+        have_rows = all(leaf.shape[:1] == (B,) for leaf in jax.tree.leaves(others))
+        return math.prod(among_others) == 1 and have_rows and B % self.devices_of("batch") == 0
+
+    def _on_rows(
+        self, run: Callable[..., Any], prefix: Path, params: Any, x: jax.Array, others: Any
+    ) -> Any:
+        def stored(keys: Any, p: jax.Array) -> PartitionSpec:
+            path = self._parameter_of((*prefix, *keys))
+            return self._of_parameter(path, p.shape, fsdp=True).spec
+
+        specs = jax.tree_util.tree_map_with_path(stored, params)
+
+        def whole(p: jax.Array, spec: PartitionSpec) -> jax.Array:
+            for dimension, axis in enumerate(spec):  # whose transposition sums and cuts at once
+                p = p if axis is None else jax.lax.all_gather(p, axis, axis=dimension, tiled=True)
+            return p
+
+        def on_device(params: Any, x: jax.Array, others: Any) -> Any:
+            with placed(None):
+                return run(jax.tree.map(whole, params, specs), x, others)
+
+        # A mixer from outside the project need not know of axes over which arrays vary.
+        rows = PartitionSpec(MESH_AXES["batch"])
+        return jax.shard_map(
+            on_device,
+            mesh=self.mesh,
+            in_specs=(specs, rows, rows),
+            out_specs=rows,
+            check_vma=False,
+        )(params, x, others)
 
     def _prefix_of_block(self, params: Any) -> tuple[Any, ...]:
         """Keys before a block's own: those of any block that has the same parameters."""

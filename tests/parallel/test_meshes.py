@@ -17,6 +17,8 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.layers.short_conv import ShortConv
 from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models.sequence_model import Block
+from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.groups import GroupTask
@@ -33,17 +35,18 @@ pytestmark = pytest.mark.usefixtures("all_devices")
 ONE = "data:1"
 MIXED = "data:2,fsdp:2,tensor:2"
 LONG = "fsdp:2,tensor:2,sequence:2"
+ROWS = "data:2,fsdp:4"
 TASK = GroupTask("Z3", train_length=6)  # 7 positions, which no axis divides
 
 
 def config_of(mixer, **fields) -> RunConfig:
-    sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 2, "intermediate_size": 8}
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 16, "intermediate_size": 16}
     model = ModelConfig(vocab_size=TASK.vocab_size, mixer=mixer, **(sizes | fields))
-    return RunConfig(TASK, model, TrainConfig(batch_size=8, eval_batch_size=8, learning_rate=1e-2))
+    return RunConfig(TASK, model, TrainConfig(batch_size=8, eval_batch_size=8, learning_rate=1e-3))
 
 
-def first_losses(config: RunConfig, mesh: str, steps: int) -> np.ndarray:
-    """Loss and norms of the first steps."""
+def first_losses(config: RunConfig, mesh: str, steps: int, scale: float = 1.0) -> np.ndarray:
+    """Loss and norms of the first steps, from parameters that are multiplied by ``scale``."""
     make = lambda: SequenceModel(config.model, rngs=nnx.Rngs(make_key(1)))
     layout = layout_of(config, make, DeviceConfig(mesh=mesh))
     definition, _ = shapes_of(config, make)
@@ -58,6 +61,7 @@ def first_losses(config: RunConfig, mesh: str, steps: int) -> np.ndarray:
         return update(state, layout.cut_batch(batch))
 
     state, found = first_state(config, make, layout), []
+    state = state._replace(params=jax.tree.map(lambda x: x * scale, state.params))
     for _ in range(steps):
         state, metrics = step(state)
         found.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm")])
@@ -67,18 +71,47 @@ def first_losses(config: RunConfig, mesh: str, steps: int) -> np.ndarray:
 
 
 def check_same_numbers(config: RunConfig, meshes: list[str], steps: int) -> None:
+    """Losses within 1e-5 of one device's, but where rounding alone takes that further from itself.
+
+    It does where a key or a head's output comes near 0, which a norm magnifies.
+    """
     expected = first_losses(config, ONE, steps)
     assert expected[-1, 0] < expected[0, 0]
+    apart = lambda found: np.abs(found / expected - 1)
+    by_rounding = apart(first_losses(config, ONE, steps, scale=1 + 2.0**-22))
+    bar = [1e-5, 1e-4, 1e-4] + 30 * np.maximum.accumulate(by_rounding, axis=0)
+    assert (bar[0] < 1e-3).all()
     for mesh in meshes:
-        found = first_losses(config, mesh, steps)
-        np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=1e-5, err_msg=mesh)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, err_msg=mesh)
+        np.testing.assert_array_less(apart(first_losses(config, mesh, steps)), bar, err_msg=mesh)
 
 
 def test_the_first_steps_are_the_same():
     """Two factors a token, a gate and convolutions, whose inputs lie behind an edge of a piece."""
     config = config_of("gated_delta_product", use_short_conv=True, implementation="recurrent")
-    check_same_numbers(config, [LONG], steps=3)
+    check_same_numbers(config, [LONG, ROWS], steps=3)
+
+
+@pytest.mark.parametrize(("mesh", "rows"), [(ROWS, 1), (MIXED, 8)])
+def test_blocks_meet_a_device_s_own_rows_where_rows_alone_are_cut(mesh, rows):
+    config = config_of("delta_product", remat="products")
+    make = lambda: SequenceModel(config.model, rngs=nnx.Rngs(0))
+    layout, met = layout_of(config, make, DeviceConfig(mesh=mesh)), []
+
+    class Watched(Block):
+        def __call__(self, x, **read):
+            met.append((x.shape[0], placement() is None))
+            return super().__call__(x, **read)
+
+    def loss(params, ids):
+        with layout.placed():
+            model = nnx.merge(nnx.split(make())[0], params)
+            for block in model.layers:
+                block.__class__ = Watched
+            return jnp.sum(model(ids)[0])
+
+    params = jax.eval_shape(lambda: nnx.split(make())[1])
+    jax.eval_shape(jax.grad(loss), params, jax.ShapeDtypeStruct((8, 4), jnp.int32))
+    assert set(met) == {(rows, rows < 8)}
 
 
 @pytest.mark.slow

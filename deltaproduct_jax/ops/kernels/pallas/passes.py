@@ -36,7 +36,7 @@ from deltaproduct_jax.ops.kernels.pallas.chunk import (
 )
 from deltaproduct_jax.ops.kernels.pallas.plan import memory_of_core, plan_of
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.ops.parts import placement
+from deltaproduct_jax.ops.parts import is_left_to_the_compiler, placement
 from deltaproduct_jax.ops.unavailable import devices_left
 
 MOST_FACTORS = 8
@@ -69,10 +69,7 @@ def is_ready() -> bool:
     axes of several devices that are not manual, as those of `jax.shard_map` are, XLA could not.
     What is `placed` will run inside of one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = jax.sharding.AxisType.Manual
-    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    is_cut = placement() is not None or all(n == 1 or kind == manual for n, kind in axes)
+    is_cut = placement() is not None or not is_left_to_the_compiler()
     return memory_of_core() is not None and is_cut
 
 
