@@ -28,7 +28,7 @@ def unit(x):
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def draw(T, keys="unit", decay="mild", beta=None, signed=False):
+def draw(T, keys="unit", decay="mild", beta=None, signed=False, erases=True):
     rng = np.random.default_rng(0)
     normal = lambda *width: rng.normal(size=(B, T, H, *width))
     x = {"q": normal(K), "v": normal(V), "g": DECAYS[decay](rng, (B, T, H, K))}
@@ -39,7 +39,7 @@ def draw(T, keys="unit", decay="mild", beta=None, signed=False):
         x[size] = np.full((B, T, H), beta) if beta is not None else rng.uniform(0, 2, (B, T, H))
     if signed:
         x["negative"] = rng.uniform(size=(B, T, H, K)) < 0.4
-    return x
+    return x if erases else {name: a for name, a in x.items() if name not in ("e", "gamma")}
 
 
 @functools.partial(jax.jit, static_argnames="implementation")
@@ -83,6 +83,7 @@ def errors(x, implementation):
         pytest.param({"T": 150, "decay": "none", "beta": 2.0}, marks=pytest.mark.slow),
         {"T": 150, "decay": "none", "beta": 2.0, "keys": "equal"},
         {"T": 150, "decay": "none", "beta": 2.0, "keys": "near"},
+        {"T": 150, "decay": "none", "beta": 2.0, "keys": "near", "erases": False},
         pytest.param({"T": 4096, "decay": "none", "beta": 2.0}, marks=pytest.mark.slow),
         pytest.param({"T": 1 << 16}, marks=pytest.mark.slow),
         pytest.param({"T": 1 << 16, "signed": True, "beta": 2.0}, marks=pytest.mark.slow),
