@@ -214,7 +214,10 @@ def plugins_here(tmp_path, monkeypatch):
 
 
 # Of a machine that lacks a package, or a run that another command has written before.
-NOT_HERE = r"needs (?:torch|(?:the )?package) |cannot be read: No such file|is no file"
+NOT_HERE = (
+    r"needs (?:torch|(?:the )?package) |^package \w+, .* is not installed|"
+    r"cannot be read: No such file|is no file"
+)
 NO_FOLDER = "--workdir is missing"  # a script's name in the text, or one line of a table
 
 
