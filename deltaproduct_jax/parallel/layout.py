@@ -275,12 +275,14 @@ class Layout:
             with placed(None):
                 return run(jax.tree.map(whole, params, specs), x, others)
 
-        # A mixer from outside the project need not know of axes over which arrays vary.
         rows = PartitionSpec(MESH_AXES["batch"])
+        # All axes are named, or the gradient of x would be summed over those of one device.
+        rows_of_x = PartitionSpec(MESH_AXES["batch"], "sequence", "tensor")
+        # A mixer from outside the project need not know of axes over which arrays vary.
         return jax.shard_map(
             on_device,
             mesh=self.mesh,
-            in_specs=(specs, rows, rows),
+            in_specs=(specs, rows_of_x, rows),
             out_specs=rows,
             check_vma=False,
         )(params, x, others)
