@@ -71,13 +71,15 @@ def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:
 def _multiplied(table: jax.Array, ids: jax.Array) -> jax.Array:
     """The same as a matmul, whose transpose is the one to the table."""
     groups = _groups(ids.shape)
-    one_hot = jax.nn.one_hot(ids.reshape(groups, -1), len(table), dtype=table.dtype)
+    # No two axes become one: a mesh may cut tokens too.
+    grouped = ids.reshape(groups, -1, *ids.shape[1:])
+    one_hot = jax.nn.one_hot(grouped, len(table), dtype=table.dtype)
     summed = jnp.promote_types(table.dtype, jnp.float32)
     tables = jnp.broadcast_to(table.astype(summed), (groups, *table.shape))
     # Of bfloat16 one pass is exact: every product is with 1 or 0.
     exact = None if table.dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     rows = jnp.einsum(
-        "gnr,grd->gnd", one_hot, tables, precision=exact, preferred_element_type=summed
+        "g...r,grd->g...d", one_hot, tables, precision=exact, preferred_element_type=summed
     )
     return rows.astype(table.dtype).reshape(*ids.shape, -1)
 
