@@ -68,7 +68,6 @@ def found_over(mesh: DeviceConfig, chips: list[jax.Device]) -> dict[str, Any]:
             "parameter": 4 * max(x.size for x in jax.tree.leaves(program.state.params)),
             "state": 4 * rows * heads * MODEL.head_dim**2,
             "past": 4 * rows * 3 * 2 * heads * MODEL.head_dim,
-            "ids": 4 * rows * TOKENS,  # of whole rows
         },
     }
 

@@ -18,7 +18,7 @@ def most_of(axes: set[str], most: dict[str, int]) -> int:
     if axes == {"tensor"}:
         return most["residual"]  # sums of what each has of the heads, or of the MLP
     if axes == {"sequence"}:
-        return max(most[name] for name in ("state", "past", "parameter", "ids"))
+        return max(most[name] for name in ("state", "past", "parameter"))
     # Parameters, gradients, norms, and counts; no activation of any token.
     return most["parameter"]
 
