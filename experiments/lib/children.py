@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signals
-from experiments.lib.sweeps.attempts import SAVING_S
+from experiments.lib.sweeps.attempts import wait_or_kill
 from experiments.lib.sweeps.parent import marked
 
 # What computes nothing leaves GPUs to others.
@@ -85,11 +85,7 @@ class Child:
     def stop(self) -> None:
         """Ends it, if it still runs, saved if it does so in time."""
         self.ask_to_stop()
-        try:
-            self._process.wait(SAVING_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        wait_or_kill(self._process)
 
 
 def run(

@@ -5,22 +5,16 @@ that script turns what the record holds into tables. As in a sweep, the script i
 name: nothing here knows what any of them measures.
 """
 
-import importlib
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, is_module_name
+from deltaproduct_jax.errors import ConfigError
 from experiments.lib.bench.report import PAGE, Page, report_of
+from experiments.lib.modules import found_module
 
 
 def page_of(script: str) -> Page:
     """The ``page`` of a script, by its name in experiments; ConfigError if there is none."""
-    name = f"experiments.{script}"
-    try:
-        module = importlib.import_module(name) if is_module_name(name) else None
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the script is there, and something it needs is not
-        module = None
+    module = found_module(f"experiments.{script}")
     if not hasattr(module, "page"):
         raise ConfigError(
             f"{PAGE}={script!r} is not known; it may be a script of experiments with a page, "

@@ -132,12 +132,17 @@ class Attempt:
     def stop(self) -> None:
         """Ends the process; the runs can go on later, and the attempt does not count."""
         self.ask_to_stop()
-        try:
-            self.process.wait(SAVING_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        wait_or_kill(self.process)
         self._claims.release()
+
+
+def wait_or_kill(process: subprocess.Popen) -> None:
+    """Waits for a process that was told to save and end; too long, and it ends at once."""
+    try:
+        process.wait(SAVING_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def begin(

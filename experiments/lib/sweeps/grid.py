@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import itertools
 import json
 import math
@@ -22,12 +21,13 @@ from typing import Any, TypedDict
 
 from absl import flags as absl_flags
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError, is_module_name
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import is_there, read_json, write_file
 from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.plugins import absolute, import_plugins
 from deltaproduct_jax.training.records import ConfigFile, refuse_other_config
 from experiments.lib import flags
+from experiments.lib.modules import found_module
 from experiments.lib.sweeps.devices import SETTINGS
 
 LIST = "runs.json"
@@ -81,12 +81,7 @@ def module_name(script: str) -> str:
 def load_script(script: str) -> types.ModuleType:
     """The module of a script; ConfigError if there is none, or none that can be swept."""
     name, folder = module_name(script), Path(__file__).parents[2]
-    try:
-        module = importlib.import_module(name) if is_module_name(name) else None
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the script is there, and something it needs is not
-        module = None
+    module = found_module(name)
     needed = ("SECTIONS", "PRESETS", "configure")
     if not all(hasattr(module, attribute) for attribute in needed):
         sweepable = [path.stem for path in sorted(folder.glob("*.py")) if _is_script(path)]
