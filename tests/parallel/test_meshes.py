@@ -79,7 +79,7 @@ def check_same_numbers(config: RunConfig, meshes: list[str], steps: int) -> None
     assert expected[-1, 0] < expected[0, 0]
     apart = lambda found: np.abs(found / expected - 1)
     by_rounding = apart(first_losses(config, ONE, steps, scale=1 + 2.0**-22))
-    bar = [1e-5, 1e-4, 1e-4] + 30 * np.maximum.accumulate(by_rounding, axis=0)
+    bar = np.maximum([1e-5, 1e-4, 1e-4], 30 * np.maximum.accumulate(by_rounding, axis=0))
     assert (bar[0] < 1e-3).all()
     for mesh in meshes:
         np.testing.assert_array_less(apart(first_losses(config, mesh, steps)), bar, err_msg=mesh)
