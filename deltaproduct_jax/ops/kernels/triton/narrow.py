@@ -1,7 +1,7 @@
 """The GPU kernels of narrow heads: what is launched on which arrays. One kernel each way.
 
 They take many heads of small states, of which each has a program of its own; see
-ops/kernels/README.md. The contract of `forward` and `backward` is that of
+NARROW.md. The contract of `forward` and `backward` is that of
 `deltaproduct_jax.ops.kernels`, but for bad rows.
 """
 

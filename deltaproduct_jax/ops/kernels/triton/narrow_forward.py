@@ -1,4 +1,4 @@
-"""The GPU kernel of narrow heads, forward, in Triton. ops/kernels/README.md has the design.
+"""The GPU kernel of narrow heads, forward, in Triton. NARROW.md has the design.
 
 A program walks one value head of a sequence in blocks of M rows of updates, of which C tokens fill
 C * R, with the state in registers. What holds columns of V in its rows is kept transposed, [V, ...]
