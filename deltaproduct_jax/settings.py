@@ -11,7 +11,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -58,6 +58,27 @@ def setting(
 def seed_setting(help: str) -> Any:
     """The field of a seed: a whole number that every generator takes."""
     return setting(0, help, least=0, most=LARGEST_SEED)
+
+
+def require_settings(name: str, kind: Any, needed: Iterable[str] = ()) -> None:
+    """Raises ConfigError unless ``kind`` is a frozen dataclass of settings that has what it needs.
+
+    Args:
+        name: of what is looked at, to begin the text with.
+        kind: a class whose fields are to become flags.
+        needed: attributes that it must have.
+    """
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ConfigError(f"{name}={shown(kind)} must be a dataclass")
+    if not kind.__dataclass_params__.frozen:
+        raise ConfigError(f"{name}={shown(kind)} must be a frozen dataclass")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    bare = [each for each, field in fields.items() if "help" not in field.metadata]
+    if bare:
+        raise ConfigError(f"{name}={shown(kind)} must have a setting for {', '.join(bare)}")
+    missing = [each for each in needed if each not in fields and not hasattr(kind, each)]
+    if missing:
+        raise ConfigError(f"{name}={shown(kind)} must have {', '.join(missing)}")
 
 
 def recorded(config: Any) -> dict[str, Any]:
