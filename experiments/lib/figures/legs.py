@@ -23,9 +23,9 @@ from experiments.lib.figures.style import (
 
 def draw_all(found: Sequence[Mapping[str, Any]], folder: Path, look: Look) -> Iterator[Path]:
     """Draws losses, positions and ranks of legs, as `records_of` reads them; the files written."""
-    yield from draw_losses(found, folder / "losses", look)
+    yield from draw_losses_of_legs(found, folder / "losses", look)
     yield from draw_positions(found, folder / "positions", look)
-    yield from draw_ranks(found, folder / "ranks", look)
+    yield from draw_ranks_of_legs(found, folder / "ranks", look)
 
 
 def _labels(found: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -37,7 +37,7 @@ def _labels(found: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 @beside_records
-def draw_losses(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
+def draw_losses_of_legs(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
     """Draws the training loss of each model, thinly, and its validations, over the tokens read.
 
     Args:
@@ -75,7 +75,7 @@ def draw_positions(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -
 
 
 @beside_records
-def draw_ranks(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
+def draw_ranks_of_legs(found: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
     """Draws the mean effective rank over all heads along a row, a panel for each n_h.
 
     Bands go from the 10th to the 90th percentile of the heads. Legs whose records have no ranks

@@ -257,14 +257,14 @@ def test_ranks_of_legs_are_a_panel_for_each_n_h(tmp_path, monkeypatch):
         {"leg": leg, "seed": 0, "ranks": n and entry | {"num_householder": n}}
         for leg, n in ranks.items()
     ]
-    legs.draw_ranks(found, tmp_path, paper.Look())
+    legs.draw_ranks_of_legs(found, tmp_path, paper.Look())
     first, second = figures.pop().axes
     assert [axes.get_title() for axes in (first, second)] == ["$n_h$ = 2", "$n_h$ = 3"]
     labels = [line.get_label() for line in first.lines]
     assert labels[2:] == ["36M, $n_h$ = 2", "36M, $n_h$ = 2, gated", "length trained"]
     assert [line.get_xdata()[0] for line in first.lines[:2]] == [0, 6]  # starts of documents
     assert list(second.lines[2].get_ydata()) == [1.0, 2.0]
-    assert legs.draw_ranks(found[1:2], tmp_path, paper.Look()) == []
+    assert legs.draw_ranks_of_legs(found[1:2], tmp_path, paper.Look()) == []
 
 
 def test_settings_of_a_leg():
