@@ -133,11 +133,8 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     if metadata.get("filled") and not value:
         return f"{name} is empty; give one entry at least ({metadata['help']})"
     for entry in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(entry, float) and entry and not _is_held(entry):
-            return (
-                f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "
-                f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
-            )
+        if isinstance(entry, float) and (problem := unheld(name, entry)):
+            return problem
     if value is None:
         return None
     if least is not None and value < least:
@@ -149,8 +146,14 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
-def _is_held(value: float) -> bool:
-    return SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
+def unheld(name: str, value: float) -> str | None:
+    """What is to be said of a number that float32 would hold as 0 or infinity; None of others."""
+    if not value or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        return None
+    return (
+        f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "
+        f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
+    )
 
 
 def misfit(value: Any, annotation: Any, name: str) -> str | None:
@@ -242,7 +245,7 @@ def _must_be(name: str, value: Any, annotation: Any) -> str:
 def shown(value: Any) -> str:
     """A value as an error shows it: in one line, cut where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split("\n"))
     except ValueError:  # Python does not write whole numbers of thousands of digits
         return "(a number of thousands of digits)"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -142,6 +142,9 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are():
         load_run(RUN, 4.0)
     with pytest.raises(ConfigError, match="checkpoint='last' is not in"):
         load_run(RUN, "last")
+    for place in (3, None, b"runs/s3", ["runs/s3"]):
+        with pytest.raises(ConfigError, match="is not known; it may be a directory, or gs://"):
+            load_run(place)
 
 
 def test_folders_that_hold_no_run_or_no_checkpoint_yet(tmp_path):
