@@ -172,7 +172,11 @@ def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[st
     known |= given
     if PluginConfig in sections.values():
         plugins = known.get("plugins", ())
-        import_plugins(value_of(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
+        try:
+            named = value_of(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins
+        except ValueError as error:
+            raise ConfigError(f"flag --plugins={plugins}: {error}") from error
+        import_plugins(named)
     vary = lambda config: config.variant(known) if hasattr(config, "variant") else config
     return {section: vary(config) for section, config in sections.items()}
 

@@ -246,6 +246,13 @@ def test_fields_of_a_plugin_are_checked_for_it(value, files, tmp_path, capsys):
         RunConfig(task, ModelConfig(vocab_size=4), TrainConfig())
 
 
+def test_an_empty_name_among_plugins_is_refused(tmp_path, capsys):
+    assert train.main(flags_of(tmp_path / "run", "average.py,")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: flag --plugins=average.py,: it must be texts, without an empty entry"
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_field_that_is_a_flag_already_is_refused(files, tmp_path, capsys):
     path = tmp_path / "first.py"
     path.write_text(path.read_text().replace("letters", "workdir"))
