@@ -170,6 +170,8 @@ class RWKV7(HeadMixer[RWKV7State]):
         given = state is not None
         state = state if given else self.init_state(x.shape[0])
         x, v_first = x.astype(self.dtype), self._check_v_first(v_first, x.shape[:2])
+        if 0 in x.shape:
+            return x, state
 
         def mix(x, state, segment_ids, length):
             shifted, last = shift(x, state.last, segment_ids, length)
@@ -198,6 +200,8 @@ class RWKV7(HeadMixer[RWKV7State]):
         """One token for every row: returns the outputs and the state after it."""
         x = x[:, None].astype(self.dtype)
         v_first = self._check_v_first(v_first, x.shape[:2])
+        if 0 in x.shape:
+            return x[:, 0], state
         shifted, last = shift(x, state.last, None, None)
         inputs, gate = self._inputs(x, shifted, v_first)
         r, k, v, kk, b, g = (a[:, 0] for a in inputs)
