@@ -23,6 +23,7 @@ Takes: on one H200 three minutes to train a leg of 36M, ten a leg of 213M, and a
 """
 
 import hashlib
+import math
 import shutil
 import statistics
 import sys
@@ -52,6 +53,7 @@ from experiments.lib.language_legs import (
 )
 from experiments.lib.leg_config import PRESETS, LegConfig
 
+PLACES = {"length_trained": "length trained", "last_eighth": "last eighth"}
 RANK_COLUMNS = {
     "trained": "rank, length trained",
     "end": "rank, last quarter",
@@ -158,10 +160,18 @@ def rows_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "valid_loss": validated[-1] if validated else None,
                 **{name: tests.get(name) for name in ("loss", "bits_per_byte")},
                 "ranks": record["ranks"] and _ranks(record["ranks"]),
+                "length_trained": {e["data"]: _length_trained(e) for e in record["positions"]},
                 "last_eighth": {e["data"]: _last_eighth(e["loss"]) for e in record["positions"]},
             }
         )
     return rows
+
+
+def _length_trained(entry: Mapping[str, Any]) -> float:
+    """The mean up to there."""
+    limit = entry["trained"] or math.inf
+    pairs = zip(entry["position"], entry["loss"], strict=True)
+    return statistics.fmean([loss for place, loss in pairs if place <= limit] or entry["loss"][:1])
 
 
 def _last_eighth(loss: Sequence[float]) -> float:
@@ -190,14 +200,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             *(shown(row[name], ",d") for name in ("tokens", "parameters")),
             shown(row["tokens_per_second"], ",.0f"),
             *(shown(row[name], ".4f") for name in ("valid_loss", "loss", "bits_per_byte")),
-            *(shown(row["last_eighth"].get(text), ".4f") for text in texts),
+            *(shown(row[of].get(text), ".4f") for text in texts for of in PLACES),
             *(shown((row.get("ranks") or {}).get(name), ".2f") for name in ranked),
         ]
         for row in rows
     ]
     head = ("leg", "seed", "tokens", "parameters", "median tokens/s", "validation loss")
     head += ("test loss", "bits per byte")
-    head += tuple(f"{text}, last eighth" for text in texts)
+    head += tuple(f"{text}, {place}" for text in texts for place in PLACES.values())
     return markdown((*head, *ranked.values()), lines)
 
 

@@ -44,24 +44,28 @@ LEGS: dict[str, tuple[str, ...]] = {
 _WITHOUT_FACTORS = ("36m_transformer", "36m_mamba2")
 
 
-class Size(NamedTuple):
-    """What legs of a size ask of a device.
+# Parts of a batch of 32 rows of 4,096 tokens, so that two legs of a size fit on one GPU.
+PARTS = {"213m": 4, "36m": 1, "tiny": 1}
+# Seconds of an H200 for 200 million tokens; what counts is how legs compare.
+SECONDS = {
+    "213m_1": 682,
+    "213m_2": 762,
+    "213m_3": 708,
+    "213m_2_gated": 850,  # a guess, as are the last three of 36M
+    "36m_1": 157,
+    "36m_2": 165,
+    "36m_3": 166,
+    "36m_2_gated": 194,
+    "36m_2_hybrid": 170,
+    "36m_transformer": 220,
+    "36m_mamba2": 220,
+    "tiny": 60,
+}
 
-    Attributes:
-        parts: of a batch of 32 rows of 4,096 tokens, so that two such legs fit on one GPU.
-        minutes: of an H200 for 200 million tokens, about; what counts is how sizes compare.
-    """
 
-    parts: int
-    minutes: float
-
-
-SIZES = {"213m": Size(4, 10.0), "36m": Size(1, 3.0), "tiny": Size(1, 1.0)}
-
-
-def size_of_leg(name: str) -> Size:
-    """That of a leg of `LEGS`, by its name."""
-    return SIZES[name.partition("_")[0]]
+def parts_of_leg(name: str) -> int:
+    """Of a batch of a leg of `LEGS`, by its name."""
+    return PARTS[name.partition("_")[0]]
 
 
 @dataclasses.dataclass(frozen=True)

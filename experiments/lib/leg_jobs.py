@@ -127,6 +127,7 @@ def progress_of(leg: Leg) -> Progress:
             tokens=int(rows[-1].get("tokens", 0)) if rows else 0,
             rate=statistics.median(rates[-LATEST:]) if rates else None,
             loss=losses[-1] if losses else None,
+            is_validated=any("valid_loss" in row for row in rows),
             is_done=(leg.run / RESULTS).exists(),
         )
     return Progress()

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from experiments.lib.language_legs import Leg, size_of_leg
+from experiments.lib.language_legs import SECONDS, Leg
 
 AT_ONCE = 2  # legs that train on a GPU: one ends, one starts
 
@@ -22,12 +22,14 @@ class Progress:
         tokens: trained on.
         rate: tokens of a second; None before the first records.
         loss: the last.
+        is_validated: there is a record of that.
         is_done: it is trained.
     """
 
     tokens: int = 0
     rate: float | None = None
     loss: float | None = None
+    is_validated: bool = False
     is_done: bool = False
 
 
@@ -148,11 +150,11 @@ class Schedule:
         return None if rate is None else max(0, self._terms.tokens - progress.tokens) / rate
 
     def _rate(self, name: str) -> float | None:
-        """Of a leg of that name, or of the last that was seen, by what their sizes cost."""
+        """Of a leg of that name, or of the last that was seen, by what they cost."""
         if name in self._rates or not self._rates:
             return self._rates.get(name)
         other, rate = list(self._rates.items())[-1]
-        return rate * size_of_leg(other).minutes / size_of_leg(name).minutes
+        return rate * SECONDS[other] / SECONDS[name]
 
     def _reap(self) -> None:
         for slot in self.slots:

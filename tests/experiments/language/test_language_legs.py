@@ -15,7 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from experiments.language import legs, pack_text
 from experiments.lib import children, flags
 from experiments.lib.children import Child
-from experiments.lib.language_legs import RANKS, SAMPLES, TRAINING, Leg, Part
+from experiments.lib.language_legs import RANKS, SAMPLES, SECONDS, TRAINING, Leg, Part
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_jobs import Parts, Place, missing, paper, progress_of
 from experiments.lib.leg_schedule import Progress, Schedule, Terms
@@ -120,23 +120,27 @@ def test_the_next_leg_goes_where_one_ends_first_and_begins_before_that():
 def test_a_leg_without_time_is_left_out_for_a_shorter_one():
     world = World({"36m_1": 10, "213m_2": 3, "36m_2": 10})
     order = [leg("36m_1"), leg("213m_2"), leg("36m_2")]
-    # By the rate of 36m_1, at 100 s: 10 to start, 333 by what its size costs, 20 to measure.
-    schedule = world.schedule(order, 1, deadline=100 + 362)
+    # By the rate of 36m_1, at 100 s: 10 to start, what it costs beside that, 20 to measure.
+    needed = 10 + 100 * SECONDS["213m_2"] / SECONDS["36m_1"] + 20
+    schedule = world.schedule(order, 1, deadline=100 + needed - 1)
     assert [event[1] for event in world.run(schedule) if event[0] == "train"] == [
         "36m_1_seed0",
         "36m_2_seed0",
     ]
     assert schedule.not_begun() == [leg("213m_2")]
-    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(TOKENS / 3)
+    left = 100 * SECONDS["213m_2"] / SECONDS["36m_2"]  # by the last that was seen
+    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(left)
     world = World({"36m_1": 10, "213m_2": 3, "36m_2": 10})
-    schedule = world.schedule(order, 1, deadline=100 + 364)
+    schedule = world.schedule(order, 1, deadline=100 + needed + 1)
     assert world.run(schedule)[1] == ("train", "213m_2_seed0", 0, 100)
 
 
 def test_rates_of_an_earlier_start_are_known():
     world = World({"36m_1": 10, "213m_2": 3}, there=[leg("36m_1")])
     schedule = world.schedule([leg("36m_1"), leg("213m_2")], 1, deadline=1000)
-    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(TOKENS / 0.3)
+    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(
+        TOKENS * SECONDS["213m_2"] / SECONDS["36m_1"]
+    )
     assert world.run(schedule) == [("measure", "36m_1_seed0", 0, 0)]
     assert schedule.not_begun() == [leg("213m_2")]
 
