@@ -16,7 +16,7 @@ goes on. A leg that fails is told in a line and ends no other; the exit code is 
 processes print is in ``logs/``.
 
 On a machine without GPUs legs go one after another. While text becomes tokens, the first legs of
-GPUs compile, by training on a made-up text until their first record (``--warm``). To have no GPU
+GPUs compile, by training on a made-up text until validated (``--warm``). To have no GPU
 wait, make tokens beforehand, anywhere: ``experiments.language.paper --stages=prepare``.
 
 Source: https://arxiv.org/abs/2502.10297, its language models side by side.
