@@ -71,9 +71,9 @@ class LegsConfig:
     measure_s: float = setting(
         120.0, "seconds kept for measuring a leg, where there is a deadline", least=0
     )
-    memory_fraction: float = setting(
-        0.31,
-        "of a GPU's memory for each process: two train at times, others measure",
+    memory_fraction: float | None = setting(
+        None,
+        "of a GPU's memory for each leg that trains; none: what it needs of an H200's",
         above=0,
         most=1,
     )

@@ -22,6 +22,8 @@ from experiments.lib.sweeps.view import clock
 
 POLL_S = 1.0
 SAY_EVERY_S = 30.0
+MEASURED_IN = 0.31  # of a GPU's memory at most: attention at 32,768 tokens takes a fifth
+TOGETHER = 0.92  # likewise of two legs that train, so that another can be measured
 LATEST = 40  # records whose median is a leg's rate
 
 
@@ -33,13 +35,13 @@ class Place:
         workdir: of all legs.
         gpus: as CUDA_VISIBLE_DEVICES names them; empty for the CPU.
         programs: folder of compiled programs.
-        memory_fraction: of a GPU's memory that a process may take.
+        memory_fraction: of a GPU's memory, for a process that trains; None: what its leg needs.
     """
 
     workdir: Path
     gpus: Sequence[str]
     programs: Path
-    memory_fraction: float
+    memory_fraction: float | None
 
     @property
     def slots(self) -> int:
@@ -50,14 +52,21 @@ class Place:
         """Of a GPU."""
         return f"GPU {self.gpus[slot]}" if self.gpus else "CPU"
 
-    def variables(self, slot: int, *, reserve: bool) -> dict[str, str]:
-        """The environment of a process; ``reserve`` has it take its memory as it starts."""
+    def share(self, leg: Leg, config: LegConfig) -> float:
+        """Of a GPU's memory, for training a leg."""
+        return config.share(leg) if self.memory_fraction is None else self.memory_fraction
+
+    def variables(self, slot: int, share: float | None = None) -> dict[str, str]:
+        """The environment of a process, which takes its share of memory as it starts.
+
+        Without one it takes what it needs, up to `MEASURED_IN`.
+        """
         variables = environment(self.slots, self.gpus[slot : slot + 1])
         return variables | {
             "JAX_COMPILATION_CACHE_DIR": str(self.programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(self.memory_fraction),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": str(reserve).lower(),
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share or MEASURED_IN:g}",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": str(share is not None).lower(),
             "PYTHONUNBUFFERED": "1",
         }
 
@@ -76,13 +85,15 @@ class Parts:
         place: where they run.
         slot: the number of their GPU.
         parts: what they are, none of which needs another.
-        reserve: whether each takes its memory as it starts.
+        share: of the GPU's memory, which each takes as it starts; None: as it needs.
     """
 
-    def __init__(self, leg: Leg, place: Place, slot: int, parts: Sequence[Part], *, reserve: bool):
+    def __init__(
+        self, leg: Leg, place: Place, slot: int, parts: Sequence[Part], share: float | None
+    ):
         self._leg = leg
         self._children: dict[str, tuple[Child, Path, int]] = {}
-        variables = place.variables(slot, reserve=reserve)
+        variables = place.variables(slot, share)
         leg.records.mkdir(parents=True, exist_ok=True)
         for part in parts:
             log = place.log(f"{leg.label}.{part.name}")
@@ -161,16 +172,17 @@ def run_legs(legs: Sequence[Leg], config: LegConfig, place: Place, terms: Terms)
         settings = config.flags(leg=leg.name, seed=leg.seed)
         part = Part("train", paper(place.workdir, "train", settings), leg.run / RESULTS)
         say(f"{place.name(slot)}: {leg.label} begins")
-        return Parts(leg, place, slot, [part], reserve=True)
+        return Parts(leg, place, slot, [part], place.share(leg, config))
 
     def measure(leg: Leg, slot: int) -> Parts | None:
         parts = missing(leg, config)
         if not parts:
             return None
         say(f"{place.name(slot)}: {leg.label} is measured")
-        return Parts(leg, place, slot, parts, reserve=False)
+        return Parts(leg, place, slot, parts, None)
 
-    hooks = {"look": progress_of, "train": train, "measure": measure, "say": say}
+    fit = lambda *both: sum(place.share(leg, config) for leg in both) <= TOGETHER
+    hooks = {"look": progress_of, "train": train, "measure": measure, "say": say, "fit": fit}
     schedule = Schedule(legs, place.slots, terms, clock=time.monotonic, **hooks)
     began = said = time.monotonic()
     with stop_on_signals() as request:

@@ -86,6 +86,7 @@ class Schedule:
         look: how far a leg is.
         train: begins a leg's training on a slot of a number.
         measure: likewise its measuring; None where all of that is there.
+        fit: whether two legs can train on a GPU at the same time.
         say: takes the lines that tell of failures and of legs that are not begun.
         clock: seconds.
     """
@@ -99,6 +100,7 @@ class Schedule:
         look: Callable[[Leg], Progress],
         train: Callable[[Leg, int], Job],
         measure: Callable[[Leg, int], Job | None],
+        fit: Callable[[Leg, Leg], bool],
         say: Callable[[str], None],
         clock: Callable[[], float],
     ):
@@ -106,7 +108,7 @@ class Schedule:
         self.failures = 0
         self._terms = terms
         self._look, self._train, self._measure = look, train, measure
-        self._say, self._clock = say, clock
+        self._fit, self._say, self._clock = fit, say, clock
         self._queue = [leg for leg in legs if not look(leg).is_done]
         # And the slot that trained it, None where that was an earlier start.
         self._unmeasured: list[tuple[Leg, int | None]] = [
@@ -212,5 +214,7 @@ class Schedule:
         for leg in self._queue:
             needed = self.seconds_left(leg)
             if needed is None or needed <= room:
-                return leg
+                # One that does not fit waits for the GPU, and no lesser one goes before it.
+                beside = [other for other, _ in slot.training]
+                return leg if all(self._fit(other, leg) for other in beside) else None
         return None

@@ -52,7 +52,10 @@ class Warming:
             self._preparing = None
             config, place = self._config, self._place
             if code == 0:
-                of_slots = [place.variables(slot, reserve=True) for slot in range(len(self._legs))]
+                of_slots = [
+                    place.variables(slot, place.share(leg, config))
+                    for slot, leg in enumerate(self._legs)
+                ]
                 self._training = [
                     (leg, self._child([*config.training(leg), SOON], variables))
                     for leg, variables in zip(self._legs, of_slots, strict=True)

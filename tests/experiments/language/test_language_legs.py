@@ -40,7 +40,7 @@ class World:
         """A schedule in this world."""
         values = {"tokens": TOKENS, "overlap_s": 10, "measure_s": 20} | terms
         hooks = {"look": self.look, "train": self.train, "measure": self.measure}
-        hooks |= {"say": self.said.append, "clock": lambda: self.now}
+        hooks |= {"say": self.said.append, "clock": lambda: self.now, "fit": self.fit}
         return Schedule(order, slots, Terms(**values), **hooks)
 
     def run(self, schedule):
@@ -58,6 +58,10 @@ class World:
         rate = self._rates[of.name]
         tokens = min(TOKENS, int(trained * rate))
         return Progress(tokens, rate if tokens else None, None, is_done=tokens == TOKENS)
+
+    def fit(self, of, other):
+        """Gated ones need a GPU of their own."""
+        return not {of.name, other.name} & {"36m_2_gated"}
 
     def train(self, of, slot):
         """Begins."""
@@ -145,6 +149,13 @@ def test_rates_of_an_earlier_start_are_known():
     assert schedule.not_begun() == [leg("213m_2")]
 
 
+def test_what_does_not_fit_beside_another_waits_and_lets_none_go_first():
+    world = World({"36m_1": 10, "36m_2_gated": 10, "36m_2": 10})
+    order = [leg("36m_1"), leg("36m_2_gated"), leg("36m_2")]
+    begun = [event[1::2] for event in world.run(world.schedule(order, 1)) if event[0] == "train"]
+    assert begun == [("36m_1_seed0", 0), ("36m_2_gated_seed0", 110), ("36m_2_seed0", 220)]
+
+
 def test_at_the_deadline_all_is_told_to_end_and_nothing_begins():
     world = World({"36m_1": 10, "36m_2": 1})
     order = [leg("36m_1"), leg("36m_2"), leg("36m_1", 1)]
@@ -219,11 +230,17 @@ def test_commands_and_surroundings_of_legs(tmp_path, monkeypatch):
     expected = dataclasses.replace(config, leg="36m_1", seed=3)
     assert LegConfig(**parsed.sections["paper"]) == expected
     place = Place(tmp_path, ["4", "7"], tmp_path / "programs", 0.25)
-    variables = place.variables(1, reserve=False)
+    variables = place.variables(1, 0.25)
     assert variables["CUDA_VISIBLE_DEVICES"] == "7"
-    assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
     assert variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.25"
-    assert place.variables(0, reserve=True)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    assert place.variables(0)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    large, small = Leg("213m_2", 0, tmp_path), Leg("36m_2", 0, tmp_path)
+    assert place.share(large, config) == 0.25
+    place = dataclasses.replace(place, memory_fraction=None)
+    shares = [place.share(each, config) for each in (large, small)]
+    assert shares == pytest.approx([0.31, 0.27])  # measured: 35.6 and 33.0 of 139.8 GiB
+    assert place.share(large, dataclasses.replace(config, accumulation_steps=1)) == 1
     # Models without factors have no states to take ranks of.
     for name, number in (("36m_2_hybrid", 3), ("36m_transformer", 2), ("36m_mamba2", 2)):
         assert len(missing(Leg(name, 0, tmp_path), config)) == number
@@ -240,7 +257,7 @@ def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
         Part("good", python("print('text')"), written, output=written),
         Part("torn", python("print(1); raise SystemExit(1)"), tmp_path / "y", tmp_path / "y"),
     ]
-    job = Parts(of, place, 0, parts, reserve=False)
+    job = Parts(of, place, 0, parts, None)
     while (failed := job.poll()) is None:
         time.sleep(0.01)
     logs = tmp_path / "logs"
