@@ -24,6 +24,12 @@ def require_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
         raise ConfigError(f"{name}={value!r} is not known; it may be one of {allowed}")
 
 
+def require_name(what: str, name: Any) -> None:
+    """Raises ConfigError unless ``name`` is one that a flag can say."""
+    if not (isinstance(name, str) and name and name == name.strip() and name.isprintable()):
+        raise ConfigError(f"the name of a {what} must be a text of its own, got {name!r}")
+
+
 def require_at_least(name: str, value: float, minimum: float) -> None:
     """Raises ConfigError unless ``value >= minimum``."""
     if not value >= minimum:

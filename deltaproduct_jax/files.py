@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.settings import misfit
+from deltaproduct_jax.settings import misfit, shown
 
 # Nothing of ours is nested deeper, and recursion over what is read must end.
 DEEPEST = 32
@@ -131,6 +131,10 @@ def any_path(text: str) -> AnyPath:
     Raises:
         ConfigError: it can be neither, or the package that reaches buckets is not installed.
     """
+    if not isinstance(text, str):
+        raise ConfigError(
+            f"{shown(text)} is not known; it may be a directory, or gs://BUCKET/FOLDER"
+        )
     # A single slash is a slip: nobody calls a folder "gs:".
     if text and "://" not in text and not text.startswith(IN_BUCKET.removesuffix("/")):
         return user_path(text)

@@ -11,7 +11,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -58,6 +58,27 @@ def setting(
 def seed_setting(help: str) -> Any:
     """The field of a seed: a whole number that every generator takes."""
     return setting(0, help, least=0, most=LARGEST_SEED)
+
+
+def require_settings(name: str, kind: Any, needed: Iterable[str] = ()) -> None:
+    """Raises ConfigError unless ``kind`` is a frozen dataclass of settings that has what it needs.
+
+    Args:
+        name: of what is looked at, to begin the text with.
+        kind: a class whose fields are to become flags.
+        needed: attributes that it must have.
+    """
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise ConfigError(f"{name}={shown(kind)} must be a dataclass")
+    if not kind.__dataclass_params__.frozen:
+        raise ConfigError(f"{name}={shown(kind)} must be a frozen dataclass")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    bare = [each for each, field in fields.items() if "help" not in field.metadata]
+    if bare:
+        raise ConfigError(f"{name}={shown(kind)} must have a setting for {', '.join(bare)}")
+    missing = [each for each in needed if each not in fields and not hasattr(kind, each)]
+    if missing:
+        raise ConfigError(f"{name}={shown(kind)} must have {', '.join(missing)}")
 
 
 def recorded(config: Any) -> dict[str, Any]:
@@ -112,11 +133,8 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     if metadata.get("filled") and not value:
         return f"{name} is empty; give one entry at least ({metadata['help']})"
     for entry in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(entry, float) and entry and not _is_held(entry):
-            return (
-                f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "
-                f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
-            )
+        if isinstance(entry, float) and (problem := unheld(name, entry)):
+            return problem
     if value is None:
         return None
     if least is not None and value < least:
@@ -128,8 +146,14 @@ def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
-def _is_held(value: float) -> bool:
-    return SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT
+def unheld(name: str, value: float) -> str | None:
+    """What is to be said of a number that float32 would hold as 0 or infinity; None of others."""
+    if not value or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+        return None
+    return (
+        f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "
+        f"{SMALLEST_FLOAT:.2g} to {LARGEST_FLOAT:.2g}"
+    )
 
 
 def misfit(value: Any, annotation: Any, name: str) -> str | None:
@@ -221,7 +245,7 @@ def _must_be(name: str, value: Any, annotation: Any) -> str:
 def shown(value: Any) -> str:
     """A value as an error shows it: in one line, cut where it is long."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split("\n"))
     except ValueError:  # Python does not write whole numbers of thousands of digits
         return "(a number of thousands of digits)"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

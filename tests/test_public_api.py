@@ -58,11 +58,11 @@ def test_types_are_shipped(setup):
     assert (Path(deltaproduct_jax.__file__).parent / "py.typed").exists()
 
 
-def test_the_extra_test_has_every_other_but_the_large_ones(setup):
+def test_the_extra_test_has_every_other_but_those_of_devices(setup):
     extras = setup["options.extras_require"]
     tested = {str(each) for each in requirements(extras["test"])}
     for name in extras:
-        if name not in ("gpu", "tpu", "evaluation", "gcs"):
+        if name not in ("gpu", "tpu"):
             missing = {str(each) for each in requirements(extras[name])} - tested
             assert not missing, f"{name} needs {missing}, which the extra test has not"
 
@@ -75,8 +75,10 @@ def test_the_readme_lists_every_extra(setup):
 
 
 def test_what_tests_need_is_pinned_within_its_range(setup):
-    pinned = requirements((ROOT / "requirements.txt").read_text())
-    (versions,) = ({each.name: str(each.specifier).removeprefix("==") for each in pinned},)
+    versions = {}
+    for extra in ("", "-evaluation", "-gcs"):
+        pinned = requirements((ROOT / f"requirements{extra}.txt").read_text())
+        versions |= {each.name: str(each.specifier).removeprefix("==") for each in pinned}
     wanted = setup["options"]["install_requires"], setup["options.extras_require"]["test"]
     for each in (need for text in wanted for need in requirements(text)):
         assert each.specifier.contains(versions[each.name]), each
@@ -140,6 +142,9 @@ def test_a_checkpoint_that_is_not_there_names_those_that_are():
         load_run(RUN, 4.0)
     with pytest.raises(ConfigError, match="checkpoint='last' is not in"):
         load_run(RUN, "last")
+    for place in (3, None, b"runs/s3", ["runs/s3"]):
+        with pytest.raises(ConfigError, match="is not known; it may be a directory, or gs://"):
+            load_run(place)
 
 
 def test_folders_that_hold_no_run_or_no_checkpoint_yet(tmp_path):

@@ -94,6 +94,7 @@ def _prepare(
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """One call at a time; the lock is the kernel's, on the folder itself, and dies with us."""
+    is_new = not directory.exists()
     with errors_as_one_line(directory, "written"):
         directory.mkdir(parents=True, exist_ok=True)
     if os.name == "nt":  # which has no such lock
@@ -110,6 +111,9 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+        if is_new:  # a call that was refused leaves nothing behind
+            with contextlib.suppress(OSError):  # what has files stays
+                directory.rmdir()
 
 
 def _difference(

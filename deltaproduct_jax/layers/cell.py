@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import as_like, check_width, checks_arguments, refuse_swapped
 from deltaproduct_jax.layers.delta_product import DeltaProductState, GatedDeltaProduct
+from deltaproduct_jax.ops.checks import check_size
+from deltaproduct_jax.settings import shown
 
 
 class DeltaProductOptions(TypedDict, total=False):
@@ -77,10 +79,14 @@ class DeltaProductCell(nnx.RNNCellBase):
         Raises:
             ConfigError: the shape is of inputs of another width, or ``rngs`` is missing.
         """
-        if not input_shape or input_shape[-1] != self.in_features:
+        is_shape = isinstance(input_shape, Sequence) and not isinstance(input_shape, str)
+        if not is_shape or not input_shape or input_shape[-1] != self.in_features:
             raise ConfigError(
-                f"input_shape={tuple(input_shape)} must end in in_features={self.in_features}"
+                f"input_shape={shown(input_shape)} must be a shape that ends in "
+                f"in_features={self.in_features}"
             )
+        for size in input_shape[:-1]:
+            check_size("input_shape", size, 0)
         batch = tuple(input_shape[:-1])
         state = self.mixer.init_state(1)
         state = jax.tree.map(lambda a: jnp.broadcast_to(a[0], batch + a.shape[1:]), state)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.ops import checks
-from deltaproduct_jax.settings import misfit
+from deltaproduct_jax.settings import misfit, unheld
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -75,6 +74,8 @@ def _check_values(
 ) -> None:
     for name, value in values.items():
         problem = misfit(value, hints[name], name) if name in hints else None
+        if problem is None and isinstance(value, float):
+            problem = unheld(name, value)
         if problem is not None:
             raise ConfigError(problem)
         if value is None:
@@ -229,17 +230,22 @@ def as_like(name: str, tree: Any, like: Any) -> Any:
         raise ValueError(
             f"{name} must be a {wanted}, as init_state makes it, got {_describe(tree)}"
         )
-    leaves, structure = jax.tree.flatten_with_path(like)
-    if jax.tree.structure(tree) != structure:
+    is_none = lambda x: x is None
+    leaves, structure = jax.tree.flatten_with_path(like, is_leaf=is_none)
+    if jax.tree.structure(tree, is_leaf=is_none) != structure:
         raise ValueError(
             f"{name} must hold what a {wanted} of init_state holds, {structure}, got "
             f"{jax.tree.structure(tree)}"
         )
     found = []
-    for (path, want), leaf in zip(leaves, jax.tree.leaves(tree), strict=True):
+    for (path, want), leaf in zip(leaves, jax.tree.leaves(tree, is_leaf=is_none), strict=True):
         place = f"{name}{jax.tree_util.keystr(path)}"
-        leaf = checks.as_array(place, leaf)
-        if (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
+        if want is None and leaf is None:
+            found.append(leaf)
+            continue
+        if want is not None:
+            leaf = checks.as_array(place, leaf)
+        if want is None or (leaf.shape, leaf.dtype) != (want.shape, want.dtype):
             raise ValueError(
                 f"{place} must be {_describe(want)}, as init_state makes it for as many rows, got "
                 f"{_describe(leaf)}"
@@ -250,5 +256,5 @@ def as_like(name: str, tree: Any, like: Any) -> Any:
 
 def _describe(value: Any) -> str:
     if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-        return f"{jnp.dtype(value.dtype).name}[{', '.join(map(str, value.shape))}]"
-    return f"a {type(value).__name__}"
+        return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+    return "None" if value is None else f"a {type(value).__name__}"

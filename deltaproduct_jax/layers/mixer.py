@@ -136,14 +136,14 @@ class RecurrentMixer(SequenceMixer[State]):
         given = state is not None
         state = state if given else self.init_state(x.shape[0])
         if 0 in x.shape:
-            return x.astype(self.dtype), state
+            return x.astype(getattr(self, "dtype", x.dtype)), state
         state = along_rows_of(x, state)
         return without_padding(self._mix, x, state, segment_ids, mask, check_state=given)
 
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""
         if 0 in x.shape:
-            return x.astype(self.dtype), state
+            return x.astype(getattr(self, "dtype", x.dtype)), state
         y, state = self._token(x[:, None], along_rows_of(x, state))
         return y[:, 0], state
 

@@ -10,8 +10,9 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, refuse_taken
+from deltaproduct_jax.errors import ConfigError, refuse_taken, require_name
 from deltaproduct_jax.layers.mixer import SequenceMixer
+from deltaproduct_jax.settings import require_settings
 
 MIXERS: dict[str, "RegisteredMixer"] = {}
 
@@ -94,10 +95,29 @@ def register_mixer(
             that a preset's value gives way.
 
     Raises:
-        ConfigError: the name is taken by another class, or the layer is no SequenceMixer.
+        ConfigError: the name is no text or taken by another class, or an argument is not as said.
     """
+    require_name("mixer", name)
     if not (isinstance(layer, type) and issubclass(layer, SequenceMixer)):
         raise ConfigError(f"layer={layer!r} of mixer {name!r} must be a class of SequenceMixer")
+    absent = [a for a in dir(layer) if getattr(getattr(layer, a), "__isabstractmethod__", False)]
+    absent += [] if "rngs" in _keywords(layer) else ["a keyword rngs of its constructor"]
+    if absent:
+        raise ConfigError(f"layer={layer!r} of mixer {name!r} must have {', '.join(absent)}")
+    if not isinstance(state, type):
+        raise ConfigError(f"state={state!r} of mixer {name!r} must be a class")
+    if config is not None:
+        # A model's fields, which are known above only, are told by two of them.
+        require_settings(f"config of mixer {name!r}", config, ("mixer", "vocab_size"))
+        idle_fields = set(vars(config).get("__annotations__", ())) - _keywords(layer).keys()
+        if idle_fields:
+            raise ConfigError(
+                f"fields {', '.join(sorted(idle_fields))} of the config of mixer {name!r} are no "
+                f"keywords of {layer.__name__}, so that they would do nothing"
+            )
+    for what, function in {"by_block": by_block, "check": check, "idle": idle}.items():
+        if not callable(function):
+            raise ConfigError(f"{what}={function!r} of mixer {name!r} must be a function")
     refuse_taken("mixer", name, layer, MIXERS[name].layer if name in MIXERS else None)
     MIXERS[name] = RegisteredMixer(
         name, layer, state, config, defaults or {}, fixed or {}, by_block, check, idle,

@@ -29,6 +29,9 @@ POINTS: tuple[str, ...] = (
 )  # fmt: skip
 ATTENTION = "transformer"  # the mixer of a hybrid's other blocks
 
+# Blocks are made one by one, in a time that grows with the square of their number: of more than
+# these it would be hours, without a word.
+MOST_LAYERS = 1000
 _SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim")
 _OPTIONAL_SIZES = (
     "num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size",
@@ -81,7 +84,7 @@ class ModelConfig:
         "error",
     )
     hidden_size: int = setting(128, "width D of the residual stream")
-    num_layers: int = setting(1, "number of blocks")
+    num_layers: int = setting(1, "number of blocks", most=MOST_LAYERS)
     num_heads: int = setting(4, "heads H of queries and keys")
     num_v_heads: int | None = setting(None, "value heads, a multiple of num_heads; none: num_heads")
     head_dim: int = setting(32, "key width K of a head")

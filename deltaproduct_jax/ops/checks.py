@@ -4,7 +4,6 @@ Dimension letters: B batch, T tokens, R Householder factors per token, H key hea
 K key width, V value width.
 """
 
-import math
 import numbers
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.ops.precision import PRECISIONS, accumulator_dtype
+from deltaproduct_jax.settings import misfit, unheld
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -33,6 +33,8 @@ def as_array(name: str, value: Any) -> jax.Array:
     """``value`` as a JAX array; ValueError unless it is an array already (NumPy's count)."""
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise ValueError(f"{name} must be a JAX or NumPy array, got {type(value).__name__}")
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"{name} must be an array without a mask of NumPy's; fill it")
     if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
         raise ValueError(f"{name} must be an array of numbers or of bool, got {value.dtype}")
     return jnp.asarray(value)
@@ -193,8 +195,9 @@ def check_scale(scale: Any, key_width: int) -> float:
             f"scale must be a Python number or None (K**-0.5), got {type(scale).__name__}; "
             "a computed or learnt scale belongs on q: delta_product(scale * q, ..., scale=1)"
         )
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}; None is K**-0.5")
+    problem = misfit(scale, float, "scale") or unheld("scale", scale)
+    if problem is not None:
+        raise ValueError(f"{problem}; None is K**-0.5")
     return float(scale)
 
 
@@ -231,7 +234,7 @@ def check_precision(precision: Any) -> str | None:
     """The precision by its name in lower case; a `jax.lax.Precision` is taken as well."""
     if isinstance(precision, jax.lax.Precision):
         return precision.name.lower()
-    if precision is not None and precision not in PRECISIONS:
+    if precision is not None and not (isinstance(precision, str) and precision in PRECISIONS):
         names = ", ".join(repr(name) for name in PRECISIONS)
         raise ValueError(
             f"precision={precision!r} is not known; it may be {names}, None or a jax.lax.Precision"

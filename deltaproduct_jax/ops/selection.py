@@ -84,7 +84,8 @@ def _check(platform: str, sizes: Mapping[str, int]) -> None:
     if platform not in PLATFORMS:
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
-    for name, size in sizes.items():
+    # H, where nobody gave it, is Hv, of which the error is then.
+    for name, size in reversed(sizes.items()):
         checks.check_size(name, size, 0 if name in ("B", "T") else 1)
     if sizes["Hv"] % sizes["H"]:
         raise ValueError(f"Hv={sizes['Hv']} must be a multiple of H={sizes['H']}")

@@ -5,8 +5,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, refuse_taken, require_one_of
-from deltaproduct_jax.settings import setting
+from deltaproduct_jax.errors import ConfigError, refuse_taken, require_name, require_one_of
+from deltaproduct_jax.settings import check_fields, require_settings, setting
+from deltaproduct_jax.tasks.task import Task
 
 TASKS: dict[str, type] = {}
 NAME = "task"  # field of a task that was chosen by its name
@@ -20,17 +21,21 @@ def register_task(name: str, task: type) -> None:
         task: a frozen dataclass that is a ``Task``, each field a ``setting``; they become flags.
 
     Raises:
-        ConfigError: the name is taken by another class, or ``task`` is no such dataclass.
+        ConfigError: the name is no text or taken by another class, or ``task`` is not as said.
     """
-    if not (isinstance(task, type) and dataclasses.is_dataclass(task)):
-        raise ConfigError(f"task={task!r} of name {name!r} must be a dataclass")
-    fields = dataclasses.fields(task)
-    if any(field.name == NAME or "help" not in field.metadata for field in fields):
-        raise ConfigError(
-            f"task {name!r} must have a setting for every field, and none that is called {NAME!r}"
-        )
+    require_name("task", name)
+    require_settings(f"the task of name {name!r}", task, _needed(task))
+    if NAME in task.__dataclass_fields__:
+        raise ConfigError(f"task {name!r} must have no field that is called {NAME!r}")
     refuse_taken("task", name, task, TASKS.get(name))
     TASKS[name] = task
+
+
+def _needed(task: type) -> list[str]:
+    """What a ``Task`` has; one that is read from a stream has no batches, nor scores of them."""
+    members = [*Task.__annotations__, *(name for name in vars(Task) if name[0] != "_")]
+    drawn = ("batch", "score") if hasattr(task, "stream") else ()
+    return [name for name in members if name not in drawn]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +60,15 @@ class NamedTask:
 @functools.cache
 def _named(name: str, task: type) -> type:
     field = (NAME, str, setting(name, "name of a registered task, a plug-in's included"))
-    return dataclasses.make_dataclass(task.__name__, [field], bases=(task,), frozen=True)
+
+    def check(self):
+        check_fields(self)  # before checks of its own, which take the kinds of values for granted
+        getattr(task, "__post_init__", lambda self: None)(self)
+
+    own = {"__post_init__": check, "__module__": task.__module__}
+    return dataclasses.make_dataclass(
+        task.__name__, [field], bases=(task,), frozen=True, namespace=own
+    )
 
 
 def class_of_task(values: Mapping[str, Any]) -> type:

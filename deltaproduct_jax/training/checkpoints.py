@@ -281,7 +281,9 @@ class Checkpoints:
         except (RunDirectoryError, MemoryError):
             raise
         except Exception as error:  # what Orbax raises depends on which byte is wrong
-            raise DamagedCheckpointError(self.directory, step, str(error) or repr(error)) from error
+            stumbled = isinstance(error, LookupError | AttributeError | TypeError)
+            reason = f"{ITEM} describes no arrays: {error!r}" if stumbled else str(error)
+            raise DamagedCheckpointError(self.directory, step, reason or repr(error)) from error
         if int(state.step) != step:  # the folder has another name than it was saved under
             reason = f"it holds step {int(state.step)}"
             raise DamagedCheckpointError(self.directory, step, reason)
@@ -385,8 +387,7 @@ def _zeros(like: Any) -> Any:
 
 def _one_line(text: str) -> str:
     text = " ".join(text.split())
-    # What failed comes first, why it failed comes last.
-    return text if len(text) <= 320 else f"{text[:150]} ... {text[-150:]}"
+    return text if len(text) <= 320 else f"{text[:150]} ... {text[-150:]}"  # why comes last
 
 
 def _shapes(params: Any) -> dict[str, str]:

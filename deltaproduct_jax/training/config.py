@@ -229,6 +229,8 @@ class RunConfig:
     plugins: PluginConfig = dataclasses.field(default_factory=PluginConfig)
 
     def __post_init__(self):
+        check_fields(self)
+        check_fields(self.task)  # a plug-in's, which may not do so itself
         if self.is_streamed:
             self._check_streamed()
         elif self.model.vocab_size != self.task.vocab_size:

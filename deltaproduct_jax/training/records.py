@@ -74,7 +74,7 @@ class _Run(TypedDict):
     starts: list[_Start]
 
 
-class Score(TypedDict):
+class ScoreRecord(TypedDict):
     """What each score in results.json has; those of a task have more."""
 
     sequence_accuracy: float
@@ -85,7 +85,7 @@ class LengthScores(TypedDict):
     """The scores at one test length."""
 
     length: int
-    strict: NotRequired[Score]
+    strict: NotRequired[ScoreRecord]
 
 
 class Results(TypedDict):

@@ -4,6 +4,7 @@ Nothing is deleted: what a run does not go on from is renamed, and a line says s
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -23,9 +24,14 @@ def prepare(records: RunRecords, resume_from: int | None, like: TrainState) -> N
         like: a state of the run's model.
 
     Raises:
-        RunDirectoryError: there is no such checkpoint, or it is damaged.
+        RunDirectoryError: there is no such checkpoint, it is damaged, or a link leads nowhere.
     """
     directory = records.checkpoints
+    if not in_bucket(directory) and directory.is_symlink() and not directory.exists():
+        raise RunDirectoryError(  # a disk that is not there now, and no run that has none
+            f"{directory} is a link to {os.readlink(directory)}, which cannot be reached; bring "
+            "that back, or remove the link"
+        )
     rows, _ = records.saved_rows(), records.starts()  # before anything is renamed, they are whole
     steps = steps_in(directory)
     if resume_from == 0:

@@ -33,7 +33,8 @@ class Run(NamedTuple):
 
 def load_run(directory: str | os.PathLike[str], checkpoint: str | int = "best") -> Run:
     """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called."""
-    path = any_path(os.fsdecode(directory))
+    is_path = isinstance(directory, str | os.PathLike)
+    path = any_path(os.fspath(directory) if is_path else directory)
     return restore_run(read_config(path), path, checkpoint)
 
 

@@ -1,15 +1,16 @@
-"""How long does each GPU kernel take, alone, by how it is launched? The tiling was chosen by it.
+"""How long does each Triton kernel take, by how it is launched? The tiling was chosen by it.
 
     python -m experiments.hardware.gpu_launches --workdir=runs/gpu_launches --num_householder=2 \
         --variants=4:2:64,4:3:32,8:2:64
 
-times every kernel of a forward and a backward pass as the tiling launches it, then by each of the
-variants. A variant is warps:stages:columns, or, for `gradients`, warps:stages:columns:keys; the
-kernel `prepare` has neither stages nor columns.
+times every kernel of a forward and a backward pass in Triton as the tiling launches it, then by
+each of the variants, also for shapes that the kernels in Gluon or of narrow heads run on this GPU.
+A variant is warps:stages:columns, or, for `gradients`, warps:stages:columns:keys; the kernel
+`prepare` has neither stages nor columns.
 Inputs are random numbers of the right shapes, which no kernel's time depends on.
 
 Source: this project.
-Expect: the tiling's own launch among the fastest; experiments/results/gpu/launches.md has a table.
+Expect: the tiling's own launch among the fastest; experiments/results/gpu/launches.md has float32.
 Takes: about a minute a variant on a GPU, most of it compiling.
 """
 

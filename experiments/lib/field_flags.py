@@ -39,8 +39,8 @@ class Boolean(flags.BooleanFlag):
             except ValueError:
                 raise ValueError(f"it must be {self.may_be}") from None
 
-    def __init__(self, name: str, default: bool | None, text: str):
-        super().__init__(name, default, text)
+    def __init__(self, name: str, default: bool | None, text: str, short_name: str | None = None):
+        super().__init__(name, default, text, short_name=short_name)
         self.parser = type(self).Parser()
 
 

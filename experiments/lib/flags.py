@@ -43,6 +43,7 @@ from experiments.lib.sweeps.parent import end_with_parent
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
 USAGE_ERROR = 2
+COMMON = ("workdir", "preset", "config", "help")  # flags of every command
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,11 @@ def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[st
     known |= given
     if PluginConfig in sections.values():
         plugins = known.get("plugins", ())
-        import_plugins(value_of(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins)
+        try:
+            named = value_of(plugins, tuple[str, ...]) if isinstance(plugins, str) else plugins
+        except ValueError as error:
+            raise ConfigError(f"flag --plugins={plugins}: {error}") from error
+        import_plugins(named)
     vary = lambda config: config.variant(known) if hasattr(config, "variant") else config
     return {section: vary(config) for section, config in sections.items()}
 
@@ -184,6 +189,11 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
         for field in dataclasses.fields(config):
             if field.name in exclude:
                 continue
+            if field.name in (*owner, *COMMON):
+                raise ConfigError(
+                    f"{field.name!r} of section {section!r} is a flag already, of "
+                    f"{owner.get(field.name, 'every command')}; give the field another name"
+                )
             text, default = field.metadata["help"], field.default
             if field.metadata.get("repeated"):
                 flags.DEFINE_multi_string(field.name, None, text, flag_values=values)
@@ -208,7 +218,7 @@ def _define_common(values: flags.FlagValues, presets: Presets) -> None:
 
 
 def _define_help(values: flags.FlagValues) -> None:
-    flags.DEFINE_bool("help", False, "show this help", flag_values=values, short_name="h")
+    flags.DEFINE_flag(Boolean("help", False, "show this help", "h"), flag_values=values)
 
 
 def _resolve(
@@ -282,8 +292,7 @@ def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
 def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str:
     lines = [f"--workdir=DIRECTORY is needed. Presets: {', '.join(presets)}.", ""]
     lines += _help_of_fields(values, sections, presets["default"])
-    common = ("workdir", "preset", "config", "help")
-    return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in common)])
+    return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in COMMON)])
 
 
 def _help_of_fields(

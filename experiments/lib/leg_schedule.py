@@ -50,7 +50,7 @@ class Terms:
     deadline: float = math.inf
 
 
-class Job(Protocol):
+class LegJob(Protocol):
     """Child processes that train or measure a leg."""
 
     def poll(self) -> list[str] | None:
@@ -68,10 +68,10 @@ class Slot:
     """A GPU: the legs that train there, the oldest first, and the one that is measured."""
 
     number: int
-    training: list[tuple[Leg, Job]] = dataclasses.field(default_factory=list)
-    measuring: tuple[Leg, Job] | None = None
+    training: list[tuple[Leg, LegJob]] = dataclasses.field(default_factory=list)
+    measuring: tuple[Leg, LegJob] | None = None
 
-    def jobs(self) -> list[tuple[Leg, Job]]:
+    def jobs(self) -> list[tuple[Leg, LegJob]]:
         """All of them."""
         return self.training + ([] if self.measuring is None else [self.measuring])
 
@@ -98,8 +98,8 @@ class Schedule:
         terms: Terms,
         *,
         look: Callable[[Leg], Progress],
-        train: Callable[[Leg, int], Job],
-        measure: Callable[[Leg, int], Job | None],
+        train: Callable[[Leg, int], LegJob],
+        measure: Callable[[Leg, int], LegJob | None],
         fit: Callable[[Leg, Leg], bool],
         say: Callable[[str], None],
         clock: Callable[[], float],
@@ -175,7 +175,7 @@ class Schedule:
             self._rates.pop(leg.name, None)
             self._rates[leg.name] = rate
 
-    def _ended(self, job: Job) -> bool:
+    def _ended(self, job: LegJob) -> bool:
         errors = job.poll()
         for error in errors or ():
             self.failures += 1

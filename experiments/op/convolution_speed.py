@@ -139,7 +139,7 @@ def measure(config: ConvolutionConfig, direction: str) -> list[dict[str, Any]]:
     programs, errors = {}, {}
     for name in config.implementations:
         programs[name] = compile_program(_program(sizes, name, direction), arrays)
-        got = jax.jit(convolution.program(short, name, direction))(checked)
+        got = jax.jit(convolution.layer_program(short, name, direction))(checked)
         errors[name] = _checked(config, name, got, want)
     if config.peer:
         got = convolution.peer_results(short, checked, direction)
@@ -160,7 +160,7 @@ def measure(config: ConvolutionConfig, direction: str) -> list[dict[str, Any]]:
 
 def _program(sizes: Convolutions, name: str, direction: str) -> Callable[..., Any]:
     try:
-        return convolution.program(sizes, name, direction)
+        return convolution.layer_program(sizes, name, direction)
     except ValueError as error:
         raise ConfigError(f"implementations={name}: {error}") from error
 

@@ -12,7 +12,7 @@ are needed, and gradients stay where they are made. Each is first held against t
 float64 on 256 tokens. Devices of one CPU share its cores: there the times say nothing.
 
 Source: this project.
-Expect: errors like those on one device; of two H100s experiments/results/gpu/speed/sharding.json.
+Expect: errors like those on one device; of two H100s experiments/results/gpu/LOG_speed.md.
 Takes: half a minute on two CPU cores, minutes on two GPUs.
 """
 

@@ -292,7 +292,7 @@ def test_convolutions_are_held_against_float64_and_timed(tmp_path, capsys):
 @pytest.mark.slow
 def test_gradients_of_convolutions_have_the_names_of_a_peers():
     sizes = op_convolution.ConvolutionConfig().sizes()
-    run = bench_convolution.program(sizes, "plain", "forward+backward")
+    run = bench_convolution.layer_program(sizes, "plain", "forward+backward")
     outputs, gradients = jax.eval_shape(run, jax.eval_shape(sizes.inputs))
     assert set(outputs) == set("qkv")
     assert set(gradients) == {*"qkv", *(f"{name}_taps" for name in "qkv")}

@@ -175,6 +175,7 @@ def test_a_bad_config_is_explained(tmp_path, content, message):
         ("--layers", "Missing value for flag --layers"),
         ("--sugar=much", "flag --sugar=much: it must be a finite number$"),
         ("--glazed=maybe", "flag --glazed=maybe: it must be true or false$"),
+        ("--help=x", "flag --help=x: it must be true or false$"),
         ("--cherries=some", "flag --cherries=some: it must be a whole number or none$"),
         ("--cuts=4,,8", "flag --cuts=4,,8: it must be whole numbers such as 4,8,16$"),
         ("--cuts=none", "flag --cuts=none: it must be whole numbers such as 4,8,16$"),
@@ -204,7 +205,7 @@ def test_a_bad_command_line_is_explained(argv, message):
 
 
 def test_two_fields_of_one_name_are_refused():
-    with pytest.raises(absl_flags.DuplicateFlagError):
+    with pytest.raises(ConfigError, match="'layers' of section 'again' is a flag already, of cake"):
         flags.parse([], {"cake": Cake, "again": Cake}, PRESETS)
 
 

@@ -172,6 +172,10 @@ def test_states_of_other_layers_and_sizes():
     )
     bare = make("gated_delta_product", expand_v=2.0).init_state(B)
     refused("state.q_conv must be float32[2, 3, 8], as", layer.step, bare, x[:, 0])
+    absent = bare._replace(q_conv=None)
+    refused("state.q_conv must be a JAX or NumPy array, got NoneType", layer, x, state=absent)
+    key = jax.random.key(0)
+    refused("state must be a DeltaProductState, as init_state makes", layer, x, state=key)
     mlstm = make("mlstm")
     state = mlstm.init_state(B)
     inner = state._replace(recurrent=tuple(state.recurrent))
@@ -233,6 +237,24 @@ def test_arguments_of_other_constructors():
     rngs = nnx.Rngs(0)
     refused("horizon='8' must be a finite number", Mean, D, horizon="8", rngs=rngs)
     refused("norm_eps=0.0 must be greater than 0", Mean, D, norm_eps=0.0, rngs=rngs)
+    refused(
+        "norm_eps=1e-300 cannot be held in float32",
+        Mean,
+        D,
+        norm_eps=1e-300,
+        rngs=rngs,
+        kind=ConfigError,
+    )
+    refused(
+        "horizon=1e+39 cannot be held in float32",
+        Mean,
+        D,
+        horizon=1e39,
+        rngs=rngs,
+        kind=ConfigError,
+    )
+    key = jax.random.key(0)
+    refused("overlaying: [0 0] must be a Rngs", GatedDeltaProduct, D, rngs=key, kind=ConfigError)
     refused("hidden_size=-1 is too small", Bare, -1, rngs=rngs)
     refused("in_features=8.5 must be a whole number", DeltaProductCell, 8.5, rngs=rngs)
     refused("head_dim=0 is too small", DeltaProductCell, D, head_dim=0, rngs=rngs)
@@ -253,9 +275,12 @@ def test_widths_of_other_layers():
     conv = shape_of(ShortConv, D, 3, activation=nnx.silu, kernel_init=init)
     refused("u must have a last axis of size 8", conv, x[..., :1], conv.init_state(B, x.dtype))
     cell = shape_of(DeltaProductCell, D, num_heads=2, head_dim=4)
-    for shape in ((3, 7), ()):
-        text = f"input_shape={shape} must end in in_features=8"
+    for shape in ((3, 7), (), 3, None, "ab", {2: 8}, np.array([2, 8])):
+        text = f"input_shape={shape!r} must be a shape that ends in in_features=8"
         refused(text, cell.initialize_carry, shape, kind=ConfigError)
+    for shape in ((-2, 8), (2.5, 8), (True, 8)):
+        text = f"input_shape must be a whole number of at least 0, got {shape[0]}"
+        refused(text, cell.initialize_carry, shape)
     carry = cell.initialize_carry((3, B, D))
     refused("inputs must have a last axis of size 8", cell, carry, x[..., :2])
     refused("carry.recurrent must be float32[2, 5, 2, 4, 8], as", cell, carry, x)

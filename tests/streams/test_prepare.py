@@ -236,12 +236,12 @@ def test_a_mistake_that_made_nothing_can_be_put_right(sources, tmp_path):
     wrong = dataclasses.replace(right, text_field="body")
     with pytest.raises(ConfigError, match=r"no document with text in text_field='body'.*null 20\d"):
         prepare(wrong, out)
-    assert not list(out.iterdir())
+    assert not out.exists()
     with pytest.raises(ConfigError, match="tokenizer='nowhere'"):
         prepare(config_for(sources, tokenizer="nowhere"), out)
-    assert not list(out.iterdir())
+    assert not out.exists()
     begun = {"config": wrong.identity(), "sources": []}
-    (out / module.UNDER_WAY).mkdir()
+    (out / module.UNDER_WAY).mkdir(parents=True)
     (out / module.UNDER_WAY / "plan.json").write_text(json.dumps(begun))
     (out / "tokenizer.json").write_text("of the other")
     prepare(right, out)

@@ -144,6 +144,7 @@ def test_fields_are_kept_as_the_kinds_that_they_are_of(config, unchecked):
         ({"num_heads": np.float32(4)}, r"num_heads=np\.float32\(4\.0\) must be a whole number"),
         ({"norm_eps": np.float32("nan")}, r"norm_eps=np\.float32\(nan\) must be a finite number"),
         ({"saved_points": {"mixer_input"}}, r"saved_points={'mixer_input'} must be texts"),
+        ({"num_layers": 1001}, "num_layers=1001 is too large; it may be up to 1000$"),
         ({"attention_layers": [np.int8(0), 1.0]}, r"attention_layers\[1\]=1\.0 must be a whole"),
     ],
 )

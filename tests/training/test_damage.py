@@ -115,7 +115,8 @@ def test_the_checksum_changes_with_any_bit_and_the_selection():
         ("metrics/metrics", b'{"selection": [NaN]}', "NaN is no number of JSON"),
         ("metrics/metrics", None, "it has no metrics/metrics"),
         ("default/_METADATA", None, "it has no default/_METADATA"),
-        ("default/_METADATA", b"[]", "damaged: "),
+        ("default/_METADATA", b"[]", "damaged: default describes no arrays: AttributeError("),
+        ("default/_METADATA", b"{}", "damaged: default describes no arrays: KeyError("),
     ],
 )
 def test_what_is_wrong_is_said(copied, name, content, says):
@@ -229,6 +230,24 @@ def test_a_damaged_best_is_named_at_the_end_and_the_newest_goes_on(unfinished, c
         train(unfinished)
     assert train(unfinished, resume_from=12)["best_step"] == 12
     assert (unfinished / "checkpoints" / "4.aside1").is_dir()
+
+
+def test_checkpoints_on_a_disk_that_is_away_begin_nothing_again(unfinished):
+    away = unfinished / "checkpoints"
+    away.rename(unfinished.with_name("disk"))
+    away.symlink_to(unfinished.with_name("gone"))
+    before = {path.name: path.lstat() for path in unfinished.iterdir()}
+    for resume_from in (None, 0, 4):
+        with pytest.raises(
+            RunDirectoryError, match=r"is a link to .*gone, which cannot be reached"
+        ):
+            train(unfinished, resume_from=resume_from)
+    kept = {path.name: path.lstat() for path in unfinished.iterdir()}
+    assert kept.keys() == before.keys()
+    assert kept["metrics.jsonl"] == before["metrics.jsonl"]
+    away.unlink()
+    away.symlink_to(unfinished.with_name("disk"))
+    assert train(unfinished)["steps"] == 12
 
 
 @pytest.mark.parametrize("what", [SLOW("missing"), "a file", "emptied", SLOW("resume_from=0")])

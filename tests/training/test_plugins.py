@@ -17,7 +17,7 @@ from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.registry import MIXERS, register_mixer
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.tasks.registry import TASKS, register_task
-from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.extending import with_defaults
 from deltaproduct_jax.training.plugins import import_plugins
 from experiments import state_tracking, sweep, train
@@ -186,10 +186,87 @@ def test_registrations_that_cannot_be_honoured(files):
         ModelConfig(mixer="average")
     with pytest.raises(ConfigError, match="task='groups' is taken by"):
         register_task("groups", TASKS["first"])
-    with pytest.raises(ConfigError, match="must have a setting for every field"):
+    with pytest.raises(ConfigError, match="must have a setting for task, model"):
         register_task("layer", RunConfig)
     with pytest.raises(ConfigError, match="must be a dataclass"):
         register_task("layer", GatedDeltaProduct)
+
+
+# What is wrong in a file of somebody else: a piece of what the page shows, what stands there
+# instead, and what is said of it.
+WRONG = {
+    "average.py": [
+        ("def _token", "def token", "must have _token$"),
+        ("def init_state", "def initial_state", "must have init_state$"),
+        (", rngs: nnx.Rngs", "", "must have a keyword rngs of its constructor$"),
+        ("state=AverageState,", "state=None,", "state=None of mixer 'average' must be a class$"),
+        ("(ModelConfig)", "", "must have mixer, vocab_size$"),
+        ('= setting(8.0, "tokens over which the average forgets")', "= 8.0", "for horizon$"),
+        ("    horizon: float =", "    horizons: float =", "fields horizons of the config of"),
+        ("check=lambda", "idle=3, check=lambda", "idle=3 of mixer 'average' must be a function"),
+        ('    "average",', '    " ",', "name of a mixer must be a text of its own, got ' '"),
+    ],
+    "first.py": [
+        ("frozen=True", "frozen=False", "must be a frozen dataclass$"),
+        ("def score", "def scores", "must have score$"),
+        ("def batch", "def draw", "must have batch$"),
+        ("    vocab_size =", "    size =", "must have vocab_size$"),
+        ("letters: int = setting(4, ", "letters: int = int('4') or (4, ", "setting for letters$"),
+        ('register_task("first"', "register_task(1", "name of a task must be a text of its own"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "piece", "instead", "said"),
+    [(name, *wrong) for name, of_file in WRONG.items() for wrong in of_file],
+)
+def test_what_is_registered_is_looked_at_then(name, piece, instead, said, tmp_path):
+    code = EXAMPLES[name]
+    assert piece in code
+    path = tmp_path / name
+    path.write_text(code.replace(piece, instead))
+    with pytest.raises(ConfigError, match=said):
+        import_plugins([str(path)])
+
+
+@pytest.mark.parametrize("value", ["nan", "1e400", "1e-300"])
+def test_fields_of_a_plugin_are_checked_for_it(value, files, tmp_path, capsys):
+    path = tmp_path / "first.py"
+    more = (
+        '    letters: int = setting(4, "number of letters")\n    rate: float = setting(0.5, "any")'
+    )
+    path.write_text(path.read_text().replace(more.splitlines()[0], more))
+    workdir = tmp_path / "run"
+    assert train.main(flags_of(workdir, files, task="first", mixer="gla", rate=value)) == 2
+    assert "rate=" in capsys.readouterr().err
+    assert not workdir.exists()
+    task = TASKS["first"](rate=float(value))
+    with pytest.raises(ConfigError, match="rate="):
+        RunConfig(task, ModelConfig(vocab_size=4), TrainConfig())
+
+
+def test_an_empty_name_among_plugins_is_refused(tmp_path, capsys):
+    assert train.main(flags_of(tmp_path / "run", "average.py,")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: flag --plugins=average.py,: it must be texts, without an empty entry"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_field_that_is_a_flag_already_is_refused(files, tmp_path, capsys):
+    path = tmp_path / "first.py"
+    path.write_text(path.read_text().replace("letters", "workdir"))
+    assert train.main(flags_of(tmp_path / "run", files, task="first", mixer="gla")) == 2
+    assert "'workdir' of section 'task' is a flag already, of every command" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_mixer_without_a_dtype_of_its_own_takes_nothing(files):
+    import_plugins(files.split(","))
+    layer = MIXERS["average"].layer(4, rngs=nnx.Rngs(0))
+    for shape in ((0, 3, 4), (2, 0, 4)):
+        assert layer(jnp.zeros(shape))[0].shape == shape
 
 
 @pytest.mark.parametrize("ends", ["sys.exit(main())", "raise SystemExit", "sys.exit('usage')"])

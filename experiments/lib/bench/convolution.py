@@ -75,7 +75,9 @@ class Convolutions:
         return size * (2 if direction == FORWARD else 5)
 
 
-def program(sizes: Convolutions, implementation: str, direction: str) -> Callable[[Arrays], Any]:
+def layer_program(
+    sizes: Convolutions, implementation: str, direction: str
+) -> Callable[[Arrays], Any]:
     """q, k and v of `Convolutions.inputs`, and with the gradient those of inputs and taps.
 
     Raises:
@@ -130,7 +132,7 @@ def exact(sizes: Convolutions, arrays: Arrays, direction: str) -> Any:
             x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else None
         )
         arrays = {name: jnp.asarray(wide(x)) for name, x in arrays.items()}
-        return jax.device_get(jax.jit(program(sizes, LAYER, direction))(arrays))
+        return jax.device_get(jax.jit(layer_program(sizes, LAYER, direction))(arrays))
 
 
 def peer_program(sizes: Convolutions, arrays: Arrays, direction: str) -> Callable[[], Any]:
@@ -211,7 +213,7 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
         jax.eval_shape(sizes.inputs),
     )
     with tpu.lowering_for(mesh):
-        traced = jax.jit(program(sizes, implementation, direction)).trace(arrays)
+        traced = jax.jit(layer_program(sizes, implementation, direction)).trace(arrays)
         kernels = kernel_traffic.kernel_bytes(traced.jaxpr.jaxpr)
         compiled = traced.lower().compile()
     cost = hlo_cost.cost(compiled.as_text(), kernels)

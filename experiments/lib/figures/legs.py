@@ -31,9 +31,9 @@ THIN = {"linewidth": 0.5, "alpha": 0.6, "marker": ""}
 
 def draw_all(found: Sequence[Record], folder: Path, look: Look) -> Iterator[Path]:
     """Draws losses, positions and ranks of legs, as `records_of` reads them; the files written."""
-    yield from draw_losses(found, folder / "losses", look)
+    yield from draw_losses_of_legs(found, folder / "losses", look)
     yield from draw_positions(found, folder / "positions", look)
-    yield from draw_ranks(found, folder / "ranks", look)
+    yield from draw_ranks_of_legs(found, folder / "ranks", look)
 
 
 def _size_and_model(record: Record) -> tuple[str, str]:
@@ -80,7 +80,7 @@ def _median(curves: Sequence[Curve]) -> Curve:
 
 
 @beside_records
-def draw_losses(found: Sequence[Record], path: Path, look: Look) -> list[Path]:
+def draw_losses_of_legs(found: Sequence[Record], path: Path, look: Look) -> list[Path]:
     """Draws a panel for each size: losses held out, and below them those trained on, dotted.
 
     They are drawn from the first validation on; of training medians of `SMOOTHED` records.
@@ -190,7 +190,7 @@ def _above(curve: Curve, first: Curve) -> Curve:
 
 
 @beside_records
-def draw_ranks(found: Sequence[Record], path: Path, look: Look) -> list[Path]:
+def draw_ranks_of_legs(found: Sequence[Record], path: Path, look: Look) -> list[Path]:
     """Draws the mean effective rank over all heads along a row, a panel for each model.
 
     Bands go from the 10th to the 90th percentile of the heads. Legs whose records have no ranks

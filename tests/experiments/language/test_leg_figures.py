@@ -17,7 +17,7 @@ def test_ranks_of_legs_are_a_panel_for_each_model(tmp_path, monkeypatch):
         {"leg": leg, "seed": 0, "ranks": n and entry | {"num_householder": n}}
         for leg, n in ranks.items()
     ]
-    legs.draw_ranks(found, tmp_path, Look())
+    legs.draw_ranks_of_legs(found, tmp_path, Look())
     panels = figures.pop().axes
     titles = ["36M, $n_h$ = 2", "36M, $n_h$ = 2, gated", "36M, $n_h$ = 3"]
     assert [axes.get_title() for axes in panels] == titles
@@ -25,7 +25,7 @@ def test_ranks_of_legs_are_a_panel_for_each_model(tmp_path, monkeypatch):
     assert [line.get_label() for line in first[2:]] == ["$n_h$ = 2", "length trained"]
     assert [line.get_xdata()[0] for line in first[:2]] == [0, 6]  # starts of documents
     assert list(panels[2].lines[2].get_ydata()) == [1.0, 2.0]
-    assert legs.draw_ranks(found[1:2], tmp_path, Look()) == []
+    assert legs.draw_ranks_of_legs(found[1:2], tmp_path, Look()) == []
 
 
 def curves_of(leg, seed, above=0.0):
@@ -56,7 +56,7 @@ def test_seeds_are_thin_and_models_stand_above_the_first_of_their_size(tmp_path,
     thin = [line.get_ydata()[0] for line in panels[3].lines if line.get_linewidth() < 1]
     np.testing.assert_allclose(thin, [-0.3, -0.1])
     assert panels[3].get_ylabel() == "above $n_h$ = 1"
-    legs.draw_losses(found[:-1], tmp_path, Look())
+    legs.draw_losses_of_legs(found[:-1], tmp_path, Look())
     first, second = figures.pop().axes
     assert [axes.get_title() for axes in (first, second)] == ["213M", "36M"]
     assert min(line.get_xdata()[0] for line in second.lines) == 10  # from the first validation on

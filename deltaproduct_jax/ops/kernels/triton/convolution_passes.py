@@ -52,21 +52,21 @@ def forward(u, before, taps, run, past, *, form: Form) -> jax.Array:
       past: those of ``before`` [B, W - 1], or None.
       form: what is done to the sum of taps.
     """
-    return batched(_forward, form)(u, before, taps, run, past)
+    return batched(_convolve, form)(u, before, taps, run, past)
 
 
 def backward(u, before, taps, run, past, dy, *, form: Form) -> tuple[jax.Array, ...]:
     """Cotangents of ``u``, ``before`` and ``taps``, from that of `forward`."""
-    return batched(_backward, form)(u, before, taps, run, past, dy)
+    return batched(_convolve_back, form)(u, before, taps, run, past, dy)
 
 
-def _forward(form: Form, u, *others):
+def _convolve(form: Form, u, *others):
     out = jax.ShapeDtypeStruct(u.shape, u.dtype)
     (y,) = _launch("convolve", form, (u, *others), lambda pieces: (out,))
     return y
 
 
-def _backward(form: Form, u, before, taps, run, past, dy):
+def _convolve_back(form: Form, u, before, taps, run, past, dy):
     B, C, (G, W) = u.shape[0], u.shape[2], taps.shape[:2]
 
     def outs(pieces: int) -> tuple[jax.ShapeDtypeStruct, ...]:

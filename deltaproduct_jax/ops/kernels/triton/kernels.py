@@ -1,4 +1,4 @@
-"""Bodies of the GPU kernels, in Triton. ops/kernels/README.md: what each reads, writes and holds.
+"""Bodies of the GPU kernels, in Triton. README.md beside it: what each reads, writes and holds.
 
 Every kernel works on chunks of C tokens, M >= C * R rows of updates (token-major), and one value
 head. In a chunk, with S the state before it and F the strictly lower gram of ops/README.md, the

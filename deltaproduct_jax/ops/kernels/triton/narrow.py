@@ -1,7 +1,7 @@
 """The GPU kernels of narrow heads: what is launched on which arrays. One kernel each way.
 
 They take many heads of small states, of which each has a program of its own; see
-ops/kernels/README.md. The contract of `forward` and `backward` is that of
+NARROW.md. The contract of `forward` and `backward` is that of
 `deltaproduct_jax.ops.kernels`, but for bad rows.
 """
 
@@ -92,16 +92,16 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     fixed = options, keep_states
-    o, final_state, kept = batched(_forward, fixed)(tokens, initial_state)
+    o, final_state, kept = batched(_walk_heads, fixed)(tokens, initial_state)
     return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
-    return batched(_backward, options)(tokens, kept, do, dfinal_state)
+    return batched(_walk_heads_back, options)(tokens, kept, do, dfinal_state)
 
 
-def _forward(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
+def _walk_heads(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     options, keeps = fixed
     call = _Call(tokens, options)
     B, T, _, H, HV, K, V = call.sizes
@@ -115,7 +115,7 @@ def _forward(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     return o, final, (slots, *kept) if keeps else (slots,)
 
 
-def _backward(options: Options, tokens: Tokens, kept, do, dfinal_state):
+def _walk_heads_back(options: Options, tokens: Tokens, kept, do, dfinal_state):
     call = _Call(tokens, options)
     _, states, x = kept
     g = tokens.g

@@ -7,7 +7,6 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
     applied,
     block,
-    decays_of,
     gram,
     kept_series,
     numbers,
@@ -18,6 +17,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     put_block,
     rounded,
     summed_to,
+    sums_and_decays,
     turned,
 )
 from deltaproduct_jax.ops.kernels.triton.parts import head
@@ -41,7 +41,7 @@ def _errors(
     S_parts = parts(S, dtype, PARTS)
     kSt = product(S_parts, turned(k), PARTS)
     if DECAYS:
-        _, _, into, _, _, _ = decays_of(
+        _, _, into, _, _, _ = sums_and_decays(
             g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
         )
         kSt *= into[None, :]
@@ -127,7 +127,7 @@ def narrow_backward(
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k_in, dtype, PARTS), parts(q_in, dtype, PARTS)
         if DECAYS:
-            rows, of_tokens, into, out, into_tokens, through = decays_of(
+            rows, of_tokens, into, out, into_tokens, through = sums_and_decays(
                 g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
             )
             decays = of_pairs(rows, rows, earlier, HAS_G, HAS_RESETS)

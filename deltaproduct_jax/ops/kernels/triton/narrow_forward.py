@@ -1,4 +1,4 @@
-"""The GPU kernel of narrow heads, forward, in Triton. ops/kernels/README.md has the design.
+"""The GPU kernel of narrow heads, forward, in Triton. NARROW.md has the design.
 
 A program walks one value head of a sequence in blocks of M rows of updates, of which C tokens fill
 C * R, with the state in registers. What holds columns of V in its rows is kept transposed, [V, ...]
@@ -16,7 +16,6 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
     applied,
     block,
-    decays_of,
     gram,
     numbers,
     of_pairs,
@@ -27,6 +26,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     put_series,
     rounded,
     series,
+    sums_and_decays,
     to_pairs,
     turned,
     two_terms,
@@ -68,7 +68,7 @@ def narrow_forward(
         earlier = m[:, None] > m[None, :]
         upto = c[:, None] >= (m // R)[None, :]
         if DECAYS:
-            rows, of_tokens, into, out, into_tokens, through = decays_of(
+            rows, of_tokens, into, out, into_tokens, through = sums_and_decays(
                 g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
             )
             decays = of_pairs(rows, rows, earlier, HAS_G, HAS_RESETS)

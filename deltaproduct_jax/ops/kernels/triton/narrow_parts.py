@@ -177,7 +177,7 @@ def series(G, decays, decays_turned, beta, m, M: tl.constexpr, PARTS: tl.constex
 
 
 @triton.jit
-def decays_of(
+def sums_and_decays(
     g_ptr, resets_ptr, row, hv, m, c, tokens, R: tl.constexpr, M: tl.constexpr, HV: tl.constexpr,
     HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
 ):  # fmt: skip

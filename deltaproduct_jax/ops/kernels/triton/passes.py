@@ -97,13 +97,13 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     options = options if keep_states else options._replace(spans=0, more=False)
-    o, final_state, kept = batched(_forward, _fixed(tokens, options))(tokens, initial_state)
+    o, final_state, kept = batched(_run_forward, _fixed(tokens, options))(tokens, initial_state)
     return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
     """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
-    return batched(_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
+    return batched(_run_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
 def step(state, q, k, v, beta, g, *, scale: float):
@@ -238,7 +238,7 @@ def _composed(c: _Call, first, maps, ends, *, reverse: bool):
     return c.launch("compose", arrays, (c.of_pieces(),), grid, **more)[0]
 
 
-def _forward(fixed: _Fixed, tokens: Tokens, initial_state):
+def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     options = fixed.options
     c = _Call(tokens, options)
     B, _, _, HV, V = tokens.v.shape
@@ -266,7 +266,7 @@ def _forward(fixed: _Fixed, tokens: Tokens, initial_state):
     return o, after_pieces[:, :, -1], (states, *more)
 
 
-def _backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
+def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     c = _Call(tokens, fixed.options)
     states, *more = kept
     q, k, v, beta, g, _ = tokens

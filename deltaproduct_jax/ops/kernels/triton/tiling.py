@@ -1,6 +1,6 @@
 """How the GPU kernels cut their work: a pure function of dtype and sizes.
 
-experiments/results/gpu/LOG.md has the measurements that chose the numbers.
+experiments/results/gpu/LOG_triton.md has the measurements that chose the numbers.
 """
 
 import dataclasses
