@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.training.locks import Lock, held
 from experiments.language import legs, pack_text
 from experiments.lib import children, flags
 from experiments.lib.children import Child
-from experiments.lib.language_legs import RANKS, SAMPLES, TRAINING, Leg, Part
+from experiments.lib.language_legs import EXTRAPOLATION, RANKS, SAMPLES, TRAINING, Leg, Part
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_jobs import Parts, Place, missing, paper, progress_of
 from experiments.lib.leg_schedule import Progress, Schedule, Terms
@@ -229,6 +230,7 @@ def test_commands_and_surroundings_of_legs(tmp_path, monkeypatch):
 def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
     of, place = Leg("tiny", 0, tmp_path), Place(tmp_path, [], tmp_path / "programs", 0.3)
     python = lambda code: [sys.executable, "-c", code]
+    (tmp_path / "logs").mkdir()
     place.log("tiny_seed0.bad").write_text("of an earlier start\n")
     written = of.records / SAMPLES
     parts = [
@@ -250,6 +252,53 @@ def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
     sleeping.stop()
     assert sleeping.poll() == -signal.SIGTERM
     assert not sleeping.has_failed()
+
+
+def test_records_that_are_damaged_or_of_other_settings_are_made_again(tmp_path):
+    of = Leg("tiny", 0, tmp_path)
+    config = LegConfig(leg="tiny", length=512, rows=2, rank_length=256)
+    for name, text in (
+        (SAMPLES, ""),
+        (EXTRAPOLATION, '{"config": {"length": 512, "rows": 2}, "curves": []}'),
+        (RANKS, '{"config": {"length": 256}}'),
+    ):
+        (of.records / name).parent.mkdir(parents=True, exist_ok=True)
+        (of.records / name).write_text(text)
+    named = lambda **fields: [
+        part.name for part in missing(of, dataclasses.replace(config, **fields))
+    ]
+    assert named() == []
+    assert named(length=256) == named(rows=4) == ["extrapolation"]
+    assert named(rank_length=128) == ["effective_rank"]
+    for text in ('{"config": {"length": 256', '{"curves": []}', "[]"):
+        (of.records / RANKS).write_text(text)
+        assert named() == ["effective_rank"]
+
+
+def test_a_workdir_in_use_and_files_in_the_way_are_one_line(tmp_path):
+    argv = [f"--workdir={tmp_path}", "--preset=tiny"]
+    with held(Lock(tmp_path / legs.LOCK)), pytest.raises(
+        RunDirectoryError, match=f"{tmp_path} is in use by process {os.getpid()}"
+    ):
+        legs.command(argv)
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"prepare\.log cannot be written: File exists"):
+        legs.command(argv)
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
+def test_what_was_begun_holds_the_lock_and_says_why_it_failed(tmp_path):
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with held(Lock(tmp_path / "lock")) as lock:
+        child = Child(sleeping, lock=lock)
+        os.close(lock.descriptor)  # as of a process that is gone
+        lock.descriptor = None
+        assert Lock(tmp_path / "lock").is_held()
+        child.kill()
+        assert not Lock(tmp_path / "lock").is_held()
+    failing = [sys.executable, "-c", "print('much'); raise SystemExit('error: no archive')"]
+    with pytest.raises(ConfigError, match=r"failed with 1, see .*part\.log: error: no archive$"):
+        children.run(failing, log=tmp_path / "logs" / "part.log")
 
 
 def test_what_goes_on_beside_a_part_is_waited_for(capfd):
@@ -315,3 +364,14 @@ def test_legs_side_by_side_go_on_and_tell_of_one_that_fails(tmp_path, capfd, mon
     assert (folder / "ranks.png").stat().st_size > 10_000
     record = json.loads((of[0].records / TRAINING).read_text())
     assert len(record["starts"]["starts"]) == 2  # it went on where it stood
+    # As of a start that ended before it kept what it had trained, and a record that was damaged.
+    (of[0].records / TRAINING).unlink()
+    (of[2].records / EXTRAPOLATION).write_text("{")
+    argv[-1] = "--legs=tiny:0,tiny:2"
+    legs.command(argv)
+    assert json.loads((of[0].records / TRAINING).read_text()) == record
+    assert json.loads((of[2].records / EXTRAPOLATION).read_text())["curves"]
+    with pytest.raises(
+        RunDirectoryError, match=r"tiny_seed0 holds .* differing in steps \(390 the"
+    ):
+        legs.command([*argv, "--tokens=800000"])
