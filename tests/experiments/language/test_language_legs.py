@@ -277,8 +277,9 @@ def test_records_that_are_damaged_or_of_other_settings_are_made_again(tmp_path):
 
 def test_a_workdir_in_use_and_files_in_the_way_are_one_line(tmp_path):
     argv = [f"--workdir={tmp_path}", "--preset=tiny"]
-    with held(Lock(tmp_path / legs.LOCK)), pytest.raises(
-        RunDirectoryError, match=f"{tmp_path} is in use by process {os.getpid()}"
+    with (
+        held(Lock(tmp_path / legs.LOCK)),
+        pytest.raises(RunDirectoryError, match=f"{tmp_path} is in use by process {os.getpid()}"),
     ):
         legs.command(argv)
     (tmp_path / "logs").write_text("")
