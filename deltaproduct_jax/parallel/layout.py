@@ -186,10 +186,16 @@ class Layout:
 
         T is filled up at its end to what the sequence's axis divides: with zeros, and False in a
         mask, so that nothing of it counts.
+
+        Raises:
+            ConfigError: the mesh does not divide B. Of rows that the compiler fills up by itself
+                the gradient of an embedding came out wrong.
         """
         if self.is_one:
             return batch
-        filled = -jax.tree.leaves(batch)[0].shape[-1] % self.sizes["sequence"]
+        *_, B, T = jax.tree.leaves(batch)[0].shape
+        self.require_divisible("batch", B=B)
+        filled = -T % self.sizes["sequence"]
         sharding = self._sharding(*[None] * parts, MESH_AXES["batch"], "sequence")
 
         def of_array(x: jax.Array) -> jax.Array:

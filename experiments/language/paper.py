@@ -34,8 +34,9 @@ from typing import Any, TypedDict
 import jax
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import errors_as_one_line, read_json, read_lines, user_path
-from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
+from deltaproduct_jax.files import errors_as_one_line, read_json, user_path
+from deltaproduct_jax.training.locks import run_lock
+from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import archives, flags
 from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
 from experiments.lib.children import run
@@ -44,9 +45,8 @@ from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
     DOMAINS,
-    TRAINING,
     Leg,
-    curve,
+    keep,
     measurements,
     preparations,
     records_of,
@@ -64,12 +64,13 @@ RANK_COLUMNS = {
 def prepare(config: LegConfig, workdir: Path) -> None:
     """Unpacks the archive, and makes its text tokens."""
     text = workdir / "text"
-    if config.archive is not None:
-        unpack(user_path(config.archive), text)
-    if not text.exists():
-        raise ConfigError(f"archive is missing; {text} is not there either")
-    for command in preparations(workdir, config.tokenizer).values():
-        run(command)
+    with run_lock(workdir):
+        if config.archive is not None:
+            unpack(user_path(config.archive), text)
+        if not text.exists():
+            raise ConfigError(f"archive is missing; {text} is not there either")
+        for command in preparations(workdir, config.tokenizer).values():
+            run(command)
 
 
 def unpack(path: Path, text: Path) -> None:
@@ -121,27 +122,13 @@ def train(config: LegConfig, leg: Leg) -> bool:
     return (leg.run / RESULTS).exists()
 
 
-def keep(leg: Leg) -> None:
-    """Writes what is known of a leg's training, if it has come to its first record."""
-    rows = read_lines(leg.run / METRICS, MetricsLine)
-    if not rows:
-        return
-    results = leg.run / RESULTS
-    record = {
-        "leg": leg.name,
-        "seed": leg.seed,
-        "starts": read_json(leg.run / RUN),
-        "curve": curve(rows),
-        "results": read_json(results) if results.exists() else None,
-    }
-    write_json(leg.records / TRAINING, record)
-
-
 def measure(config: LegConfig, leg: Leg) -> None:
     """What a trained model is asked; each answer is written as soon as it is there."""
-    for part in measurements(leg, config.length, config.rank_length, config.rows):
-        run(part.command, output=part.output)
-    leg.remove_spares()
+    keep(leg)
+    with run_lock(leg.records):
+        for part in measurements(leg, config.length, config.rank_length, config.rows):
+            run(part.command, output=part.output)
+        leg.remove_spares()
 
 
 def rows_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

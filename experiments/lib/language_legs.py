@@ -3,19 +3,23 @@
 A leg is: text to tokens, a training run, its measurements. Every command goes on where it stood.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json
-from deltaproduct_jax.training.records import Results
+from deltaproduct_jax.files import read_json, read_lines
+from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine, Results, read_results
+from experiments.lib.bench.report import write_json
 
 TRAINING, EXTRAPOLATION, RANKS = "training.json", "extrapolation.json", "effective_rank.json"
 SAMPLES = "samples.txt"
+TRAINED_BY = "language_modeling"  # the script of experiments
 
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
@@ -117,7 +121,7 @@ class Leg:
     def training(self, length: int, rows: int, parts: int, steps: int, rate: float) -> list[str]:
         """The command that trains."""
         return module(
-            "language_modeling",
+            TRAINED_BY,
             *LEGS[self.name],
             workdir=self.run,
             data=self.tokens("code"),
@@ -172,44 +176,60 @@ class Part(NamedTuple):
         command: what is run.
         record: what is there when it is done.
         output: where its standard output goes, None if it writes the record itself.
+        settings: what the record's "config" has of what was asked.
     """
 
     name: str
     command: list[str]
     record: Path
     output: Path | None = None
+    settings: Mapping[str, object] = MappingProxyType({})
+
+    def is_done(self) -> bool:
+        """Whether the record is there, whole, and of these settings."""
+        if not self.settings:
+            return self.record.exists()
+        with contextlib.suppress(RunDirectoryError):
+            saved = read_json(self.record, _Measured)["config"]
+            return all(saved.get(name) == value for name, value in self.settings.items())
+        return False
+
+
+class _Measured(TypedDict):
+    config: dict[str, Any]
 
 
 def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[Part]:
     """What a trained leg is asked, none of it in need of another."""
     texts = f"{leg.tokens('code')},{leg.tokens('prose')}"
     kept = {"workdir": leg.records, "checkpoint": "newest"}
+    read = {"length": length, "rows": rows}
     extrapolation = module(
         "analysis.length_extrapolation",
         **kept,
+        **read,
         runs=leg.run,
         data=texts,
-        length=length,
-        rows=rows,
         batch_size=rows,
         window=min(256, length),
     )
+    ranked = {"length": rank_length}
     ranks = module(
         "analysis.effective_rank",
         **kept,
+        **ranked,
         dtype="float32",
         run=leg.run,
         data=leg.tokens("prose"),
-        length=rank_length,
         every=min(16, rank_length),
     )
     written = leg.records / SAMPLES
     parts = [
         Part("samples", samples(leg), written, output=written),
-        Part("extrapolation", extrapolation, leg.records / EXTRAPOLATION),
+        Part("extrapolation", extrapolation, leg.records / EXTRAPOLATION, settings=read),
     ]
     if leg.name not in _WITHOUT_FACTORS:
-        parts.append(Part("effective_rank", ranks, leg.records / RANKS))
+        parts.append(Part("effective_rank", ranks, leg.records / RANKS, settings=ranked))
     return parts
 
 
@@ -290,6 +310,21 @@ class Ranks(TypedDict):
     # Records before 0.2.0 have neither.
     num_householder: NotRequired[int]
     along: NotRequired[Along]
+
+
+def keep(leg: Leg) -> None:
+    """Writes what is known of a leg's training, if it has come to its first record."""
+    rows = read_lines(leg.run / METRICS, MetricsLine)
+    if not rows:
+        return
+    record = {
+        "leg": leg.name,
+        "seed": leg.seed,
+        "starts": read_json(leg.run / RUN),
+        "curve": curve(rows),
+        "results": read_results(leg.run),
+    }
+    write_json(leg.records / TRAINING, record)
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -10,14 +10,21 @@ from pathlib import Path
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import read_lines
-from deltaproduct_jax.training.records import METRICS, RESULTS, MetricsLine
+from deltaproduct_jax.training.locks import Lock
+from deltaproduct_jax.training.records import (
+    METRICS,
+    RESULTS,
+    MetricsLine,
+    refuse_other_config,
+    saved_config,
+)
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib.children import Child
-from experiments.lib.language_legs import Leg, Part, measurements, module
+from experiments.lib.language_legs import TRAINED_BY, Leg, Part, keep, measurements, module
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_schedule import Progress, Schedule, Terms
 from experiments.lib.sweeps.attempts import environment
-from experiments.lib.sweeps.records import last_line, size_of
+from experiments.lib.sweeps.grid import build, load_script
 from experiments.lib.sweeps.view import clock
 
 POLL_S = 1.0
@@ -36,12 +43,14 @@ class Place:
         gpus: as CUDA_VISIBLE_DEVICES names them; empty for the CPU.
         programs: folder of compiled programs.
         memory_fraction: of a GPU's memory, for a process that trains; None: what its leg needs.
+        lock: on the workdir, which all processes hold.
     """
 
     workdir: Path
     gpus: Sequence[str]
     programs: Path
     memory_fraction: float | None
+    lock: Lock | None = None
 
     @property
     def slots(self) -> int:
@@ -72,9 +81,11 @@ class Place:
 
     def log(self, name: str) -> Path:
         """Where a process's output goes."""
-        path = self.workdir / "logs" / f"{name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.workdir / "logs" / f"{name}.log"
+
+    def child(self, command: Sequence[str], variables: Mapping[str, str], **files: Path) -> Child:
+        """A process that runs here; ``files`` as of `Child`."""
+        return Child(command, variables=variables, lock=self.lock, **files)
 
 
 class Parts:
@@ -86,30 +97,35 @@ class Parts:
         slot: the number of their GPU.
         parts: what they are, none of which needs another.
         share: of the GPU's memory, which each takes as it starts; None: as it needs.
+        failed: lines that are said with theirs.
     """
 
     def __init__(
-        self, leg: Leg, place: Place, slot: int, parts: Sequence[Part], share: float | None
+        self,
+        leg: Leg,
+        place: Place,
+        slot: int,
+        parts: Sequence[Part],
+        share: float | None,
+        failed: Sequence[str] = (),
     ):
-        self._leg = leg
-        self._children: dict[str, tuple[Child, Path, int]] = {}
+        self._leg, self._failed = leg, failed
+        self._children: dict[str, tuple[Child, Path]] = {}
         variables = place.variables(slot, share)
-        leg.records.mkdir(parents=True, exist_ok=True)
         for part in parts:
             log = place.log(f"{leg.label}.{part.name}")
-            before = size_of(log)
-            child = Child(part.command, variables=variables, log=log, output=part.output)
-            self._children[part.name] = child, log, before
+            child = place.child(part.command, variables, log=log, output=part.output)
+            self._children[part.name] = child, log
 
     def poll(self) -> list[str] | None:
         """None while one runs; then a line for each that failed."""
-        codes = [child.poll() for child, _, _ in self._children.values()]
+        codes = [child.poll() for child, _ in self._children.values()]
         if None in codes:
             return None
-        failed = []
-        for name, (child, log, before) in self._children.items():
+        failed = list(self._failed)
+        for name, (child, log) in self._children.items():
             if child.has_failed():
-                said = last_line(log, before)
+                said = child.last_line()
                 why = f"{self._leg.label}: {name} failed with exit code {child.poll()}"
                 failed.append(f"{why}, see {log}" + (f": {said}" if said else ""))
         if not any(codes):
@@ -118,13 +134,13 @@ class Parts:
 
     def ask_to_stop(self) -> None:
         """Tells them to save and end."""
-        for child, _, _ in self._children.values():
+        for child, _ in self._children.values():
             child.ask_to_stop()
 
     def stop(self) -> None:
         """Ends them, saved."""
         self.ask_to_stop()
-        for child, _, _ in self._children.values():
+        for child, _ in self._children.values():
             child.stop()
 
 
@@ -150,9 +166,26 @@ def paper(workdir: Path, stage: str, settings: Mapping[str, object]) -> list[str
 
 
 def missing(leg: Leg, config: LegConfig) -> list[Part]:
-    """Measurements of a leg whose records are not there."""
+    """Measurements of a leg whose records are not there, are damaged, or have other settings."""
     parts = measurements(leg, config.length, config.rank_length, config.rows)
-    return [part for part in parts if not part.record.exists()]
+    return [part for part in parts if not part.is_done()]
+
+
+def refuse_other_settings(legs: Sequence[Leg], config: LegConfig) -> None:
+    """Raises RunDirectoryError if a leg's run has other settings, whether it is finished or not.
+
+    Of a run whose configuration cannot be read its own start will say so; where its text lies, of
+    which a folder that was moved has another path, it looks itself.
+    """
+    for leg in legs:
+        try:
+            saved = saved_config(leg.run)
+        except RunDirectoryError:
+            continue
+        flags = (flag.removeprefix("--").split("=", 1) for flag in config.training(leg)[3:])
+        now = build(load_script(TRAINED_BY), dict(flags) | {"workdir": "."})
+        now["task"]["data"] = saved.get("task", {}).get("data")
+        refuse_other_config(saved, now, leg.run)
 
 
 def run_legs(legs: Sequence[Leg], config: LegConfig, place: Place, terms: Terms) -> int:
@@ -175,11 +208,17 @@ def run_legs(legs: Sequence[Leg], config: LegConfig, place: Place, terms: Terms)
         return Parts(leg, place, slot, [part], place.share(leg, config))
 
     def measure(leg: Leg, slot: int) -> Parts | None:
+        failed = []
+        try:
+            keep(leg)  # an earlier start may have ended before it did
+        except RunDirectoryError as error:
+            failed.append(f"{leg.label}: {error}")
         parts = missing(leg, config)
-        if not parts:
+        if parts:
+            say(f"{place.name(slot)}: {leg.label} is measured")
+        elif not failed:
             return None
-        say(f"{place.name(slot)}: {leg.label} is measured")
-        return Parts(leg, place, slot, parts, None)
+        return Parts(leg, place, slot, parts, None, failed)
 
     fit = lambda *both: sum(place.share(leg, config) for leg in both) <= TOGETHER
     hooks = {"look": progress_of, "train": train, "measure": measure, "say": say, "fit": fit}

@@ -73,7 +73,7 @@ class Warming:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _child(self, command: list[str], variables: Mapping[str, str]) -> Child:
-        return Child(command, variables=variables, log=self._place.log(FOLDER))
+        return self._place.child(command, variables, log=self._place.log(FOLDER))
 
 
 _HELD_OUT = (VALID_PATHS[0], TEST_PATHS[0])
