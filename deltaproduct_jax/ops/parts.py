@@ -175,6 +175,22 @@ def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, whole))
 
 
+class OwnHeads(NamedTuple):
+    """What a device of a mesh has of arrays [B, T, H, ...], if rows are to be whole.
+
+    Attributes:
+      B: rows of a device.
+      H: heads of a device; where all of them do not divide, some are zeros.
+      run: (compute, tokens, places) -> ``compute(tokens, places)``, run by every device on whole
+        rows of its own heads. ``tokens`` and the result are arrays [B, T, H, ...], ``places`` a
+        tree of arrays [B, T]; rows and heads share nothing.
+    """
+
+    B: int
+    H: int
+    run: Callable[[Callable[[Any, Any], jax.Array], Any, Any], jax.Array]
+
+
 class Placement(NamedTuple):
     """How a model that is being traced lies on a mesh.
 
@@ -185,12 +201,15 @@ class Placement(NamedTuple):
         others. Besides parameters all are trees of arrays [B, ...], what is returned too.
       heads: a kernel [D, parts, width], width that of all heads -> the same, cut as they are.
       past: what `with_past` calls instead of itself.
+      own_heads: (B, T, H) of arrays [B, T, H, ...] -> what a device has of them, None where the
+        mesh does not divide these sizes, and the compiler cuts what is run.
     """
 
     op: Callable[..., tuple[Any, Any]]
     block: Callable[[Callable[..., Any], Any, jax.Array, Any], Any]
     heads: Callable[[jax.Array], jax.Array]
     past: Callable[..., jax.Array]
+    own_heads: Callable[[int, int, int], OwnHeads | None]
 
 
 _CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement")
