@@ -191,6 +191,12 @@ class OwnHeads(NamedTuple):
     run: Callable[[Callable[[Any, Any], jax.Array], Any, Any], jax.Array]
 
 
+# (run, layouts, out_layouts, *arrays) -> ``run(*arrays)``, run by every device on its own tokens;
+# never differentiated. A layout is a letter for each axis: along B, T and F, the width of an MLP,
+# arrays are cut, along all others whole. Results without B are sums over tokens, or None.
+OnTokens = Callable[..., tuple[jax.Array | None, ...]]
+
+
 class Placement(NamedTuple):
     """How a model that is being traced lies on a mesh.
 
@@ -203,6 +209,7 @@ class Placement(NamedTuple):
       past: what `with_past` calls instead of itself.
       own_heads: (B, T, H) of arrays [B, T, H, ...] -> what a device has of them, None where the
         mesh does not divide these sizes, and the compiler cuts what is run.
+      own_tokens: (B, T, F) -> what runs kernels that read every token on its own, None alike.
     """
 
     op: Callable[..., tuple[Any, Any]]
@@ -210,6 +217,7 @@ class Placement(NamedTuple):
     heads: Callable[[jax.Array], jax.Array]
     past: Callable[..., jax.Array]
     own_heads: Callable[[int, int, int], OwnHeads | None]
+    own_tokens: Callable[[int, int, int], OnTokens | None]
 
 
 _CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement")

@@ -4,8 +4,8 @@ Parameters and all that is kept for each of them (AdamW's moments) are cut over 
 A block gathers its own over fsdp just before it runs, in the part that is rematerialised, so that
 no more than a block's are whole at a time; their gradients are cut again as soon as they are there.
 Where rows alone are cut, a block runs inside `jax.shard_map`, so that a device runs what it would
-alone, every kernel among it. Where tokens or heads are, only the op, convolutions and attention do
-(`pieces.py`), and all else is left to the compiler.
+alone, every kernel among it. Where tokens or heads are, only what has kernels does (`pieces.py`),
+and all else is left to the compiler.
 
 Shape suffixes: B batch, T tokens, D model width.
 """
@@ -226,8 +226,9 @@ class Layout:
             head_axis=MESH_AXES["heads"],
             sequence_axis=MESH_AXES["sequence"],
         )
-        of_pieces = (functools.partial(f, self.mesh) for f in (pieces.with_past, pieces.own_heads))
-        return placed(Placement(op, self._run_block, self._cut_heads, *of_pieces))
+        of_pieces = (pieces.with_past, pieces.own_heads, pieces.own_tokens)
+        on_mesh = (functools.partial(f, self.mesh) for f in of_pieces)
+        return placed(Placement(op, self._run_block, self._cut_heads, *on_mesh))
 
     def _cut_heads(self, kernel: jax.Array) -> jax.Array:
         """A kernel ``[D, parts, width]`` cut along ``width``; its gradient goes the same way back.

@@ -5,14 +5,14 @@ Shape suffixes: B batch, T tokens, H heads.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from deltaproduct_jax.ops.parts import OwnHeads
+from deltaproduct_jax.ops.parts import OnTokens, OwnHeads
 from deltaproduct_jax.parallel.names import MESH_AXES
 
 
@@ -23,9 +23,7 @@ def own_heads(mesh: Mesh, B: int, T: int, H: int) -> OwnHeads | None:
     a device's piece (Jacobs et al., "DeepSpeed Ulysses", 2023). So all have as much to do, which
     causal attention of pieces to all that stands before them would not give.
     """
-    batch, (sequence,), (heads,) = (MESH_AXES[name] for name in ("batch", "sequence", "heads"))
-    rows = math.prod(mesh.shape[axis] for axis in batch)
-    pieces, parts = mesh.shape[sequence], mesh.shape[heads]
+    rows, pieces, parts = (_devices(mesh, MESH_AXES[n]) for n in ("batch", "sequence", "heads"))
     if B % rows or T % pieces or H % parts:
         return None
     own = -(-H // (parts * pieces))
@@ -63,6 +61,45 @@ def _on_own_heads(
     )(tokens, places)
 
 
+def own_tokens(mesh: Mesh, B: int, T: int, F: int) -> OnTokens | None:
+    """`ops.parts.Placement.own_tokens` over a mesh."""
+    sizes = {"batch": B, "sequence": T, "mlp": F}
+    if any(n % _devices(mesh, MESH_AXES[name]) for name, n in sizes.items()):
+        return None
+    return functools.partial(_on_own_tokens, mesh)
+
+
+def _on_own_tokens(
+    mesh: Mesh,
+    run: Callable[..., tuple[jax.Array | None, ...]],
+    layouts: Sequence[str],
+    out_layouts: Sequence[str],
+    *arrays: jax.Array,
+) -> tuple[jax.Array | None, ...]:
+    axes = {"B": MESH_AXES["batch"], "T": MESH_AXES["sequence"], "F": MESH_AXES["mlp"]}
+    cutting_tokens = tuple(axis for axis in axes["B"] + axes["T"] if mesh.shape[axis] > 1)
+    spec = lambda layout: PartitionSpec(*(axes.get(letter) for letter in layout))
+
+    def on_device(*arrays: jax.Array) -> tuple[jax.Array | None, ...]:
+        found = zip(run(*arrays), out_layouts, strict=True)
+        return tuple(
+            x if x is None or "B" in layout else jax.lax.psum(x, cutting_tokens)
+            for x, layout in found
+        )
+
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=tuple(map(spec, layouts)),
+        out_specs=tuple(map(spec, out_layouts)),
+        check_vma=False,  # no cotangent passes
+    )(*arrays)
+
+
+def _devices(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def with_past(
     mesh: Mesh,
     compute: Callable[..., jax.Array],
@@ -94,7 +131,7 @@ def with_past(
     # What has no axis here is left to the compiler.
     batch, heads = (MESH_AXES[n] if on_each_device else None for n in ("batch", "heads"))
     first = jax.tree.leaves(arrays)[0]
-    if batch and first.shape[0] % math.prod(mesh.shape[name] for name in batch):
+    if batch and first.shape[0] % _devices(mesh, batch):
         batch = None
 
     def specs(tree: Any, along: str | None) -> Any:
