@@ -1,4 +1,4 @@
-"""Kernels of GPUs over meshes: which of a block's run, and the ways back that read single tokens."""
+"""Kernels of GPUs over meshes: which of a block's run, and ways back that read single tokens."""
 
 import json
 import os
