@@ -124,7 +124,7 @@ def test_a_step_over_a_mesh_calls_the_kernels_of_one_device(mixer):
         pytest.skip("needs Triton (tests/run.py --extra=gpu)")
     meshes = ("data:1", "data:2,fsdp:2", "tensor:2", "sequence:2", MIXED)
     variables = {**os.environ, "PYTHONPATH": str(environment.extra_folder("gpu"))}
-    command = [sys.executable, "-m", "tests.step_kernels", mixer, *meshes]
+    command = [sys.executable, "-m", "tests.parallel.step_kernels", mixer, *meshes]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     alone, *over = map(json.loads, done.stdout.splitlines())

@@ -1,8 +1,8 @@
 """Lowers training steps for GPUs and counts their kernels; a program of its own.
 
-``python -m tests.step_kernels MIXER MESH ...``, over meshes of up to 8 GPUs, none of which is
-there, as ``--mesh`` has them. How many devices there are must be settled before JAX starts, hence
-the program. Triton (``--extra=gpu`` of tests/run.py) must be importable; cuDNN is taken to be
+``python -m tests.parallel.step_kernels MIXER MESH ...``, over meshes of up to 8 GPUs, none of which
+is there, as ``--mesh`` has them. How many devices there are must be settled before JAX starts,
+hence the program. Triton (``--extra=gpu`` of tests/run.py) must be importable; cuDNN is taken to be
 there. It prints a JSON object a mesh: how often the program of a device calls each kernel.
 """
 
