@@ -23,8 +23,10 @@ from jaxtyping import Array, Float, Int
 
 from deltaproduct_jax.ops.parts import (
     OwnHeads,
+    explicit_axes,
     explicit_names,
     is_left_to_the_compiler,
+    mesh_of,
     on_each_part,
     placed,
     placement,
@@ -104,8 +106,9 @@ def select_attention(
 
         On a mesh "cudnn" runs where training lays out rows over data and fsdp, heads over tensor
         and tokens over sequence, and these divide them; inside `jax.shard_map` over all axes; and
-        on explicit axes, of rows and heads. It does not on any other mesh that is known while
-        tracing, which the compiler cuts arrays for, nor for keys of a past (S unlike T).
+        on explicit axes, along which rows and heads may lie. It does not on any other mesh that is
+        known while tracing, which the compiler cuts arrays for, nor for keys of a past (S unlike
+        T).
 
     Raises:
         ValueError: the platform is not known.
@@ -118,6 +121,7 @@ def select_attention(
     if own is not None:
         B, H = own.B, own.H
     sizes = (B, T, S, H)
+    is_spread = placement() is not None or is_left_to_the_compiler(but_explicit=True)
     is_known = all(isinstance(size, int) for size in sizes)
     if (
         platform == "cuda"
@@ -125,7 +129,7 @@ def select_attention(
         and whole
         and S == T >= CUDNN_FROM
         and V == K
-        and (own is not None or not _is_spread())
+        and (own is not None or not is_spread)
         and _is_taken_by_cudnn((B, T, H, K), jnp.dtype(dtype), window)
     ):
         return "cudnn"
@@ -173,8 +177,10 @@ def _attend(q, k, v, places: Places, whole: bool, window: int | None):
     sizes = {"B": B, "T": T, "S": S, "H": H, "K": K, "V": V, "dtype": q.dtype, "window": window}
     select = functools.partial(select_attention, **sizes)
     anywhere = functools.partial(_anywhere, form=select("cpu"), window=window)
-    if any(explicit_names(q)):
-        if select("cpu") == "plain":
+    is_fused = select("cuda", whole=whole) == "cudnn"
+    if explicit_axes(mesh_of(q)):
+        _, along_T, _, along_K = explicit_names(q)
+        if select("cpu") == "plain" and (along_T or along_K or not is_fused):
             return anywhere(q, k, v, places)
         arrays = {"q": q, "k": k, "v": v, **places._asdict()}
 
@@ -182,8 +188,8 @@ def _attend(q, k, v, places: Places, whole: bool, window: int | None):
             places = Places(*(x[name] for name in Places._fields))
             return _attend(x["q"], x["k"], x["v"], places, whole, window)
 
-        return on_each_part(on_part, arrays, _LAYOUTS, ("B", "T", "H", "V"))
-    if select("cuda", whole=whole) == "cudnn":
+        return on_each_part(on_part, arrays, _LAYOUTS, ("B", "T", "H", "V"), all_axes=True)
+    if is_fused:
         return _by_platform(anywhere, window, q, k, v, places)
     return anywhere(q, k, v, places)
 
@@ -259,11 +265,6 @@ def _own_heads(B: int, T: int, S: int, H: int) -> OwnHeads | None:
     """What a device of a mesh has of queries and keys, if it may have whole rows."""
     spread = placement()
     return spread.own_heads(B, T, H) if spread is not None and S == T else None
-
-
-def _is_spread() -> bool:
-    """Whether what is traced is known to be cut over several devices by the compiler."""
-    return placement() is not None or is_left_to_the_compiler()
 
 
 @functools.cache
