@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.ops.parts import OnTokens, OwnHeads
 from deltaproduct_jax.parallel.names import MESH_AXES
@@ -138,6 +138,9 @@ def with_past(
         spec = lambda x: PartitionSpec(*[batch, along, *[None] * (x.ndim - 3), heads][: x.ndim])
         return jax.tree.map(spec, tree)
 
+    if on_each_device:  # of parts side by side a device has other columns than are stored there
+        whole = NamedSharding(mesh, PartitionSpec())
+        others = [jax.lax.with_sharding_constraint(x, whole) if x.ndim > 2 else x for x in others]
     of_tokens = axis if is_cut else None
     of_others = [PartitionSpec(*[None] * (x.ndim - 1), heads) for x in others]
     return jax.shard_map(

@@ -16,6 +16,7 @@ from deltaproduct_jax.compilers.collectives import collectives_by_axis
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.kernels.triton import row_passes
+from deltaproduct_jax.ops.parts import with_past
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from experiments.lib import environment
@@ -115,6 +116,34 @@ def test_tokens_that_a_mesh_does_not_divide_are_left_to_the_compiler(on_gpu):
             ((B, T, D), F + 1, False),
         ]:
             assert rows.may_run(jax.ShapeDtypeStruct(shape, jnp.float32), width) == runs
+
+
+@pytest.mark.slow
+def test_taps_of_parts_side_by_side_are_no_surprise_to_the_compiler(capfd):
+    """They lie one part behind the other, of which a device's own are not neighbours."""
+    layout = Layout(make_mesh(DeviceConfig(mesh=MIXED)), {})
+    cut = NamedSharding(layout.mesh, PartitionSpec("fsdp", "tensor"))
+    taps = jax.random.normal(jax.random.key(0), (4, 2 * D))
+    u = jax.random.normal(jax.random.key(1), (B, T, 2, D))
+
+    def convolved(arrays, before, taps):
+        padded = jnp.concatenate([before, arrays], axis=1)
+        shifted = [padded[:, w : w + arrays.shape[1]] for w in range(4)]
+        return sum(x * tap for x, tap in zip(shifted, taps[:, None, None], strict=True))
+
+    def gradient(layout, taps):
+        def loss(taps):
+            with layout.placed():
+                before = jnp.zeros((B, 3, 2, D))
+                y = with_past(convolved, u, before, taps.reshape(4, 2, D), on_each_device=True)
+                return jnp.sum(jnp.sin(y))
+
+        return jax.jit(jax.grad(loss), out_shardings=taps.sharding)(taps)
+
+    got = gradient(layout, jax.device_put(taps, cut))
+    assert "rematerialization" not in capfd.readouterr().err
+    one = Layout(make_mesh(DeviceConfig(mesh="data:1")), {})
+    assert relative_error(got, gradient(one, taps)) < 1e-5
 
 
 @pytest.mark.slow
