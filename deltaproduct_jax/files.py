@@ -128,6 +128,8 @@ def is_there(path: AnyPath) -> bool:
 def any_path(text: str) -> AnyPath:
     """A path as a user writes it: in a bucket, as gs://BUCKET/FOLDER, or as `user_path` reads it.
 
+    A bucket alone is one too: for Orbax, epath and gcsfs its root is a folder as any other.
+
     Raises:
         ConfigError: it can be neither, or the package that reaches buckets is not installed.
     """
@@ -138,8 +140,14 @@ def any_path(text: str) -> AnyPath:
     # A single slash is a slip: nobody calls a folder "gs:".
     if text and "://" not in text and not text.startswith(IN_BUCKET.removesuffix("/")):
         return user_path(text)
-    if "\0" in text or not text.startswith(IN_BUCKET) or not text.strip("/").count("/") >= 2:
-        raise ConfigError(f"{text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER")
+    names = text.removeprefix(IN_BUCKET).removesuffix("/").split("/")
+    # An empty name, as of a variable that is not set, would be left out, and another place taken;
+    # of "." and ".." a bucket knows nothing.
+    if not text.startswith(IN_BUCKET) or "\0" in text or {"", ".", ".."} & set(names):
+        raise ConfigError(
+            f"{text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER, of which no "
+            "name is empty, '.' or '..'"
+        )
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(
             f"{text} needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs it"
@@ -148,7 +156,7 @@ def any_path(text: str) -> AnyPath:
 
     # What a process remembers of a folder would not show what others have written since.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(text.rstrip("/"))
+    return epath.Path(text.removesuffix("/"))
 
 
 def require_bucket(path: AnyPath) -> None:

@@ -55,12 +55,12 @@ from experiments.lib.searches import (
     hardware_of,
     hours_of,
     median_of,
-    metric_of,
+    reported_of,
     row_of,
     validation,
 )
 from experiments.lib.sweeps.grid import MOST_RUNS
-from experiments.lib.sweeps.records import RunFolder
+from experiments.lib.sweeps.records import CSV, RunFolder
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
 TRIED, CHOSEN = "tried", "chosen"  # folders of the two sweeps
@@ -102,8 +102,10 @@ class SearchConfig:
     def __post_init__(self):
         check_fields(self)
         require_at_least("highest_rate", self.highest_rate, self.lowest_rate)
-        for name in self.fields:
+        for place, name in enumerate(self.fields):
             require_one_of("fields", name, SPACE)
+            if name in self.fields[:place]:
+                raise ConfigError(f"fields={','.join(self.fields)!r} has {name!r} twice")
         if self.seeds > FIRST_FRESH:
             raise ConfigError(f"seeds={self.seeds} is too large; it may be {FIRST_FRESH} at most")
         arms = len(self.arm) or len(MIXERS)
@@ -133,6 +135,8 @@ def command(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     rates = (config.lowest_rate, config.highest_rate)
     arms = arms_of(config.arm, config.script, config.fixed, config.settings, rates, config.fields)
+    metric = reported_of(arms, config.script, config.fixed, config.metric, config.length)
+    reported = Reported(metric, config.length, config.threshold)
 
     trials = [[seeded(arm, tried, range(config.seeds)) for tried in arm.tried] for arm in arms]
     folders, stopped = run(workdir / TRIED, config, launch, trials)
@@ -151,7 +155,7 @@ def command(argv: Sequence[str]) -> None:
     record = {
         "figure": "search",
         "command": command_line("search", argv),
-        **what_came_of_it(config, arms, (folders, scores, chosen), ended),
+        **what_came_of_it(reported, arms, (folders, scores, chosen), ended),
         "stopped": stopped is not None,
     }
     write_json(workdir / "search.json", record, indent=None)
@@ -161,6 +165,13 @@ def command(argv: Sequence[str]) -> None:
     print((workdir / "search.md").read_text().rstrip())
     if stopped is not None:
         raise stopped
+    failed = [arm.settings for arm, place in zip(arms, chosen, strict=True) if place is None]
+    if failed and launch.launcher != "none":
+        settings = ";".join(f"{key}={value}" for key, value in failed[0].items())
+        raise ConfigError(
+            f"--arm={settings!r}: of every setting most runs have failed; {workdir / TRIED / CSV} "
+            "says why"
+        )
 
 
 def seeded(arm: Arm, tried: Settings, seeds: Sequence[int]) -> list[Settings]:
@@ -194,7 +205,7 @@ def run(
 
 
 def what_came_of_it(
-    config: SearchConfig,
+    reported: Reported,
     arms: Sequence[Arm],
     tried: tuple[Sequence[Any], Sequence[Any], Sequence[int | None]],
     ended: Sequence[Sequence[Sequence[RunFolder]]],
@@ -202,15 +213,13 @@ def what_came_of_it(
     """What search.json holds.
 
     Args:
-        config: of the search.
+        reported: what is looked at.
         arms: all of them.
         tried: for each arm the folders of what was tried, their scores, and the place of the best.
         ended: for each arm the folders of its fresh seeds.
     """
     folders, scores, chosen = tried
     everything = [f for of_arm in (*folders, *ended) for group in of_arm for f in group]
-    metric = config.metric or metric_of(finished(everything), config.length)
-    reported = Reported(metric, config.length, config.threshold)
     rows = [
         row_of(
             arm,

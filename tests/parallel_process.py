@@ -4,7 +4,8 @@
 model that compiles at once; SCRIPT=language_modeling in the environment is that script. DIE_AT
 there makes a process fail, as a bug would, behind that step; ASK_AT makes it say so, wait for a
 line of its standard input, and go slowly. STEP_S is how long each step takes at least, HEARTBEAT_S
-how soon the others of a dead one end, and JOIN_S how long they wait for one that does not come.
+how soon the others of a dead one end, JOIN_S how long they wait for one that does not come, and
+LATE_S how much later than the others a process makes its mesh.
 `start` starts all processes of a run on this machine, and `finish` waits for their ends.
 """
 
@@ -18,7 +19,7 @@ from pathlib import Path
 import tiny_run
 from tiny_run import flags_for
 
-from deltaproduct_jax.parallel import processes
+from deltaproduct_jax.parallel import layout, processes
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.stopping import SharedStopRequest
 from experiments import language_modeling, state_tracking
@@ -98,7 +99,14 @@ def main() -> int:
     ):
         if variable in os.environ:
             setattr(processes, name, int(os.environ[variable]))
-    step_s = float(os.environ.get("STEP_S", 0))
+    step_s, late_s = (float(os.environ.get(name, 0)) for name in ("STEP_S", "LATE_S"))
+    make_mesh = layout.make_mesh
+
+    def make_late(*given):
+        time.sleep(late_s)
+        return make_mesh(*given)
+
+    layout.make_mesh = make_late
     reached = SharedStopRequest.reached
 
     def behind(self, step):

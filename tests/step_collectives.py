@@ -67,6 +67,7 @@ def found_over(mesh: DeviceConfig, chips: list[jax.Device]) -> dict[str, Any]:
             "residual": 4 * rows * tokens * MODEL.hidden_size,
             "parameter": 4 * max(x.size for x in jax.tree.leaves(program.state.params)),
             "state": 4 * rows * heads * MODEL.head_dim**2,
+            "heads": 4 * rows * tokens * heads * MODEL.head_dim,
             "past": 4 * rows * 3 * 2 * heads * MODEL.head_dim,
         },
     }

@@ -25,7 +25,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.delta_product import TokenFactors
 from deltaproduct_jax.models import SequenceModel
-from deltaproduct_jax.ops.api import L2NORM_EPSILON
+from deltaproduct_jax.ops.api import L2NORM_EPSILON, delta_product
 
 AT_ONCE = 2**26  # bytes of states whose singular values are taken at once, about
 
@@ -114,10 +114,7 @@ def ranks_of_factors(factors: TokenFactors, every: int) -> Float[Array, "S R Hv"
 
     def first_of(state: jax.Array, group: Any) -> tuple[jax.Array, jax.Array]:
         """Through ``every`` tokens; the states before the updates of the first."""
-        first, rest = jax.tree.map(lambda a: a[0], group), jax.tree.map(lambda a: a[1:], group)
-        state, before = _updated(state, first)
-        state, _ = jax.lax.scan(lambda s, token: (_updated(s, token)[0], None), state, rest)
-        return state, before
+        return _after(state, group), _before_updates(state, jax.tree.map(lambda a: a[0], group))
 
     def some(state: jax.Array, groups: Any) -> tuple[jax.Array, jax.Array]:
         state, before = jax.lax.scan(first_of, state, groups)
@@ -129,23 +126,30 @@ def ranks_of_factors(factors: TokenFactors, every: int) -> Float[Array, "S R Hv"
 
 
 def _as_updates(factors: TokenFactors) -> dict[str, jax.Array]:
-    """Unit keys ``[T, R, Hv, K]``, values, betas and decays, as the recurrence uses them."""
+    """Unit keys ``[T, R, Hv, K]``, values, betas and log decays, as the recurrence uses them."""
     beta = factors.beta
     k = factors.k.astype(beta.dtype)
     k = k * jax.lax.rsqrt(jnp.sum(k * k, axis=-1, keepdims=True) + L2NORM_EPSILON)
     k = jnp.repeat(k, beta.shape[-1] // k.shape[-2], axis=-2)
-    decay = jnp.ones_like(beta[:, 0]) if factors.g is None else jnp.exp(factors.g)
-    return {"k": k, "v": factors.v.astype(beta.dtype), "beta": beta, "decay": decay}
+    g = jnp.zeros_like(beta[:, 0]) if factors.g is None else factors.g.astype(beta.dtype)
+    return {"k": k, "v": factors.v.astype(beta.dtype), "beta": beta, "g": g}
 
 
-def _updated(state: jax.Array, token: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The state ``[Hv, K, V]`` after a token, and those before its updates ``[R, Hv, K, V]``."""
-    state, before = token["decay"][:, None, None] * state, []
+def _after(state: jax.Array, tokens: dict[str, jax.Array]) -> jax.Array:
+    """The state ``[Hv, K, V]`` after tokens: in chunks, as nothing asks for those between."""
+    row = {name: value[None] for name, value in tokens.items()}
+    q = jnp.zeros_like(row["k"][:, :, 0])
+    return delta_product(q, **row, initial_state=state[None], implementation="chunked")[1][0]
+
+
+def _before_updates(state: jax.Array, token: dict[str, jax.Array]) -> jax.Array:
+    """The states ``[R, Hv, K, V]`` before a token's updates."""
+    state, before = jnp.exp(token["g"])[:, None, None] * state, []
     for k, v, beta in zip(token["k"], token["v"], token["beta"], strict=True):
         before.append(state)
         wrong = v - jnp.einsum("hkv,hk->hv", state, k)
         state = state + beta[:, None, None] * k[:, :, None] * wrong[:, None, :]
-    return state, jnp.stack(before)
+    return jnp.stack(before)
 
 
 def _divisor(number: int, most: int) -> int:

@@ -20,7 +20,8 @@ COLLECTIVES = (
     "reduce-scatter",
 )
 _SENT = re.compile(
-    rf" = (?P<shapes>\S.*?) (?P<kind>{'|'.join((*COLLECTIVES, 'send', 'recv'))})(?:-start)?\("
+    rf" = (?P<shapes>\S.*?) (?P<kind>{'|'.join((*COLLECTIVES, 'send', 'recv'))})"
+    r"(?P<start>-start)?\("
 )
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(?P<groups>\{[\d,{}]*\})\}")
 # Groups as the rows of a range of devices that is reshaped, transposed and cut.
@@ -95,6 +96,8 @@ def _sent_by(line: str, mesh: Mapping[str, int]) -> list[Sent]:
         return []
     sizes, kind = array_bytes(match["shapes"]), match["kind"]
     axes = _axes(line, mesh) if mesh else ()
+    if "all-to-all" in kind:  # what goes to each device may be an array of its own
+        return [Sent(kind, sum(sizes) // (2 if match["start"] else 1), axes)]
     # The compiler joins sums; a permute started ahead names its operand, result and handles.
     return [Sent(kind, size, axes) for size in (sizes if "reduce" in kind else [max(sizes)])]
 

@@ -1,23 +1,49 @@
 """What Triton and NVIDIA's assembler make of a kernel, ahead of time, on a machine without a GPU.
 
-Triton is imported where a kernel is compiled.
+And which kernels a program launches. Triton is imported where a kernel is compiled.
 """
 
+import collections
 import os
 import re
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.mlir import ir
 
 # Of a multiprocessor of an H100: registers, bytes of shared memory and threads.
 REGISTERS, SHARED, THREADS = 65536, 227 * 1024, 2048
 _TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _TRITON_TYPES |= {"int8": "i8", "int32": "i32"}
+
+
+def kernels_of(lowered: jax.stages.Lowered) -> collections.Counter[str]:
+    """The kernels of Triton, by name, and of cuDNN that a program for CUDA calls, and how often.
+
+    Args:
+      lowered: a program before it is compiled. What stands in a function or loop counts once.
+    """
+    found: collections.Counter[str] = collections.Counter()
+
+    def visit(operation: ir.Operation) -> ir.WalkResult:
+        if operation.name == "stablehlo.custom_call":
+            target = ir.StringAttr(operation.attributes["call_target_name"]).value
+            if target == "triton_kernel_call":
+                config = ir.StringAttr(operation.attributes["backend_config"]).value_bytes
+                (name,) = re.findall(rb"\.entry (\w+)", zlib.decompress(config))
+                found[name.decode()] += 1
+            elif target.startswith("__cudnn$"):
+                found[target] += 1
+        return ir.WalkResult.ADVANCE
+
+    lowered.compiler_ir("stablehlo").operation.walk(visit)
+    return found
 
 
 def kernel_resources(

@@ -154,12 +154,14 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
 
     def _whole(self, x, state, segment_ids, length):
         B, T, _ = x.shape
-        ids = jnp.zeros((B, T), jnp.int32) if segment_ids is None else segment_ids
-        run = segment_runs(ids)
         before = jnp.zeros((B,), jnp.int32) if state is None else state.length
         tokens = jnp.arange(T, dtype=jnp.int32)[None]
-        new = jnp.concatenate([run[:, :1] > 0, run[:, 1:] > run[:, :-1]], axis=1)
-        start = jax.lax.cummax(jnp.where(new, tokens, 0), axis=1)
+        if segment_ids is None:  # sums along a row would be exchanged where a mesh cuts it
+            run = start = jnp.zeros((B, T), jnp.int32)
+        else:
+            run = segment_runs(segment_ids)
+            new = jnp.concatenate([run[:, :1] > 0, run[:, 1:] > run[:, :-1]], axis=1)
+            start = jax.lax.cummax(jnp.where(new, tokens, 0), axis=1)
         goes_on = jnp.where(run == 0, before[:, None], 0)  # tokens of the segment before x
         position = tokens - start + goes_on
         q, k, v = self._inputs(x, position)

@@ -63,6 +63,6 @@ class SwiGLU(nnx.Module):
 
     def residual(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"]:
         """``x + self(norm(x))``, see ``ops/blocks/rows.py``; all in the dtype of ``x``."""
-        kernels = (m.kernel[...].astype(x.dtype) for m in (self.gate_proj, self.up_proj))
-        first, down = jnp.concatenate([*kernels], axis=1), self.down_proj.kernel[...]
-        return residual_swiglu(x, norm.scale[...], first, down.astype(x.dtype), norm.eps)
+        maps = (self.gate_proj, self.up_proj, self.down_proj)
+        kernels = (m.kernel[...].astype(x.dtype) for m in maps)
+        return residual_swiglu(x, norm.scale[...], *kernels, norm.eps)

@@ -5,7 +5,8 @@
 - "cudnn": cuDNN's kernels for NVIDIA GPUs, which keep no scores.
 
 Logits and softmax are in float32 at least in every form. Which one runs is one rule,
-`select_attention`; by platform it is applied when a program is lowered, as for the op.
+`select_attention`; by platform it is applied when a program is lowered, as for the op. Over a mesh
+that training is laid out on, every device runs it on whole rows of its own heads.
 
 Shape suffixes: B batch, T queries, S keys, H heads, K key width, V value width.
 """
@@ -21,9 +22,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from deltaproduct_jax.ops.parts import (
+    OwnHeads,
+    explicit_axes,
     explicit_names,
     is_left_to_the_compiler,
+    mesh_of,
     on_each_part,
+    placed,
     placement,
 )
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
@@ -79,6 +84,8 @@ def select_attention(
 ) -> str:
     """The form of softmax attention in a program that this process traces now.
 
+    Sizes are those of all devices; over a mesh the answer is what each of them runs.
+
     Args:
         platform: "cpu", "cuda", "rocm" or "tpu": what the program is lowered for.
         B: sequences.
@@ -94,9 +101,14 @@ def select_attention(
     Returns:
         "cudnn" on NVIDIA GPUs where JAX takes these sizes: float16 or bfloat16, V equal to K, a
         multiple of 8 up to 128, or 256 where this process has a Hopper GPU; for whole rows of
-        `CUDNN_FROM` tokens or more, where no mesh is known while tracing that the compiler cuts
-        them for, and in a process that has cuDNN. Else "chunked" where there are more than
-        `MOST_SCORES` scores, and "plain".
+        `CUDNN_FROM` tokens or more, and in a process that has cuDNN. Else "chunked" where a device
+        has more than `MOST_SCORES` scores, and "plain".
+
+        On a mesh "cudnn" runs where training lays out rows over data and fsdp, heads over tensor
+        and tokens over sequence, and these divide them; inside `jax.shard_map` over all axes; and
+        on explicit axes, along which rows and heads may lie. It does not on any other mesh that is
+        known while tracing, which the compiler cuts arrays for, nor for keys of a past (S unlike
+        T).
 
     Raises:
         ValueError: the platform is not known.
@@ -105,7 +117,11 @@ def select_attention(
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
     S = T if S is None else S
+    own = _own_heads(B, T, S, H)
+    if own is not None:
+        B, H = own.B, own.H
     sizes = (B, T, S, H)
+    is_spread = placement() is not None or is_left_to_the_compiler(but_explicit=True)
     is_known = all(isinstance(size, int) for size in sizes)
     if (
         platform == "cuda"
@@ -113,7 +129,7 @@ def select_attention(
         and whole
         and S == T >= CUDNN_FROM
         and V == K
-        and not _is_spread()
+        and (own is not None or not is_spread)
         and _is_taken_by_cudnn((B, T, H, K), jnp.dtype(dtype), window)
     ):
         return "cudnn"
@@ -148,11 +164,23 @@ def attend(
 
 def _attend(q, k, v, places: Places, whole: bool, window: int | None):
     (B, T, H, K), (S, V) = q.shape, (k.shape[1], v.shape[-1])
+    own = _own_heads(B, T, S, H)
+    if own is not None:
+
+        def on_device(tokens, places):
+            places = _places_of_whole_rows(own.B, T) if whole else places
+            with placed(None):
+                return _attend(*tokens, places, whole, window)
+
+        # What a device knows by itself it is not sent.
+        return own.run(on_device, (q, k, v), None if whole else places)
     sizes = {"B": B, "T": T, "S": S, "H": H, "K": K, "V": V, "dtype": q.dtype, "window": window}
     select = functools.partial(select_attention, **sizes)
     anywhere = functools.partial(_anywhere, form=select("cpu"), window=window)
-    if any(explicit_names(q)):
-        if select("cpu") == "plain":
+    is_fused = select("cuda", whole=whole) == "cudnn"
+    if explicit_axes(mesh_of(q)):
+        _, along_T, _, along_K = explicit_names(q)
+        if select("cpu") == "plain" and (along_T or along_K or not is_fused):
             return anywhere(q, k, v, places)
         arrays = {"q": q, "k": k, "v": v, **places._asdict()}
 
@@ -160,10 +188,16 @@ def _attend(q, k, v, places: Places, whole: bool, window: int | None):
             places = Places(*(x[name] for name in Places._fields))
             return _attend(x["q"], x["k"], x["v"], places, whole, window)
 
-        return on_each_part(on_part, arrays, _LAYOUTS, ("B", "T", "H", "V"))
-    if select("cuda", whole=whole) == "cudnn":
+        return on_each_part(on_part, arrays, _LAYOUTS, ("B", "T", "H", "V"), all_axes=True)
+    if is_fused:
         return _by_platform(anywhere, window, q, k, v, places)
     return anywhere(q, k, v, places)
+
+
+def _places_of_whole_rows(B: int, T: int) -> Places:
+    position = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    run = jnp.zeros_like(position)
+    return Places(run, position, run, position)
 
 
 def _anywhere(q, k, v, places, *, form, window):
@@ -227,9 +261,10 @@ def _cudnn(q, k, v, *, window: int | None):
     )  # fmt: skip
 
 
-def _is_spread() -> bool:
-    """Whether what is traced is known to be cut over several devices by the compiler."""
-    return placement() is not None or is_left_to_the_compiler()
+def _own_heads(B: int, T: int, S: int, H: int) -> OwnHeads | None:
+    """What a device of a mesh has of queries and keys, if it may have whole rows."""
+    spread = placement()
+    return spread.own_heads(B, T, H) if spread is not None and S == T else None
 
 
 @functools.cache

@@ -81,8 +81,8 @@ class Block(nnx.Module):
     def _may_be_fused(self, x: jax.Array) -> bool:
         """Whether a GPU's kernels take it: forward mode and second derivatives are refused then."""
         kinds = {self.attn_norm.dtype, self.mlp_norm.dtype, x.dtype}
-        widths = x.shape[-1], self.mlp.down_proj.kernel.shape[0]
-        return len(kinds) == 1 and self.attn.runs_kernel(x) and rows.may_run(x, *widths)
+        F = self.mlp.down_proj.kernel.shape[0]
+        return len(kinds) == 1 and self.attn.runs_kernel(x) and rows.may_run(x, F)
 
     def step(
         self,

@@ -46,6 +46,7 @@ class Settings:
     """What is fixed before anything runs."""
 
     scale: float
+    precision: str | None  # as the caller named it, for the recurrence
     cut: Cut
     matmul: Matmul
     inverse_matmul: Matmul

@@ -22,10 +22,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deltaproduct_jax.ops.linear import linear
+from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
 
-# exp of anything below is 0 in float64 too, and sums of it over a chunk are finite.
-FORGETS = -1e4
 POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
 
 
@@ -39,6 +38,7 @@ def contained(
     check_state: bool = True,
     axis_name: Any = None,
     mark: Callable[[Any, jax.Array], Any] = lambda tokens, _: tokens,
+    asks_first: bool = False,
 ) -> tuple[jax.Array, Any]:
     """``run(tokens, state)`` on finite operands, and NaN where what was not finite reaches.
 
@@ -55,11 +55,14 @@ def contained(
       axis_name: inside `shard_map`, the axis, or several, over which the sequence is cut: the state
         enters on its first device, and the returned one leaves on its last.
       mark: what ``run`` is given of the tokens and of the bad ones among them, [B, T, H] bool.
+      asks_first: a CPU asks whether anything is bad before it looks for it; only for arrays that
+        do not lie over explicit mesh axes.
     """
     leaves, axes = jax.tree.leaves(tokens), jax.tree.leaves(head_axes)
     if 0 in leaves[0].shape[:2]:  # nothing is bad, and empty arrays lose the axes they vary over
         return run(tokens, state)
-    bad_BTH, reached_BTH = _look(leaves, axes, state if check_state else (), resets, axis_name)
+    looked_at = (leaves, axes, state if check_state else (), resets)
+    bad_BTH, reached_BTH = _look(*looked_at, axis_name, asks_first=asks_first)
     tokens, state = _mapped_alike(tokens, state, reached_BTH, head_axes)
     zero = jnp.float32(0)
     link_BTH = mark_varying_as(jnp.where(reached_BTH, zero, zero), reached_BTH)  # mapped alike
@@ -68,11 +71,15 @@ def contained(
     return _spoil(run(mark(tokens, bad_BTH), state), link_BTH, reached_BTH, resets, pull, axis_name)
 
 
-def _look(leaves, axes, state, resets, axis_name=None):
+def _look(leaves, axes, state, resets, axis_name=None, *, asks_first=False):
     """Which tokens are bad, and which are reached, [B, T, H] both."""
     H = max(x.shape[axis] for x, axis in zip(leaves, axes, strict=True))
-    of_tokens = [_repeat(_bad(x, (0, 1, a)), H) for x, a in zip(leaves, axes, strict=True)]
-    bad_BTH = _any_of(of_tokens)
+
+    def look(leaves):
+        of_each = zip(leaves, axes, strict=True)
+        return _any_of([_repeat(_bad(x, (0, 1, axis)), H) for x, axis in of_each])
+
+    bad_BTH = by_case(look, leaves) if asks_first else look(leaves)
     return bad_BTH, reach(bad_BTH, _bad_state(state), resets, axis_name)
 
 
@@ -237,18 +244,6 @@ def reach_back(
             next_B1 = jax.lax.ppermute(resets_BT[:, :1], axis_name, pairs)
         resets_BT = jnp.concatenate([resets_BT[:, 1:], next_B1], axis=1)[:, ::-1]
     return reach(bad_BTH[:, ::-1], after_BH, resets_BT, axis_name, reverse=True)[:, ::-1]
-
-
-def forgets(g: jax.Array | None) -> jax.Array | None:
-    """Log decays of which no sum is infinite; exp of each and its gradient are as they were.
-
-    ``-inf`` means to forget everything. To choose where gradients pass is a pass over memory.
-    """
-    return None if g is None else _at_least_forgets(g)
-
-
-_at_least_forgets = jax.custom_jvp(lambda g: jnp.maximum(g, jnp.asarray(FORGETS, g.dtype)))
-_at_least_forgets.defjvps(lambda tangent, *_: tangent)
 
 
 def _bad(x: jax.Array, kept: tuple[int, ...]) -> jax.Array:

@@ -16,6 +16,9 @@ import numpy as np
 from deltaproduct_jax.ops.linear import spread
 from deltaproduct_jax.ops.precision import Matmul
 
+# exp of anything below is 0 in float64 too, and sums of it over a chunk are finite.
+FORGETS = -1e4
+
 
 class Decays(NamedTuple):
     """Products of decays, 0 across a segment boundary; axes that do not vary have size 1."""
@@ -135,3 +138,15 @@ def _lead(mask):
 
 def _masked_exp(mask, x):
     return jnp.where(mask, jnp.exp(jnp.where(mask, x, 0)), 0)
+
+
+def forgets(g: jax.Array | None) -> jax.Array | None:
+    """Log decays of which no sum is infinite; exp of each and its gradient are as they were.
+
+    ``-inf`` means to forget everything. To choose where gradients pass is a pass over memory.
+    """
+    return None if g is None else _at_least_forgets(g)
+
+
+_at_least_forgets = jax.custom_jvp(lambda g: jnp.maximum(g, jnp.asarray(FORGETS, g.dtype)))
+_at_least_forgets.defjvps(lambda tangent, *_: tangent)

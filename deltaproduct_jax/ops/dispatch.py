@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
-from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.kernels import containment as of_kernels
 from deltaproduct_jax.ops.kernels.containment import watched as _watched
 from deltaproduct_jax.ops.layout import Tokens, head_axes, mark_bad
@@ -93,6 +94,7 @@ def dispatch(
 
     tokens = tokens._replace(resets=None)
     settings = {"head_axes": head_axes(tokens), "check_state": check_state, "mark": mark_bad}
+    settings["asks_first"] = True
     return contained(run, tokens, initial_state, resets, **settings)
 
 
@@ -109,9 +111,6 @@ def _check_kernel(name: str, tokens: Tokens, precision: str | None) -> None:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _with_own_backward(route: Route, tokens: Tokens, initial_state):
     def choice(branch):
-        if branch.primal == "recurrent":
-            options = {"scale": route.scale, "precision": route.precision}
-            return functools.partial(_run_recurrent, **options, confines=route.may_run_kernel)
         return _forward_of(branch.primal, route, branch, keep_states=False)
 
     return _by_platform(route, choice, tokens, initial_state)[:2]
@@ -179,15 +178,6 @@ def _asked(name: str, reason, run):
         return run(tokens, *arrays, **options)
 
     return asked
-
-
-def _run_recurrent(tokens: Tokens, initial_state, *, scale, precision, confines):
-    watched = _watched(tokens, initial_state) if confines else None
-    *arrays, resets = tokens
-    state = only_finite(initial_state)
-    options = {"scale": scale, "precision": precision, "blocks": False}  # nothing is differentiated
-    results = recurrent(*arrays, state, resets, **options)
-    return *(results if watched is None else watched.spoil(*results)), None
 
 
 def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, keep_states):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.ops.containment import only_finite
 from deltaproduct_jax.ops.precision import accumulator_dtype
-from deltaproduct_jax.ops.unavailable import unless_spread
+from deltaproduct_jax.ops.unavailable import if_cheap
 
 
 class Tokens(NamedTuple):
@@ -111,7 +111,7 @@ def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int, *, by_case: bool)
     )
     *parts, resets = parts
     if by_case:
-        is_bad = unless_spread(jnp.any(jnp.isnan(parts[3])))
+        is_bad = if_cheap(jnp.any(jnp.isnan(parts[3])))
         q, k, v, beta, g = jax.lax.cond(is_bad, only_finite, lambda parts: parts, parts)
     else:
         q, k, v, beta, g = only_finite(parts)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # The dimensions that may be cut, and what is cut with them.
 _ROLES = {"B": "batch", "H": "heads", "Hv": "heads"}
@@ -28,6 +28,7 @@ def on_each_part(
     out_layouts: Any,
     *,
     check_vma: bool = True,
+    all_axes: bool = False,
 ) -> Any:
     """``run(arrays)``, over the explicit mesh axes along which batch and heads of the arrays lie.
 
@@ -39,13 +40,17 @@ def on_each_part(
       layouts: dimensions of every array, by name; "B" is the batch, "H" and "Hv" are heads.
       out_layouts: the same for every result, in the structure of the results.
       check_vma: of `jax.shard_map`.
+      all_axes: also over explicit axes along which nothing lies, so that none is left to anyone.
 
     Raises:
       ValueError: an array lies over an axis along another dimension, or along two.
     """
     given = {name: x for name, x in arrays.items() if x is not None}
     axes = _axes_of_roles(given, layouts)
-    if not axes:
+    manual = {name for names in axes.values() for name in names}
+    if all_axes:
+        manual |= set().union(*(explicit_axes(mesh_of(x)) for x in given.values()))
+    if not manual:
         return run(dict(arrays))
     mesh = next(m for m in map(mesh_of, given.values()) if not m.empty)
     specs = {name: _spec(layouts[name], axes) for name in given}
@@ -55,16 +60,28 @@ def on_each_part(
         mesh=mesh,
         in_specs=(specs,),
         out_specs=jax.tree.map(lambda x: _spec(x, axes), out_layouts, is_leaf=_is_layout),
-        axis_names=frozenset(name for names in axes.values() for name in names),
+        axis_names=frozenset(manual),
         check_vma=check_vma,
     )(cut)
 
 
-def is_left_to_the_compiler() -> bool:
-    """Whether the mesh around what is traced has an axis of several devices that is not manual."""
+def is_left_to_the_compiler(*, but_explicit: bool = False) -> bool:
+    """Whether the mesh around what is traced has an axis of several devices that is not manual.
+
+    Nor explicit, where whoever asks runs `on_each_part` along all of these.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = zip(mesh.axis_sizes, mesh.axis_types, strict=True)
-    return any(n > 1 and kind != AxisType.Manual for n, kind in axes)
+    return bool(_axes_of(mesh, AxisType.Auto)) or (not but_explicit and bool(explicit_axes(mesh)))
+
+
+def explicit_axes(mesh: AbstractMesh | Mesh) -> set[str]:
+    """The explicit axes of several devices of a mesh."""
+    return _axes_of(mesh, AxisType.Explicit)
+
+
+def _axes_of(mesh: AbstractMesh | Mesh, kind: AxisType) -> set[str]:
+    axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+    return {name for name, size, type_ in axes if size > 1 and type_ == kind}
 
 
 def along_rows_of(like: jax.Array, tree: Any) -> Any:
@@ -175,6 +192,28 @@ def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(mesh, whole))
 
 
+class OwnHeads(NamedTuple):
+    """What a device of a mesh has of arrays [B, T, H, ...], if rows are to be whole.
+
+    Attributes:
+      B: rows of a device.
+      H: heads of a device; where all of them do not divide, some are zeros.
+      run: (compute, tokens, places) -> ``compute(tokens, places)``, run by every device on whole
+        rows of its own heads. ``tokens`` and the result are arrays [B, T, H, ...], ``places`` a
+        tree of arrays [B, T]; rows and heads share nothing.
+    """
+
+    B: int
+    H: int
+    run: Callable[[Callable[[Any, Any], jax.Array], Any, Any], jax.Array]
+
+
+# (run, layouts, out_layouts, *arrays) -> ``run(*arrays)``, run by every device on its own tokens;
+# never differentiated. A layout is a letter for each axis: along B, T and F, the width of an MLP,
+# arrays are cut, along all others whole. Results without B are sums over tokens, or None.
+OnTokens = Callable[..., tuple[jax.Array | None, ...]]
+
+
 class Placement(NamedTuple):
     """How a model that is being traced lies on a mesh.
 
@@ -185,12 +224,17 @@ class Placement(NamedTuple):
         others. Besides parameters all are trees of arrays [B, ...], what is returned too.
       heads: a kernel [D, parts, width], width that of all heads -> the same, cut as they are.
       past: what `with_past` calls instead of itself.
+      own_heads: (B, T, H) of arrays [B, T, H, ...] -> what a device has of them, None where the
+        mesh does not divide these sizes, and the compiler cuts what is run.
+      own_tokens: (B, T, F) -> what runs kernels that read every token on its own, None alike.
     """
 
     op: Callable[..., tuple[Any, Any]]
     block: Callable[[Callable[..., Any], Any, jax.Array, Any], Any]
     heads: Callable[[jax.Array], jax.Array]
     past: Callable[..., jax.Array]
+    own_heads: Callable[[int, int, int], OwnHeads | None]
+    own_tokens: Callable[[int, int, int], OnTokens | None]
 
 
 _CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar("placement")

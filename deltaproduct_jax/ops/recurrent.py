@@ -12,29 +12,33 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.ops.chunked import Settings
 from deltaproduct_jax.ops.containment import only_finite
-from deltaproduct_jax.ops.layout import Tokens, pad
+from deltaproduct_jax.ops.layout import Tokens, pad, put, take
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
+from deltaproduct_jax.ops.unavailable import if_cheap
+from deltaproduct_jax.ops.varying import zeros_varying_as
 
 # Tokens between two states that reverse mode keeps; those between are computed again. All states
 # of a sequence would leave every cache, and a CPU takes most of its time to get memory for them.
 BLOCK = 16
 
 
-def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision, blocks=True):
+def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision):
     """Scans over tokens; arguments as `delta_product` checked them, ``resets`` [B, T] bool or None.
 
     What is not finite counts as 0. Computes in float32 (float64 for float64 inputs) whatever the
     input dtype. Plain JAX: forward and reverse mode both work; reverse mode keeps the state before
-    every block of `BLOCK` tokens, and computes the block's states and then each token again.
-    Without ``blocks``, or where T is symbolic, it keeps several for every token; nothing is then
-    copied into blocks, which saves a tenth of the time where nothing is differentiated.
+    every block of `BLOCK` tokens, and computes the block's states and then each token again. Where
+    T is symbolic or short, it keeps several for every token.
     """
     T = q.shape[1]
     tokens = _widened(Tokens(q, k, v, beta, g, resets))
-    body = functools.partial(_token, scale=scale, precision=precision)
-    in_blocks = blocks and isinstance(T, int) and T >= 2 * BLOCK
+
+    def body(state, token):  # of what is not finite, as part of reading: no pass of its own
+        return _token(state, only_finite(token), scale=scale, precision=precision)
+
+    in_blocks = isinstance(T, int) and T >= 2 * BLOCK
     if in_blocks:
-        tokens = _by_span(tokens, BLOCK)
+        tokens = _by_block(tokens)
         inner = functools.partial(jax.lax.scan, jax.checkpoint(body, prevent_cse=False))
         body = jax.checkpoint(lambda *operands: inner(*operands), prevent_cse=False)
     else:
@@ -47,53 +51,87 @@ def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision, bloc
 def recurrent_in_spans(tokens: Tokens, initial_state, settings: Settings, *, keep_states: bool):
     """The same as `chunked` has it: arguments, results and the state before every span.
 
-    For a gradient of many narrow states on a CPU, where the matrices of chunks are too small.
+    For narrow states on a CPU, where the matrices of chunks are too small. Tokens are read where
+    they lie, and outputs written so: to put T in front, as a scan over arrays wants it, took a CPU
+    a quarter of the time of heads of 16, most of it to get memory for the copies.
     """
-    body = functools.partial(_token, scale=settings.scale, precision=_precision(settings))
     B, T, _, H, K = tokens.k.shape
     Hv, V = tokens.v.shape[-2:]
+    wide, length = _widened(tokens), settings.cut.span
+    if not keep_states:
+        carry = (initial_state, zeros_varying_as((B, T, Hv, V), wide.v))
+        over_all = functools.partial(_over_tokens, settings)
+        # Two loops, of which one runs: this way nothing is copied where all is finite.
+        careful = functools.partial(over_all, clean=only_finite)
+        final_state, o = jax.lax.cond(_is_bad(wide), careful, over_all, carry, wide, 0)
+        return o.astype(tokens.v.dtype), final_state, None
+    padded = pad(wide, length)
 
-    def span(state, tokens):
-        after, o = jax.lax.scan(body, state, tokens)
-        return after, (o, state if keep_states else None)
+    def span(carry, n):
+        # A span by itself: the gradient of reading from it is of its size, not of the sequence's.
+        part = _finite_by_case(jax.tree.map(lambda x: take(x, n, length), padded))
+        return _over_tokens(settings, carry, part, n * length), carry[0]
 
-    spans = _by_span(_widened(tokens), settings.cut.span)
-    final_state, (o, states) = jax.lax.scan(span, initial_state, spans)
-    o_BTHvV = jnp.moveaxis(o.reshape(-1, *o.shape[2:])[:T], 0, 1).astype(tokens.v.dtype)
-    if keep_states:
-        states = states.reshape(-1, B, H, Hv // H, K, V)
-    return o_BTHvV, final_state, states
+    carry = (initial_state, zeros_varying_as((B, padded.v.shape[1], Hv, V), padded.v))
+    (final_state, o), states = jax.lax.scan(span, carry, jnp.arange(padded.v.shape[1] // length))
+    states = states.reshape(-1, B, H, Hv // H, K, V)
+    return o[:, :T].astype(tokens.v.dtype), final_state, states
 
 
 def recurrent_in_spans_backward(tokens: Tokens, states, do, dfinal_state, settings: Settings):
     """Cotangents as of `chunked_backward`; a span's states are computed again, its tokens' too."""
-    body = functools.partial(_token, scale=settings.scale, precision=_precision(settings))
-    body = jax.checkpoint(body, prevent_cse=False)
-    T = tokens.q.shape[1]
+    T, length = tokens.q.shape[1], settings.cut.span
+    padded = pad(_widened(tokens), length)
+    padded_do = pad(do.astype(padded.v.dtype), length)
+    run = functools.partial(_token, **_options(settings))
 
-    def span(dstate, item):
-        state, tokens, do = item
+    def span(carry, item):
+        n, state = item
+        part, do = jax.tree.map(lambda x: take(x, n, length), (padded, padded_do))
+        part = _finite_by_case(part)
 
-        def run(state, differentiable):
-            given = differentiable._replace(resets=tokens.resets)
-            return jax.lax.scan(body, state, given)
+        def again(state, t):
+            return run(state, _read(part, t))[0], state
 
-        _, pullback = jax.vjp(run, state, tokens._replace(resets=None))
-        return pullback((dstate, do))
+        def back(carry, item):
+            dstate, gradients = carry
+            t, state = item
+            token = _read(part, t)
 
-    wide = _widened(tokens)
-    spans = _by_span((wide, do.astype(wide.v.dtype)), settings.cut.span)
+            def of_token(state, differentiable):
+                return run(state, differentiable._replace(resets=token.resets))
+
+            _, pullback = jax.vjp(of_token, state, token._replace(resets=None))
+            dstate, dtoken = pullback((dstate, take(do, t, 1)[:, 0]))
+            written = lambda whole, x: put(whole, x[:, None], n * length + t)
+            return (dstate, jax.tree.map(written, gradients, dtoken)), None
+
+        times = jnp.arange(length)
+        _, before = jax.lax.scan(again, state, times)
+        return jax.lax.scan(back, carry, (times, before), reverse=True)[0], None
+
+    differentiable = padded._replace(resets=None)
+    gradients = jax.tree.map(lambda x: zeros_varying_as(x.shape, x), differentiable)
     states = states.reshape(-1, *dfinal_state.shape)
-    dstate, dspans = jax.lax.scan(span, dfinal_state, (states, *spans), reverse=True)
-
-    def as_in(dx, x):
-        return jnp.moveaxis(dx.reshape(-1, *dx.shape[2:])[:T], 0, 1).astype(x.dtype)
-
-    return jax.tree.map(as_in, dspans, tokens._replace(resets=None)), dstate
+    spans = (jnp.arange(len(states)), states)
+    (dstate, gradients), _ = jax.lax.scan(span, (dfinal_state, gradients), spans, reverse=True)
+    as_in = lambda dx, x: dx[:, :T].astype(x.dtype)
+    return jax.tree.map(as_in, gradients, tokens._replace(resets=None)), dstate
 
 
-def _precision(settings: Settings) -> str:
-    return settings.matmul.precision.name.lower()
+def _over_tokens(settings: Settings, carry, tokens: Tokens, start, clean=lambda token: token):
+    """The state and the outputs [B, T, Hv, V] after ``tokens``, of which the first is ``start``."""
+
+    def body(carry, t):
+        state, o_BTHvV = carry
+        state, o_BHvV = _token(state, clean(_read(tokens, t)), **_options(settings))
+        return (state, put(o_BTHvV, o_BHvV[:, None], start + t)), None
+
+    return jax.lax.scan(body, carry, jnp.arange(tokens.q.shape[1]))[0]
+
+
+def _options(settings: Settings) -> dict:
+    return {"scale": settings.scale, "precision": settings.precision}
 
 
 def _widened(tokens: Tokens) -> Tokens:
@@ -103,18 +141,38 @@ def _widened(tokens: Tokens) -> Tokens:
     return wide._replace(resets=tokens.resets)
 
 
-def _by_span(tree, span: int):
-    """Arrays [B, T, ...] as [spans, span, B, ...], with padding that changes no state."""
+def _by_block(tokens: Tokens) -> Tokens:
+    """Arrays [B, T, ...] as [blocks, BLOCK, B, ...], with padding that changes no state."""
 
     def cut(x):
         x = jnp.moveaxis(x, 1, 0)
-        return x.reshape(-1, span, *x.shape[1:])
+        return x.reshape(-1, BLOCK, *x.shape[1:])
 
-    return jax.tree.map(cut, pad(tree, span))
+    return jax.tree.map(cut, pad(tokens, BLOCK))
+
+
+def _read(tokens: Tokens, t) -> Tokens:
+    return jax.tree.map(lambda x: take(x, t, 1)[:, 0], tokens)
+
+
+def _is_bad(tokens: Tokens) -> jax.Array:
+    """Whether `mark_bad` found anything that is not finite."""
+    return if_cheap(jnp.any(jnp.isnan(tokens.beta)))
+
+
+@jax.custom_jvp
+def _finite_by_case(tokens: Tokens) -> Tokens:
+    """To choose among all numbers of every token takes a CPU a quarter of its time."""
+    return jax.lax.cond(_is_bad(tokens), only_finite, lambda tokens: tokens, tokens)
+
+
+@_finite_by_case.defjvp
+def _finite_by_case_jvp(primals, tangents):
+    return _finite_by_case(*primals), tangents[0]
 
 
 def _token(state_BHvKV, token: Tokens, *, scale, precision):
-    *arrays, reset = only_finite(token)  # here it is part of reading them, before a pass of its own
+    *arrays, reset = token
     if reset is not None:
         state_BHvKV = jnp.where(reset[:, None, None, None], 0, state_BHvKV)
     o, state_BHvKV = recurrent_step(state_BHvKV, *arrays, scale=scale, precision=precision)

@@ -156,6 +156,7 @@ def chunked_settings(
     matmul = dataclasses.replace(matmul, skips_groups_of_one=is_cpu)
     return Settings(
         scale,
+        precision,
         cut_for(platform, span, chunk_size, **sizes),
         matmul,
         *Matmul.of_inverse_and_gates(platform, dtype, precision),

@@ -28,8 +28,9 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.api import delta_product
-from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.containment import contained, only_finite
 from deltaproduct_jax.ops.debug import check_op_values
+from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype

@@ -6,7 +6,7 @@ over how many devices the compiler spreads a program.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from jax.interpreters import batching, mlir
 
+from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.varying import mark_varying_as
 
 _unavailable_p = jax.extend.core.Primitive("delta_product_unavailable")
@@ -101,24 +102,50 @@ def devices_left(axis_context: Any) -> int:
     return math.prod(n for x, n in mesh.shape.items() if x not in axis_context.manual_axes)
 
 
-_unless_spread_p = jax.extend.core.Primitive("delta_product_unless_spread")
-_unless_spread_p.def_impl(lambda x: x)
-_unless_spread_p.def_abstract_eval(lambda x: x)
-batching.primitive_batchers[_unless_spread_p] = lambda operands, axes: (
-    _unless_spread_p.bind(*operands),
-    axes[0],
+_if_cheap_p = jax.extend.core.Primitive("delta_product_if_cheap")
+_if_cheap_p.def_impl(lambda x: x)
+_if_cheap_p.def_abstract_eval(lambda x: x)
+# One answer for all that is mapped, or JAX would make a selection of the decision and run both.
+batching.primitive_batchers[_if_cheap_p] = lambda operands, axes: (
+    _if_cheap_p.bind(jnp.any(operands[0], axis=axes[0])),
+    None,
 )
 
 
-def _lower_unless_spread(ctx, x):
-    if devices_left(ctx.module_context.axis_context) == 1:
+def _lower_if_cheap(ctx, x):
+    platforms = ctx.platforms or ctx.module_context.platforms
+    if tuple(platforms) == ("cpu",) and devices_left(ctx.module_context.axis_context) == 1:
         return [x]
     return mlir.lower_fun(lambda x: jnp.ones_like(x), multiple_results=False)(ctx, x)
 
 
-mlir.register_lowering(_unless_spread_p, _lower_unless_spread)
+mlir.register_lowering(_if_cheap_p, _lower_if_cheap)
 
 
-def unless_spread(found: jax.Array) -> jax.Array:
-    """A bool that says whether to look closer; True where all devices would have to be asked."""
-    return _unless_spread_p.bind(found)
+def if_cheap(found: jax.Array) -> jax.Array:
+    """A scalar bool that says whether to look closer; always True where asking costs more.
+
+    That is where all devices would have to be asked, and on all but CPUs. What `jax.vmap` maps gets
+    one answer together.
+    """
+    return _if_cheap_p.bind(found)
+
+
+def by_case(
+    look: Callable[[Sequence[jax.Array]], jax.Array], arrays: Sequence[jax.Array]
+) -> jax.Array:
+    """``look(arrays)``, flags of what is bad; a CPU looks only where a sum of squares is.
+
+    The sum is not finite either where large numbers make it overflow, and looking then finds
+    nothing. It takes a third of the time.
+    """
+
+    def ask(*arrays):
+        wide = [jnp.ravel(x).astype(accumulator_dtype(x.dtype)) for x in arrays]
+        seems_bad = if_cheap(~jnp.isfinite(sum(jnp.vdot(x, x) for x in wide)))
+        # Of the type that the flags have, over whatever mesh axes they vary.
+        nothing = lambda arrays: look(arrays) & False
+        return jax.lax.cond(seems_bad, look, nothing, arrays)
+
+    arrays = jax.lax.stop_gradient(arrays)
+    return jax.lax.platform_dependent(*arrays, cpu=ask, default=lambda *arrays: look(arrays))

@@ -4,8 +4,8 @@ Parameters and all that is kept for each of them (AdamW's moments) are cut over 
 A block gathers its own over fsdp just before it runs, in the part that is rematerialised, so that
 no more than a block's are whole at a time; their gradients are cut again as soon as they are there.
 Where rows alone are cut, a block runs inside `jax.shard_map`, so that a device runs what it would
-alone, every kernel among it. Where tokens or heads are, only the op and convolutions do, and all
-else is left to the compiler.
+alone, every kernel among it. Where tokens or heads are, only what has kernels does (`pieces.py`),
+and all else is left to the compiler.
 
 Shape suffixes: B batch, T tokens, D model width.
 """
@@ -26,6 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.parts import Placement, placed, placement
 from deltaproduct_jax.ops.sharding import sharded_delta_product
+from deltaproduct_jax.parallel import pieces
 from deltaproduct_jax.parallel.config import AXES, GROUPS, DeviceConfig
 from deltaproduct_jax.parallel.names import MESH_AXES, Names, Path, cut, names_of_model
 
@@ -186,10 +187,16 @@ class Layout:
 
         T is filled up at its end to what the sequence's axis divides: with zeros, and False in a
         mask, so that nothing of it counts.
+
+        Raises:
+            ConfigError: the mesh does not divide B. Of rows that the compiler fills up by itself
+                the gradient of an embedding came out wrong.
         """
         if self.is_one:
             return batch
-        filled = -jax.tree.leaves(batch)[0].shape[-1] % self.sizes["sequence"]
+        *_, B, T = jax.tree.leaves(batch)[0].shape
+        self.require_divisible("batch", B=B)
+        filled = -T % self.sizes["sequence"]
         sharding = self._sharding(*[None] * parts, MESH_AXES["batch"], "sequence")
 
         def of_array(x: jax.Array) -> jax.Array:
@@ -225,8 +232,9 @@ class Layout:
             head_axis=MESH_AXES["heads"],
             sequence_axis=MESH_AXES["sequence"],
         )
-        past = functools.partial(_with_past, self.mesh)
-        return placed(Placement(op, self._run_block, self._cut_heads, past))
+        of_pieces = (pieces.with_past, pieces.own_heads, pieces.own_tokens)
+        on_mesh = (functools.partial(f, self.mesh) for f in of_pieces)
+        return placed(Placement(op, self._run_block, self._cut_heads, *on_mesh))
 
     def _cut_heads(self, kernel: jax.Array) -> jax.Array:
         """A kernel ``[D, parts, width]`` cut along ``width``; its gradient goes the same way back.
@@ -295,56 +303,6 @@ class Layout:
             if paths <= {path[2:] for path in self._names if path[:2] == head}:
                 return tuple(jax.tree_util.DictKey(key) for key in head)
         raise ValueError(f"a block has parameters that none of the model's has: {sorted(paths)}")
-
-
-def _with_past(
-    mesh: Mesh,
-    compute: Callable[..., jax.Array],
-    arrays: Any,
-    before: Any,
-    *others: jax.Array,
-    on_each_device: bool,
-    check_vma: bool,
-) -> jax.Array:
-    """`ops.parts.with_past` over a mesh: a device is sent the end of the piece before its own."""
-    axis = "sequence"
-    pieces = mesh.shape[axis]
-    tokens = {x.shape[1] for x in jax.tree.leaves(arrays)}
-    tail = max(x.shape[1] for x in jax.tree.leaves(before))
-    # Of shorter pieces it would reach two back.
-    is_cut = pieces > 1 and all(T % pieces == 0 and T // pieces >= tail for T in tokens)
-    if not is_cut and not on_each_device:
-        return compute(arrays, before, *others)
-
-    def past_of(x: jax.Array, before: jax.Array) -> jax.Array:
-        ends = x[:, x.shape[1] - before.shape[1] :]
-        past = jax.lax.ppermute(ends, axis, [(i, i + 1) for i in range(pieces - 1)])
-        return jnp.where(jax.lax.axis_index(axis) == 0, before, past)
-
-    def on_piece(arrays, before, *others):
-        before = jax.tree.map(past_of, arrays, before) if is_cut else before
-        return compute(arrays, before, *others)
-
-    # What has no axis here is left to the compiler.
-    batch, heads = (MESH_AXES[n] if on_each_device else None for n in ("batch", "heads"))
-    first = jax.tree.leaves(arrays)[0]
-    if batch and first.shape[0] % math.prod(mesh.shape[name] for name in batch):
-        batch = None
-
-    def specs(tree: Any, along: str | None) -> Any:
-        spec = lambda x: PartitionSpec(*[batch, along, *[None] * (x.ndim - 3), heads][: x.ndim])
-        return jax.tree.map(spec, tree)
-
-    of_tokens = axis if is_cut else None
-    of_others = [PartitionSpec(*[None] * (x.ndim - 1), heads) for x in others]
-    return jax.shard_map(
-        on_piece,
-        mesh=mesh,
-        in_specs=(specs(arrays, of_tokens), specs(before, None), *of_others),
-        out_specs=specs(first, of_tokens),
-        axis_names=frozenset(mesh.axis_names if on_each_device else {axis}),
-        check_vma=check_vma,
-    )(arrays, before, *others)
 
 
 def _path_of(keys: Any) -> Path:

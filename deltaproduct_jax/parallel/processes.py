@@ -12,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import any_path
+from deltaproduct_jax.files import any_path, require_bucket
 from deltaproduct_jax.parallel.config import DeviceConfig
 
 # Without a sign of life for so long a process is given up, and all others with it.
@@ -21,6 +21,8 @@ HEARTBEAT_TIMEOUT_S = 30
 INITIALIZATION_TIMEOUT_S = 300
 # JAX, whose own end is a trace of its C++, comes so much later.
 GRACE_S = 60
+# The first waits so long for others to come to the same end, and these until it has been told.
+LEAVING_S, TOLD_S = 10, 1
 GIVEN_UP = 2  # exit code, as of a setting that cannot be honoured
 
 
@@ -33,11 +35,13 @@ def keep_programs(config: DeviceConfig) -> None:
     if config.compilation_cache is not None:
         folder = any_path(config.compilation_cache)
         try:
+            require_bucket(folder)
             if isinstance(folder, Path):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
+            reason = error.strerror or error
             raise ConfigError(
-                f"compilation_cache={config.compilation_cache!r} cannot be used: {error.strerror}; "
+                f"compilation_cache={config.compilation_cache!r} cannot be used: {reason}; "
                 "it may be a directory, or gs://BUCKET/FOLDER"
             ) from error
         jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -139,12 +143,21 @@ class Preemption:
 
 
 def leave(code: int) -> None:
-    """Ends a joined process at once if it failed; nothing otherwise.
+    """Ends a joined process if it failed, within seconds; nothing otherwise.
 
-    A process that leaves in order waits for all others, who wait for it in the midst of a step.
-    Without its sign of life they end too.
+    JAX ends all others as soon as the first is gone. So the first waits for those that fail as it
+    does, each with its own line and exit code. Who leaves in order would wait for the rest as well,
+    who wait for it in the midst of a step: without its sign of life they end too.
     """
     if code and are_joined():
         sys.stdout.flush()
         sys.stderr.flush()
+        leaving = threading.Thread(target=_leave_in_order, daemon=True)
+        leaving.start()
+        leaving.join(LEAVING_S if is_first() else TOLD_S)
         os._exit(code)
+
+
+def _leave_in_order() -> None:
+    with contextlib.suppress(RuntimeError):  # of others that did not come, or are gone
+        jax.distributed.shutdown()

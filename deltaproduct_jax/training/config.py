@@ -322,7 +322,7 @@ class RunConfig:
 
     def seeds(self) -> dict[str, int]:
         """One seed a purpose, by name: changing what one is used for leaves the others alone."""
-        return {purpose: _seed_for(self.train.seed, purpose) for purpose in SEED_PURPOSES}
+        return {purpose: seed_for(self.train.seed, purpose) for purpose in SEED_PURPOSES}
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved configuration as JSON knows it: sections of plain values.
@@ -372,7 +372,8 @@ def _made(kind: type, section: str, values: Mapping[str, Any]) -> Any:
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
-def _seed_for(seed: int, purpose: str) -> int:
+def seed_for(seed: int, purpose: str) -> int:
+    """The seed of one purpose, of a run's seed."""
     digest = hashlib.sha256(f"{purpose}:{seed}".encode()).digest()
     return int.from_bytes(digest[:4], "big")
 

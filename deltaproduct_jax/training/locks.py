@@ -82,6 +82,11 @@ class Lock:
         finally:
             os.close(descriptor)
 
+    @property
+    def inherited(self) -> list[int]:
+        """What a child process inherits in order to hold it too; nothing if it is not held."""
+        return [] if os.name == "nt" or self.descriptor is None else [self.descriptor]
+
     def owner(self) -> str:
         """Who has, or had, the lock."""
         try:
@@ -126,12 +131,19 @@ def run_lock(directory: Path) -> Iterator[None]:
     if jax.process_index() != 0:
         yield
         return
-    lock = Lock(directory / RUN_LOCK)
+    with held(Lock(directory / RUN_LOCK)):
+        yield
+
+
+@contextlib.contextmanager
+def held(lock: Lock) -> Iterator[Lock]:
+    """A lock on the folder that its file lies in; RunDirectoryError if another process has it."""
     if not lock.acquire():
         raise RunDirectoryError(
-            f"{directory} is in use by {lock.owner()}; wait for its end, or give another workdir"
+            f"{lock.path.parent} is in use by {lock.owner()}; wait for its end, or give another "
+            "workdir"
         )
     try:
-        yield
+        yield lock
     finally:
         lock.release()

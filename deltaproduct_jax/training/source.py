@@ -22,8 +22,10 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
 from deltaproduct_jax.tasks.task import ACCURACIES, Batch, Metric, batch_key
-from deltaproduct_jax.training.config import RunConfig
+from deltaproduct_jax.training.config import RunConfig, seed_for
 from deltaproduct_jax.training.start import data_key
+
+HELD_OUT_SEED = 0  # of the text that runs of all seeds are evaluated on
 
 
 class Source(Protocol):
@@ -126,7 +128,10 @@ def batches_of(config: RunConfig, length: int) -> range:
 
 
 class StreamedBatches:
-    """Of text: rows that each process reads for its own devices."""
+    """Of text: rows that each process reads for its own devices.
+
+    Those held out are the same whatever the run's seed, so that runs differ by what they learned.
+    """
 
     def __init__(self, config: RunConfig, layout: Layout):
         self._config, self._layout = config, layout
@@ -134,7 +139,7 @@ class StreamedBatches:
         self._held_out: dict[tuple[str, int], tuple[_Reader, TokenStream]] = {}
         train = config.train
         self._reader = _Reader(layout, train.batch_size)
-        self._stream = self._open(self._reader, "train", config.task.train_length)
+        self._stream = self._open(self._reader, "train", config.task.train_length, seed=train.seed)
         if self._stream.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"vocab_size={config.model.vocab_size} must be at least that of the text's "
@@ -148,19 +153,22 @@ class StreamedBatches:
             for length in lengths:
                 self._hold_out(split, length)
 
-    def _open(self, reader: "_Reader", split: str, length: int) -> TokenStream:
+    def _open(self, reader: "_Reader", split: str, length: int, *, seed: int) -> TokenStream:
         return self._config.task.stream(
             split,
             batch_size=reader.batch_size,
             length=length,
-            seed=self._config.seeds()["data"],
+            seed=seed_for(seed, "data"),
             **reader.share,
         )
 
     def _hold_out(self, split: str, length: int) -> tuple["_Reader", TokenStream]:
         if (split, length) not in self._held_out:
             reader = _Reader(self._layout, self._config.train.eval_batch_size)
-            self._held_out[split, length] = reader, self._open(reader, split, length)
+            self._held_out[split, length] = (
+                reader,
+                self._open(reader, split, length, seed=HELD_OUT_SEED),
+            )
         return self._held_out[split, length]
 
     def training(self, step: int) -> Batch:

@@ -12,11 +12,11 @@ and figures of all legs in the folder are drawn.
 
 With ``--deadline_s`` no leg begins that would not end in time; a shorter one that is later in the
 list does instead. At the deadline, and upon Ctrl-C and SIGTERM, legs save, and the same command
-goes on. A leg that fails is told in a line and ends no other; the exit code is 1 then. What the
-processes print is in ``logs/``.
+goes on; what it says of training must be the same. A leg that fails is told in a line and ends no
+other; the exit code is 1 then. What the processes print is in ``logs/``.
 
 On a machine without GPUs legs go one after another. While text becomes tokens, the first legs of
-GPUs compile, by training on a made-up text until their first record (``--warm``). To have no GPU
+GPUs compile, by training on a made-up text until validated (``--warm``). To have no GPU
 wait, make tokens beforehand, anywhere: ``experiments.language.paper --stages=prepare``.
 
 Source: https://arxiv.org/abs/2502.10297, its language models side by side.
@@ -37,17 +37,19 @@ import jax
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import require_directory, user_path
 from deltaproduct_jax.settings import LARGEST_SEED, check_fields, setting
+from deltaproduct_jax.training.locks import Lock, held
 from experiments.lib import children, flags
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import LEGS, TRAINING, Leg
 from experiments.lib.leg_config import PRESETS as OF_A_LEG
 from experiments.lib.leg_config import LegConfig
-from experiments.lib.leg_jobs import Place, paper, run_legs
+from experiments.lib.leg_jobs import Place, paper, refuse_other_settings, run_legs
 from experiments.lib.leg_schedule import Terms
 from experiments.lib.leg_warming import warmed
 from experiments.lib.sweeps.gpus import visible_gpus
 
 PROGRAMS = "programs"
+LOCK = ".legs.lock"
 # What this command says of a leg itself.
 DECIDED = ("leg", "seed", "stages", "train_s")
 PRESETS: dict[str, dict[str, Any]] = OF_A_LEG | {
@@ -71,9 +73,9 @@ class LegsConfig:
     measure_s: float = setting(
         120.0, "seconds kept for measuring a leg, where there is a deadline", least=0
     )
-    memory_fraction: float = setting(
-        0.31,
-        "of a GPU's memory for each process: two train at times, others measure",
+    memory_fraction: float | None = setting(
+        None,
+        "of a GPU's memory for each leg that trains; none: what it needs of an H200's",
         above=0,
         most=1,
     )
@@ -117,24 +119,29 @@ def command(argv: Sequence[str]) -> None:
     end = math.inf if config.deadline_s is None else time.monotonic() + config.deadline_s
     programs = user_path(config.compilation_cache or str(workdir / PROGRAMS)).resolve()
     require_directory(programs)
-    place = Place(workdir, visible_gpus(), programs, config.memory_fraction)
-    legs = [Leg(name, seed, workdir) for name, seed in config.named]
-    with contextlib.ExitStack() as ending:
-        beside = {}
-        if config.warm and place.gpus and not legs[0].tokens("code").exists():
-            beside["beside"] = ending.enter_context(warmed(legs, of_each[0], place)).step
-        children.run(
-            paper(workdir, "prepare", of_each[0].flags()),
-            variables=children.ON_CPU,
-            limit_s=config.deadline_s,
-            log=place.log("prepare"),
-            **beside,
-        )
-    terms = Terms(of_each[0].tokens_trained, config.overlap_s, config.measure_s, end)
-    failures = run_legs(legs, of_each[0], place, terms)
-    if any(workdir.glob(f"records/*/{TRAINING}")):
-        drawn = {"format": ",".join(look.format)} | ({"width": look.width} if look.width else {})
-        children.run(paper(workdir, "draw", drawn), variables=children.ON_CPU)
+    with held(Lock(workdir / LOCK)) as lock:
+        place = Place(workdir, visible_gpus(), programs, config.memory_fraction, lock)
+        legs = [Leg(name, seed, workdir) for name, seed in config.named]
+        with contextlib.ExitStack() as ending:
+            beside = {}
+            if config.warm and place.gpus and not legs[0].tokens("code").exists():
+                beside["beside"] = ending.enter_context(warmed(legs, of_each[0], place)).step
+            children.run(
+                paper(workdir, "prepare", of_each[0].flags()),
+                variables=children.ON_CPU,
+                limit_s=config.deadline_s,
+                log=place.log("prepare"),
+                lock=lock,
+                **beside,
+            )
+        refuse_other_settings(legs, of_each[0])
+        terms = Terms(of_each[0].tokens_trained, config.overlap_s, config.measure_s, end)
+        failures = run_legs(legs, of_each[0], place, terms)
+        if any(workdir.glob(f"records/*/{TRAINING}")):
+            drawn = {"format": ",".join(look.format)}
+            drawn |= {} if look.width is None else {"width": look.width}
+            command = paper(workdir, "draw", drawn)
+            children.run(command, variables=children.ON_CPU, lock=lock)
     if failures:
         raise SystemExit(1)
 

@@ -23,6 +23,7 @@ Takes: on one H200 three minutes to train a leg of 36M, ten a leg of 213M, and a
 """
 
 import hashlib
+import math
 import shutil
 import statistics
 import sys
@@ -33,8 +34,9 @@ from typing import Any, TypedDict
 import jax
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import errors_as_one_line, read_json, read_lines, user_path
-from deltaproduct_jax.training.records import METRICS, RESULTS, RUN, MetricsLine
+from deltaproduct_jax.files import errors_as_one_line, read_json, user_path
+from deltaproduct_jax.training.locks import run_lock
+from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import archives, flags
 from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
 from experiments.lib.children import run
@@ -43,15 +45,15 @@ from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
     DOMAINS,
-    TRAINING,
     Leg,
-    curve,
+    keep,
     measurements,
     preparations,
     records_of,
 )
 from experiments.lib.leg_config import PRESETS, LegConfig
 
+PLACES = {"length_trained": "length trained", "last_eighth": "last eighth"}
 RANK_COLUMNS = {
     "trained": "rank, length trained",
     "end": "rank, last quarter",
@@ -62,12 +64,13 @@ RANK_COLUMNS = {
 def prepare(config: LegConfig, workdir: Path) -> None:
     """Unpacks the archive, and makes its text tokens."""
     text = workdir / "text"
-    if config.archive is not None:
-        unpack(user_path(config.archive), text)
-    if not text.exists():
-        raise ConfigError(f"archive is missing; {text} is not there either")
-    for command in preparations(workdir, config.tokenizer).values():
-        run(command)
+    with run_lock(workdir):
+        if config.archive is not None:
+            unpack(user_path(config.archive), text)
+        if not text.exists():
+            raise ConfigError(f"archive is missing; {text} is not there either")
+        for command in preparations(workdir, config.tokenizer).values():
+            run(command)
 
 
 def unpack(path: Path, text: Path) -> None:
@@ -119,27 +122,13 @@ def train(config: LegConfig, leg: Leg) -> bool:
     return (leg.run / RESULTS).exists()
 
 
-def keep(leg: Leg) -> None:
-    """Writes what is known of a leg's training, if it has come to its first record."""
-    rows = read_lines(leg.run / METRICS, MetricsLine)
-    if not rows:
-        return
-    results = leg.run / RESULTS
-    record = {
-        "leg": leg.name,
-        "seed": leg.seed,
-        "starts": read_json(leg.run / RUN),
-        "curve": curve(rows),
-        "results": read_json(results) if results.exists() else None,
-    }
-    write_json(leg.records / TRAINING, record)
-
-
 def measure(config: LegConfig, leg: Leg) -> None:
     """What a trained model is asked; each answer is written as soon as it is there."""
-    for part in measurements(leg, config.length, config.rank_length, config.rows):
-        run(part.command, output=part.output)
-    leg.remove_spares()
+    keep(leg)
+    with run_lock(leg.records):
+        for part in measurements(leg, config.length, config.rank_length, config.rows):
+            run(part.command, output=part.output)
+        leg.remove_spares()
 
 
 def rows_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -158,10 +147,18 @@ def rows_of(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "valid_loss": validated[-1] if validated else None,
                 **{name: tests.get(name) for name in ("loss", "bits_per_byte")},
                 "ranks": record["ranks"] and _ranks(record["ranks"]),
+                "length_trained": {e["data"]: _length_trained(e) for e in record["positions"]},
                 "last_eighth": {e["data"]: _last_eighth(e["loss"]) for e in record["positions"]},
             }
         )
     return rows
+
+
+def _length_trained(entry: Mapping[str, Any]) -> float:
+    """The mean up to there."""
+    limit = entry["trained"] or math.inf
+    pairs = zip(entry["position"], entry["loss"], strict=True)
+    return statistics.fmean([loss for place, loss in pairs if place <= limit] or entry["loss"][:1])
 
 
 def _last_eighth(loss: Sequence[float]) -> float:
@@ -190,14 +187,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             *(shown(row[name], ",d") for name in ("tokens", "parameters")),
             shown(row["tokens_per_second"], ",.0f"),
             *(shown(row[name], ".4f") for name in ("valid_loss", "loss", "bits_per_byte")),
-            *(shown(row["last_eighth"].get(text), ".4f") for text in texts),
+            *(shown(row[of].get(text), ".4f") for text in texts for of in PLACES),
             *(shown((row.get("ranks") or {}).get(name), ".2f") for name in ranked),
         ]
         for row in rows
     ]
     head = ("leg", "seed", "tokens", "parameters", "median tokens/s", "validation loss")
     head += ("test loss", "bits per byte")
-    head += tuple(f"{text}, last eighth" for text in texts)
+    head += tuple(f"{text}, {place}" for text in texts for place in PLACES.values())
     return markdown((*head, *ranked.values()), lines)
 
 

@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import BinaryIO
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.files import errors_as_one_line
+from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signals
 from experiments.lib.sweeps.attempts import wait_or_kill
 from experiments.lib.sweeps.parent import marked
+from experiments.lib.sweeps.records import last_line, size_of
 
 # What computes nothing leaves GPUs to others.
 ON_CPU = MappingProxyType({"JAX_PLATFORMS": "cpu"})
@@ -30,6 +34,10 @@ class Child:
         variables: of its environment, beside those of this process.
         log: what it prints is added there; None for where this process prints.
         output: what it prints on standard output goes there instead, once it has ended well.
+        lock: held by this process, and by the child as long as that lives.
+
+    Raises:
+        RunDirectoryError: the log or the output cannot be written.
     """
 
     def __init__(
@@ -39,21 +47,28 @@ class Child:
         variables: Mapping[str, str] = MappingProxyType({}),
         log: Path | None = None,
         output: Path | None = None,
+        lock: Lock | None = None,
     ):
         self.was_asked = False
+        self._log, self._log_size = log, 0 if log is None else size_of(log)
         self._output = output
         self._partial = None if output is None else output.with_name(f".{output.name}.partial")
         with contextlib.ExitStack() as files:
-            errors = None if log is None else files.enter_context(open(log, "ab"))
+            errors = None if log is None else files.enter_context(_opened(log, "ab"))
             to_file = self._partial is not None
             self._process = subprocess.Popen(
                 command,
                 env=marked(dict(os.environ) | dict(variables)),
                 stdin=subprocess.DEVNULL,
-                stdout=files.enter_context(open(self._partial, "wb")) if to_file else errors,
+                stdout=files.enter_context(_opened(self._partial, "wb")) if to_file else errors,
                 stderr=errors,
+                pass_fds=() if lock is None else lock.inherited,
                 start_new_session=True,
             )
+
+    def last_line(self) -> str:
+        """The last that it has printed to its log."""
+        return "" if self._log is None else last_line(self._log, self._log_size)
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
@@ -88,6 +103,12 @@ class Child:
         wait_or_kill(self._process)
 
 
+def _opened(path: Path, mode: str) -> BinaryIO:
+    with errors_as_one_line(path, "written"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, mode)
+
+
 def run(
     command: Sequence[str],
     *,
@@ -95,6 +116,7 @@ def run(
     limit_s: float | None = None,
     log: Path | None = None,
     output: Path | None = None,
+    lock: Lock | None = None,
     beside: Callable[[], bool] = lambda: False,
 ) -> None:
     """Runs a command to its end, or until its time is over, when it is told to save and end.
@@ -105,6 +127,7 @@ def run(
         limit_s: seconds that it may take.
         log: as of `Child`.
         output: as of `Child`.
+        lock: as of `Child`.
         beside: called again and again meanwhile, and then as long as it says that there is more to
             do.
 
@@ -116,7 +139,7 @@ def run(
     print(shown_as, file=sys.stderr, flush=True)
     end = float("inf") if limit_s is None else time.monotonic() + limit_s
     with stop_on_signals() as request:
-        child = Child(command, variables=variables, log=log, output=output)
+        child = Child(command, variables=variables, log=log, output=output, lock=lock)
         try:
             more = True
             while more and not child.poll() and not request.is_set() and time.monotonic() < end:
@@ -129,4 +152,5 @@ def run(
         raise Stopped(text, request.signal_number)
     if child.has_failed():
         where = "above" if log is None else str(log)
-        raise ConfigError(f"a part failed with {child.poll()}, see {where}: {shown_as}")
+        why = child.last_line() or shown_as
+        raise ConfigError(f"a part failed with {child.poll()}, see {where}: {why}")

@@ -3,19 +3,23 @@
 A leg is: text to tokens, a training run, its measurements. Every command goes on where it stood.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json
-from deltaproduct_jax.training.records import Results
+from deltaproduct_jax.files import read_json, read_lines
+from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine, Results, read_results
+from experiments.lib.bench.report import write_json
 
 TRAINING, EXTRAPOLATION, RANKS = "training.json", "extrapolation.json", "effective_rank.json"
 SAMPLES = "samples.txt"
+TRAINED_BY = "language_modeling"  # the script of experiments
 
 # Of the kernel's sources, directories that are not trained on.
 VALID_PATHS = ("*/fs/xfs/*", "*/mm/*")
@@ -44,24 +48,35 @@ LEGS: dict[str, tuple[str, ...]] = {
 _WITHOUT_FACTORS = ("36m_transformer", "36m_mamba2")
 
 
-class Size(NamedTuple):
-    """What legs of a size ask of a device.
+# Parts of a batch of 32 rows of 4,096 tokens, so that two legs fit on one GPU.
+PARTS = {"213m": 4, "36m": 1, "tiny": 1}
+# Of an H200's memory, what training takes whatever a batch has, and what a whole batch adds.
+KEPT, OF_A_BATCH = 0.05, {"213m": 1.04, "36m": 0.22, "tiny": 0.22}
+# Seconds of an H200 for 200 million tokens; what counts is how legs compare.
+SECONDS = {
+    "213m_1": 682,
+    "213m_2": 762,
+    "213m_3": 708,
+    "213m_2_gated": 850,  # a guess, as are the last three of 36M
+    "36m_1": 157,
+    "36m_2": 165,
+    "36m_3": 166,
+    "36m_2_gated": 194,
+    "36m_2_hybrid": 170,
+    "36m_transformer": 220,
+    "36m_mamba2": 220,
+    "tiny": 60,
+}
 
-    Attributes:
-        parts: of a batch of 32 rows of 4,096 tokens, so that two such legs fit on one GPU.
-        minutes: of an H200 for 200 million tokens, about; what counts is how sizes compare.
-    """
 
-    parts: int
-    minutes: float
+def parts_of_leg(name: str) -> int:
+    """Of a batch of a leg of `LEGS`, by its name."""
+    return PARTS[name.partition("_")[0]]
 
 
-SIZES = {"213m": Size(4, 10.0), "36m": Size(1, 3.0), "tiny": Size(1, 1.0)}
-
-
-def size_of_leg(name: str) -> Size:
-    """That of a leg of `LEGS`, by its name."""
-    return SIZES[name.partition("_")[0]]
+def share_of_leg(name: str, parts: int) -> float:
+    """Of an H200's memory for training it, with a batch in so many parts."""
+    return min(1.0, KEPT + OF_A_BATCH[name.partition("_")[0]] / parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +121,7 @@ class Leg:
     def training(self, length: int, rows: int, parts: int, steps: int, rate: float) -> list[str]:
         """The command that trains."""
         return module(
-            "language_modeling",
+            TRAINED_BY,
             *LEGS[self.name],
             workdir=self.run,
             data=self.tokens("code"),
@@ -161,44 +176,60 @@ class Part(NamedTuple):
         command: what is run.
         record: what is there when it is done.
         output: where its standard output goes, None if it writes the record itself.
+        settings: what the record's "config" has of what was asked.
     """
 
     name: str
     command: list[str]
     record: Path
     output: Path | None = None
+    settings: Mapping[str, object] = MappingProxyType({})
+
+    def is_done(self) -> bool:
+        """Whether the record is there, whole, and of these settings."""
+        if not self.settings:
+            return self.record.exists()
+        with contextlib.suppress(RunDirectoryError):
+            saved = read_json(self.record, _Measured)["config"]
+            return all(saved.get(name) == value for name, value in self.settings.items())
+        return False
+
+
+class _Measured(TypedDict):
+    config: dict[str, Any]
 
 
 def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[Part]:
     """What a trained leg is asked, none of it in need of another."""
     texts = f"{leg.tokens('code')},{leg.tokens('prose')}"
     kept = {"workdir": leg.records, "checkpoint": "newest"}
+    read = {"length": length, "rows": rows}
     extrapolation = module(
         "analysis.length_extrapolation",
         **kept,
+        **read,
         runs=leg.run,
         data=texts,
-        length=length,
-        rows=rows,
         batch_size=rows,
         window=min(256, length),
     )
+    ranked = {"length": rank_length}
     ranks = module(
         "analysis.effective_rank",
         **kept,
+        **ranked,
         dtype="float32",
         run=leg.run,
         data=leg.tokens("prose"),
-        length=rank_length,
         every=min(16, rank_length),
     )
     written = leg.records / SAMPLES
     parts = [
         Part("samples", samples(leg), written, output=written),
-        Part("extrapolation", extrapolation, leg.records / EXTRAPOLATION),
+        Part("extrapolation", extrapolation, leg.records / EXTRAPOLATION, settings=read),
     ]
     if leg.name not in _WITHOUT_FACTORS:
-        parts.append(Part("effective_rank", ranks, leg.records / RANKS))
+        parts.append(Part("effective_rank", ranks, leg.records / RANKS, settings=ranked))
     return parts
 
 
@@ -279,6 +310,21 @@ class Ranks(TypedDict):
     # Records before 0.2.0 have neither.
     num_householder: NotRequired[int]
     along: NotRequired[Along]
+
+
+def keep(leg: Leg) -> None:
+    """Writes what is known of a leg's training, if it has come to its first record."""
+    rows = read_lines(leg.run / METRICS, MetricsLine)
+    if not rows:
+        return
+    record = {
+        "leg": leg.name,
+        "seed": leg.seed,
+        "starts": read_json(leg.run / RUN),
+        "curve": curve(rows),
+        "results": read_results(leg.run),
+    }
+    write_json(leg.records / TRAINING, record)
 
 
 def curve(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
-from experiments.lib.language_legs import LEGS, Leg, size_of_leg
+from experiments.lib.language_legs import LEGS, Leg, parts_of_leg, share_of_leg
 
 STAGES = ("prepare", "train", "measure", "draw")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -75,7 +75,11 @@ class LegConfig:
         """Parts of a batch; the leg's own are as many as divide the batch."""
         if self.accumulation_steps is not None:
             return self.accumulation_steps
-        return math.gcd(self.batch_size, size_of_leg(self.leg).parts)
+        return math.gcd(self.batch_size, parts_of_leg(self.leg))
+
+    def share(self, leg: Leg) -> float:
+        """Of an H200's memory, for training a leg by these settings."""
+        return share_of_leg(leg.name, dataclasses.replace(self, leg=leg.name).parts)
 
     @property
     def steps(self) -> int:

@@ -10,18 +10,27 @@ from pathlib import Path
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import read_lines
-from deltaproduct_jax.training.records import METRICS, RESULTS, MetricsLine
+from deltaproduct_jax.training.locks import Lock
+from deltaproduct_jax.training.records import (
+    METRICS,
+    RESULTS,
+    MetricsLine,
+    refuse_other_config,
+    saved_config,
+)
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib.children import Child
-from experiments.lib.language_legs import Leg, Part, measurements, module
+from experiments.lib.language_legs import TRAINED_BY, Leg, Part, keep, measurements, module
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_schedule import Progress, Schedule, Terms
 from experiments.lib.sweeps.attempts import environment
-from experiments.lib.sweeps.records import last_line, size_of
+from experiments.lib.sweeps.grid import build, load_script
 from experiments.lib.sweeps.view import clock
 
 POLL_S = 1.0
 SAY_EVERY_S = 30.0
+MEASURED_IN = 0.31  # of a GPU's memory at most: attention at 32,768 tokens takes a fifth
+TOGETHER = 0.92  # likewise of two legs that train, so that another can be measured
 LATEST = 40  # records whose median is a leg's rate
 
 
@@ -33,13 +42,15 @@ class Place:
         workdir: of all legs.
         gpus: as CUDA_VISIBLE_DEVICES names them; empty for the CPU.
         programs: folder of compiled programs.
-        memory_fraction: of a GPU's memory that a process may take.
+        memory_fraction: of a GPU's memory, for a process that trains; None: what its leg needs.
+        lock: on the workdir, which all processes hold.
     """
 
     workdir: Path
     gpus: Sequence[str]
     programs: Path
-    memory_fraction: float
+    memory_fraction: float | None
+    lock: Lock | None = None
 
     @property
     def slots(self) -> int:
@@ -50,22 +61,31 @@ class Place:
         """Of a GPU."""
         return f"GPU {self.gpus[slot]}" if self.gpus else "CPU"
 
-    def variables(self, slot: int, *, reserve: bool) -> dict[str, str]:
-        """The environment of a process; ``reserve`` has it take its memory as it starts."""
+    def share(self, leg: Leg, config: LegConfig) -> float:
+        """Of a GPU's memory, for training a leg."""
+        return config.share(leg) if self.memory_fraction is None else self.memory_fraction
+
+    def variables(self, slot: int, share: float | None = None) -> dict[str, str]:
+        """The environment of a process, which takes its share of memory as it starts.
+
+        Without one it takes what it needs, up to `MEASURED_IN`.
+        """
         variables = environment(self.slots, self.gpus[slot : slot + 1])
         return variables | {
             "JAX_COMPILATION_CACHE_DIR": str(self.programs),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "XLA_PYTHON_CLIENT_MEM_FRACTION": str(self.memory_fraction),
-            "XLA_PYTHON_CLIENT_PREALLOCATE": str(reserve).lower(),
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share or MEASURED_IN:g}",
+            "XLA_PYTHON_CLIENT_PREALLOCATE": str(share is not None).lower(),
             "PYTHONUNBUFFERED": "1",
         }
 
     def log(self, name: str) -> Path:
         """Where a process's output goes."""
-        path = self.workdir / "logs" / f"{name}.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
+        return self.workdir / "logs" / f"{name}.log"
+
+    def child(self, command: Sequence[str], variables: Mapping[str, str], **files: Path) -> Child:
+        """A process that runs here; ``files`` as of `Child`."""
+        return Child(command, variables=variables, lock=self.lock, **files)
 
 
 class Parts:
@@ -76,29 +96,36 @@ class Parts:
         place: where they run.
         slot: the number of their GPU.
         parts: what they are, none of which needs another.
-        reserve: whether each takes its memory as it starts.
+        share: of the GPU's memory, which each takes as it starts; None: as it needs.
+        failed: lines that are said with theirs.
     """
 
-    def __init__(self, leg: Leg, place: Place, slot: int, parts: Sequence[Part], *, reserve: bool):
-        self._leg = leg
-        self._children: dict[str, tuple[Child, Path, int]] = {}
-        variables = place.variables(slot, reserve=reserve)
-        leg.records.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self,
+        leg: Leg,
+        place: Place,
+        slot: int,
+        parts: Sequence[Part],
+        share: float | None,
+        failed: Sequence[str] = (),
+    ):
+        self._leg, self._failed = leg, failed
+        self._children: dict[str, tuple[Child, Path]] = {}
+        variables = place.variables(slot, share)
         for part in parts:
             log = place.log(f"{leg.label}.{part.name}")
-            before = size_of(log)
-            child = Child(part.command, variables=variables, log=log, output=part.output)
-            self._children[part.name] = child, log, before
+            child = place.child(part.command, variables, log=log, output=part.output)
+            self._children[part.name] = child, log
 
     def poll(self) -> list[str] | None:
         """None while one runs; then a line for each that failed."""
-        codes = [child.poll() for child, _, _ in self._children.values()]
+        codes = [child.poll() for child, _ in self._children.values()]
         if None in codes:
             return None
-        failed = []
-        for name, (child, log, before) in self._children.items():
+        failed = list(self._failed)
+        for name, (child, log) in self._children.items():
             if child.has_failed():
-                said = last_line(log, before)
+                said = child.last_line()
                 why = f"{self._leg.label}: {name} failed with exit code {child.poll()}"
                 failed.append(f"{why}, see {log}" + (f": {said}" if said else ""))
         if not any(codes):
@@ -107,13 +134,13 @@ class Parts:
 
     def ask_to_stop(self) -> None:
         """Tells them to save and end."""
-        for child, _, _ in self._children.values():
+        for child, _ in self._children.values():
             child.ask_to_stop()
 
     def stop(self) -> None:
         """Ends them, saved."""
         self.ask_to_stop()
-        for child, _, _ in self._children.values():
+        for child, _ in self._children.values():
             child.stop()
 
 
@@ -127,6 +154,7 @@ def progress_of(leg: Leg) -> Progress:
             tokens=int(rows[-1].get("tokens", 0)) if rows else 0,
             rate=statistics.median(rates[-LATEST:]) if rates else None,
             loss=losses[-1] if losses else None,
+            is_validated=any("valid_loss" in row for row in rows),
             is_done=(leg.run / RESULTS).exists(),
         )
     return Progress()
@@ -138,9 +166,26 @@ def paper(workdir: Path, stage: str, settings: Mapping[str, object]) -> list[str
 
 
 def missing(leg: Leg, config: LegConfig) -> list[Part]:
-    """Measurements of a leg whose records are not there."""
+    """Measurements of a leg whose records are not there, are damaged, or have other settings."""
     parts = measurements(leg, config.length, config.rank_length, config.rows)
-    return [part for part in parts if not part.record.exists()]
+    return [part for part in parts if not part.is_done()]
+
+
+def refuse_other_settings(legs: Sequence[Leg], config: LegConfig) -> None:
+    """Raises RunDirectoryError if a leg's run has other settings, whether it is finished or not.
+
+    Of a run whose configuration cannot be read its own start will say so; where its text lies, of
+    which a folder that was moved has another path, it looks itself.
+    """
+    for leg in legs:
+        try:
+            saved = saved_config(leg.run)
+        except RunDirectoryError:
+            continue
+        flags = (flag.removeprefix("--").split("=", 1) for flag in config.training(leg)[3:])
+        now = build(load_script(TRAINED_BY), dict(flags) | {"workdir": "."})
+        now["task"]["data"] = saved.get("task", {}).get("data")
+        refuse_other_config(saved, now, leg.run)
 
 
 def run_legs(legs: Sequence[Leg], config: LegConfig, place: Place, terms: Terms) -> int:
@@ -160,16 +205,23 @@ def run_legs(legs: Sequence[Leg], config: LegConfig, place: Place, terms: Terms)
         settings = config.flags(leg=leg.name, seed=leg.seed)
         part = Part("train", paper(place.workdir, "train", settings), leg.run / RESULTS)
         say(f"{place.name(slot)}: {leg.label} begins")
-        return Parts(leg, place, slot, [part], reserve=True)
+        return Parts(leg, place, slot, [part], place.share(leg, config))
 
     def measure(leg: Leg, slot: int) -> Parts | None:
+        failed = []
+        try:
+            keep(leg)  # an earlier start may have ended before it did
+        except RunDirectoryError as error:
+            failed.append(f"{leg.label}: {error}")
         parts = missing(leg, config)
-        if not parts:
+        if parts:
+            say(f"{place.name(slot)}: {leg.label} is measured")
+        elif not failed:
             return None
-        say(f"{place.name(slot)}: {leg.label} is measured")
-        return Parts(leg, place, slot, parts, reserve=False)
+        return Parts(leg, place, slot, parts, None, failed)
 
-    hooks = {"look": progress_of, "train": train, "measure": measure, "say": say}
+    fit = lambda *both: sum(place.share(leg, config) for leg in both) <= TOGETHER
+    hooks = {"look": progress_of, "train": train, "measure": measure, "say": say, "fit": fit}
     schedule = Schedule(legs, place.slots, terms, clock=time.monotonic, **hooks)
     began = said = time.monotonic()
     with stop_on_signals() as request:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from experiments.lib.language_legs import Leg, size_of_leg
+from experiments.lib.language_legs import SECONDS, Leg
 
 AT_ONCE = 2  # legs that train on a GPU: one ends, one starts
 
@@ -22,12 +22,14 @@ class Progress:
         tokens: trained on.
         rate: tokens of a second; None before the first records.
         loss: the last.
+        is_validated: there is a record of that.
         is_done: it is trained.
     """
 
     tokens: int = 0
     rate: float | None = None
     loss: float | None = None
+    is_validated: bool = False
     is_done: bool = False
 
 
@@ -84,6 +86,7 @@ class Schedule:
         look: how far a leg is.
         train: begins a leg's training on a slot of a number.
         measure: likewise its measuring; None where all of that is there.
+        fit: whether two legs can train on a GPU at the same time.
         say: takes the lines that tell of failures and of legs that are not begun.
         clock: seconds.
     """
@@ -97,6 +100,7 @@ class Schedule:
         look: Callable[[Leg], Progress],
         train: Callable[[Leg, int], LegJob],
         measure: Callable[[Leg, int], LegJob | None],
+        fit: Callable[[Leg, Leg], bool],
         say: Callable[[str], None],
         clock: Callable[[], float],
     ):
@@ -104,7 +108,7 @@ class Schedule:
         self.failures = 0
         self._terms = terms
         self._look, self._train, self._measure = look, train, measure
-        self._say, self._clock = say, clock
+        self._fit, self._say, self._clock = fit, say, clock
         self._queue = [leg for leg in legs if not look(leg).is_done]
         # And the slot that trained it, None where that was an earlier start.
         self._unmeasured: list[tuple[Leg, int | None]] = [
@@ -148,11 +152,11 @@ class Schedule:
         return None if rate is None else max(0, self._terms.tokens - progress.tokens) / rate
 
     def _rate(self, name: str) -> float | None:
-        """Of a leg of that name, or of the last that was seen, by what their sizes cost."""
+        """Of a leg of that name, or of the last that was seen, by what they cost."""
         if name in self._rates or not self._rates:
             return self._rates.get(name)
         other, rate = list(self._rates.items())[-1]
-        return rate * size_of_leg(other).minutes / size_of_leg(name).minutes
+        return rate * SECONDS[other] / SECONDS[name]
 
     def _reap(self) -> None:
         for slot in self.slots:
@@ -210,5 +214,7 @@ class Schedule:
         for leg in self._queue:
             needed = self.seconds_left(leg)
             if needed is None or needed <= room:
-                return leg
+                # One that does not fit waits for the GPU, and no lesser one goes before it.
+                beside = [other for other, _ in slot.training]
+                return leg if all(self._fit(other, leg) for other in beside) else None
         return None

@@ -1,7 +1,7 @@
 """Programs of first legs, compiled while their text becomes tokens: GPUs would else wait for both.
 
 Programs do not depend on what a text says. Each leg is trained on a made-up one, in a folder that
-is removed, until its first record is there: then its programs are among those that JAX keeps. That
+is removed, until it has been validated: then its programs are among those that JAX keeps. That
 helps wherever the vocabulary is the tokenizer's own; one learned from the text may be smaller here.
 """
 
@@ -17,6 +17,7 @@ from experiments.lib.leg_jobs import Place, progress_of
 FOLDER = "warming"
 ROWS = 80  # of each split, more than are validated on
 BYTES_OF_TOKEN = 6  # at most, of the lines below
+SOON = "--eval_every=2"  # steps
 
 
 class Warming:
@@ -51,12 +52,16 @@ class Warming:
             self._preparing = None
             config, place = self._config, self._place
             if code == 0:
-                self._training = [
-                    (leg, self._child(config.training(leg), place.variables(slot, reserve=True)))
+                of_slots = [
+                    place.variables(slot, place.share(leg, config))
                     for slot, leg in enumerate(self._legs)
                 ]
+                self._training = [
+                    (leg, self._child([*config.training(leg), SOON], variables))
+                    for leg, variables in zip(self._legs, of_slots, strict=True)
+                ]
         for leg, child in list(self._training):
-            if child.poll() is not None or progress_of(leg).tokens:
+            if child.poll() is not None or progress_of(leg).is_validated:
                 child.kill()
                 self._training.remove((leg, child))
         return bool(self._training)
@@ -68,7 +73,7 @@ class Warming:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _child(self, command: list[str], variables: Mapping[str, str]) -> Child:
-        return Child(command, variables=variables, log=self._place.log(FOLDER))
+        return self._place.child(command, variables, log=self._place.log(FOLDER))
 
 
 _HELD_OUT = (VALID_PATHS[0], TEST_PATHS[0])

@@ -14,13 +14,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
+
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, read_lines
 from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.task import ACCURACIES
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.evaluation import selection_of
+from deltaproduct_jax.training.evaluation import scored, selection_of
 from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine
+from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.together.numbers import program_of
 from experiments.lib.run_records import Record, label
 from experiments.lib.sweeps.grid import (
@@ -56,12 +62,9 @@ class Arm(NamedTuple):
 
 
 class Reported(NamedTuple):
-    """The number of the test split that is reported, at a length, and what escaping is.
+    """The number of the test split that is reported, at a length, and what escaping is."""
 
-    The metric is None for the first of `SCORES`.
-    """
-
-    metric: str | None
+    metric: str
     length: int | None
     threshold: float
 
@@ -86,7 +89,7 @@ def arms_of(
 
     Raises:
         ConfigError: an arm or what is fixed cannot be read, or decides what the search is to; two
-            arms are the same.
+            arms are the same; no arm tries a field that was chosen among `SPACE`.
     """
     module, constants = load_script(script), parse_fixed(fixed)
     given = [parse_fixed(text, "--arm") for text in texts] or [{MIXER: name} for name in MIXERS]
@@ -102,6 +105,9 @@ def arms_of(
         own = (RATE, *takes, *(() if END in decided else (END,)))
         tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
         arms.append(Arm(arm, tried))
+    for name in fields if len(fields) < len(SPACE) else ():
+        if not any(name in arm.tried[0] for arm in arms):
+            raise ConfigError(f"fields={name!r} is tried by no arm: none has it, or all set it")
     return arms
 
 
@@ -207,11 +213,57 @@ def finished(folders: Sequence[RunFolder]) -> list[Record]:
     return [Record(name, {}, dict(results)) for name, results in found if results is not None]
 
 
-def metric_of(records: Sequence[Record], length: int | None) -> str:
-    """The first of `SCORES` that the runs have; without any run, the first."""
-    if not records:
-        return SCORES[0]
-    strict = records[0].entry(length).get("strict", {})
+def reported_of(
+    arms: Sequence[Arm], script: str, fixed: str, metric: str | None, length: int | None
+) -> str:
+    """The metric that is reported: as given, or the first of `SCORES` that the arms' task has.
+
+    Args:
+        arms: all of them.
+        script: whose runs they are.
+        fixed: settings that all share.
+        metric: path of a number in an entry of results.json's test, or None.
+        length: at which it is looked at; None for the longest of each run.
+
+    Raises:
+        ConfigError: the results of an arm's runs will not have it, at that length.
+    """
+    module, constants = load_script(script), parse_fixed(fixed)
+    found: dict[str, Record] = {}
+    for arm in arms:
+        config = RunConfig.from_dict(build(module, constants | arm.settings))
+        saved = config.to_dict()
+        same = ("eval_sequences", "eval_batch_size", "seed")
+        asked = identity({"task": saved["task"], **{name: saved["train"][name] for name in same}})
+        name = label(list(arm.settings), tuple(arm.settings.values()))
+        record = found.setdefault(asked, Record(name, {}, {"test": entries_of(config, length)}))
+        metric = metric or metric_of(record, length)
+        record.score(metric, length)
+    return metric
+
+
+def entries_of(config: RunConfig, length: int | None) -> list[dict[str, Any]]:
+    """What results.json's test would hold of a run that answers right, in full at one length.
+
+    Args:
+        config: of the run.
+        length: at which, None for the longest; of others there are the lengths alone.
+    """
+    lengths = config.task.test_lengths
+    length = max(lengths) if length is None else length
+    if length not in lengths:
+        return [{"length": other} for other in lengths]
+    source = source_of(config, Layout(make_mesh(DeviceConfig(mesh="data:1")), {}))
+    draw = jax.jit(source.eval_batch, static_argnums=1)
+    masks = [np.asarray(draw(given, length).mask) for given in source.evaluation("test", length)]
+    answers = [(mask.sum(), mask, mask) for mask in masks]
+    entry = scored(source, "test", answers).to_dict(length)
+    return [entry if other == length else {"length": other} for other in lengths]
+
+
+def metric_of(record: Record, length: int | None) -> str:
+    """The first of `SCORES` that a run has; without any, the first."""
+    strict = record.entry(length).get("strict", {})
     there = (path for path in SCORES if path.removeprefix("strict.") in strict)
     return next(there, SCORES[0])
 

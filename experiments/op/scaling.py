@@ -13,7 +13,6 @@ Takes: 3 minutes on two CPU cores.
 
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +23,7 @@ from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
-from experiments.lib.bench.report import TIMES, begun, markdown, times, write_report
+from experiments.lib.bench.report import TIMES, begun, markdown, shown, times, write_report
 from experiments.lib.bench.timing import (
     FORWARD,
     Shape,
@@ -75,10 +74,16 @@ def measure(config: ScalingConfig, T: int, R: int) -> dict[str, Any]:
     return {"T": T, "num_householder": R, **compiled.summary()}
 
 
-def slope(rows: Sequence[dict[str, Any]], x: str, y: str) -> float:
-    """Exponent of a power law fitted to ``y`` over ``x`` by least squares in log-log."""
-    logs = [[math.log(row[name]) for row in rows] for name in (x, y)]
-    return float(np.polyfit(*logs, 1)[0])
+def slope(rows: Sequence[dict[str, Any]], x: str, y: str) -> float | None:
+    """Exponent of a power law fitted to ``y`` over ``x`` by least squares in log-log.
+
+    Of the rows that have a ``y`` above 0: no compiler has to report temporary memory, and a program
+    may need none. None where fewer than two sizes are left.
+    """
+    points = [(row[x], row[y]) for row in rows if row[y]]
+    if len({size for size, _ in points}) < 2:
+        return None
+    return float(np.polyfit(*np.log(points).T, 1)[0])
 
 
 def command(argv: Sequence[str]) -> None:
@@ -113,7 +118,7 @@ def command(argv: Sequence[str]) -> None:
 def page(record: Mapping[str, Any]) -> list[str]:
     """What scaling.md holds."""
     slopes = record["slopes"].items()
-    lines = [(*name.split(" over "), f"{value:.2f}") for name, value in slopes]
+    lines = [(*name.split(" over "), shown(value, ".2f")) for name, value in slopes]
     return [
         record["machine"],
         markdown(["of", "over", "slope in log-log"], lines),
@@ -126,7 +131,7 @@ def _points(record: Mapping[str, Any]) -> list[str]:
     tables = []
     for varied in ("by_length", "by_num_householder"):
         lines = [
-            (f"{row['T']:,}", row["num_householder"], *times(row), f"{row['temp_mib']:.3f}")
+            (f"{row['T']:,}", row["num_householder"], *times(row), shown(row["temp_mib"], ".3f"))
             for row in record[varied]
         ]
         tables.append(markdown(["T", "n_h", *TIMES, "temp MiB"], lines))

@@ -25,15 +25,19 @@ SENT = """
   %moved = (f32[8,4]{1,0}, f32[8,4]{1,0}, u32[], u32[]) collective-permute-start(%c), channel_id=2
   %done = f32[8,4]{1,0} collective-permute-done(%moved)
   %flags = pred[16]{0} all-gather(%d), channel_id=3
+  %parts = (f32[7]{0}, f32[7]{0}) all-to-all(%e, %f), channel_id=4
+  %ahead = ((f32[9]{0}, f32[9]{0}), (f32[9]{0}, f32[9]{0})) all-to-all-start(%g, %h), channel_id=5
   %alone = f32[512]{0} add(%e, %e)
 """
 
 
-def test_sums_are_taken_apart_and_permutes_counted_once():
+def test_sums_are_taken_apart_permutes_counted_once_and_parts_together():
     assert collectives(SENT) == [
         ("all-gather", 16),
         ("all-reduce", 2 * 4),
         ("all-reduce", 4 * 2 * 3),
+        ("all-to-all", 4 * 2 * 7),
+        ("all-to-all", 4 * 2 * 9),
         ("collective-permute", 4 * 8 * 4),
     ]
 

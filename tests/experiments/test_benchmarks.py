@@ -200,6 +200,26 @@ def test_scaling_writes_slopes_and_plot(tmp_path):
     assert op_scaling.slope(power, "x", "y") == pytest.approx(1.5)
 
 
+@pytest.mark.parametrize("temp_mib", [None, 0.0])
+def test_scaling_of_programs_that_need_no_memory(temp_mib, tmp_path, monkeypatch, capsys):
+    """Or whose compiler does not say: what was timed is written all the same."""
+
+    def measure(config, T, R):
+        of_long = 2.0 * T if T > 64 else temp_mib
+        times = {f"{name}_ms": float(T * R) for name in ("median", "min", "max")}
+        return {"T": T, "num_householder": R, **times, "temp_mib": of_long}
+
+    monkeypatch.setattr(op_scaling, "measure", measure)
+    op_scaling.command([f"--workdir={tmp_path}", "--lengths=64,128,256", "--base_length=64"])
+    slopes = json.loads((tmp_path / "scaling.json").read_text())["slopes"]
+    assert slopes["temp_mib over T"] == pytest.approx(1.0)
+    assert slopes["temp_mib over num_householder"] is None
+    assert slopes["median_ms over num_householder"] == pytest.approx(1.0)
+    shown = "-" if temp_mib is None else "0.000"
+    assert f"| 64 | 2 | 128 | 128 | 128 | {shown} |" in capsys.readouterr().out
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
 SPREAD = ["--length=8", "--num_heads=2", "--head_dim=4", "--repeats=2", "--directions=forward"]
 
 

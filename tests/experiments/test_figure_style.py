@@ -193,8 +193,8 @@ def test_names_are_those_of_papers():
     said = {names.construction(name) for name in CATALOGUE}
     assert {("rotations", "$S_{4}$"), ("three layers", "$S_{5}$, all letters")} <= said
     assert names.model("trained: preset_S4") == "trained\n$S_{4}$"
-    assert names.leg("213m_2_gated") == "213M, $n_h$ = 2, gated"
-    assert names.leg("36m_mamba2") == "36M, Mamba-2"
+    assert (names.leg_size("213m"), names.leg_model("2_gated")) == ("213M", "$n_h$ = 2, gated")
+    assert (names.leg_size("tiny"), names.leg_model("mamba2")) == ("tiny", "Mamba-2")
     assert names.run("s3_nh3_16") == "$S_{3}$, $n_h$ = 3, 16 tokens"
     assert names.run("seed=4") == "seed 4"
     assert names.run("cube_S4, bfloat16") == "rotations $S_{4}$, bfloat16"

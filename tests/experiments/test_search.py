@@ -6,9 +6,10 @@ import signal
 
 import pytest
 
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.training.stopping import Stopped
-from experiments import redraw, search
+from experiments import prepare_text, redraw, search
 from experiments.lib import searches
 from experiments.lib.run_records import Record
 from experiments.lib.sweeps.grid import claim
@@ -134,17 +135,16 @@ def test_what_has_ended_when_a_search_is_stopped_is_told(tmp_path, monkeypatch, 
 
 
 def test_the_first_score_that_a_task_has_is_reported():
-    def records(*names):
+    def record(*names):
         entry = {"length": 4, "strict": dict.fromkeys(names, 0.5)}
-        return [Record("r", {}, {"test": [entry]})]
+        return Record("r", {}, {"test": [entry]})
 
-    assert searches.metric_of([], None) == "strict.scaled_accuracy"
     for names, metric in (
         (("token_accuracy", "sequence_accuracy"), "strict.sequence_accuracy"),
         (("token_accuracy", "sequence_accuracy", "scaled_accuracy"), "strict.scaled_accuracy"),
         (("token_accuracy",), "strict.token_accuracy"),
     ):
-        assert searches.metric_of(records(*names), 4) == metric
+        assert searches.metric_of(record(*names), 4) == metric
 
 
 @pytest.mark.parametrize(("together", "said"), [(True, "4 runs in 3 programs"), (False, "4 runs")])
@@ -171,6 +171,9 @@ def test_every_mixer_tries_as_much():
             found = [each.get(name) for each in arm.tried]
             often = 12 // len(values)
             assert sorted(filter(None, found)) == sorted(values * often * mixer.takes(name))
+    given = "state_tracking", f"group=S3;{TINY}", 3, (1e-4, 1e-2)
+    with pytest.raises(ConfigError, match="fields='beta_bias' is tried by no arm: none has it, or"):
+        searches.arms_of(("mixer=gla",), *given, ("beta_bias",))
     fewer = searches.arms_of((), "state_tracking", f"group=S3;{TINY}", 12, (1e-4, 1e-2), ())
     assert {key for arm in fewer for each in arm.tried for key in each} == {
         "learning_rate", "end_learning_rate",
@@ -186,6 +189,19 @@ def test_every_mixer_tries_as_much():
         ("--arm=mixer=gla", "--arm='mixer=gla' is empty, or there before"),
         ("--settings=0", "settings=0 is too small"),
         ("--fields=beta_bias,steps", "fields='steps' is not known; it may be one of"),
+        ("--fields=beta_bias,beta_bias", "fields='beta_bias,beta_bias' has 'beta_bias' twice"),
+        (
+            "--length=5",
+            "length=5 was not tested in run mixer = delta_product, n_h = 3; it may be 4, 6",
+        ),
+        (
+            "--metric=strict.accuracy",
+            "metric='strict.accuracy' is not in the results of run mixer =",
+        ),
+        (
+            "--metric=strict",
+            "it may be one of length, loss, paper.token_accuracy, paper.sequence_ac",
+        ),
         (
             "--settings=1000000000",
             "settings=1000000000 and seeds=2 make 4000000000 runs of 2 arms, more than max_runs=10",
@@ -202,6 +218,40 @@ def test_refusals_are_one_line_and_start_nothing(tmp_path, capsys, flag, says):
     assert re.search(re.escape(says), error)
     assert error.count("\n") == 1
     assert not (tmp_path / "s").exists()
+
+
+def test_what_a_task_reports_is_known_before_it_is_trained(tmp_path):
+    """Scores of a range of lengths, where sequences fall into it; text, with scores of its own."""
+    sizes = "train_length=8;min_eval_length=9;eval_sequences=64;eval_batch_size=32"
+    arms = [searches.Arm({"mixer": "gla"}, [])]
+    given = (arms, "formal_languages", f"language=parity;curriculum=();{sizes};eval_lengths=16,32")
+    path = "lengths_17_to_32.scaled_accuracy"
+    assert searches.reported_of(*given, path, 32) == path
+    assert searches.reported_of(*given, None, None) == "strict.scaled_accuracy"
+    with pytest.raises(ConfigError, match=f"metric='{re.escape(path)}' is not in"):
+        searches.reported_of(*given, path, 16)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("x" * 300)
+    splits = ["--valid_paths=*/b.txt", "--test_paths=*/c.txt"]
+    sources = [f"--workdir={tmp_path}/tokens", f"--sources={tmp_path}", "--workers=1"]
+    prepare_text.command([*sources, *splits, "--tokenizer=bytes"])
+    sizes = "train_length=16;eval_lengths=16;eval_sequences=8;eval_batch_size=8"
+    fixed = f"data={tmp_path}/tokens;{sizes}"
+    given = (arms, "language_modeling", fixed)
+    assert searches.reported_of(*given, "bits_per_byte", 16) == "bits_per_byte"
+    with pytest.raises(ConfigError, match="one of length, loss, bits_per_byte, token_accuracy, to"):
+        searches.reported_of(*given, None, None)
+
+
+def test_an_arm_that_always_fails_is_named(tmp_path, monkeypatch, capsys):
+    valid = lambda settings: None if settings["mixer"] == "gla" else 0.5
+    monkeypatch.setattr(search, "run_sweep", ends(valid, lambda settings: 0.5))
+    assert search.main(argv(tmp_path, "--settings=2", "--seeds=1", "--fresh=1")) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --arm='mixer=gla': of every setting most runs have failed; "
+        f"{tmp_path}/tried/results.csv says why"
+    )
+    assert "| delta_product, n_h = 3 |" in (tmp_path / "search.md").read_text()
 
 
 @pytest.mark.parametrize(

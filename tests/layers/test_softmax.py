@@ -232,16 +232,29 @@ def test_mapped_for_nvidia(cudnn):
 
 @pytest.mark.parametrize("kind", AxisType)
 def test_meshes_for_nvidia(kind, cudnn):
-    """Over several devices the forms run that the compiler cuts by itself, or what each has."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,))
+    """Over several devices the forms run that the compiler cuts by itself, or what each has.
+
+    Along one of the axes nothing lies.
+    """
+    mesh = jax.make_mesh((2, 2), ("data", "other"), axis_types=(kind,) * 2)
     run = lambda x: attend(x, x, x, places_of(x.shape[0], 128), whole=True)
     spec = PartitionSpec("data")
     if kind == AxisType.Manual:
-        mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+        mesh = jax.make_mesh((2, 2), ("data", "other"), axis_types=(AxisType.Auto,) * 2)
         run = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec)
     x = jax.ShapeDtypeStruct((2, 128, 4, 16), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+    sizes = {"B": 2, "T": 128, "H": 4, "K": 16, "V": 16, "dtype": "bfloat16"}
+    form = "plain" if kind == AxisType.Auto else "cudnn"
     with jax.set_mesh(mesh):
-        assert calls(lowered(run, x)) == [int(kind == AxisType.Manual), 0]
+        assert calls(lowered(run, x)) == [int(form == "cudnn"), 0]
+        if kind != AxisType.Manual:
+            assert select_attention("cuda", **sizes) == form
+    if kind == AxisType.Explicit:
+        whole = jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec())
+        )
+        loss = lambda x: jnp.sum(run(x).astype(jnp.float32))
+        assert [calls(lowered(jax.grad(loss), x)) for x in (x, whole)] == [[1, 1]] * 2
 
 
 @pytest.mark.parametrize("window", [None, 9])

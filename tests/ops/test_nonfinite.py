@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import ARGUMENTS, IMPLEMENTATIONS, Case, cast, draw_cotangents, run
 
-from deltaproduct_jax.ops import delta_product, sharded_delta_product
+from deltaproduct_jax.ops import delta_product, selection, sharded_delta_product
 from deltaproduct_jax.ops.containment import contained, only_finite
 from deltaproduct_jax.ops.route import Route
 
@@ -21,10 +21,13 @@ IDS = np.array([[4] * 5 + [1] * 3 + [4] * 4, [0] * 7 + [3] * 5])
 BOUNDS = ((0, 5, 8, 12), (0, 7, 12))
 # "chunked" where another platform of the same program has a kernel.
 BESIDE = "beside a kernel"
+# What None runs of a gradient of many narrow states.
+NARROW = "narrow"
 # Compiled twice, as that of a row run again is: a CPU may add up the two in another order.
 KERNEL = "pallas_tpu"
 EVERY = [
     *IMPLEMENTATIONS,
+    NARROW,
     *(pytest.param(name, marks=pytest.mark.slow) for name in (BESIDE, KERNEL)),
 ]
 # Bad tokens of row 0: the first of a row, of a segment, inside one, the last of one, of a row.
@@ -56,7 +59,10 @@ def results(implementation, arrays, cotangents, segment_ids=IDS):
     if implementation in ("chunked", BESIDE):  # of which each is traced once
         size = 4 if implementation == "chunked" else 6
         options = {"implementation": "chunked", "chunk_size": size}
+    if implementation == NARROW:  # with a precision that no other program of this file names
+        options = {"precision": "highest"}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(selection, "GRADIENT_FROM_STATES", 1)
         if implementation == BESIDE:
             patch.setattr(Route, "may_run_kernel", True)
         (o, state), gradients = run(arrays, cotangents, segment_ids=segment_ids, **options)
@@ -199,7 +205,7 @@ def test_it_is_seen_wherever_it_stands(value, dtype):
     @jax.jit
     def spoil(x):
         run = lambda x, state: (jnp.sum(only_finite(x), axis=2), state)
-        return contained(run, x, jnp.zeros((B, H, 1, 1)), None, head_axes=3)
+        return contained(run, x, jnp.zeros((B, H, 1, 1)), None, head_axes=3, asks_first=True)
 
     x = jnp.ones((B, T, R, H, K), dtype)
     for place in (0, 7, 8, 37, 63):
@@ -208,10 +214,14 @@ def test_it_is_seen_wherever_it_stands(value, dtype):
         is_nan[0, 70:, 1] = True
         np.testing.assert_array_equal(np.isnan(o.astype(np.float32)), is_nan)
         np.testing.assert_array_equal(np.isnan(state)[0, :, 0, 0], [False, True])
+    # A square of this is infinite, and it is finite itself.
+    assert np.isfinite(spoil(x.at[0, 70, 2, 1, 5].set(1e30))[0].astype(np.float32)).all()
 
 
-def test_a_recurrence_beside_a_kernel(monkeypatch):
-    monkeypatch.setattr(Route, "may_run_kernel", True)
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_none_runs_of_narrow_states(beside, monkeypatch):
+    """One of two loops, by whether anything is bad: of both the same bits. Beside a kernel too."""
+    monkeypatch.setattr(Route, "may_run_kernel", beside)
     arrays, _, _ = clean("recurrent")
     bad = arrays | {"k": poisoned(arrays["k"], (0, 6, 1, 0, 2), np.inf)}
     op = lambda arrays: jax.jit(lambda a: delta_product(**a, segment_ids=IDS))(arrays)

@@ -15,19 +15,19 @@ B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
 
 
 def drawn():
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = jax.random.split(jax.random.key(0), 5)
     x, scale = jax.random.normal(keys[0], (B, T, D)), 1 + jax.random.normal(keys[1], (D,))
-    first, down = jax.random.normal(keys[2], (D, 2 * F)), jax.random.normal(keys[3], (F, D))
-    return x, scale, 0.3 * first, 0.3 * down
+    gate, up = (0.3 * jax.random.normal(key, (D, F)) for key in keys[2:4])
+    return x, scale, gate, up, 0.3 * jax.random.normal(keys[4], (F, D))
 
 
 def norm(x, scale):
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * scale[None, None]
 
 
-def swiglu(x, scale, first, down):
-    gate, up = jnp.split(norm(x, scale) @ first, 2, axis=-1)
-    return x + (jax.nn.silu(gate) * up) @ down
+def swiglu(x, scale, gate, up, down):
+    y = norm(x, scale)
+    return x + (jax.nn.silu(y @ gate) * (y @ up)) @ down
 
 
 PAIRS = {
@@ -48,10 +48,10 @@ def assert_close(a, b):
 def test_values_and_derivatives_are_those_of_the_equation(name):
     def derivatives(function):
         loss = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
-        gradient = jax.grad(loss, (0, 1, 2, 3))
+        gradient = jax.grad(loss, (0, 1, 2, 3, 4))
         twice = jax.grad(lambda *arrays: jnp.sum(jnp.sin(gradient(*arrays)[0])))
         x, *others = drawn()
-        mapped = jax.vmap(gradient, (0, 0, None, None))
+        mapped = jax.vmap(gradient, (0, 0, None, None, None))
         scales = jnp.stack([others[0], -others[0]])
         one = function(x, *others), gradient(x, *others), twice(x, *others)
         return one, mapped(jnp.stack([x, 2 * x]), scales, *others[1:])

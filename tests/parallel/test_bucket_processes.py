@@ -133,7 +133,8 @@ def test_a_bucket_that_is_not_there_is_one_line(tmp_path, variables):
 
 
 def test_another_configuration_is_refused(tmp_path, variables):
-    bucket = "gs://bucket/other"
+    """In the root of a bucket, which is a place as any folder of it."""
+    bucket = "gs://bucket"
     check_ended(in_bucket(tmp_path / "run", variables, bucket, steps=6, number=1))
     ((code, _, errors),) = finish(
         in_bucket(tmp_path / "other", variables, bucket, steps=4, number=1)
@@ -142,6 +143,7 @@ def test_another_configuration_is_refused(tmp_path, variables):
     assert f"error: {bucket} holds a run with another configuration, differing in steps" in errors
     assert errors.strip().endswith("give another bucket")
     assert not (tmp_path / "other").exists()
+    assert read(bucket, variables).startswith("6 ")
 
 
 SMALL = {

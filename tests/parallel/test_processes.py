@@ -74,10 +74,15 @@ def test_an_error_in_one_process_ends_all_within_a_minute(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_a_mesh_does_not_divide_is_one_line_of_each(tmp_path):
-    ended = finish(start(tmp_path / "run", 2, mesh="data:3"))
-    assert [code for code, *_ in ended][1] == 2
-    assert "takes 3 of 4 devices; with several processes it must take all" in ended[1][2]
+@pytest.mark.parametrize(("first_s", "last_s"), [(0, 0), (3, 0), (0, 3)])
+def test_what_a_mesh_does_not_divide_is_one_line_of_each(tmp_path, first_s, last_s):
+    """Whichever comes to it later: no process takes the others' line with it."""
+    each = {"all_of_them": {"LATE_S": str(first_s)}, "LATE_S": str(last_s)}
+    ended = finish(start(tmp_path / "run", 2, mesh="data:3", **each))
+    assert [code for code, *_ in ended] == [2, 2], ended
+    for index, (_, _, errors) in enumerate(ended):
+        (line,) = errors.splitlines()
+        assert line.startswith(f"error in process {index}: mesh='data:3' takes 3 of 4 devices; ")
     assert not (tmp_path / "run/config.json").exists()
 
 

@@ -236,6 +236,18 @@ def test_settings_of_devices_are_no_fields_of_a_run():
     assert not {field.name for field in dataclasses.fields(DeviceConfig)} & set(fields)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "rows", "devices"), [("data:2,fsdp:2,tensor:2", 6, 4), ("fsdp:8", 4, 8)]
+)
+def test_rows_that_a_mesh_does_not_divide_are_not_cut(mesh, rows, devices):
+    cut = Layout(layout.make_mesh(DeviceConfig(mesh=mesh)), {}).cut_batch
+    tokens = np.zeros((rows, 5), np.int32)
+    for batch, parts in ((tokens, False), (tokens[None], True)):
+        with pytest.raises(ConfigError, match=f"^B={rows} must be a multiple of the {devices} dev"):
+            cut(batch, parts=parts)
+    assert cut(np.zeros((8, 5), np.int32)).shape == (8, 5)
+
+
 def test_where_no_programs_can_be_kept_is_named(tmp_path):
     """JAX would compile all anew at each start, without a word."""
     there = tmp_path / "file"

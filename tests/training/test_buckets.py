@@ -207,7 +207,13 @@ def test_a_damaged_bucket_begins_again_beside_what_is_left(tmp_path, undisturbed
     check_same(bucket, undisturbed)
 
 
-@pytest.mark.parametrize("text", ["s3://bucket/run", "gs://", "gs:///", "gs://a\0b", "gs:/a/b", ""])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "s3://bucket/run", "gs://", "gs:///", "gs://a\0b", "gs:/a/b", "", "gs:///run", "gs:////",
+        "gs://bucket//run", "gs://bucket/run//", "gs://bucket/../run", "gs://./run", "gs://bucket/.",
+    ],
+)  # fmt: skip
 def test_what_is_no_bucket_is_named(tmp_path, text):
     with pytest.raises(ConfigError, match=r"is not known; it may be a directory, or gs://"):
         train(tmp_path / "new", text)

@@ -242,6 +242,18 @@ def test_rows_lie_over_the_devices_of_a_mesh(folder):
         np.testing.assert_array_equal(a, b)
 
 
+def test_seeds_part_in_what_is_trained_on_and_are_evaluated_on_the_same(folder):
+    configs = [config_of(folder, seed=seed) for seed in (0, 5)]
+    layout = Layout.of_model(ONE, lambda: NextToken(configs[0].model, rngs=nnx.Rngs(0)))
+    sources = [source_of(config, layout) for config in configs]
+    trained = [np.asarray(source.training(0).inputs) for source in sources]
+    assert (trained[0] != trained[1]).any()
+    for split in ("valid", "test"):
+        first, second = (source.evaluation(split, 16) for source in sources)
+        for batch, other in zip(first, second, strict=True):
+            np.testing.assert_array_equal(batch.inputs, other.inputs)
+
+
 def test_other_text_is_not_gone_on_with(folder, undisturbed, tmp_path):
     """A folder that was prepared anew under the same name."""
     with Checkpoints(undisturbed / "checkpoints", read_only=True) as checkpoints:

@@ -17,7 +17,8 @@ from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.sequences import check_together, run_checked
 from deltaproduct_jax.ops.baselines.wy import read_and_write, solve_writes
 from deltaproduct_jax.ops.checks import check_scale
-from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 # Layout of every array along T.

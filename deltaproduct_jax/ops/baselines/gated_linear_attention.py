@@ -15,7 +15,8 @@ from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.gates import fold_signs
 from deltaproduct_jax.ops.baselines.sequences import check_together, run_checked
 from deltaproduct_jax.ops.checks import check_scale
-from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 
 Gate = Float[Array, "B T H"] | Float[Array, "B T H K"]

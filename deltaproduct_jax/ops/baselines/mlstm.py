@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops.baselines import chunks
 from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
 from deltaproduct_jax.ops.baselines.gated_linear_attention import attend_in_chunks
-from deltaproduct_jax.ops.containment import contained, forgets, only_finite
+from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype

@@ -6,8 +6,9 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
-from deltaproduct_jax.ops import chunked, dispatch, layout
+from deltaproduct_jax.ops import chunked, dispatch, layout, recurrent
 from deltaproduct_jax.ops.kernels import containment
 from deltaproduct_jax.ops.kernels.pallas import passes
 from deltaproduct_jax.ops.kernels.triton import looking
@@ -23,6 +24,8 @@ def bare() -> Iterator[None]:
         (dispatch, "forgets", same),
         (layout, "only_finite", same),
         (chunked, "to_chunks", _without_a_look),
+        (recurrent, "only_finite", same),
+        (recurrent, "_is_bad", lambda tokens: jnp.asarray(False)),
         (containment, "_again", lambda run, bad, operands, results: results),
         (passes, "look", lambda seen, x: None),
     ]

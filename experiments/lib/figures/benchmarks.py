@@ -1,5 +1,6 @@
 """Pictures of measured times."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ VARIED = {"T": "tokens, $T$", "num_householder": "factors, $n_h$"}
 @beside_records
 def draw_scaling(
     rows_by_varied: Mapping[str, Sequence[Mapping[str, Any]]],
-    slopes: Mapping[str, float],
+    slopes: Mapping[str, float | None],
     path: Path,
     look: Look,
 ) -> list[Path]:
@@ -70,7 +71,7 @@ def draw_scaling(
 
     Args:
         rows_by_varied: rows, by which of `VARIED` differs among them.
-        slopes: of every panel in log-log, by "MEASURE over VARIED".
+        slopes: of every panel in log-log, by "MEASURE over VARIED"; None where there is none.
         path: where the picture goes, without an ending.
         look: width and formats.
     """
@@ -79,14 +80,17 @@ def draw_scaling(
         for row, (y, unit) in enumerate(MEASURES.items()):
             axes = panels[row, column]
             xs, ys = ([r[name] for r in rows] for name in (x, y))
-            axes.loglog(xs, ys, **points(0))
-            for axis, values in ((axes.xaxis, xs), (axes.yaxis, ys)):
+            # What is not reported, or is 0, has no logarithm and no point.
+            axes.loglog(xs, [value or math.nan for value in ys], **points(0))
+            shown = list(filter(None, ys)) or [1.0]
+            for axis, values in ((axes.xaxis, xs), (axes.yaxis, shown)):
                 plain_log(axis, (min(values), max(values)))
-            axes.set_ylim(min(ys) / 1.5, max(ys) * 1.5)
+            axes.set_ylim(min(shown) / 1.5, max(shown) * 1.5)
             if x == "num_householder":
                 axes.set_xticks(xs, [str(n) if n & (n - 1) == 0 else "" for n in xs])
                 axes.set_xticks([], minor=True)
-            axes.set_title(f"slope {slopes[f'{y} over {x}']:.2f}")
+            slope = slopes[f"{y} over {x}"]
+            axes.set_title("no slope" if slope is None else f"slope {slope:.2f}")
             axes.set_xlabel(VARIED[x] if row == len(MEASURES) - 1 else "")
             axes.set_ylabel(unit if column == 0 else "")
     return save(figure, path, look)

@@ -48,7 +48,7 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
         for entry in entries:
             number, label = labels.index(entry["label"]), names.pretty(entry["label"])
             style = lambda count, number=number: marked(number, count, log=True)
-            x, loss, error = _by_octave(entry)
+            x, loss, error = by_octave(entry)
             column[0].plot(x, loss, label=label, **style(len(x)))
             if error is not None:
                 band = {"color": style(len(x))["color"], "alpha": 0.12}
@@ -70,7 +70,7 @@ def draw_extrapolation(found: Sequence[Mapping[str, Any]], path: Path, look: Loo
     return save(figure, path, look)
 
 
-def _by_octave(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+def by_octave(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Positions, losses and their errors, far ones as means.
 
     Windows of the same rows err together, so that the error of a mean is not less than theirs.

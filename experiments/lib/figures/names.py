@@ -129,9 +129,12 @@ def model(name: str) -> str:
     return "\n".join([parts[0].replace("_", " "), *map(value, parts[1:])])
 
 
-def leg(name: str) -> str:
-    """A leg of language models, as 213m_2_gated."""
-    size, _, rest = name.partition("_")
-    words = [f"$n_h$ = {word}" if word.isdigit() else VALUES.get(word, word) for word in
-             rest.split("_") if word]  # fmt: skip
-    return ", ".join([size.upper() if rest else size, *words])
+def leg_size(size: str) -> str:
+    """The size of a leg of language models, as 213m."""
+    return size.upper() if size[:1].isdigit() else size
+
+
+def leg_model(model: str) -> str:
+    """What a leg is beside its size, as 2_gated."""
+    words = model.split("_")
+    return ", ".join(f"$n_h$ = {word}" if word.isdigit() else value(word) for word in words)

@@ -33,6 +33,7 @@ LINES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\", "++++", "oooo")
 GREY = "0.6"
+TRAINED = "length trained"  # what the line of `mark_trained` is called
 SETTINGS: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -229,7 +230,7 @@ def close_grid(panels: np.ndarray, used: int, xlabel: str = "", ylabel: str | No
 
 def mark_trained(axes: "Axes", length: int) -> None:
     """A line at the longest length of training."""
-    axes.axvline(length, color="0.35", linestyle=(0, (1, 1)), linewidth=1, label="length trained")
+    axes.axvline(length, color="0.35", linestyle=(0, (1, 1)), linewidth=1, label=TRAINED)
 
 
 def positions_axis(axes: "Axes", curves: Sequence[np.ndarray]) -> None:

@@ -78,7 +78,7 @@ class Claims:
     @property
     def descriptors(self) -> list[int]:
         """What a child inherits in order to hold them too."""
-        return [] if os.name == "nt" else [lock.descriptor for lock in self._locks]
+        return [descriptor for lock in self._locks for descriptor in lock.inherited]
 
     def release(self) -> None:
         """Gives them back."""

@@ -1,4 +1,4 @@
-"""Which leg goes where and when; children that fail or are told to end; legs side by side."""
+"""Legs: settings, children that fail or are told to end, records made again, side by side."""
 
 import dataclasses
 import json
@@ -7,183 +7,25 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.training.locks import Lock, held
 from experiments.language import legs, pack_text
 from experiments.lib import children, flags
 from experiments.lib.children import Child
-from experiments.lib.language_legs import RANKS, SAMPLES, TRAINING, Leg, Part
+from experiments.lib.language_legs import (
+    EXTRAPOLATION,
+    RANKS,
+    SAMPLES,
+    TRAINING,
+    Leg,
+    Part,
+)
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_jobs import Parts, Place, missing, paper, progress_of
-from experiments.lib.leg_schedule import Progress, Schedule, Terms
-
-TOKENS = 1000
-
-
-def leg(name, seed=0):
-    """A leg of no folder."""
-    return Leg(name, seed, Path("nowhere"))
-
-
-class World:
-    """A clock, and legs that train at their rates after a start of 10 s; measuring takes 20 s."""
-
-    def __init__(self, rates, failing=(), there=()):
-        self.now, self.events, self.said = 0.0, [], []
-        self._rates, self._failing, self._there = rates, failing, set(there)
-        self._begun = {}
-
-    def schedule(self, order, slots, **terms):
-        """A schedule in this world."""
-        values = {"tokens": TOKENS, "overlap_s": 10, "measure_s": 20} | terms
-        hooks = {"look": self.look, "train": self.train, "measure": self.measure}
-        hooks |= {"say": self.said.append, "clock": lambda: self.now}
-        return Schedule(order, slots, Terms(**values), **hooks)
-
-    def run(self, schedule):
-        """Steps of a second to the end; what began and ended, with when and where."""
-        while schedule.step():
-            self.now += 1
-            assert self.now < 10_000
-        return self.events
-
-    def look(self, of):
-        """How far a leg is."""
-        if of in self._there:
-            return Progress(TOKENS, 1.0, 1.0, is_done=True)
-        trained = max(0.0, self.now - self._begun.get(of, self.now) - 10)
-        rate = self._rates[of.name]
-        tokens = min(TOKENS, int(trained * rate))
-        return Progress(tokens, rate if tokens else None, None, is_done=tokens == TOKENS)
-
-    def train(self, of, slot):
-        """Begins."""
-        self._begun[of] = self.now
-        self.events.append(("train", of.label, slot, self.now))
-        return Work(self, of, lambda: self.look(of).is_done)
-
-    def measure(self, of, slot):
-        """Begins, unless its records are there."""
-        self.events.append(("measure", of.label, slot, self.now))
-        end = self.now + 20
-        return Work(self, of, lambda: self.now >= end)
-
-    def has_failed(self, of):
-        """Whether a leg's training breaks: as it has begun to train."""
-        return of.name in self._failing and self.look(of).tokens > 0
-
-
-@dataclasses.dataclass
-class Work:
-    """What runs in that world."""
-
-    world: World
-    of: Leg
-    ends: object
-    asked: bool = False
-
-    def poll(self):
-        """As `Parts.poll`."""
-        if self.world.has_failed(self.of):
-            return [f"{self.of.label} failed"]
-        return [] if self.asked or self.ends() else None
-
-    def ask_to_stop(self):
-        """Notes it."""
-        if self.poll() is None:
-            self.world.events.append(("stop", self.of.label, None, self.world.now))
-        self.asked = True
-
-    def stop(self):
-        """Is told before."""
-        assert self.asked
-
-
-def test_the_next_leg_goes_where_one_ends_first_and_begins_before_that():
-    world = World({"213m_3": 5, "36m_1": 10, "36m_2": 20})
-    order = [leg("213m_3"), leg("36m_1"), leg("36m_2"), leg("36m_2", 1)]
-    assert world.run(world.schedule(order, 2)) == [
-        ("train", "213m_3_seed0", 0, 0),
-        ("train", "36m_1_seed0", 1, 0),
-        ("train", "36m_2_seed0", 1, 100),  # 36m_1 ends at 110
-        ("measure", "36m_1_seed0", 1, 110),
-        ("train", "36m_2_seed1", 1, 150),
-        ("measure", "36m_2_seed0", 1, 160),
-        ("measure", "213m_3_seed0", 0, 210),
-        ("measure", "36m_2_seed1", 1, 210),
-    ]
-
-
-def test_a_leg_without_time_is_left_out_for_a_shorter_one():
-    world = World({"36m_1": 10, "213m_2": 3, "36m_2": 10})
-    order = [leg("36m_1"), leg("213m_2"), leg("36m_2")]
-    # By the rate of 36m_1, at 100 s: 10 to start, 333 by what its size costs, 20 to measure.
-    schedule = world.schedule(order, 1, deadline=100 + 362)
-    assert [event[1] for event in world.run(schedule) if event[0] == "train"] == [
-        "36m_1_seed0",
-        "36m_2_seed0",
-    ]
-    assert schedule.not_begun() == [leg("213m_2")]
-    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(TOKENS / 3)
-    world = World({"36m_1": 10, "213m_2": 3, "36m_2": 10})
-    schedule = world.schedule(order, 1, deadline=100 + 364)
-    assert world.run(schedule)[1] == ("train", "213m_2_seed0", 0, 100)
-
-
-def test_rates_of_an_earlier_start_are_known():
-    world = World({"36m_1": 10, "213m_2": 3}, there=[leg("36m_1")])
-    schedule = world.schedule([leg("36m_1"), leg("213m_2")], 1, deadline=1000)
-    assert schedule.seconds_left(leg("213m_2")) == pytest.approx(TOKENS / 0.3)
-    assert world.run(schedule) == [("measure", "36m_1_seed0", 0, 0)]
-    assert schedule.not_begun() == [leg("213m_2")]
-
-
-def test_at_the_deadline_all_is_told_to_end_and_nothing_begins():
-    world = World({"36m_1": 10, "36m_2": 1})
-    order = [leg("36m_1"), leg("36m_2"), leg("36m_1", 1)]
-    schedule = world.schedule(order, 2, deadline=115)
-    events = world.run(schedule)
-    assert events[-2:] == [("stop", "36m_1_seed0", None, 115), ("stop", "36m_2_seed0", None, 115)]
-    assert (world.now, schedule.failures) == (115, 0)
-    assert schedule.not_begun() == [leg("36m_1", 1)]
-
-
-def test_a_leg_that_fails_ends_no_other_and_is_not_measured():
-    world = World({"36m_1": 10, "36m_2": 10}, failing=("36m_1",))
-    schedule = world.schedule([leg("36m_1"), leg("36m_2")], 1)
-    assert world.run(schedule) == [
-        ("train", "36m_1_seed0", 0, 0),
-        ("train", "36m_2_seed0", 0, 11),
-        ("measure", "36m_2_seed0", 0, 121),
-    ]
-    assert (schedule.failures, world.said) == (1, ["36m_1_seed0 failed"])
-
-
-def test_legs_that_are_trained_are_measured_one_at_a_time_beside_training():
-    there = [leg("36m_1"), leg("36m_1", 1)]
-    world = World({"36m_1": 10, "36m_2": 10}, there=there)
-    assert world.run(world.schedule([*there, leg("36m_2")], 1)) == [
-        ("measure", "36m_1_seed0", 0, 0),
-        ("train", "36m_2_seed0", 0, 0),
-        ("measure", "36m_1_seed1", 0, 20),
-        ("measure", "36m_2_seed0", 0, 110),
-    ]
-
-
-def test_a_gpu_that_trains_nothing_measures_legs_of_others():
-    world = World({"36m_1": 10, "36m_2": 100})
-    order = [leg("36m_2"), leg("36m_1"), leg("36m_2", 1), leg("36m_2", 2)]
-    events = world.run(world.schedule(order, 2, overlap_s=0))
-    # GPU 0 ends them at 20, 40 and 60, and measures from 20 to 80; GPU 1 trains until 110.
-    assert [event[1:] for event in events if event[0] == "measure"] == [
-        ("36m_2_seed0", 0, 20),
-        ("36m_2_seed1", 0, 40),
-        ("36m_2_seed2", 0, 60),
-        ("36m_1_seed0", 0, 110),
-    ]
+from experiments.lib.leg_schedule import Progress
 
 
 def test_settings_of_legs():
@@ -215,11 +57,17 @@ def test_commands_and_surroundings_of_legs(tmp_path, monkeypatch):
     expected = dataclasses.replace(config, leg="36m_1", seed=3)
     assert LegConfig(**parsed.sections["paper"]) == expected
     place = Place(tmp_path, ["4", "7"], tmp_path / "programs", 0.25)
-    variables = place.variables(1, reserve=False)
+    variables = place.variables(1, 0.25)
     assert variables["CUDA_VISIBLE_DEVICES"] == "7"
-    assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    assert variables["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
     assert variables["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.25"
-    assert place.variables(0, reserve=True)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "true"
+    assert place.variables(0)["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+    large, small = Leg("213m_2", 0, tmp_path), Leg("36m_2", 0, tmp_path)
+    assert place.share(large, config) == 0.25
+    place = dataclasses.replace(place, memory_fraction=None)
+    shares = [place.share(each, config) for each in (large, small)]
+    assert shares == pytest.approx([0.31, 0.27])  # measured: 35.6 and 33.0 of 139.8 GiB
+    assert place.share(large, dataclasses.replace(config, accumulation_steps=1)) == 1
     # Models without factors have no states to take ranks of.
     for name, number in (("36m_2_hybrid", 3), ("36m_transformer", 2), ("36m_mamba2", 2)):
         assert len(missing(Leg(name, 0, tmp_path), config)) == number
@@ -229,6 +77,7 @@ def test_commands_and_surroundings_of_legs(tmp_path, monkeypatch):
 def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
     of, place = Leg("tiny", 0, tmp_path), Place(tmp_path, [], tmp_path / "programs", 0.3)
     python = lambda code: [sys.executable, "-c", code]
+    (tmp_path / "logs").mkdir()
     place.log("tiny_seed0.bad").write_text("of an earlier start\n")
     written = of.records / SAMPLES
     parts = [
@@ -236,7 +85,7 @@ def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
         Part("good", python("print('text')"), written, output=written),
         Part("torn", python("print(1); raise SystemExit(1)"), tmp_path / "y", tmp_path / "y"),
     ]
-    job = Parts(of, place, 0, parts, reserve=False)
+    job = Parts(of, place, 0, parts, None)
     while (failed := job.poll()) is None:
         time.sleep(0.01)
     logs = tmp_path / "logs"
@@ -250,6 +99,54 @@ def test_processes_of_a_leg_say_what_failed_and_where(tmp_path):
     sleeping.stop()
     assert sleeping.poll() == -signal.SIGTERM
     assert not sleeping.has_failed()
+
+
+def test_records_that_are_damaged_or_of_other_settings_are_made_again(tmp_path):
+    of = Leg("tiny", 0, tmp_path)
+    config = LegConfig(leg="tiny", length=512, rows=2, rank_length=256)
+    for name, text in (
+        (SAMPLES, ""),
+        (EXTRAPOLATION, '{"config": {"length": 512, "rows": 2}, "curves": []}'),
+        (RANKS, '{"config": {"length": 256}}'),
+    ):
+        (of.records / name).parent.mkdir(parents=True, exist_ok=True)
+        (of.records / name).write_text(text)
+    named = lambda **fields: [
+        part.name for part in missing(of, dataclasses.replace(config, **fields))
+    ]
+    assert named() == []
+    assert named(length=256) == named(rows=4) == ["extrapolation"]
+    assert named(rank_length=128) == ["effective_rank"]
+    for text in ('{"config": {"length": 256', '{"curves": []}', "[]"):
+        (of.records / RANKS).write_text(text)
+        assert named() == ["effective_rank"]
+
+
+def test_a_workdir_in_use_and_files_in_the_way_are_one_line(tmp_path):
+    argv = [f"--workdir={tmp_path}", "--preset=tiny"]
+    with (
+        held(Lock(tmp_path / legs.LOCK)),
+        pytest.raises(RunDirectoryError, match=f"{tmp_path} is in use by process {os.getpid()}"),
+    ):
+        legs.command(argv)
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"prepare\.log cannot be written: File exists"):
+        legs.command(argv)
+    assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
+def test_what_was_begun_holds_the_lock_and_says_why_it_failed(tmp_path):
+    sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with held(Lock(tmp_path / "lock")) as lock:
+        child = Child(sleeping, lock=lock)
+        os.close(lock.descriptor)  # as of a process that is gone
+        lock.descriptor = None
+        assert Lock(tmp_path / "lock").is_held()
+        child.kill()
+        assert not Lock(tmp_path / "lock").is_held()
+    failing = [sys.executable, "-c", "print('much'); raise SystemExit('error: no archive')"]
+    with pytest.raises(ConfigError, match=r"failed with 1, see .*part\.log: error: no archive$"):
+        children.run(failing, log=tmp_path / "logs" / "part.log")
 
 
 def test_what_goes_on_beside_a_part_is_waited_for(capfd):
@@ -315,3 +212,14 @@ def test_legs_side_by_side_go_on_and_tell_of_one_that_fails(tmp_path, capfd, mon
     assert (folder / "ranks.png").stat().st_size > 10_000
     record = json.loads((of[0].records / TRAINING).read_text())
     assert len(record["starts"]["starts"]) == 2  # it went on where it stood
+    # As of a start that ended before it kept what it had trained, and a record that was damaged.
+    (of[0].records / TRAINING).unlink()
+    (of[2].records / EXTRAPOLATION).write_text("{")
+    argv[-1] = "--legs=tiny:0,tiny:2"
+    legs.command(argv)
+    assert json.loads((of[0].records / TRAINING).read_text()) == record
+    assert json.loads((of[2].records / EXTRAPOLATION).read_text())["curves"]
+    with pytest.raises(
+        RunDirectoryError, match=r"tiny_seed0 holds .* differing in steps \(390 the"
+    ):
+        legs.command([*argv, "--tokens=800000"])

@@ -16,7 +16,6 @@ from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
 from experiments.language import pack_text, paper
 from experiments.lib import children, flags
-from experiments.lib.figures import legs
 from experiments.lib.figures.records import drawn
 from experiments.lib.language_legs import (
     EXTRAPOLATION,
@@ -247,26 +246,6 @@ def test_records_of_legs_are_drawn_together(tmp_path, capsys):
 KEPT = [(2.0, 0.5), (4.0, 0.25), (3.0, None)]
 
 
-def test_ranks_of_legs_are_a_panel_for_each_n_h(tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(legs, "save", lambda figure, path, look: figures.append(figure))
-    along = {"position": [0, 8], "mean": [1.0, 2.0], "low": [0.5, 1.0], "high": [1.5, 3.0]}
-    entry = {"trained": 4, "starts": [0, 6], "heads": {}, "along": along}
-    ranks = {"36m_3": 3, "36m_transformer": None, "36m_2": 2, "36m_2_gated": 2}
-    found = [
-        {"leg": leg, "seed": 0, "ranks": n and entry | {"num_householder": n}}
-        for leg, n in ranks.items()
-    ]
-    legs.draw_ranks_of_legs(found, tmp_path, paper.Look())
-    first, second = figures.pop().axes
-    assert [axes.get_title() for axes in (first, second)] == ["$n_h$ = 2", "$n_h$ = 3"]
-    labels = [line.get_label() for line in first.lines]
-    assert labels[2:] == ["36M, $n_h$ = 2", "36M, $n_h$ = 2, gated", "length trained"]
-    assert [line.get_xdata()[0] for line in first.lines[:2]] == [0, 6]  # starts of documents
-    assert list(second.lines[2].get_ydata()) == [1.0, 2.0]
-    assert legs.draw_ranks_of_legs(found[1:2], tmp_path, paper.Look()) == []
-
-
 def test_settings_of_a_leg():
     config = LegConfig(tokens=10 * 32 * 4096 + 5)
     assert config.steps == 10
@@ -358,9 +337,11 @@ def test_damaged_measurements_of_a_leg_are_one_line(name, text, says, tmp_path):
 def test_numbers_that_no_picture_shows_are_one_line(tmp_path):
     folder = tmp_path / "records" / "213m_1_seed0"
     folder.mkdir(parents=True)
-    rows = [{"tokens": tokens, "loss": tokens * 1e308} for tokens in (1, -1)]
-    rows[1]["tokens"] = 2
-    (folder / TRAINING).write_text(json.dumps(WHOLE | {"curve": rows}))
+    (folder / TRAINING).write_text(json.dumps(WHOLE))
+    along = {"position": [0, 8], "low": [0, 0], "high": [0, 0], "mean": [1e308, -1e308]}
+    (folder / RANKS).write_text(
+        json.dumps({"trained": 4, "starts": [], "heads": {}, "along": along})
+    )
     with pytest.raises(RunDirectoryError, match=r"records cannot be drawn: "):
         paper.command([f"--workdir={tmp_path}", "--stages=draw"])
 

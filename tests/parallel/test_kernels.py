@@ -1,0 +1,170 @@
+"""Kernels of GPUs over meshes: which of a block's run, and ways back that read single tokens."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import relative_error
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deltaproduct_jax.compilers.collectives import collectives_by_axis
+from deltaproduct_jax.ops import kernels
+from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.kernels.triton import row_passes
+from deltaproduct_jax.ops.parts import with_past
+from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.parallel.layout import Layout, make_mesh
+from experiments.lib import environment
+
+pytestmark = pytest.mark.usefixtures("all_devices")
+
+ROOT = Path(__file__).resolve().parents[2]
+B, T, D, F, EPS = 4, 64, 16, 32, 1e-6
+MIXED = "fsdp:2,tensor:2,sequence:2"
+# As one device reads q, k and v where one product has put them, so do those with rows of their own.
+JOINED = {"convolve_parts": 1, "convolve_parts_back": 1}
+APART = {"convolve": 3, "convolve_back": 3}
+
+
+def norm_back(x, mean_square, scale, dy, dx_after, *, eps, again):
+    """The kernel's arguments and results."""
+    del mean_square
+    normed = lambda x, scale: rows.norm(x, scale, eps, x.dtype)
+    y, pull = jax.vjp(normed, x, scale)
+    dx, dscale = pull(dy)
+    return dx + dx_after, dscale, y if again else None
+
+
+def swiglu_back(hidden, dh):
+    """The same."""
+    F = dh.shape[-1]
+    h, pull = jax.vjp(lambda hidden: jax.nn.silu(hidden[:, :F]) * hidden[:, F:], hidden)
+    return pull(dh)[0], h
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Programs are those of GPUs, with others in the place of kernels; what these are given."""
+    given = []
+
+    def noted(name, run):
+        def stand_in(*arrays, **options):
+            given.append((name, *(arrays[0].shape)))
+            return run(*arrays, **options)
+
+        return stand_in
+
+    monkeypatch.setattr(kernels, "is_installed", lambda name: name == "triton")
+    run = lambda *arrays, cuda, default: cuda(*arrays)
+    monkeypatch.setattr(jax.lax, "platform_dependent", run)
+    for stand_in in (norm_back, swiglu_back):
+        name = stand_in.__name__
+        monkeypatch.setattr(row_passes, name, noted(name, stand_in))
+    return given
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MIXED, *(pytest.param(m, marks=pytest.mark.slow) for m in ("tensor:8", "sequence:8"))],
+)
+def test_norms_and_the_mlp_on_every_device_s_own_tokens(mesh, on_gpu):
+    """And no device is sent more than sums of what others have of its tokens."""
+    layout = Layout(make_mesh(DeviceConfig(mesh=mesh)), {})
+    keys = iter(jax.random.split(jax.random.key(0), 5))
+    shapes = {"x": (B, T, D), "scale": (D,), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    arrays = [0.3 * jax.random.normal(next(keys), shape) for shape in shapes.values()]
+    specs = ((("data", "fsdp"), "sequence"), (), (None, "tensor"), (None, "tensor"), ("tensor",))
+    cut = [NamedSharding(layout.mesh, PartitionSpec(*spec)) for spec in specs]
+
+    def gradient(layout, *arrays):
+        def loss(x, scale, *mlp):
+            with layout.placed():  # as in training, for the way forward alone
+                assert rows.may_run(x, F)
+                x, y = rows.forked_norm(x, scale, EPS)
+                return jnp.sum(jnp.sin(rows.residual_swiglu(x + jnp.cos(y), scale, *mlp, EPS)))
+
+        return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays)
+
+    spread = jax.device_put(arrays, cut)
+    compiled = jax.jit(lambda *x: gradient(layout, *x)).lower(*spread).compile()
+    devices = layout.sizes
+    own = B * T // (devices["fsdp"] * devices["sequence"])
+    width = 2 * F // devices["tensor"]
+    assert set(on_gpu) == {("norm_back", own, D), ("swiglu_back", own, width)}
+    one = Layout(make_mesh(DeviceConfig(mesh="data:1")), {})
+    want = jax.jit(lambda *x: gradient(one, *x))(*arrays)
+    for got, wanted in zip(compiled(*spread), want, strict=True):
+        assert relative_error(got, wanted) < 1e-5
+    sent = collectives_by_axis(compiled.as_text(), layout.sizes)
+    assert {s.kind for s in sent} == {"all-reduce"}
+    for found in sent:
+        largest = own * D if found.axes == ("tensor",) else width * D
+        assert found.size <= 4 * largest, found
+
+
+def test_tokens_that_a_mesh_does_not_divide_are_left_to_the_compiler(on_gpu):
+    with Layout(make_mesh(DeviceConfig(mesh=MIXED)), {}).placed():
+        for shape, width, runs in [
+            ((B, T, D), F, True),
+            ((B + 1, T, D), F, False),
+            ((B, T + 1, D), F, False),
+            ((B, T, D), F + 1, False),
+        ]:
+            assert rows.may_run(jax.ShapeDtypeStruct(shape, jnp.float32), width) == runs
+
+
+@pytest.mark.slow
+def test_taps_of_parts_side_by_side_are_no_surprise_to_the_compiler(capfd):
+    """They lie one part behind the other, of which a device's own are not neighbours."""
+    layout = Layout(make_mesh(DeviceConfig(mesh=MIXED)), {})
+    cut = NamedSharding(layout.mesh, PartitionSpec("fsdp", "tensor"))
+    taps = jax.random.normal(jax.random.key(0), (4, 2 * D))
+    u = jax.random.normal(jax.random.key(1), (B, T, 2, D))
+
+    def convolved(arrays, before, taps):
+        padded = jnp.concatenate([before, arrays], axis=1)
+        shifted = [padded[:, w : w + arrays.shape[1]] for w in range(4)]
+        return sum(x * tap for x, tap in zip(shifted, taps[:, None, None], strict=True))
+
+    def gradient(layout, taps):
+        def loss(taps):
+            with layout.placed():
+                before = jnp.zeros((B, 3, 2, D))
+                y = with_past(convolved, u, before, taps.reshape(4, 2, D), on_each_device=True)
+                return jnp.sum(jnp.sin(y))
+
+        return jax.jit(jax.grad(loss), out_shardings=taps.sharding)(taps)
+
+    got = gradient(layout, jax.device_put(taps, cut))
+    assert "rematerialization" not in capfd.readouterr().err
+    one = Layout(make_mesh(DeviceConfig(mesh="data:1")), {})
+    assert relative_error(got, gradient(one, taps)) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mixer", ["gated_delta_product", "transformer"])
+def test_a_step_over_a_mesh_calls_the_kernels_of_one_device(mixer):
+    if not environment.extra_folder("gpu").exists():
+        pytest.skip("needs Triton (tests/run.py --extra=gpu)")
+    meshes = ("data:1", "data:2,fsdp:2", "tensor:2", "sequence:2", MIXED)
+    variables = {**os.environ, "PYTHONPATH": str(environment.extra_folder("gpu"))}
+    command = [sys.executable, "-m", "tests.parallel.step_kernels", mixer, *meshes]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    alone, *over = map(json.loads, done.stdout.splitlines())
+    if mixer == "transformer":
+        assert alone == {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1}
+        assert over == [alone] * len(over)
+        return
+    assert alone.keys() >= {"norm_back", "swiglu_back", "walk", "walk_back", *JOINED}
+    for mesh, found in zip(meshes[1:], over, strict=True):
+        found.pop("compose", None)  # of a row's pieces, where a device has few heads
+        expected = set(alone) if mesh.startswith("data") else {*alone, *APART} - {*JOINED}
+        assert set(found) == expected, mesh
+        for name in ("norm_back", "swiglu_back"):
+            assert found[name] == alone[name], mesh
