@@ -6,6 +6,8 @@ Ids of documents never hold ``bos_id`` (BOS begins every document, and who write
 
 import hashlib
 import importlib.util
+import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -176,8 +178,35 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         initial_alphabet=sorted(level.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((s for t in texts for s in stretches(t, STRETCH)), trainer)
+    pieces = (s for t in texts for s in stretches(t, STRETCH))
+    _while_listening(lambda given: tokenizer.train_from_iterator(given, trainer), pieces)
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), "bpe", BOS)
+
+
+def _while_listening(train: Callable[[Iterator[str]], None], pieces: Iterator[str]) -> None:
+    """``train(pieces)``, minutes without a look at signals, which this thread meanwhile waits for.
+
+    After a signal no piece is given any more; what is under way then ends with the process.
+    """
+    failed: list[BaseException] = []
+    stopped = threading.Event()
+
+    def run() -> None:
+        try:
+            train(itertools.takewhile(lambda piece: not stopped.is_set(), pieces))
+        except BaseException as error:  # whatever it is, it is the caller's
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        stopped.set()
+        thread.join(1)
+        raise
+    if failed:
+        raise failed[0]
 
 
 def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Iterator[Sequence[int]]]:

@@ -109,7 +109,7 @@ class DeltaProductCell(nnx.RNNCellBase):
         flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), carry)
         y, flat = self.mixer.step(flat, inputs.reshape(-1, inputs.shape[-1]))
         carry = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)
-        return carry, y.reshape(*batch, -1)
+        return carry, y.reshape(*batch, self.in_features)
 
     @property
     def num_feature_axes(self) -> int:

@@ -32,6 +32,7 @@ from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.checks import as_array, check_shape
 from deltaproduct_jax.ops.convolution.plain import identity
 from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.parts import along_rows_of
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 # Blends of x and the token before it: channel c of D starts at weight 1 - (c / D)**power.
@@ -170,6 +171,9 @@ class RWKV7(HeadMixer[RWKV7State]):
         given = state is not None
         state = state if given else self.init_state(x.shape[0])
         x, v_first = x.astype(self.dtype), self._check_v_first(v_first, x.shape[:2])
+        if 0 in x.shape:
+            return x, state
+        state = along_rows_of(x, state)
 
         def mix(x, state, segment_ids, length):
             shifted, last = shift(x, state.last, segment_ids, length)
@@ -198,6 +202,9 @@ class RWKV7(HeadMixer[RWKV7State]):
         """One token for every row: returns the outputs and the state after it."""
         x = x[:, None].astype(self.dtype)
         v_first = self._check_v_first(v_first, x.shape[:2])
+        if 0 in x.shape:
+            return x[:, 0], state
+        state = along_rows_of(x, state)
         shifted, last = shift(x, state.last, None, None)
         inputs, gate = self._inputs(x, shifted, v_first)
         r, k, v, kk, b, g = (a[:, 0] for a in inputs)
@@ -216,6 +223,7 @@ class RWKV7(HeadMixer[RWKV7State]):
     ) -> Float[Array, "B T H V"]:
         """The values of these inputs, for the blocks after this one; padding stands behind."""
         last = self.init_state(x.shape[0]).last if state is None else state.last
+        last = along_rows_of(x, last)
         length = None
         if mask is not None:
             x, segment_ids, length = compact(x, segment_ids, mask)

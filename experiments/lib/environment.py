@@ -108,6 +108,11 @@ def _set_up() -> Path:
     wanted = _fingerprint("requirements.txt", "setup.cfg", "pyproject.toml")
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
+    if VENV.is_symlink():  # which would be emptied, for all who use it
+        _fail(
+            f"{VENV} is a link to {os.readlink(VENV)}, which does not hold what requirements.txt, "
+            "setup.cfg and pyproject.toml here say; remove the link, and one is made here"
+        )
     if importlib.util.find_spec("ensurepip") is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         _fail(

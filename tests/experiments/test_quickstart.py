@@ -107,6 +107,19 @@ def commands(monkeypatch, tmp_path):
     return ran
 
 
+def test_an_environment_behind_a_link_is_not_emptied(commands, capsys, tmp_path):
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "pyvenv.cfg").write_text("theirs")
+    (tmp_path / "venv").symlink_to(others)
+    with pytest.raises(SystemExit):
+        environment._set_up()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is a link to {others}, which does not hold" in line
+    assert (others / "pyvenv.cfg").read_text() == "theirs"
+    assert not commands
+
+
 def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, monkeypatch):
     folder = environment.extra_folder("tpu")
     monkeypatch.setattr(environment, "_set_up", lambda: Path("python"))

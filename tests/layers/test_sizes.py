@@ -11,6 +11,8 @@ from helpers import Case, cast
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.layers import DeltaProductCell, GatedDeltaProduct
+from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops import delta_product_step, sharded_delta_product
 
 SIZES = {"num_heads": 2, "head_dim": 4, "num_householder": 2}
@@ -90,6 +92,65 @@ def test_empty_in_empty_out_over_a_mesh(B, T, sequence_axis):
     np.testing.assert_array_equal(state, arrays["initial_state"])
     gradients = jax.grad(lambda a: run(**a)[1].sum())(arrays)
     np.testing.assert_array_equal(gradients["initial_state"], np.ones_like(state))
+
+
+def of_two_blocks(mixer):
+    """Description and shapes of a small model's parameters, and a function of both and of tokens.
+
+    Later blocks may read what the first computed.
+    """
+    sizes = {"num_heads": 2, "head_dim": 4}
+    sizes = {name: size for name, size in sizes.items() if MIXERS[mixer].takes(name)}
+    config = ModelConfig(5, mixer=mixer, hidden_size=8, intermediate_size=8, num_layers=2, **sizes)
+    graph, params = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
+
+    def run(params, tokens):
+        model = nnx.merge(graph, params)
+        start = model.init_state(tokens.shape[0])
+        segments, mask = jnp.zeros_like(tokens), jnp.zeros_like(tokens, bool)
+        after = model.step(start, tokens[:, 0])[1] if tokens.shape[1] else start
+        return model(tokens, segment_ids=segments, mask=mask), start, after
+
+    return run, params
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_empty_in_empty_out_of_several_blocks(mixer):
+    """Traced alone."""
+    run, params = of_two_blocks(mixer)
+    for shape in ((0, 3), (2, 0), (0, 0)):
+        logits, start, after = jax.eval_shape(run, params, jax.ShapeDtypeStruct(shape, jnp.int32))
+        assert logits.shape == (*shape, 5)
+        assert after == start
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_several_blocks_over_explicit_axes(mixer):
+    """Traced alone: JAX refuses then what does not lie as it must."""
+    run, params = of_two_blocks(mixer)
+    mesh = jax.make_mesh((2, 2), ("data", "more"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, PartitionSpec(("data", "more")))
+        tokens = jax.ShapeDtypeStruct((4, 3), jnp.int32, sharding=rows)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        laid = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
+        logits, _, _ = jax.eval_shape(run, jax.tree.map(laid, params), tokens)
+    assert logits.sharding.spec[0] == ("data", "more")
+
+
+def test_a_cell_takes_no_rows():
+    make = lambda: DeltaProductCell(8, num_heads=2, head_dim=4, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(nnx.eval_shape(make))
+
+    def run(params, x):
+        cell = nnx.merge(graph, params)
+        carry = cell.initialize_carry(x.shape)
+        return carry, *cell(carry, x)
+
+    for batch in ((0,), (2, 0), (0, 3)):
+        before, after, y = jax.eval_shape(run, params, jax.ShapeDtypeStruct((*batch, 8), "f4"))
+        assert y.shape == (*batch, 8)
+        assert after == before
 
 
 @pytest.mark.slow

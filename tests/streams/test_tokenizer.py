@@ -2,12 +2,15 @@
 
 import io
 import json
+import signal
+import threading
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltaproduct_jax.data import tokenizer as module
 from deltaproduct_jax.data.tokenizer import (
     describe,
     encoder,
@@ -129,3 +132,33 @@ def test_errors_name_the_flag(files, tmp_path):
         with pytest.raises(ConfigError, match=words) as error:
             open_tokenizer(spec, bos)
         assert "\n" not in str(error.value)
+
+
+def test_a_signal_is_heard_while_a_tokenizer_is_trained():
+    seen, release, over = [], threading.Event(), threading.Event()
+
+    def train(pieces):
+        seen.append(next(pieces))
+        release.wait(60)  # as a library that looks at no signal
+        seen.extend(pieces)
+        over.set()
+
+    def stop(*_):
+        signal.signal(signal.SIGALRM, lambda *_: release.set())
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise InterruptedError("stopped")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(InterruptedError, match="stopped"):
+            module._while_listening(train, iter("ab"))
+        assert over.wait(10)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert seen == ["a"]
+
+
+def test_what_a_training_raises_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        module._while_listening(lambda pieces: 1 / 0, iter(()))
