@@ -99,7 +99,10 @@ def _add(extra: str, python: Path) -> Path:
 
 
 def _set_up() -> Path:
-    """Creates and fills ``.venv`` unless it holds these requirements; returns its Python."""
+    """Creates and fills ``.venv`` unless it holds these requirements; returns its Python.
+
+    A link is left as it is.
+    """
     if sys.version_info[:2] < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
         _fail(f"Python 3.11 or newer is needed, this is {found} ({sys.executable})")
@@ -108,6 +111,11 @@ def _set_up() -> Path:
     wanted = _fingerprint("requirements.txt", "setup.cfg", "pyproject.toml")
     if python.exists() and stamp.exists() and stamp.read_text() == wanted:
         return python
+    if VENV.is_symlink():  # or what others use would be cleared
+        _fail(
+            f"{VENV} is a link to {VENV.readlink()}, which is not set up for these requirements; "
+            "remove the link, or set up where it leads"
+        )
     if importlib.util.find_spec("ensurepip") is None:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         _fail(

@@ -127,6 +127,22 @@ def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, mon
     assert commands[-1][1]["env"]["PYTHONPATH"] == "elsewhere"
 
 
+@pytest.mark.parametrize("stamp", ["of other requirements", None])
+def test_an_environment_that_is_a_link_is_not_cleared(stamp, commands, tmp_path, capsys):
+    shared = tmp_path / "shared"
+    (shared / "bin").mkdir(parents=True)
+    (shared / "bin" / "python").touch()
+    if stamp is not None:
+        (shared / environment.STAMP).write_text(stamp)
+    environment.VENV.symlink_to(shared)
+    with pytest.raises(SystemExit, match="1"):
+        environment.go_on_inside("tests.run")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'venv'} is a link to {shared}, which is not set up")
+    assert said.count("\n") == 1
+    assert not commands
+
+
 def test_an_unknown_extra_is_refused_before_anything_is_installed(commands, capsys):
     with pytest.raises(SystemExit) as stopped:
         environment.go_on_inside("tests.run", ["npu"])
