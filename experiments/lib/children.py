@@ -15,6 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import errors_as_one_line
 from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signals
+from experiments.lib import flags
 from experiments.lib.sweeps.attempts import wait_or_kill
 from experiments.lib.sweeps.parent import marked
 from experiments.lib.sweeps.records import last_line, size_of
@@ -23,6 +24,8 @@ from experiments.lib.sweeps.records import last_line, size_of
 ON_CPU = MappingProxyType({"JAX_PLATFORMS": "cpu"})
 # Of a child that was told to end; the second, while it is still starting.
 STOPPED = (exit_code(signal.SIGTERM), -signal.SIGTERM)
+# Of one that ended with a line of its own, or a trace.
+SAID_WHY = (flags.USAGE_ERROR, 1)
 POLL_S = 0.1
 
 
@@ -132,7 +135,8 @@ def run(
             do.
 
     Raises:
-        ConfigError: it failed; it has said why.
+        ConfigError: it failed; the log, whose last line is named, says why.
+        SystemExit: it failed, and has said why where this process prints; with its exit code.
         Stopped: by a signal to this process, when the command has ended.
     """
     shown_as = " ".join(command[1:])
@@ -151,6 +155,8 @@ def run(
         text = f"stopped by {request.name}; the same command goes on"
         raise Stopped(text, request.signal_number)
     if child.has_failed():
+        if log is None and child.poll() in SAID_WHY:
+            raise SystemExit(child.poll())
         where = "above" if log is None else str(log)
         why = child.last_line() or shown_as
         raise ConfigError(f"a part failed with {child.poll()}, see {where}: {why}")

@@ -99,7 +99,10 @@ def _add(extra: str, python: Path) -> Path:
 
 
 def _set_up() -> Path:
-    """Creates and fills ``.venv`` unless it holds these requirements; returns its Python."""
+    """Creates and fills ``.venv`` unless it holds these requirements; returns its Python.
+
+    A link is left as it is.
+    """
     if sys.version_info[:2] < OLDEST_PYTHON:
         found = ".".join(map(str, sys.version_info[:3]))
         _fail(f"Python 3.11 or newer is needed, this is {found} ({sys.executable})")

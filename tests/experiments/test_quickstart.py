@@ -107,19 +107,6 @@ def commands(monkeypatch, tmp_path):
     return ran
 
 
-def test_an_environment_behind_a_link_is_not_emptied(commands, capsys, tmp_path):
-    others = tmp_path / "others"
-    others.mkdir()
-    (others / "pyvenv.cfg").write_text("theirs")
-    (tmp_path / "venv").symlink_to(others)
-    with pytest.raises(SystemExit):
-        environment._set_up()
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"is a link to {others}, which does not hold" in line
-    assert (others / "pyvenv.cfg").read_text() == "theirs"
-    assert not commands
-
-
 def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, monkeypatch):
     folder = environment.extra_folder("tpu")
     monkeypatch.setattr(environment, "_set_up", lambda: Path("python"))
@@ -138,6 +125,22 @@ def test_an_extra_stands_beside_the_packages_and_is_installed_once(commands, mon
     with pytest.raises(SystemExit):
         environment.go_on_inside("experiments.quickstart")
     assert commands[-1][1]["env"]["PYTHONPATH"] == "elsewhere"
+
+
+@pytest.mark.parametrize("stamp", ["of other requirements", None])
+def test_an_environment_that_is_a_link_is_not_cleared(stamp, commands, tmp_path, capsys):
+    shared = tmp_path / "shared"
+    (shared / "bin").mkdir(parents=True)
+    (shared / "bin" / "python").touch()
+    if stamp is not None:
+        (shared / environment.STAMP).write_text(stamp)
+    environment.VENV.symlink_to(shared)
+    with pytest.raises(SystemExit, match="1"):
+        environment.go_on_inside("tests.run")
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'venv'} is a link to {shared}, which does not hold")
+    assert said.count("\n") == 1
+    assert not commands
 
 
 def test_an_unknown_extra_is_refused_before_anything_is_installed(commands, capsys):

@@ -123,12 +123,19 @@ def test_sigterm_saves_there_and_one_process_ends_the_run(tmp_path, variables):
     assert rows_in(records)[-1]["step"] == steps
 
 
-def test_a_bucket_that_is_not_there_is_one_line(tmp_path, variables):
-    ended = finish(in_bucket(tmp_path / "run", variables, "gs://missing/run"))
-    said = [errors for code, _, errors in ended if code == 2]  # who is later is ended by the other
-    assert said
-    for errors in said:
-        assert re.search(r"error in process \d: gs://missing/run cannot be used: 404 ", errors)
+@pytest.mark.parametrize(
+    ("bucket", "flags", "named"),
+    [
+        ("gs://missing/run", [], "gs://missing/run cannot be used: 404 "),
+        ("gs://bucket/run", ["--compilation_cache=gs://missing"], "compilation_cache='gs://missin"),
+    ],
+)
+def test_a_bucket_that_is_not_there_is_one_line(bucket, flags, named, tmp_path, variables):
+    ended = finish(in_bucket(tmp_path / "run", variables, bucket, flags=flags))
+    assert [code for code, *_ in ended] == [2, 2], ended
+    for _, _, errors in ended:
+        (line,) = errors.splitlines()
+        assert re.match(rf"error( in process \d)?: {named}", line)
     assert not (tmp_path / "run").exists()
 
 

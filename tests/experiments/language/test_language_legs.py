@@ -195,7 +195,8 @@ def test_legs_side_by_side_go_on_and_tell_of_one_that_fails(tmp_path, capfd, mon
         legs.command(argv)
     shown = capfd.readouterr()
     log = folder / "logs" / "tiny_seed1.train.log"
-    assert f"tiny_seed1: train failed with exit code 2, see {log}: error: a part" in shown.err
+    why = f"error: {of[1].run / 'config.json'} is not valid JSON"
+    assert f"tiny_seed1: train failed with exit code 2, see {log}: {why}" in shown.err
     assert "tiny_seed1 is not finished; the same command goes on" in shown.err
     for done in (of[0], of[2]):
         record = json.loads((done.records / TRAINING).read_text())

@@ -209,6 +209,9 @@ def test_a_part_ends_when_its_time_is_over_and_a_failure_is_one(capsys):
     children.run([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.5)  # starting
     with pytest.raises(ConfigError, match=r"^a part failed with 7, see above: -c import sys"):
         children.run([sys.executable, "-c", "import sys; sys.exit(7)"])
+    for code in (1, 2):  # which has said why
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            children.run([sys.executable, "-c", f"raise SystemExit({code})"])
     with pytest.raises(ConfigError, match="failed with 143"):  # by someone else
         children.run([sys.executable, "-c", "import sys; sys.exit(143)"], limit_s=60)
     capsys.readouterr()
