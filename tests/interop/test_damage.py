@@ -53,8 +53,11 @@ def test_embeddings_of_a_dtype_that_is_not_read(tmp_path):
 
 
 def test_layers_that_are_not_there_are_not_waited_for(tmp_path):
-    folder = write(tmp_path, config(NAME) | {"num_hidden_layers": 10**9}, tensors(NAME))
-    refused(folder, "has tensors of 2 layers; its config.json says num_hidden_layers=1000000000")
+    folder = write(tmp_path, config(NAME) | {"num_hidden_layers": 1000}, tensors(NAME))
+    refused(folder, "has tensors of 2 layers; its config.json says num_hidden_layers=1000")
+    folder = write(tmp_path / "more", config(NAME) | {"num_hidden_layers": 10**9}, tensors(NAME))
+    with pytest.raises(ConfigError, match="config.json: num_layers=1000000000 is too large"):
+        fla.load(folder)
 
 
 def test_the_fork_is_compared_as_well(tmp_path):
