@@ -1,8 +1,9 @@
 """The processes of one run: how they find each other, take turns, agree to stop, fail together."""
 
 import contextlib
+import itertools
+import math
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ INITIALIZATION_TIMEOUT_S = 300
 GRACE_S = 60
 # The first waits so long for others to come to the same end, and these until it has been told.
 LEAVING_S, TOLD_S = 10, 1
+LISTENING_S = 0.5  # at a time, for a process that was asked to stop
 GIVEN_UP = 2  # exit code, as of a setting that cannot be honoured
 
 
@@ -119,27 +121,66 @@ def first_goes_first(what: str) -> Iterator[None]:
         multihost_utils.sync_global_devices(what)
 
 
-class Preemption:
+class Agreement:
     """All processes stop behind the same step, whichever of them was asked to.
 
-    JAX's service agrees on the step. It has a handler for SIGTERM of its own, so that this process
-    must not have one; other signals are passed on to it.
+    Once one was, every process says which step it has reached, and lets no further one pass until
+    it knows what the others said: all stop behind the one after the latest. (JAX's own agreement
+    lets a step pass meanwhile; who misses it so goes on alone, and the others wait for ever.)
     """
 
+    _numbers = itertools.count()  # of a process's agreements; all have as many
+
     def __init__(self):
-        self._passed_on = False
+        from orbax.checkpoint import multihost  # JAX has no public name for what this gives
 
-    def reached(self, step: int, *, asked: bool) -> bool:
-        """Whether to stop behind ``step``; to be asked at every step, and true at one only.
+        self._client = multihost.get_jax_distributed_client()
+        self._key = f"deltaproduct_jax/stop/{next(self._numbers)}"
+        self._index, self._count = jax.process_index(), jax.process_count()
+        self._lock = threading.Lock()
+        self._step, self._last = 0, math.inf
+        self._closed = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
 
-        Args:
-            step: the number of the step that was made.
-            asked: whether this process was asked to stop in another way than by SIGTERM.
-        """
-        if asked and not self._passed_on:
-            self._passed_on = True
-            os.kill(os.getpid(), signal.SIGTERM)
-        return multihost_utils.reached_preemption_sync_point(step)
+    def ask(self) -> None:
+        """Asks all processes to stop."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody is there, and JAX ends all
+            self._client.key_value_set(f"{self._key}/asked", "yes", allow_overwrite=True)
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop behind ``step``, the number of one that was made; asked at every one."""
+        # JAX takes a SIGTERM that comes before anybody else does.
+        if multihost_utils.reached_preemption_sync_point(step):
+            self.ask()
+        with self._lock:
+            self._step = step
+            return step >= self._last
+
+    def close(self) -> None:
+        """Ends the thread that listens."""
+        self._closed.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._closed.is_set():
+            if self._said("asked", LISTENING_S) is None:
+                self._closed.wait(LISTENING_S / 5)
+                continue
+            with self._lock:
+                own = f"{self._key}/{self._index}"
+                self._client.key_value_set(own, str(self._step), allow_overwrite=True)
+                steps = [self._said(str(n), HEARTBEAT_TIMEOUT_S) for n in range(self._count)]
+                if None not in steps:  # or one is gone, and JAX ends all
+                    self._last = max(map(int, steps)) + 1
+            return
+
+    def _said(self, name: str, seconds: float) -> str | None:
+        """What was said under a name, waited for; None if nothing was."""
+        try:
+            return self._client.blocking_key_value_get(f"{self._key}/{name}", int(1000 * seconds))
+        except jax.errors.JaxRuntimeError:
+            return None
 
 
 def leave(code: int) -> None:

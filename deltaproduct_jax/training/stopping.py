@@ -57,6 +57,9 @@ class StopRequest:
         """Sleeps, not beyond the request; whether there is one."""
         return self._event.wait(seconds)
 
+    def close(self) -> None:
+        """Nobody asks any more."""
+
     @property
     def name(self) -> str:
         """The signal as one speaks of it."""
@@ -70,21 +73,26 @@ class SharedStopRequest(StopRequest):
     def __init__(self):
         super().__init__()
         self._asked = threading.Event()
-        self._preemption = processes.Preemption()
+        self._agreement = processes.Agreement()
 
     def set(self, signal_number: int) -> None:
         """Asks all processes for the end."""
         self._asked.set()
+        self._agreement.ask()
 
     def was_asked(self) -> bool:
-        """Whether this very process was asked, other than by SIGTERM."""
+        """Whether this very process was asked."""
         return self._asked.is_set()
 
     def reached(self, step: int) -> bool:
         """Whether all are to end behind ``step``."""
-        if self._preemption.reached(step, asked=self.was_asked()):
+        if self._agreement.reached(step):
             super().set(signal.SIGTERM)
         return self.is_set()
+
+    def close(self) -> None:
+        """Listens to the others no more."""
+        self._agreement.close()
 
 
 @contextlib.contextmanager
@@ -93,18 +101,22 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     Only a process's main thread can take signals; in another the request is never set by them.
     """
-    joined = processes.are_joined()
-    request = SharedStopRequest() if joined else StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
+    request = SharedStopRequest() if processes.are_joined() else StopRequest()
+    with contextlib.closing(request):
+        if threading.current_thread() is threading.main_thread():
+            with _signals_to(request):
+                yield request
+        else:
+            yield request
+
+
+@contextlib.contextmanager
+def _signals_to(request: StopRequest) -> Iterator[None]:
     # Python runs handlers between its own instructions, which a compilation of minutes holds up;
     # the number of a signal is in the pipe at once, and a thread waits there.
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
-    # Of several processes, JAX itself takes SIGTERM and tells the others.
-    names = [name for name in NAMES if not (joined and name == "SIGTERM")]
-    known = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     # What is ignored stays so: nohup and shells without job control ignore some on purpose.
     numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
     handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
@@ -112,7 +124,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
     watcher = threading.Thread(target=_watch, args=(receiving, numbers, request), daemon=True)
     watcher.start()
     try:
-        yield request
+        yield
     finally:
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():

@@ -1,0 +1,86 @@
+"""Processes agree on the step that they stop behind, however fast they go; threads stand in."""
+
+import random
+import threading
+import time
+
+import jax
+import pytest
+from orbax.checkpoint import multihost
+
+from deltaproduct_jax.parallel import processes
+
+
+class Store:
+    """What processes tell each other through, as JAX's client has it, slowly."""
+
+    def __init__(self):
+        self._values, self._changed = {}, threading.Condition()
+
+    def key_value_set(self, key, value, *, allow_overwrite):
+        """Tells."""
+        assert allow_overwrite
+        time.sleep(random.uniform(0, 0.01))
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def blocking_key_value_get(self, key, timeout_in_ms):
+        """Hears."""
+        time.sleep(random.uniform(0, 0.01))
+        with self._changed:
+            if not self._changed.wait_for(lambda: key in self._values, timeout_in_ms / 1000):
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+            return self._values[key]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_all_stop_behind_the_same_step_however_fast_they_go(count, monkeypatch):
+    store = Store()
+    monkeypatch.setattr(multihost, "get_jax_distributed_client", lambda: store)
+    monkeypatch.setattr(processes, "LISTENING_S", 0.01)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    for trial in range(6):
+        agreements = []
+        monkeypatch.setattr(processes.Agreement, "_numbers", iter([trial] * count))
+        for index in range(count):
+            monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+            agreements.append(processes.Agreement())
+        together, first = threading.Barrier(count), 100 * trial
+        stopped = [None] * count
+
+        def run(index, agreements=agreements, together=together, first=first, stopped=stopped):
+            for step in range(first + 1, first + 100_000):
+                together.wait(timeout=10)  # as a step's sums of gradients have them wait
+                if agreements[index].reached(step):
+                    stopped[index] = step
+                    return
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+        for thread in threads:
+            thread.start()
+        time.sleep(random.uniform(0, 0.02))
+        for asked in random.sample(agreements, random.randint(1, count)):
+            asked.ask()
+        for thread in threads:
+            thread.join(timeout=20)
+        assert stopped[0] is not None
+        assert len(set(stopped)) == 1
+        for agreement in agreements:
+            agreement.close()
+
+
+def test_without_a_request_nobody_stops_and_a_store_that_is_gone_is_no_error(monkeypatch):
+    class Gone(Store):
+        """A service that has ended."""
+
+        def key_value_set(self, key, value, *, allow_overwrite):
+            """Fails."""
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE")
+
+    monkeypatch.setattr(multihost, "get_jax_distributed_client", Gone)
+    monkeypatch.setattr(processes, "LISTENING_S", 0.01)
+    agreement = processes.Agreement()
+    agreement.ask()
+    assert not any(agreement.reached(step) for step in range(100))
+    agreement.close()
