@@ -230,4 +230,4 @@ def page(record: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(command, sys.argv[1:]))
+    sys.exit(flags.run(command, sys.argv[1:], goes_on=True))

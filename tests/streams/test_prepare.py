@@ -168,20 +168,35 @@ def test_a_kill_at_any_write_changes_no_byte(sources, tmp_path, monkeypatch):
     assert kills > 15
 
 
-def test_killed_for_good_goes_on_and_leaves_no_process(sources, tmp_path):
+ENDS = [
+    pytest.param(signal.SIGKILL, -signal.SIGKILL, None, marks=pytest.mark.slow),
+    (signal.SIGTERM, 143, "stopped by SIGTERM; the same command goes on\n"),
+    pytest.param(
+        signal.SIGINT,
+        130,
+        "stopped by Ctrl-C; the same command goes on\n",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("number", "code", "says"), ENDS)
+def test_ended_from_outside_goes_on_and_leaves_no_process(number, code, says, sources, tmp_path):
     config = config_for(sources, shard_bytes=500)
     argv = [f"--sources={sources[0]}", "--tokenizer=bytes", "--shard_bytes=500", "--workers=2"]
     out = tmp_path / "out"
     command = [sys.executable, "-m", "experiments.prepare_text", *argv, f"--workdir={out}"]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     records = out / module.UNDER_WAY
     until = time.monotonic() + 60
     while not len(list(records.glob("0*.json"))) and time.monotonic() < until:
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
     done = len(list(records.glob("0*.json")))
+    assert process.returncode == code
+    assert says is None or said == says
     assert 0 < done < 60
     assert not (out / "manifest.json").exists()
     assert len(children) >= 2
