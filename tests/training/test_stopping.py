@@ -196,12 +196,13 @@ import sys, threading, time
 from deltaproduct_jax.training import stopping
 stopping.GRACE_S = float(sys.argv[1])
 with stopping.interrupted_by_signals(lambda request: f"ended by {request.name}"):
-    print("ready", flush=True)
+    word = "ready"
     while True:  # as in a compiler, where no exception arrives
         try:
+            print(word, flush=True)
             time.sleep(60)
         except KeyboardInterrupt:
-            print("not heard", flush=True)
+            word = "not heard"
 """
 
 
