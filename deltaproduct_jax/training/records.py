@@ -17,7 +17,7 @@ there alone, the other files except events there too.
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -145,7 +145,10 @@ class RunRecords:
         return self._saved_config() != self._config.to_dict()
 
     def _saved_config(self) -> ConfigFile:
-        return with_defaults(saved_config(self.directory), self._config)
+        saved = saved_config(self.directory)
+        with errors_of(self.directory / CONFIG):
+            RunConfig.check_sections(saved)
+        return with_defaults(saved, self._config)
 
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run, None before its end."""
@@ -293,6 +296,15 @@ def _require_fit(directory: Path, config: RunConfig, bucket: Bucket) -> None:
             f"{directory} holds a run that is not in bucket={bucket.path}; give another workdir, "
             "or the bucket that it was saved to"
         )
+
+
+@contextlib.contextmanager
+def errors_of(config: AnyPath) -> Iterator[None]:
+    """Of a file that is no run's configuration, says so; RunDirectoryError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:  # what is missing, or has another type
+        raise RunDirectoryError(f"{config} describes no run: {error}") from error
 
 
 def saved_config(directory: AnyPath) -> ConfigFile:
