@@ -99,6 +99,7 @@ class Results(TypedDict):
     test: list[LengthScores]
 
 
+MOVED = {"task.data"}  # what differs where only the folders of text have other paths
 ConfigFile = dict[str, dict[str, Any]]
 MetricsLine = Annotated[dict[str, float], _Columns]
 
@@ -334,9 +335,10 @@ def refuse_other_config(
             f"{name.rpartition('.')[2]} ({_show(there)} there, {_show(here)} here)"
             for name, (there, here) in differing.items()
         )
+        back = "move the text back, if it is only elsewhere, or " if set(differing) == MOVED else ""
         raise RunDirectoryError(
             f"{directory} holds a run with another configuration, differing in {shown}; "
-            f"give another {flag}"
+            f"{back}give another {flag}"
         )
 
 

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -242,6 +243,45 @@ def test_other_sources_under_the_same_name_are_refused(tmp_path):
     path.write_text("another")
     with pytest.raises(RunDirectoryError, match="from other sources, or they have changed"):
         prepare(config, out)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_sources_that_were_moved_are_the_same_text(is_done, tmp_path, monkeypatch):
+    old, new, out = (tmp_path / name for name in ("old", "new", "out"))
+    for number in range(4):
+        path = old / "fs" / f"{number}.c"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{number} " * 600)
+    fields = {"valid_paths": ("*/fs/1*",), "test_paths": ("*/fs/2*",), "shard_bytes": 1000}
+    fields["pattern"] = ("*.c", "*.txt")
+    if is_done:
+        prepare(config_for((old,), **fields), out)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_manifest", raising(Killed()))
+            with pytest.raises(Killed):
+                prepare(config_for((old,), **fields), out)
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    old.rename(new)
+    assert prepare(config_for((new,), **fields), out)["splits"].keys() == {"train", "valid", "test"}
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.npy")} == shards
+    for change in (
+        lambda folder: (folder / "3.c").write_text("7 " * 600),
+        lambda folder: (folder / "3.c").rename(folder / "0.txt"),
+        lambda folder: folder.rename(folder.with_name("other")),  # of which nothing is held out
+    ):
+        shutil.rmtree(tmp_path / "third", ignore_errors=True)
+        shutil.copytree(new, tmp_path / "third")
+        change(tmp_path / "third" / "fs")
+        with pytest.raises(RunDirectoryError, match=r"was prepared with sources=\["):
+            prepare(config_for((tmp_path / "third",), **fields), out)
+
+
+def raising(error):
+    def raises(*_):
+        raise error
+
+    return raises
 
 
 def test_a_mistake_that_made_nothing_can_be_put_right(sources, tmp_path):

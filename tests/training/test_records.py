@@ -12,7 +12,7 @@ from deltaproduct_jax import files, load_run
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.training.events import FILE_NAME
-from deltaproduct_jax.training.records import RunRecords
+from deltaproduct_jax.training.records import RunRecords, refuse_other_config
 
 CONFIG = run_config(steps=20, log_every=2, eval_every=10, checkpoint_every=10)
 
@@ -148,6 +148,15 @@ def test_a_config_of_other_sections_is_no_runs_for_training_and_reading(recorded
         with pytest.raises(RunDirectoryError) as error:
             read()
         assert str(error.value).startswith(f"{path} describes no run: {says}")
+
+
+@pytest.mark.parametrize(("steps", "is_told"), [(12, True), (13, False)])
+def test_text_that_is_elsewhere_is_said_to_be(steps, is_told):
+    there = {"task": {"data": ["old"]}, "train": {"steps": 12}}
+    here = {"task": {"data": ["new"]}, "train": {"steps": steps}}
+    with pytest.raises(RunDirectoryError, match=r'data \(\["old"\] there') as error:
+        refuse_other_config(there, here, "run")
+    assert ("move the text back" in str(error.value)) == is_told
 
 
 def test_unreadable_file_is_named(recorded):
