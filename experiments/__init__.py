@@ -5,17 +5,28 @@ import signal
 import sys
 from typing import Any
 
+STARTING = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
-def leave(*_: Any) -> None:
-    """What Ctrl-C does while a script is being imported: nothing has begun, so nothing is lost."""
-    os.write(2, b"stopped by Ctrl-C; the same command begins anew\n")
-    os._exit(128 + signal.SIGINT)
+
+def leave(number: int, *_: Any) -> None:
+    """What a signal does while a script is being imported: nothing has begun, nothing is lost."""
+    os.write(2, f"stopped by {STARTING[number]}; the same command begins anew\n".encode())
+    os._exit(128 + number)
 
 
 def leave_on_interrupt() -> None:
-    """From now on Ctrl-C, unless it is ignored, ends the process at once, in one line."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave)
+    """From now on Ctrl-C and SIGTERM, unless ignored, end the process at once, in one line."""
+    for number in STARTING:
+        if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+            signal.signal(number, leave)
+
+
+def leave_no_more() -> None:
+    """Both signals do again what they do in Python by itself."""
+    for number in STARTING:
+        if signal.getsignal(number) is leave:
+            is_ctrl_c = number == signal.SIGINT
+            signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
 
 # JAX alone takes a second to import, and Python would show where in it the signal came. Python

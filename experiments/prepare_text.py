@@ -39,4 +39,4 @@ def command(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(command, sys.argv[1:]))
+    sys.exit(flags.run(command, sys.argv[1:], goes_on=True))

@@ -15,7 +15,7 @@ Takes: half a minute for all results.
 import sys
 from collections.abc import Sequence
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from experiments.lib import flags
 from experiments.lib.figures.records import drawn
 from experiments.lib.figures.style import SECTION, Look
@@ -24,10 +24,14 @@ from experiments.lib.figures.style import SECTION, Look
 def command(argv: Sequence[str]) -> None:
     """Draws what the flags say, and prints the files written."""
     parsed = flags.parse(argv, SECTION, {"default": {}})
-    look, found = Look(**parsed.sections["figures"]), 0
-    for path in drawn(parsed.workdir, look):
+    look, found, damaged = Look(**parsed.sections["figures"]), 0, []
+    for path in drawn(parsed.workdir, look, damaged.append):
         print(f"written: {path}")
         found += 1
+    for why in damaged[:-1]:
+        print(f"error: {why}", file=sys.stderr)
+    if damaged:
+        raise RunDirectoryError(damaged[-1])
     if not found:
         raise ConfigError(f"workdir={str(parsed.workdir)!r} holds no record that can be drawn")
 

@@ -253,7 +253,7 @@ def tried_of_arm(arm: Arm, scores: Sequence[Any], place: int | None) -> dict[str
 
 def main(argv: Sequence[str]) -> int:
     """Exit code of the command; ``argv`` without the program's name."""
-    return flags.run(command, argv)
+    return flags.run(command, argv, goes_on=True)
 
 
 if __name__ == "__main__":

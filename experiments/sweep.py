@@ -70,7 +70,7 @@ def command(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code of the command; ``argv`` without the program's name."""
-    return flags.run(command, argv)
+    return flags.run(command, argv, goes_on=True)
 
 
 if __name__ == "__main__":

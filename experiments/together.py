@@ -84,7 +84,7 @@ def log_end(run: Run, folder: Path, outcome: object, main: Callable[[Sequence[st
 
 def main(argv: Sequence[str]) -> int:
     """Exit code of the command; ``argv`` without the program's name."""
-    return flags.run(command, argv)
+    return flags.run(command, argv, goes_on=True)
 
 
 if __name__ == "__main__":

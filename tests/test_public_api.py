@@ -179,6 +179,10 @@ def test_folders_that_hold_no_run_or_no_checkpoint_yet(tmp_path):
         ('{"task": {"group": "S3"}, "model": {"width": 1}, "train": {}}', "'width' is no field"),
         ('{"task": {"group": "S3"}, "model": {}, "train": {"steps": "x"}}', "describes no run"),
         ('{"task": {"group": "S3"}, "model": {}, "train": {"steps": 0}}', "steps=0 is too small"),
+        (
+            '{"task": {"group": "S3"}, "model": {}, "train": {}, "x": {}}',
+            "section 'x' is not known",
+        ),
     ],
 )
 def test_configurations_that_describe_no_run(tmp_path, content, says):

@@ -55,6 +55,10 @@ def call_apart(
         is_late = True
         child.kill()
         out, complaint = child.communicate()
+    except BaseException:  # a signal to this process, which may not have reached that one
+        child.kill()
+        child.wait()
+        raise
     if child.returncode > 0:
         raise RuntimeError(f"{function} failed on {entries}:\n{complaint[-3000:]}")
     # The last line may be half a line.

@@ -62,6 +62,8 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         manifest = read_manifest(directory)
         now = [(source.path, source.bytes) for source in sources]
         difference = _difference(manifest, config, now, "bytes")
+        if difference is not None and _are_moved(manifest, config, sources):
+            difference = None
         if difference is not None:
             raise RunDirectoryError(f"{directory} was prepared {difference}")
         shutil.rmtree(directory / UNDER_WAY, ignore_errors=True)
@@ -133,6 +135,31 @@ def _difference(
     return None
 
 
+def _are_moved(found: Plan | Manifest, config: PrepareConfig, sources: Sequence[Source]) -> bool:
+    """Whether the sources are those of another preparation, at other paths: the same hashes.
+
+    All that a path says to a preparation, the kind of the file and its split, must be the same too.
+    """
+    if {**found["config"], "sources": None} != {**config.identity(), "sources": None}:
+        return False
+    then = found["sources"]
+    if [source["bytes"] for source in then] != [source.bytes for source in sources]:
+        return False
+    for said, source in zip(then, sources, strict=True):
+        before = Source(said["path"], source.bytes, source.modified_ns)
+        if before.kind != source.kind:
+            return False
+        if config.split_of(before.path, "") != config.split_of(source.path, ""):
+            return False
+    hashes = _hashes(config, sources)
+    return hashes == [source["sha256"] for source in then]
+
+
+def _hashes(config: PrepareConfig, sources: Sequence[Source]) -> list[str]:
+    names, sizes = [Path(s.path) for s in sources], [s.bytes for s in sources]
+    return workers.run(digest, names, sizes, config.processes, "hashing", in_threads=True)
+
+
 def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> Plan:
     """What this directory is being made of, noted before anything else; hashes files once."""
     path = directory / UNDER_WAY / "plan.json"
@@ -140,7 +167,7 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> 
         plan = read_json(path, Plan)
         now = [(source.path, source.modified_ns) for source in sources]
         difference = _difference(plan, config, now, "modified_ns")
-        if difference is None:
+        if difference is None or _are_moved(plan, config, sources):
             return plan
         if any(path.parent.glob("[0-9]*.json")):
             raise RunDirectoryError(f"{directory} was begun {difference}")
@@ -150,11 +177,9 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> 
             f"{directory} holds {strangers[0].name}, which no preparation under way wrote; "
             "give another --workdir"
         )
-    names, sizes = [Path(s.path) for s in sources], [s.bytes for s in sources]
-    hashes = workers.run(digest, names, sizes, config.processes, "hashing", in_threads=True)
     entries: list[PlannedSource] = [
         {**dataclasses.asdict(source), "sha256": sha256}
-        for source, sha256 in zip(sources, hashes, strict=True)
+        for source, sha256 in zip(sources, _hashes(config, sources), strict=True)
     ]
     plan = {"config": config.identity(), "sources": entries}
     write_whole(path, lambda file: file.write(to_json(plan)))

@@ -1,5 +1,6 @@
 """The same function on many items, by processes that do not outlive the one that started them."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -8,9 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 from tqdm import tqdm
 
@@ -54,28 +55,64 @@ def run(
     results: dict[int, Result] = {}
     progress = Progress(sum(sizes), what)
     workers = min(processes, len(items))
-    if workers <= 1:
-        done = ((index, function(item)) for index, item in enumerate(items))
-    else:
-        pool = ThreadPoolExecutor(workers) if in_threads else _processes(workers)
-        done = _by(pool, function, items)
-    try:
+    with contextlib.ExitStack() as ending:
+        ending.callback(progress.close)
+        if workers <= 1:
+            done = ((index, function(item)) for index, item in enumerate(items))
+        elif in_threads:
+            threads = ThreadPoolExecutor(workers)
+            ending.callback(threads.shutdown, cancel_futures=True)
+            done = _by(threads, function, items)
+        else:
+            done = _by(ending.enter_context(Processes(workers)), function, items)
         for index, result in done:
             results[index] = result
             progress.add(sizes[index])
-    finally:
-        progress.close()
     return [results[index] for index in range(len(items))]
 
 
-def _processes(workers: int) -> Executor:
-    # Not forked: this process has threads of JAX's and of tokenizers', which a fork would break.
-    spawn = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, spawn, initializer=_end_with_parent)
+class Processes:
+    """Worker processes that end where this one does, and where it is interrupted."""
+
+    def __init__(self, workers: int):
+        # Not forked: threads of JAX's and of tokenizers', which are here, would not outlive a fork.
+        spawn = multiprocessing.get_context("spawn")
+        self._ending, self._alive = spawn.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(workers, spawn, _end_with_parent, (self._ending,))
+
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """As of every executor."""
+        with _signals_held():  # of a terminal's all get one; this process alone says what it did
+            return self._pool.submit(function, *arguments)
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits for what is begun, or ends it, if this process is interrupted."""
+        if kind is not None and not issubclass(kind, Exception):
+            self._alive.close()
+        self._pool.shutdown(cancel_futures=True)
+        self._alive.close()
+        self._ending.close()
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Inside, Ctrl-C waits; a process that is started inside never hears it."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _by(
-    pool: Executor, function: Callable[[Item], Result], items: Sequence[Item]
+    pool: Processes | ThreadPoolExecutor, function: Callable[[Item], Result], items: Sequence[Item]
 ) -> Iterator[tuple[int, Result]]:
     try:
         futures = {pool.submit(function, item): index for index, item in enumerate(items)}
@@ -86,17 +123,14 @@ def _by(
             "a worker process was killed, perhaps for want of memory; the same command goes on, "
             "and --workers=1 needs the least"
         ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(ending: multiprocessing.connection.Connection) -> None:
     """A worker waits for work on a pipe that it holds open itself: a kill above it goes unseen."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the parent alone says what Ctrl-C did
     parent = multiprocessing.parent_process()
 
     def wait() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
+        multiprocessing.connection.wait([parent.sentinel, ending])
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import os
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -77,6 +78,9 @@ def join(config: DeviceConfig) -> None:
     except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{which} does not join any processes: {reason}") from error
+    if threading.current_thread() is threading.main_thread():
+        # JAX has taken SIGTERM, for an agreement of its own (see `Agreement`).
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -150,9 +154,6 @@ class Agreement:
 
     def reached(self, step: int) -> bool:
         """Whether to stop behind ``step``, the number of one that was made; asked at every one."""
-        # JAX takes a SIGTERM that comes before anybody else does.
-        if multihost_utils.reached_preemption_sync_point(step):
-            self.ask()
         with self._lock:
             self._step = step
             return step >= self._last

@@ -346,13 +346,7 @@ class RunConfig:
             ConfigError: a section or field is not known, or has a value that it may not have.
             TypeError: a value is of another type.
         """
-        optional = {"plugins"}
-        names = {field.name for field in dataclasses.fields(cls)}
-        sections = saved if isinstance(saved, Mapping) else {}
-        if not (names - optional <= set(sections) <= names) or not all(
-            isinstance(section, Mapping) for section in sections.values()
-        ):
-            raise ConfigError("its sections must be task, model, train and, if any, plugins")
+        cls.check_sections(saved)
         plugins = _made(PluginConfig, "plugins", saved.get("plugins", {}))
         import_plugins(plugins.plugins)
         return cls(
@@ -361,6 +355,23 @@ class RunConfig:
             _made(TrainConfig, "train", saved["train"]),
             plugins,
         )
+
+    @classmethod
+    def check_sections(cls, saved: Any) -> None:
+        """Raises ConfigError, naming what is unknown, unless the sections are those of a run."""
+        optional = {"plugins"}
+        names = {field.name for field in dataclasses.fields(cls)}
+        sections = saved if isinstance(saved, Mapping) else {}
+        for name in sections:
+            if name not in names:
+                raise ConfigError(f"section {name!r} is not known; {_SECTIONS}")
+        if not names - optional <= set(sections) or not all(
+            isinstance(section, Mapping) for section in sections.values()
+        ):
+            raise ConfigError(_SECTIONS)
+
+
+_SECTIONS = "its sections must be task, model, train and, if any, plugins"
 
 
 def _made(kind: type, section: str, values: Mapping[str, Any]) -> Any:

@@ -17,7 +17,7 @@ there alone, the other files except events there too.
 
 import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -99,6 +99,7 @@ class Results(TypedDict):
     test: list[LengthScores]
 
 
+MOVED = {"task.data"}  # what differs where only the folders of text have other paths
 ConfigFile = dict[str, dict[str, Any]]
 MetricsLine = Annotated[dict[str, float], _Columns]
 
@@ -145,7 +146,10 @@ class RunRecords:
         return self._saved_config() != self._config.to_dict()
 
     def _saved_config(self) -> ConfigFile:
-        return with_defaults(saved_config(self.directory), self._config)
+        saved = saved_config(self.directory)
+        with errors_of(self.directory / CONFIG):
+            RunConfig.check_sections(saved)
+        return with_defaults(saved, self._config)
 
     def results(self) -> dict[str, Any] | None:
         """The results of a finished run, None before its end."""
@@ -295,6 +299,15 @@ def _require_fit(directory: Path, config: RunConfig, bucket: Bucket) -> None:
         )
 
 
+@contextlib.contextmanager
+def errors_of(config: AnyPath) -> Iterator[None]:
+    """Of a file that is no run's configuration, says so; RunDirectoryError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:  # what is missing, or has another type
+        raise RunDirectoryError(f"{config} describes no run: {error}") from error
+
+
 def saved_config(directory: AnyPath) -> ConfigFile:
     """The configuration of a run; RunDirectoryError if it cannot be read."""
     return read_json(directory / CONFIG, ConfigFile)
@@ -322,9 +335,10 @@ def refuse_other_config(
             f"{name.rpartition('.')[2]} ({_show(there)} there, {_show(here)} here)"
             for name, (there, here) in differing.items()
         )
+        back = "move the text back, if it is only elsewhere, or " if set(differing) == MOVED else ""
         raise RunDirectoryError(
             f"{directory} holds a run with another configuration, differing in {shown}; "
-            f"give another {flag}"
+            f"{back}give another {flag}"
         )
 
 

@@ -13,7 +13,7 @@ from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
-from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, ConfigFile
+from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, ConfigFile, errors_of
 from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
 
 
@@ -58,10 +58,8 @@ def read_config(directory: AnyPath) -> RunConfig:
     path = directory / CONFIG
     if not is_there(path):
         raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
-    try:
+    with errors_of(path):
         return RunConfig.from_dict(read_json(path, ConfigFile))
-    except (ValueError, TypeError) as error:  # what is missing, or has another type
-        raise RunDirectoryError(f"{path} describes no run: {error}") from error
 
 
 def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:

@@ -1,19 +1,21 @@
 """Signals that ask a process to end: it finishes what it is at, and a second one ends it at once.
 
 A loop asks a `StopRequest` between its steps and raises `Stopped` once everything is saved. The
-request is one object, so that whatever else may end a run early can set it too.
+request is one object, so that whatever else may end a run early can set it too. What has no steps
+is interrupted where it is.
 """
 
 import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from deltaproduct_jax.parallel import processes
 
 # Ctrl-C, what schedulers and `kill` send, and a terminal that is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+GRACE_S = 5.0  # for what is interrupted to clear up, or to come back from a compiler to Python
 
 
 class Stopped(KeyboardInterrupt):
@@ -102,42 +104,96 @@ def stop_on_signals() -> Iterator[StopRequest]:
     Only a process's main thread can take signals; in another the request is never set by them.
     """
     request = SharedStopRequest() if processes.are_joined() else StopRequest()
-    with contextlib.closing(request):
-        if threading.current_thread() is threading.main_thread():
-            with _signals_to(request):
-                yield request
-        else:
-            yield request
+
+    def watch(receiving: int, numbers: list[int]) -> None:
+        while number := _next(receiving, numbers):
+            if request.was_asked():
+                os._exit(exit_code(number))
+            request.set(number)
+
+    with contextlib.closing(request), _heard(lambda *_: None, watch):
+        yield request
 
 
 @contextlib.contextmanager
-def _signals_to(request: StopRequest) -> Iterator[None]:
-    # Python runs handlers between its own instructions, which a compilation of minutes holds up;
-    # the number of a signal is in the pipe at once, and a thread waits there.
+def interrupted_by_signals(says: Callable[[StopRequest], str]) -> Iterator[StopRequest]:
+    """Inside, a signal raises KeyboardInterrupt, whichever it is, and sets the request.
+
+    A second one ends the process at once, and so does the first where `GRACE_S` later what is
+    inside has not ended: it may be in a compiler, or wait for a thread.
+
+    Args:
+        says: the line that such an end leaves on standard error.
+    """
+    request, is_over = StopRequest(), threading.Event()
+
+    def interrupt(number: int, frame: object) -> None:
+        if not is_over.is_set():
+            is_over.set()
+            request.set(number)
+            raise KeyboardInterrupt
+
+    def end(number: int) -> None:
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            os.write(2, f"{says(request)}\n".encode())
+        os._exit(exit_code(number))
+
+    def watch(receiving: int, numbers: list[int]) -> None:
+        timer = None
+        while number := _next(receiving, numbers):
+            if timer is not None:
+                end(number)
+            request.set(number)
+            timer = threading.Timer(GRACE_S, end, [number])
+            timer.daemon = True
+            timer.start()
+        if timer is not None:
+            timer.cancel()
+
+    with _heard(interrupt, watch):
+        try:
+            yield request
+        finally:
+            is_over.set()
+
+
+@contextlib.contextmanager
+def _heard(
+    handler: Callable[[int, object], None], watch: Callable[[int, list[int]], None]
+) -> Iterator[None]:
+    """Inside, signals call ``handler`` in the main thread, and are written to a pipe.
+
+    There ``watch`` reads them at once, in a thread: Python runs handlers between its own
+    instructions, which a compilation of minutes holds up.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     receiving, sending = os.pipe()
     os.set_blocking(sending, False)
-    known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     # What is ignored stays so: nohup and shells without job control ignore some on purpose.
+    known = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
     numbers = [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
-    handlers = {number: signal.signal(number, lambda *_: None) for number in numbers}
     before = signal.set_wakeup_fd(sending, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(receiving, numbers, request), daemon=True)
+    watcher = threading.Thread(target=watch, args=(receiving, numbers), daemon=True)
     watcher.start()
+    handlers = {}
     try:
+        for number in numbers:
+            handlers[number] = signal.signal(number, handler)
         yield
     finally:
         signal.set_wakeup_fd(before)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, handler_before in handlers.items():
+            signal.signal(number, handler_before)
         os.close(sending)
         watcher.join()
         os.close(receiving)
 
 
-def _watch(receiving: int, numbers: list[int], request: StopRequest) -> None:
+def _next(receiving: int, numbers: list[int]) -> int | None:
+    """The next signal of these; None where no more are heard."""
     while data := os.read(receiving, 1):
-        if data[0] not in numbers:  # a signal of somebody else's
-            continue
-        if request.was_asked():
-            os._exit(exit_code(data[0]))
-        request.set(data[0])
+        if data[0] in numbers:  # not a signal of somebody else's
+            return data[0]
+    return None

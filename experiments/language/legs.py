@@ -40,7 +40,7 @@ from deltaproduct_jax.settings import LARGEST_SEED, check_fields, setting
 from deltaproduct_jax.training.locks import Lock, held
 from experiments.lib import children, flags
 from experiments.lib.figures.style import SECTION, Look
-from experiments.lib.language_legs import LEGS, TRAINING, Leg
+from experiments.lib.language_legs import LEGS, LOCK, TRAINING, Leg
 from experiments.lib.leg_config import PRESETS as OF_A_LEG
 from experiments.lib.leg_config import LegConfig
 from experiments.lib.leg_jobs import Place, paper, refuse_other_settings, run_legs
@@ -49,7 +49,6 @@ from experiments.lib.leg_warming import warmed
 from experiments.lib.sweeps.gpus import visible_gpus
 
 PROGRAMS = "programs"
-LOCK = ".legs.lock"
 # What this command says of a leg itself.
 DECIDED = ("leg", "seed", "stages", "train_s")
 PRESETS: dict[str, dict[str, Any]] = OF_A_LEG | {
@@ -147,4 +146,4 @@ def command(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(command, sys.argv[1:]))
+    sys.exit(flags.run(command, sys.argv[1:], goes_on=True))

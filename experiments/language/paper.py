@@ -10,7 +10,7 @@ position on code that was held out and on prose, effective ranks, samples. The s
 where it stood, so that a leg may take several sessions of a machine; ``--train_s`` ends training
 for this time, saved. ``--stages=draw`` puts the records of all legs that are in the folder into one
 table and three figures, wherever they were made: it needs no checkpoint. All legs on the GPUs of a
-machine: ``experiments.language.legs``.
+machine: ``experiments.language.legs``, beside which only that stage runs in its folder.
 
 Legs are the paper's 213M with n_h = 1, 2 and 3, a gated one, and models of 36M parameters beside
 attention, Mamba-2 and a hybrid (``experiments/lib/language_legs.py``).
@@ -35,16 +35,17 @@ import jax
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import errors_as_one_line, read_json, user_path
-from deltaproduct_jax.training.locks import run_lock
+from deltaproduct_jax.training.locks import Lock, run_lock
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import archives, flags
 from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
-from experiments.lib.children import run
+from experiments.lib.children import require_free, run
 from experiments.lib.figures.legs import draw_all
 from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.language_legs import (
     DOMAINS,
+    LOCK,
     Leg,
     keep,
     measurements,
@@ -207,6 +208,8 @@ def command(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     workdir.mkdir(parents=True, exist_ok=True)
     leg = Leg(config.leg, config.seed, workdir)
+    if set(config.stages) - {"draw"}:
+        require_free(Lock(workdir / LOCK))
     if "prepare" in config.stages:
         prepare(config, workdir)
     finished = train(config, leg) if "train" in config.stages else (leg.run / RESULTS).exists()
@@ -230,4 +233,4 @@ def page(record: Mapping[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(flags.run(command, sys.argv[1:]))
+    sys.exit(flags.run(command, sys.argv[1:], goes_on=True))

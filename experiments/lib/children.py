@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import errors_as_one_line
-from deltaproduct_jax.training.locks import Lock
+from deltaproduct_jax.training.locks import Lock, held
 from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signals
 from experiments.lib import flags
 from experiments.lib.sweeps.attempts import wait_or_kill
@@ -27,6 +27,7 @@ STOPPED = (exit_code(signal.SIGTERM), -signal.SIGTERM)
 # Of one that ended with a line of its own, or a trace.
 SAID_WHY = (flags.USAGE_ERROR, 1)
 POLL_S = 0.1
+LOCK_VARIABLE = "EXPERIMENTS_LOCK"  # of a child: the descriptor of the lock that it holds too
 
 
 class Child:
@@ -57,15 +58,17 @@ class Child:
         self._output = output
         self._partial = None if output is None else output.with_name(f".{output.name}.partial")
         with contextlib.ExitStack() as files:
+            passed = () if lock is None else lock.inherited
+            own = {LOCK_VARIABLE: str(passed[0])} if passed else {}
             errors = None if log is None else files.enter_context(_opened(log, "ab"))
             to_file = self._partial is not None
             self._process = subprocess.Popen(
                 command,
-                env=marked(dict(os.environ) | dict(variables)),
+                env=marked(dict(os.environ) | dict(variables) | own),
                 stdin=subprocess.DEVNULL,
                 stdout=files.enter_context(_opened(self._partial, "wb")) if to_file else errors,
                 stderr=errors,
-                pass_fds=() if lock is None else lock.inherited,
+                pass_fds=passed,
                 start_new_session=True,
             )
 
@@ -104,6 +107,17 @@ class Child:
         """Ends it, if it still runs, saved if it does so in time."""
         self.ask_to_stop()
         wait_or_kill(self._process)
+
+
+def require_free(lock: Lock) -> None:
+    """RunDirectoryError if another process has a lock, but for one that began this with it."""
+    inherited = os.environ.get(LOCK_VARIABLE)
+    if inherited is not None:
+        with contextlib.suppress(OSError):  # of an ancestor's, and there is none of it here
+            if os.path.samestat(os.fstat(int(inherited)), os.stat(lock.path)):
+                return
+    with held(lock):
+        pass
 
 
 def _opened(path: Path, mode: str) -> BinaryIO:

@@ -5,6 +5,7 @@ the preset, the dataclass. Plug-ins are imported before flags are made, so that 
 has flags too. What cannot be honoured ends the command with one line on standard error.
 """
 
+import atexit
 import dataclasses
 import logging
 import signal
@@ -27,8 +28,13 @@ from deltaproduct_jax.settings import misfit
 from deltaproduct_jax.training.measuring.memory import first_line, is_exhausted
 from deltaproduct_jax.training.plugins import PluginConfig, import_plugins
 from deltaproduct_jax.training.records import ConfigFile
-from deltaproduct_jax.training.stopping import Stopped, exit_code
-from experiments import leave
+from deltaproduct_jax.training.stopping import (
+    Stopped,
+    StopRequest,
+    exit_code,
+    interrupted_by_signals,
+)
+from experiments import leave_no_more
 from experiments.lib import outputs
 from experiments.lib.field_flags import (
     Boolean,
@@ -310,59 +316,79 @@ def _help_of_fields(
     return lines
 
 
-def run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
+def run(
+    command: Callable[[Sequence[str]], None], argv: Sequence[str], *, goes_on: bool = False
+) -> int:
     """Runs a command; its exit code. Errors of the user's become one line, others propagate.
 
-    So does the end that a signal asked for: 130 after Ctrl-C, 143 after SIGTERM. Where whoever
-    reads the output has seen enough the command ends without a word, with 141. Of several
-    processes, one that fails ends here, and the others with it.
+    So does the end that a signal asked for, wherever the command is: 130 after Ctrl-C, 143 after
+    SIGTERM. Where whoever reads the output has seen enough the command ends without a word, with
+    141. Of several processes, one that fails ends here, and the others with it.
+
+    Args:
+        command: is given the arguments.
+        argv: the arguments, without the program's name.
+        goes_on: whether the command, interrupted and given again, goes on where it stood.
     """
     end_with_parent()
     _quieten_orbax()
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    then = "the same command goes on" if goes_on else "the same command begins anew"
+    says = lambda request: f"stopped by {request.name}; {then}"
     try:
-        return _run(command, argv)
+        with outputs.watched() as watched, interrupted_by_signals(says) as request:
+            return _run(command, argv, watched, request, says)
     except BaseException:
         if processes.are_joined():
             traceback.print_exc()
         processes.leave(1)
         raise
+    finally:
+        leave_no_more()
 
 
-def _run(command: Callable[[Sequence[str]], None], argv: Sequence[str]) -> int:
-    with outputs.watched() as watched:
-        try:
-            command(argv)
-            sys.stdout.flush()
-        except Stopped as stopped:
-            if processes.is_first():
-                print(stopped, file=sys.stderr)
-            return stopped.exit_code
-        except KeyboardInterrupt:
-            print("stopped by Ctrl-C; the same command begins anew", file=sys.stderr)
-            return exit_code(signal.SIGINT)
-        except jax.errors.JaxRuntimeError as error:
-            if not is_exhausted(error):
-                raise
-            why = f"memory is short: {first_line(error)}"
-        except MemoryError as error:
-            why = f"memory is short: {error or 'an array, or a list, does not fit'}"
-        except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
-            why = " ".join(str(error).split())
-        except OSError as error:
-            name = next((name for name in watched if watched[name].error is error), None)
-            if name is None:
-                raise
-            if isinstance(error, BrokenPipeError):
-                return exit_code(signal.SIGPIPE)
-            why = f"{name} cannot be written: {error.strerror}"
-        else:
-            return 0
-        where = f" in process {jax.process_index()}" if processes.are_joined() else ""
-        print(f"error{where}: {why}", file=sys.stderr)
-        processes.leave(USAGE_ERROR)
-        return USAGE_ERROR
+def _run(
+    command: Callable[[Sequence[str]], None],
+    argv: Sequence[str],
+    watched: Mapping[str, outputs.Output],
+    request: StopRequest,
+    says: Callable[[StopRequest], str],
+) -> int:
+    try:
+        command(argv)
+        sys.stdout.flush()
+    except Stopped as stopped:
+        if processes.is_first():
+            print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        if not request.is_set():
+            request.set(signal.SIGINT)
+        outputs.say_last(says(request))
+        if not processes.are_joined():
+            # Python would wait for threads, and XLA falls over what it was computing.
+            atexit.register(outputs.end_at_once, exit_code(request.signal_number))
+        return exit_code(request.signal_number)
+    except jax.errors.JaxRuntimeError as error:
+        if not is_exhausted(error):
+            raise
+        why = f"memory is short: {first_line(error)}"
+    except MemoryError as error:
+        why = f"memory is short: {error or 'an array, or a list, does not fit'}"
+    except (flags.Error, ConfigError, RunDirectoryError, FloatingPointError) as error:
+        why = " ".join(str(error).split())
+    except OSError as error:
+        name = next((name for name in watched if watched[name].error is error), None)
+        if name is None:
+            raise
+        if isinstance(error, BrokenPipeError):
+            return exit_code(signal.SIGPIPE)
+        why = f"{name} cannot be written: {error.strerror}"
+    else:
+        return 0
+    where = f" in process {jax.process_index()}" if processes.are_joined() else ""
+    print(f"error{where}: {why}", file=sys.stderr)
+    processes.leave(USAGE_ERROR)
+    return USAGE_ERROR
 
 
 def _quieten_orbax() -> None:

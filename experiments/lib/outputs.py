@@ -45,3 +45,17 @@ def watched() -> Iterator[dict[str, Output]]:
         output, error = Output(sys.stdout or nowhere), Output(sys.stderr or nowhere)
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(error):
             yield {"standard output": output, "standard error": error}
+
+
+def say_last(text: str) -> None:
+    """A line on standard error, if that still takes one: a terminal may have been closed."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def end_at_once(code: int) -> None:
+    """Ends the process with no more than what it has printed."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # it is closed, or takes no more
+            stream.flush()
+    os._exit(code)

@@ -173,7 +173,7 @@ class TaskExperiment:
 
     def main(self, argv: Sequence[str]) -> int:
         """Exit code of the command; ``argv`` without the program's name."""
-        return flags.run(self.command, argv)
+        return flags.run(self.command, argv, goes_on=True)
 
 
 def table_lines(rows: Sequence[Row]) -> list[str]:

@@ -254,7 +254,7 @@ def test_every_figure_and_table_of_the_results_is_what_its_record_gives(tmp_path
     shutil.copytree(RESULTS, folder, ignore=shutil.ignore_patterns("*.png"))
     for path in tables_of(folder):
         path.unlink()
-    tables = {path for path in records.drawn(folder, Look()) if path not in drawn}
+    tables = {path for path in records.drawn(folder, Look(), pytest.fail) if path not in drawn}
     there = {path.relative_to(RESULTS) for path in pictures()}
     assert len(there) >= 19
     assert {path.relative_to(folder) for path in drawn} == there
@@ -281,6 +281,28 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
     write(tmp_path, {"figure": "pie"})
     with pytest.raises(RunDirectoryError, match=r"json cannot be drawn: figure='pie' is not known"):
         redraw.command([f"--workdir={tmp_path}"])
+
+
+def test_damaged_records_are_told_each_and_keep_no_other_from_being_drawn(
+    tmp_path, capsys, recwarn
+):
+    write(tmp_path / "a", {"figure": "cumulative", "panels": {}})
+    huge = record(panels=1, series=1, runs=1)
+    (curve,) = huge["panels"]["group = S3"].values()
+    curve["median"] = [1e308, -1e308, 1.0] * 11
+    curve["runs"] = [curve["median"]]
+    write(tmp_path / "b", huge)
+    write(tmp_path / "c", {}).joinpath("cumulative.json").write_text('{"figure": ')
+    write(tmp_path / "d", record(panels=1, series=1, runs=1))
+    (tmp_path / "a" / "metrics.jsonl").write_text("7\n")
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    written, said = (text.splitlines() for text in capsys.readouterr())
+    assert written == [f"written: {tmp_path / 'd' / 'cumulative.png'}"]
+    names = ("a/cumulative.json", "b/cumulative.json", "c/cumulative.json", "a/metrics.jsonl")
+    assert [line.split()[:2] for line in said] == [
+        ["error:", f"{tmp_path / name}" + ("," if "metrics" in name else "")] for name in names
+    ]
+    assert not len(recwarn)
 
 
 def test_models_of_which_none_ran_have_no_picture(tmp_path, capsys):

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,20 +169,35 @@ def test_a_kill_at_any_write_changes_no_byte(sources, tmp_path, monkeypatch):
     assert kills > 15
 
 
-def test_killed_for_good_goes_on_and_leaves_no_process(sources, tmp_path):
+ENDS = [
+    pytest.param(signal.SIGKILL, -signal.SIGKILL, None, marks=pytest.mark.slow),
+    (signal.SIGTERM, 143, "stopped by SIGTERM; the same command goes on\n"),
+    pytest.param(
+        signal.SIGINT,
+        130,
+        "stopped by Ctrl-C; the same command goes on\n",
+        marks=pytest.mark.slow,
+    ),
+]
+
+
+@pytest.mark.parametrize(("number", "code", "says"), ENDS)
+def test_ended_from_outside_goes_on_and_leaves_no_process(number, code, says, sources, tmp_path):
     config = config_for(sources, shard_bytes=500)
     argv = [f"--sources={sources[0]}", "--tokenizer=bytes", "--shard_bytes=500", "--workers=2"]
     out = tmp_path / "out"
     command = [sys.executable, "-m", "experiments.prepare_text", *argv, f"--workdir={out}"]
-    process = subprocess.Popen(command, cwd=ROOT)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     records = out / module.UNDER_WAY
     until = time.monotonic() + 60
     while not len(list(records.glob("0*.json"))) and time.monotonic() < until:
         time.sleep(0.005)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
     done = len(list(records.glob("0*.json")))
+    assert process.returncode == code
+    assert says is None or said == says
     assert 0 < done < 60
     assert not (out / "manifest.json").exists()
     assert len(children) >= 2
@@ -227,6 +243,45 @@ def test_other_sources_under_the_same_name_are_refused(tmp_path):
     path.write_text("another")
     with pytest.raises(RunDirectoryError, match="from other sources, or they have changed"):
         prepare(config, out)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_sources_that_were_moved_are_the_same_text(is_done, tmp_path, monkeypatch):
+    old, new, out = (tmp_path / name for name in ("old", "new", "out"))
+    for number in range(4):
+        path = old / "fs" / f"{number}.c"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{number} " * 600)
+    fields = {"valid_paths": ("*/fs/1*",), "test_paths": ("*/fs/2*",), "shard_bytes": 1000}
+    fields["pattern"] = ("*.c", "*.txt")
+    if is_done:
+        prepare(config_for((old,), **fields), out)
+    else:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_manifest", raising(Killed()))
+            with pytest.raises(Killed):
+                prepare(config_for((old,), **fields), out)
+    shards = {path: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    old.rename(new)
+    assert prepare(config_for((new,), **fields), out)["splits"].keys() == {"train", "valid", "test"}
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*.npy")} == shards
+    for change in (
+        lambda folder: (folder / "3.c").write_text("7 " * 600),
+        lambda folder: (folder / "3.c").rename(folder / "0.txt"),
+        lambda folder: folder.rename(folder.with_name("other")),  # of which nothing is held out
+    ):
+        shutil.rmtree(tmp_path / "third", ignore_errors=True)
+        shutil.copytree(new, tmp_path / "third")
+        change(tmp_path / "third" / "fs")
+        with pytest.raises(RunDirectoryError, match=r"was prepared with sources=\["):
+            prepare(config_for((tmp_path / "third",), **fields), out)
+
+
+def raising(error):
+    def raises(*_):
+        raise error
+
+    return raises
 
 
 def test_a_mistake_that_made_nothing_can_be_put_right(sources, tmp_path):

@@ -8,11 +8,11 @@ import pytest
 from event_files import hyperparameters, read_events, scalars
 from tiny_run import run_config, snapshot
 
-from deltaproduct_jax import files
+from deltaproduct_jax import files, load_run
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.training.events import FILE_NAME
-from deltaproduct_jax.training.records import RunRecords
+from deltaproduct_jax.training.records import RunRecords, refuse_other_config
 
 CONFIG = run_config(steps=20, log_every=2, eval_every=10, checkpoint_every=10)
 
@@ -130,11 +130,33 @@ def test_damaged_files_are_named(recorded, name, content):
     assert snapshot(recorded) == before
 
 
-@pytest.mark.parametrize("content", ["{}", '{"train": {}}', '{"more": {"x": 1}}'])
-def test_a_config_with_other_sections_is_another_config(recorded, content):
-    (recorded / "config.json").write_text(content)
-    with pytest.raises(RunDirectoryError, match="another configuration"):
-        RunRecords(recorded, CONFIG)
+@pytest.mark.parametrize(
+    ("keep", "more", "says"),
+    [
+        ((), {}, "its sections must be"),
+        (("train",), {}, "its sections must be"),
+        ((), {"more": {"x": 1}}, "section 'more' is not known"),
+        (("task", "model", "train"), {"notes": {}}, "section 'notes' is not known"),
+        (("task", "model", "train"), {"a": {"steps": 1}}, "section 'a' is not known"),
+    ],
+)
+def test_a_config_of_other_sections_is_no_runs_for_training_and_reading(recorded, keep, more, says):
+    path = recorded / "config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({name: saved[name] for name in keep} | more))
+    for read in (lambda: RunRecords(recorded, CONFIG), lambda: load_run(recorded)):
+        with pytest.raises(RunDirectoryError) as error:
+            read()
+        assert str(error.value).startswith(f"{path} describes no run: {says}")
+
+
+@pytest.mark.parametrize(("steps", "is_told"), [(12, True), (13, False)])
+def test_text_that_is_elsewhere_is_said_to_be(steps, is_told):
+    there = {"task": {"data": ["old"]}, "train": {"steps": 12}}
+    here = {"task": {"data": ["new"]}, "train": {"steps": steps}}
+    with pytest.raises(RunDirectoryError, match=r'data \(\["old"\] there') as error:
+        refuse_other_config(there, here, "run")
+    assert ("move the text back" in str(error.value)) == is_told
 
 
 def test_unreadable_file_is_named(recorded):

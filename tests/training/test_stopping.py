@@ -19,7 +19,11 @@ from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.training import loop, records
 from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.progress import Progress
-from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
+from deltaproduct_jax.training.stopping import (
+    Stopped,
+    interrupted_by_signals,
+    stop_on_signals,
+)
 from deltaproduct_jax.training.together.group import train_together
 
 ROOT = Path(__file__).parents[2]
@@ -152,7 +156,10 @@ time.sleep(60)
 """
 
 
-def test_a_signal_while_jax_is_imported_is_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name", "code"), [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+def test_a_signal_while_jax_is_imported_is_one_line(number, name, code, tmp_path):
     (tmp_path / "jax.py").write_text(SLOW_TO_IMPORT)
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.train", "--help"],
@@ -163,10 +170,57 @@ def test_a_signal_while_jax_is_imported_is_one_line(tmp_path):
         text=True,
     )
     assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    text = "stopped by Ctrl-C; the same command begins anew\n"
+    process.send_signal(number)
+    text = f"stopped by {name}; the same command begins anew\n"
     assert process.communicate(timeout=20) == ("", text)
-    assert process.returncode == 130
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_what_has_no_steps_is_interrupted(name):
+    before = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
+    number = getattr(signal, name)
+    with interrupted_by_signals(str) as request:
+        with stop_on_signals() as inner:  # which takes what is sent inside
+            os.kill(os.getpid(), number)
+            assert inner.wait(5)
+        assert not request.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert request.signal_number == number
+    assert {known: signal.getsignal(known) for known in before} == before
+
+
+DEAF = """
+import sys, threading, time
+from deltaproduct_jax.training import stopping
+stopping.GRACE_S = float(sys.argv[1])
+with stopping.interrupted_by_signals(lambda request: f"ended by {request.name}"):
+    word = "ready"
+    while True:  # as in a compiler, where no exception arrives
+        try:
+            print(word, flush=True)
+            time.sleep(60)
+        except KeyboardInterrupt:
+            word = "not heard"
+"""
+
+
+@pytest.mark.parametrize("signals", [1, SLOW(2)])
+def test_what_does_not_hear_the_interruption_is_ended(signals):
+    process = subprocess.Popen(
+        [sys.executable, "-c", DEAF, "0.7" if signals == 1 else "60"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.readline() == "not heard\n"
+    if signals == 2:
+        process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20) == ("", "ended by SIGTERM\n")
+    assert process.returncode == (143 if signals == 1 else 130)
 
 
 OUTSIDE = """

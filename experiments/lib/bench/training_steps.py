@@ -1,8 +1,6 @@
 """Whole training steps of our model, timed; and processes of their own, whose end frees a GPU."""
 
-import concurrent.futures
 import functools
-import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 
 from deltaproduct_jax.compilers.memory import memory_of
+from deltaproduct_jax.data.workers import Processes
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, count_parameters
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -134,8 +133,7 @@ def moved_bytes(compiled: jax.stages.Compiled) -> float:
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function in a process of its own, whose end frees what it held of a GPU."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+    with Processes(1) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,9 +150,16 @@ KINDS = (
 
 @contextlib.contextmanager
 def from_record(file: Path) -> Iterator[None]:
-    """Says of what cannot be drawn, in one line, that it is the record's fault."""
+    """Says of what cannot be drawn, in one line, that it is the record's fault.
+
+    What NumPy and matplotlib warn of on the way, of numbers at the ends of what floats hold, is
+    either that or nothing to be seen in the picture.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            for kind in (RuntimeWarning, UserWarning):
+                warnings.simplefilter("ignore", kind)
+            yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         why = error if isinstance(error, ConfigError) else repr(error)
         raise RunDirectoryError(f"{file} cannot be drawn: {why}") from error
@@ -162,28 +170,46 @@ MOST_BEFORE = 100  # characters before the key that says whose record it is
 KEYS = tuple(f'"{key}"'.encode() for key in (FIGURE, PAGE))
 
 
-def drawn(folder: Path, look: Look) -> Iterator[Path]:
+def drawn(folder: Path, look: Look, failed: Callable[[str], None]) -> Iterator[Path]:
     """Writes the tables and draws the pictures of the records in a folder and below; the files.
 
-    Raises:
-        RunDirectoryError: a record cannot be read.
+    Args:
+        folder: where to look.
+        look: width and formats of the pictures.
+        failed: is called with a line for each record that cannot be read or drawn; others are.
     """
     for file in sorted(folder.rglob("*.json")):
         if file.name in (EXTRAPOLATION, RANKS) and file.with_name(TRAINING).exists():
             continue  # a leg's, which the table and the pictures of all legs show
-        start = read_bytes(file)[:MOST_BEFORE]
-        if file.stem not in NAMES and not any(key in start for key in KEYS):
-            continue  # another command's, whatever its size
-        record, path = read_json(file), file.with_suffix("")
-        fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
-        kind = next(fits, None)
-        with from_record(file):
-            text = text_of(record)
-            if text is not None:
-                yield _written(path, ".md", f"{text}\n")
-            if kind is not None:
-                yield from kind.draw(record, path, look)
+        yield from _each(_of_record(file, look), failed)
     for file in sorted(folder.rglob(METRICS)):
-        rows = read_lines(file, MetricsLine)
-        if rows and plots.BITS in rows[0]:
+        yield from _each(_of_metrics(file, look), failed)
+
+
+def _each(files: Iterator[Path], failed: Callable[[str], None]) -> Iterator[Path]:
+    try:
+        yield from files
+    except RunDirectoryError as error:
+        failed(" ".join(str(error).split()))
+
+
+def _of_record(file: Path, look: Look) -> Iterator[Path]:
+    start = read_bytes(file)[:MOST_BEFORE]
+    if file.stem not in NAMES and not any(key in start for key in KEYS):
+        return  # another command's, whatever its size
+    record, path = read_json(file), file.with_suffix("")
+    fits = (k for k in KINDS if k.name in (None, file.stem) and k.holds(record))
+    kind = next(fits, None)
+    with from_record(file):
+        text = text_of(record)
+        if text is not None:
+            yield _written(path, ".md", f"{text}\n")
+        if kind is not None:
+            yield from kind.draw(record, path, look)
+
+
+def _of_metrics(file: Path, look: Look) -> Iterator[Path]:
+    rows = read_lines(file, MetricsLine)
+    if rows and plots.BITS in rows[0]:
+        with from_record(file):
             yield from plots.plot_bits(file.parent, file.with_name(plots.BITS), look)

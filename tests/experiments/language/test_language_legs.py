@@ -1,5 +1,6 @@
 """Legs: settings, children that fail or are told to end, records made again, side by side."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.training.locks import Lock, held
 from experiments.language import legs, pack_text
+from experiments.language import paper as one_leg
 from experiments.lib import children, flags
 from experiments.lib.children import Child
 from experiments.lib.language_legs import (
@@ -133,6 +135,28 @@ def test_a_workdir_in_use_and_files_in_the_way_are_one_line(tmp_path):
     with pytest.raises(RunDirectoryError, match=r"prepare\.log cannot be written: File exists"):
         legs.command(argv)
     assert {path.name for path in tmp_path.iterdir()} == {"logs"}
+
+
+HOLDS = f"import os; os.fstat(int(os.environ['{children.LOCK_VARIABLE}']))"
+
+
+def test_one_leg_alone_is_refused_beside_all_unless_those_began_it(tmp_path, capsys, monkeypatch):
+    argv = [f"--workdir={tmp_path}", "--preset=tiny"]
+    lock = Lock(tmp_path / legs.LOCK)
+    with held(lock):
+        for stages in ("measure", "train", "prepare,draw"):
+            with pytest.raises(RunDirectoryError, match="is in use by process"):
+                one_leg.command([*argv, f"--stages={stages}"])
+        with pytest.raises(ConfigError, match="has no records"):  # which is all that is amiss
+            one_leg.command([*argv, "--stages=draw"])
+        children.run([sys.executable, "-S", "-c", HOLDS], lock=lock)
+        for number, says in ((lock.descriptor, "is not finished"), (2, None), (9999, None)):
+            monkeypatch.setenv(children.LOCK_VARIABLE, str(number))
+            with contextlib.nullcontext() if says else pytest.raises(RunDirectoryError):
+                one_leg.command([*argv, "--stages=measure"])
+            assert (says or "") in capsys.readouterr().err
+    one_leg.command([*argv, "--stages=measure"])
+    assert "tiny_seed0 is not finished" in capsys.readouterr().err
 
 
 def test_what_was_begun_holds_the_lock_and_says_why_it_failed(tmp_path):

@@ -242,7 +242,10 @@ def test_records_of_legs_are_drawn_together(tmp_path, capsys):
     assert "| 213m_1 | 0 | 200 | - | - | 1.5000 | - | - | - | - | - |" in text
     assert "| 213m_2 | 0 | 200 | - | - | 2.5000 | - | - | - | 3.00 | 0.25 |" in text
     (tmp_path / "losses.png").unlink()
-    assert [path.name for path in drawn(tmp_path, paper.Look())] == ["legs.md", "losses.png"]
+    assert [path.name for path in drawn(tmp_path, paper.Look(), pytest.fail)] == [
+        "legs.md",
+        "losses.png",
+    ]
     assert not (tmp_path / "ranks.png").exists()
 
 
