@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import signal
 import sys
+import types
 from pathlib import Path
 
 # Before JAX is imported: several devices, so that sharding tests run on any machine, and little
@@ -207,3 +208,17 @@ def _forget_programs():
     """Every program takes memory maps, of which a process may have only so many."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def cudnn(monkeypatch):
+    """A process that finds cuDNN, as far as tracing and lowering go."""
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    from deltaproduct_jax.layers import softmax
+
+    found = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
+    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", found)
+    softmax._is_taken_by_cudnn.cache_clear()
+    yield
+    softmax._is_taken_by_cudnn.cache_clear()

@@ -364,10 +364,10 @@ def _run(
         if not request.is_set():
             request.set(signal.SIGINT)
         outputs.say_last(says(request))
-        if not processes.are_joined():
-            # Python would wait for threads, and XLA falls over what it was computing.
-            atexit.register(outputs.end_at_once, exit_code(request.signal_number))
-        return exit_code(request.signal_number)
+        processes.leave(code := exit_code(request.signal_number))
+        # Python would wait for threads, and XLA falls over what it was computing.
+        atexit.register(outputs.end_at_once, code)
+        return code
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise

@@ -1,7 +1,6 @@
 """Softmax attention in each of its forms: the rule, values and gradients, and what is kept."""
 
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +17,6 @@ from deltaproduct_jax.layers.softmax import Places, attend, select_attention
 B, T, S, H, K, V = 2, 21, 26, 2, 8, 8
 SIZES = {"B": 8, "T": 4096, "H": 4, "K": 128, "V": 128, "dtype": "bfloat16"}
 FORWARD, BACKWARD = "__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"
-
-
-@pytest.fixture
-def cudnn(monkeypatch):
-    """A process that finds cuDNN, as far as tracing and lowering go."""
-    found = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", found)
-    softmax._is_taken_by_cudnn.cache_clear()
-    yield
-    softmax._is_taken_by_cudnn.cache_clear()
 
 
 @pytest.fixture

@@ -1,18 +1,15 @@
 """Softmax attention over meshes: whole rows of its own heads on every device, kernels included."""
 
 import re
-import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import relative_error
-from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deltaproduct_jax.compilers.collectives import collectives_by_axis
-from deltaproduct_jax.layers import softmax
 from deltaproduct_jax.layers.softmax import Places, attend, select_attention
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
@@ -103,16 +100,6 @@ def test_packed_rows_are_those_of_one_device(mesh, dtype, window):
     assert max(s.size for s in sent if s.kind == "all-to-all") == piece
     places = 4 * 4 * B * T // (layout.sizes["data"] * layout.sizes["fsdp"])
     assert max(s.size for s in sent if s.kind == "all-gather") <= places
-
-
-@pytest.fixture
-def cudnn(monkeypatch):
-    """A process that finds cuDNN, as far as tracing and lowering go."""
-    found = types.SimpleNamespace(cudnn_get_version=lambda: 91000)
-    monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", found)
-    softmax._is_taken_by_cudnn.cache_clear()
-    yield
-    softmax._is_taken_by_cudnn.cache_clear()
 
 
 @pytest.mark.parametrize(
