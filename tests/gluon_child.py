@@ -69,7 +69,8 @@ def of_triton(kernel, meta, warps, stages):
 
 def compiled_kernels(*, R, K, V, gated, packed, pieces, gradients):
     """Resources of the kernels of a forward pass, or of both passes of a gradient, by name."""
-    B, T, H, Hv = (1, 4096, 1, 2) if pieces else (8, 4096, 16, 16)
+    # Into one piece, many, or two, which need no map.
+    B, T, H, Hv = {0: (8, 4096, 16, 16), 1: (1, 4096, 1, 2), 2: (8, 4096, 6, 6)}[pieces]
     found = {}
 
     def launched(kernel, arrays, outs, grid, *, warps, tiles, registers=None, **constants):

@@ -2,8 +2,7 @@
 
     python -m experiments.op.speed --workdir=runs/speed
     python -m experiments.op.speed --workdir=runs/plain --peer=plain
-    python -m experiments.op.speed --workdir=runs/speed_gpu --dtype=bfloat16 --batch_size=8 \\
-        --length=4096 --num_heads=16 --head_dim=128 --implementations=chunked --peer=fla
+    python -m experiments.op.speed --workdir=runs/speed_gpu --preset=gpu
 
 Each implementation, and the peer, is first held against the recurrence in float64 on two sequences
 of 256 tokens, and refused where it is wrong. The programs then run in turn; the table shows median
@@ -18,7 +17,7 @@ says, from token to token in one program; the table has the time of one token.
 Source: this project; https://arxiv.org/abs/2502.10297 times training of whole models.
 Expect: on a CPU, forward and backward, the chunked form several times faster than a plain scan and
     errors below 1e-6; experiments/results/op/ and results/gpu/ have the tables.
-Takes: 2 minutes on two CPU cores; the third command needs a GPU, PyTorch and the peer.
+Takes: 2 minutes on two CPU cores; the third command needs a GPU, PyTorch and the peers.
 """
 
 import dataclasses
@@ -60,6 +59,7 @@ from experiments.lib.bench.timing import (
     started,
     time_in_turn,
 )
+from experiments.lib.field_flags import show
 from experiments.lib.figures.benchmarks import draw_speed
 from experiments.lib.figures.style import SECTION, Look
 
@@ -68,20 +68,33 @@ from experiments.lib.figures.style import SECTION, Look
 CHECKED_SEQUENCES = 2
 OF_TORCH = ("fla", *flashqla.NAMES)
 TOKENS_OF_DECODING = 8
+PRESETS = {
+    "default": {},
+    "gpu": {
+        "batch_size": (8, 1),
+        "length": (4096, 32768),
+        "num_heads": 16,
+        "head_dim": 128,
+        "gated": None,
+        "dtype": "bfloat16",
+        "implementations": "triton",
+        "peer": "flashqla,flashqla_interleaved,fla",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class SpeedConfig:
     """What is timed."""
 
-    batch_size: int = setting(1, "sequences B", least=1)
-    length: int = setting(2048, "tokens T", least=1)
+    batch_size: tuple[int, ...] = setting((1,), "sequences B, in turn")
+    length: tuple[int, ...] = setting((2048,), "tokens T, one for each batch size")
     num_heads: int = setting(4, "heads H", least=1)
     num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H", least=1)
     head_dim: int = setting(64, "key width K", least=1)
     value_dim: int | None = setting(None, "value width V; none: head_dim", least=1)
     num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
-    gated: bool = setting(True, "with a decay g")
+    gated: bool | None = setting(True, "with a decay g; none: with, then without")
     dtype: str = setting("float32", "float32 or bfloat16")
     implementations: str = setting(
         "recurrent,chunked,auto", "comma list; auto is implementation=None, ratios are to the first"
@@ -107,7 +120,12 @@ class SpeedConfig:
             raise ConfigError(
                 f"num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
             )
-        require_each_at_least("num_householder", self.num_householder, 1)
+        for name in ("num_householder", "batch_size", "length"):
+            require_each_at_least(name, getattr(self, name), 1)
+        if len(self.length) != len(self.batch_size):
+            raise ConfigError(
+                f"length={show(self.length)} must be as many as batch_size={show(self.batch_size)}"
+            )
         require_one_of("dtype", self.dtype, ERROR_LIMIT)
         for name in self.names:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])
@@ -130,6 +148,16 @@ class SpeedConfig:
             peer_op(name)  # an error now, not after the first rows
 
     @property
+    def gates(self) -> list[bool]:
+        """Whether with a decay, in order."""
+        return [True, False] if self.gated is None else [self.gated]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """B and T, in order."""
+        return list(zip(self.batch_size, self.length, strict=True))
+
+    @property
     def widths(self) -> tuple[int, int]:
         """K and V."""
         return self.head_dim, self.head_dim if self.value_dim is None else self.value_dim
@@ -150,10 +178,14 @@ class SpeedConfig:
         return self.peer.split(",") if self.peer else []
 
 
-def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any]]:
-    """One row an implementation at one shape."""
-    sizes = (config.batch_size, config.length, config.num_heads, *config.widths)
-    shape = Shape(*sizes, n_h, config.dtype, config.gated, config.value_heads)
+def measure(
+    config: SpeedConfig, size: tuple[int, int], gated: bool, n_h: int, direction: str
+) -> list[dict[str, Any]]:
+    """One row an implementation at one shape; with what differs from others of the record."""
+    sizes = (*size, config.num_heads, *config.widths)
+    shape = Shape(*sizes, n_h, config.dtype, gated, config.value_heads)
+    varied = {"batch_size": shape.B, "length": shape.T} if len(config.sizes) > 1 else {}
+    varied |= {"gates": "yes" if gated else "no"} if len(config.gates) > 1 else {}
     prepare = _decoding if direction == STEP else _whole_sequences
     programs, errors = prepare(config, shape, direction)
     time_in_turn(programs, config.repeats, config.budget_s)
@@ -163,6 +195,7 @@ def measure(config: SpeedConfig, n_h: int, direction: str) -> list[dict[str, Any
     first = next(iter(taken.values()))
     return [
         {
+            **varied,
             "num_householder": n_h,
             "direction": direction,
             "implementation": name,
@@ -223,6 +256,9 @@ def _decoding(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
 
 
 HEAD = (
+    "B",
+    "T",
+    "gates",
     "n_h",
     "direction",
     "implementation",
@@ -239,6 +275,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
         [
+            *(row.get(name) for name in ("batch_size", "length", "gates")),
             *(row[name] for name in ("num_householder", "direction", "implementation")),
             *times(row),
             shown(row.get("device_ms"), ".3f"),
@@ -252,18 +289,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def command(argv: Sequence[str]) -> None:
     """Measures, prints the table, writes speed.json and speed.md, draws speed."""
-    parsed = flags.parse(argv, {"speed": SpeedConfig, **SECTION}, {"default": {}})
+    parsed = flags.parse(argv, {"speed": SpeedConfig, **SECTION}, PRESETS)
     config = SpeedConfig(**parsed.sections["speed"])
     look = Look(**parsed.sections["figures"])
     K, V = config.widths
     title = (
-        f"B={config.batch_size} T={config.length} H={config.num_heads} "
+        f"{' and '.join(f'B={B} T={T}' for B, T in config.sizes)} H={config.num_heads} "
         f"{'' if config.value_heads == config.num_heads else f'Hv={config.value_heads} '}"
         f"{f'K=V={K}' if K == V else f'K={K} V={V}'}, "
-        f"{config.dtype}, {'gated' if config.gated else 'ungated'}"
+        f"{config.dtype}, {' and '.join('gated' if x else 'ungated' for x in config.gates)}"
     )
     record = started("op.speed", argv, shape=title)
-    cases = itertools.product(config.num_householder, config.directions.split(","))
+    directions = config.directions.split(",")
+    cases = itertools.product(config.sizes, config.gates, config.num_householder, directions)
     measured = (measure(config, *case) for case in cases)
     write = lambda record: write_report(parsed.workdir, "speed", record, page)
     text = collect(record, measured, table, write)

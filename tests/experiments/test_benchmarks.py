@@ -47,6 +47,18 @@ def test_speed_writes_table_json_and_plot(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_several_sizes_and_both_kinds_of_gates_stand_in_one_record(tmp_path):
+    sizes = ["--batch_size=2,1", "--length=6,12", "--gated=none"]
+    more = ["--implementations=chunked", "--directions=forward"]
+    op_speed.command([f"--workdir={tmp_path}", *TINY[1:], *sizes, *more])
+    record = json.loads((tmp_path / "speed.json").read_text())
+    assert record["shape"] == "B=2 T=6 and B=1 T=12 H=2 K=V=4, float32, gated and ungated"
+    cases = [(row["batch_size"], row["length"], row["gates"]) for row in record["rows"]]
+    assert cases == [(2, 6, "yes"), (2, 6, "no"), (1, 12, "yes"), (1, 12, "no")]
+    assert "| B | T | gates | n_h |" in (tmp_path / "speed.md").read_text()
+
+
+@pytest.mark.slow
 def test_decoding_is_timed_by_the_token(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
@@ -142,6 +154,7 @@ def test_a_peer_is_called_in_its_own_way(name, tmp_path, monkeypatch):
         ("--peer=fla --dtype=bfloat16 --directions=step", "peer=fla needs torch"),
         ("--peer=flashqla --dtype=bfloat16 --num_householder=1", "peer=flashqla needs torch"),
         ("--length=0", "length=0 is too small"),
+        ("--length=2,3", "length=2,3 must be as many as batch_size=1"),
         ("--num_v_heads=6", "num_v_heads=6 must be a multiple of num_heads=4"),
     ],
 )

@@ -23,14 +23,17 @@ SPREAD = 0.5
 
 @beside_records
 def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: Look) -> list[Path]:
-    """Median times with their spread over n_h, a panel a direction, a series an implementation."""
-    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    """Median times with their spread over n_h, a series an implementation.
+
+    A panel has one direction, and one size and kind of gates where these differ.
+    """
+    directions = list(dict.fromkeys(map(_panel, rows)))
     factors = sorted({row["num_householder"] for row in rows})
     implementations = list(dict.fromkeys(row["implementation"] for row in rows))
     lines, columns = look.grid(len(directions), 2)
     figure, panels = new_panels(look, lines, columns, 2.0, sparse=len(factors) == 1)
     for direction, axes in zip(directions, panels.flat, strict=False):
-        here = [row for row in rows if row["direction"] == direction]
+        here = [row for row in rows if _panel(row) == direction]
         for index, name in enumerate(implementations):
             found = {r["num_householder"]: r for r in here if r["implementation"] == name}
             offset = (index + 0.5) / len(implementations) - 0.5
@@ -42,7 +45,7 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: 
             ]
             style = points(index) | {"elinewidth": 0.8, "capsize": 2}
             axes.errorbar(x, middle, spread, label=names.value(name), **style)
-        axes.set(yscale="log", xlim=(-0.6, len(factors) - 0.4), title=names.value(direction))
+        axes.set(yscale="log", xlim=(-0.6, len(factors) - 0.4), title=direction)
         axes.set_xticks(range(len(factors)), factors)
         lowest, highest = (
             pick(r[n] for r in here) for pick, n in ((min, "min_ms"), (max, "max_ms"))
@@ -53,6 +56,16 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: 
     figure.suptitle(title)
     add_legend(figure)
     return save(figure, path, look)
+
+
+def _panel(row: Mapping[str, Any]) -> str:
+    """What a row of op.speed is of, but for its factors and implementation."""
+    parts = [names.value(row["direction"])]
+    if "batch_size" in row:
+        parts.append(f"{row['batch_size']} x {row['length']}")
+    if "gates" in row:
+        parts.append("gated" if row["gates"] == "yes" else "ungated")
+    return ", ".join(parts)
 
 
 # Column of a row, and what it is called.

@@ -182,8 +182,8 @@ def forward(head: Head, state):
             x = inverse(b)
             if r == 0:
                 o = f32(head.scale) * (q @ narrow) * b.tokens[:, :, None]
-            y = rounded(b.v - b.into[:, :, None] * (b.k @ narrow))
-            e = y - (x[0] @ y + x[1] @ y)
+            rhs = b.v - b.into[:, :, None] * (b.k @ narrow)
+            e = rhs - (x[0] @ rounded(rhs) + x[1] @ rounded(rhs))
             kept.append(Kept(narrow, rounded(e), x))
             written = rounded(e * (b.out * b.beta)[:, :, None])
             S = S * b.into[:, -1, None, None] + turned(b.k) @ written
@@ -252,8 +252,8 @@ def chain(head: Head, b: Block, kept: Kept, q, do, dS, *, is_first: bool):
     """What must wait for the cotangent of the state behind a block: dv, and that before it."""
     outs = (b.out * b.beta)[:, :, None]
     p = rounded(scores(head, b, q)[0])
-    y = rounded(outs * (b.k @ rounded(dS)) + turned(p) @ do)
-    dy = y - (turned(kept.x[0]) @ y + turned(kept.x[1]) @ y)
+    rhs = outs * (b.k @ rounded(dS)) + turned(p) @ do
+    dy = rhs - (turned(kept.x[0]) @ rounded(rhs) + turned(kept.x[1]) @ rounded(rhs))
     dS = dS * b.into[:, -1, None, None] - turned(b.k) @ rounded(b.into[:, :, None] * dy)
     if is_first:
         dS = dS + turned(q) @ rounded(f32(head.scale) * b.tokens[:, :, None] * do)

@@ -1,6 +1,7 @@
 """Which calls the Gluon kernels take, and into how many pieces they cut them; needs no Triton."""
 
 import importlib.metadata
+import itertools
 import sys
 import types
 
@@ -125,9 +126,11 @@ def test_versions(changed, expected, monkeypatch):
 
 
 def test_pieces_have_all_groups_and_fit_side_by_side():
-    for heads in (1, 2, 5, 16, 33, 34, 200):
-        for groups in (1, 15, 16, 17, 31, 33, 64, 97, 1024):
-            pieces = passes.pieces_for(heads, groups)
+    for heads in (1, 2, 5, 16, 33, 34, 45, 66, 67, 200):
+        for groups, gated in itertools.product(
+            (1, 15, 16, 17, 31, 33, 64, 97, 1024), (True, False)
+        ):
+            pieces = passes.pieces_for(heads, groups, R=2, gated=gated, keeps=True)
             steps = -(-groups // pieces)
             assert (pieces - 1) * steps < groups <= pieces * steps  # none of them is empty
             assert pieces <= passes.MOST_PIECES
@@ -137,20 +140,39 @@ def test_pieces_have_all_groups_and_fit_side_by_side():
 
 
 @pytest.mark.parametrize(
-    ("heads", "groups", "pieces"),
+    ("heads", "groups", "gated", "pieces"),
     [
-        (1, 1024, 24),
-        (2, 64, 16),
-        (16, 1024, 8),
-        (33, 1024, 4),
-        (34, 1024, 1),  # not four of them at once
-        (1, 15, 1),
-        (1, 16, 4),
-        (1, 33, 7),  # eight would be 5 groups each, and the last empty
+        (1, 1024, True, 24),
+        (2, 64, True, 16),
+        (16, 1024, False, 8),
+        (33, 1024, False, 4),
+        (34, 1024, True, 3),
+        (34, 1024, False, 2),  # of three a map would take as long as it saves
+        (66, 1024, False, 2),
+        (67, 1024, True, 1),
+        (1, 7, True, 1),
+        (1, 16, True, 4),
+        (1, 33, True, 7),  # eight would be 5 groups each, and the last empty
     ],
 )
-def test_pieces(heads, groups, pieces):
-    assert passes.pieces_for(heads, groups) == pieces
+def test_pieces(heads, groups, gated, pieces):
+    assert passes.pieces_for(heads, groups, R=2, gated=gated, keeps=True) == pieces
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "R", "gated", "pieces"),
+    [
+        (48, 32, 2, True, 2),
+        (48, 31, 2, True, 1),
+        (48, 64, 2, False, 2),
+        (48, 64, 1, False, 1),
+        (40, 64, 1, True, 3),
+        (33, 16, 1, False, 4),
+    ],
+)
+def test_a_short_sequence_is_not_cut_in_two_for_outputs_alone(heads, groups, R, gated, pieces):
+    assert passes.pieces_for(heads, groups, R=R, gated=gated, keeps=False) == pieces
+    assert passes.pieces_for(heads, groups, R=R, gated=gated, keeps=True) > 1
 
 
 def test_how_many_groups_of_a_piece_matter():

@@ -16,13 +16,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from deltaproduct_jax.ops.kernels.gluon.moves import (
-    ask,
     ask_ahead,
     ask_do,
     ask_first,
     ask_for_block,
+    ask_x,
     half,
-    joined,
     put_dq,
     put_line,
 )
@@ -281,7 +280,8 @@ def of_block(
     mbarrier.wait(of_dy.index(0), m & 1)
     # Nobody reads X or the scores any more.
     if m + 1 < total:
-        ask(arrays[2], [pid, 2 * row - 128, 0], of_x.index(0), joined(xb, 2, 128, 64).index(0))
+        before = pid * (NG * R) + first * R + block - 1
+        ask_x(arrays[2], arrays[6], before, of_x.index(0), xb)
     ds_tile = pb.index(z)
     ds_tile.store(narrow)
     Z_tile = matrix(stage.index(z)).slice(K - 64, 64, dim=1)
@@ -343,7 +343,7 @@ def find_cotangents(
     dq = gl.zeros([64, K], gl.float32, of_dq)
     vectors, mild = vectors_of(sources, total - 1, place, T, R, HV, NG, HAS_G, HAS_RESETS)
     if total > 0:
-        ask_first(arrays, tiles, of_loads, of_ones, place, R, NC, SEQUENCES, HAS_GRADIENTS)
+        ask_first(arrays, tiles, of_loads, of_ones, place, R, NC, SEQUENCES, HAS_GRADIENTS, NG * R)
     of_sequence = pid.to(gl.int64) * (NG * R) + first * R
     for m in range(total):
         block = total - 1 - m
@@ -381,7 +381,7 @@ def find_cotangents(
             vectors, mild = vectors_of(sources, block - 1, place, T, R, HV, NG, HAS_G, HAS_RESETS)
             if m + 1 < total:
                 mbarrier.wait(of_x.index(1), m & 1)
-                at = [pid, 2 * (first * R + block) * 64 - 128, 0]
-                ask(arrays[2], at, of_x.index(0), joined(xb, 2, 128, 64).index(0))
+                before = pid * (NG * R) + first * R + block - 1
+                ask_x(arrays[2], arrays[6], before, of_x.index(0), xb)
     if HAS_GRADIENTS:
         tma.store_wait(0)

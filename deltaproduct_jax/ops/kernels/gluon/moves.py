@@ -30,6 +30,18 @@ def joined(tiles, COUNT: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr
 
 
 @gluon.jit
+def ask_x(x_term, x_rest, index, bar, xb):
+    """Begins to load X of a block, ``index`` among all; below the first half there are zeros."""
+    mbarrier.expect(bar, bytes_per_cta=2 * x_term.block_type.nbytes + x_rest.block_type.nbytes)
+    halves = xb[0]._reinterpret(gl.bfloat16, [4, 1, 32, 32], x_term.layout)
+    for p in gl.static_range(2):
+        at = [index * 2 + p, 0, 0]
+        tma.async_copy_global_to_shared(x_term, at, bar, halves.index(2 * p))
+    both = xb[1]._reinterpret(gl.bfloat16, [1, 2, 64, 32], x_rest.layout)
+    tma.async_copy_global_to_shared(x_rest, [index * 2, 32, 0], bar, both.index(0))
+
+
+@gluon.jit
 def ask_rows(array, index, bar, tiles, COUNT: gl.constexpr):
     """Begins to load COUNT tiles of 64 rows each."""
     mbarrier.expect(bar, bytes_per_cta=COUNT * array.block_type.nbytes)
@@ -88,7 +100,7 @@ def ask_do(arrays, tiles, bars, place, group, d, NC: gl.constexpr):
 @gluon.jit
 def ask_first(
     arrays, tiles, bars, of_ones, place, R: gl.constexpr, NC: gl.constexpr,
-    SEQUENCES: gl.constexpr, HAS_GRADIENTS: gl.constexpr,
+    SEQUENCES: gl.constexpr, HAS_GRADIENTS: gl.constexpr, NB: gl.constexpr,
 ):  # fmt: skip
     """Begins to load all that the last block of a piece takes, which is the first walked over."""
     qb, kb, _, xb, _, eb, sb, _, _, _ = tiles
@@ -98,7 +110,7 @@ def ask_first(
     last = first * R + total - 1
     ask(arrays[0], [b, last // R * 64, qcol], qfull.index(0), qb.index(0))
     ask(arrays[1], [b, last * 64, qcol], full.index(0), kb.index(0))
-    ask(arrays[2], [pid, last * 128, 0], of_x.index(0), joined(xb, 2, 128, 64).index(0))
+    ask_x(arrays[2], arrays[6], pid * NB + last, of_x.index(0), xb)
     ask_do(arrays, tiles, bars, place, last // R, 0, NC)
     if HAS_GRADIENTS:
         ask_for_block((eb, sb, of_e, of_states, b, pid, vcol), arrays, last, R, NC, SEQUENCES)

@@ -221,6 +221,24 @@ def widened(x):
     )
 
 
+HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 32, 16]))
+
+
+@gluon.jit
+def columns_in_halves(x):
+    """Both halves of the columns of a square of 64 in ACC, in HALF."""
+    x0, x1 = gl.split(gl.permute(gl.reshape(x, [64, 2, 32]), (0, 2, 1)))
+    x0 = gl.convert_layout(x0, HALF, assert_trivial=True)
+    return x0, gl.convert_layout(x1, HALF, assert_trivial=True)
+
+
+@gluon.jit
+def one_of_halves(x0, x1):
+    """What `columns_in_halves` took apart."""
+    x = gl.permute(gl.join(x0, x1), (0, 2, 1))
+    return gl.convert_layout(gl.reshape(x, [64, 64]), ACC, assert_trivial=True)
+
+
 @gluon.jit
 def exceeds(of_rows, columns):
     """Whether numbers of rows exceed those of columns, 0 to 63, as they are spread in ACC.

@@ -24,6 +24,8 @@ COMPOSED_COLUMNS = 16
 COMPOSED_WARPS = 8
 COMPOSED_STAGES = 2
 GROUPS_IN_A_PIECE = 4
+# Of a sequence of two or three pieces, without gradients; of ungated ones twice as many.
+BLOCKS_FOR_TWO = 64
 MOST_PIECES = 24
 STAGES = 3
 # Where states and errors are kept, room for them is taken from one stage; backward as well.
@@ -77,8 +79,8 @@ def takes_gradients(tokens: Tokens, options: Options, capability: int) -> bool:
 class Call:
     """Sizes of one call, and its launches."""
 
-    def __init__(self, tokens: Tokens, options: Options) -> None:
-        """Reads the sizes."""
+    def __init__(self, tokens: Tokens, options: Options, *, keeps: bool = True) -> None:
+        """Reads the sizes; ``keeps`` what a gradient needs, or is that."""
         from deltaproduct_jax.ops.kernels.gluon import prepare, walk, walk_back
 
         self.tokens = tokens
@@ -87,8 +89,10 @@ class Call:
         self.NG = -(-T // GROUP)
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
-        self.pieces = pieces_for(B * HV, self.NG)
         self.is_gated = tokens.g is not None or tokens.resets is not None
+        self.keeps = keeps
+        how = {"R": R, "gated": self.is_gated, "keeps": keeps}
+        self.pieces = pieces_for(B * HV, self.NG, **how)
         self.forgets = self.pieces > 1 and self.is_gated
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
         self.meta = {
@@ -104,15 +108,18 @@ class Call:
         self.meta |= {"NG": self.NG, **self.gates}
         self.B, self.HV, self.K, self.V = B, HV, K, V
 
-        blocks, states = self.NG * R, self.slots * B * HV * 2
+        states, of_x = self.slots * B * HV * 2, (B * HV * self.NG * R * 2, 96, 32)
         tokens, updates = Tile((B, T, H * K), GROUP, K), Tile((B, T * R, H * K), GROUP, K)
         self.tiles = {
             "q": tokens,
             "k": updates,
             "v": Tile((B, T * R, HV * V), GROUP, V),
             "dv": Tile((B, T * R, HV * V), GROUP, 64),
-            "x_out": Tile((B * HV * blocks * 2, 64, 64), 32, 32, depth=2),
-            "x": Tile((B * HV, blocks * 2 * 64, 64), 128, 64),
+            # Both terms of a quarter, one term, and both of the two quarters that lie together.
+            "x_out": Tile(of_x, 32, 32, depth=2),
+            "x_first": Tile(of_x, 32, 32, depth=2),
+            "x_term": Tile(of_x, 32, 32),
+            "x_rest": Tile(of_x, 64, 32, depth=2),
             "o": Tile((B, T, HV * V), GROUP, 64),
             "do": Tile((B, T, HV * V), GROUP, V),
             "states": Tile((max(states, 1), V, K), GROUP, K, "bfloat16"),
@@ -144,7 +151,7 @@ class Call:
     def of_inverse(self) -> jax.ShapeDtypeStruct:
         """X of every block in two terms."""
         blocks = self.NG * self.meta["R"]
-        return jax.ShapeDtypeStruct((self.B, self.HV, blocks * 2, 64, 64), jnp.bfloat16)
+        return jax.ShapeDtypeStruct((self.B, self.HV, blocks * 2, 96, 32), jnp.bfloat16)
 
     def inverse(self, sums: jax.Array) -> jax.Array:
         """X of every block in two terms, [B, Hv, 2 blocks, 64, 64].
@@ -178,11 +185,14 @@ class Call:
         shape = (self.slots, self.B, H, self.HV // H, self.K, self.V)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def of_pieces(self, pieces: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    def of_pieces(self, pieces: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What each of ``pieces`` does to any state, but for both ends; and growth by groups."""
-        shapes = (self.B, self.HV, pieces - 2, self.K, self.K), (self.B, self.HV, self.NG)
-        count = 0 if pieces == 1 else 1 + self.is_gated
-        return tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes[:count])
+        shapes = {}
+        if pieces > 2:
+            shapes["maps"] = (self.B, self.HV, pieces - 2, self.K, self.K)
+        if pieces > 1 and self.is_gated:
+            shapes["growth"] = (self.B, self.HV, self.NG)
+        return {name: jax.ShapeDtypeStruct(x, jnp.float32) for name, x in shapes.items()}
 
     def walked(
         self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
@@ -205,7 +215,7 @@ class Call:
             **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
             **{"FORGETS": self.forgets and mode != "whole", "SUMMARY": int(mode == "maps")},
         }
-        arrays = (q, k, v, x, beta, sums, start, needs)
+        arrays = (q, k, v, x, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 
@@ -230,29 +240,36 @@ class Call:
             **{"HAS_GRADIENTS": is_whole, "START": mode},
             "FORGETS": self.forgets and not is_whole,
         }
-        arrays = (q, k, x, do, e, states, beta, sums, start, needs)
+        arrays = (q, k, x, do, e, states, x, beta, sums, start, needs)
         outs.append(self.states(self.pieces, self.V))
         grid = (self.B * self.HV, self.pieces - first)
         return self.launch(self.walk_back.walk_back, arrays, outs, grid, **more)
 
 
-def pieces_for(heads: int, groups: int) -> int:
+def pieces_for(heads: int, groups: int, *, R: int, gated: bool, keeps: bool) -> int:
     """Into how many pieces a sequence is cut that run side by side.
 
-    What a piece does to any state takes twice the time of walking through it, so only where at
-    least four of them fit on the GPU at once, and with some groups each.
+    Of two the first is walked through once more, for the state that the second begins with; those
+    between two others also for what they do to any state. So of three, each as many programs as fit
+    on the GPU at once, nothing is won but where gates may make pieces forget. What is launched more
+    takes longer than few pieces save, where a sequence is short and nothing is kept for gradients.
     """
     pieces = min(PROGRAMS_AT_ONCE // heads, groups // GROUPS_IN_A_PIECE, MOST_PIECES)
+    if pieces == 3 and not gated:
+        pieces = 2
+    is_short = groups * R < (BLOCKS_FOR_TWO if gated else 2 * BLOCKS_FOR_TWO)
+    if pieces <= 1 or (pieces < 4 and is_short and not keeps):
+        return 1
     # None of them without a token.
-    return -(-groups // -(-groups // pieces)) if pieces >= 4 else 1
+    return -(-groups // -(-groups // pieces))
 
 
 def forward(options: Options, tokens: Tokens, initial_state: jax.Array):
     """Outputs [B, T, Hv, V] and the final state [B, Hv, K, V]."""
-    return _forward(Call(tokens, options), initial_state, keeps=False)[:2]
+    return _forward(Call(tokens, options, keeps=False), initial_state)[:2]
 
 
-def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
+def _forward(call: Call, initial_state: jax.Array):
     """Outputs, the final state, and X, kept states, errors and maps, if there are any."""
     sums = call.sums()
     x, growth = call.inverse(sums)
@@ -260,12 +277,13 @@ def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
     if call.pieces > 1:
         needs = call.needs(growth)
         ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
-        maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
+        if call.pieces > 2:
+            maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
         start = composed(call, initial_state, maps, ends, needs, reverse=False)
     o, after, states, errors = call.walked(
-        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=keeps
+        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=call.keeps
     )
-    return o, after[:, :, -1], x, states, errors, (maps, growth)
+    return o, after[:, :, -1], x, states, errors, {"maps": maps, "growth": growth}
 
 
 class Fixed(NamedTuple):
@@ -286,32 +304,32 @@ def fixed(tokens: Tokens, options: Options) -> Fixed:
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What a gradient keeps beside states: X, errors, and maps of pieces."""
     call = Call(tokens, options)
-    v = tokens.v
-    return call.of_inverse(), jax.ShapeDtypeStruct(v.shape, v.dtype), *call.of_pieces(call.pieces)
+    errors = jax.ShapeDtypeStruct(tokens.v.shape, tokens.v.dtype)
+    return call.of_inverse(), errors, *call.of_pieces(call.pieces).values()
 
 
 def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
     """Outputs, the final state, and what `backward` needs."""
     call = Call(tokens, fixed.options)
-    o, final_state, x, states, errors, more = _forward(call, initial_state, keeps=True)
+    o, final_state, x, states, errors, more = _forward(call, initial_state)
     empty = call.of_pieces(fixed.pieces)
     if fixed.pieces != call.pieces:
-        more = [jnp.zeros(x.shape, x.dtype) for x in empty]
-    more = more[: len(empty)]
-    return o, final_state, (states, x, errors, *more)
+        more = {name: jnp.zeros(x.shape, x.dtype) for name, x in empty.items()}
+    return o, final_state, (states, x, errors, *(more[name] for name in empty))
 
 
 def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
     """Cotangents of the tokens and of the initial state."""
     call = Call(tokens, fixed.options)
     states, x, errors, *more = kept
+    more = dict(zip(call.of_pieces(fixed.pieces), more, strict=True))
     sums, start = call.sums(), dfinal_state
     needs, arrays = jnp.zeros(PLACEHOLDER.shape, PLACEHOLDER.dtype), (do, errors, states)
     if call.pieces > 1:
         if call.forgets:
-            needs = call.needs(more[1])
-        maps = more[0]
-        if fixed.pieces != call.pieces:  # whatever they begin with
+            needs = call.needs(more["growth"])
+        maps = more.get("maps")
+        if fixed.pieces != call.pieces and call.pieces > 2:  # whatever they begin with
             maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
         *_, ends = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
         start = composed(call, dfinal_state, maps, ends, needs, reverse=True)
@@ -347,6 +365,8 @@ def composed(call: Call, first, maps, ends, needs, *, reverse: bool) -> jax.Arra
     meta = {"K": call.K, "V": call.V, "BV": COMPOSED_COLUMNS, "PIECES": call.pieces}
     meta |= {"REVERSE": reverse, "FORGETS": call.forgets}
     out = call.states(call.pieces, call.V)
+    if call.pieces == 2:  # the first has its end, the last needs no map
+        maps = jnp.zeros(PLACEHOLDER.shape, PLACEHOLDER.dtype)
     grid = (call.V // COMPOSED_COLUMNS, call.B * call.HV)
     how = {"num_warps": COMPOSED_WARPS, "num_stages": COMPOSED_STAGES}
     return launch_by_triton(pieces.compose, (first, maps, ends, needs), out, grid, **how, **meta)

@@ -99,8 +99,8 @@ def three_products(high, low, of_high, of_low, x):
 
 @gluon.jit
 def times_first(product, turned, betas, p: gl.constexpr):
-    """Begins ``L21 T11`` of block p."""
-    product *= betas.slice(p * 64, 32).load(gl.SliceLayout(0, ACC))[None, :]
+    """Begins ``-L21 T11`` of block p."""
+    product *= -betas.slice(p * 64, 32).load(gl.SliceLayout(0, ACC))[None, :]
     high, low = two_terms(product)
     high, low = gl.convert_layout(high, LEFT), gl.convert_layout(low, LEFT)
     of_high = turned.index(0).slice(p * 32, 32).slice(0, 32, dim=1).permute((1, 0))
@@ -110,7 +110,7 @@ def times_first(product, turned, betas, p: gl.constexpr):
 
 @gluon.jit
 def times_second(product, turned, tiles, p: gl.constexpr):
-    """Begins ``T22 (L21 T11)`` of block p."""
+    """Begins ``-T22 (L21 T11)`` of block p."""
     high = turned.index(0).slice(p * 32, 32).permute((1, 0))
     low = turned.index(1).slice(p * 32, 32).permute((1, 0))
     of_high, of_low = tiles.index(4 + p).slice(32, 32), tiles.index(6 + p).slice(32, 32)
@@ -119,7 +119,7 @@ def times_second(product, turned, tiles, p: gl.constexpr):
 
 @gluon.jit
 def beside(X, sums, mild, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
-    """What is beside the diagonal halves of block p: zeros, and below them X, with decays."""
+    """-X below the halves on the diagonal of block p, with decays; of rows 32 to 63 alone."""
     of_columns: gl.constexpr = gl.SliceLayout(0, ACC)
     of_rows: gl.constexpr = gl.SliceLayout(1, ACC)
     is_below = (gl.arange(0, 64, of_rows) >= 32)[:, None]
@@ -136,12 +136,14 @@ def beside(X, sums, mild, p: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.c
             of_g = high - sums.index(0).slice(p * 64, 32).load(of_columns)[None, :]
             of_g += sums.index(1).slice(p * 64, 64).load(of_rows)[:, None] - from_low
             X *= power(gl.where(is_below, of_g, 0.0))
-    return gl.where(is_below, X, 0.0)
+    if HAS_RESETS:
+        X = gl.where(is_below, X, 0.0)
+    return X
 
 
 @gluon.jit
 def below(f0, f2, turned, tiles, betas):
-    """``T22 (L21 T11)``, T = I - X, of both blocks.
+    """``-T22 (L21 T11)``, T = I - X, of both blocks.
 
     ``turned`` holds -X of the halves, transposed, in two terms, and the second half of ``tiles``
     has room for two terms of two products. A product has 64 rows, of which the first 32 matter to
@@ -163,11 +165,10 @@ def below(f0, f2, turned, tiles, betas):
 
 @gluon.jit
 def copy_out(x, quarters, index, p: gl.constexpr):
-    """Writes block p by quarters [32, 32], both terms of each at once."""
+    """Writes block p by quarters [32, 32], both terms of each at once, but none of zeros."""
     tma.async_copy_shared_to_global(x, [index, 0, 0], quarters.index(2 * p))
-    tma.async_copy_shared_to_global(x, [index, 0, 32], quarters.index(4 + 2 * p))
     tma.async_copy_shared_to_global(x, [index, 32, 0], quarters.index(5 + 2 * p))
-    tma.async_copy_shared_to_global(x, [index, 32, 32], quarters.index(2 * p + 1))
+    tma.async_copy_shared_to_global(x, [index, 64, 0], quarters.index(2 * p + 1))
 
 
 @gluon.jit
@@ -206,7 +207,7 @@ def substituted(f, by_half):
 
 @gluon.jit
 def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
-    """X of the halves with decays, from -X without."""
+    """-X of the halves with decays, from -X without."""
     i_of, j_of = positions()
     mask = i_of > j_of
     if HAS_RESETS:
@@ -219,14 +220,14 @@ def decayed(X, sums, mild, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr):
         high = gl.expand_dims(highs.permute((1, 0)).load(OF_ROWS), 2)
         from_low = gl.expand_dims(lows.load(OF_COLUMNS), 0)
         if mild:
-            X *= high * -from_low
+            X *= high * from_low
         else:
             of_g = high - gl.expand_dims(highs.load(OF_COLUMNS), 0)
             of_g += gl.expand_dims(lows.permute((1, 0)).load(OF_ROWS), 2) - from_low
-            X *= -power(gl.where(mask, of_g, 0.0))
-    else:
-        X = -X
-    return gl.where(mask, X, 0.0)
+            X *= power(gl.where(mask, of_g, 0.0))
+    if HAS_RESETS:
+        X = gl.where(mask, X, 0.0)
+    return X
 
 
 @gluon.jit
@@ -244,16 +245,16 @@ def put_turned(turned, X):
 
 @gluon.jit
 def put_halves(ts, X):
-    """Writes what is on the diagonals, both terms of a half behind each other."""
-    terms = gl.permute(gl.join(*two_terms(X)), (1, 3, 0, 2))
+    """Writes what is on the diagonals, transposed, both terms of a half behind each other."""
+    terms = gl.permute(gl.join(*two_terms(X)), (1, 3, 2, 0))
     ts.slice(0, 256).store(gl.reshape(terms, [256, 32]))
 
 
 @gluon.jit
 def put_beside(ts, X, p: gl.constexpr):
-    """Writes what is beside the diagonal of block p, above and below, in the same way."""
+    """Writes what is below the diagonal of block p in the same way, behind 32 rows of nothing."""
     terms = gl.reshape(gl.join(*two_terms(X)), [2, 32, 32, 2])
-    terms = gl.reshape(gl.permute(terms, (0, 3, 1, 2)), [128, 32])
+    terms = gl.reshape(gl.permute(terms, (0, 3, 2, 1)), [128, 32])
     ts.slice(256 + p * 128, 128).store(terms)
 
 
@@ -338,7 +339,7 @@ def inverse(
 
     X = decayed(X, sums, mild, HAS_G, HAS_RESETS)
     gl.barrier()
-    # What is on the diagonals, then what is beside them.
+    # What is on the diagonals, then what is below them.
     ts = space._reinterpret(gl.bfloat16, [512, 32], of_tiles)
     put_halves(ts, X)
     put_beside(ts, X0, 0)

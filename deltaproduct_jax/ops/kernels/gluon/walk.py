@@ -21,26 +21,31 @@ from deltaproduct_jax.ops.kernels.gluon.moves import joined
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
+    HALF,
     ROW,
     between,
+    columns_in_halves,
     left,
     load_vectors,
     matrix,
+    one_of_halves,
     put_vectors,
+    widened,
 )
 
 
 @gluon.jit
 def load_tiles(
     handed, R: gl.constexpr, K: gl.constexpr, NC: gl.constexpr, S: gl.constexpr,
-    HAS_O: gl.constexpr, HAS_V: gl.constexpr,
+    HAS_O: gl.constexpr, HAS_V: gl.constexpr, NB: gl.constexpr,
 ):  # fmt: skip
     """One warp: tiles of q, a group ahead, and of k, v and X, up to S blocks ahead."""
     (
-        q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b, pid, qcol, vcol,
+        q, k, v, x_first, x_rest, qb, kb, vb, x0b, x1b, full, empty, qfull, qempty, first, steps, b,
+        pid, qcol, vcol,
     ) = handed  # fmt: skip
-    size: gl.constexpr = 64 * K * 2 + 2 * 64 * 64 * 2 + (NC * 64 * 64 * 2 if HAS_V else 0)
-    for m in range(steps * R):
+    size: gl.constexpr = 64 * K * 2 + 192 * 32 * 2 + (NC * 64 * 64 * 2 if HAS_V else 0)
+    for m in range(steps * R + (1 if HAS_O else 0)):
         n = m // R
         s = m % S
         if HAS_O and m % R == 0:
@@ -57,8 +62,11 @@ def load_tiles(
         if HAS_V:
             whole = joined(vb, NC, 64, NC * 64).index(s)
             tma.async_copy_global_to_shared(v, [b, row, vcol], bar, whole)
-        of_both = joined(xb, 2, 128, 64).index(s)
-        tma.async_copy_global_to_shared(x, [pid, 2 * row, 0], bar, of_both)
+        index = (pid * NB + first * R + m) * 2
+        firsts = x0b._reinterpret(gl.bfloat16, [S, 2, 32, 32], x_first.layout)
+        tma.async_copy_global_to_shared(x_first, [index, 0, 0], bar, firsts.index(s))
+        seconds = x1b._reinterpret(gl.bfloat16, [S, 2, 64, 32], x_rest.layout)
+        tma.async_copy_global_to_shared(x_rest, [index, 32, 0], bar, seconds.index(s))
 
 
 @gluon.jit
@@ -121,8 +129,8 @@ def hold_state(
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs."""
     (
-        out, states, errors, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, sb, eb, intos, outs,
-        tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index,
+        out, states, errors, start_ptr, final_ptr, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos,
+        outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index,
     ) = handed  # fmt: skip
     NC: gl.constexpr = V // 64
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -139,74 +147,94 @@ def hold_state(
     else:
         state = gl.load(start_ptr + at)
     zero = gl.zeros([64, 64], gl.float32, ACC)
-    o = zero
+    o, pred = zero, zero
+    if HAS_KEPT:
+        matrix(sb.index(J)).store(state.to(gl.bfloat16))
+        fence_async_shared()
+        block = first * R
+        kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
+        if steps > 0:
+            tma.async_copy_shared_to_global(states, [kept, J * 64, 0], sb.index(J))
+    narrow = left(state, ACC)
+    if HAS_O:
+        mbarrier.wait(qfull.index(0), 0)
+        o = warpgroup_mma(narrow, matrix(qb.index(0)).permute((1, 0)), zero, use_acc=False)
+        o *= SCALE
+        mbarrier.arrive(qempty.index(0), count=1)
+        mbarrier.wait(full.index(0), 0)
+        pred = warpgroup_mma(narrow, matrix(kb.index(0)).permute((1, 0)), zero, use_acc=False)
     for m in range(steps * R):
         n = m // R
         r = m % R
-        sq = n % 2
         s = m % S
         st = m % 2
-        narrow = left(state, ACC)
         block = first * R + m
-        if HAS_KEPT:
-            # In pairs, in the place of one state of float32 each.
-            tma.store_wait(0)
-            matrix(sb.index(J)).store(state.to(gl.bfloat16))
-            fence_async_shared()
-            kept = ((block // 2) * SEQUENCES + pid) * 2 + block % 2
-            tma.async_copy_shared_to_global(states, [kept, J * 64, 0], sb.index(J))
-        if HAS_O and r == 0:
-            mbarrier.wait(qfull.index(sq), (n // 2) & 1)
-            q = matrix(qb.index(sq)).permute((1, 0))
-            o = warpgroup_mma(narrow, q, zero, use_acc=False)
-            o *= SCALE
-        mbarrier.wait(full.index(s), (m // S) & 1)
-        k = matrix(kb.index(s))
-        pred = warpgroup_mma(narrow, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        mbarrier.wait(ready.index(st), (m // 2) & 1)
-        pred = warpgroup_mma_wait(0, deps=[pred])
-        if HAS_O and r == 0:
-            mbarrier.arrive(qempty.index(sq), count=1)
-            if DECAYS:
-                o *= tokens.index(st).load(COLUMN)[None, :]
-        if DECAYS:
-            into = intos.index(st).load(COLUMN)[None, :]
-            pred *= into
+        if not HAS_O:  # there are no outputs beside which to begin it
+            mbarrier.wait(full.index(s), (m // S) & 1)
+            k = matrix(kb.index(s)).permute((1, 0))
+            pred = warpgroup_mma(left(state, ACC), k, zero, use_acc=False)
         if HAS_V:
-            pred = matrix(vb.index(s * NC + J)).permute((1, 0)).load(ACC).to(gl.float32) - pred
-        else:
-            pred = -pred
-        # To bfloat16, but still of float32: for an identity too, so that it is an error of a value.
-        scaled = pred * 65537.0
-        rounded = scaled - (scaled - pred)
-        y = left(rounded, ACC)
-        e = warpgroup_mma(
-            y, matrix(xb.index(s * 2)).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        e = warpgroup_mma(y, matrix(xb.index(s * 2 + 1)).permute((1, 0)), e, is_async=True)
+            v = matrix(vb.index(s * NC + J)).permute((1, 0)).load(ACC)
+        mbarrier.wait(ready.index(st), (m // 2) & 1)
+        if HAS_O and DECAYS and r == 0:
+            o *= tokens.index(st).load(COLUMN)[None, :]
+        if DECAYS:
+            pred *= intos.index(st).load(COLUMN)[None, :]
+        pred = widened(v) - pred if HAS_V else -pred
+        y = left(pred, HALF)
+        y0, y1 = columns_in_halves(pred)
+        first_half = left(y0, HALF)
+        y0 = warpgroup_mma(first_half, x0b.index(s).slice(0, 32), y0, is_async=True)
+        y0 = warpgroup_mma(first_half, x0b.index(s).slice(32, 32), y0, is_async=True)
+        y1 = warpgroup_mma(y, x1b.index(s * 2), y1, is_async=True)
+        y1 = warpgroup_mma(y, x1b.index(s * 2 + 1), y1, is_async=True)
         if DECAYS:
             state *= intos.index(st).slice(63, 1).load(gl.SliceLayout(0, wide))[None, :]
-        e = warpgroup_mma_wait(0, deps=[e])
-        e = rounded - e
+        y0, y1 = warpgroup_mma_wait(0, deps=[y0, y1])
+        e = one_of_halves(y0, y1)
         if HAS_KEPT:
+            tma.store_wait(0)
             matrix(eb.index(J)).permute((1, 0)).store(e.to(gl.bfloat16))
             fence_async_shared()
             tma.async_copy_shared_to_global(errors, [b, block * 64, ocol + J * 64], eb.index(J))
         written = left(e * outs.index(st).load(COLUMN)[None, :], wide)
-        state = warpgroup_mma(written, k, state, is_async=True)
+        state = warpgroup_mma(written, matrix(kb.index(s)), state, is_async=True)
         if HAS_O:
             o = warpgroup_mma(left(e, ACC), pb.index(st).permute((1, 0)), o, is_async=True)
-            o, state = warpgroup_mma_wait(0, deps=[o, state])
+            # What the next block begins with, while outputs are on their way. Behind the last there
+            # is one more, of which nothing comes.
+            state = warpgroup_mma_wait(1, deps=[state])
+            narrow = left(state, ACC)
+            after = m + 1
+            mbarrier.wait(full.index(after % S), (after // S) & 1)
+            k = matrix(kb.index(after % S)).permute((1, 0))
+            o = warpgroup_mma_wait(0, deps=[o])
+            pred = warpgroup_mma(narrow, k, zero, use_acc=False, is_async=True)
         else:
             state = warpgroup_mma_wait(0, deps=[state])
         mbarrier.arrive(free.index(st), count=1)
         mbarrier.arrive(empty.index(s), count=1)
+        if HAS_KEPT:
+            matrix(sb.index(J)).store(state.to(gl.bfloat16))
+            fence_async_shared()
+            kept = (((block + 1) // 2) * SEQUENCES + pid) * 2 + (block + 1) % 2
+            # Where nothing is, behind the last.
+            kept = gl.where(m + 1 < steps * R, kept, 2147483647)
+            tma.async_copy_shared_to_global(states, [kept, J * 64, 0], sb.index(J))
         if HAS_O and r == R - 1:
-            tma.store_wait(0)
+            if not HAS_KEPT:
+                tma.store_wait(0)
             buffer = ob.index(J)
             matrix(buffer).permute((1, 0)).store(o.to(gl.bfloat16))
             fence_async_shared()
             tma.async_copy_shared_to_global(out, [b, (first + n) * 64, ocol + J * 64], buffer)
+            sq = (n + 1) % 2
+            mbarrier.wait(qfull.index(sq), ((n + 1) // 2) & 1)
+            o = warpgroup_mma(narrow, matrix(qb.index(sq)).permute((1, 0)), zero, use_acc=False)
+            o *= SCALE
+            mbarrier.arrive(qempty.index(sq), count=1)
+        if HAS_O:
+            pred = warpgroup_mma_wait(0, deps=[pred])
     gl.store(final_ptr + at, state)
     if HAS_O:
         tma.store_wait(0)
@@ -214,7 +242,8 @@ def hold_state(
 
 @gluon.jit
 def walk(
-    q, k, v, x, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states, errors,
+    q, k, v, x_first, x_rest, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states,
+    errors,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
@@ -248,11 +277,13 @@ def walk(
     keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, K], gl.bfloat16)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, 64], gl.bfloat16)
     small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    halves: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], bf16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     qb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 1, 64, K], keys)
     kb = gl.allocate_shared_memory(bf16, [S, 1, 64, K], keys)
     vb = gl.allocate_shared_memory(bf16, [S * NC if HAS_V else 1, 1, 64, 64], tile)
-    xb = gl.allocate_shared_memory(bf16, [2 * S, 1, 64, 64], tile)
+    x0b = gl.allocate_shared_memory(bf16, [S, 64, 32], halves)
+    x1b = gl.allocate_shared_memory(bf16, [2 * S, 64, 32], halves)
     pb = gl.allocate_shared_memory(bf16, [2 if HAS_O else 1, 64, 64], small)
     ob = gl.allocate_shared_memory(bf16, [NC if HAS_O else 1, 1, 64, 64], tile)
     sb = gl.allocate_shared_memory(bf16, [NC if HAS_KEPT else 1, 1, 64, K], keys)
@@ -280,7 +311,7 @@ def walk(
         mbarrier.init(free.index(i), count=NC)
     fence_async_shared()
     hold = (
-        o, states, errors, start_ptr, final_ptr, qb, kb, vb, xb, pb, ob, sb, eb, intos, outs,
+        o, states, errors, start_ptr, final_ptr, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos, outs,
         tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
     )  # fmt: skip
     prepare = (
@@ -288,7 +319,8 @@ def walk(
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     )  # fmt: skip
     load = (
-        q, k, v, x, qb, kb, vb, xb, full, empty, qfull, qempty, first, steps, b32, pid, qcol, vcol,
+        q, k, v, x_first, x_rest, qb, kb, vb, x0b, x1b, full, empty, qfull, qempty, first, steps,
+        b32, pid, qcol, vcol,
     )  # fmt: skip
     # Sizes stand where they are used, since a name would make numbers of the program of them.
     if NC == 2:
@@ -300,7 +332,7 @@ def walk(
                 hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 1,
             )),
             (prepare_blocks, (prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS)),
-            (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V)),
+            (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -308,5 +340,5 @@ def walk(
                 hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
             )),
             (prepare_blocks, (prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS)),
-            (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V)),
+            (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 1], [152, 24])  # fmt: skip

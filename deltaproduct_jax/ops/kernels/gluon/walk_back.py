@@ -21,6 +21,7 @@ from deltaproduct_jax.ops.kernels.gluon.cotangents import find_cotangents
 from deltaproduct_jax.ops.kernels.gluon.parts import (
     ACC,
     COLUMN,
+    columns_in_halves,
     is_mild,
     left,
     matrix,
@@ -43,9 +44,9 @@ def hold_cotangent(
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the cotangent of the state, and of dv."""
     (
-        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos,
-        outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free,
-        of_ds, of_dy, total, first, b, vcol, pid, piece, is_last,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, x0b, x1b, pb, sb, dsb, dyb,
+        intos, outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready,
+        free, of_ds, of_dy, total, first, b, vcol, pid, piece, is_last,
     ) = handed  # fmt: skip
     P: gl.constexpr = 1 if HAS_GRADIENTS else 2
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -83,13 +84,13 @@ def hold_cotangent(
         de *= outs.index(st).load(COLUMN)[None, :]
         do = matrix(dob.index(z + d * (V // 64) + J)).permute((1, 0))
         de = warpgroup_mma(do, pb.index(z + m % P), de)
-        # To bfloat16, but still of float32: for an identity too, as in `walk`.
-        scaled = de * 65537.0
-        rounded = scaled - (scaled - de)
-        y = left(rounded, ACC)
         mbarrier.wait(of_x.index(0), m & 1)
-        rest = warpgroup_mma(y, matrix(xb.index(z)), -rounded, is_async=True)
-        rest = warpgroup_mma(y, matrix(xb.index(z + 1)), rest, is_async=True)
+        y0, y1 = columns_in_halves(de)
+        y0, y1 = left(y0, ACC), left(y1, ACC)
+        rest = warpgroup_mma(y0, x0b.index(z).permute((1, 0)), de, is_async=True)
+        rest = warpgroup_mma(y0, x0b.index(z + 1).permute((1, 0)), rest, is_async=True)
+        rest = warpgroup_mma(y1, x1b.index(z).permute((1, 0)), rest, is_async=True)
+        rest = warpgroup_mma(y1, x1b.index(z + 1).permute((1, 0)), rest, is_async=True)
         if DECAYS:
             state *= intos.index(st).slice(63, 1).load(gl.SliceLayout(0, wide))[None, :]
         rest = warpgroup_mma_wait(0, deps=[rest])
@@ -97,7 +98,7 @@ def hold_cotangent(
         if HAS_GRADIENTS:
             mbarrier.wait(of_dy.index(1), (m & 1) ^ 1)
             tma.store_wait(0)
-            matrix(dyb.index(z + J)).permute((1, 0)).store((-rest).to(gl.bfloat16))
+            matrix(dyb.index(z + J)).permute((1, 0)).store(rest.to(gl.bfloat16))
             fence_async_shared()
             mbarrier.arrive(of_dy.index(0), count=1)
             out = [b, (first * R + block) * 64, vcol + J * 64]
@@ -111,7 +112,9 @@ def hold_cotangent(
             if block % R > 0:
                 mbarrier.arrive(of_states.index(1), count=1)
         if DECAYS:
-            rest *= intos.index(st).load(COLUMN)[None, :]
+            rest *= -intos.index(st).load(COLUMN)[None, :]
+        else:
+            rest = -rest
         state = warpgroup_mma(left(rest, wide), k, state)
         if block % R == 0:
             mbarrier.wait(qfull.index(sq), (turn // 2) & 1)
@@ -155,7 +158,7 @@ def both_ways(FULL: gl.constexpr, EMPTY: gl.constexpr):
 
 @gluon.jit
 def walk_back(
-    q, k, x, do, e, states, beta_ptr, sums_ptr, start_ptr, needs_ptr,
+    q, k, x_term, do, e, states, x_rest, beta_ptr, sums_ptr, start_ptr, needs_ptr,
     dq, dk, dv, dbeta_ptr, terms_ptr, wholes_ptr, before_ptr,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
@@ -188,6 +191,7 @@ def walk_back(
     flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, K], gl.bfloat16)
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 64, 64], gl.bfloat16)
     small: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)
+    halves: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 32], bf16)
     line: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # Of what only gradients take, one small tile stands where there are none.
     NG_: gl.constexpr = NC if HAS_GRADIENTS else 1
@@ -198,7 +202,8 @@ def walk_back(
     qb = gl.allocate_shared_memory(bf16, [2, 1, 64, K], keys)
     kb = gl.allocate_shared_memory(bf16, [S, 1, 64, K], keys)
     dob = gl.allocate_shared_memory(bf16, [D * NC, 1, 64, 64], tile)
-    xb = gl.allocate_shared_memory(bf16, [2, 1, 64, 64], tile)
+    x0b = gl.allocate_shared_memory(bf16, [2, 64, 32], halves)
+    x1b = gl.allocate_shared_memory(bf16, [2, 64, 32], halves)
     pb = gl.allocate_shared_memory(bf16, [1 if HAS_GRADIENTS else 2, 64, 64], small)
     eb = gl.allocate_shared_memory(bf16, [NG_, 1, 64, 64], tile)
     sb = gl.allocate_shared_memory(bf16, [NG_, 1, 64, K], keys)
@@ -218,16 +223,19 @@ def walk_back(
     # Of what there is one of: filled, and free again.
     of_x, of_e, of_states = both_ways(1, NC), both_ways(1, 1), both_ways(1, NC)
     of_ds, of_dy = both_ways(NC, 1), both_ways(NC, 1)
+    for p in gl.static_range(2):  # zeros, where nothing is loaded
+        none = gl.zeros([64, 32], bf16, gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
+        x0b.index(p).store(none)
     fence_async_shared()
     hold = (
-        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, xb, pb, sb, dsb, dyb, intos,
-        outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready, free,
-        of_ds, of_dy, total, first, b32, vcol, pid, piece, is_last,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, x0b, x1b, pb, sb, dsb, dyb,
+        intos, outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states, ready,
+        free, of_ds, of_dy, total, first, b32, vcol, pid, piece, is_last,
     )  # fmt: skip
     find = (
         (beta_ptr, sums_ptr),
         (dq, dk, dbeta_ptr, terms_ptr),
-        (qb, kb, dob, xb, pb, eb, sb, dsb, dyb, stage),
+        (qb, kb, dob, (x0b, x1b), pb, eb, sb, dsb, dyb, stage),
         (betas, intos, outs, tokens, of_tokens, of_updates),
         (full, empty, qfull, qempty, do_full, do_empty),
         (of_x, of_e, of_states),
@@ -235,7 +243,7 @@ def walk_back(
         (of_ds, of_dy),
         (total, first, b32, hv, pid, qcol, vcol),
     )
-    arrays = (q, k, x, do, e, states)
+    arrays = (q, k, x_term, do, e, states, x_rest)
     # Sizes stand where they are used, since a name would make numbers of the program of them.
     if NC == 2:
         gl.warp_specialize([
