@@ -17,10 +17,9 @@ from experiments.lib import environment
 TESTS = Path(__file__).parents[2]
 SHARED = 227 * 1024
 # Of a walk: what ptxas moves to memory outside of the loop over blocks.
-SPILT_BY_WALKS = 60
+SPILT_BY_WALKS = 64
 # Of `walk_back`, by K: mostly addresses that are found before the loop and read again in it.
 SPILT_BY_WALKS_BACK = {64: 40, 128: 400}
-SPILT_BY_INVERSE = 160
 
 if not environment.extra_folder("gluon").exists():
     pytest.skip("needs Triton 3.7 (tests/run.py --extra=gluon)", allow_module_level=True)
@@ -53,9 +52,11 @@ def check(kernels: dict, K: int = 128) -> None:
         if name in ("gate_sums", "gate_cotangents"):
             assert kernel["spilt_bytes"] == 0
             continue
-        assert kernel["products"] > 0, (name, kernel)
+        # States of two pieces are copied: neither has a map.
+        of_two = name.startswith("compose") and "walk maps" not in kernels
+        assert kernel["products"] > 0 or of_two, (name, kernel)
         assert not kernel["one_by_one"], (name, kernel)
-        most = SPILT_BY_INVERSE if name == "inverse" else SPILT_BY_WALKS
+        most = 0 if name == "inverse" else SPILT_BY_WALKS
         if name.startswith("walk_back"):
             most = SPILT_BY_WALKS_BACK[K]
         assert kernel["spilt_bytes"] <= most, (name, kernel)
