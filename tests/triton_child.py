@@ -28,7 +28,7 @@ from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels import containment
-from deltaproduct_jax.ops.kernels.triton import choice, looking, narrow, passes, tiling
+from deltaproduct_jax.ops.kernels.triton import choice, narrow, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -78,8 +78,8 @@ def run(tokens, state, cotangents, case, more, passes=passes):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
-    *outputs, states = passes.forward(tokens, state, options, keep_states=True)
-    dtokens, dstate = passes.backward(tokens, states, *cotangents, options)
+    *outputs, states, _ = passes.forward(tokens, state, options, keep_states=True)
+    dtokens, dstate, _ = passes.backward(tokens, states, *cotangents, options)
     return outputs, [*dtokens[:5], dstate]
 
 
@@ -199,7 +199,6 @@ def contained(more: bool, name: str = "v") -> dict[str, float | bool]:
     """
     tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
     case = Case(T=70, B=2, H=1, K=16, V=16)
-    looking.choose_containment(True)
     arrays, _, tokens, state = inputs(case, "float32")
     ids = jnp.asarray(np.arange(70) // 30 + np.zeros((2, 1), int))
     tokens = tokens._replace(resets=starts_of_segments(ids))
@@ -214,7 +213,6 @@ def contained(more: bool, name: str = "v") -> dict[str, float | bool]:
     run = {"kernel": choice, "options": options}
     o, final_state, kept = containment.forward(tokens, state, **run, keep_states=True)
     dtokens, dstate = containment.backward(tokens, kept, *cotangents, **run)
-    looking.choose_containment(False)
 
     def plain(*arrays):
         *tokens, state = arrays
@@ -239,7 +237,7 @@ def kept() -> dict[str, bool]:
     case = Case(T=128, B=1, H=1, K=128, V=128, gate=None)
     _, _, tokens, state = inputs(case, "float16")
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=True)
-    *_, arrays = passes.forward(tokens, state, options, keep_states=True)
+    *_, arrays, _ = passes.forward(tokens, state, options, keep_states=True)
     names = ("states", "X", "scores", "maps")
     return {n: bool(jnp.all(jnp.isfinite(x))) for n, x in zip(names, arrays, strict=True)}
 
@@ -299,10 +297,6 @@ def compile_for_cuda(every: bool) -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
-    looking.choose_containment(True)
-    text = gradient.trace(*arrays, "triton").lower(lowering_platforms=("cuda",)).as_text()
-    lowered["contained"] = text.count("triton_kernel_call")
-    looking.choose_containment(False)
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)

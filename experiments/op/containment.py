@@ -7,7 +7,8 @@ process and in turn, so that a busy moment of the machine meets both alike. Inpu
 it puts a NaN into one of two segments: what becomes NaN must be what does in the recurrence.
 
 On a GPU: --implementations=triton --dtype=bfloat16 --batch_size=8 --length=4096 --num_heads=16
---head_dim=128. The kernels then look for what is not finite, which they do not otherwise.
+--head_dim=128. There the time on the GPU itself, the sum of the kernels that the profiler saw,
+stands beside that of a call, which waits for the GPU to say that nothing is bad.
 
 For TPUs, on a machine without one, cycles of the schedule by their compiler (libtpu):
 
@@ -22,6 +23,7 @@ Takes: 4 minutes on two CPU cores; a minute an estimate on a core of its own.
 import dataclasses
 import functools
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,10 +34,10 @@ import jax.numpy as jnp
 from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops import delta_product
-from deltaproduct_jax.ops.kernels.triton import looking
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
+from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
@@ -58,6 +60,8 @@ from experiments.lib.bench.uncontained import bare
 
 NAMES = ("implementation", "direction", "R")
 HEADINGS = (*NAMES, "contained, ms", "without, ms", "ratio")
+ON_DEVICE = ("contained, GPU ms", "without, GPU ms", "GPU ratio")
+PROFILES = 3  # of each program, in turn; medians count
 ESTIMATED = (*NAMES, "contained, cycles", "without, cycles", "ratio")
 TIMEOUT_S = 1800.0  # of an estimate
 
@@ -77,6 +81,7 @@ class ContainmentConfig:
     length: int = setting(2048, "tokens T")
     num_heads: int = setting(4, "heads H")
     head_dim: int = setting(64, "key width K and value width V")
+    gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "of q, k and v: float32 or bfloat16")
     repeats: int = setting(25, "timed rounds; medians count")
     budget_s: float = setting(30.0, "seconds after which no further round of a row begins", above=0)
@@ -119,7 +124,8 @@ def check(shape: Shape, implementation: str) -> None:
 def measure(config: ContainmentConfig, implementation: str, direction: str, R: int) -> list[Any]:
     """A row of the table."""
     K = config.head_dim
-    shape = Shape(config.batch_size, config.length, config.num_heads, K, K, R, config.dtype)
+    sizes = (config.batch_size, config.length, config.num_heads, K, K, R)
+    shape = Shape(*sizes, config.dtype, config.gated)
     if config.estimate is not None:
         return _estimated(config.estimate, implementation, direction, shape)
     check(shape, implementation)
@@ -130,7 +136,14 @@ def measure(config: ContainmentConfig, implementation: str, direction: str, R: i
         programs["without"] = compile_program(make(), arrays)
     time_in_turn(programs, config.repeats, config.budget_s)
     times = [entry.summary()["median_ms"] for entry in programs.values()]
-    return [implementation, direction, R, *times, times[0] / times[1]]
+    return [implementation, direction, R, *times, times[0] / times[1], *_on_device(programs)]
+
+
+def _on_device(programs: Mapping[str, Compiled]) -> list[float]:
+    """What `ON_DEVICE` names; nothing without a GPU."""
+    found = [time_on_device(programs) for _ in range(PROFILES)]
+    times = [statistics.median(sum(x[name].values()) for x in found) for name in programs]
+    return [*times, times[0] / times[1]] if all(times) else []
 
 
 def _estimated(generation: str, implementation: str, direction: str, shape: Shape) -> list[Any]:
@@ -149,7 +162,6 @@ def command(argv: Sequence[str]) -> None:
     """Measures, and writes containment.json and containment.md."""
     parsed = flags.parse(argv, {"containment": ContainmentConfig}, {"default": {}})
     config = ContainmentConfig(**parsed.sections["containment"])
-    looking.choose_containment(True)
     rows = []
     for implementation in config.implementations:
         for direction in config.directions:
@@ -159,6 +171,8 @@ def command(argv: Sequence[str]) -> None:
     headings, title = HEADINGS, machine()
     if config.estimate is not None:
         headings, title = ESTIMATED, f"{config.estimate}, nothing was run; {versions()}"
+    elif len(rows[0]) > len(HEADINGS):
+        headings += ON_DEVICE
     record = begun(
         "op.containment",
         argv,

@@ -15,8 +15,7 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite; None if it does not
-    look.
+    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
     As `chunked_backward`, from what its own ``forward`` kept, and flags [B, H] float32 behind it:
     not 0 for rows that were run again. ``bad`` are those, and rows of whose cotangents anything

@@ -13,6 +13,7 @@ from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.gluon import gates, launch
 from deltaproduct_jax.ops.kernels.gluon.gates import GROUP
 from deltaproduct_jax.ops.kernels.gluon.launch import Tile
+from deltaproduct_jax.ops.kernels.triton import looking
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.varying import mark_varying_as
 
@@ -87,7 +88,8 @@ class Call:
         self.NG = -(-T // GROUP)
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
-        self.pieces = pieces_for(B * HV, self.NG)
+        # Of rows that are run again as many as of all, whose kernels are compiled already.
+        self.pieces = pieces_for((options.rows or B) * HV, self.NG)
         self.is_gated = tokens.g is not None or tokens.resets is not None
         self.forgets = self.pieces > 1 and self.is_gated
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
@@ -178,6 +180,12 @@ class Call:
         shape = (self.slots, self.B, H, self.HV // H, self.K, self.V)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
+    def seen(self, mode: str) -> tuple[bool, jax.ShapeDtypeStruct]:
+        """Whether a walk tells what is not finite, and a flag of every piece."""
+        if mode != "whole" or not looking.LOOKS:
+            return False, PLACEHOLDER
+        return True, jax.ShapeDtypeStruct((self.B, self.HV, self.pieces), jnp.float32)
+
     def of_pieces(self, pieces: int) -> tuple[jax.ShapeDtypeStruct, ...]:
         """What each of ``pieces`` does to any state, but for both ends; and growth by groups."""
         shapes = (self.B, self.HV, pieces - 2, self.K, self.K), (self.B, self.HV, self.NG)
@@ -187,7 +195,7 @@ class Call:
     def walked(
         self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
     ):
-        """Outputs, the states after pieces, kept states and errors."""
+        """Outputs, the states after pieces, kept states, errors, and what is not finite."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
             "whole": (0, self.pieces, self.pieces),
@@ -205,12 +213,17 @@ class Call:
             **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
             **{"FORGETS": self.forgets and mode != "whole", "SUMMARY": int(mode == "maps")},
         }
+        more["LOOKS"], seen = self.seen(mode)
         arrays = (q, k, v, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
+        outs.append(seen)
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 
     def walked_back(self, x, sums, start, needs, do, e, states, *, mode: str):
-        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces."""
+        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces.
+
+        And what is not finite.
+        """
         q, k, v, beta = self.tokens[:4]
         T, R = self.meta["T"], self.meta["R"]
         is_whole, gated = mode == "whole", self.gates["HAS_G"]
@@ -230,8 +243,9 @@ class Call:
             **{"HAS_GRADIENTS": is_whole, "START": mode},
             "FORGETS": self.forgets and not is_whole,
         }
+        more["LOOKS"], seen = self.seen(mode)
         arrays = (q, k, x, do, e, states, beta, sums, start, needs)
-        outs.append(self.states(self.pieces, self.V))
+        outs += [self.states(self.pieces, self.V), seen]
         grid = (self.B * self.HV, self.pieces - first)
         return self.launch(self.walk_back.walk_back, arrays, outs, grid, **more)
 
@@ -248,12 +262,12 @@ def pieces_for(heads: int, groups: int) -> int:
 
 
 def forward(options: Options, tokens: Tokens, initial_state: jax.Array):
-    """Outputs [B, T, Hv, V] and the final state [B, Hv, K, V]."""
-    return _forward(Call(tokens, options), initial_state, keeps=False)[:2]
+    """Outputs [B, T, Hv, V], the final state [B, Hv, K, V], and flags [B, ...] of bad rows."""
+    return _forward(Call(tokens, options), initial_state, keeps=False)[:3]
 
 
 def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
-    """Outputs, the final state, and X, kept states, errors and maps, if there are any."""
+    """Outputs, the final state, bad rows, and X, kept states, errors and maps, if there are any."""
     sums = call.sums()
     x, growth = call.inverse(sums)
     start, maps, needs = initial_state, None, growth
@@ -262,10 +276,15 @@ def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
         ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
         maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
         start = composed(call, initial_state, maps, ends, needs, reverse=False)
-    o, after, states, errors = call.walked(
+    o, after, states, errors, seen = call.walked(
         x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=keeps
     )
-    return o, after[:, :, -1], x, states, errors, (maps, growth)
+    return o, after[:, :, -1], _of_rows(call, seen), x, states, errors, (maps, growth)
+
+
+def _of_rows(call: Call, seen: jax.Array) -> jax.Array:
+    """What walks tell, [B, ...]; nothing is bad if they do not look."""
+    return seen if seen.ndim > 1 else jnp.zeros((call.B, 1), seen.dtype)
 
 
 class Fixed(NamedTuple):
@@ -291,18 +310,18 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 
 def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
-    """Outputs, the final state, and what `backward` needs."""
+    """Outputs, the final state, flags of bad rows, and what `backward` needs."""
     call = Call(tokens, fixed.options)
-    o, final_state, x, states, errors, more = _forward(call, initial_state, keeps=True)
+    o, final_state, seen, x, states, errors, more = _forward(call, initial_state, keeps=True)
     empty = call.of_pieces(fixed.pieces)
     if fixed.pieces != call.pieces:
         more = [jnp.zeros(x.shape, x.dtype) for x in empty]
     more = more[: len(empty)]
-    return o, final_state, (states, x, errors, *more)
+    return o, final_state, seen, (states, x, errors, *more)
 
 
 def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
-    """Cotangents of the tokens and of the initial state."""
+    """Cotangents of the tokens and of the initial state, and flags of bad rows."""
     call = Call(tokens, fixed.options)
     states, x, errors, *more = kept
     sums, start = call.sums(), dfinal_state
@@ -311,11 +330,12 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
         if call.forgets:
             needs = call.needs(more[1])
         maps = more[0]
-        if fixed.pieces != call.pieces:  # whatever they begin with
+        # Whatever they begin with; of rows run again it is not known whether theirs were kept.
+        if fixed.pieces != call.pieces or fixed.options.rows is not None:
             maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
-        *_, ends = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
+        *_, ends, _ = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
         start = composed(call, dfinal_state, maps, ends, needs, reverse=True)
-    dq, dk, dv, dbeta, *terms, before = call.walked_back(
+    dq, dk, dv, dbeta, *terms, before, seen = call.walked_back(
         x, sums, start, needs, *arrays, mode="whole"
     )
     q, k, g = tokens.q, tokens.k, tokens.g
@@ -325,7 +345,8 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
             for dx, x in ((dq, q), (dk, k))
         )
     dg = None if g is None else gate_cotangents(call, *terms, sums)
-    return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
+    dtokens = Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None)
+    return dtokens, before[:, :, 0], _of_rows(call, seen)
 
 
 def gate_cotangents(call: Call, terms, wholes, sums) -> jax.Array:
