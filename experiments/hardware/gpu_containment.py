@@ -37,16 +37,16 @@ from experiments.lib.bench.timing import Shape, cotangent, machine, require_gpu
 # not in pieces.
 CASES = {
     "gluon": Shape(3, 200, 2, 128, 128, 2, "bfloat16", True, 4),
-    "gluon, one factor, no gates": Shape(2, 130, 2, 128, 128, 1, "bfloat16", False),
-    "gluon, three factors, 64 wide": Shape(2, 150, 2, 64, 64, 3, "bfloat16", True),
-    "gluon, in pieces": Shape(8, 1100, 4, 128, 128, 1, "bfloat16", True),
+    "gluon with one factor and no gates": Shape(2, 130, 2, 128, 128, 1, "bfloat16", False),
+    "gluon with three factors and 64 wide": Shape(2, 150, 2, 64, 64, 3, "bfloat16", True),
+    "gluon in pieces": Shape(8, 1100, 4, 128, 128, 1, "bfloat16", True),
     "narrow": Shape(256, 40, 2, 32, 32, 4, "bfloat16", True, 4),
-    "narrow, no gates": Shape(256, 40, 4, 32, 32, 2, "bfloat16", False),
-    "narrow, float32": Shape(256, 40, 2, 24, 16, 2, "float32", True, 4),
+    "narrow without gates": Shape(256, 40, 4, 32, 32, 2, "bfloat16", False),
+    "narrow in float32": Shape(256, 40, 2, 24, 16, 2, "float32", True, 4),
     "triton": Shape(3, 150, 2, 48, 80, 2, "bfloat16", True, 4),
-    "triton, no gates": Shape(3, 150, 2, 96, 96, 1, "bfloat16", False),
-    "triton, float32": Shape(3, 100, 2, 64, 64, 3, "float32", True, 4),
-    "triton, float32, in pieces": Shape(8, 1100, 4, 64, 64, 1, "float32", True),
+    "triton without gates": Shape(3, 150, 2, 96, 96, 1, "bfloat16", False),
+    "triton in float32": Shape(3, 100, 2, 64, 64, 3, "float32", True, 4),
+    "triton in pieces and float32": Shape(8, 1100, 4, 64, 64, 1, "float32", True),
 }
 # Relative errors of what need not be the same bits.
 BARS = {"bfloat16": 1e-2, "float32": 1e-5}
@@ -203,7 +203,7 @@ def row_of(name: str, *, mapped: bool = False) -> dict[str, Any]:
             for key in ("reached", "wrong", "different"):
                 totals[key] += found[key]
             totals["error"] = max(totals["error"], found["error"])
-    label = name + ", mapped" * mapped
+    label = name + " mapped" * mapped
     return {"case": label, "runs": len(runs), **totals, "faults": faults}
 
 

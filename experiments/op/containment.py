@@ -104,6 +104,7 @@ class ContainmentConfig:
             require_libtpu()
 
 
+@functools.cache
 def check(shape: Shape, implementation: str) -> None:
     """RuntimeError unless a NaN in one of two segments reaches what it does in the recurrence."""
     T = min(shape.T, CHECKED_TOKENS)
