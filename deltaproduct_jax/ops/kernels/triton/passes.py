@@ -223,19 +223,11 @@ def _walk(c: _Call, arrays, start, of_queries, *outs):
     o, states = outs or (PLACEHOLDER, PLACEHOLDER)
     maps = PLACEHOLDER if outs else c.maps(c.pieces)
     grid = (for_ends + (0 if outs else for_maps), c.pieces, c.meta["B"] * c.meta["HV"])
-    more = {"SUMMARY": False} if outs else {"SUMMARY": True, "SPAN": 0, "NARROW": False}
-    results = o, c.of_pieces(), states, maps, _of_walk(c, for_ends, outs)
-    more["FLAGS"] = tiling.power_of_two(c.meta["STEPS"])
-    return c.launch("walk", (*arrays, start, of_queries), results, grid, **_looks(more))
-
-
-def _of_walk(c: _Call, parts: int, outs) -> jax.ShapeDtypeStruct:
-    """Flags of a walk, of which a summary has none."""
-    return c.seen(c.pieces, parts) if outs else PLACEHOLDER
-
-
-def _looks(more: dict[str, Any]) -> dict[str, Any]:
-    return more | {"LOOKS": False} if more["SUMMARY"] else more
+    more = {"SUMMARY": not outs, "FLAGS": tiling.power_of_two(c.meta["STEPS"])}
+    more |= {} if outs else {"SPAN": 0, "NARROW": False, "LOOKS": False}
+    seen = c.seen(c.pieces, for_ends) if outs else PLACEHOLDER
+    results = o, c.of_pieces(), states, maps, seen
+    return c.launch("walk", (*arrays, start, of_queries), results, grid, **more)
 
 
 def _walk_back(c: _Call, arrays, start, *outs):
@@ -246,8 +238,9 @@ def _walk_back(c: _Call, arrays, start, *outs):
     w, after = outs or (PLACEHOLDER, PLACEHOLDER)
     parts = -(-c.meta["V"] // c.tiling.walk_back.columns)
     grid = (parts, c.pieces, c.meta["B"] * c.meta["HV"])
-    results = w, after, c.of_pieces(), _of_walk(c, parts, outs)
-    return c.launch("walk_back", (*arrays, start), results, grid, **_looks({"SUMMARY": not outs}))
+    results = w, after, c.of_pieces(), c.seen(c.pieces, parts) if outs else PLACEHOLDER
+    more = {"SUMMARY": not outs} | ({} if outs else {"LOOKS": False})
+    return c.launch("walk_back", (*arrays, start), results, grid, **more)
 
 
 def _composed(c: _Call, first, maps, ends, *, reverse: bool):
