@@ -107,7 +107,8 @@ def compiled_kernels(*, R, K, V, gated, packed, pieces, gradients):
     options = Options(K**-0.5, None, 0, interpret=False)
     state = wide(B, Hv, K, V)
     if not gradients:
-        jax.eval_shape(functools.partial(passes.forward, options), tokens, state)
+        fixed = passes.fixed(tokens, options)
+        jax.eval_shape(functools.partial(passes.forward, fixed), tokens, state)
         return found
     slots = -(-T * R // 128)
     fixed = passes.fixed(tokens, options._replace(spans=slots, slots=slots, more=True))

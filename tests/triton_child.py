@@ -144,6 +144,9 @@ def interpret(every: bool) -> dict:
         found["vmap of narrow heads"] = vmapped(12, narrow)
         found["contained"] = [contained(more) for more in (True, False)]
         found["contained"] += [contained(name in "kg", name) for name in BAD if name != "v"]
+        found["told"] = [told(passes), told(narrow)]
+        narrow.FEWEST_HEADS = 1
+        found["contained"] += [contained(True, name) for name in BAD]
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
 
@@ -229,6 +232,37 @@ def contained(more: bool, name: str = "v") -> dict[str, float | bool]:
         "alike": all(np.array_equal(np.isnan(x), np.isnan(y)) for x, y in pairs),
         "bad": int(np.isnan(o).any(axis=(2, 3)).sum()) == number,
     }
+
+
+def told(passes) -> list[list[bool]]:
+    """Of which rows kernels say that something is not finite, forward and back; of the last not.
+
+    The others have one bad number each: of an argument, or, of two, of a cotangent.
+    """
+    names = [*BAD, "o", "final_state"]
+    case = Case(T=20, B=len(names) + 1, H=1, K=16, V=16)
+    arrays, _, tokens, state = inputs(case, "float16")
+    do, dstate = (jnp.asarray(x, jnp.float32) for x in helpers.draw_cotangents(arrays))
+    # A segment ends behind each, so that the last state is that of another.
+    tokens = tokens._replace(resets=jnp.broadcast_to(jnp.arange(20) == 12, (case.B, 20)))
+    good = tokens, state, (do, dstate)
+    for row, name in enumerate(names):
+        if name == "initial_state":
+            state = state.at[row, 0, 2, 2].set(jnp.inf)
+        elif name == "final_state":
+            dstate = dstate.at[row, 0, 2, 2].set(jnp.nan)
+        elif name == "o":
+            do = do.at[row, 11, 0, 2].set(jnp.inf)
+        else:
+            x = getattr(tokens, name)
+            x = x.at[(row, 11, *[0] * (x.ndim - 2))].set(jnp.nan)
+            tokens = tokens._replace(**{name: x})
+    options = kernels.Options(case.K**-0.5, None, spans=1, interpret=False, more=True)
+    *_, seen = passes.forward(tokens, state, options, keep_states=True)
+    _, _, kept, _ = passes.forward(*good[:2], options, keep_states=True)
+    *_, seen_back = passes.backward(good[0], kept, do.astype(tokens.v.dtype), dstate, options)
+    rows = (np.asarray(x != 0).any(axis=tuple(range(1, x.ndim))) for x in (seen, seen_back))
+    return [[bool(x) for x in row] for row in rows]
 
 
 def kept() -> dict[str, bool]:

@@ -78,6 +78,13 @@ def check_errors(dtype, found, at_least):
     assert not over
 
 
+@pytest.mark.slow
+def test_kernels_tell_of_which_rows_something_is_not_finite(everything):
+    """Of six arguments, forward; of two cotangents, back; then of one row of which nothing is."""
+    forward, back = 6 * [True] + 3 * [False], 6 * [False] + 2 * [True] + [False]
+    assert everything["told"] == 2 * [[forward, back]]
+
+
 def test_sequences_are_cut_into_pieces_where_a_case_says_so(interpreted):
     check_pieces(interpreted["pieces"], cut=1)
 
@@ -104,7 +111,7 @@ def test_a_mapped_call_is_one_call_after_the_other(everything):
 @pytest.mark.slow
 def test_what_is_not_finite_stays_in_its_segment_where_kernels_look(everything):
     """From kept X, scores and maps of pieces, and from states alone; of every argument."""
-    assert len(everything["contained"]) == 2 + 5
+    assert len(everything["contained"]) == 2 + 5 + 6  # of narrow heads
     for found in everything["contained"]:
         assert found["error"] < 1e-5
         assert found["alike"]

@@ -261,32 +261,6 @@ def pieces_for(heads: int, groups: int) -> int:
     return -(-groups // -(-groups // pieces)) if pieces >= 4 else 1
 
 
-def forward(options: Options, tokens: Tokens, initial_state: jax.Array):
-    """Outputs [B, T, Hv, V], the final state [B, Hv, K, V], and flags [B, ...] of bad rows."""
-    return _forward(Call(tokens, options), initial_state, keeps=False)[:3]
-
-
-def _forward(call: Call, initial_state: jax.Array, *, keeps: bool):
-    """Outputs, the final state, bad rows, and X, kept states, errors and maps, if there are any."""
-    sums = call.sums()
-    x, growth = call.inverse(sums)
-    start, maps, needs = initial_state, None, growth
-    if call.pieces > 1:
-        needs = call.needs(growth)
-        ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
-        maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
-        start = composed(call, initial_state, maps, ends, needs, reverse=False)
-    o, after, states, errors, seen = call.walked(
-        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=keeps
-    )
-    return o, after[:, :, -1], _of_rows(call, seen), x, states, errors, (maps, growth)
-
-
-def _of_rows(call: Call, seen: jax.Array) -> jax.Array:
-    """What walks tell, [B, ...]; nothing is bad if they do not look."""
-    return seen if seen.ndim > 1 else jnp.zeros((call.B, 1), seen.dtype)
-
-
 class Fixed(NamedTuple):
     """Of one call, whatever axes are mapped over it: ``pieces`` are those of the call as written.
 
@@ -302,6 +276,34 @@ def fixed(tokens: Tokens, options: Options) -> Fixed:
     return Fixed(options, Call(tokens, options).pieces)
 
 
+def forward(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
+    """Outputs [B, T, Hv, V], the final state [B, Hv, K, V], and flags [B, ...] of bad rows."""
+    return _forward(fixed, Call(tokens, fixed.options), initial_state, keeps=False)[:3]
+
+
+def _forward(fixed: Fixed, call: Call, initial_state: jax.Array, *, keeps: bool):
+    """Outputs, the final state, bad rows, and X, kept states, errors and maps, if there are any."""
+    sums = call.sums()
+    x, growth = call.inverse(sums)
+    start, maps, needs = initial_state, None, growth
+    if call.pieces > 1:
+        needs = call.needs(growth)
+        ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
+        maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
+        start = composed(call, initial_state, maps, ends, needs, reverse=False)
+    o, after, states, errors, seen = call.walked(
+        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=keeps
+    )
+    return o, after[:, :, -1], _of_rows(fixed, call, seen), x, states, errors, (maps, growth)
+
+
+def _of_rows(fixed: Fixed, call: Call, seen: jax.Array) -> jax.Array:
+    """What walks tell, [B, ...]; nothing is bad if they do not look."""
+    if seen.ndim == 1:
+        return jnp.zeros((call.B, 1), seen.dtype)
+    return looking.of_pieces(seen, fixed.pieces)
+
+
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What a gradient keeps beside states: X, errors, and maps of pieces."""
     call = Call(tokens, options)
@@ -312,7 +314,7 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
     """Outputs, the final state, flags of bad rows, and what `backward` needs."""
     call = Call(tokens, fixed.options)
-    o, final_state, seen, x, states, errors, more = _forward(call, initial_state, keeps=True)
+    o, final_state, seen, x, states, errors, more = _forward(fixed, call, initial_state, keeps=True)
     empty = call.of_pieces(fixed.pieces)
     if fixed.pieces != call.pieces:
         more = [jnp.zeros(x.shape, x.dtype) for x in empty]
@@ -346,7 +348,7 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
         )
     dg = None if g is None else gate_cotangents(call, *terms, sums)
     dtokens = Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None)
-    return dtokens, before[:, :, 0], _of_rows(call, seen)
+    return dtokens, before[:, :, 0], _of_rows(fixed, call, seen)
 
 
 def gate_cotangents(call: Call, terms, wholes, sums) -> jax.Array:

@@ -33,7 +33,9 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     if (narrow.takes_gradients if keep_states else narrow.takes)(whole, options):
         run = narrow.forward
     elif not keep_states and gluon.takes(tokens, options, compute_capability()):
-        o, final_state, seen = batched(gluon.forward, options)(tokens, initial_state)
+        o, final_state, seen = batched(gluon.forward, _fixed_of_gluon(tokens, options))(
+            tokens, initial_state
+        )
         return o, final_state, None, seen
     elif keep_states and _by_gluon(tokens, options):
         run = batched(gluon.forward_kept, _fixed_of_gluon(tokens, options))

@@ -6,12 +6,21 @@ A query reaches no state. Of its products with keys none is finite, so that one 
 """
 
 import jax
+import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.layout import Tokens
 
 # Whether walks over whole sequences tell; never changed but to time what that costs.
 LOOKS = True
+
+
+def of_pieces(seen: jax.Array, pieces: int) -> jax.Array:
+    """Flags [B, Hv, pieces, ...], in the shape that they have in the call as it is written."""
+    if seen.ndim < 3 or seen.shape[2] == pieces:  # there are none of pieces, or as many
+        return seen
+    shape = (*seen.shape[:2], pieces, *seen.shape[3:])
+    return jnp.broadcast_to(jnp.sum(seen, axis=2, keepdims=True), shape)
 
 
 def whole(tokens: Tokens, options: Options) -> Tokens:

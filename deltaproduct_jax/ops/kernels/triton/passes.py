@@ -276,7 +276,7 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     if "maps" in fixed.more:
         empty = c.maps(fixed.pieces)
         more += (maps if fixed.pieces == c.pieces else jnp.zeros(empty.shape, empty.dtype),)
-    return o, after_pieces[:, :, -1], (states, *more), seen
+    return o, after_pieces[:, :, -1], (states, *more), looking.of_pieces(seen, fixed.pieces)
 
 
 def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
@@ -319,6 +319,7 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
     dq, dk = summed_over_groups(dq, dk, tokens)
     dg = None if g is None else summed(c.meta, *of_decays, into[..., -1]).astype(g.dtype)
+    seen = looking.of_pieces(seen, fixed.pieces)
     return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0], seen
 
 
