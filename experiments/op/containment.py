@@ -103,8 +103,13 @@ class ContainmentConfig:
         if self.estimate is not None:
             require_libtpu()
 
+    def shape(self, R: int) -> Shape:
+        """With so many factors."""
+        K = self.head_dim
+        sizes = (self.batch_size, self.length, self.num_heads, K, K, R)
+        return Shape(*sizes, self.dtype, self.gated)
 
-@functools.cache
+
 def check(shape: Shape, implementation: str) -> None:
     """RuntimeError unless a NaN in one of two segments reaches what it does in the recurrence."""
     T = min(shape.T, CHECKED_TOKENS)
@@ -124,12 +129,9 @@ def check(shape: Shape, implementation: str) -> None:
 
 def measure(config: ContainmentConfig, implementation: str, direction: str, R: int) -> list[Any]:
     """A row of the table."""
-    K = config.head_dim
-    sizes = (config.batch_size, config.length, config.num_heads, K, K, R)
-    shape = Shape(*sizes, config.dtype, config.gated)
+    shape = config.shape(R)
     if config.estimate is not None:
         return _estimated(config.estimate, implementation, direction, shape)
-    check(shape, implementation)
     # Made anew for each: JAX would know the trace of a function that it has seen.
     make, arrays = functools.partial(program, implementation, direction), shape.inputs()
     programs: dict[str, Compiled] = {"contained": compile_program(make(), arrays)}
@@ -165,6 +167,8 @@ def command(argv: Sequence[str]) -> None:
     config = ContainmentConfig(**parsed.sections["containment"])
     rows = []
     for implementation in config.implementations:
+        for R in config.num_householder if config.estimate is None else ():
+            check(config.shape(R), implementation)
         for direction in config.directions:
             for R in config.num_householder:
                 rows.append(measure(config, implementation, direction, R))
