@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
+from deltaproduct_jax.ops.containment import is_known_finite
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
@@ -175,7 +176,7 @@ def _run(arrays, *, use_qk_l2norm, **options):
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
     resets = None if segment_ids is None else starts_of_segments(segment_ids)
-    options["check_state"] = check_state
+    options |= {"check_state": check_state, "known_finite": is_known_finite()}
     try:
         return dispatch(q, k, v, beta, g, initial_state, resets, **options)
     except TypeError as error:

@@ -13,8 +13,10 @@ The two ends of the way back tell each other by the cotangent of ``link``, an ar
 Shape suffixes: B batch, T tokens, H heads (those of the outputs).
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +28,27 @@ from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
 
 POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
+
+_KNOWN_FINITE: contextvars.ContextVar[bool] = contextvars.ContextVar("known_finite", default=False)
+
+
+def is_known_finite() -> bool:
+    """Whether what is being traced has finite operands, as whoever calls has seen to it."""
+    return _KNOWN_FINITE.get()
+
+
+@contextlib.contextmanager
+def known_finite() -> Iterator[None]:
+    """Inside, the op need not look at its operands, only at their cotangents.
+
+    It is to be entered where a trace begins and ends: a program found again does not look here. An
+    operand that overflows all the same may then spread in its row, as a state that does.
+    """
+    token = _KNOWN_FINITE.set(True)
+    try:
+        yield
+    finally:
+        _KNOWN_FINITE.reset(token)
 
 
 def contained(
@@ -156,7 +179,8 @@ def confined(
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
-    y, after = run(only_finite(x), only_finite(state))
+    with known_finite():
+        y, after = run(only_finite(x), only_finite(state))
     y, last_B1 = _nan_where(_like(reached_BT1, y), y), reached_BT1[:, -1]
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.

@@ -117,12 +117,13 @@ def check(shape: Shape, implementation: str) -> None:
     arrays["v"] = arrays["v"].at[0, T // 4, 0, 0, 0].set(jnp.nan)
     ids = jnp.broadcast_to(jnp.arange(T) >= T // 2, (shape.B, T)).astype(jnp.int32)
 
-    def where_nan(implementation: str) -> Any:
+    def where_nan(arrays: Any, implementation: str) -> Any:
         run = lambda a: delta_product(**a, segment_ids=ids, implementation=implementation)
         outputs, pull = jax.vjp(run, arrays)
         return jax.tree.map(jnp.isnan, (outputs, pull(jax.tree.map(jnp.ones_like, outputs))))
 
-    found, wanted = (jax.jit(where_nan, static_argnums=0)(x) for x in (implementation, "recurrent"))
+    run = jax.jit(where_nan, static_argnums=1)
+    found, wanted = (run(arrays, name) for name in (implementation, "recurrent"))
     if not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, found, wanted))):
         raise RuntimeError(f"{implementation} does not keep a NaN where the recurrence does")
 

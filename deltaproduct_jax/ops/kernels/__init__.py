@@ -82,6 +82,7 @@ class Options(NamedTuple):
       slots: how many states the residuals have room for; None: ``spans``.
       more: whether they have room for what the kernel keeps beside states.
       rows: sequences of the call, where it is run again on some of them; None: all.
+      known_finite: whether all operands are: then only bad cotangents have rows run again.
     """
 
     scale: float
@@ -91,6 +92,7 @@ class Options(NamedTuple):
     slots: int | None = None
     more: bool = False
     rows: int | None = None
+    known_finite: bool = False
 
 
 @functools.cache

@@ -51,6 +51,8 @@ def forward(
     if keep_states:
         flags = flags_like(tokens)
         kept = (*kept, mark_varying_as(jnp.zeros(flags.shape, flags.dtype), o))
+    if options.known_finite:
+        return o, final_state, kept
     run = functools.partial(run, options=options._replace(rows=len(bad)))
 
     def again(operands):
@@ -132,12 +134,13 @@ def _again(run: Callable, bad: jax.Array, operands: Any, results: Any) -> Any:
     def redo(carry):
         _, bad, results = carry
         row = jnp.argmax(jnp.any(bad != 0, axis=tuple(range(1, bad.ndim))))
+        # Of one row XLA knows which it is, and looks before the loop at what it does not change.
+        row, bad = jax.lax.optimization_barrier((row, bad))
         take = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1, axis_of_rows(x.ndim))
         put = lambda x, part: jax.lax.dynamic_update_slice_in_dim(
             x, part, row, axis_of_rows(x.ndim)
         )
-        # XLA looks before the loop at what does not depend on the turn, which of one row is all.
-        row, part = jax.lax.optimization_barrier((row, jax.tree.map(take, operands)))
+        bad, part = jax.lax.optimization_barrier((bad, jax.tree.map(take, operands)))
         is_done = jnp.arange(len(bad)).reshape(-1, *[1] * (bad.ndim - 1)) == row
         bad = jnp.where(is_done, jnp.zeros((), bad.dtype), bad)
         return is_any(bad), bad, jax.tree.map(put, results, run(part))
