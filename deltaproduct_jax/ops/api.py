@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
-from deltaproduct_jax.ops.containment import is_known_finite
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
+from deltaproduct_jax.ops.known import is_known_finite
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import on_each_part, placed, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype

@@ -13,42 +13,20 @@ The two ends of the way back tell each other by the cotangent of ``link``, an ar
 Shape suffixes: B batch, T tokens, H heads (those of the outputs).
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deltaproduct_jax.ops.known import known_finite
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
 
 POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
-
-_KNOWN_FINITE: contextvars.ContextVar[bool] = contextvars.ContextVar("known_finite", default=False)
-
-
-def is_known_finite() -> bool:
-    """Whether what is being traced has finite operands, as whoever calls has seen to it."""
-    return _KNOWN_FINITE.get()
-
-
-@contextlib.contextmanager
-def known_finite() -> Iterator[None]:
-    """Inside, the op need not look at its operands, only at their cotangents.
-
-    It is to be entered where a trace begins and ends: a program found again does not look here. An
-    operand that overflows all the same may then spread in its row, as a state that does.
-    """
-    token = _KNOWN_FINITE.set(True)
-    try:
-        yield
-    finally:
-        _KNOWN_FINITE.reset(token)
 
 
 def contained(
