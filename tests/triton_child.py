@@ -28,7 +28,7 @@ import oracle
 import triton_interpreter
 from helpers import Case
 
-from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
+from deltaproduct_jax.ops import checks, delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels.triton import narrow, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
@@ -250,6 +250,10 @@ def compile_for_cuda(every: bool) -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
+    jax.clear_caches()  # of the same function
+    with checks.known_finite():
+        text = gradient.trace(*arrays, "triton").lower(lowering_platforms=("cuda",)).as_text()
+    lowered["finite"] = text.count("triton_kernel_call")
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Integer
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
-from deltaproduct_jax.ops.known import is_known_finite
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import on_each_part, placed, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
@@ -176,7 +175,7 @@ def _run(arrays, *, use_qk_l2norm, **options):
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
     resets = None if segment_ids is None else starts_of_segments(segment_ids)
-    options |= {"check_state": check_state, "known_finite": is_known_finite()}
+    options |= {"check_state": check_state, "known_finite": checks.is_known_finite()}
     try:
         return dispatch(q, k, v, beta, g, initial_state, resets, **options)
     except TypeError as error:
