@@ -106,14 +106,16 @@ def prepare_blocks(
         )
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
-            if LOOKS:
-                bad += a_column(p) * 0.0
             upto = (m_of + 1) * R > r * 64 + n_of
+            if LOOKS and not DECAYS:
+                bad += a_column(p) * 0.0
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
                 p = gl.where(upto, SCALE * p, 0.0)
             p *= betas.index(0).load(COLUMN)[None, :]
+            if LOOKS and DECAYS:  # that multiply, and here takes fewer registers
+                bad += a_column(p) * 0.0
             pb.index(st).store(p.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready.index(st), count=1)
