@@ -108,16 +108,17 @@ def compiled_kernels(*, R, K, V, gated, packed, pieces, gradients):
     options = Options(K**-0.5, None, 0, interpret=False)
     state = wide(B, Hv, K, V)
     if not gradients:
-        jax.eval_shape(functools.partial(passes.forward, options), tokens, state)
+        fixed = passes.fixed(tokens, options)
+        jax.eval_shape(functools.partial(passes.forward, fixed), tokens, state)
         return found
     slots = -(-T * R // 128)
     fixed = passes.fixed(tokens, options._replace(spans=slots, slots=slots, more=True))
     run = functools.partial(passes.forward_kept, fixed)
-    o, _, kept = jax.eval_shape(run, tokens, state)
+    o, _, _, kept = jax.eval_shape(run, tokens, state)
     more = passes.kept_more(tokens, fixed.options)
     assert [(x.shape, x.dtype) for x in kept[1:]] == [(x.shape, x.dtype) for x in more]
     run = functools.partial(passes.backward, fixed)
-    cotangents, of_state = jax.eval_shape(run, tokens, kept, o, state)
+    cotangents, of_state, _ = jax.eval_shape(run, tokens, kept, o, state)
     named = zip(cotangents[:5], tokens[:5], strict=True)
     assert all(x is y is None or (x.shape, x.dtype) == (y.shape, y.dtype) for x, y in named)
     assert of_state.shape == state.shape

@@ -8,6 +8,7 @@ bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUD
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 os.environ.setdefault("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+import bad_rows
 import bars
 import helpers
 import jax
@@ -26,9 +28,8 @@ import oracle
 import triton_interpreter
 from helpers import Case
 
-from deltaproduct_jax.ops import delta_product, delta_product_step, kernels
-from deltaproduct_jax.ops.kernels import containment
-from deltaproduct_jax.ops.kernels.triton import choice, looking, narrow, passes, tiling
+from deltaproduct_jax.ops import checks, delta_product, delta_product_step, kernels
+from deltaproduct_jax.ops.kernels.triton import narrow, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -78,8 +79,8 @@ def run(tokens, state, cotangents, case, more, passes=passes):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
-    *outputs, states = passes.forward(tokens, state, options, keep_states=True)
-    dtokens, dstate = passes.backward(tokens, states, *cotangents, options)
+    *outputs, states, _ = passes.forward(tokens, state, options, keep_states=True)
+    dtokens, dstate, _ = passes.backward(tokens, states, *cotangents, options)
     return outputs, [*dtokens[:5], dstate]
 
 
@@ -142,8 +143,12 @@ def interpret(every: bool) -> dict:
         with counted_pieces() as pieces["vmap"]:
             found["vmap"] = vmapped()
         found["vmap of narrow heads"] = vmapped(12, narrow)
+        found["told"] = [bad_rows.told(inputs, kernel) for kernel in (passes, narrow)]
+        contained = functools.partial(bad_rows.contained, inputs)
         found["contained"] = [contained(more) for more in (True, False)]
-        found["contained"] += [contained(name in "kg", name) for name in BAD if name != "v"]
+        found["contained"] += [contained(n in "kg", n) for n in bad_rows.BAD if n != "v"]
+        narrow.FEWEST_HEADS = 1
+        found["contained"] += [contained(True, name) for name in bad_rows.BAD]
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
 
@@ -179,67 +184,13 @@ def vmapped(T: int = 70, passes=passes) -> float:
     return max(jax.tree.leaves(jax.tree.map(relative, together, apart)))
 
 
-# What is bad in a row: of which argument, where, and how many tokens are then bad, from that one to
-# the end of its segment.
-BAD = {
-    "v": ((0, 40, 0, 0, 3), 20),
-    "q": ((0, 40, 0, 1), 20),
-    "k": ((0, 31, 1, 0, 0), 29),
-    "beta": ((0, 59, 0, 0), 1),
-    "g": ((0, 62, 0), 8),
-    "initial_state": ((0, 0, 2, 2), 30),
-}
-
-
-def contained(more: bool, name: str = "v") -> dict[str, float | bool]:
-    """How far one row is from the contained recurrence where another has a bad value.
-
-    Two rows are in other pieces than one, which is run again; with ``more`` maps of pieces, X and
-    scores are kept. And whether just what should be is NaN.
-    """
-    tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
-    case = Case(T=70, B=2, H=1, K=16, V=16)
-    looking.choose_containment(True)
-    arrays, _, tokens, state = inputs(case, "float32")
-    ids = jnp.asarray(np.arange(70) // 30 + np.zeros((2, 1), int))
-    tokens = tokens._replace(resets=starts_of_segments(ids))
-    place, number = BAD[name]
-    if name == "initial_state":
-        state = state.at[place].set(jnp.nan)
-    else:
-        bad = jnp.inf if name == "v" else jnp.nan
-        tokens = tokens._replace(**{name: getattr(tokens, name).at[place].set(bad)})
-    cotangents = tuple(jnp.asarray(c, jnp.float32) for c in helpers.draw_cotangents(arrays))
-    options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=more)
-    run = {"kernel": choice, "options": options}
-    o, final_state, kept = containment.forward(tokens, state, **run, keep_states=True)
-    dtokens, dstate = containment.backward(tokens, kept, *cotangents, **run)
-    looking.choose_containment(False)
-
-    def plain(*arrays):
-        *tokens, state = arrays
-        options = {"segment_ids": ids, "implementation": "recurrent"}
-        return delta_product(*tokens, initial_state=state, **options)
-
-    outputs, pullback = jax.vjp(plain, *tokens[:5], state)
-    wanted = [*outputs, *pullback(cotangents)]
-    found = [o, final_state, *dtokens[:5], dstate]
-    pairs = list(zip(found, wanted, strict=True))
-    zeros = lambda x: np.nan_to_num(np.asarray(x, np.float64), nan=0)
-    return {
-        "error": max(relative(zeros(x), zeros(y)) for x, y in pairs),
-        "alike": all(np.array_equal(np.isnan(x), np.isnan(y)) for x, y in pairs),
-        "bad": int(np.isnan(o).any(axis=(2, 3)).sum()) == number,
-    }
-
-
 def kept() -> dict[str, bool]:
     """Whether kernels write all of what is kept; what they leave is NaN in the interpreter."""
     tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 8
     case = Case(T=128, B=1, H=1, K=128, V=128, gate=None)
     _, _, tokens, state = inputs(case, "float16")
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=True)
-    *_, arrays = passes.forward(tokens, state, options, keep_states=True)
+    *_, arrays, _ = passes.forward(tokens, state, options, keep_states=True)
     names = ("states", "X", "scores", "maps")
     return {n: bool(jnp.all(jnp.isfinite(x))) for n, x in zip(names, arrays, strict=True)}
 
@@ -299,10 +250,10 @@ def compile_for_cuda(every: bool) -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
-    looking.choose_containment(True)
-    text = gradient.trace(*arrays, "triton").lower(lowering_platforms=("cuda",)).as_text()
-    lowered["contained"] = text.count("triton_kernel_call")
-    looking.choose_containment(False)
+    jax.clear_caches()  # of the same function
+    with checks.known_finite():
+        text = gradient.trace(*arrays, "triton").lower(lowering_platforms=("cuda",)).as_text()
+    lowered["finite"] = text.count("triton_kernel_call")
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)

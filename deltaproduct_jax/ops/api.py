@@ -175,7 +175,7 @@ def _run(arrays, *, use_qk_l2norm, **options):
         B, _, _, K = q.shape
         initial_state = jnp.zeros((B, *v.shape[-2:-1], K, v.shape[-1]), accumulator_dtype(q.dtype))
     resets = None if segment_ids is None else starts_of_segments(segment_ids)
-    options["check_state"] = check_state
+    options |= {"check_state": check_state, "known_finite": checks.is_known_finite()}
     try:
         return dispatch(q, k, v, beta, g, initial_state, resets, **options)
     except TypeError as error:

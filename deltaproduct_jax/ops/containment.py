@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deltaproduct_jax.ops.checks import known_finite
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
@@ -156,7 +157,8 @@ def confined(
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
     reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
-    y, after = run(only_finite(x), only_finite(state))
+    with known_finite():
+        y, after = run(only_finite(x), only_finite(state))
     y, last_B1 = _nan_where(_like(reached_BT1, y), y), reached_BT1[:, -1]
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.

@@ -43,7 +43,9 @@ PLAIN = {
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scale", "chunk_size", "precision", "implementation", "check_state"),
+    static_argnames=(
+        *("scale", "chunk_size", "precision", "implementation", "check_state", "known_finite"),
+    ),
 )
 def dispatch(
     q,
@@ -59,6 +61,7 @@ def dispatch(
     precision,
     implementation,
     check_state=True,
+    known_finite=False,
 ):
     """Runs the named implementation, or the one that the rule picks, on checked arguments."""
     B, T = k.shape[:2]
@@ -84,6 +87,7 @@ def dispatch(
         options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
         route = resolve(tokens, **options, implementation=implementation)
         if route.may_run_kernel:
+            route = route.for_finite(known_finite)
             # To look at all arrays first would be a pass over memory: each platform sees to it.
             tokens = tokens._replace(resets=resets)
             return _with_own_backward(route, *reverse_only((tokens, initial_state)))

@@ -62,6 +62,14 @@ class Route(NamedTuple):
         """Whether some platform runs a kernel."""
         return any({b.primal, b.gradient} & kernels.KERNELS.keys() for b in self.branches)
 
+    def for_finite(self, known: bool) -> "Route":
+        """The same for operands of which it is known, or not, that they are finite."""
+        branches = (
+            branch._replace(options=branch.options._replace(known_finite=known))
+            for branch in self.branches
+        )
+        return self._replace(branches=tuple(branches))
+
     def branch(self, platform: str) -> Branch:
         """That of one of `PLATFORMS`."""
         return self.branches[PLATFORMS.index(platform)]

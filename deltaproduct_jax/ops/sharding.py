@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
 from deltaproduct_jax.ops.api import delta_product
+from deltaproduct_jax.ops.checks import known_finite
 from deltaproduct_jax.ops.containment import contained, only_finite
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.decays import forgets
@@ -213,16 +214,17 @@ def _piece(tokens: Tokens, initial_state, segment_ids, resets, axis_name, option
         identity_BHvKK = jnp.where(resets[:, 0, None, None, None], 0, identity_BHvKK)
     start_BHvKV = jnp.where(index == 0, initial_state, 0)
     wide_v = jnp.pad(v, ((0, 0),) * 4 + ((0, K),))
-    read_BTHvW, end_BHvKW = delta_product(
-        q,
-        k,
-        wide_v,
-        beta,
-        g,
-        initial_state=jnp.concatenate([start_BHvKV, identity_BHvKK], axis=-1),
-        segment_ids=segment_ids,
-        **options,
-    )
+    with known_finite():
+        read_BTHvW, end_BHvKW = delta_product(
+            q,
+            k,
+            wide_v,
+            beta,
+            g,
+            initial_state=jnp.concatenate([start_BHvKV, identity_BHvKK], axis=-1),
+            segment_ids=segment_ids,
+            **options,
+        )
     after_BHvKV = _compose(end_BHvKW, V, axis_name, Matmul.wide(q.dtype, precision))
     before_BHvKV = _from_before(after_BHvKV, axis_name, 1)
     matmul = Matmul.of(q.dtype, precision)

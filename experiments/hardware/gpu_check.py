@@ -28,6 +28,7 @@ import numpy as np
 
 from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.ops import delta_product, kernels
+from deltaproduct_jax.ops.kernels.gluon import cut
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
 from deltaproduct_jax.ops.kernels.triton import narrow
 from deltaproduct_jax.ops.layout import Tokens
@@ -197,7 +198,7 @@ def kernels_of(case: Case, arrays: dict[str, jax.Array], gradients: bool = False
         return "Triton"
     groups = -(-case.T // gluon.GROUP)
     how = {"R": case.R, "gated": case.gated or case.packed, "keeps": gradients}
-    pieces = gluon.pieces_for(case.B * (case.Hv or case.H), groups, **how)
+    pieces = cut.pieces_for(case.B * (case.Hv or case.H), groups, **how)
     return "Gluon" if pieces == 1 else f"Gluon, {pieces} pieces"
 
 

@@ -7,7 +7,8 @@ process and in turn, so that a busy moment of the machine meets both alike. Inpu
 it puts a NaN into one of two segments: what becomes NaN must be what does in the recurrence.
 
 On a GPU: --implementations=triton --dtype=bfloat16 --batch_size=8 --length=4096 --num_heads=16
---head_dim=128. The kernels then look for what is not finite, which they do not otherwise.
+--head_dim=128. There the time on the GPU itself, the sum of the kernels that the profiler saw,
+stands beside that of a call, which waits for the GPU to say that nothing is bad.
 
 For TPUs, on a machine without one, cycles of the schedule by their compiler (libtpu):
 
@@ -22,6 +23,7 @@ Takes: 4 minutes on two CPU cores; a minute an estimate on a core of its own.
 import dataclasses
 import functools
 import json
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -32,10 +34,10 @@ import jax.numpy as jnp
 from deltaproduct_jax.compilers.tpu import GENERATIONS
 from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops import delta_product
-from deltaproduct_jax.ops.kernels.triton import looking
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
+from experiments.lib.bench.device_time import time_on_device
 from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import (
     BACKWARD,
@@ -58,6 +60,8 @@ from experiments.lib.bench.uncontained import bare
 
 NAMES = ("implementation", "direction", "R")
 HEADINGS = (*NAMES, "contained, ms", "without, ms", "ratio")
+ON_DEVICE = ("contained, GPU ms", "without, GPU ms", "GPU ratio")
+PROFILES = 3  # of each program, in turn; medians count
 ESTIMATED = (*NAMES, "contained, cycles", "without, cycles", "ratio")
 TIMEOUT_S = 1800.0  # of an estimate
 
@@ -77,6 +81,7 @@ class ContainmentConfig:
     length: int = setting(2048, "tokens T")
     num_heads: int = setting(4, "heads H")
     head_dim: int = setting(64, "key width K and value width V")
+    gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "of q, k and v: float32 or bfloat16")
     repeats: int = setting(25, "timed rounds; medians count")
     budget_s: float = setting(30.0, "seconds after which no further round of a row begins", above=0)
@@ -98,6 +103,12 @@ class ContainmentConfig:
         if self.estimate is not None:
             require_libtpu()
 
+    def shape(self, R: int) -> Shape:
+        """With so many factors."""
+        K = self.head_dim
+        sizes = (self.batch_size, self.length, self.num_heads, K, K, R)
+        return Shape(*sizes, self.dtype, self.gated)
+
 
 def check(shape: Shape, implementation: str) -> None:
     """RuntimeError unless a NaN in one of two segments reaches what it does in the recurrence."""
@@ -106,23 +117,22 @@ def check(shape: Shape, implementation: str) -> None:
     arrays["v"] = arrays["v"].at[0, T // 4, 0, 0, 0].set(jnp.nan)
     ids = jnp.broadcast_to(jnp.arange(T) >= T // 2, (shape.B, T)).astype(jnp.int32)
 
-    def where_nan(implementation: str) -> Any:
+    def where_nan(arrays: Any, implementation: str) -> Any:
         run = lambda a: delta_product(**a, segment_ids=ids, implementation=implementation)
         outputs, pull = jax.vjp(run, arrays)
         return jax.tree.map(jnp.isnan, (outputs, pull(jax.tree.map(jnp.ones_like, outputs))))
 
-    found, wanted = (jax.jit(where_nan, static_argnums=0)(x) for x in (implementation, "recurrent"))
+    run = jax.jit(where_nan, static_argnums=1)
+    found, wanted = (run(arrays, name) for name in (implementation, "recurrent"))
     if not all(jax.tree.leaves(jax.tree.map(jnp.array_equal, found, wanted))):
         raise RuntimeError(f"{implementation} does not keep a NaN where the recurrence does")
 
 
 def measure(config: ContainmentConfig, implementation: str, direction: str, R: int) -> list[Any]:
     """A row of the table."""
-    K = config.head_dim
-    shape = Shape(config.batch_size, config.length, config.num_heads, K, K, R, config.dtype)
+    shape = config.shape(R)
     if config.estimate is not None:
         return _estimated(config.estimate, implementation, direction, shape)
-    check(shape, implementation)
     # Made anew for each: JAX would know the trace of a function that it has seen.
     make, arrays = functools.partial(program, implementation, direction), shape.inputs()
     programs: dict[str, Compiled] = {"contained": compile_program(make(), arrays)}
@@ -130,7 +140,14 @@ def measure(config: ContainmentConfig, implementation: str, direction: str, R: i
         programs["without"] = compile_program(make(), arrays)
     time_in_turn(programs, config.repeats, config.budget_s)
     times = [entry.summary()["median_ms"] for entry in programs.values()]
-    return [implementation, direction, R, *times, times[0] / times[1]]
+    return [implementation, direction, R, *times, times[0] / times[1], *_on_device(programs)]
+
+
+def _on_device(programs: Mapping[str, Compiled]) -> list[float]:
+    """What `ON_DEVICE` names; nothing without a GPU."""
+    found = [time_on_device(programs) for _ in range(PROFILES)]
+    times = [statistics.median(sum(x[name].values()) for x in found) for name in programs]
+    return [*times, times[0] / times[1]] if all(times) else []
 
 
 def _estimated(generation: str, implementation: str, direction: str, shape: Shape) -> list[Any]:
@@ -149,9 +166,10 @@ def command(argv: Sequence[str]) -> None:
     """Measures, and writes containment.json and containment.md."""
     parsed = flags.parse(argv, {"containment": ContainmentConfig}, {"default": {}})
     config = ContainmentConfig(**parsed.sections["containment"])
-    looking.choose_containment(True)
     rows = []
     for implementation in config.implementations:
+        for R in config.num_householder if config.estimate is None else ():
+            check(config.shape(R), implementation)
         for direction in config.directions:
             for R in config.num_householder:
                 rows.append(measure(config, implementation, direction, R))
@@ -159,6 +177,8 @@ def command(argv: Sequence[str]) -> None:
     headings, title = HEADINGS, machine()
     if config.estimate is not None:
         headings, title = ESTIMATED, f"{config.estimate}, nothing was run; {versions()}"
+    elif len(rows[0]) > len(HEADINGS):
+        headings += ON_DEVICE
     record = begun(
         "op.containment",
         argv,

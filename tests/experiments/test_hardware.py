@@ -229,6 +229,6 @@ def test_the_check_shows_errors_of_gradients(by_chunks, tmp_path, monkeypatch, c
 def test_the_check_names_the_pieces(by_chunks):
     arrays = gpu_check.Case(T=1).arrays()
     assert gpu_check.kernels_of(gpu_check.Case(T=1), arrays) == "Gluon"
-    pieces = gpu_check.gluon.pieces_for(2, 64, R=1, gated=True, keeps=False)
+    pieces = gpu_check.cut.pieces_for(2, 64, R=1, gated=True, keeps=False)
     assert pieces > 1
     assert gpu_check.kernels_of(gpu_check.Case(T=4096), arrays) == f"Gluon, {pieces} pieces"

@@ -15,8 +15,7 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite; None if it does not
-    look.
+    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
     As `chunked_backward`, from what its own ``forward`` kept, and flags [B, H] float32 behind it:
     not 0 for rows that were run again. ``bad`` are those, and rows of whose cotangents anything
@@ -83,6 +82,7 @@ class Options(NamedTuple):
       slots: how many states the residuals have room for; None: ``spans``.
       more: whether they have room for what the kernel keeps beside states.
       rows: sequences of the call, where it is run again on some of them; None: all.
+      known_finite: whether all operands are: then only bad cotangents have rows run again.
     """
 
     scale: float
@@ -92,6 +92,7 @@ class Options(NamedTuple):
     slots: int | None = None
     more: bool = False
     rows: int | None = None
+    known_finite: bool = False
 
 
 @functools.cache

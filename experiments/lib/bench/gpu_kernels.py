@@ -108,7 +108,7 @@ def _trace(config: PassConfig, R: int, K: int) -> None:
     options = options._replace(more=bool(passes.kept_more(tokens, options)))
 
     def both(tokens, state, do):
-        _, _, states = passes.forward(tokens, state, options, keep_states=True)
+        _, _, states, _ = passes.forward(tokens, state, options, keep_states=True)
         return passes.backward(tokens, states, do, state, options)
 
     jax.eval_shape(both, tokens, state, array(B, T, H, K))

@@ -30,7 +30,7 @@ def bare() -> Iterator[None]:
         (passes, "look", lambda seen, x: None),
     ]
     with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(looking._Choice, "looks", False))
+        patches.enter_context(mock.patch.object(looking, "LOOKS", False))
         for module, name, function in changes:
             patches.enter_context(mock.patch.object(module, name, function))
         jax.clear_caches()

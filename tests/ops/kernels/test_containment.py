@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from helpers import ARGUMENTS, Case, cast, draw_cotangents
 
-from deltaproduct_jax.ops import delta_product
+from deltaproduct_jax.ops import checks, delta_product
+from deltaproduct_jax.ops.containment import confined
 from deltaproduct_jax.ops.kernels import Options, containment
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
@@ -67,10 +68,10 @@ KERNEL = types.ModuleType("kernel")
 KERNEL.forward, KERNEL.backward = forward, backward
 
 
-def contained(arrays, resets, cotangents):
+def contained(arrays, resets, cotangents, options=OPTIONS):
     """Outputs and gradients, as the op's `custom_vjp` runs them."""
     tokens = Tokens(*(arrays[name] for name in ARGUMENTS[:5]), resets)
-    run = {"kernel": KERNEL, "options": OPTIONS}
+    run = {"kernel": KERNEL, "options": options}
     o, state, kept = containment.forward(tokens, arrays["initial_state"], **run, keep_states=True)
     dtokens, dstate = containment.backward(tokens, kept, *cotangents, **run)
     gradients = dict(zip(ARGUMENTS, (*dtokens[:5], dstate), strict=True))
@@ -129,6 +130,27 @@ def test_bad_rows_alone_are_run_again(name):
     assert_same(found, expected_jit(*inputs(**bad)))
     if name == "nothing":
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
+
+
+def test_of_operands_that_are_known_to_be_finite_only_cotangents_are_looked_at():
+    """Layers and models replace what is bad, and the op within knows."""
+    seen = []
+
+    def run(x, state):
+        seen.append(checks.is_known_finite())
+        return x, state
+
+    confined(run, jnp.ones((1, 2, 1)), None, None)
+    assert seen == [True]
+    assert not checks.is_known_finite()
+    known = jax.jit(functools.partial(contained, options=OPTIONS._replace(known_finite=True)))
+    for name in ("a cotangent", "a value"):
+        RUNS.clear()
+        found = jax.block_until_ready(known(*inputs(**CASES[name][0])))
+        jax.effects_barrier()
+        assert list(map(int, RUNS)) == [CASE.B]  # forward no row is run again
+        if name == "a cotangent":
+            assert_same(found, expected_jit(*inputs(**CASES[name][0])))
 
 
 @pytest.mark.slow

@@ -44,6 +44,25 @@ def padded(x, size):
     return np.pad(x, [(0, -x.shape[1] % size if axis == 1 else 0) for axis in range(x.ndim)])
 
 
+def emulated(arrays, segments, do, dfinal, scale=None):
+    """Inputs by head; and outputs, final state and gradients of them, of all updates."""
+    _, _, R, _, K = arrays["k"].shape
+    Hv, V = arrays["v"].shape[-2:]
+    q, k, v, do = (by_head(x, Hv) for x in (arrays["q"], arrays["k"], arrays["v"], do))
+    beta = by_head(arrays["beta"][..., None], Hv)[..., 0]
+    g = arrays["g"]
+    g = None if g is None else padded(by_head(g[..., None], Hv)[..., 0], 64)
+    resets = None
+    if segments is not None:
+        starts = np.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+        resets = padded(np.repeat(starts, Hv, axis=0), 64)
+    updates = (padded(x, 64 * R) for x in (k, v, beta))
+    head = blocks.Head(padded(q, 64), *updates, g, resets, R, scale or K**-0.5)
+    o, final_state, kept = blocks.forward(head, arrays["initial_state"].reshape(-1, K, V))
+    got = blocks.backward(head, kept, padded(do, 64), dfinal.reshape(-1, K, V))
+    return head, o, final_state, got
+
+
 def run(case: Case):
     """Outputs, final state and gradients, as the oracle names them, for its cotangents."""
     arrays = helpers.cast(case.arrays(), "bfloat16")
@@ -54,22 +73,12 @@ def run(case: Case):
     options = {"scale": case.scale, "segment_ids": segments, "cotangents": (do, dfinal)}
     want = oracle.delta_product(**arrays, **options)
 
-    B, T, R, _, K = arrays["k"].shape
-    Hv, V = arrays["v"].shape[-2:]
-    q, k, v, do = (by_head(x, Hv) for x in (arrays["q"], arrays["k"], arrays["v"], do))
-    beta = by_head(arrays["beta"][..., None], Hv)[..., 0]
-    g = None if case.gate is None else padded(by_head(arrays["g"][..., None], Hv)[..., 0], 64)
-    resets = None
-    if segments is not None:
-        starts = np.diff(segments, axis=1, prepend=segments[:, :1]) != 0
-        resets = padded(np.repeat(starts, Hv, axis=0), 64)
-    updates = (padded(x, 64 * R) for x in (k, v, beta))
-    head = blocks.Head(padded(q, 64), *updates, g, resets, R, case.scale or K**-0.5)
-    o, final_state, kept = blocks.forward(head, arrays["initial_state"].reshape(-1, K, V))
-    got = blocks.backward(head, kept, padded(do, 64), dfinal.reshape(-1, K, V))
+    head, o, final_state, got = emulated(arrays, segments, do, dfinal, case.scale)
+    B, T, _, Hv, V = arrays["v"].shape
+    K = arrays["k"].shape[-1]
 
     gradients = {"initial_state": got.state.reshape(B, Hv, K, V)}
-    for name in arrays.keys() - {"initial_state"} - ({"g"} if g is None else set()):
+    for name in arrays.keys() - {"initial_state"} - ({"g"} if head.g is None else set()):
         like = arrays[name] if name in ("q", "k", "v") else arrays[name][..., None]
         *rows, heads, width = like.shape[1:]
         x = getattr(got, name)[:, : np.prod(rows)].reshape(B, Hv, *rows, width)
@@ -106,3 +115,32 @@ def test_the_cotangent_of_a_beta_of_zero():
     assert helpers.relative_error(got[2]["beta"], want[2]["beta"]) <= 1e-2
     assert np.abs(got[2]["v"]).max() < 1e-15
     assert np.abs(got[2]["k"]).max() < 1e-15
+
+
+def test_a_state_or_a_column_of_scores_tells_what_is_not_finite():
+    """Whatever comes behind it, here the start of a segment: no mask chooses what enters a state.
+
+    Of rows of which one number each is bad, and a last one of which none is.
+    """
+    names = ("q", "k", "v", "beta", "g", "initial_state", "o", "final_state")
+    case = Case(**SIZES | {"B": len(names) + 1}, H=1, R=2)
+    arrays = helpers.cast(case.arrays(), "bfloat16")
+    cotangents = dict(zip(names[-2:], helpers.draw_cotangents(arrays), strict=True))
+    for row, name in enumerate(names):
+        array = (arrays | cotangents)[name]
+        is_state = name.endswith("state")
+        array[(row, 0 if is_state else 20, *[0] * (array.ndim - 2))] = (np.nan, np.inf)[row % 2]
+    segments = np.broadcast_to(np.arange(100) >= 21, (case.B, 100))
+    with np.errstate(invalid="ignore", over="ignore"):
+        head, _, final_state, got = emulated(arrays, segments, *cotangents.values())
+        q = head.q.reshape(case.B, -1, 1, blocks.SIZE, case.K)
+        k = head.k.reshape(case.B, q.shape[1], case.R, blocks.SIZE, case.K)
+        column = np.einsum("nbrik,nbrk->nbri", np.broadcast_to(q, k.shape), k[:, :, :, 0])
+
+    def bad(x):
+        return ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+    told = bad(final_state) | bad(column)
+    assert told.tolist() == 6 * [True] + 3 * [False]
+    assert bad(final_state)[1:].tolist() == 5 * [True] + 3 * [False]  # all but a query
+    assert bad(got.state)[-3:].tolist() == [True, True, False]

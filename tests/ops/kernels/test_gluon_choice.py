@@ -12,7 +12,7 @@ import pytest
 
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import gates, launch, passes
+from deltaproduct_jax.ops.kernels.gluon import cut, gates, launch, passes
 from deltaproduct_jax.ops.layout import Tokens
 
 OPTIONS = Options(1.0, None, 0, interpret=False)
@@ -130,13 +130,13 @@ def test_pieces_have_all_groups_and_fit_side_by_side():
         for groups, gated in itertools.product(
             (1, 15, 16, 17, 31, 33, 64, 97, 1024), (True, False)
         ):
-            pieces = passes.pieces_for(heads, groups, R=2, gated=gated, keeps=True)
+            pieces = cut.pieces_for(heads, groups, R=2, gated=gated, keeps=True)
             steps = -(-groups // pieces)
             assert (pieces - 1) * steps < groups <= pieces * steps  # none of them is empty
-            assert pieces <= passes.MOST_PIECES
+            assert pieces <= cut.MOST_PIECES
             if pieces > 1:
-                assert steps >= passes.GROUPS_IN_A_PIECE
-                assert heads * pieces <= passes.PROGRAMS_AT_ONCE
+                assert steps >= cut.GROUPS_IN_A_PIECE
+                assert heads * pieces <= cut.PROGRAMS_AT_ONCE
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_pieces_have_all_groups_and_fit_side_by_side():
     ],
 )
 def test_pieces(heads, groups, gated, pieces):
-    assert passes.pieces_for(heads, groups, R=2, gated=gated, keeps=True) == pieces
+    assert cut.pieces_for(heads, groups, R=2, gated=gated, keeps=True) == pieces
 
 
 @pytest.mark.parametrize(
@@ -171,8 +171,8 @@ def test_pieces(heads, groups, gated, pieces):
     ],
 )
 def test_a_short_sequence_is_not_cut_in_two_for_outputs_alone(heads, groups, R, gated, pieces):
-    assert passes.pieces_for(heads, groups, R=R, gated=gated, keeps=False) == pieces
-    assert passes.pieces_for(heads, groups, R=R, gated=gated, keeps=True) > 1
+    assert cut.pieces_for(heads, groups, R=R, gated=gated, keeps=False) == pieces
+    assert cut.pieces_for(heads, groups, R=R, gated=gated, keeps=True) > 1
 
 
 def test_how_many_groups_of_a_piece_matter():

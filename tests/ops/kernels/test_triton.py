@@ -78,6 +78,13 @@ def check_errors(dtype, found, at_least):
     assert not over
 
 
+@pytest.mark.slow
+def test_kernels_tell_of_which_rows_something_is_not_finite(everything):
+    """Of six arguments, forward; of two cotangents, back; then of one row of which nothing is."""
+    forward, back = 6 * [True] + 3 * [False], 6 * [False] + 2 * [True] + [False]
+    assert everything["told"] == 2 * [[forward, back]]
+
+
 def test_sequences_are_cut_into_pieces_where_a_case_says_so(interpreted):
     check_pieces(interpreted["pieces"], cut=1)
 
@@ -104,13 +111,11 @@ def test_a_mapped_call_is_one_call_after_the_other(everything):
 @pytest.mark.slow
 def test_what_is_not_finite_stays_in_its_segment_where_kernels_look(everything):
     """From kept X, scores and maps of pieces, and from states alone; of every argument."""
-    assert len(everything["contained"]) == 2 + 5
+    assert len(everything["contained"]) == 2 + 5 + 6  # of narrow heads
     for found in everything["contained"]:
         assert found["error"] < 1e-5
         assert found["alike"]
         assert found["bad"]  # those alone from the bad token to the end of its segment
-    lowered = everything["lowered"]
-    assert lowered["contained"] == 2 * lowered["triton"]
 
 
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
@@ -224,8 +229,10 @@ def test_every_kernel_fits_a_multiprocessor(compiled):
 @pytest.mark.slow
 def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     lowered = compiled["lowered"]
-    # Two forward, four backward.
-    assert lowered["triton"] == lowered["None"] == 6
+    # Two forward, four backward; and the same for rows that are run again, but forward for those
+    # of which it is known that they need not be.
+    assert lowered["triton"] == lowered["None"] == 2 * 6
+    assert lowered["finite"] == 2 * 6 - 2
     assert lowered["chunked"] == lowered["on a small GPU"] == 0
     assert lowered["step"] == [1, 1, 0]
     assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]
@@ -235,12 +242,13 @@ def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
 def test_a_gradient_with_large_states_keeps_what_the_kernels_make(everything):
     lowered = everything["lowered"]
     # What `prepare` makes is kept.
-    assert lowered["wide"] == 5
-    # In pieces three more for each pass, of which one finds maps for both.
-    assert lowered["in pieces"] == 9
+    assert lowered["wide"] == 2 * 5
+    # In pieces three more for each pass, of which one finds maps for both, but where rows are run
+    # again.
+    assert lowered["in pieces"] == 2 * 9 + 1
     assert lowered["on a CPU instead"] < 1e-6
 
 
 @pytest.mark.slow
 def test_a_gradient_of_many_narrow_heads_has_a_kernel_each_way(everything):
-    assert everything["lowered"]["narrow heads"] == 2
+    assert everything["lowered"]["narrow heads"] == 2 * 2

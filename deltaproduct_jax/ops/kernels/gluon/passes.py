@@ -10,23 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.gluon import gates, launch
+from deltaproduct_jax.ops.kernels.gluon import cut, gates, launch
 from deltaproduct_jax.ops.kernels.gluon.gates import GROUP
 from deltaproduct_jax.ops.kernels.gluon.launch import Tile
+from deltaproduct_jax.ops.kernels.triton import looking
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.varying import mark_varying_as
 
 WIDTHS = (64, 128)
-# Programs with more than half of the shared memory: one a multiprocessor of an H100 or H200.
-PROGRAMS_AT_ONCE = 132
 # Of `compose`: columns of a state a program, warps, and stages where all pieces have maps.
 COMPOSED_COLUMNS = 16
 COMPOSED_WARPS = 8
 COMPOSED_STAGES = 2
-GROUPS_IN_A_PIECE = 4
-# Of a sequence of two or three pieces, without gradients; of ungated ones twice as many.
-BLOCKS_FOR_TWO = 64
-MOST_PIECES = 24
 STAGES = 3
 # Where states and errors are kept, room for them is taken from one stage; backward as well.
 STAGES_OF_GRADIENTS = 2
@@ -92,7 +87,8 @@ class Call:
         self.is_gated = tokens.g is not None or tokens.resets is not None
         self.keeps = keeps
         how = {"R": R, "gated": self.is_gated, "keeps": keeps}
-        self.pieces = pieces_for(B * HV, self.NG, **how)
+        # Of rows that are run again as many as of all, whose kernels are compiled already.
+        self.pieces = cut.pieces_for((options.rows or B) * HV, self.NG, **how)
         self.forgets = self.pieces > 1 and self.is_gated
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
         self.meta = {
@@ -185,6 +181,12 @@ class Call:
         shape = (self.slots, self.B, H, self.HV // H, self.K, self.V)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
+    def seen(self, mode: str) -> tuple[bool, jax.ShapeDtypeStruct]:
+        """Whether a walk tells what is not finite, and a flag of every piece."""
+        if mode != "whole" or not looking.LOOKS:
+            return False, PLACEHOLDER
+        return True, jax.ShapeDtypeStruct((self.B, self.HV, self.pieces), jnp.float32)
+
     def of_pieces(self, pieces: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What each of ``pieces`` does to any state, but for both ends; and growth by groups."""
         shapes = {}
@@ -197,7 +199,7 @@ class Call:
     def walked(
         self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
     ):
-        """Outputs, the states after pieces, kept states and errors."""
+        """Outputs, the states after pieces, kept states, errors, and what is not finite."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
             "whole": (0, self.pieces, self.pieces),
@@ -215,12 +217,17 @@ class Call:
             **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
             **{"FORGETS": self.forgets and mode != "whole", "SUMMARY": int(mode == "maps")},
         }
+        more["LOOKS"], seen = self.seen(mode)
         arrays = (q, k, v, x, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
+        outs.append(seen)
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 
     def walked_back(self, x, sums, start, needs, do, e, states, *, mode: str):
-        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces."""
+        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces.
+
+        And what is not finite.
+        """
         q, k, v, beta = self.tokens[:4]
         T, R = self.meta["T"], self.meta["R"]
         is_whole, gated = mode == "whole", self.gates["HAS_G"]
@@ -240,50 +247,11 @@ class Call:
             **{"HAS_GRADIENTS": is_whole, "START": mode},
             "FORGETS": self.forgets and not is_whole,
         }
+        more["LOOKS"], seen = self.seen(mode)
         arrays = (q, k, x, do, e, states, x, beta, sums, start, needs)
-        outs.append(self.states(self.pieces, self.V))
+        outs += [self.states(self.pieces, self.V), seen]
         grid = (self.B * self.HV, self.pieces - first)
         return self.launch(self.walk_back.walk_back, arrays, outs, grid, **more)
-
-
-def pieces_for(heads: int, groups: int, *, R: int, gated: bool, keeps: bool) -> int:
-    """Into how many pieces a sequence is cut that run side by side.
-
-    Of two the first is walked through once more, for the state that the second begins with; those
-    between two others also for what they do to any state. So of three, each as many programs as fit
-    on the GPU at once, nothing is won but where gates may make pieces forget. What is launched more
-    takes longer than few pieces save, where a sequence is short and nothing is kept for gradients.
-    """
-    pieces = min(PROGRAMS_AT_ONCE // heads, groups // GROUPS_IN_A_PIECE, MOST_PIECES)
-    if pieces == 3 and not gated:
-        pieces = 2
-    is_short = groups * R < (BLOCKS_FOR_TWO if gated else 2 * BLOCKS_FOR_TWO)
-    if pieces <= 1 or (pieces < 4 and is_short and not keeps):
-        return 1
-    # None of them without a token.
-    return -(-groups // -(-groups // pieces))
-
-
-def forward(options: Options, tokens: Tokens, initial_state: jax.Array):
-    """Outputs [B, T, Hv, V] and the final state [B, Hv, K, V]."""
-    return _forward(Call(tokens, options, keeps=False), initial_state)[:2]
-
-
-def _forward(call: Call, initial_state: jax.Array):
-    """Outputs, the final state, and X, kept states, errors and maps, if there are any."""
-    sums = call.sums()
-    x, growth = call.inverse(sums)
-    start, maps, needs = initial_state, None, growth
-    if call.pieces > 1:
-        needs = call.needs(growth)
-        ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
-        if call.pieces > 2:
-            maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
-        start = composed(call, initial_state, maps, ends, needs, reverse=False)
-    o, after, states, errors = call.walked(
-        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=call.keeps
-    )
-    return o, after[:, :, -1], x, states, errors, {"maps": maps, "growth": growth}
 
 
 class Fixed(NamedTuple):
@@ -301,6 +269,36 @@ def fixed(tokens: Tokens, options: Options) -> Fixed:
     return Fixed(options, Call(tokens, options).pieces)
 
 
+def forward(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
+    """Outputs [B, T, Hv, V], the final state [B, Hv, K, V], and flags [B, ...] of bad rows."""
+    return _forward(fixed, Call(tokens, fixed.options, keeps=False), initial_state)[:3]
+
+
+def _forward(fixed: Fixed, call: Call, initial_state: jax.Array):
+    """Outputs, the final state, bad rows, and X, kept states, errors and maps, if there are any."""
+    sums = call.sums()
+    x, growth = call.inverse(sums)
+    start, maps, needs = initial_state, None, growth
+    if call.pieces > 1:
+        needs = call.needs(growth)
+        ends = call.walked(x, sums, start, needs, has_o=False, has_v=True, mode="ends")[1]
+        if call.pieces > 2:
+            maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
+        start = composed(call, initial_state, maps, ends, needs, reverse=False)
+    o, after, states, errors, seen = call.walked(
+        x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=call.keeps
+    )
+    more = {"maps": maps, "growth": growth}
+    return o, after[:, :, -1], _of_rows(fixed, call, seen), x, states, errors, more
+
+
+def _of_rows(fixed: Fixed, call: Call, seen: jax.Array) -> jax.Array:
+    """What walks tell, [B, ...]; nothing is bad if they do not look."""
+    if seen.ndim == 1:
+        return jnp.zeros((call.B, 1), seen.dtype)
+    return looking.of_pieces(seen, fixed.pieces)
+
+
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What a gradient keeps beside states: X, errors, and maps of pieces."""
     call = Call(tokens, options)
@@ -309,17 +307,17 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 
 def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
-    """Outputs, the final state, and what `backward` needs."""
+    """Outputs, the final state, flags of bad rows, and what `backward` needs."""
     call = Call(tokens, fixed.options)
-    o, final_state, x, states, errors, more = _forward(call, initial_state)
+    o, final_state, seen, x, states, errors, more = _forward(fixed, call, initial_state)
     empty = call.of_pieces(fixed.pieces)
     if fixed.pieces != call.pieces:
         more = {name: jnp.zeros(x.shape, x.dtype) for name, x in empty.items()}
-    return o, final_state, (states, x, errors, *(more[name] for name in empty))
+    return o, final_state, seen, (states, x, errors, *(more[name] for name in empty))
 
 
 def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
-    """Cotangents of the tokens and of the initial state."""
+    """Cotangents of the tokens and of the initial state, and flags of bad rows."""
     call = Call(tokens, fixed.options)
     states, x, errors, *more = kept
     more = dict(zip(call.of_pieces(fixed.pieces), more, strict=True))
@@ -329,11 +327,13 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
         if call.forgets:
             needs = call.needs(more["growth"])
         maps = more.get("maps")
-        if fixed.pieces != call.pieces and call.pieces > 2:  # whatever they begin with
+        # Whatever they begin with; of rows run again it is not known whether theirs were kept.
+        found_again = fixed.pieces != call.pieces or fixed.options.rows is not None
+        if found_again and call.pieces > 2:
             maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
-        *_, ends = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
+        *_, ends, _ = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
         start = composed(call, dfinal_state, maps, ends, needs, reverse=True)
-    dq, dk, dv, dbeta, *terms, before = call.walked_back(
+    dq, dk, dv, dbeta, *terms, before, seen = call.walked_back(
         x, sums, start, needs, *arrays, mode="whole"
     )
     q, k, g = tokens.q, tokens.k, tokens.g
@@ -343,7 +343,8 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
             for dx, x in ((dq, q), (dk, k))
         )
     dg = None if g is None else gate_cotangents(call, *terms, sums)
-    return Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None), before[:, :, 0]
+    dtokens = Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None)
+    return dtokens, before[:, :, 0], _of_rows(fixed, call, seen)
 
 
 def gate_cotangents(call: Call, terms, wholes, sums) -> jax.Array:

@@ -23,14 +23,17 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     COLUMN,
     HALF,
     ROW,
+    a_column,
     between,
     columns_in_halves,
     left,
     load_vectors,
     matrix,
     one_of_halves,
+    put_seen,
     put_vectors,
     widened,
+    write_seen,
 )
 
 
@@ -73,11 +76,15 @@ def load_tiles(
 def prepare_blocks(
     handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
     NG: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
-    HAS_RESETS: gl.constexpr,
+    HAS_RESETS: gl.constexpr, LOOKS: gl.constexpr, NC: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: scores and decays of every block, two blocks deep."""
+    """Four warps: scores and decays of every block, two blocks deep.
+
+    With LOOKS they tell whether a query was not finite, which no state sees: then none of the
+    products of its row is.
+    """
     (
-        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        beta_ptr, sums_ptr, seen, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     ) = handed  # fmt: skip
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
@@ -86,6 +93,7 @@ def prepare_blocks(
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     vectors = load_vectors(beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS)
+    bad = a_column(zero)
     for m in range(steps * R):
         n, r = m // R, m % R
         sq = n % 2
@@ -107,11 +115,15 @@ def prepare_blocks(
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
             upto = (m_of + 1) * R > r * 64 + n_of
+            if LOOKS and not DECAYS:
+                bad += a_column(p) * 0.0
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
                 p = gl.where(upto, SCALE * p, 0.0)
             p *= betas.index(0).load(COLUMN)[None, :]
+            if LOOKS and DECAYS:  # that multiply, and here takes fewer registers
+                bad += a_column(p) * 0.0
             pb.index(st).store(p.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready.index(st), count=1)
@@ -119,18 +131,26 @@ def prepare_blocks(
             mbarrier.arrive(empty.index(s), count=1)
             if r == R - 1:
                 mbarrier.arrive(qempty.index(sq), count=1)
+    if LOOKS:
+        put_seen(seen.index(NC), bad)
 
 
 @gluon.jit
 def hold_state(
     handed, SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     SEQUENCES: gl.constexpr, S: gl.constexpr, DECAYS: gl.constexpr, HAS_O: gl.constexpr,
-    HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr, START: gl.constexpr, J: gl.constexpr,
+    HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr, START: gl.constexpr, LOOKS: gl.constexpr,
+    J: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs."""
+    """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs.
+
+    With LOOKS they tell whether anything but a query was not finite: nothing that reaches a state
+    is chosen by a mask, so that it stays.
+    """
     (
-        out, states, errors, start_ptr, final_ptr, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos,
-        outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid, index,
+        out, states, errors, start_ptr, final_ptr, seen, qb, kb, vb, x0b, x1b, pb, ob, sb, eb,
+        intos, outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid,
+        index,
     ) = handed  # fmt: skip
     NC: gl.constexpr = V // 64
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, K, 16])
@@ -236,6 +256,8 @@ def hold_state(
         if HAS_O:
             pred = warpgroup_mma_wait(0, deps=[pred])
     gl.store(final_ptr + at, state)
+    if LOOKS:
+        put_seen(seen.index(J), state)
     if HAS_O:
         tma.store_wait(0)
 
@@ -243,12 +265,12 @@ def hold_state(
 @gluon.jit
 def walk(
     q, k, v, x_first, x_rest, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states,
-    errors,
+    errors, seen_ptr,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr,
-    START: gl.constexpr, FORGETS: gl.constexpr, SUMMARY: gl.constexpr,
+    START: gl.constexpr, FORGETS: gl.constexpr, SUMMARY: gl.constexpr, LOOKS: gl.constexpr,
 ):  # fmt: skip
     """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
@@ -257,7 +279,8 @@ def walk(
     without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
     state before every block, transposed and in bfloat16, and the errors of its updates. With
     FORGETS they walk through as many of the last groups of their piece as are needed (`Call.needs`:
-    SUMMARY of the three numbers); a map is zero, not the identity, if none is.
+    SUMMARY of the three numbers); a map is zero, not the identity, if none is. With LOOKS they
+    write a number for each piece: NaN where anything was not finite, else 0.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
@@ -294,6 +317,8 @@ def walk(
     tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     of_tokens = gl.allocate_shared_memory(gl.float32, [3, 64], line)
     of_updates = gl.allocate_shared_memory(gl.float32, [3, 64], line)
+    # What was not finite in each 64 columns of the state, and among the queries.
+    seen = gl.allocate_shared_memory(gl.float32, [NC + 1 if LOOKS else 1, 64], line)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
@@ -311,11 +336,11 @@ def walk(
         mbarrier.init(free.index(i), count=NC)
     fence_async_shared()
     hold = (
-        o, states, errors, start_ptr, final_ptr, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos, outs,
-        tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
+        o, states, errors, start_ptr, final_ptr, seen, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos,
+        outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
     )  # fmt: skip
     prepare = (
-        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        beta_ptr, sums_ptr, seen, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     )  # fmt: skip
     load = (
@@ -326,19 +351,28 @@ def walk(
     if NC == 2:
         gl.warp_specialize([
             (hold_state, (
-                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, LOOKS,
+                0,
             )),
             (hold_state, (
-                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 1,
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, LOOKS,
+                1,
             )),
-            (prepare_blocks, (prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS)),
+            (prepare_blocks, (
+                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS, NC,
+            )),
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (hold_state, (
-                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, LOOKS,
+                0,
             )),
-            (prepare_blocks, (prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS)),
+            (prepare_blocks, (
+                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS, NC,
+            )),
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 1], [152, 24])  # fmt: skip
+    if LOOKS:
+        write_seen(seen_ptr, seen, NC + 1)

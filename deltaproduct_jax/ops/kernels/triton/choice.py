@@ -31,20 +31,19 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
     """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
     whole = looking.whole(tokens, options)
     if (narrow.takes_gradients if keep_states else narrow.takes)(whole, options):
-        o, final_state, kept = narrow.forward(
-            tokens, initial_state, options, keep_states=keep_states
-        )
+        run = narrow.forward
     elif not keep_states and gluon.takes(tokens, options, compute_capability()):
-        o, final_state = batched(gluon.forward, options)(tokens, initial_state)
-        kept = None
+        o, final_state, seen = batched(gluon.forward, _fixed_of_gluon(tokens, options))(
+            tokens, initial_state
+        )
+        return o, final_state, None, seen
     elif keep_states and _by_gluon(tokens, options):
         run = batched(gluon.forward_kept, _fixed_of_gluon(tokens, options))
-        o, final_state, kept = run(tokens, initial_state)
+        o, final_state, seen, kept = run(tokens, initial_state)
+        return o, final_state, kept, seen
     else:
-        o, final_state, kept = triton.forward(
-            tokens, initial_state, options, keep_states=keep_states
-        )
-    return o, final_state, kept, looking.after_forward(tokens, o, final_state)
+        run = triton.forward
+    return run(tokens, initial_state, options, keep_states=keep_states)
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
@@ -52,13 +51,13 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
     *kept, flags = kept
     kept = tuple(kept)
     if narrow.takes_gradients(looking.whole(tokens, options), options):
-        dtokens, dstate = narrow.backward(tokens, kept, do, dfinal_state, options)
+        dtokens, dstate, seen = narrow.backward(tokens, kept, do, dfinal_state, options)
     elif _by_gluon(tokens, options):
         run = batched(gluon.backward, _fixed_of_gluon(tokens, options))
-        dtokens, dstate = run(tokens, kept, do, dfinal_state)
+        dtokens, dstate, seen = run(tokens, kept, do, dfinal_state)
     else:
-        dtokens, dstate = triton.backward(tokens, kept, do, dfinal_state, options)
-    return dtokens, dstate, looking.after_backward(dstate, flags)
+        dtokens, dstate, seen = triton.backward(tokens, kept, do, dfinal_state, options)
+    return dtokens, dstate, seen + flags.reshape(*flags.shape, *[1] * (seen.ndim - 2))
 
 
 def _fixed_of_gluon(tokens: Tokens, options: Options):

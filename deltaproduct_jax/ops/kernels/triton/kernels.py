@@ -35,6 +35,7 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
     kept_state,
     products,
     program_id_again,
+    put_seen,
     put_series,
     put_sums,
     put_tile,
@@ -57,13 +58,16 @@ from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_pl
 @triton.jit
 def prepare(
     q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr,
-    x_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr,
+    x_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr, seen_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    LOOKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk."""
+    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk.
+
+    With LOOKS also NaN where a query is not finite, else 0.
+    """
     n, pid = tl.program_id(0), tl.program_id(1)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
@@ -102,6 +106,8 @@ def prepare(
     scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     pointers = square(scores_ptr, chunk, c, m, CP, M)
     tl.store(pointers, scores.to(dtype))
+    if LOOKS:
+        put_seen(seen_ptr + chunk, scores)
 
     if HAS_G or HAS_RESETS:
         # Of rows, one token's alike; those past the last token are as the last.
@@ -120,18 +126,21 @@ def prepare(
 @triton.jit
 def walk(
     q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr, maps_ptr,
+    of_queries_ptr,
+    o_ptr, final_ptr, states_ptr, maps_ptr, seen_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
     STEPS: tl.constexpr, PIECES: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
-    NARROW: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr, SUMMARY: tl.constexpr, LOOKS: tl.constexpr, FLAGS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
     With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is
     no output, only what the piece does to any state, S -> A S + B: B stands among the final states,
-    A, which further programs find, among the maps.
+    A, which further programs find, among the maps. With LOOKS also, of every part, NaN where
+    anything was not finite, else 0; of queries `prepare` tells, in up to FLAGS chunks.
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if SUMMARY and not is_asked_for(part, piece, 0, V, BV):
@@ -192,6 +201,12 @@ def walk(
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     tl.store(square(final_ptr, index, rows, columns, K, V), S, mask=inside)
+    if LOOKS:
+        i = tl.arange(0, FLAGS)
+        inside = (i < STEPS) & (piece * STEPS + i < N)
+        flags = of_queries_ptr + pid.to(tl.int64) * N + piece * STEPS + i
+        of_queries = tl.sum(tl.load(flags, mask=inside, other=0.0), axis=0)
+        put_seen(seen_ptr + index * tl.cdiv(V, BV) + part, S + of_queries)
     if SUMMARY:
         columns -= tl.cdiv(V, BV) * BV
         inside = (rows < K)[:, None] & (columns >= 0)[None, :] & (columns < K)[None, :]
@@ -249,16 +264,18 @@ def errors(
 @triton.jit
 def walk_back(
     q_ptr, k_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, do_ptr, dfinal_ptr,
-    w_ptr, dafter_ptr, dinitial_ptr,
+    w_ptr, dafter_ptr, dinitial_ptr, seen_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
-    PIECES: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, LOOKS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
     With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it, but for
-    its map, which is that of `walk` transposed.
+    its map, which is that of `walk` transposed. With LOOKS also, of every part, NaN where any
+    cotangent was not finite, else 0.
     """
     part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     last = PIECES - 1
@@ -305,3 +322,5 @@ def walk_back(
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     tl.store(square(dinitial_ptr, index, rows, columns, K, V), dS, mask=inside)
+    if LOOKS:
+        put_seen(seen_ptr + index * tl.cdiv(V, BV) + part, dS)

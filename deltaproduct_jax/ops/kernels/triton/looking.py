@@ -1,12 +1,8 @@
-"""Which rows of a call of the GPU kernels are not finite: small sums over what they return.
+"""What the GPU kernels tell of rows that are not finite, with what they have in registers.
 
-No kernel chooses between numbers by a mask, so what is bad once stays in a state: the final state
-tells of keys, values, step sizes, decays and the state before, the cotangent of that one of queries
-and cotangents too. A query alone shows in all columns of its own output, of which one is read, and
-a decay in front of a boundary may show nowhere.
-
-Whoever looks has to be waited for: XLA asks the GPU before every turn of a loop. No GPU has run
-this yet, so that nothing chooses it but `choose_containment`.
+No kernel chooses between numbers by a mask, so what is bad once stays in a state until the end: it
+tells of keys, values, step sizes, decays and the state before, the cotangent of one of cotangents.
+A query reaches no state. Of its products with keys none is finite, so that one of each tells.
 """
 
 import jax
@@ -15,42 +11,16 @@ import jax.numpy as jnp
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.layout import Tokens
 
-
-class _Choice:
-    """Whether rows that are not finite are run again."""
-
-    looks = False
+# Whether walks over whole sequences tell; never changed but to time what that costs.
+LOOKS = True
 
 
-def choose_containment(chosen: bool) -> None:
-    """Lets "triton" keep what is not finite in its segment, or not any more.
-
-    For measurements, before anything is traced: programs of before are forgotten.
-    """
-    if chosen != _Choice.looks:
-        _Choice.looks = chosen
-        jax.clear_caches()
-
-
-def after_forward(tokens: Tokens, o: jax.Array, final_state: jax.Array) -> jax.Array | None:
-    """[B] bool, or None where nobody looks; arguments and results as those of `passes.forward`."""
-    if not _Choice.looks:
-        return None
-    wrong_BTH = o[..., 0] - o[..., 0]
-    if tokens.g is not None:
-        wrong_BTH += (tokens.g - tokens.g).astype(wrong_BTH.dtype)
-    return jnp.any(wrong_BTH != 0, axis=(1, 2)) | _of_state(final_state)
-
-
-def after_backward(dinitial_state: jax.Array, flags_BH: jax.Array) -> jax.Array | None:
-    """The same for `passes.backward`, of rows that were run again forward too."""
-    if not _Choice.looks:
-        return None
-    return _of_state(dinitial_state) | jnp.any(flags_BH != 0, axis=1)
-
-
-def _of_state(state_BHKV: jax.Array) -> jax.Array:
-    return jnp.any(state_BHKV - state_BHKV != 0, axis=(1, 2, 3))
+def of_pieces(seen: jax.Array, pieces: int) -> jax.Array:
+    """Flags [B, Hv, pieces, ...], in the shape that they have in the call as it is written."""
+    if seen.ndim < 3 or seen.shape[2] == pieces:  # there are none of pieces, or as many
+        return seen
+    shape = (*seen.shape[:2], pieces, *seen.shape[3:])
+    return jnp.broadcast_to(jnp.sum(seen, axis=2, keepdims=True), shape)
 
 
 def whole(tokens: Tokens, options: Options) -> Tokens:

@@ -1,15 +1,14 @@
 """The GPU kernels of narrow heads: what is launched on which arrays. One kernel each way.
 
 They take many heads of small states, of which each has a program of its own; see
-NARROW.md. The contract of `forward` and `backward` is that of
-`deltaproduct_jax.ops.kernels`, but for bad rows.
+NARROW.md. The contract of `forward` and `backward` is that of `deltaproduct_jax.ops.kernels`.
 """
 
 import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.triton import passes, tiling
+from deltaproduct_jax.ops.kernels.triton import looking, passes, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.layout import Tokens
 
@@ -77,10 +76,15 @@ class _Call:
         g = beta if g is None else g
         return q, k, v, beta, g, beta if resets is None else resets.astype(jnp.int8)
 
+    def seen(self) -> jax.ShapeDtypeStruct:
+        """Of each head NaN if anything was not finite, else 0."""
+        B, *_, HV, _, _ = self.sizes
+        return jax.ShapeDtypeStruct((B, HV), jnp.float32)
+
     def launch(self, name: str, arrays, outs, launch, **more):
         """Launches a kernel, one program for each value head."""
         B, *_, HV, _, _ = self.sizes
-        meta = self.meta | more
+        meta = {**self.meta, "LOOKS": looking.LOOKS, **more}
         return passes.call(name, arrays, outs, (B * HV,), launch, meta=meta)
 
 
@@ -90,14 +94,14 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
     fixed = options, keep_states
-    o, final_state, kept = batched(_walk_heads, fixed)(tokens, initial_state)
-    return o, final_state, kept if keep_states else None
+    o, final_state, kept, seen = batched(_walk_heads, fixed)(tokens, initial_state)
+    return o, final_state, kept if keep_states else None, seen
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
     return batched(_walk_heads_back, options)(tokens, kept, do, dfinal_state)
 
 
@@ -110,9 +114,10 @@ def _walk_heads(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     kept = call.kept() if keeps else 2 * (passes.PLACEHOLDER,)
     arrays = (*call.inputs(), initial_state)
     slots = (options.slots or options.spans, B, H, HV // H, K, V) if keeps else (1, B, 1, 1, 1, 1)
-    outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32))
-    o, final, *kept, slots = call.launch("narrow_forward", arrays, outs, call.forward, KEEPS=keeps)
-    return o, final, (slots, *kept) if keeps else (slots,)
+    outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32), call.seen())
+    launched = call.launch("narrow_forward", arrays, outs, call.forward, KEEPS=keeps)
+    o, final, *kept, slots, seen = launched
+    return o, final, (slots, *kept) if keeps else (slots,), seen
 
 
 def _walk_heads_back(options: Options, tokens: Tokens, kept, do, dfinal_state):
@@ -123,8 +128,10 @@ def _walk_heads_back(options: Options, tokens: Tokens, kept, do, dfinal_state):
         *passes.of_value_heads(tokens),
         passes.PLACEHOLDER if g is None else jax.ShapeDtypeStruct(g.shape, g.dtype),
         jax.ShapeDtypeStruct(dfinal_state.shape, jnp.float32),
+        call.seen(),
     )
     arrays = (*call.inputs(), states, x, do, dfinal_state)
-    dq, dk, dv, dbeta, dg, dstate = call.launch("narrow_backward", arrays, outs, call.backward)
+    launched = call.launch("narrow_backward", arrays, outs, call.backward)
+    dq, dk, dv, dbeta, dg, dstate, seen = launched
     dq, dk = passes.summed_over_groups(dq, dk, tokens)
-    return Tokens(dq, dk, dv, dbeta, None if g is None else dg, None), dstate
+    return Tokens(dq, dk, dv, dbeta, None if g is None else dg, None), dstate, seen

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
+    a_column,
     added,
     applied,
     block,
@@ -31,21 +32,22 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     turned,
     two_terms,
 )
-from deltaproduct_jax.ops.kernels.triton.parts import head
+from deltaproduct_jax.ops.kernels.triton.parts import head, put_seen
 
 
 @triton.jit
 def narrow_forward(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr,
+    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr, seen_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
-    ``slots_ptr`` is memory that the op sets aside, in which nothing is written.
+    ``slots_ptr`` is memory that the op sets aside, in which nothing is written. With LOOKS also NaN
+    if anything was not finite, else 0: states tell, and of queries, which reach none, scores.
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     pid = tl.program_id(0)
@@ -56,6 +58,7 @@ def narrow_forward(
     within = (values < V)[:, None] & (keys < K)[None, :]
     offsets = keys[None, :] * V + values[:, None]
     St = tl.load(initial_ptr + pid.to(tl.int64) * (K * V) + offsets, mask=within, other=0.0)
+    seen = tl.zeros([CP, M // 4], tl.float32)
     for n in range(0, N):
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
@@ -80,6 +83,8 @@ def narrow_forward(
             of_scores = tl.where(upto, 1.0, 0.0)
         X, _ = series(gram(k, k, PARTS), decays, decays_turned, beta, m, M, PARTS)
         scores = gram(q, k, PARTS) * (of_scores * SCALE)
+        if LOOKS:
+            seen += a_column(scores, CP, M) * 0.0
         if KEEPS:
             index = pid.to(tl.int64) * N + n
             put_series(x_ptr + index * (M * M), X, m, M, PARTS)
@@ -95,9 +100,10 @@ def narrow_forward(
         else:
             ot *= SCALE
         yt = (tl.trans(v.to(tl.float32)) - kSt) * beta[None, :]
+        # Before that, as `rounded` makes zeros of some NaN.
+        y_parts = parts(yt, dtype, PARTS)
         if PARTS == 1:
             yt = rounded(yt, dtype)
-        y_parts = parts(yt, dtype, PARTS)
         X_parts = turned(two_terms(X, dtype, PARTS))
         ut = yt - applied(y_parts, X_parts, PARTS) * beta[None, :]
         u_parts = parts(ut, dtype, PARTS)
@@ -109,3 +115,6 @@ def narrow_forward(
             St *= through
         St = added(u_parts, k, St, PARTS)
     tl.store(final_ptr + pid.to(tl.int64) * (K * V) + offsets, St, mask=within)
+    if LOOKS:
+        seen_ptr += pid
+        put_seen(seen_ptr, St + tl.sum(tl.sum(seen, axis=1), axis=0))

@@ -95,14 +95,15 @@ def _fixed(tokens: Tokens, options: Options) -> _Fixed:
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
     options = options if keep_states else options._replace(spans=0, more=False)
-    o, final_state, kept = batched(_run_forward, _fixed(tokens, options))(tokens, initial_state)
-    return o, final_state, kept if keep_states else None
+    run = batched(_run_forward, _fixed(tokens, options))
+    o, final_state, kept, seen = run(tokens, initial_state)
+    return o, final_state, kept if keep_states else None, seen
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals and cotangents."""
+    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
     return batched(_run_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
@@ -130,7 +131,8 @@ class _Call:
         gated = self.tokens.g is not None
         tiles = tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
         N = -(-T // tiles.chunk_size)
-        pieces = tiling.pieces_for(B * HV, N, tiles.walk, V=V)
+        # Of rows that are run again as many as of all, whose kernels are compiled already.
+        pieces = tiling.pieces_for((self.options.rows or B) * HV, N, tiles.walk, V=V)
         span = -(-N // self.options.spans) if self.options.spans else 0
         gates = {"HAS_G": gated, "HAS_RESETS": self.tokens.resets is not None}
         meta = {
@@ -140,6 +142,7 @@ class _Call:
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
             "TWO": operand in NARROW,
+            "LOOKS": looking.LOOKS,
             **{**gates, "DECAYS": any(gates.values())},
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
         }
@@ -156,6 +159,11 @@ class _Call:
         """A state per piece."""
         B, HV, K, V = (self.meta[name] for name in ("B", "HV", "K", "V"))
         return jax.ShapeDtypeStruct((B, HV, self.pieces, K, V), jnp.float32)
+
+    def seen(self, *parts: int) -> jax.ShapeDtypeStruct:
+        """Of so many parts of a head NaN if anything was not finite, else 0."""
+        shape = (self.meta["B"], self.meta["HV"], *parts)
+        return jax.ShapeDtypeStruct(shape if looking.LOOKS else (shape[0], 1), jnp.float32)
 
     def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
         """What each of ``pieces`` does to any state, but for what it adds; of both ends nothing."""
@@ -186,15 +194,15 @@ class _Call:
         return call(name, arrays, outs, grid, launch, meta=meta)
 
 
-# X, scores, decays from the start of a chunk and to its end, sums of g.
+# X, scores, decays from the start of a chunk and to its end, sums of g; flags stand behind.
 PREPARED = 5
 PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def _prepare(c: _Call):
-    """X, scores, decays and sums of g of every chunk."""
+    """X, scores, decays and sums of g of every chunk, and whether its queries are bad."""
     q, k, _, beta, *_ = c.tokens
-    outs = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
+    outs = (*(*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED], c.seen(c.meta["N"]))
     grid = (c.meta["N"], c.meta["B"] * c.meta["HV"])
     return c.launch("prepare", (q, k, beta, *_gates(c.tokens)), outs, grid)
 
@@ -205,8 +213,8 @@ def _gates(tokens: Tokens):
     return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
 
 
-def _walk(c: _Call, arrays, start, *outs):
-    """Outputs, states after pieces, kept states and maps.
+def _walk(c: _Call, arrays, start, of_queries, *outs):
+    """Outputs, states after pieces, kept states, maps and flags of what is bad.
 
     Without ``outs`` a summary, of which only the states, ends of pieces, and the maps matter.
     """
@@ -215,19 +223,24 @@ def _walk(c: _Call, arrays, start, *outs):
     o, states = outs or (PLACEHOLDER, PLACEHOLDER)
     maps = PLACEHOLDER if outs else c.maps(c.pieces)
     grid = (for_ends + (0 if outs else for_maps), c.pieces, c.meta["B"] * c.meta["HV"])
-    more = {"SUMMARY": False} if outs else {"SUMMARY": True, "SPAN": 0, "NARROW": False}
-    return c.launch("walk", (*arrays, start), (o, c.of_pieces(), states, maps), grid, **more)
+    more = {"SUMMARY": not outs, "FLAGS": tiling.power_of_two(c.meta["STEPS"])}
+    more |= {} if outs else {"SPAN": 0, "NARROW": False, "LOOKS": False}
+    seen = c.seen(c.pieces, for_ends) if outs else PLACEHOLDER
+    results = o, c.of_pieces(), states, maps, seen
+    return c.launch("walk", (*arrays, start, of_queries), results, grid, **more)
 
 
 def _walk_back(c: _Call, arrays, start, *outs):
-    """Cotangents of what is written, of states after chunks, and of states before pieces.
+    """Cotangents of what is written, of states after chunks, and of states before pieces; flags.
 
-    Without ``outs`` a summary, of which only the last matter.
+    Without ``outs`` a summary, of which only those before pieces matter.
     """
     w, after = outs or (PLACEHOLDER, PLACEHOLDER)
-    grid = (-(-c.meta["V"] // c.tiling.walk_back.columns), c.pieces, c.meta["B"] * c.meta["HV"])
-    results = w, after, c.of_pieces()
-    return c.launch("walk_back", (*arrays, start), results, grid, SUMMARY=not outs)
+    parts = -(-c.meta["V"] // c.tiling.walk_back.columns)
+    grid = (parts, c.pieces, c.meta["B"] * c.meta["HV"])
+    results = w, after, c.of_pieces(), c.seen(c.pieces, parts) if outs else PLACEHOLDER
+    more = {"SUMMARY": not outs} | ({} if outs else {"LOOKS": False})
+    return c.launch("walk_back", (*arrays, start), results, grid, **more)
 
 
 def _composed(c: _Call, first, maps, ends, *, reverse: bool):
@@ -247,23 +260,23 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
-    prepared = _prepare(c)
+    *prepared, of_queries = _prepare(c)
     arrays = (*tokens[:4], *prepared[:-1])
     # Where few heads leave a GPU idle, a first launch finds what each piece does to any state.
     starts, maps = initial_state, None
     if c.pieces > 1:
-        _, ends, _, maps = _walk(c, arrays, initial_state)
+        _, ends, _, maps, _ = _walk(c, arrays, initial_state, of_queries)
         starts = _composed(c, initial_state, maps, ends, reverse=False)
-    o, after_pieces, states, _ = _walk(c, arrays, starts, o, states)
+    o, after_pieces, states, _, seen = _walk(c, arrays, starts, of_queries, o, states)
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
     more = ()
     if "prepared" in fixed.more:
-        more += prepared[: len(c.prepared())]
+        more += tuple(prepared[: len(c.prepared())])
     if "maps" in fixed.more:
         empty = c.maps(fixed.pieces)
         more += (maps if fixed.pieces == c.pieces else jnp.zeros(empty.shape, empty.dtype),)
-    return o, after_pieces[:, :, -1], (states, *more)
+    return o, after_pieces[:, :, -1], (states, *more), looking.of_pieces(seen, fixed.pieces)
 
 
 def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
@@ -273,7 +286,7 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     B, _, _, HV, V = v.shape
     K, N = k.shape[-1], c.meta["N"]
     maps = more.pop() if "maps" in fixed.more else None
-    prepared = more if "prepared" in fixed.more else _prepare(c)
+    prepared = more if "prepared" in fixed.more else _prepare(c)[:PREPARED]
     prepared = (*prepared, *(PREPARED - len(prepared)) * (jnp.zeros(1, jnp.float32),))
     *prepared, sums = prepared
     x, _, into, out = prepared
@@ -289,11 +302,13 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     arrays = (q, k, beta, *prepared, do)
     starts = dfinal_state
     if c.pieces > 1:
-        if maps is None or fixed.pieces != c.pieces:
-            *_, maps = _walk(c, (q, k, v, beta, *prepared), dfinal_state)  # whatever it begins with
-        *_, ends = _walk_back(c, arrays, dfinal_state)
+        # Of rows run again it is not known whether theirs were kept.
+        if maps is None or fixed.pieces != c.pieces or fixed.options.rows is not None:
+            of_walk = (q, k, v, beta, *prepared)
+            *_, maps, _ = _walk(c, of_walk, dfinal_state, sums)  # whatever it begins with
+        *_, ends, _ = _walk_back(c, arrays, dfinal_state)
         starts = _composed(c, dfinal_state, maps, ends, reverse=True)
-    w, after, before_pieces = _walk_back(c, arrays, starts, updates, c.matrices(K, V))
+    w, after, before_pieces, seen = _walk_back(c, arrays, starts, updates, c.matrices(K, V))
 
     # Of a value head; what a group of them shares is summed below, as are the parts of K.
     keys = c.tiling.gradients.keys or c.tiling.key_columns
@@ -304,7 +319,8 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
     dq, dk = summed_over_groups(dq, dk, tokens)
     dg = None if g is None else summed(c.meta, *of_decays, into[..., -1]).astype(g.dtype)
-    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
+    seen = looking.of_pieces(seen, fixed.pieces)
+    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0], seen
 
 
 def of_value_heads(tokens: Tokens) -> tuple[jax.ShapeDtypeStruct, ...]:
