@@ -23,6 +23,7 @@ from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import as_inputs
 from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer
 from deltaproduct_jax.layers.padding import only_counted
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.layers.projection import apart, in_parts
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
@@ -338,6 +339,10 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         return self._op(x, "cuda") == "triton"
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
+        alone = placement() is None and not self.use_output_gate
+        if alone and self.runs_kernel(x) and rows.may_run(o):
+            kernel = self.o_proj.kernel[...].astype(o.dtype)
+            return rows.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
         return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
@@ -61,8 +61,17 @@ class SwiGLU(nnx.Module):
         gate, up = (checkpoint_name(f(x), POINT) for f in (self.gate_proj, self.up_proj))
         return self.down_proj(nnx.silu(gate) * up)
 
-    def residual(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"]:
-        """``x + self(norm(x))``, see ``ops/blocks/rows.py``; all in the dtype of ``x``."""
+    def residual(
+        self,
+        x: Float[Array, "B T D"],
+        more: Float[Array, "B T D"],
+        reached: Bool[Array, "B T"],
+        norm: RMSNorm,
+    ) -> Float[Array, "B T D"]:
+        """``z + self(norm(z))`` of ``z = x + more``; all in the dtype of ``x``.
+
+        ``reached`` are tokens whose ``more`` is NaN, see ``ops/blocks/rows.py``.
+        """
         maps = (self.gate_proj, self.up_proj, self.down_proj)
         kernels = (m.kernel[...].astype(x.dtype) for m in maps)
-        return residual_swiglu(x, norm.scale[...], *kernels, norm.eps)
+        return residual_swiglu(x, more, reached, norm.scale[...], *kernels, norm.eps)

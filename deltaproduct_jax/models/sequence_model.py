@@ -24,7 +24,7 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
-from deltaproduct_jax.models.stack import MIDDLE, MixerState, given_to_blocks, run_blocks
+from deltaproduct_jax.models.stack import MixerState, given_to_blocks, run_blocks
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.containment import confined
@@ -70,9 +70,9 @@ class Block(nnx.Module):
         """
         read = {"state": state, "segment_ids": segment_ids, "mask": mask}
         if fused and self._may_be_fused(x):
-            x, y = self.attn_norm.forked(x)
-            y, state = self.attn(y, **read, **(passed_on or {}))
-            return self.mlp.residual(named(x + y, MIDDLE), self.mlp_norm), state
+            x, y, bad = self.attn_norm.forked(x)
+            y, reached, state = self.attn.unspoilt(y, bad, **read, **(passed_on or {}))
+            return self.mlp.residual(x, y, reached, self.mlp_norm), state
         y, state = self.attn(named(self.attn_norm(x), "mixer_input"), **read, **(passed_on or {}))
         x = x + named(y, "mixer_output")
         y = self.mlp(named(self.mlp_norm(x), "mlp_input"))

@@ -22,7 +22,6 @@ from deltaproduct_jax.ops.parts import placement
 
 MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
-MIDDLE = "block_middle"  # name of what stands between mixer and MLP
 
 # All but matrix products, the op's own results and convolutions by a kernel is cheap to compute
 # anew from them, and most of what a block would keep: norms, activations. One number or flag for a
@@ -34,8 +33,8 @@ _KEPT = {
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(
             *RESIDUAL_NAMES[1:],
-            *(convolution.POINT, convolution.READ_POINT, containment.POINT, MIDDLE),
-            *(rows.NORM_POINT, rows.HIDDEN_POINT, softmax.POINT),
+            *(convolution.POINT, convolution.READ_POINT, containment.POINT, rows.MIDDLE),
+            *(rows.NORM_POINT, rows.HIDDEN_POINT, rows.PRODUCT_POINT, softmax.POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,

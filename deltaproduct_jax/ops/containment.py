@@ -152,16 +152,35 @@ def confined(
     """
     if not x.shape[1]:
         return run(x, state)
+    how = {"check_state": check_state}
+    y, after, reached_BT = unspoilt(run, only_finite(x), _bad(x, (0, 1)), state, resets, **how)
+    return _nan_where(_like(reached_BT, y), y), after
+
+
+def unspoilt(
+    run: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
+    x: jax.Array,
+    bad_BT: jax.Array,
+    state: Any,
+    resets: jax.Array | None,
+    *,
+    check_state: bool = True,
+) -> tuple[jax.Array, Any, jax.Array]:
+    """`confined` of tokens whose bad ones are known, and are 0; outputs are left as they are.
+
+    Returns:
+      Outputs, states, and tokens whose outputs are to be NaN, [B, T] bool.
+    """
     of_state = [_bad(x, (0,)) for x in jax.tree.leaves(state) if check_state and _is_floating(x)]
     before_B1 = _any_of(of_state)
     before_B1 = None if before_B1 is None else before_B1[:, None]
-    reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
-    y, after = run(only_finite(x), only_finite(state))
-    y, last_B1 = _nan_where(_like(reached_BT1, y), y), reached_BT1[:, -1]
+    reached_BT1 = checkpoint_name(reach(bad_BT[..., None], before_B1, resets), POINT)
+    y, after = run(x, only_finite(state))
+    last_B1 = reached_BT1[:, -1]
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.
     spoilt = lambda leaf: _nan_where(_like(last_B1, leaf), leaf) if _is_floating(leaf) else leaf
-    return y, jax.tree.map(spoilt, after)
+    return y, jax.tree.map(spoilt, after), reached_BT1[..., 0]
 
 
 def only_finite(tree: Any) -> Any:

@@ -71,7 +71,7 @@ def make_optimizer(
         )
         inner = optax.partition({"muon": muon, "adamw": inner}, _optimizer_of_each)
     if numbers.clip_norm is not None:
-        inner = optax.chain(optax.clip_by_global_norm(numbers.clip_norm), inner)
+        inner = optax.chain(_clipping(numbers.clip_norm), inner)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(at_least_float32(params))
@@ -122,3 +122,12 @@ def _promoting(function: Callable) -> Callable:
             return function(*arguments)
 
     return promoted
+
+
+def _clipping(most):
+    from deltaproduct_jax.training.step import global_norm
+    def update(grads, state, params=None):
+        norm = global_norm(grads)
+        scaled = lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most)
+        return jax.tree.map(scaled, grads), state
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -135,22 +135,58 @@ def parts(packed):
 
 
 def of_rows():
-    """Differences of the kernels of a block's way back from what JAX derives."""
+    """Differences of the kernels of a block outside its mixer from what JAX derives."""
     row_passes.PROGRAMS = 3
-    keys = jax.random.split(jax.random.key(0), 5)
-    x, dy, after = (jax.random.normal(key, (1, 23, 40)) for key in keys[:3])
+    keys = jax.random.split(jax.random.key(0), 6)
+    x, dy, after, more = (jax.random.normal(key, (1, 23, 40)) for key in (*keys[:3], keys[5]))
     scale, hidden = 1 + jax.random.normal(keys[3], (40,)), jax.random.normal(keys[4], (1, 23, 80))
     norm = lambda x, scale: rows.norm(x, scale, 1e-5, x.dtype)
+    found = {}
+
+    def compare(kind, names, got, wanted):
+        for name, x, reference in zip(names.split(), got, wanted, strict=True):
+            found[f"{kind}: {name}"] = relative_with_nan(x, reference)
+
+    # What is not finite in a row of the norm, and in rows of what is added to it.
+    bad = x.at[0, 5, 7].set(jnp.inf).at[0, 22, 0].set(jnp.nan)[0]
+    y = norm(bad, scale)
+    _, *got = row_passes.norm_forward(bad, scale, eps=1e-5, looks=True)
+    flags = ~jnp.all(jnp.isfinite(y), axis=-1)
+    wanted = jnp.where(jnp.isfinite(y), y, 0), jnp.mean(bad * bad, axis=-1), flags
+    compare("looking", "y mean_square bad", got, wanted)
+    reached = jnp.arange(23) > 20
+    total = x[0] + jnp.where(reached[:, None], jnp.nan, more[0])
+    how = {"eps": 1e-5, "more": more[0], "reached": reached}
+    *got, _ = row_passes.norm_forward(x[0], scale, **how)
+    wanted = total, norm(total, scale), jnp.mean(total * total, axis=-1)
+    compare("of a sum", "sum y mean_square", got, wanted)
+
     y, pull = jax.vjp(norm, x, scale)
     dx, dscale = pull(dy)
     mean_square = jnp.mean(x * x, axis=-1)[0]
-    got = row_passes.norm_back(x[0], mean_square, scale, dy[0], after[0], eps=1e-5, again=True)
-    wanted = dict(zip(("dx", "dscale", "y"), ((dx + after)[0], dscale, y[0]), strict=True))
-    found = {name: relative(x, wanted[name]) for name, x in zip(wanted, got, strict=True)}
+    arrays, how = (x[0], mean_square, scale, dy[0]), {"eps": 1e-5}
+    got = row_passes.norm_back(*arrays, after[0], reached, **how, again=True)
+    wanted = jnp.where(reached[:, None], jnp.nan, (dx + after)[0]), dscale, y[0]
+    compare("back", "dx dscale y", got, wanted)
+    zero = [x.at[22].set(0) for x in (dy[0], after[0])]
+    got = row_passes.norm_back(*arrays[:3], *zero, reached, **how)
+    compare("back, 0", "dx", [got[0][22]], [jnp.zeros(40)])
+    compare("alone, back", "dx dscale", row_passes.norm_back(*arrays, **how)[:2], (dx[0], dscale))
     [dhidden] = jax.vjp(lambda h: jax.nn.silu(h[..., :40]) * h[..., 40:], hidden)[1](dy)
-    got, h = row_passes.swiglu_back(hidden[0], dy[0])
     again = jax.nn.silu(hidden[0, :, :40]) * hidden[0, :, 40:]
-    return found | {"dhidden": relative(got, dhidden[0]), "h": relative(h, again)}
+    got = row_passes.swiglu_back(hidden[0], dy[0])
+    compare("SwiGLU, back", "dhidden h", got, (dhidden[0], again))
+    got = row_passes.swiglu_back(hidden[0], dy[0], again=False)[0], row_passes.swiglu(hidden[0])
+    compare("SwiGLU", "dhidden h", got, (dhidden[0], again))
+    return found
+
+
+def relative_with_nan(x, reference):
+    """The error where both are numbers; infinite where only one is."""
+    x, reference = (np.asarray(a, np.float64) for a in (x, reference))
+    if not np.array_equal(np.isnan(x), np.isnan(reference)):
+        return np.inf
+    return relative(*map(np.nan_to_num, (x, reference)))
 
 
 def interpreted(name, arrays, *others, **options):
@@ -275,7 +311,7 @@ def launches_alone(width, dtype):
 
 
 def launches_of_blocks():
-    """Of a model of 1024 channels: convolutions side by side, a norm's and a SwiGLU's way back."""
+    """Of a model of 1024 channels: convolutions side by side, norms and a SwiGLU's way back."""
     bfloat16 = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
     widths, tokens = (512, 1024, 1024), (8, 4096)
     how = {"parts": (Form(silu, 128), Form(silu, 128), Form(silu)), "widths": widths}
@@ -286,8 +322,10 @@ def launches_of_blocks():
         return y, convolution_passes.backward_parts(*arrays, cotangents, rest, **how)
 
     def of_rows(x, mean_square, scale, hidden, dh):
-        dx = row_passes.norm_back(x, mean_square, scale, x, x, eps=1e-6, again=True)
-        return dx, row_passes.swiglu_back(hidden, dh)
+        reached, how = mean_square > 0, {"eps": 1e-6}
+        y = row_passes.norm_forward(x, scale, more=x, reached=reached, looks=True, **how)
+        dx = row_passes.norm_back(x, mean_square, scale, x, x, reached, again=True, **how)
+        return y, dx, row_passes.swiglu(hidden), row_passes.swiglu_back(hidden, dh)
 
     taps = jax.ShapeDtypeStruct((1, 4, sum(widths)), "float32")
     u, before = bfloat16(*tokens, sum(widths) + 8), bfloat16(8, 3, sum(widths))

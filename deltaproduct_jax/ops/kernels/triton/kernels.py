@@ -49,6 +49,8 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
 from deltaproduct_jax.ops.kernels.triton.pieces import compose as compose
 from deltaproduct_jax.ops.kernels.triton.pieces import is_asked_for, start
 from deltaproduct_jax.ops.kernels.triton.rows import norm_back as norm_back
+from deltaproduct_jax.ops.kernels.triton.rows import norm_forward as norm_forward
+from deltaproduct_jax.ops.kernels.triton.rows import swiglu as swiglu
 from deltaproduct_jax.ops.kernels.triton.rows import swiglu_back as swiglu_back
 from deltaproduct_jax.ops.kernels.triton.step import step as step
 from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_place
