@@ -136,6 +136,9 @@ def interpret(every: bool) -> dict:
     for name, dtype in narrow_heads.cases(every):
         case = narrow_heads.CASES[name]
         found[f"narrow heads, {name}, {dtype}"] = errors(case, dtype, narrow)
+        found[f"raw narrow heads, {name}, {dtype}"] = narrow_heads.raw_errors(
+            case, dtype, inputs, run, relative
+        )
     found = {"errors": found, "pieces": pieces, "kept": kept()}
     if every:
         found["launches"] = timed()

@@ -23,7 +23,6 @@ from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import as_inputs
 from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.layers.projection import apart, in_parts
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
@@ -33,6 +32,7 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
@@ -40,6 +40,7 @@ from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolutio
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.raw import takes_raw
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
 
 
@@ -200,15 +201,17 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
     def _mix(self, x, state, segment_ids, length):
         choice = self._choice(x)
+        raw = self._gives_raw(x, choice)
         x = checkpoint_name(x, READ_POINT) if self._reads_in_place(x, choice) else x
-        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice)
+        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice, raw)
         o, recurrent = delta_product(
             q,
             k,
             v,
             only_counted(beta, length),
             only_counted(g, length),
-            use_qk_l2norm=not choice.may_run_kernel,  # which has seen to it
+            use_qk_l2norm=raw or not choice.may_run_kernel,  # which has seen to it
+            use_silu=raw,
             **self._options(state, segment_ids),
         )
         return self._output(o, x), DeltaProductState(recurrent, *tails)
@@ -232,10 +235,12 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         segment_ids: jax.Array | None,
         length: jax.Array | None,
         choice: Choice = PLAIN,
+        raw: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, list[jax.Array]]:
         """q, k, v, beta, g of the op and the convolutions' states after the last token.
 
-        Where the convolutions may run by a kernel, q and k are unit vectors.
+        Where the convolutions may run by a kernel, q and k are unit vectors; if ``raw`` they and v
+        are what the op activates.
         """
         B, T, _ = x.shape
         R, H, Hv = self.num_householder, self.num_heads, self.num_v_heads
@@ -250,8 +255,11 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             q, k, v, beta, tails = self._read_together(x, state, segment_ids, length, choice)
             return q, k, v, beta, self._decay(x), tails
 
-        units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
-        (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
+        if raw:
+            (q, k, v), tails = map(read, "qkv"), [state.q_conv, state.k_conv, state.v_conv]
+        else:
+            units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
+            (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
         q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
 
         return q, k, v, self._sizes(in_parts(self.b_proj, x, R)), self._decay(x), tails
@@ -324,6 +332,21 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         taps = self.conv_size if self.use_short_conv else None
         given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
         return choose(self.conv_implementation, convolutions, op=op, **given)
+
+    def _gives_raw(self, x: jax.Array, choice: Choice) -> bool:
+        """Whether the op's kernel makes activations and lengths: `ops.raw.takes_raw`."""
+        B, T, _ = x.shape
+        sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads}
+        sizes |= {"Hv": self.num_v_heads, "K": self.head_dim, "V": self.value_dim}
+        return (
+            not self.use_short_conv
+            and self.qk_activation == "silu"
+            and choice.named is None
+            and choice.on_cuda == "triton"
+            and placement() is None
+            and not any(explicit_names(x))
+            and takes_raw(**sizes, dtype=self.dtype)
+        )
 
     def _op(self, x: jax.Array, platform: str) -> str:
         """What the op of ``x`` runs in a gradient."""

@@ -21,6 +21,7 @@ from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.kernels import containment as of_kernels
 from deltaproduct_jax.ops.kernels.containment import watched as _watched
 from deltaproduct_jax.ops.layout import Tokens, head_axes, mark_bad
+from deltaproduct_jax.ops.raw import entered
 from deltaproduct_jax.ops.recurrent import (
     recurrent,
     recurrent_in_spans,
@@ -43,7 +44,7 @@ PLAIN = {
 
 @functools.partial(
     jax.jit,
-    static_argnames=("scale", "chunk_size", "precision", "implementation", "check_state"),
+    static_argnames=("scale", "chunk_size", "precision", "implementation", "check_state", "raw"),
 )
 def dispatch(
     q,
@@ -59,8 +60,12 @@ def dispatch(
     precision,
     implementation,
     check_state=True,
+    raw=False,
 ):
-    """Runs the named implementation, or the one that the rule picks, on checked arguments."""
+    """Runs the named implementation, or the one that the rule picks, on checked arguments.
+
+    If ``raw`` they are to go through `raw.entered` first, which a kernel may do.
+    """
     B, T = k.shape[:2]
     if 0 in (B, T):
         return jnp.zeros((B, T, *v.shape[3:]), v.dtype), initial_state
@@ -75,6 +80,7 @@ def dispatch(
         _check_kernel(implementation, tokens, precision)
     tokens = tokens._replace(g=forgets(tokens.g))
     if implementation in ("recurrent", "associative"):
+        tokens = entered(tokens) if raw else tokens
         form = recurrent if implementation == "recurrent" else associative
 
         def run(tokens, state):
@@ -82,7 +88,8 @@ def dispatch(
             return form(*tokens[:5], state, resets, scale=scale, precision=precision)
     else:
         options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
-        route = resolve(tokens, **options, implementation=implementation)
+        route = resolve(tokens, **options, implementation=implementation, raw=raw)
+        tokens = entered(tokens) if raw and not route.raw else tokens
         if route.may_run_kernel:
             # To look at all arrays first would be a pass over memory: each platform sees to it.
             tokens = tokens._replace(resets=resets)
@@ -142,7 +149,7 @@ def _forward_of(name: str, route: Route, branch: Branch, *, keep_states: bool):
     """The forward pass of "chunked", of the scan or of a kernel; None where it cannot run."""
     if name in PLAIN:
         keywords = {"form": PLAIN[name][0], "settings": branch.settings, "more": route.kept_more}
-        keywords["confines"] = route.may_run_kernel
+        keywords |= {"confines": route.may_run_kernel, "raw": route.raw}
         return functools.partial(_run_plain, **keywords, keep_states=keep_states)
     return _kernel_pass(name, "forward", branch, keep_states=keep_states)
 
@@ -151,7 +158,7 @@ def _backward_of(route: Route, branch: Branch):
     """The backward pass of what ran forward, whose states are its own; None if it cannot run."""
     if branch.gradient in PLAIN:
         keywords = {"form": PLAIN[branch.gradient][1], "settings": branch.settings}
-        keywords["confines"] = route.may_run_kernel
+        keywords |= {"confines": route.may_run_kernel, "raw": route.raw}
         return functools.partial(_run_plain_backward, **keywords)
     return _kernel_pass(branch.gradient, "backward", branch)
 
@@ -180,12 +187,13 @@ def _asked(name: str, reason, run):
     return asked
 
 
-def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, keep_states):
+def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, raw, keep_states):
     """A plain form by the contract of kernels, with room for what it does not keep."""
     watched = _watched(tokens, initial_state) if confines else None
     state = initial_state
     if watched is not None:
         tokens, state = mark_bad(tokens, watched.bad), only_finite(initial_state)
+    tokens = entered(tokens) if raw else tokens
     o, final_state, states = form(tokens, state, settings, keep_states=keep_states)
     if watched is not None:
         o, final_state = watched.spoil(o, final_state)
@@ -197,8 +205,10 @@ def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines,
     return o, final_state, (states, *empty)
 
 
-def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, settings, confines):
+def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, settings, confines, raw):
     states = kept[0]
+    if raw:
+        form = functools.partial(_entered_backward, form)
     if not confines:
         return form(tokens, states, do, dfinal_state, settings)
     watched = _watched(tokens, states[0].reshape(dfinal_state.shape))
@@ -206,6 +216,17 @@ def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, setting
     cotangents, told = watched.finite_cotangents(do, dfinal_state)
     dtokens, dstate = form(tokens, states, *cotangents, settings)
     return watched.spoil_gradients(dtokens._replace(resets=None), dstate, told)
+
+
+def _entered_backward(form, tokens: Tokens, *others):
+    """Cotangents of what `entered` takes."""
+
+    def of_three(q, k, v):
+        return entered(tokens._replace(q=q, k=k, v=v))[:3]
+
+    found, pull = jax.vjp(of_three, *tokens[:3])
+    dtokens, dstate = form(Tokens(*found, *tokens[3:]), *others)
+    return Tokens(*pull(dtokens[:3]), *dtokens[3:]), dstate
 
 
 def _by_platform(route: Route, choice, *operands):

@@ -126,8 +126,10 @@ def _promoting(function: Callable) -> Callable:
 
 def _clipping(most):
     from deltaproduct_jax.training.step import global_norm
+
     def update(grads, state, params=None):
         norm = global_norm(grads)
         scaled = lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most)
         return jax.tree.map(scaled, grads), state
+
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

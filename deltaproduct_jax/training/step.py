@@ -245,4 +245,9 @@ def global_norm(tree: Any) -> jax.Array:
     squares = [jnp.square(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree)]
     rows = [x.ravel() if x.size < SMALL else jnp.sum(x, axis=-1).ravel() for x in squares]
     several = [rows[i : i + LEAVES_AT_ONCE] for i in range(0, len(rows), LEAVES_AT_ONCE)]
-    return jnp.sqrt(sum((jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(x))) for x in several), start=jnp.float32(0)))
+    return jnp.sqrt(
+        sum(
+            (jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(x))) for x in several),
+            start=jnp.float32(0),
+        )
+    )

@@ -83,6 +83,8 @@ class Options(NamedTuple):
       slots: how many states the residuals have room for; None: ``spans``.
       more: whether they have room for what the kernel keeps beside states.
       rows: sequences of the call, where it is run again on some of them; None: all.
+      raw: q, k and v are to go through SiLU first, and q and k are divided by their lengths then;
+        of a kernel whose ``takes_raw(tokens, options)`` says so.
     """
 
     scale: float
@@ -92,6 +94,7 @@ class Options(NamedTuple):
     slots: int | None = None
     more: bool = False
     rows: int | None = None
+    raw: bool = False
 
 
 @functools.cache

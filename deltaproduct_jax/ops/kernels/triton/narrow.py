@@ -12,6 +12,7 @@ from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 MOST_WIDTH = 32
 # From as many on a walk of their own pays: eight or so are under way on each of 132
@@ -40,6 +41,11 @@ def takes_gradients(tokens: Tokens, options: Options) -> bool:
     return options.more and takes(tokens, options)
 
 
+def takes_raw(tokens: Tokens, options: Options) -> bool:
+    """Whether the kernels of a gradient make SiLU, and lengths of q and k, themselves."""
+    return takes(tokens, options)
+
+
 class _Call:
     """Sizes of one call, and its launches."""
 
@@ -60,6 +66,7 @@ class _Call:
             **{"BK": tiling.power_of_two(K), "BV": tiling.power_of_two(V)},
             **{"C": C, "CP": tiling.power_of_two(C)},
             **{"M": M, "N": self.N, "PARTS": parts, **gates},
+            **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
         }
 
     def kept(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -16,6 +16,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
     applied,
     block,
+    entered,
     gram,
     numbers,
     of_pairs,
@@ -41,7 +42,7 @@ def narrow_forward(
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
@@ -63,6 +64,8 @@ def narrow_forward(
         k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
         q = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
         v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
+        k, q = entered(k, EPSILON, RAW, True), entered(q, EPSILON, RAW, True)
+        v = entered(v, EPSILON, RAW, False)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k, dtype, PARTS), parts(q, dtype, PARTS)
         earlier = m[:, None] > m[None, :]

@@ -6,6 +6,7 @@ Letters as in narrow_forward.py.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.convolution import sigmoid
 from deltaproduct_jax.ops.kernels.triton.parts import products, sums
 
 
@@ -130,6 +131,31 @@ def put_block(ptr, x, rows, columns, inside, HEADS: tl.constexpr, WIDTH: tl.cons
         mask = mask & (columns < WIDTH)[None, :]
     pointers = ptr + rows[:, None] * (HEADS * WIDTH) + columns[None, :]
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def entered(u, EPSILON: tl.constexpr, RAW: tl.constexpr, UNIT: tl.constexpr):
+    """SiLU of a block if it is RAW, divided by the lengths of rows if UNIT, in its own dtype."""
+    if RAW:
+        z = u.to(tl.float32)
+        y = z * sigmoid(z)
+        if UNIT:
+            y *= tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
+        u = y.to(u.dtype)
+    return u
+
+
+@triton.jit
+def left(dy, u, EPSILON: tl.constexpr, UNIT: tl.constexpr):
+    """The cotangent of a block u from that of what `entered` makes of it, in float32."""
+    z = u.to(tl.float32)
+    s = sigmoid(z)
+    if UNIT:
+        y = z * s
+        inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
+        along = tl.sum(y * dy, axis=1, keep_dims=True) * inverse * inverse
+        dy = inverse * (dy - y * along)
+    return dy * (s * (1 + z * (1 - s)))
 
 
 @triton.jit
