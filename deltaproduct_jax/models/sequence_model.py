@@ -1,6 +1,7 @@
 """Embedding, blocks and head: tagger and language model in one."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.models.stack import MixerState, given_to_blocks, run_blocks
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.blocks import rows
-from deltaproduct_jax.ops.containment import confined
+from deltaproduct_jax.ops.containment import bad_tokens, confined, only_finite, unspoilt
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import gathered_along
@@ -178,6 +179,17 @@ class SequenceModel(nnx.Module):
             return self._by_segment(tokens, state, segment_ids, mask, num_segments)
         return self._read(tokens, state, segment_ids, mask, self._head)
 
+    def unspoilt(
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T vocab"], Bool[Array, "B T"]]:
+        """Logits before NaN is put into them, and tokens that it belongs to.
+
+        For losses that read the logits by a kernel: NaN would take a pass over all of them. No
+        parameter may lie over an explicit axis.
+        """
+        run = functools.partial(self._read, tokens, None, segment_ids, None, self._head)
+        return run(confine=_unspoilt)
+
     @takes_any_layout
     def features(
         self,
@@ -201,8 +213,12 @@ class SequenceModel(nnx.Module):
         segment_ids: jax.Array | None,
         mask: jax.Array | None,
         read_out: Callable[[jax.Array], jax.Array],
-    ) -> tuple[jax.Array, ModelState]:
-        """Reads the tokens; ``read_out`` makes the outputs of what the last block gives."""
+        confine: Callable[..., Any] = confined,
+    ) -> Any:
+        """Reads the tokens; ``read_out`` makes the outputs of what the last block gives.
+
+        Returns what ``confine`` does, which is outputs and states.
+        """
         tokens = _as_tokens(tokens, ("B", "T"))
         segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
         self._check_ids(tokens, mask)
@@ -219,7 +235,7 @@ class SequenceModel(nnx.Module):
             x, after = run_blocks(self.config, self.layers, x, before, **read)
             return read_out(x), after
 
-        return confined(run, x, before, resets, check_state=state is not None)
+        return confine(run, x, before, resets, check_state=state is not None)
 
     def _by_segment(
         self,
@@ -305,6 +321,15 @@ def with_fields(model: SequenceModel, **fields: Any) -> SequenceModel:
     config = dataclasses.replace(model.config, **fields)
     graph, _ = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))
+
+
+def _unspoilt(run, x, before, resets, *, check_state):
+    """`confined`, but outputs as they are and which tokens are reached."""
+    if not x.shape[1]:
+        return run(x, before)[0], jnp.zeros(x.shape[:2], bool)
+    arrays = only_finite(x), bad_tokens(x), before, resets
+    y, _, reached = unspoilt(run, *arrays, check_state=check_state)
+    return y, reached
 
 
 def _as_tokens(tokens: Any, layout: tuple[str, ...]) -> jax.Array:

@@ -153,8 +153,8 @@ def confined(
     if not x.shape[1]:
         return run(x, state)
     how = {"check_state": check_state}
-    y, after, reached_BT = unspoilt(run, only_finite(x), _bad(x, (0, 1)), state, resets, **how)
-    return _nan_where(_like(reached_BT, y), y), after
+    y, after, reached_BT = unspoilt(run, only_finite(x), bad_tokens(x), state, resets, **how)
+    return nan_where(_like(reached_BT, y), y), after
 
 
 def unspoilt(
@@ -179,8 +179,13 @@ def unspoilt(
     last_B1 = reached_BT1[:, -1]
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.
-    spoilt = lambda leaf: _nan_where(_like(last_B1, leaf), leaf) if _is_floating(leaf) else leaf
+    spoilt = lambda leaf: nan_where(_like(last_B1, leaf), leaf) if _is_floating(leaf) else leaf
     return y, jax.tree.map(spoilt, after), reached_BT1[..., 0]
+
+
+def bad_tokens(x: jax.Array) -> jax.Array:
+    """Where anything of tokens [B, T, ...] is not finite, [B, T] bool."""
+    return _bad(x, (0, 1))
 
 
 def only_finite(tree: Any) -> Any:
@@ -382,13 +387,14 @@ def _finite_cotangents(fixed, cotangents, *, axis_name):
 
 
 @jax.custom_jvp
-def _nan_where(reached, x):
+def nan_where(reached: jax.Array, x: jax.Array) -> jax.Array:
+    """``x`` with NaN where it is reached, flags [..., 1] alike; so is what is not 0 backwards."""
     return _nan_if(reached, x)
 
 
-@_nan_where.defjvp
+@nan_where.defjvp
 def _nan_where_jvp(primals, tangents):
-    return _nan_where(*primals), linear(_nan_if, _nan_unless_zero, primals[0], tangents[1])
+    return nan_where(*primals), linear(_nan_if, _nan_unless_zero, primals[0], tangents[1])
 
 
 def _nan_if(reached, x):

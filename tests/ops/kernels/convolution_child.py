@@ -34,7 +34,7 @@ from ops.kernels.convolution_cases import (
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
 from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.blocks import logits, rows
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, row_passes, tiling
@@ -178,7 +178,23 @@ def of_rows():
     compare("SwiGLU, back", "dhidden h", got, (dhidden[0], again))
     got = row_passes.swiglu_back(hidden[0], dy[0], again=False)[0], row_passes.swiglu(hidden[0])
     compare("SwiGLU", "dhidden h", got, (dhidden[0], again))
-    return found
+    return found | of_logits()
+
+
+def of_logits():
+    """Differences of the kernel of logits from what JAX makes of them, in several turns."""
+    row_passes.LOGITS_AT_ONCE = 16
+    drawn = 5 * jax.random.normal(jax.random.key(0), (9, 37))
+    drawn = drawn.at[3].set(-jnp.inf).at[4, 20].set(jnp.inf).at[5, 30].set(jnp.nan)
+    drawn = drawn.at[6, (4, 5)].set(50).at[7, 5].set(-jnp.inf).at[8].set(jnp.nan)
+    targets = jnp.argmax(drawn, axis=-1).at[0].set(1).at[6].set(5)
+    mask = jnp.arange(9) < 8
+    got = row_passes.logit_sums(drawn, targets, mask)
+    wanted = logits._plain(drawn, targets, mask)
+    names = ("log-sum", "target's", "correct")
+    infinite = lambda x: np.where(np.isinf(np.asarray(x, float)), np.nan, np.asarray(x, float))
+    pairs = zip(names, map(infinite, got), map(infinite, wanted), strict=True)
+    return {f"logits: {name}": relative_with_nan(x, y) for name, x, y in pairs}
 
 
 def relative_with_nan(x, reference):
@@ -325,7 +341,8 @@ def launches_of_blocks():
         reached, how = mean_square > 0, {"eps": 1e-6}
         y = row_passes.norm_forward(x, scale, more=x, reached=reached, looks=True, **how)
         dx = row_passes.norm_back(x, mean_square, scale, x, x, reached, again=True, **how)
-        return y, dx, row_passes.swiglu(hidden), row_passes.swiglu_back(hidden, dh)
+        halves = row_passes.swiglu(hidden), row_passes.swiglu_back(hidden, dh)
+        return y, dx, halves, row_passes.logit_sums(hidden, mean_square, reached)
 
     taps = jax.ShapeDtypeStruct((1, 4, sum(widths)), "float32")
     u, before = bfloat16(*tokens, sum(widths) + 8), bfloat16(8, 3, sum(widths))

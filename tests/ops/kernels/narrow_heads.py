@@ -1,6 +1,7 @@
 """What triton_child.py does with the kernels of narrow heads: cases, and what is compiled."""
 
 import itertools
+import types
 
 import helpers
 import jax
@@ -51,21 +52,21 @@ def raw_errors(case: Case, dtype: str, inputs, run, relative) -> dict[str, float
     *want, dwant = oracle.delta_product(**wide, segment_ids=segment_ids, cotangents=cotangents)
     dwant |= {name: entered(name, dwant[name])[1] for name in given}
     cotangents = jnp.asarray(do, tokens.v.dtype), jnp.asarray(dstate, jnp.float32)
-    outputs, gradients = run(tokens, state, cotangents, case, True, _Raw)
+    outputs, gradients = run(tokens, state, cotangents, case, True, RAW)
     found = dict(zip(("o", "final_state"), map(relative, outputs, want), strict=True))
     pairs = zip(helpers.ARGUMENTS, gradients, strict=True)
     return found | {"d" + n: relative(x, dwant[n]) for n, x in pairs if x is not None}
 
 
-class _Raw:
-    """The passes of narrow heads, told to."""
+def _raw_forward(tokens, state, options, *, keep_states):
+    return narrow.forward(tokens, state, options._replace(raw=True), keep_states=keep_states)
 
-    def forward(tokens, state, options, *, keep_states):
-        return narrow.forward(tokens, state, options._replace(raw=True), keep_states=keep_states)
 
-    def backward(tokens, kept, *cotangents):
-        *cotangents, options = cotangents
-        return narrow.backward(tokens, kept, *cotangents, options._replace(raw=True))
+def _raw_backward(tokens, kept, do, dfinal_state, options):
+    return narrow.backward(tokens, kept, do, dfinal_state, options._replace(raw=True))
+
+
+RAW = types.SimpleNamespace(forward=_raw_forward, backward=_raw_backward)
 
 
 def resources(every: bool, inputs, run) -> list[dict]:
@@ -73,20 +74,20 @@ def resources(every: bool, inputs, run) -> list[dict]:
     from deltaproduct_jax.ops.kernels.triton import kernels as bodies
 
     rows, call = [], passes.call
-    shapes = itertools.product(
-        (16, 32), ("bfloat16", "float32"), (True, False), (narrow, _Raw)
-    )
+    shapes = itertools.product((16, 32), ("bfloat16", "float32"), (True, False), (narrow, RAW))
 
     def compiled(name, arrays, outs, grid, launch, *, meta):
         del grid
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
         how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
         found = kernel_resources(getattr(bodies, name), structs, meta, **how)
-        rows.append(found | {"kernel": name} | {key: meta[key] for key in ("PARTS", "HAS_G", "RAW")})
+        rows.append(
+            found | {"kernel": name} | {key: meta[key] for key in ("PARTS", "HAS_G", "RAW")}
+        )
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
 
     passes.call = compiled
-    for K, dtype, gated, ways in shapes if every else [(32, "bfloat16", False, _Raw)]:
+    for K, dtype, gated, ways in shapes if every else [(32, "bfloat16", False, RAW)]:
         case = Case(T=16, R=4, B=1, H=1, K=K, V=K, gate="mild" if gated else None)
         _, _, tokens, state = inputs(case, dtype)
         do = jnp.zeros((1, 16, 1, K), dtype)

@@ -153,7 +153,7 @@ def test_each_kernel_of_narrow_heads_has_a_warp_and_keeps_its_tiles_in_registers
 @pytest.mark.slow
 def test_all_kernels_of_narrow_heads_compile_without_atomic_instructions(everything):
     rows = everything["heads"]
-    assert len(rows) == 2 * 8
+    assert len(rows) == 2 * 16
     assert not any(row["atomics"] for row in rows), rows
     of_narrow_products = [row for row in rows if row["PARTS"] == 1 and not row["HAS_G"]]
     assert not any(row["spilt_bytes"] for row in of_narrow_products), of_narrow_products

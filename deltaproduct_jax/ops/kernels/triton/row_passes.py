@@ -12,6 +12,7 @@ from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 
 MOST_CHANNELS = 8192  # of a row that a norm has in registers
 AT_ONCE = 2048  # numbers of a program, of one array
+LOGITS_AT_ONCE = 8192
 PROGRAMS = 4 * 132  # of a norm, each with a sum of its own for the scale
 
 
@@ -111,6 +112,28 @@ def swiglu_back(hidden, dh, *, again: bool = True):
     arrays, shapes = (hidden, dh.astype(hidden.dtype)), (hidden.shape, dh.shape if again else (1,))
     dhidden, h = _on_halves("swiglu_back", arrays, shapes, AGAIN=again)
     return dhidden, h if again else None
+
+
+def logit_sums(logits, targets, mask):
+    """What a cross entropy reads logits for, read once.
+
+    Args:
+      logits: [N, V].
+      targets: ids [N].
+      mask: [N] bool; where it is False all logits count as 0.
+
+    Returns:
+      The logarithm of the sum of exponentials and the target's logit, [N] float32, and whether the
+      target is the first of the largest, [N] bool.
+    """
+    N, V = logits.shape
+    columns = min(LOGITS_AT_ONCE, tiling.power_of_two(V))
+    outs = [jax.ShapeDtypeStruct((N,), dtype) for dtype in (jnp.float32, jnp.float32, jnp.int8)]
+    arrays = logits, targets.astype(jnp.int32), mask.astype(jnp.int8)
+    launch = Launch(max(1, columns // 1024), stages=1)
+    meta = {"V": V, "BV": columns}
+    *sums, correct = passes.call("logit_sums", arrays, tuple(outs), (N,), launch, meta=meta)
+    return *sums, correct != 0
 
 
 def _on_halves(name: str, arrays, shapes, **more):

@@ -1,0 +1,41 @@
+"""Body of the GPU kernel of what a cross entropy reads logits for, in Triton."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def logit_sums(
+    logits_ptr, targets_ptr, mask_ptr,
+    log_sum_ptr, of_target_ptr, correct_ptr,
+    V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """Of a row of logits [N, V] the logarithm of the sum of exponentials, the target's logit, and
+    whether that is the first of the largest.
+
+    Read once: the sum is scaled anew wherever a larger logit comes by. Rows that are masked count
+    as zeros.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    base = logits_ptr + row * V
+    target = tl.load(targets_ptr + row)
+    target = tl.where(target < 0, target + V, target)
+    known = (target >= 0) & (target < V)
+    of_target = tl.load(base + target, mask=known, other=float("nan")).to(tl.float32)
+    highest, shift, total, wrong = float("-inf"), 0.0, 0.0, 0
+    for start in range(0, V, BV):
+        ids = start + tl.arange(0, BV)
+        x = tl.load(base + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
+        before, first = shift, highest == float("-inf")
+        highest = tl.maximum(highest, tl.max(x, axis=0))
+        # Of an infinite highest logit the difference would be NaN.
+        shift = tl.where(tl.abs(highest) < float("inf"), highest, 0.0)
+        total *= tl.where(first, 0.0, tl.exp(before - shift))
+        total += tl.sum(tl.exp(x - shift), axis=0)
+        behind = (x < of_target) | ((x == of_target) & (ids >= target)) | (ids >= V)
+        wrong = tl.maximum(wrong, tl.max(tl.where(behind, 0, 1), axis=0))
+    counted = tl.load(mask_ptr + row) != 0
+    log_sum = tl.where(counted, shift + tl.log(total), tl.log(V * 1.0))
+    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(of_target_ptr + row, tl.where(counted, of_target, 0.0))
+    tl.store(correct_ptr + row, tl.where(wrong == 0, 1, 0).to(tl.int8))
