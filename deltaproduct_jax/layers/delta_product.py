@@ -295,16 +295,10 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         """What `_inputs` returns but the decay, of one product."""
         B, T, _ = x.shape
         R, H, Hv, K = self.num_householder, self.num_heads, self.num_v_heads, self.head_dim
-        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
-        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
-        # Rows of whole sectors of memory, 32 bytes in bfloat16.
-        columns = sum(kernel.shape[1] for kernel in kernels)
-        filling = jnp.zeros((x.shape[2], -columns % 16), self.dtype)
-        kernel = jnp.concatenate([*kernels, filling], axis=1)
+        joined = getattr(self, "joined", None) or self.joined_kernels()
+        kernel, taps = (joined[name][...] for name in ("qkvb", "taps"))
         u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        wide = accumulator_dtype(self.dtype)
-        taps = jnp.concatenate([conv.weight[...].astype(wide) for conv in convs], axis=1)
         before = jnp.concatenate([state.q_conv, state.k_conv, state.v_conv], axis=2)
         before = before.astype(u.dtype)
         run = segment_runs(segment_ids)
@@ -319,6 +313,19 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         beta = self._sizes(b[..., : R * Hv].reshape(B, T, R, Hv))
         q, k = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K)
         return q, k, v.reshape(B, T, R, Hv, -1), beta, tails
+
+    def joined_kernels(self) -> dict[str, jax.Array]:
+        """The kernels of q, k, v and beta side by side, and the taps, as one product reads them."""
+        if not self.use_short_conv:
+            return {}
+        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
+        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
+        # Rows of whole sectors of memory, 32 bytes in bfloat16.
+        columns = sum(kernel.shape[1] for kernel in kernels)
+        filling = jnp.zeros((self.hidden_size, -columns % 16), self.dtype)
+        convs, wide = (self.q_conv1d, self.k_conv1d, self.v_conv1d), accumulator_dtype(self.dtype)
+        taps = jnp.concatenate([conv.weight[...].astype(wide) for conv in convs], axis=1)
+        return {"qkvb": jnp.concatenate([*kernels, filling], axis=1), "taps": taps}
 
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""

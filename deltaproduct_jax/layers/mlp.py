@@ -1,5 +1,6 @@
 """The channel mixer of a block: SwiGLU."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
@@ -12,6 +13,7 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.ops.blocks.rows import HIDDEN_POINT as POINT
 from deltaproduct_jax.ops.blocks.rows import residual_swiglu
+from deltaproduct_jax.ops.parts import placement
 
 
 def swiglu_width(hidden_size: int, hidden_ratio: float = 4.0) -> int:
@@ -72,6 +74,16 @@ class SwiGLU(nnx.Module):
 
         ``reached`` are tokens whose ``more`` is NaN, see ``ops/blocks/rows.py``.
         """
-        maps = (self.gate_proj, self.up_proj, self.down_proj)
-        kernels = (m.kernel[...].astype(x.dtype) for m in maps)
-        return residual_swiglu(x, more, reached, norm.scale[...], *kernels, norm.eps)
+        # Over a mesh, which may cut its columns, an axis of its own keeps gate and up apart.
+        axis = 1 if placement() is None else None
+        joined = getattr(self, "joined", None) or self.joined_kernels(axis)
+        first = joined["gate_up"][...].astype(x.dtype)
+        down = self.down_proj.kernel[...].astype(x.dtype)
+        return residual_swiglu(x, more, reached, norm.scale[...], first, down, norm.eps)
+
+    def joined_kernels(self, axis: int | None = 1) -> dict[str, jax.Array]:
+        """The kernels of gate and up along one axis; None: a new one between the others."""
+        kernels = [m.kernel[...] for m in (self.gate_proj, self.up_proj)]
+        if axis is None:
+            return {"gate_up": jnp.stack(kernels, axis=1)}
+        return {"gate_up": jnp.concatenate(kernels, axis=axis)}

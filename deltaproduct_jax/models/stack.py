@@ -89,13 +89,17 @@ def run_blocks(
 def with_rounded_kernels(block: nnx.Module) -> nnx.Module:
     """The block with the kernels of its linear maps in the dtype that these compute in.
 
-    Rounded in front of a block that is computed anew, they are rounded once.
+    Rounded, and joined where one product takes several, in front of a block that is computed anew,
+    they are so once.
     """
     block = nnx.merge(*nnx.split(block))
     for _, module in nnx.iter_modules(block):
         if isinstance(module, nnx.Linear):
             kernel = module.kernel[...]
             module.kernel = nnx.Param(kernel.astype(module.dtype or kernel.dtype))
+    for _, module in nnx.iter_modules(block):
+        if joined := getattr(module, "joined_kernels", dict)():
+            module.joined = nnx.data({name: nnx.Param(x) for name, x in joined.items()})
     return block
 
 

@@ -40,8 +40,8 @@ def heads(x):
 
 PAIRS = {
     "swiglu": (
-        lambda x, scale, more, *kernels: rows.residual_swiglu(
-            x, more, jnp.zeros((B, T), bool), scale, *kernels, EPS
+        lambda x, scale, more, gate, up, down: rows.residual_swiglu(
+            x, more, jnp.zeros((B, T), bool), scale, jnp.hstack([gate, up]), down, EPS
         ),
         swiglu,
     ),

@@ -142,8 +142,7 @@ def residual_swiglu(
     more: jax.Array,
     reached: jax.Array,
     scale: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
+    first: jax.Array,
     down: jax.Array,
     eps: float,
 ) -> jax.Array:
@@ -155,15 +154,11 @@ def residual_swiglu(
       reached: tokens whose ``more`` is NaN, whatever it is, and so are their cotangents that are
         not 0, [B, T] bool.
       scale: of the norm, [D].
-      gate: [D, F], in the dtype of ``x``.
-      up: the same.
+      first: gate and up, in the dtype of ``x``: [D, 2 F], or where a mesh cuts F [D, 2, F].
       down: [F, D], in that dtype too.
       eps: added to the mean square.
     """
     on_tokens = _on_tokens(x, down.shape[0])
-    # One matrix, but where a mesh cuts F: there an axis of its own keeps gate and up apart.
-    join = jnp.concatenate if on_tokens is None else jnp.stack
-    first = join([gate, up], axis=1)
     arrays = mark_all_varying((x, more, reached, scale, first, down))
     return _swiglu(eps, on_tokens, *arrays)
 
