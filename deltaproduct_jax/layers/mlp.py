@@ -69,17 +69,18 @@ class SwiGLU(nnx.Module):
         more: Float[Array, "B T D"],
         reached: Bool[Array, "B T"],
         norm: RMSNorm,
+        keeps: bool = False,
     ) -> Float[Array, "B T D"]:
         """``z + self(norm(z))`` of ``z = x + more``; all in the dtype of ``x``.
 
-        ``reached`` are tokens whose ``more`` is NaN, see ``ops/blocks/rows.py``.
+        ``reached`` are tokens whose ``more`` is NaN, and ``keeps`` is of ``ops/blocks/rows.py``.
         """
         # Over a mesh, which may cut its columns, an axis of its own keeps gate and up apart.
         axis = 1 if placement() is None else None
         joined = getattr(self, "joined", None) or self.joined_kernels(axis)
         first = joined["gate_up"][...].astype(x.dtype)
         down = self.down_proj.kernel[...].astype(x.dtype)
-        return residual_swiglu(x, more, reached, norm.scale[...], first, down, norm.eps)
+        return residual_swiglu(x, more, reached, norm.scale[...], first, down, norm.eps, keeps)
 
     def joined_kernels(self, axis: int | None = 1) -> dict[str, jax.Array]:
         """The kernels of gate and up along one axis; None: a new one between the others."""

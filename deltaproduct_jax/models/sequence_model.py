@@ -41,6 +41,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         norm = {"eps": config.norm_eps, **config.jax_dtypes}
+        self.keeps = config.remat == "none"  # what a way back could make again
         self.attn_norm = RMSNorm(config.hidden_size, **norm)
         self.attn = make_mixer(config, layer, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
@@ -73,7 +74,7 @@ class Block(nnx.Module):
         if fused and self._may_be_fused(x):
             x, y, bad = self.attn_norm.forked(x)
             y, reached, state = self.attn.unspoilt(y, bad, **read, **(passed_on or {}))
-            return self.mlp.residual(x, y, reached, self.mlp_norm), state
+            return self.mlp.residual(x, y, reached, self.mlp_norm, self.keeps), state
         y, state = self.attn(named(self.attn_norm(x), "mixer_input"), **read, **(passed_on or {}))
         x = x + named(y, "mixer_output")
         y = self.mlp(named(self.mlp_norm(x), "mlp_input"))

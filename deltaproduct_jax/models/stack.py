@@ -34,7 +34,7 @@ _KEPT = {
         _policies.save_only_these_names(
             *RESIDUAL_NAMES[1:],
             *(convolution.POINT, convolution.READ_POINT, containment.POINT, rows.MIDDLE),
-            *(rows.NORM_POINT, rows.HIDDEN_POINT, rows.PRODUCT_POINT, softmax.POINT),
+            *(rows.NORM_POINT, rows.HIDDEN_POINT, softmax.POINT),
         ),
     ),
     "blocks": lambda config: _policies.nothing_saveable,

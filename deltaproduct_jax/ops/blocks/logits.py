@@ -10,6 +10,9 @@ from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.kernels.triton import row_passes as of_triton
 from deltaproduct_jax.ops.parts import explicit_names, placement
 
+# Of fewer XLA's reductions take a row at a time, and a program for each is slower.
+LEAST_VOCABULARY = 4096
+
 
 def sums(
     logits: jax.Array, targets: jax.Array, mask: jax.Array
@@ -36,6 +39,7 @@ def takes_kernel(logits: jax.Array) -> bool:
         kernels.is_installed("triton")
         and all(isinstance(size, int) for size in logits.shape)
         and logits.size > 0
+        and logits.shape[-1] >= LEAST_VOCABULARY
         and of_triton.unsupported(dtype=logits.dtype, D=1) is None
         and placement() is None
         and not any(explicit_names(logits))

@@ -26,8 +26,6 @@ from deltaproduct_jax.ops.varying import mark_all_varying
 
 # Names for policies of `jax.checkpoint`: mean squares of rows, what stands between mixer and MLP,
 # and both widened products.
-KEEPS = False
-PRODUCT_POINT = "mlp_product"
 NORM_POINT, MIDDLE, HIDDEN_POINT = "norm_of_rows", "block_middle", "mlp_hidden"
 
 
@@ -145,6 +143,7 @@ def residual_swiglu(
     first: jax.Array,
     down: jax.Array,
     eps: float,
+    keeps: bool = False,
 ) -> jax.Array:
     """``z + (silu(y gate) * (y up)) down``, with y the norm of ``z = x + more``.
 
@@ -157,28 +156,30 @@ def residual_swiglu(
       first: gate and up, in the dtype of ``x``: [D, 2 F], or where a mesh cuts F [D, 2, F].
       down: [F, D], in that dtype too.
       eps: added to the mean square.
+      keeps: keep what SwiGLU makes, instead of making it again on the way back.
     """
     on_tokens = _on_tokens(x, down.shape[0])
     arrays = mark_all_varying((x, more, reached, scale, first, down))
-    return _swiglu(eps, on_tokens, *arrays)
+    return _swiglu((eps, keeps), on_tokens, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _swiglu(eps, on_tokens, x, more, reached, scale, first, down):
-    return _swiglu_forward(eps, on_tokens, x, more, reached, scale, first, down)[0]
+def _swiglu(how, on_tokens, x, more, reached, scale, first, down):
+    return _swiglu_forward(how, on_tokens, x, more, reached, scale, first, down)[0]
 
 
-def _swiglu_forward(eps, on_tokens, x, more, reached, scale, first, down):
+def _swiglu_forward(how, on_tokens, x, more, reached, scale, first, down):
+    eps, keeps = how
     z, y, mean_square = _norm_of_sum(eps)(on_tokens, x, more, reached, scale)
     z, mean_square = checkpoint_name(z, MIDDLE), checkpoint_name(mean_square, NORM_POINT)
     hidden = checkpoint_name(jnp.tensordot(y, first, 1), HIDDEN_POINT)
     h = _activated(on_tokens, hidden)
-    kept = checkpoint_name(h, PRODUCT_POINT) if KEEPS else None
-    out = z + (kept if KEEPS else h) @ down
+    out, kept = z + h @ down, h if keeps else None
     return out, (z, mean_square, reached, scale, hidden, kept, first, down)
 
 
-def _swiglu_backward(eps, on_tokens, residuals, dout):
+def _swiglu_backward(how, on_tokens, residuals, dout):
+    eps, _ = how
     z, mean_square, reached, scale, hidden, kept, first, down = residuals
     dhidden, h = _activated_back(kept is None)(on_tokens, hidden, dout @ down.T)
     h = h if kept is None else kept

@@ -19,6 +19,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, count_parameters
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.compiled import compiler_options
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import initial_model
 from deltaproduct_jax.training.measuring.throughput import Throughput
@@ -70,7 +71,8 @@ def our_rows(
     step = make_train_step(definition, make_optimizer(training), make_schedule(training), 1, layout)
     batch = jax.jit(layout.cut_batch)(_batch_of(tokens))  # it stays where the step wants it
     began = time.perf_counter()
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
+    options = compiler_options(layout.mesh, model_config.hidden_size)
+    lowered = jax.jit(step, donate_argnums=0, compiler_options=options).lower(state, batch)
     lower_s = time.perf_counter() - began
     losses: list[jax.Array] = []
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def logit_sums(
@@ -26,14 +28,18 @@ def logit_sums(
     for start in range(0, V, BV):
         ids = start + tl.arange(0, BV)
         x = tl.load(base + ids, mask=ids < V, other=float("-inf")).to(tl.float32)
-        before, first = shift, highest == float("-inf")
-        highest = tl.maximum(highest, tl.max(x, axis=0))
+        here = tl.max(x, axis=0)
+        if here == of_target:  # seldom: then it matters who comes first
+            first = tl.min(tl.where((x == here) & (ids < V), ids, V), axis=0)
+            wrong = tl.where(first < target, 1, wrong)
+        wrong = tl.where(here > of_target, 1, wrong)
+        before, is_first = shift, highest == float("-inf")
+        highest = tl.maximum(highest, here)
         # Of an infinite highest logit the difference would be NaN.
         shift = tl.where(tl.abs(highest) < float("inf"), highest, 0.0)
-        total *= tl.where(first, 0.0, tl.exp(before - shift))
-        total += tl.sum(tl.exp(x - shift), axis=0)
-        behind = (x < of_target) | ((x == of_target) & (ids >= target)) | (ids >= V)
-        wrong = tl.maximum(wrong, tl.max(tl.where(behind, 0, 1), axis=0))
+        total *= tl.where(is_first, 0.0, tl.exp(before - shift))
+        total += tl.sum(tl.exp2(x * LOG2_E - shift * LOG2_E), axis=0)
+    wrong = tl.where((total == total) & (of_target == of_target), wrong, 1)  # NaN is no answer
     counted = tl.load(mask_ptr + row) != 0
     log_sum = tl.where(counted, shift + tl.log(total), tl.log(V * 1.0))
     tl.store(log_sum_ptr + row, log_sum)

@@ -64,7 +64,7 @@ class _Call:
         self.meta = {
             **{"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "V": V},
             **{"BK": tiling.power_of_two(K), "BV": tiling.power_of_two(V)},
-            **{"C": C, "CP": tiling.power_of_two(C)},
+            **{"C": C, "CP": tiling.power_of_two(C), "CQ": 1 << (C - 1).bit_length()},
             **{"M": M, "N": self.N, "PARTS": parts, **gates},
             **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
         }

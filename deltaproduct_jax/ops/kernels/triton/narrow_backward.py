@@ -8,6 +8,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     applied,
     block,
     entered,
+    gathered,
     gram,
     kept_series,
     left,
@@ -18,6 +19,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     product,
     put_block,
     rounded,
+    spread,
     summed_to,
     sums_and_decays,
     turned,
@@ -90,7 +92,7 @@ def narrow_backward(
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
+    CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs and of the initial state; dq and dk are those of one value head.
@@ -125,8 +127,13 @@ def narrow_backward(
         )  # fmt: skip
         is_token = c < tokens
         k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-        q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
-        k_in, q_in = entered(k_in, EPSILON, RAW, True), entered(q_in, EPSILON, RAW, True)
+        k_in = entered(k_in, EPSILON, RAW, True)
+        if RAW:
+            few = tl.arange(0, CQ)
+            q_in = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
+            q_in = spread(entered(q_in, EPSILON, RAW, True), is_token, CP)
+        else:
+            q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
         do = block(place(do_ptr, row, hv, HV, V), c, values, is_token, HV, V, BV)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k_in, dtype, PARTS), parts(q_in, dtype, PARTS)
@@ -191,12 +198,15 @@ def narrow_backward(
         dk = added(parts(dF + tl.trans(dF), dtype, PARTS), k, dk, PARTS)
         if RAW:
             k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-            q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
-            written_k, written_q = left(dk, k_in, EPSILON, True), left(dq, q_in, EPSILON, True)
+            few = tl.arange(0, CQ)
+            q_in = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
+            du = left(gathered(dq, CQ), q_in, EPSILON, True)
+            put_block(place(dq_ptr, row, hv, HV, K), du, few, keys, few < tokens, HV, K, BK)
+            du = left(dk, k_in, EPSILON, True)
+            put_block(place(dk_ptr, row * R, hv, HV, K), du, m, keys, updates, HV, K, BK)
         else:
-            written_k, written_q = dk, dq
-        put_block(place(dq_ptr, row, hv, HV, K), written_q, c, keys, is_token, HV, K, BK)
-        put_block(place(dk_ptr, row * R, hv, HV, K), written_k, m, keys, updates, HV, K, BK)
+            put_block(place(dq_ptr, row, hv, HV, K), dq, c, keys, is_token, HV, K, BK)
+            put_block(place(dk_ptr, row * R, hv, HV, K), dk, m, keys, updates, HV, K, BK)
         if DECAYS:
             dSt *= through
         dSt = added(turned(do_in), q, dSt, PARTS)

@@ -146,16 +146,37 @@ def entered(u, EPSILON: tl.constexpr, RAW: tl.constexpr, UNIT: tl.constexpr):
 
 
 @triton.jit
+def spread(x, inside, ROWS: tl.constexpr):
+    """Rows [n, W] as the first of [ROWS, W], zeros where nothing is inside."""
+    n: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    if n < ROWS:
+        x = tl.reshape(tl.broadcast_to(x[None, :, :], [ROWS // n, n, W]), [ROWS, W])
+        x = tl.where(inside[:, None], x, tl.zeros([ROWS, W], x.dtype))
+    return x
+
+
+@triton.jit
+def gathered(x, n: tl.constexpr):
+    """The first n rows of x, of which all others are zero."""
+    ROWS: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    if n < ROWS:
+        x = tl.sum(tl.reshape(x, [ROWS // n, n, W]), axis=0)
+    return x
+
+
+@triton.jit
 def left(dy, u, EPSILON: tl.constexpr, UNIT: tl.constexpr):
     """The cotangent of a block u from that of what `entered` makes of it, in float32."""
     z = u.to(tl.float32)
     s = sigmoid(z)
+    y = z * s
     if UNIT:
-        y = z * s
         inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
         along = tl.sum(y * dy, axis=1, keep_dims=True) * inverse * inverse
         dy = inverse * (dy - y * along)
-    return dy * (s * (1 + z * (1 - s)))
+    return dy * (s + (y - y * s))
 
 
 @triton.jit

@@ -81,7 +81,8 @@ def norm_back(
     N, D = x.shape
     columns = tiling.power_of_two(D)
     rows = max(1, AT_ONCE // columns)
-    times = -(-N // (rows * PROGRAMS))
+    # Short rows leave less under way, but sums for a short scale.
+    times = -(-N // (rows * PROGRAMS * max(1, min(4, AT_ONCE // (2 * columns)))))
     programs = -(-N // (rows * times))
     forked, has_reached = dx_after is not None, reached is not None
     meta = {"N": N, "D": D, "BD": columns, "ROWS": rows, "TIMES": times}

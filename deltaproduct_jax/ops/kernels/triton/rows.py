@@ -68,12 +68,24 @@ def norm_back(
     there = columns < D
     scale = tl.load(scale_ptr + columns, mask=there, other=0.0).to(tl.float32)[None, :]
     dscale = tl.zeros([ROWS, BD], tl.float32)
+    rows = program * TIMES * ROWS + tl.arange(0, ROWS)
+    offsets = rows[:, None] * D + columns[None, :]
+    inside = (rows < N)[:, None] & there[None, :]
+    next_x = tl.load(x_ptr + offsets, mask=inside, other=0.0)
+    next_dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0)
+    next_after = next_x
+    if FORKED:
+        next_after = tl.load(dx_after_ptr + offsets, mask=inside, other=0.0)
     for time in range(0, TIMES):
-        rows = (program * TIMES + time) * ROWS + tl.arange(0, ROWS)
+        x, dy, after = next_x.to(tl.float32), next_dy.to(tl.float32), next_after.to(tl.float32)
+        # What comes next is under way meanwhile.
+        ahead = (rows + ROWS < N)[:, None] & there[None, :] & (time + 1 < TIMES)
+        ahead_offsets = offsets + ROWS * D
+        next_x = tl.load(x_ptr + ahead_offsets, mask=ahead, other=0.0)
+        next_dy = tl.load(dy_ptr + ahead_offsets, mask=ahead, other=0.0)
+        if FORKED:
+            next_after = tl.load(dx_after_ptr + ahead_offsets, mask=ahead, other=0.0)
         inside = (rows < N)[:, None] & there[None, :]
-        offsets = rows[:, None] * D + columns[None, :]
-        x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         mean_square = tl.load(mean_square_ptr + rows, mask=rows < N, other=1.0)
         inverse = tl.rsqrt(mean_square + EPSILON)[:, None]
         unit = x * inverse
@@ -84,12 +96,14 @@ def norm_back(
         along = tl.sum(dunit * unit, axis=1, keep_dims=True) / D
         dx = inverse * (dunit - unit * along)
         if FORKED:
-            dx += tl.load(dx_after_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            dx += after
         dx = dx.to(dx_ptr.dtype.element_ty)
         if HAS_REACHED:
             reached = tl.load(reached_ptr + rows, mask=rows < N, other=0) != 0
             dx = tl.where(reached[:, None] & (dx != 0), float("nan"), dx).to(dx.dtype)
         tl.store(dx_ptr + offsets, dx, mask=inside)
+        offsets = ahead_offsets
+        rows += ROWS
     tl.store(dscale_ptr + program * D + columns, tl.sum(dscale, axis=0), mask=there)
 
 
