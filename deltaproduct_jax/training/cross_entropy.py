@@ -1,8 +1,9 @@
 """Cross entropy of logits that are read as seldom as can be.
 
 Logits are the largest array of a language model by far, so what is derived from them must not
-become another such array in float32. On the way forward a GPU's kernel reads them once
-(`ops/blocks/logits.py`), and the way back once more, writing their cotangent in their own dtype.
+become another such array in float32. Here two reductions read them on the way forward, or a GPU's
+kernel once (`ops/blocks/logits.py`), and the way back reads them once more and writes their
+cotangent in their own dtype.
 
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
@@ -44,7 +45,8 @@ def of_tokens(
             cotangent is 0.
         reached: [...] bool or None; where it is True, and the mask too, logits count as NaN.
     """
-    log_sum, of_target, correct = _sums(logits, targets, mask)
+    sums = of_logits.sums if of_logits.takes_kernel(logits) else _sums
+    log_sum, of_target, correct = sums(logits, targets, mask)
     if reached is not None:
         correct &= ~reached
         log_sum, of_target = (nan_where(reached & mask, x) for x in (log_sum, of_target))
@@ -54,7 +56,7 @@ def of_tokens(
 @jax.custom_jvp
 def _sums(logits, targets, mask):
     """The logarithm of the sum of exponentials, the target's logit, and correct answers."""
-    return of_logits.sums(logits, targets, mask)
+    return of_logits.plain(logits, targets, mask)
 
 
 @_sums.defjvp

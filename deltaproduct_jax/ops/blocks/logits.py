@@ -1,4 +1,6 @@
-"""What a cross entropy reads logits for, the largest array of a language model, once on a GPU.
+"""What a cross entropy reads logits for, the largest array of a language model, once each way.
+
+By kernels on a GPU and plainly elsewhere; with them there is no forward mode.
 
 Shape suffixes: B batch, T tokens, V vocabulary.
 """
@@ -7,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops import kernels
+from deltaproduct_jax.ops.blocks.rows import by_kernel_or_plain
 from deltaproduct_jax.ops.kernels.triton import row_passes as of_triton
 from deltaproduct_jax.ops.parts import explicit_names, placement
 
@@ -14,27 +17,8 @@ from deltaproduct_jax.ops.parts import explicit_names, placement
 LEAST_VOCABULARY = 4096
 
 
-def sums(
-    logits: jax.Array, targets: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The logarithm of the sum of exponentials, the target's logit, and correct answers.
-
-    By a kernel on a GPU that has whole arrays; it is not to be differentiated.
-
-    Args:
-      logits: [..., V], of any floating dtype.
-      targets: ids [...].
-      mask: [...] bool; where it is False all logits count as 0.
-
-    Returns:
-      Both in float32, and whether the target is the likeliest id, the smallest of several.
-    """
-    runs = {"cuda": _by_kernel} if takes_kernel(logits) else {}
-    return jax.lax.platform_dependent(logits, targets, mask, **runs, default=_plain)
-
-
 def takes_kernel(logits: jax.Array) -> bool:
-    """Whether a GPU runs the kernel for these."""
+    """Whether a GPU runs `sums` of these by kernels."""
     return (
         kernels.is_installed("triton")
         and all(isinstance(size, int) for size in logits.shape)
@@ -46,24 +30,38 @@ def takes_kernel(logits: jax.Array) -> bool:
     )
 
 
-@jax.custom_batching.custom_vmap
-def _by_kernel(logits, targets, mask):
-    found = of_triton.logit_sums(
-        logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), mask.reshape(-1)
-    )
-    return tuple(x.reshape(targets.shape) for x in found)
+@jax.custom_vjp
+def sums(
+    logits: jax.Array, targets: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The logarithm of the sum of exponentials, the target's logit, and correct answers.
+
+    Args:
+      logits: [B, T, V], of which `takes_kernel` says so.
+      targets: ids [B, T].
+      mask: [B, T] bool; where it is False all logits count as 0.
+
+    Returns:
+      Both in float32, and whether the target is the likeliest id, the smallest of several.
+    """
+    return _forward(None, logits, targets, mask)
 
 
-@_by_kernel.def_vmap
-def _mapped(axis_size, in_batched, *arrays):
-    joined = (
-        x if batched else jnp.broadcast_to(x, (axis_size, *x.shape))
-        for x, batched in zip(arrays, in_batched, strict=True)
-    )
-    return _by_kernel(*joined), (True,) * 3
+def _sums_forward(logits, targets, mask):
+    found = sums(logits, targets, mask)
+    return found, (logits, targets, mask, found[0])
 
 
-def _plain(logits, targets, mask):
+def _sums_backward(residuals, cotangents):
+    dlog_sum, dof_target, _ = cotangents
+    return *_back(None, *residuals, dlog_sum, dof_target), None, None
+
+
+sums.defvjp(_sums_forward, _sums_backward)
+
+
+def plain(logits, targets, mask):
+    """`sums` as JAX has it, which can be differentiated either way."""
     wide = widened(logits, mask)
     highest = jnp.max(wide, axis=-1)
     # Of an infinite highest logit the difference would be NaN.
@@ -76,6 +74,14 @@ def _plain(logits, targets, mask):
     return log_sum, of_target, jnp.all(behind, axis=-1)
 
 
+def plain_back(logits, targets, mask, log_sum, dlog_sum, dof_target):
+    """The cotangent of the logits, in their dtype."""
+    probabilities = jnp.exp(widened(logits, mask) - log_sum[..., None])
+    of_target = jnp.where(ids(logits) == targets[..., None], dof_target[..., None], 0)
+    dlogits = probabilities * dlog_sum[..., None] + of_target
+    return (jnp.where(mask[..., None], dlogits, 0).astype(logits.dtype),)
+
+
 def widened(logits: jax.Array, mask: jax.Array) -> jax.Array:
     """In float32, and 0 where the mask is False."""
     return jnp.where(mask[..., None], logits.astype(jnp.float32), 0)
@@ -84,3 +90,18 @@ def widened(logits: jax.Array, mask: jax.Array) -> jax.Array:
 def ids(logits: jax.Array) -> jax.Array:
     """The id of each."""
     return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+
+
+def _by_kernel(logits, *of_tokens):
+    flat = logits.reshape(-1, logits.shape[-1]), *(x.reshape(-1) for x in of_tokens)
+    return tuple(x.reshape(logits.shape[:-1]) for x in of_triton.logit_sums(*flat))
+
+
+def _back_by_kernel(logits, *of_tokens):
+    flat = logits.reshape(-1, logits.shape[-1]), *(x.reshape(-1) for x in of_tokens)
+    return (of_triton.logit_back(*flat).reshape(logits.shape),)
+
+
+# Never over a mesh, so that layouts are not asked for.
+_forward = by_kernel_or_plain(_by_kernel, plain, (), ())
+_back = by_kernel_or_plain(_back_by_kernel, plain_back, (), ())

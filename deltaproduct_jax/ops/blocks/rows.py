@@ -195,7 +195,7 @@ _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 _of_tokens = functools.partial(jnp.tensordot, axes=((0, 1), (0, 1)))
 
 
-def _by_kernel_or_plain(
+def by_kernel_or_plain(
     by_kernel: Callable, plain: Callable, layouts: Sequence[str], out_layouts: Sequence[str]
 ) -> Callable:
     """A kernel on a GPU, plainly elsewhere, where it is mapped and where it is differentiated.
@@ -241,7 +241,7 @@ def _norm_alone(eps: float) -> Callable:
         return y.reshape(x.shape), mean_square.reshape(*x.shape[:-1], 1)
 
     plain = lambda x, scale: _norm(x, scale, eps, x.dtype)
-    return _by_kernel_or_plain(by_kernel, plain, ("BTHD", "D"), ("BTHD", "BTH1"))
+    return by_kernel_or_plain(by_kernel, plain, ("BTHD", "D"), ("BTHD", "BTH1"))
 
 
 @functools.cache
@@ -258,7 +258,7 @@ def _norm_looking(eps: float) -> Callable:
         finite = jnp.isfinite(y)
         return jnp.where(finite, y, 0), mean_square, ~jnp.all(finite, axis=-1)
 
-    return _by_kernel_or_plain(by_kernel, plain, ("BTD", "D"), ("BTD", "BT1", "BT"))
+    return by_kernel_or_plain(by_kernel, plain, ("BTD", "D"), ("BTD", "BT1", "BT"))
 
 
 @functools.cache
@@ -275,7 +275,7 @@ def _norm_of_sum(eps: float) -> Callable:
         return z, *_norm(z, scale, eps, x.dtype)
 
     layouts = ("BTD", "BTD", "BT", "D")
-    return _by_kernel_or_plain(by_kernel, plain, layouts, ("BTD", "BTD", "BT1"))
+    return by_kernel_or_plain(by_kernel, plain, layouts, ("BTD", "BTD", "BT1"))
 
 
 def _back_by_kernel(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None):
@@ -304,7 +304,7 @@ def _back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=No
 
 def _back(eps, again, layouts, out_layouts):
     of_both = (functools.partial(f, eps, again) for f in (_back_by_kernel, _back_plain))
-    return _by_kernel_or_plain(*of_both, layouts, out_layouts)
+    return by_kernel_or_plain(*of_both, layouts, out_layouts)
 
 
 @functools.cache
@@ -340,7 +340,7 @@ def _sizes(hidden):
     return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:])
 
 
-_run_activated = _by_kernel_or_plain(_activated_by_kernel, _activated_plain, ("BT2F",), ("BTF",))
+_run_activated = by_kernel_or_plain(_activated_by_kernel, _activated_plain, ("BT2F",), ("BTF",))
 _activated = lambda *arrays: _run_activated(*arrays)[0]
 
 
@@ -357,4 +357,4 @@ def _activated_back(again: bool) -> Callable:
         (h,), pull = jax.vjp(_activated_plain, hidden)
         return pull((dh,))[0], h if again else None
 
-    return _by_kernel_or_plain(by_kernel, plain, ("BT2F", "BTF"), ("BT2F", "BTF"))
+    return by_kernel_or_plain(by_kernel, plain, ("BT2F", "BTF"), ("BT2F", "BTF"))

@@ -190,11 +190,15 @@ def of_logits():
     targets = jnp.argmax(drawn, axis=-1).at[0].set(1).at[6].set(5)
     mask = jnp.arange(9) < 8
     got = row_passes.logit_sums(drawn, targets, mask)
-    wanted = logits._plain(drawn, targets, mask)
+    wanted = logits.plain(drawn, targets, mask)
     names = ("log-sum", "target's", "correct")
     infinite = lambda x: np.where(np.isinf(np.asarray(x, float)), np.nan, np.asarray(x, float))
     pairs = zip(names, map(infinite, got), map(infinite, wanted), strict=True)
-    return {f"logits: {name}": relative_with_nan(x, y) for name, x, y in pairs}
+    found = {f"logits: {name}": relative_with_nan(x, y) for name, x, y in pairs}
+    weights = jax.random.normal(jax.random.key(1), (2, 9))
+    arrays = drawn, targets, mask, wanted[0], *weights
+    back, wanted = row_passes.logit_back(*arrays), logits.plain_back(*arrays)
+    return found | {"logits, back": relative_with_nan(back, *wanted)}
 
 
 def relative_with_nan(x, reference):
@@ -342,7 +346,9 @@ def launches_of_blocks():
         y = row_passes.norm_forward(x, scale, more=x, reached=reached, looks=True, **how)
         dx = row_passes.norm_back(x, mean_square, scale, x, x, reached, again=True, **how)
         halves = row_passes.swiglu(hidden), row_passes.swiglu_back(hidden, dh)
-        return y, dx, halves, row_passes.logit_sums(hidden, mean_square, reached)
+        arrays = hidden, mean_square, reached
+        back = row_passes.logit_back(*arrays, *3 * (mean_square,))
+        return y, dx, halves, row_passes.logit_sums(*arrays), back
 
     taps = jax.ShapeDtypeStruct((1, 4, sum(widths)), "float32")
     u, before = bfloat16(*tokens, sum(widths) + 8), bfloat16(8, 3, sum(widths))

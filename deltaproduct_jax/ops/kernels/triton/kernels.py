@@ -27,6 +27,7 @@ from deltaproduct_jax.ops.kernels.triton.convolution import (
     convolve_parts_back as convolve_parts_back,
 )
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
+from deltaproduct_jax.ops.kernels.triton.logits import logit_back as logit_back
 from deltaproduct_jax.ops.kernels.triton.logits import logit_sums as logit_sums
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
 from deltaproduct_jax.ops.kernels.triton.narrow_forward import narrow_forward as narrow_forward

@@ -1,4 +1,4 @@
-"""Body of the GPU kernel of what a cross entropy reads logits for, in Triton."""
+"""Bodies of the GPU kernels of what a cross entropy reads logits for, in Triton."""
 
 import triton
 import triton.language as tl
@@ -45,3 +45,22 @@ def logit_sums(
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(of_target_ptr + row, tl.where(counted, of_target, 0.0))
     tl.store(correct_ptr + row, tl.where(wrong == 0, 1, 0).to(tl.int8))
+
+
+@triton.jit
+def logit_back(
+    logits_ptr, targets_ptr, mask_ptr, log_sum_ptr, dlog_sum_ptr, dof_target_ptr,
+    dlogits_ptr,
+    V: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    """The cotangent of logits [N, V], 0 in rows that are masked."""
+    row = tl.program_id(1).to(tl.int64)
+    ids = tl.program_id(0) * BV + tl.arange(0, BV)
+    target = tl.load(targets_ptr + row)
+    target = tl.where(target < 0, target + V, target)
+    x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=0.0).to(tl.float32)
+    probabilities = tl.exp2((x - tl.load(log_sum_ptr + row)) * LOG2_E)
+    dx = probabilities * tl.load(dlog_sum_ptr + row)
+    dx += tl.where(ids == target, tl.load(dof_target_ptr + row), 0.0)
+    dx = tl.where(tl.load(mask_ptr + row) != 0, dx, 0.0)
+    tl.store(dlogits_ptr + row * V + ids, dx.to(dlogits_ptr.dtype.element_ty), mask=ids < V)

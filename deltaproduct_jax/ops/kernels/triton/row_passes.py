@@ -137,6 +137,17 @@ def logit_sums(logits, targets, mask):
     return *sums, correct != 0
 
 
+def logit_back(logits, targets, mask, log_sum, dlog_sum, dof_target):
+    """The cotangent of logits [N, V], from those of what `logit_sums` returns."""
+    N, V = logits.shape
+    columns = min(LOGITS_AT_ONCE // 2, tiling.power_of_two(V))
+    arrays = logits, targets.astype(jnp.int32), mask.astype(jnp.int8), log_sum, dlog_sum, dof_target
+    launch, grid = Launch(max(1, columns // 1024), stages=1), (-(-V // columns), N)
+    out = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
+    meta = {"V": V, "BV": columns}
+    return passes.call("logit_back", arrays, (out,), grid, launch, meta=meta)[0]
+
+
 def _on_halves(name: str, arrays, shapes, **more):
     N, D = arrays[0].shape[0], arrays[0].shape[1] // 2
     columns = min(tiling.power_of_two(D), max(128, min(1024, D & -D)))
