@@ -35,12 +35,12 @@ from deltaproduct_jax.ops.api import delta_product, delta_product_step
 from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
+from deltaproduct_jax.ops.convolution.raw import takes_raw
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
-from deltaproduct_jax.ops.raw import takes_raw
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
 
 
@@ -239,8 +239,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, list[jax.Array]]:
         """q, k, v, beta, g of the op and the convolutions' states after the last token.
 
-        Where the convolutions may run by a kernel, q and k are unit vectors; if ``raw`` they and v
-        are what the op activates.
+        Where kernels may run q and k are unit vectors; if ``raw`` the op activates all three.
         """
         B, T, _ = x.shape
         R, H, Hv = self.num_householder, self.num_heads, self.num_v_heads
@@ -255,13 +254,10 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             q, k, v, beta, tails = self._read_together(x, state, segment_ids, length, choice)
             return q, k, v, beta, self._decay(x), tails
 
-        if raw:
-            (q, k, v), tails = map(read, "qkv"), [state.q_conv, state.k_conv, state.v_conv]
-        else:
-            units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
-            (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
+        units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
+        convolved = functools.partial(self._convolved, read, state, segment_ids, length, **units)
+        (q, k, v), tails = (map(read, "qkv"), [*state[1:]]) if raw else convolved()
         q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
-
         return q, k, v, self._sizes(in_parts(self.b_proj, x, R)), self._decay(x), tails
 
     def _decay(self, x: jax.Array) -> jax.Array | None:
@@ -299,8 +295,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         kernel, taps = (joined[name][...] for name in ("qkvb", "taps"))
         u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        before = jnp.concatenate([state.q_conv, state.k_conv, state.v_conv], axis=2)
-        before = before.astype(u.dtype)
+        before = jnp.concatenate(state[1:], axis=2).astype(u.dtype)
         run = segment_runs(segment_ids)
         past = None if run is None else jnp.zeros(before.shape[:2], run.dtype)
         units = {"q": K, "k": K, "v": None}
@@ -322,10 +317,10 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         kernels = [m.kernel[...].astype(self.dtype) for m in maps]
         # Rows of whole sectors of memory, 32 bytes in bfloat16.
         columns = sum(kernel.shape[1] for kernel in kernels)
-        filling = jnp.zeros((self.hidden_size, -columns % 16), self.dtype)
+        kernels.append(jnp.zeros((self.hidden_size, -columns % 16), self.dtype))
         convs, wide = (self.q_conv1d, self.k_conv1d, self.v_conv1d), accumulator_dtype(self.dtype)
-        taps = jnp.concatenate([conv.weight[...].astype(wide) for conv in convs], axis=1)
-        return {"qkvb": jnp.concatenate([*kernels, filling], axis=1), "taps": taps}
+        taps = [conv.weight[...].astype(wide) for conv in convs]
+        return {"qkvb": jnp.concatenate(kernels, axis=1), "taps": jnp.concatenate(taps, axis=1)}
 
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""
@@ -341,39 +336,36 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         return choose(self.conv_implementation, convolutions, op=op, **given)
 
     def _gives_raw(self, x: jax.Array, choice: Choice) -> bool:
-        """Whether the op's kernel makes activations and lengths: `ops.raw.takes_raw`."""
-        B, T, _ = x.shape
-        sizes = {"B": B, "T": T, "R": self.num_householder, "H": self.num_heads}
-        sizes |= {"Hv": self.num_v_heads, "K": self.head_dim, "V": self.value_dim}
+        """Whether the op's kernel makes activations and lengths: `convolution.raw.takes_raw`."""
         return (
             not self.use_short_conv
             and self.qk_activation == "silu"
-            and choice.named is None
-            and choice.on_cuda == "triton"
+            and (choice.named, choice.on_cuda) == (None, "triton")
             and placement() is None
             and not any(explicit_names(x))
-            and takes_raw(**sizes, dtype=self.dtype)
+            and takes_raw(**self._lengths(x), dtype=self.dtype)
         )
 
     def _op(self, x: jax.Array, platform: str) -> str:
         """What the op of ``x`` runs in a gradient."""
-        sizes = {"B": x.shape[0], "T": x.shape[1], "R": self.num_householder, "H": self.num_heads}
-        sizes |= {"K": self.head_dim, "Hv": self.num_v_heads, "V": self.value_dim}
         fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
         return self.implementation or select_implementation(
-            platform, **sizes, **fixed, differentiated=True
+            platform, **self._lengths(x), **fixed, differentiated=True
         )
+
+    def _lengths(self, x: jax.Array) -> dict[str, int]:
+        """The op's, by their letters."""
+        sizes = {"B": x.shape[0], "T": x.shape[1], "R": self.num_householder, "H": self.num_heads}
+        return sizes | {"K": self.head_dim, "Hv": self.num_v_heads, "V": self.value_dim}
 
     def runs_kernel(self, x: jax.Array) -> bool:
         """Whether a GPU runs the op of ``x`` by a kernel."""
         return self._op(x, "cuda") == "triton"
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
-        alone = placement() is None and not self.use_output_gate
-        if alone and self.runs_kernel(x) and rows.may_run(o):
-            kernel = self.o_proj.kernel[...].astype(o.dtype)
-            return rows.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
-        return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)
+        gate = self.g_proj(x) if self.use_output_gate else None
+        is_whole = gate is None and o.shape[1] > 1 and placement() is None and rows.may_run(o)
+        return self._project_out(o, gate, by_kernel=is_whole and self.runs_kernel(x))
 
 
 def _check_one_factor(config: Any) -> None:

@@ -28,7 +28,7 @@ from deltaproduct_jax.models.mixers import make_mixer
 from deltaproduct_jax.models.stack import MixerState, given_to_blocks, run_blocks
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.blocks import rows
-from deltaproduct_jax.ops.containment import bad_tokens, confined, only_finite, unspoilt
+from deltaproduct_jax.ops.containment import confined, unspoilt
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import gathered_along
@@ -326,10 +326,7 @@ def with_fields(model: SequenceModel, **fields: Any) -> SequenceModel:
 
 def _unspoilt(run, x, before, resets, *, check_state):
     """`confined`, but outputs as they are and which tokens are reached."""
-    if not x.shape[1]:
-        return run(x, before)[0], jnp.zeros(x.shape[:2], bool)
-    arrays = only_finite(x), bad_tokens(x), before, resets
-    y, _, reached = unspoilt(run, *arrays, check_state=check_state)
+    y, _, reached = unspoilt(run, x, None, before, resets, check_state=check_state)
     return y, reached
 
 

@@ -8,13 +8,13 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
+from deltaproduct_jax.ops.convolution.raw import l2_normalise, silu
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import on_each_part, placed, placement
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON as L2NORM_EPSILON
 from deltaproduct_jax.ops.precision import accumulator_dtype
-from deltaproduct_jax.ops.raw import l2_normalise, silu
 from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
 from deltaproduct_jax.ops.selection import AVAILABLE
 

@@ -25,11 +25,12 @@ from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
 
+Run = Callable[[Any, Any], tuple[jax.Array, Any]]
 POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
 
 
 def contained(
-    run: Callable[[Any, Any], tuple[jax.Array, Any]],
+    run: Run,
     tokens: Any,
     state: Any,
     resets: jax.Array | None,
@@ -131,12 +132,7 @@ class Watched(NamedTuple):
 
 
 def confined(
-    run: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    state: Any,
-    resets: jax.Array | None,
-    *,
-    check_state: bool = True,
+    run: Run, x: jax.Array, state: Any, resets: jax.Array | None, *, check_state: bool = True
 ) -> tuple[jax.Array, Any]:
     """`contained` for a layer or a model: ``run`` has parameters, and they share in what is bad.
 
@@ -150,42 +146,29 @@ def confined(
       resets: as above.
       check_state: as above.
     """
-    if not x.shape[1]:
-        return run(x, state)
-    how = {"check_state": check_state}
-    y, after, reached_BT = unspoilt(run, only_finite(x), bad_tokens(x), state, resets, **how)
-    return nan_where(_like(reached_BT, y), y), after
+    y, after, reached_BT = unspoilt(run, x, None, state, resets, check_state=check_state)
+    return nan_where(_like(reached_BT, y), y) if x.shape[1] else y, after
 
 
 def unspoilt(
-    run: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    bad_BT: jax.Array,
-    state: Any,
-    resets: jax.Array | None,
-    *,
-    check_state: bool = True,
+    run: Run, x: jax.Array, bad_BT: Any, state: Any, resets: Any, *, check_state: bool = True
 ) -> tuple[jax.Array, Any, jax.Array]:
-    """`confined` of tokens whose bad ones are known, and are 0; outputs are left as they are.
+    """`confined` with outputs as they are, and tokens [B, T] that are to be NaN behind the states.
 
-    Returns:
-      Outputs, states, and tokens whose outputs are to be NaN, [B, T] bool.
+    Where ``bad_BT`` is given it tells of bad tokens, which are 0 then.
     """
-    of_state = [_bad(x, (0,)) for x in jax.tree.leaves(state) if check_state and _is_floating(x)]
-    before_B1 = _any_of(of_state)
-    before_B1 = None if before_B1 is None else before_B1[:, None]
+    if not x.shape[1]:
+        return *run(x, state), jnp.zeros(x.shape[:2], bool)
+    if bad_BT is None:
+        bad_BT, x = _bad(x, (0, 1)), only_finite(x)
+    leaves = filter(_is_floating, jax.tree.leaves(state) if check_state else ())
+    before_B1 = _any_of([_bad(leaf, (0,))[:, None] for leaf in leaves])
     reached_BT1 = checkpoint_name(reach(bad_BT[..., None], before_B1, resets), POINT)
-    y, after = run(x, only_finite(state))
-    last_B1 = reached_BT1[:, -1]
+    (y, after), last_B1 = run(x, only_finite(state)), reached_BT1[:, -1]
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.
     spoilt = lambda leaf: nan_where(_like(last_B1, leaf), leaf) if _is_floating(leaf) else leaf
     return y, jax.tree.map(spoilt, after), reached_BT1[..., 0]
-
-
-def bad_tokens(x: jax.Array) -> jax.Array:
-    """Where anything of tokens [B, T, ...] is not finite, [B, T] bool."""
-    return _bad(x, (0, 1))
 
 
 def only_finite(tree: Any) -> Any:

@@ -17,11 +17,11 @@ from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
 from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.convolution.raw import entered
 from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.kernels import containment as of_kernels
 from deltaproduct_jax.ops.kernels.containment import watched as _watched
 from deltaproduct_jax.ops.layout import Tokens, head_axes, mark_bad
-from deltaproduct_jax.ops.raw import entered
 from deltaproduct_jax.ops.recurrent import (
     recurrent,
     recurrent_in_spans,

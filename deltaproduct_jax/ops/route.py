@@ -49,7 +49,7 @@ class Route(NamedTuple):
       precision: as in `delta_product`.
       branches: one per platform.
       kept_more: the arrays that a gradient keeps beside states, on every platform.
-      raw: tokens are those of `ops.raw.entered`, which whatever runs sees to.
+      raw: tokens are those of `ops.convolution.raw.entered`, which whatever runs sees to.
     """
 
     named: str | None

@@ -107,6 +107,7 @@ def compared(rows: Sequence[Row]) -> list[Row]:
 
 
 COLUMNS = {"batch_size": "B", "length": "T", "hidden_size": "D", "gated": "gated"}
+COLUMNS |= {"remat": "remat"}
 HEAD = ("n_h", "heads", *COLUMNS.values(), "model", "mesh", "parameters", *TIMES)
 HEAD += ("on the GPU, ms", "tokens/s", "MFU", "of the first", "ours x faster", "compile s")
 HEAD += ("GiB moved", "temp GiB", "peak GiB", "first loss", "last loss")

@@ -200,7 +200,7 @@ def test_every_field_of_the_model_is_a_flag_that_reaches_it():
     changes = {
         "vocab_size": 300, "hidden_size": (32,), "num_layers": 1, "num_householder": (3, 2),
         "num_heads": (4, 1), "head_dim": 8, "intermediate_size": (64, 128), "gated": (0, 1),
-        "dtype": "float32", "remat": "none", "implementation": "chunked",
+        "dtype": "float32", "remat": ("none",), "implementation": "chunked",
         "use_short_conv": False, "tie_embeddings": False, "conv_implementation": "plain",
     }  # fmt: skip
     models = lambda config: [config.model(model) for model in config.models]

@@ -38,7 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "intermediate_size": (512,),
         "use_short_conv": False,
         "tie_embeddings": False,
-        "remat": "none",
+        "remat": ("none",),
     },
     "gpu": {
         "num_householder": (1, 2, 3, 1, 2, 3, 2),
@@ -46,6 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gated": (0, 0, 0, 1, 1, 1, 0),
         "hidden_size": (*6 * (1024,), 2048),
         "intermediate_size": (*6 * (2816,), 5632),
+        "remat": (*6 * ("none",), "products"),
         "peer": "fla",
         "peer_precisions": "masters",
         "repeats": 4,
@@ -58,6 +59,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_heads": (4, 4),
         "batch_size": (8, 1),
         "length": (4096, 131072),
+        "remat": ("none", "blocks"),
         "meshes": "data:1;data:2;fsdp:2;tensor:2 | data:1;sequence:2",
         "repeats": 4,
         "budget_s": 6.0,
@@ -65,7 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 # What there is one of for all models, or one for each.
-FOR_EACH = ("batch_size", "length", "hidden_size", "intermediate_size", "gated")
+FOR_EACH = ("batch_size", "length", "hidden_size", "intermediate_size", "gated", "remat")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,9 @@ class StepConfig:
     use_short_conv: bool = setting(True, "convolutions over 4 tokens on q, k and v")
     tie_embeddings: bool = setting(True, "one matrix for embedding and head")
     dtype: str = setting("bfloat16", "dtype of our computation; parameters are float32")
-    remat: str = setting("products", "what our blocks compute anew: none, products or blocks")
+    remat: tuple[str, ...] = setting(
+        ("products",), "what our blocks compute anew: none, products or blocks"
+    )
     implementation: str | None = setting(None, "of our op; none: by platform and shape")
     conv_implementation: str | None = setting(
         None, "of our convolutions, plain or triton; none: by platform and shape"
@@ -129,8 +133,8 @@ class StepConfig:
                     f"{name}={values} must have one number, or one for each of "
                     f"num_householder={self.num_householder}"
                 )
-            for value in values:
-                require_at_least(name, value, 0 if name == "gated" else 1)
+            for value in values if name not in ("gated", "remat") else ():
+                require_at_least(name, value, 1)
         for value in self.gated:
             require_one_of("gated", value, (0, 1))
         require_one_of("peer", self.peer, [None, "fla"])
@@ -187,7 +191,7 @@ class StepConfig:
             initializer="fla",
             initializer_range=0.006,
             dtype=self.dtype,
-            remat=self.remat,
+            remat=model.remat,
             implementation=self.implementation,
             conv_implementation=self.conv_implementation,
         )
@@ -215,6 +219,7 @@ class Model:
     hidden_size: int
     intermediate_size: int
     gated: int
+    remat: str
 
     @property
     def training(self) -> TrainConfig:
