@@ -90,3 +90,28 @@ def test_a_block_that_is_fused_is_the_same(monkeypatch, remat):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     assert_close(gradient(True), gradient(False))
+
+
+def test_what_is_not_finite_reaches_as_far_as_in_a_block_that_is_not_fused(monkeypatch):
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "vocab_size": 8}
+    config = ModelConfig(mixer="delta_product", implementation="recurrent", num_layers=1, **sizes)
+    graph, params = nnx.split(Block(config, 0, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 16)).at[1, 1, 3].set(jnp.inf)
+    segment_ids = jnp.asarray([[0] * 6, [0, 0, 0, 1, 1, 1]])
+    clean = (jnp.arange(6)[None] >= 3) | (jnp.arange(2)[:, None] == 0)
+
+    def results(fused):
+        monkeypatch.setattr(Block, "_may_be_fused", lambda self, x: fused)
+
+        def run(x, counted):
+            y, _ = nnx.merge(graph, params)(x, segment_ids=segment_ids, fused=True)
+            return jnp.sum(jnp.sin(y), where=counted[..., None]), y
+
+        return [jax.grad(run, has_aux=True)(x, c) for c in (clean, jnp.ones_like(clean))]
+
+    ours, wanted = (jax.jit(lambda fused=fused: results(fused))() for fused in (True, False))
+    bad = ~clean & (jnp.arange(6) >= 1)[None]
+    for (dx, y), (dx_wanted, y_wanted) in zip(ours, wanted, strict=True):
+        np.testing.assert_array_equal(np.isnan(y).any(axis=-1), bad)
+        np.testing.assert_allclose(y[~bad], y_wanted[~bad], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(*(np.isnan(d).any(axis=-1) for d in (dx, dx_wanted)))

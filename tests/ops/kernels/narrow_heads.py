@@ -69,6 +69,29 @@ def _raw_backward(tokens, kept, do, dfinal_state, options):
 RAW = types.SimpleNamespace(forward=_raw_forward, backward=_raw_backward)
 
 
+def raw_elsewhere(delta_product) -> dict[str, float]:
+    """Kernels of a gradient lowered for CUDA, and how far a CPU is from activating first."""
+    shapes = [(128, 5, 8, 32), *2 * [(128, 5, 2, 8, 32)], (128, 5, 2, 8)]
+    q, k, v, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    beta = jax.nn.sigmoid(b)
+
+    def loss(raw, q, k, v, beta):
+        how = {
+            "use_silu": raw,
+            "use_qk_l2norm": True,
+            "implementation": None if raw else "recurrent",
+        }
+        q, k, v = (q, k, v) if raw else map(jax.nn.silu, (q, k, v))
+        o, state = delta_product(q, k, v, beta, **how)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(state)
+
+    gradient = jax.jit(jax.grad(loss, (1, 2, 3, 4)), static_argnums=0)
+    lowered = gradient.trace(True, q, k, v, beta).lower(lowering_platforms=("cuda",)).as_text()
+    pairs = zip(*(gradient(raw, q, k, v, beta) for raw in (True, False)), strict=True)
+    apart = [float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs]
+    return {"kernels": lowered.count("triton_kernel_call"), "apart": max(apart)}
+
+
 def resources(every: bool, inputs, run) -> list[dict]:
     """What the compiler makes of the kernels of narrow heads, as they are launched."""
     from deltaproduct_jax.ops.kernels.triton import kernels as bodies

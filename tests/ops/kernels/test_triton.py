@@ -244,3 +244,10 @@ def test_a_gradient_with_large_states_keeps_what_the_kernels_make(everything):
 @pytest.mark.slow
 def test_a_gradient_of_many_narrow_heads_has_a_kernel_each_way(everything):
     assert everything["lowered"]["narrow heads"] == 2
+
+
+@pytest.mark.slow
+def test_many_narrow_heads_are_activated_by_their_kernels_and_elsewhere(everything):
+    raw = everything["lowered"]["raw"]
+    assert raw["kernels"] == 2
+    assert raw["apart"] < 1e-5
