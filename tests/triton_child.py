@@ -137,6 +137,9 @@ def interpret(every: bool) -> dict:
     for name, dtype in narrow_heads.cases(every):
         case = narrow_heads.CASES[name]
         found[f"narrow heads, {name}, {dtype}"] = errors(case, dtype, narrow)
+        found[f"raw narrow heads, {name}, {dtype}"] = narrow_heads.raw_errors(
+            case, dtype, inputs, run, relative
+        )
     found = {"errors": found, "pieces": pieces, "kept": kept()}
     if every:
         found["launches"] = timed()
@@ -245,6 +248,7 @@ def compile_for_cuda(every: bool) -> dict:
 
     lowered = {"step": lower_step(), "versions": kernels_by_version()}
     lowered |= lower_wide(loss) | {"narrow heads": lower_narrow(loss)} if every else {}
+    lowered |= {"raw": narrow_heads.raw_elsewhere(delta_product)} if every else {}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)

@@ -25,7 +25,8 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.delta_product import TokenFactors
 from deltaproduct_jax.models import SequenceModel
-from deltaproduct_jax.ops.api import L2NORM_EPSILON, delta_product
+from deltaproduct_jax.ops.api import delta_product
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 AT_ONCE = 2**26  # bytes of states whose singular values are taken at once, about
 

@@ -19,7 +19,7 @@ import numpy as np
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.models import SequenceModel
-from deltaproduct_jax.ops.api import L2NORM_EPSILON
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 TOLERANCE = 0.1
 

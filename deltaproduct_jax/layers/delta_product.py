@@ -32,8 +32,10 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
+from deltaproduct_jax.ops.convolution.raw import takes_raw
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
@@ -199,15 +201,17 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
     def _mix(self, x, state, segment_ids, length):
         choice = self._choice(x)
+        raw = self._gives_raw(x, choice)
         x = checkpoint_name(x, READ_POINT) if self._reads_in_place(x, choice) else x
-        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice)
+        q, k, v, beta, g, tails = self._inputs(x, state, segment_ids, length, choice, raw)
         o, recurrent = delta_product(
             q,
             k,
             v,
             only_counted(beta, length),
             only_counted(g, length),
-            use_qk_l2norm=not choice.may_run_kernel,  # which has seen to it
+            use_qk_l2norm=raw or not choice.may_run_kernel,  # which has seen to it
+            use_silu=raw,
             **self._options(state, segment_ids),
         )
         return self._output(o, x), DeltaProductState(recurrent, *tails)
@@ -231,10 +235,11 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         segment_ids: jax.Array | None,
         length: jax.Array | None,
         choice: Choice = PLAIN,
+        raw: bool = False,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None, list[jax.Array]]:
         """q, k, v, beta, g of the op and the convolutions' states after the last token.
 
-        Where the convolutions may run by a kernel, q and k are unit vectors.
+        Where kernels may run q and k are unit vectors; if ``raw`` the op activates all three.
         """
         B, T, _ = x.shape
         R, H, Hv = self.num_householder, self.num_heads, self.num_v_heads
@@ -250,9 +255,9 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             return q, k, v, beta, self._decay(x), tails
 
         units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
-        (q, k, v), tails = self._convolved(read, state, segment_ids, length, **units)
+        convolved = functools.partial(self._convolved, read, state, segment_ids, length, **units)
+        (q, k, v), tails = (map(read, "qkv"), [*state[1:]]) if raw else convolved()
         q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
-
         return q, k, v, self._sizes(in_parts(self.b_proj, x, R)), self._decay(x), tails
 
     def _decay(self, x: jax.Array) -> jax.Array | None:
@@ -286,18 +291,11 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         """What `_inputs` returns but the decay, of one product."""
         B, T, _ = x.shape
         R, H, Hv, K = self.num_householder, self.num_heads, self.num_v_heads, self.head_dim
-        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
-        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
-        # Rows of whole sectors of memory, 32 bytes in bfloat16.
-        columns = sum(kernel.shape[1] for kernel in kernels)
-        filling = jnp.zeros((x.shape[2], -columns % 16), self.dtype)
-        kernel = jnp.concatenate([*kernels, filling], axis=1)
+        joined = getattr(self, "joined", None) or self.joined_kernels()
+        kernel, taps = (joined[name][...] for name in ("qkvb", "taps"))
         u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        wide = accumulator_dtype(self.dtype)
-        taps = jnp.concatenate([conv.weight[...].astype(wide) for conv in convs], axis=1)
-        before = jnp.concatenate([state.q_conv, state.k_conv, state.v_conv], axis=2)
-        before = before.astype(u.dtype)
+        before = jnp.concatenate(state[1:], axis=2).astype(u.dtype)
         run = segment_runs(segment_ids)
         past = None if run is None else jnp.zeros(before.shape[:2], run.dtype)
         units = {"q": K, "k": K, "v": None}
@@ -310,6 +308,19 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         beta = self._sizes(b[..., : R * Hv].reshape(B, T, R, Hv))
         q, k = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K)
         return q, k, v.reshape(B, T, R, Hv, -1), beta, tails
+
+    def joined_kernels(self) -> dict[str, jax.Array]:
+        """The kernels of q, k, v and beta side by side, and the taps, as one product reads them."""
+        if not self.use_short_conv:
+            return {}
+        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
+        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
+        # Rows of whole sectors of memory, 32 bytes in bfloat16.
+        columns = sum(kernel.shape[1] for kernel in kernels)
+        kernels.append(jnp.zeros((self.hidden_size, -columns % 16), self.dtype))
+        convs, wide = (self.q_conv1d, self.k_conv1d, self.v_conv1d), accumulator_dtype(self.dtype)
+        taps = [conv.weight[...].astype(wide) for conv in convs]
+        return {"qkvb": jnp.concatenate(kernels, axis=1), "taps": jnp.concatenate(taps, axis=1)}
 
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""
@@ -324,21 +335,37 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         given = {"B": B, "T": T, "conv_size": taps, "dtype": self.dtype}
         return choose(self.conv_implementation, convolutions, op=op, **given)
 
+    def _gives_raw(self, x: jax.Array, choice: Choice) -> bool:
+        """Whether the op's kernel makes activations and lengths: `convolution.raw.takes_raw`."""
+        return (
+            not self.use_short_conv
+            and self.qk_activation == "silu"
+            and (choice.named, choice.on_cuda) == (None, "triton")
+            and placement() is None
+            and not any(explicit_names(x))
+            and takes_raw(**self._lengths(x), dtype=self.dtype)
+        )
+
     def _op(self, x: jax.Array, platform: str) -> str:
         """What the op of ``x`` runs in a gradient."""
-        sizes = {"B": x.shape[0], "T": x.shape[1], "R": self.num_householder, "H": self.num_heads}
-        sizes |= {"K": self.head_dim, "Hv": self.num_v_heads, "V": self.value_dim}
         fixed = {"dtype": self.dtype, "chunk_size": self.chunk_size}
         return self.implementation or select_implementation(
-            platform, **sizes, **fixed, differentiated=True
+            platform, **self._lengths(x), **fixed, differentiated=True
         )
+
+    def _lengths(self, x: jax.Array) -> dict[str, int]:
+        """The op's, by their letters."""
+        sizes = {"B": x.shape[0], "T": x.shape[1], "R": self.num_householder, "H": self.num_heads}
+        return sizes | {"K": self.head_dim, "Hv": self.num_v_heads, "V": self.value_dim}
 
     def runs_kernel(self, x: jax.Array) -> bool:
         """Whether a GPU runs the op of ``x`` by a kernel."""
         return self._op(x, "cuda") == "triton"
 
     def _output(self, o: jax.Array, x: jax.Array) -> jax.Array:
-        return self._project_out(o, self.g_proj(x) if self.use_output_gate else None)
+        gate = self.g_proj(x) if self.use_output_gate else None
+        is_whole = gate is None and o.shape[1] > 1 and placement() is None and rows.may_run(o)
+        return self._project_out(o, gate, by_kernel=is_whole and self.runs_kernel(x))
 
 
 def _check_one_factor(config: Any) -> None:

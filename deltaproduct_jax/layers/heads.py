@@ -17,6 +17,7 @@ from deltaproduct_jax.layers.initializers import (
 )
 from deltaproduct_jax.layers.mixer import SequenceMixer, State
 from deltaproduct_jax.layers.projection import Parts, value_width
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -190,8 +191,16 @@ class HeadMixer(DrawnMixer[State]):
         o: jax.Array,
         gate: jax.Array | None = None,
         activation: Callable[[jax.Array], jax.Array] = nnx.silu,
+        *,
+        by_kernel: bool = False,
     ) -> jax.Array:
-        """Norm, gate and output projection of ``o [B, T, Hv, V]``."""
+        """Norm, gate and output projection of ``o [B, T, Hv, V]``.
+
+        ``by_kernel`` is for whole arrays on a GPU, without a gate: `rows.norm_product`.
+        """
+        if by_kernel:
+            kernel = self.o_proj.kernel[...].astype(o.dtype)
+            return rows.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
         o = self.o_norm(o)
         if gate is not None:
             o = o * activation(gate.reshape(o.shape))

@@ -24,11 +24,10 @@ from deltaproduct_jax.layers.padding import only_counted
 from deltaproduct_jax.layers.projection import Parts
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import check_convolutions, idle_of_convolutions
-from deltaproduct_jax.ops.api import L2NORM_EPSILON
 from deltaproduct_jax.ops.baselines import channel_delta, channel_delta_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.exported import exported
-from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON, accumulator_dtype
 
 # The least magnitude of a gate that may be negative, as published.
 LEAST_GATE = math.exp(-5.0)

@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 from deltaproduct_jax.layers import checks
 from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.padding import without_padding
-from deltaproduct_jax.ops.packing import by_segment
+from deltaproduct_jax.ops.containment import unspoilt
+from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of
 
 # What stands before a method of a subclass, the last of several first.
@@ -139,6 +140,36 @@ class RecurrentMixer(SequenceMixer[State]):
             return x.astype(getattr(self, "dtype", x.dtype)), state
         state = along_rows_of(x, state)
         return without_padding(self._mix, x, state, segment_ids, mask, check_state=given)
+
+    def unspoilt(
+        self,
+        x: Float[Array, "B T D"],
+        bad: Bool[Array, "B T"],
+        *,
+        state: State | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"], State]:
+        """A call for whoever looked for what is not finite, and puts NaN into the outputs.
+
+        Args:
+            x: inputs with 0 for what is not finite.
+            bad: tokens where anything was not.
+            state, segment_ids, mask: as in a call.
+
+        Returns:
+            The outputs, tokens whose outputs shall be NaN, and the state.
+        """
+        if mask is not None:
+            x = jnp.where(bad[..., None], jnp.nan, x)
+            y, state = self(x, state=state, segment_ids=segment_ids, mask=mask)
+            return y, jnp.zeros_like(bad), state
+        given = state is not None
+        state = along_rows_of(x, state if given else self.init_state(x.shape[0]))
+        resets = None if segment_ids is None else starts_of_segments(segment_ids)
+        run = lambda x, state: self._mix(x, state, segment_ids, None)
+        y, state, reached = unspoilt(run, x, bad, state, resets, check_state=given)
+        return y, reached, state
 
     def step(self, state: State, x: Float[Array, "B D"]) -> tuple[Float[Array, "B D"], State]:
         """One token for every row: returns the outputs and the state after it."""

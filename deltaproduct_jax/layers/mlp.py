@@ -1,10 +1,11 @@
 """The channel mixer of a block: SwiGLU."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
@@ -12,6 +13,7 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.ops.blocks.rows import HIDDEN_POINT as POINT
 from deltaproduct_jax.ops.blocks.rows import residual_swiglu
+from deltaproduct_jax.ops.parts import placement
 
 
 def swiglu_width(hidden_size: int, hidden_ratio: float = 4.0) -> int:
@@ -61,8 +63,28 @@ class SwiGLU(nnx.Module):
         gate, up = (checkpoint_name(f(x), POINT) for f in (self.gate_proj, self.up_proj))
         return self.down_proj(nnx.silu(gate) * up)
 
-    def residual(self, x: Float[Array, "B T D"], norm: RMSNorm) -> Float[Array, "B T D"]:
-        """``x + self(norm(x))``, see ``ops/blocks/rows.py``; all in the dtype of ``x``."""
-        maps = (self.gate_proj, self.up_proj, self.down_proj)
-        kernels = (m.kernel[...].astype(x.dtype) for m in maps)
-        return residual_swiglu(x, norm.scale[...], *kernels, norm.eps)
+    def residual(
+        self,
+        x: Float[Array, "B T D"],
+        more: Float[Array, "B T D"],
+        reached: Bool[Array, "B T"],
+        norm: RMSNorm,
+        keeps: bool = False,
+    ) -> Float[Array, "B T D"]:
+        """``z + self(norm(z))`` of ``z = x + more``; all in the dtype of ``x``.
+
+        ``reached`` are tokens whose ``more`` is NaN, and ``keeps`` is of ``ops/blocks/rows.py``.
+        """
+        # Over a mesh, which may cut its columns, an axis of its own keeps gate and up apart.
+        axis = 1 if placement() is None else None
+        joined = getattr(self, "joined", None) or self.joined_kernels(axis)
+        first = joined["gate_up"][...].astype(x.dtype)
+        down = self.down_proj.kernel[...].astype(x.dtype)
+        return residual_swiglu(x, more, reached, norm.scale[...], first, down, norm.eps, keeps)
+
+    def joined_kernels(self, axis: int | None = 1) -> dict[str, jax.Array]:
+        """The kernels of gate and up along one axis; None: a new one between the others."""
+        kernels = [m.kernel[...] for m in (self.gate_proj, self.up_proj)]
+        if axis is None:
+            return {"gate_up": jnp.stack(kernels, axis=1)}
+        return {"gate_up": jnp.concatenate(kernels, axis=axis)}

@@ -42,8 +42,11 @@ class RMSNorm(nnx.Module):
         check_width("x", x, self.width)
         return rows.norm(x, self.scale[...], self.eps, self.dtype)
 
-    def forked(self, x: Float[Array, "B T width"]) -> tuple[jax.Array, jax.Array]:
-        """``x`` itself and its norm, ``x`` in the dtype of the result: ``ops/blocks/rows.py``."""
+    def forked(self, x: Float[Array, "B T width"]) -> tuple[jax.Array, ...]:
+        """``x`` itself, its finite norm, tokens where that is not: ``ops/blocks/rows.py``.
+
+        ``x`` has the dtype of the result.
+        """
         return rows.forked_norm(x, self.scale[...], self.eps)
 
 

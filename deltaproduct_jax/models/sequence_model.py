@@ -1,6 +1,7 @@
 """Embedding, blocks and head: tagger and language model in one."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,10 +25,10 @@ from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.models.config import ModelConfig
 from deltaproduct_jax.models.mixers import make_mixer
-from deltaproduct_jax.models.stack import MIDDLE, MixerState, given_to_blocks, run_blocks
+from deltaproduct_jax.models.stack import MixerState, given_to_blocks, run_blocks
 from deltaproduct_jax.ops import checks
 from deltaproduct_jax.ops.blocks import rows
-from deltaproduct_jax.ops.containment import confined
+from deltaproduct_jax.ops.containment import confined, unspoilt
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import gathered_along
@@ -40,6 +41,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, layer: int, *, rngs: nnx.Rngs):
         norm = {"eps": config.norm_eps, **config.jax_dtypes}
+        self.keeps = config.remat == "none"  # what a way back could make again
         self.attn_norm = RMSNorm(config.hidden_size, **norm)
         self.attn = make_mixer(config, layer, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
@@ -70,9 +72,9 @@ class Block(nnx.Module):
         """
         read = {"state": state, "segment_ids": segment_ids, "mask": mask}
         if fused and self._may_be_fused(x):
-            x, y = self.attn_norm.forked(x)
-            y, state = self.attn(y, **read, **(passed_on or {}))
-            return self.mlp.residual(named(x + y, MIDDLE), self.mlp_norm), state
+            x, y, bad = self.attn_norm.forked(x)
+            y, reached, state = self.attn.unspoilt(y, bad, **read, **(passed_on or {}))
+            return self.mlp.residual(x, y, reached, self.mlp_norm, self.keeps), state
         y, state = self.attn(named(self.attn_norm(x), "mixer_input"), **read, **(passed_on or {}))
         x = x + named(y, "mixer_output")
         y = self.mlp(named(self.mlp_norm(x), "mlp_input"))
@@ -178,6 +180,17 @@ class SequenceModel(nnx.Module):
             return self._by_segment(tokens, state, segment_ids, mask, num_segments)
         return self._read(tokens, state, segment_ids, mask, self._head)
 
+    def unspoilt(
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T vocab"], Bool[Array, "B T"]]:
+        """Logits before NaN is put into them, and tokens that it belongs to.
+
+        For losses that read the logits by a kernel: NaN would take a pass over all of them. No
+        parameter may lie over an explicit axis.
+        """
+        run = functools.partial(self._read, tokens, None, segment_ids, None, self._head)
+        return run(confine=_unspoilt)
+
     @takes_any_layout
     def features(
         self,
@@ -201,8 +214,12 @@ class SequenceModel(nnx.Module):
         segment_ids: jax.Array | None,
         mask: jax.Array | None,
         read_out: Callable[[jax.Array], jax.Array],
-    ) -> tuple[jax.Array, ModelState]:
-        """Reads the tokens; ``read_out`` makes the outputs of what the last block gives."""
+        confine: Callable[..., Any] = confined,
+    ) -> Any:
+        """Reads the tokens; ``read_out`` makes the outputs of what the last block gives.
+
+        Returns what ``confine`` does, which is outputs and states.
+        """
         tokens = _as_tokens(tokens, ("B", "T"))
         segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
         self._check_ids(tokens, mask)
@@ -219,7 +236,7 @@ class SequenceModel(nnx.Module):
             x, after = run_blocks(self.config, self.layers, x, before, **read)
             return read_out(x), after
 
-        return confined(run, x, before, resets, check_state=state is not None)
+        return confine(run, x, before, resets, check_state=state is not None)
 
     def _by_segment(
         self,
@@ -305,6 +322,12 @@ def with_fields(model: SequenceModel, **fields: Any) -> SequenceModel:
     config = dataclasses.replace(model.config, **fields)
     graph, _ = nnx.split(nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))
+
+
+def _unspoilt(run, x, before, resets, *, check_state):
+    """`confined`, but outputs as they are and which tokens are reached."""
+    y, _, reached = unspoilt(run, x, None, before, resets, check_state=check_state)
+    return y, reached
 
 
 def _as_tokens(tokens: Any, layout: tuple[str, ...]) -> jax.Array:

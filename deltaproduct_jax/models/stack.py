@@ -22,7 +22,6 @@ from deltaproduct_jax.ops.parts import placement
 
 MixerState = Any  # of the class that the mixer is registered with
 Run = Callable[..., tuple[jax.Array, MixerState]]
-MIDDLE = "block_middle"  # name of what stands between mixer and MLP
 
 # All but matrix products, the op's own results and convolutions by a kernel is cheap to compute
 # anew from them, and most of what a block would keep: norms, activations. One number or flag for a
@@ -34,7 +33,7 @@ _KEPT = {
         _policies.dots_with_no_batch_dims_saveable,
         _policies.save_only_these_names(
             *RESIDUAL_NAMES[1:],
-            *(convolution.POINT, convolution.READ_POINT, containment.POINT, MIDDLE),
+            *(convolution.POINT, convolution.READ_POINT, containment.POINT, rows.MIDDLE),
             *(rows.NORM_POINT, rows.HIDDEN_POINT, softmax.POINT),
         ),
     ),
@@ -90,13 +89,17 @@ def run_blocks(
 def with_rounded_kernels(block: nnx.Module) -> nnx.Module:
     """The block with the kernels of its linear maps in the dtype that these compute in.
 
-    Rounded in front of a block that is computed anew, they are rounded once.
+    Rounded, and joined where one product takes several, in front of a block that is computed anew,
+    they are so once.
     """
     block = nnx.merge(*nnx.split(block))
     for _, module in nnx.iter_modules(block):
         if isinstance(module, nnx.Linear):
             kernel = module.kernel[...]
             module.kernel = nnx.Param(kernel.astype(module.dtype or kernel.dtype))
+    for _, module in nnx.iter_modules(block):
+        if joined := getattr(module, "joined_kernels", dict)():
+            module.joined = nnx.data({name: nnx.Param(x) for name, x in joined.items()})
     return block
 
 

@@ -8,16 +8,15 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops import checks, kernels
+from deltaproduct_jax.ops.convolution.raw import l2_normalise, silu
 from deltaproduct_jax.ops.debug import check_op_values
 from deltaproduct_jax.ops.dispatch import dispatch, step
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import on_each_part, placed, placement
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON as L2NORM_EPSILON
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.reverse_only import NO_FORWARD_MODE
 from deltaproduct_jax.ops.selection import AVAILABLE
-
-# Added to the sum of squares, inside the root, as the published layer does.
-L2NORM_EPSILON = 1e-6
 
 
 def delta_product(
@@ -32,6 +31,7 @@ def delta_product(
     segment_ids: Integer[Array | np.ndarray, "B T"] | None = None,
     num_segments: int | None = None,
     use_qk_l2norm: bool = False,
+    use_silu: bool = False,
     chunk_size: int | None = None,
     implementation: str | None = None,
     precision: str | jax.lax.Precision | None = None,
@@ -64,6 +64,9 @@ def delta_product(
         S-th are NaN. Every implementation can; rows are read in pieces of 64 tokens at most.
       use_qk_l2norm: replace q and k by x / sqrt(sum(x**2) + 1e-6), computed in float32; the
         result is rounded to the dtype of q, unless ``precision`` is "high" or "highest".
+      use_silu: replace q, k and v by x sigmoid(x) first, computed in float32; with
+        ``use_qk_l2norm`` q and k are rounded once, behind both. Kernels of many narrow heads on a
+        GPU then read what came in (`takes_raw` tells which).
       chunk_size: tokens in a chunk of the chunked implementation; it changes speed and memory, not
         the result.
       implementation: "chunked" (matmuls within chunks, own backward pass), "recurrent" (a scan over
@@ -106,6 +109,7 @@ def delta_product(
     options = {
         "scale": scale,
         "use_qk_l2norm": use_qk_l2norm,
+        "use_silu": use_silu,
         "chunk_size": chunk_size,
         "implementation": implementation,
         "precision": precision,
@@ -114,7 +118,10 @@ def delta_product(
         return _by_segment((q, k, v, beta, g), initial_state, segment_ids, num_segments, options)
     carried = {"initial_state": initial_state, "segment_ids": segment_ids}
     spread = placement()
+    checks.check_flag("use_silu", options["use_silu"])
     if spread is not None:
+        if options.pop("use_silu"):
+            q, k, v = map(silu, (q, k, v))
         with placed(None):  # what runs on each device is the op as it is
             return spread.op(q, k, v, beta, g, **carried, **options)
     return _whole({"q": q, "k": k, "v": v, "beta": beta, "g": g, **carried}, options)
@@ -163,13 +170,15 @@ def _by_segment(tokens, initial_states, segment_ids, num_segments, options):
     return by_segment(run, tuple(arrays[n] for n in names), states, arrays["segment_ids"])
 
 
-def _run(arrays, *, use_qk_l2norm, **options):
+def _run(arrays, *, use_qk_l2norm, use_silu, **options):
     """`delta_product` on checked arguments, on one device or on a device's part of them."""
     q, k, v, beta, g, initial_state, segment_ids = arrays.values()
-    if use_qk_l2norm:
-        # Rounded to bfloat16 again, unit vectors are no longer of length 1.
-        rounded = options["precision"] in (None, "default")
-        q, k = _l2_normalise(q, rounded), _l2_normalise(k, rounded)
+    # Rounded to bfloat16 again, unit vectors are no longer of length 1.
+    rounded = options["precision"] in (None, "default")
+    options["raw"] = use_silu and use_qk_l2norm and rounded
+    if not options["raw"]:
+        q, k, v = map(silu, (q, k, v)) if use_silu else (q, k, v)
+        q, k = (l2_normalise(x, rounded) for x in (q, k)) if use_qk_l2norm else (q, k)
     check_state = initial_state is not None
     if initial_state is None:
         B, _, _, K = q.shape
@@ -227,7 +236,7 @@ def delta_product_step(
     def run(arrays):
         q, k, v, beta, g, state = arrays.values()
         if use_qk_l2norm:
-            q, k = _l2_normalise(q), _l2_normalise(k)
+            q, k = l2_normalise(q), l2_normalise(k)
         return step(state, q, k, v, beta, g, scale=checks.check_scale(scale, q.shape[-1]))
 
     return on_each_part(run, arrays, layouts, (("B", "Hv", "V"), layouts["state"]))
@@ -239,10 +248,3 @@ def _arrays(**arguments) -> dict[str, jax.Array | None]:
         name: None if value is None and name in optional else checks.as_array(name, value)
         for name, value in arguments.items()
     }
-
-
-def _l2_normalise(x: jax.Array, rounded: bool = True) -> jax.Array:
-    wide = x.astype(accumulator_dtype(x.dtype))
-    norm_squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    normalised = wide * jax.lax.rsqrt(norm_squared + L2NORM_EPSILON)
-    return normalised.astype(x.dtype) if rounded else normalised

@@ -26,11 +26,12 @@ from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
 
+Run = Callable[[Any, Any], tuple[jax.Array, Any]]
 POINT = "reached_tokens"  # name of what `confined` finds, for policies of `jax.checkpoint`
 
 
 def contained(
-    run: Callable[[Any, Any], tuple[jax.Array, Any]],
+    run: Run,
     tokens: Any,
     state: Any,
     resets: jax.Array | None,
@@ -132,12 +133,7 @@ class Watched(NamedTuple):
 
 
 def confined(
-    run: Callable[[jax.Array, Any], tuple[jax.Array, Any]],
-    x: jax.Array,
-    state: Any,
-    resets: jax.Array | None,
-    *,
-    check_state: bool = True,
+    run: Run, x: jax.Array, state: Any, resets: jax.Array | None, *, check_state: bool = True
 ) -> tuple[jax.Array, Any]:
     """`contained` for a layer or a model: ``run`` has parameters, and they share in what is bad.
 
@@ -146,24 +142,32 @@ def confined(
 
     Args:
       run: takes ``x`` and ``state`` when they are finite; returns [B, T, ...] and a tree [B, ...].
-      x: [B, T, D], T at least 1.
+      x: [B, T, D].
       state: a tree of arrays [B, ...], or None; only those of floating point matter.
-      resets: as above.
-      check_state: as above.
+      resets, check_state: as above.
     """
+    y, after, reached_BT = unspoilt(run, x, None, state, resets, check_state=check_state)
+    return nan_where(_like(reached_BT, y), y) if x.shape[1] else y, after
+
+
+def unspoilt(
+    run: Run, x: jax.Array, bad_BT: Any, state: Any, resets: Any, *, check_state: bool = True
+) -> tuple[jax.Array, Any, jax.Array]:
+    """`confined`, outputs as they are, and which are to be NaN; bad tokens, if given, are 0."""
     if not x.shape[1]:
-        return run(x, state)
-    of_state = [_bad(x, (0,)) for x in jax.tree.leaves(state) if check_state and _is_floating(x)]
-    before_B1 = _any_of(of_state)
-    before_B1 = None if before_B1 is None else before_B1[:, None]
-    reached_BT1 = checkpoint_name(reach(_bad(x, (0, 1))[..., None], before_B1, resets), POINT)
+        return *run(x, state), jnp.zeros(x.shape[:2], bool)
+    if bad_BT is None:
+        bad_BT, x = _bad(x, (0, 1)), only_finite(x)
+    leaves = filter(_is_floating, jax.tree.leaves(state) if check_state else ())
+    before_B1 = _any_of([_bad(leaf, (0,))[:, None] for leaf in leaves])
+    reached_BT1 = checkpoint_name(reach(bad_BT[..., None], before_B1, resets), POINT)
     with known_finite():
-        y, after = run(only_finite(x), only_finite(state))
-    y, last_B1 = _nan_where(_like(reached_BT1, y), y), reached_BT1[:, -1]
+        y, after = run(x, only_finite(state))
     # One by one: of a state that nobody asks for JAX then knows that its cotangent is zero, where
     # zeros of its size would go all the way back.
-    spoilt = lambda leaf: _nan_where(_like(last_B1, leaf), leaf) if _is_floating(leaf) else leaf
-    return y, jax.tree.map(spoilt, after)
+    last = reached_BT1[:, -1]
+    spoilt = lambda leaf: nan_where(_like(last, leaf), leaf) if _is_floating(leaf) else leaf
+    return y, jax.tree.map(spoilt, after), reached_BT1[..., 0]
 
 
 def only_finite(tree: Any) -> Any:
@@ -365,13 +369,14 @@ def _finite_cotangents(fixed, cotangents, *, axis_name):
 
 
 @jax.custom_jvp
-def _nan_where(reached, x):
+def nan_where(reached: jax.Array, x: jax.Array) -> jax.Array:
+    """``x`` with NaN where it is reached, flags [..., 1] alike; so is what is not 0 backwards."""
     return _nan_if(reached, x)
 
 
-@_nan_where.defjvp
+@nan_where.defjvp
 def _nan_where_jvp(primals, tangents):
-    return _nan_where(*primals), linear(_nan_if, _nan_unless_zero, primals[0], tangents[1])
+    return nan_where(*primals), linear(_nan_if, _nan_unless_zero, primals[0], tangents[1])
 
 
 def _nan_if(reached, x):

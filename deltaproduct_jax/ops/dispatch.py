@@ -17,6 +17,7 @@ from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.associative import associative
 from deltaproduct_jax.ops.chunked import chunked, chunked_backward
 from deltaproduct_jax.ops.containment import contained, only_finite
+from deltaproduct_jax.ops.convolution.raw import entered
 from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.kernels import containment as of_kernels
 from deltaproduct_jax.ops.kernels.containment import watched as _watched
@@ -44,7 +45,8 @@ PLAIN = {
 @functools.partial(
     jax.jit,
     static_argnames=(
-        *("scale", "chunk_size", "precision", "implementation", "check_state", "known_finite"),
+        *("scale", "chunk_size", "precision", "implementation"),
+        *("check_state", "known_finite", "raw"),
     ),
 )
 def dispatch(
@@ -62,8 +64,12 @@ def dispatch(
     implementation,
     check_state=True,
     known_finite=False,
+    raw=False,
 ):
-    """Runs the named implementation, or the one that the rule picks, on checked arguments."""
+    """Runs the named implementation, or the one that the rule picks, on checked arguments.
+
+    If ``raw`` they are to go through `raw.entered` first, which a kernel may do.
+    """
     B, T = k.shape[:2]
     if 0 in (B, T):
         return jnp.zeros((B, T, *v.shape[3:]), v.dtype), initial_state
@@ -78,6 +84,7 @@ def dispatch(
         _check_kernel(implementation, tokens, precision)
     tokens = tokens._replace(g=forgets(tokens.g))
     if implementation in ("recurrent", "associative"):
+        tokens = entered(tokens) if raw else tokens
         form = recurrent if implementation == "recurrent" else associative
 
         def run(tokens, state):
@@ -85,7 +92,8 @@ def dispatch(
             return form(*tokens[:5], state, resets, scale=scale, precision=precision)
     else:
         options = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
-        route = resolve(tokens, **options, implementation=implementation)
+        route = resolve(tokens, **options, implementation=implementation, raw=raw)
+        tokens = entered(tokens) if raw and not route.raw else tokens
         if route.may_run_kernel:
             route = route.for_finite(known_finite)
             # To look at all arrays first would be a pass over memory: each platform sees to it.
@@ -146,7 +154,7 @@ def _forward_of(name: str, route: Route, branch: Branch, *, keep_states: bool):
     """The forward pass of "chunked", of the scan or of a kernel; None where it cannot run."""
     if name in PLAIN:
         keywords = {"form": PLAIN[name][0], "settings": branch.settings, "more": route.kept_more}
-        keywords["confines"] = route.may_run_kernel
+        keywords |= {"confines": route.may_run_kernel, "raw": route.raw}
         return functools.partial(_run_plain, **keywords, keep_states=keep_states)
     return _kernel_pass(name, "forward", branch, keep_states=keep_states)
 
@@ -155,7 +163,7 @@ def _backward_of(route: Route, branch: Branch):
     """The backward pass of what ran forward, whose states are its own; None if it cannot run."""
     if branch.gradient in PLAIN:
         keywords = {"form": PLAIN[branch.gradient][1], "settings": branch.settings}
-        keywords["confines"] = route.may_run_kernel
+        keywords |= {"confines": route.may_run_kernel, "raw": route.raw}
         return functools.partial(_run_plain_backward, **keywords)
     return _kernel_pass(branch.gradient, "backward", branch)
 
@@ -184,12 +192,13 @@ def _asked(name: str, reason, run):
     return asked
 
 
-def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, keep_states):
+def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, raw, keep_states):
     """A plain form by the contract of kernels, with room for what it does not keep."""
     watched = _watched(tokens, initial_state) if confines else None
     state = initial_state
     if watched is not None:
         tokens, state = mark_bad(tokens, watched.bad), only_finite(initial_state)
+    tokens = entered(tokens) if raw else tokens
     o, final_state, states = form(tokens, state, settings, keep_states=keep_states)
     if watched is not None:
         o, final_state = watched.spoil(o, final_state)
@@ -201,8 +210,10 @@ def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines,
     return o, final_state, (states, *empty)
 
 
-def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, settings, confines):
+def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, settings, confines, raw):
     states = kept[0]
+    if raw:
+        form = functools.partial(_entered_backward, form)
     if not confines:
         return form(tokens, states, do, dfinal_state, settings)
     watched = _watched(tokens, states[0].reshape(dfinal_state.shape))
@@ -210,6 +221,17 @@ def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, setting
     cotangents, told = watched.finite_cotangents(do, dfinal_state)
     dtokens, dstate = form(tokens, states, *cotangents, settings)
     return watched.spoil_gradients(dtokens._replace(resets=None), dstate, told)
+
+
+def _entered_backward(form, tokens: Tokens, *others):
+    """Cotangents of what `entered` takes."""
+
+    def of_three(q, k, v):
+        return entered(tokens._replace(q=q, k=k, v=v))[:3]
+
+    found, pull = jax.vjp(of_three, *tokens[:3])
+    dtokens, dstate = form(Tokens(*found, *tokens[3:]), *others)
+    return Tokens(*pull(dtokens[:3]), *dtokens[3:]), dstate
 
 
 def _by_platform(route: Route, choice, *operands):

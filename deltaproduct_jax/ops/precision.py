@@ -13,6 +13,10 @@ PRECISIONS = {
 }
 
 
+# Added to the sum of squares, inside the root, as the published layer does.
+L2NORM_EPSILON = 1e-6
+
+
 def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     """Dtype of the state, of gate sums and of matmul results: float64 for float64, else float32."""
     dtype = jnp.dtype(dtype)

@@ -49,6 +49,7 @@ class Route(NamedTuple):
       precision: as in `delta_product`.
       branches: one per platform.
       kept_more: the arrays that a gradient keeps beside states, on every platform.
+      raw: tokens are those of `ops.convolution.raw.entered`, which whatever runs sees to.
     """
 
     named: str | None
@@ -56,6 +57,7 @@ class Route(NamedTuple):
     precision: str | None
     branches: tuple[Branch, ...]
     kept_more: tuple[jax.ShapeDtypeStruct, ...]
+    raw: bool = False
 
     @property
     def may_run_kernel(self) -> bool:
@@ -82,6 +84,7 @@ def resolve(
     precision: str | None,
     chunk_size: int | None,
     implementation: str | None,
+    raw: bool = False,
 ) -> Route:
     """The route of a call; of ``tokens`` only shapes and dtypes matter."""
     sizes, dtype = sizes_of(tokens), jnp.dtype(tokens.q.dtype)
@@ -109,6 +112,8 @@ def resolve(
     options = kernels.Options(scale, precision, spans, interpret=False, slots=slots)
     kept_more = () if kernel is None else kernel.kept_more(tokens, options)
     options = options._replace(more=bool(kept_more))
+    raw = raw and bool(kept_more) and chosen == {"triton"} and kernel.takes_raw(tokens, options)
+    options = options._replace(raw=raw)
     if chosen:
         kept_more = (*kept_more, flags_like(tokens))
     fixed = {"scale": scale, "precision": precision, "span": kept_span, "chunk_size": chunk_size}
@@ -122,7 +127,7 @@ def resolve(
         )
         for platform in PLATFORMS
     )
-    return Route(implementation, scale, precision, tuple(branches), kept_more)
+    return Route(implementation, scale, precision, tuple(branches), kept_more, raw)
 
 
 def sizes_of(tokens: Tokens) -> dict[str, int]:

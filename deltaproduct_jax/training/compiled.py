@@ -6,11 +6,24 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from deltaproduct_jax.training.measuring.memory import within_memory
 from deltaproduct_jax.training.progress import Stopwatch, compiling
 
+LEAST_WIDTH_BY_CUBLAS = 1024  # channels; with 128 XLA's own kernels win some products
 MOST_UNDER_WAY = 2  # one that runs, and one that begins as soon as it has ended
+
+
+def compiler_options(mesh: Mesh, hidden_size: int) -> dict[str, str | bool] | None:
+    """What a step is compiled with beside XLA's own choices.
+
+    On a GPU cuBLAS makes all matrix products of wide models, with sums in front of them and behind,
+    which XLA leaves apart where its own kernels are tried too: results/gpu/LOG_step.md.
+    """
+    if mesh.devices.flat[0].platform != "gpu" or hidden_size < LEAST_WIDTH_BY_CUBLAS:
+        return None
+    return {"xla_gpu_enable_triton_gemm": False}
 
 
 class CompiledByLength:
@@ -27,7 +40,7 @@ class CompiledByLength:
         stopwatch: Stopwatch,
         *,
         donate: bool = False,
-        compiler_options: dict[str, str] | None = None,
+        compiler_options: dict[str, str | bool] | None = None,
     ):
         self._function = function
         self._name = name

@@ -27,7 +27,7 @@ from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.buckets import Bucket, open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.compiled import CompiledByLength, UnderWay
+from deltaproduct_jax.training.compiled import CompiledByLength, UnderWay, compiler_options
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
@@ -261,6 +261,7 @@ class Trainer:
             training_sizes(train),
             self.stopwatch,
             donate=True,
+            compiler_options=compiler_options(layout.mesh, config.model.hidden_size),
         )
         self._eval_step = CompiledByLength(
             eval_step, "the evaluation", evaluation_sizes(train), self.stopwatch

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.ops.parts import explicit_names
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
 from deltaproduct_jax.tasks.task import Batch
@@ -72,7 +74,12 @@ def losses_of(
     """
     packed = {} if batch.segment_ids is None else {"segment_ids": batch.segment_ids}
     if settings.chunk_size is None:
-        of_batch = _of_logits(model(batch.inputs, **packed), batch.targets, batch.mask, settings)
+        is_whole = layout is None or layout.is_one
+        if is_whole and isinstance(model, SequenceModel) and not _is_laid_out(model):
+            logits, reached = model.unspoilt(batch.inputs, **packed)
+        else:
+            logits, reached = model(batch.inputs, **packed), None
+        of_batch = _of_logits(logits, batch.targets, batch.mask, settings, reached)
     else:
         x_BTD = model.features(batch.inputs, **packed)
         of_batch = _in_chunks(model.head, x_BTD, batch, settings, layout)
@@ -80,10 +87,18 @@ def losses_of(
     return Losses(objective, *map(jax.lax.stop_gradient, others))
 
 
+def _is_laid_out(model: nnx.Module) -> bool:
+    return any(any(explicit_names(x)) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
 def _of_logits(
-    logits: jax.Array, targets: jax.Array, mask: jax.Array, settings: LossSettings
+    logits: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    settings: LossSettings,
+    reached: jax.Array | None = None,
 ) -> Losses:
-    found = cross_entropy.of_tokens(logits, targets, mask)
+    found = cross_entropy.of_tokens(logits, targets, mask, reached)
     summed = jnp.sum(found.cross_entropy, where=mask)
     if not settings.z_loss:
         return Losses(summed, summed, jnp.zeros(()), found.correct)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.together.numbers import Numbers
 
@@ -71,7 +72,7 @@ def make_optimizer(
         )
         inner = optax.partition({"muon": muon, "adamw": inner}, _optimizer_of_each)
     if numbers.clip_norm is not None:
-        inner = optax.chain(optax.clip_by_global_norm(numbers.clip_norm), inner)
+        inner = optax.chain(_clipped(numbers.clip_norm), inner)
 
     def init(params: optax.Params) -> optax.OptState:
         return inner.init(at_least_float32(params))
@@ -122,3 +123,36 @@ def _promoting(function: Callable) -> Callable:
             return function(*arguments)
 
     return promoted
+
+
+# Leaves of which one kernel sums what was summed by rows, and numbers of a leaf that it sums whole.
+LEAVES_AT_ONCE, FEW = 64, 2**14
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Euclidean norm of all leaves together, in float32 whatever their dtype.
+
+    On a GPU XLA sums a large leaf in two kernels, and of hundreds of leaves the second ones, each
+    of a few numbers, take as long as the first. So rows are summed, and their sums together, but
+    over a mesh, which may cut them.
+    """
+    squares = [jnp.square(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree)]
+    if placement() is not None or not squares:
+        return jnp.sqrt(sum(map(jnp.sum, squares), start=jnp.float32(0)))
+    rows = [x.ravel() if x.size < FEW else jnp.sum(x, axis=-1).ravel() for x in squares]
+    several = [rows[at : at + LEAVES_AT_ONCE] for at in range(0, len(rows), LEAVES_AT_ONCE)]
+    # XLA would undo it: of a sum of what stands side by side it makes sums of each.
+    joined = (jax.lax.optimization_barrier(jnp.concatenate(of_leaves)) for of_leaves in several)
+    return jnp.sqrt(sum(map(jnp.sum, joined), start=jnp.float32(0)))
+
+
+def _clipped(most: float | jax.Array) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm`, by the norm that the step reports, which is found once."""
+
+    def update(grads: optax.Updates, state: optax.OptState, params: Any = None) -> Any:
+        del params
+        norm = global_norm(grads)
+        clipped = lambda g: jnp.where(norm < most, g, g / norm.astype(g.dtype) * most)
+        return jax.tree.map(clipped, grads), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)

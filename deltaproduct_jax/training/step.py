@@ -7,6 +7,7 @@ where it is when 1e-3 is added to it. The model computes with these numbers roun
 Dimension key: ``B`` sequences, ``T`` positions, ``A`` parts of an accumulated batch.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +21,12 @@ from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.loss import PLAIN, Losses, LossSettings, losses_of
-from deltaproduct_jax.training.optimizer import at_least_float32, make_optimizer, make_schedule
+from deltaproduct_jax.training.optimizer import (
+    at_least_float32,
+    global_norm,
+    make_optimizer,
+    make_schedule,
+)
 from deltaproduct_jax.training.skipping import Skipped, Skipping, chosen, none_skipped
 
 Params = dict[str, Any]
@@ -179,16 +185,18 @@ def make_train_step(
         grads, metrics = compute(state.params, batch, count)
         if layout is not None:
             grads = layout.pin(grads)
-        grad_norm = global_norm(grads)
-        made, skipped = skipping.judge(state.skipped, metrics["loss"], grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = chosen(made, (params, opt_state), (state.params, state.opt_state))
+        with contextlib.nullcontext() if layout is None else layout.placed():
+            grad_norm = global_norm(grads)
+            made, skipped = skipping.judge(state.skipped, metrics["loss"], grad_norm)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            params, opt_state = chosen(made, (params, opt_state), (state.params, state.opt_state))
+            param_norm, update_norm = global_norm(params), global_norm(updates)
         updates_before = state.step - state.skipped.total  # what the optimiser counts
         metrics |= {
             "grad_norm": grad_norm,
-            "param_norm": global_norm(params),
-            "update_norm": jnp.where(made, global_norm(updates), 0),
+            "param_norm": param_norm,
+            "update_norm": jnp.where(made, update_norm, 0),
             "learning_rate": jnp.asarray(schedule(updates_before), dtype=jnp.float32),
             "skipped_steps": skipped.total,
             "skipped_in_a_row": skipped.in_a_row,
@@ -234,9 +242,3 @@ def step_of_run(
         return update(state, layout.cut_batch(batch))
 
     return train_step
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Euclidean norm of all leaves together, in float32 whatever their dtype."""
-    squares = [jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(sum(squares, start=jnp.float32(0)))

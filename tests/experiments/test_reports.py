@@ -287,12 +287,13 @@ def test_what_stops_a_measurement_apart_becomes_its_row(monkeypatch, capsys):
         raise error
 
     monkeypatch.setattr(training_steps, "apart", lambda function, *arguments: function(*arguments))
-    row = training_steps.measured(fails, "fla", ValueError("a\n  b " + "x" * 400))
-    assert row == [{"implementation": "fla", "error": "ValueError: a b " + "x" * 296}]
+    case = lambda error: training_steps.Case(fails, "fla", (error,), {"mesh": "data:1"})
+    [row] = training_steps.measured([case(ValueError("a\n  b " + "x" * 400))])
+    known = {"implementation": "fla", "mesh": "data:1"}
+    assert row == [known | {"error": "ValueError: a b " + "x" * 296}]
     assert "Traceback" in capsys.readouterr().err
-    assert training_steps.measured(fails, "fla", ConfigError("no GPU")) == [
-        {"implementation": "fla", "error": "ConfigError: no GPU"}
-    ]
+    [row] = training_steps.measured([case(ConfigError("no GPU"))])
+    assert row == [known | {"error": "ConfigError: no GPU"}]
     assert "Traceback" not in capsys.readouterr().err
     silent = types.SimpleNamespace(cost_analysis=dict)
     assert training_steps.moved_bytes(silent) == 0.0

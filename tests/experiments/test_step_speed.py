@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import threading
+from pathlib import Path
 
 import pytest
 from flax import nnx
@@ -33,7 +36,7 @@ def rows_of(path):
 def test_the_models_have_the_published_sizes():
     config = step_speed.StepConfig()
     counts = []
-    for model in [config.model(*sizes) for sizes in config.models]:
+    for model in map(config.model, config.models):
         abstract = nnx.eval_shape(lambda model=model: SequenceModel(model, rngs=nnx.Rngs(0)))
         counts.append(count_parameters(abstract)["total"])
     assert counts == [341_594_112, 316_379_136]
@@ -86,6 +89,43 @@ def test_what_the_peer_refuses_is_a_line_below_the_table(tmp_path, inline, monke
     assert timing == [4, 3, 7.0]
 
 
+def test_models_are_shared_out_and_come_in_order(tmp_path, monkeypatch):
+    """Each has one of the GPUs, and a turn on it; peers come later and have none."""
+    asked, timed = [], {"parameters": 7, "compile_s": 1.0, "first_loss": 5.0, "last_loss": 4.0}
+
+    def ours(_, model, tokens, *timing, mesh, turn):
+        assert not asked or asked[-1][0] != "peer"
+        asked.append((os.environ["CUDA_VISIBLE_DEVICES"], Path(turn).name))
+        times = dict.fromkeys(("median_ms", "min_ms", "max_ms"), float(model.num_householder))
+        return [{"implementation": step_speed.OURS, **timed, **times}]
+
+    def peer(_, model, *others):
+        asked.append(("peer", os.environ["CUDA_VISIBLE_DEVICES"]))
+        return [{"implementation": "fla", **timed, "median_ms": 8.0, "min_ms": 8.0, "max_ms": 8.0}]
+
+    def late(function, *arguments):
+        with lock, pytest.MonkeyPatch.context() as patch:  # of a process of its own
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            return function(*arguments)
+
+    lock = threading.Lock()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.setattr(training_steps, "apart", late)
+    monkeypatch.setattr(step_speed, "our_rows", lambda *x: ours(*x[:-2], mesh=x[-2], turn=x[-1]))
+    monkeypatch.setattr(step_speed, "check_peer", lambda: None)
+    monkeypatch.setattr(step_speed, "peer_rows", peer)
+    sizes = ["--num_householder=1,2,3,2", "--num_heads=2,2,2,2", "--gated=0,0,0,1", "--length=8"]
+    more = ["--preset=small", "--gpus=2", "--at_once=2", "--peer=fla"]
+    step_speed.command([f"--workdir={tmp_path}", *sizes, *more])
+    assert sorted(asked[:4]) == [("5", "0"), ("5", "0"), ("7", "1"), ("7", "1")]
+    assert sorted(asked[4:]) == [("peer", "5"), ("peer", "5"), ("peer", "7"), ("peer", "7")]
+    rows = rows_of(tmp_path)
+    found = [(r["num_householder"], r["gated"], r["ours_times_faster"]) for r in rows]
+    expected = [(1, 0, 8), (2, 0, 4), (3, 0, 8 / 3), (2, 1, 4)]
+    assert found[1::2] == [(*known, pytest.approx(times)) for *known, times in expected]
+    assert "| 3 | 2 | no | fla |" in (tmp_path / "step.md").read_text()
+
+
 def test_a_device_of_each_mesh_is_held_against_one_of_the_first(tmp_path, inline, monkeypatch):
     asked = []
 
@@ -135,14 +175,15 @@ def test_times_of_kernels_are_added_up_by_kind_and_the_largest_shown():
 
 def test_the_narrow_model_is_that_of_state_tracking():
     config = step_speed.StepConfig(**step_speed.PRESETS["narrow"])
-    (model,) = [config.model(*sizes) for sizes in config.models]
+    (model,) = map(config.model, config.models)
     paper = state_tracking.PRESETS["paper"]
     told = {"vocab_size", "initializer", "initializer_range"}  # of the task; of the first step
     for field in dataclasses.fields(model):
         if field.name in paper and field.name not in told:
             assert getattr(model, field.name) == paper[field.name], field.name
     assert not model.value_of("use_short_conv")
-    assert (config.batch_size, config.length) == (paper["batch_size"], paper["train_length"] + 1)
+    (shape,) = config.models
+    assert (shape.batch_size, shape.length) == (paper["batch_size"], paper["train_length"] + 1)
 
 
 def test_our_own_failure_fails_the_command(tmp_path, inline, monkeypatch, capsys):
@@ -157,24 +198,27 @@ def test_our_own_failure_fails_the_command(tmp_path, inline, monkeypatch, capsys
 def test_every_field_of_the_model_is_a_flag_that_reaches_it():
     base = step_speed.StepConfig(**step_speed.PRESETS["small"])
     changes = {
-        "vocab_size": 300, "hidden_size": 32, "num_layers": 1, "num_householder": (3, 2),
-        "num_heads": (4, 1), "head_dim": 8, "intermediate_size": 64, "gated": True,
-        "dtype": "float32", "remat": "none", "implementation": "chunked",
+        "vocab_size": 300, "hidden_size": (32,), "num_layers": 1, "num_householder": (3, 2),
+        "num_heads": (4, 1), "head_dim": 8, "intermediate_size": (64, 128), "gated": (0, 1),
+        "dtype": "float32", "remat": ("none",), "implementation": "chunked",
         "use_short_conv": False, "tie_embeddings": False, "conv_implementation": "plain",
     }  # fmt: skip
-    models = lambda config: [config.model(*sizes) for sizes in config.models]
+    models = lambda config: [config.model(model) for model in config.models]
     for name, value in changes.items():
         assert models(dataclasses.replace(base, **{name: value})) != models(base), name
     for name in ("batch_size", "length"):
-        assert dataclasses.replace(base, **{name: 5}).tokens().shape != base.tokens().shape
+        changed = dataclasses.replace(base, **{name: (5,)})
+        shapes = [c.tokens(c.models[0]).shape for c in (changed, base)]
+        assert shapes[0] != shapes[1]
     # Seen in the tests above.
-    told = {"steps", "repeats", "budget_s", "meshes", "peer", "peer_precisions"}
+    told = {"steps", "repeats", "budget_s", "meshes", "peer", "peer_precisions", "gpus", "at_once"}
     known = {*changes, *told, "batch_size", "length"}
     assert known == {field.name for field in dataclasses.fields(step_speed.StepConfig)}
 
 
 def test_the_peer_is_told_the_shape_of_ours():
-    got = peer_config(step_speed.StepConfig(gated=True).model(2, 4))
+    config = step_speed.StepConfig(gated=(0, 1))
+    got = peer_config(config.model(config.models[1]))
     assert got == {
         "hidden_size": 1024, "num_hidden_layers": 24, "num_heads": 4, "head_dim": 128,
         "expand_v": 1.0, "num_householder": 2, "intermediate_size": 2816,
@@ -188,6 +232,10 @@ def test_the_peer_is_told_the_shape_of_ours():
     ("argument", "text"),
     [
         ("--length=0", "length=0 is too small"),
+        ("--length=8,8,8", "length=(8, 8, 8) must have one number, or one for each of num_house"),
+        ("--gated=2", "gated=2 is not known"),
+        ("--meshes=data:1|data:1|data:1", "must have one list, or | between one for each of"),
+        ("--gpus=2 --meshes=data:2", "gpus=2 shares out models of one device"),
         ("--num_heads=4", "num_heads=(4,) must have a number for each of num_householder=(1, 2)"),
         ("--remat=all", "remat='all' is not known"),
         ("--dtype=float16", "dtype='float16' is not known"),
@@ -197,7 +245,7 @@ def test_the_peer_is_told_the_shape_of_ours():
     ],
 )
 def test_errors_are_one_line(argument, text, tmp_path, inline, capsys):
-    assert flags.run(step_speed.command, [f"--workdir={tmp_path}", argument]) == 2
+    assert flags.run(step_speed.command, [f"--workdir={tmp_path}", *argument.split()]) == 2
     error = capsys.readouterr().err
     assert text in error
     assert error.count("\n") == 1

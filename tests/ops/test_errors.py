@@ -130,6 +130,7 @@ CASES = {
         inputs(use_qk_l2norm="false"),
         "use_qk_l2norm must be True or False, got 'false'",
     ),
+    "a number for a truth": (inputs(use_silu=1), "use_silu must be True or False, got 1"),
 }
 
 

@@ -15,26 +15,43 @@ B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
 
 
 def drawn():
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(0), 6)
     x, scale = jax.random.normal(keys[0], (B, T, D)), 1 + jax.random.normal(keys[1], (D,))
     gate, up = (0.3 * jax.random.normal(key, (D, F)) for key in keys[2:4])
-    return x, scale, gate, up, 0.3 * jax.random.normal(keys[4], (F, D))
+    more = jax.random.normal(keys[5], (B, T, D))
+    return x, scale, more, gate, up, 0.3 * jax.random.normal(keys[4], (F, D))
 
 
 def norm(x, scale):
-    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * scale[None, None]
+    along = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPS) * along
 
 
-def swiglu(x, scale, gate, up, down):
-    y = norm(x, scale)
-    return x + (jax.nn.silu(y @ gate) * (y @ up)) @ down
+def swiglu(x, scale, more, gate, up, down):
+    z = x + more
+    y = norm(z, scale)
+    return z + (jax.nn.silu(y @ gate) * (y @ up)) @ down
+
+
+def heads(x):
+    """[B, T, D] as heads of 4, with scales for them."""
+    return x.reshape(B, T, -1, 4)
 
 
 PAIRS = {
-    "swiglu": (lambda *arrays: rows.residual_swiglu(*arrays, EPS), swiglu),
+    "swiglu": (
+        lambda x, scale, more, gate, up, down: rows.residual_swiglu(
+            x, more, jnp.zeros((B, T), bool), scale, jnp.hstack([gate, up]), down, EPS
+        ),
+        swiglu,
+    ),
     "norm": (
-        lambda x, scale, *_: sum(rows.forked_norm(x, scale, EPS)),
+        lambda x, scale, *_: sum(rows.forked_norm(x, scale, EPS)[:2]),
         lambda x, scale, *_: x + norm(x, scale),
+    ),
+    "product": (
+        lambda x, scale, _, gate, *__: rows.norm_product(heads(x), scale[:4], gate, EPS),
+        lambda x, scale, _, gate, *__: norm(heads(x), scale[:4]).reshape(B, T, D) @ gate,
     ),
 }
 
@@ -48,10 +65,10 @@ def assert_close(a, b):
 def test_values_and_derivatives_are_those_of_the_equation(name):
     def derivatives(function):
         loss = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
-        gradient = jax.grad(loss, (0, 1, 2, 3, 4))
+        gradient = jax.grad(loss, (0, 1, 2, 3, 4, 5))
         twice = jax.grad(lambda *arrays: jnp.sum(jnp.sin(gradient(*arrays)[0])))
         x, *others = drawn()
-        mapped = jax.vmap(gradient, (0, 0, None, None, None))
+        mapped = jax.vmap(gradient, (0, 0, *4 * [None]))
         scales = jnp.stack([others[0], -others[0]])
         one = function(x, *others), gradient(x, *others), twice(x, *others)
         return one, mapped(jnp.stack([x, 2 * x]), scales, *others[1:])
@@ -73,3 +90,28 @@ def test_a_block_that_is_fused_is_the_same(monkeypatch, remat):
         return jax.jit(jax.value_and_grad(loss))(params)
 
     assert_close(gradient(True), gradient(False))
+
+
+def test_what_is_not_finite_reaches_as_far_as_in_a_block_that_is_not_fused(monkeypatch):
+    sizes = {"hidden_size": 16, "num_heads": 2, "head_dim": 4, "vocab_size": 8}
+    config = ModelConfig(mixer="delta_product", implementation="recurrent", num_layers=1, **sizes)
+    graph, params = nnx.split(Block(config, 0, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 16)).at[1, 1, 3].set(jnp.inf)
+    segment_ids = jnp.asarray([[0] * 6, [0, 0, 0, 1, 1, 1]])
+    clean = (jnp.arange(6)[None] >= 3) | (jnp.arange(2)[:, None] == 0)
+
+    def results(fused):
+        monkeypatch.setattr(Block, "_may_be_fused", lambda self, x: fused)
+
+        def run(x, counted):
+            y, _ = nnx.merge(graph, params)(x, segment_ids=segment_ids, fused=True)
+            return jnp.sum(jnp.sin(y), where=counted[..., None]), y
+
+        return [jax.grad(run, has_aux=True)(x, c) for c in (clean, jnp.ones_like(clean))]
+
+    ours, wanted = (jax.jit(lambda fused=fused: results(fused))() for fused in (True, False))
+    bad = ~clean & (jnp.arange(6) >= 1)[None]
+    for (dx, y), (dx_wanted, y_wanted) in zip(ours, wanted, strict=True):
+        np.testing.assert_array_equal(np.isnan(y).any(axis=-1), bad)
+        np.testing.assert_allclose(y[~bad], y_wanted[~bad], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(*(np.isnan(d).any(axis=-1) for d in (dx, dx_wanted)))

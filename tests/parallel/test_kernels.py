@@ -31,20 +31,31 @@ JOINED = {"convolve_parts": 1, "convolve_parts_back": 1}
 APART = {"convolve": 3, "convolve_back": 3}
 
 
-def norm_back(x, mean_square, scale, dy, dx_after, *, eps, again):
-    """The kernel's arguments and results."""
-    del mean_square
+def norm_forward(x, scale, *, eps, more=None, reached=None, looks=False):
+    """The kernel's arguments and results, of what is finite."""
+    x = x if more is None else x + more
+    bad = jnp.zeros(x.shape[:1], bool) if looks else None
+    return x, rows.norm(x, scale, eps, x.dtype), jnp.mean(x * x, axis=-1), bad
+
+
+def norm_back(x, mean_square, scale, dy, dx_after=None, reached=None, *, eps, again=False):
+    """The same."""
     normed = lambda x, scale: rows.norm(x, scale, eps, x.dtype)
     y, pull = jax.vjp(normed, x, scale)
     dx, dscale = pull(dy)
-    return dx + dx_after, dscale, y if again else None
+    return dx if dx_after is None else dx + dx_after, dscale, y if again else None
 
 
-def swiglu_back(hidden, dh):
+def swiglu(hidden):
     """The same."""
-    F = dh.shape[-1]
-    h, pull = jax.vjp(lambda hidden: jax.nn.silu(hidden[:, :F]) * hidden[:, F:], hidden)
-    return pull(dh)[0], h
+    F = hidden.shape[-1] // 2
+    return jax.nn.silu(hidden[:, :F]) * hidden[:, F:]
+
+
+def swiglu_back(hidden, dh, *, again=True):
+    """The same."""
+    h, pull = jax.vjp(swiglu, hidden)
+    return pull(dh)[0], h if again else None
 
 
 @pytest.fixture
@@ -62,7 +73,7 @@ def on_gpu(monkeypatch):
     monkeypatch.setattr(kernels, "is_installed", lambda name: name == "triton")
     run = lambda *arrays, cuda, default: cuda(*arrays)
     monkeypatch.setattr(jax.lax, "platform_dependent", run)
-    for stand_in in (norm_back, swiglu_back):
+    for stand_in in (norm_forward, norm_back, swiglu, swiglu_back):
         name = stand_in.__name__
         monkeypatch.setattr(row_passes, name, noted(name, stand_in))
     return given
@@ -85,8 +96,11 @@ def test_norms_and_the_mlp_on_every_device_s_own_tokens(mesh, on_gpu):
         def loss(x, scale, *mlp):
             with layout.placed():  # as in training, for the way forward alone
                 assert rows.may_run(x, F)
-                x, y = rows.forked_norm(x, scale, EPS)
-                return jnp.sum(jnp.sin(rows.residual_swiglu(x + jnp.cos(y), scale, *mlp, EPS)))
+                x, y, bad = rows.forked_norm(x, scale, EPS)
+                gate, up, down = mlp
+                join = jnp.concatenate if layout.is_one else jnp.stack
+                mlp = (join([gate, up], axis=1), down, EPS)
+                return jnp.sum(jnp.sin(rows.residual_swiglu(x, jnp.cos(y), bad, scale, *mlp)))
 
         return jax.grad(loss, (0, 1, 2, 3, 4))(*arrays)
 
@@ -95,7 +109,11 @@ def test_norms_and_the_mlp_on_every_device_s_own_tokens(mesh, on_gpu):
     devices = layout.sizes
     own = B * T // (devices["fsdp"] * devices["sequence"])
     width = 2 * F // devices["tensor"]
-    assert set(on_gpu) == {("norm_back", own, D), ("swiglu_back", own, width)}
+    of_norms, of_mlp = ("norm_forward", "norm_back"), ("swiglu", "swiglu_back")
+    assert set(on_gpu) == {
+        *((name, own, D) for name in of_norms),
+        *((name, own, width) for name in of_mlp),
+    }
     one = Layout(make_mesh(DeviceConfig(mesh="data:1")), {})
     want = jax.jit(lambda *x: gradient(one, *x))(*arrays)
     for got, wanted in zip(compiled(*spread), want, strict=True):

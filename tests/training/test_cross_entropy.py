@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deltaproduct_jax.ops.blocks import logits as logits_of_blocks
 from deltaproduct_jax.training import cross_entropy
 
 LOGITS = np.random.default_rng(0).normal(size=(2, 5, 7)) * 3
@@ -31,8 +32,10 @@ def weighted(logits):
     return jnp.sum(numbers, where=jnp.asarray(MASK)), found
 
 
+@pytest.mark.parametrize("by_kernels", [False, True])
 @pytest.mark.parametrize(("dtype", "bar"), [("float32", 1e-5), ("bfloat16", 8e-3)])
-def test_values_and_gradients_are_those_of_float64(dtype, bar):
+def test_values_and_gradients_are_those_of_float64(dtype, bar, by_kernels, monkeypatch):
+    monkeypatch.setattr(logits_of_blocks, "takes_kernel", lambda _: by_kernels)
     logits = jnp.asarray(LOGITS, dtype)
     gradient, found = jax.grad(weighted, has_aux=True)(logits)
     *want, dwant = expected(np.asarray(logits, np.float64))

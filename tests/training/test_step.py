@@ -10,7 +10,7 @@ from quick import quick
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.config import DeviceConfig
-from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -193,6 +193,32 @@ def test_global_norm_of_bfloat16_is_summed_in_float32():
     norm = global_norm(tree)
     assert norm.dtype == jnp.float32
     assert float(norm) == 32.0
+
+
+def test_a_norm_of_many_leaves_and_what_is_clipped_by_it():
+    """Small ones, whole and by rows; the other way over a mesh."""
+    drawn = np.random.default_rng(0)
+    shapes = [(3,), (130, 130), (), (5, 2)] * 20
+    tree = [jnp.asarray(drawn.normal(size=shape), jnp.float32) for shape in shapes]
+    flat = np.concatenate([np.ravel(x).astype(np.float64) for x in tree])
+    layout = Layout(make_mesh(DeviceConfig(mesh="data:2"), jax.devices()[:2]), {})
+
+    def over_a_mesh(tree):
+        with layout.placed():
+            return global_norm(tree)
+
+    for norm in (jax.jit(global_norm)(tree), jax.jit(over_a_mesh)(tree)):
+        assert float(norm) == pytest.approx(np.linalg.norm(flat), rel=1e-6)
+    assert float(global_norm([])) == 0
+    for most in (1.0, 1e4):
+        config = TrainConfig(clip_norm=most, learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
+        optimizer = make_optimizer(config)
+        published = optax.clip_by_global_norm(most)
+        wanted, _ = published.update(tree, published.init(tree))
+        _, state = optimizer.update(tree, optimizer.init(tree), tree)
+        moments = optax.tree_utils.tree_get(state, "mu")
+        for found, x in zip(moments, wanted, strict=True):
+            np.testing.assert_allclose(found, (1 - config.adam_b1) * x, rtol=1e-5)
 
 
 def test_training_lowers_the_loss_and_never_compiles_twice():

@@ -1,13 +1,17 @@
-"""Parts of a block that are bound by memory, with a way back that reads everything once.
+"""Parts of a block that are bound by memory, both ways of which read everything once.
 
-A norm of rows whose input goes on beside it, and a whole residual SwiGLU. On the way forward they
-are what JAX makes of them; the way back is a custom one, by a kernel on a GPU and plainly
-elsewhere. Over a mesh every device runs the kernel on its own tokens. There is no forward mode.
+A norm of rows whose input goes on beside it, one in front of a product, and a whole residual
+SwiGLU. What is not products runs by a kernel on a GPU and plainly elsewhere; the way back is a
+custom one. Over a mesh every device runs the kernel on its own tokens. There is no forward mode.
+
+What is not finite is looked for where a norm is written, and put into a sum where that is made, so
+that neither takes a pass of its own (`ops/containment.py`).
 
 Shape suffixes: B batch, T tokens, D channels, F channels between the products of a SwiGLU.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -20,11 +24,12 @@ from deltaproduct_jax.ops.parts import OnTokens, explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.varying import mark_all_varying
 
-# Names for policies of `jax.checkpoint`: mean squares of rows, and both widened products.
-NORM_POINT, HIDDEN_POINT = "norm_of_rows", "mlp_hidden"
+# Names for policies of `jax.checkpoint`: mean squares of rows, what stands between mixer and MLP,
+# and both widened products.
+NORM_POINT, MIDDLE, HIDDEN_POINT = "norm_of_rows", "block_middle", "mlp_hidden"
 
 
-def may_run(x: jax.Array, F: int) -> bool:
+def may_run(x: jax.Array, F: int = 0) -> bool:
     """Whether the kernels take tokens [B, T, D] and an MLP's width, on devices with whole rows."""
     sizes = {"dtype": x.dtype, "D": max(x.shape[-1], F)}
     return (
@@ -64,90 +69,133 @@ def _scaled(x, mean_square, scale, eps, dtype):
     return (x.astype(wide) * jax.lax.rsqrt(mean_square + eps) * scale).astype(dtype)
 
 
-def forked_norm(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def forked_norm(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, ...]:
     """``x`` itself, to go on with, and its norm: both cotangents are read in one pass.
 
     Args:
       x: [B, T, D].
       scale: [D].
       eps: added to the mean square.
+
+    Returns:
+      ``x``, the norm with 0 for what is not finite, and tokens where anything was not, [B, T] bool.
     """
     return _forked(eps, _on_tokens(x), *mark_all_varying((x, scale)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _forked(eps, on_tokens, x, scale):
-    del on_tokens
-    return x, _norm(x, scale, eps, x.dtype)[0]
+    return _forked_forward(eps, on_tokens, x, scale)[0]
 
 
 def _forked_forward(eps, on_tokens, x, scale):
-    del on_tokens
-    y, mean_square = _norm(x, scale, eps, x.dtype)
-    return (x, y), (x, mean_square, scale)
+    y, mean_square, bad = _norm_looking(eps)(on_tokens, x, scale)
+    return (x, y, bad), (x, checkpoint_name(mean_square, NORM_POINT), scale)
 
 
 def _forked_backward(eps, on_tokens, residuals, cotangents):
-    dx_after, dy = cotangents
-    dx, dscale, _ = _norm_back(eps, False)(on_tokens, *residuals, dy, dx_after)
+    dx_after, dy, _ = cotangents
+    dx, dscale = _norm_back(eps)(on_tokens, *residuals, dy, dx_after)
     return dx, dscale.astype(residuals[2].dtype)
 
 
 _forked.defvjp(_forked_forward, _forked_backward)
 
 
+def norm_product(o: jax.Array, scale: jax.Array, kernel: jax.Array, eps: float) -> jax.Array:
+    """The product of norms of heads with a matrix, on devices that have whole arrays.
+
+    Args:
+      o: [B, T, H, V].
+      scale: [V].
+      kernel: [H V, D], in the dtype of ``o``.
+      eps: added to the mean square.
+    """
+    return _norm_product(eps, *mark_all_varying((o, scale, kernel)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _norm_product(eps, o, scale, kernel):
+    return _norm_product_forward(eps, o, scale, kernel)[0]
+
+
+def _norm_product_forward(eps, o, scale, kernel):
+    y, mean_square = _norm_alone(eps)(None, o, scale)
+    mean_square = checkpoint_name(mean_square, NORM_POINT)
+    return y.reshape(*y.shape[:2], -1) @ kernel, (o, mean_square, scale, kernel)
+
+
+def _norm_product_backward(eps, residuals, dout):
+    o, mean_square, scale, kernel = residuals
+    dy = (dout @ kernel.T).reshape(o.shape)
+    do, dscale, y = _norm_back_again(eps)(None, o, mean_square, scale, dy)
+    return do, dscale.astype(scale.dtype), _of_tokens(y.reshape(*y.shape[:2], -1), dout)
+
+
+_norm_product.defvjp(_norm_product_forward, _norm_product_backward)
+
+
 def residual_swiglu(
-    x: jax.Array, scale: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, eps: float
+    x: jax.Array,
+    more: jax.Array,
+    reached: jax.Array,
+    scale: jax.Array,
+    first: jax.Array,
+    down: jax.Array,
+    eps: float,
+    keeps: bool = False,
 ) -> jax.Array:
-    """``x + (silu(y gate) * (y up)) down``, with y the norm of ``x``.
+    """``z + (silu(y gate) * (y up)) down``, with y the norm of ``z = x + more``.
 
     Args:
       x: [B, T, D].
+      more: the same.
+      reached: tokens whose ``more`` is NaN, whatever it is, and so are their cotangents that are
+        not 0, [B, T] bool.
       scale: of the norm, [D].
-      gate: [D, F], in the dtype of ``x``.
-      up: the same.
+      first: gate and up, in the dtype of ``x``: [D, 2 F], or where a mesh cuts F [D, 2, F].
       down: [F, D], in that dtype too.
       eps: added to the mean square.
+      keeps: keep what SwiGLU makes, instead of making it again on the way back.
     """
     on_tokens = _on_tokens(x, down.shape[0])
-    # One matrix, but where a mesh cuts F: there an axis of its own keeps gate and up apart.
-    join = jnp.concatenate if on_tokens is None else jnp.stack
-    first = join([gate, up], axis=1)
-    return _swiglu(eps, on_tokens, *mark_all_varying((x, scale, first, down)))
+    arrays = mark_all_varying((x, more, reached, scale, first, down))
+    return _swiglu((eps, keeps), on_tokens, *arrays)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _swiglu(eps, on_tokens, x, scale, first, down):
-    return _swiglu_forward(eps, on_tokens, x, scale, first, down)[0]
+def _swiglu(how, on_tokens, x, more, reached, scale, first, down):
+    return _swiglu_forward(how, on_tokens, x, more, reached, scale, first, down)[0]
 
 
-def _swiglu_forward(eps, on_tokens, x, scale, first, down):
-    del on_tokens
-    y, mean_square = _norm(x, scale, eps, x.dtype)
+def _swiglu_forward(how, on_tokens, x, more, reached, scale, first, down):
+    eps, keeps = how
+    z, y, mean_square = _norm_of_sum(eps)(on_tokens, x, more, reached, scale)
+    z, mean_square = checkpoint_name(z, MIDDLE), checkpoint_name(mean_square, NORM_POINT)
     hidden = checkpoint_name(jnp.tensordot(y, first, 1), HIDDEN_POINT)
-    out = x + _activated(hidden) @ down
-    return out, (x, mean_square, scale, hidden, first, down)
+    h = _activated(on_tokens, hidden)
+    out, kept = z + h @ down, h if keeps else None
+    return out, (z, mean_square, reached, scale, hidden, kept, first, down)
 
 
-def _activated(hidden):
-    gate, up = (x.reshape(*x.shape[:2], -1) for x in jnp.split(hidden, 2, axis=2))
-    return jax.nn.silu(gate) * up
-
-
-def _swiglu_backward(eps, on_tokens, residuals, dout):
-    x, mean_square, scale, hidden, first, down = residuals
-    dhidden, h = _activated_back(on_tokens, hidden, dout @ down.T)
+def _swiglu_backward(how, on_tokens, residuals, dout):
+    eps, _ = how
+    z, mean_square, reached, scale, hidden, kept, first, down = residuals
+    dhidden, h = _activated_back(kept is None)(on_tokens, hidden, dout @ down.T)
+    h = h if kept is None else kept
     wide = [*range(2, hidden.ndim)], [*range(1, first.ndim)]
     dy = jnp.tensordot(dhidden, first, wide)
-    dx, dscale, y = _norm_back(eps, True)(on_tokens, x, mean_square, scale, dy, dout)
-    of_tokens = functools.partial(jnp.tensordot, axes=((0, 1), (0, 1)))
-    return dx, dscale.astype(scale.dtype), of_tokens(y, dhidden), of_tokens(h, dout)
+    back = _norm_back_of_sum(eps)
+    dz, dscale, y = back(on_tokens, z, mean_square, scale, dy, dout, reached)
+    dscale = dscale.astype(scale.dtype)
+    return dz, dz, None, dscale, _of_tokens(y, dhidden), _of_tokens(h, dout)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+_of_tokens = functools.partial(jnp.tensordot, axes=((0, 1), (0, 1)))
 
 
-def _by_kernel_or_plain(
+def by_kernel_or_plain(
     by_kernel: Callable, plain: Callable, layouts: Sequence[str], out_layouts: Sequence[str]
 ) -> Callable:
     """A kernel on a GPU, plainly elsewhere, where it is mapped and where it is differentiated.
@@ -180,42 +228,133 @@ def _by_kernel_or_plain(
     return run
 
 
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
 @functools.cache
-def _norm_back(eps: float, again: bool) -> Callable:
-    def by_kernel(x, mean_square, scale, dy, dx_after):
-        flat = (a.reshape(-1, x.shape[-1]) for a in (dy, dx_after))
-        dx, dscale, y = of_triton.norm_back(
-            x.reshape(-1, x.shape[-1]), mean_square.reshape(-1), scale, *flat, eps=eps, again=again
-        )
-        return dx.reshape(x.shape), dscale, y.reshape(x.shape) if again else None
+def _norm_alone(eps: float) -> Callable:
+    """(x, scale) -> the norm, mean squares."""
 
-    def plain(x, mean_square, scale, dy, dx_after):
-        wide = accumulator_dtype(x.dtype)
-        x_wide, dy, after = (a.astype(wide) for a in (x, dy, dx_after))
-        inverse = jax.lax.rsqrt(mean_square + eps)
-        unit = x_wide * inverse
-        dscale = jnp.sum(dy * unit, axis=tuple(range(x.ndim - 1)))
-        dunit = dy * scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-        along = jnp.mean(dunit * unit, axis=-1, keepdims=True)
-        dx = after + inverse * (dunit - unit * along)
-        y = _scaled(x, mean_square, scale, eps, x.dtype) if again else None
-        return dx.astype(x.dtype), dscale, y
+    def by_kernel(x, scale):
+        _, y, mean_square, _ = of_triton.norm_forward(_rows(x), scale, eps=eps)
+        return y.reshape(x.shape), mean_square.reshape(*x.shape[:-1], 1)
 
-    layouts = ("BTD", "BT1", "D", "BTD", "BTD")
-    return _by_kernel_or_plain(by_kernel, plain, layouts, ("BTD", "D", "BTD"))
+    plain = lambda x, scale: _norm(x, scale, eps, x.dtype)
+    return by_kernel_or_plain(by_kernel, plain, ("BTHD", "D"), ("BTHD", "BTH1"))
 
 
-def _activated_back_by_kernel(hidden, dh):
-    F = dh.shape[-1]
-    dhidden, h = of_triton.swiglu_back(hidden.reshape(-1, 2 * F), dh.reshape(-1, F))
-    return dhidden.reshape(hidden.shape), h.reshape(dh.shape)
+@functools.cache
+def _norm_looking(eps: float) -> Callable:
+    """(x, scale) -> the norm with 0 for what is not finite, mean squares, tokens with any of it."""
+
+    def by_kernel(x, scale):
+        _, y, mean_square, bad = of_triton.norm_forward(_rows(x), scale, eps=eps, looks=True)
+        of_tokens = x.shape[:-1]
+        return y.reshape(x.shape), mean_square.reshape(*of_tokens, 1), bad.reshape(of_tokens)
+
+    def plain(x, scale):
+        y, mean_square = _norm(x, scale, eps, x.dtype)
+        finite = jnp.isfinite(y)
+        return jnp.where(finite, y, 0), mean_square, ~jnp.all(finite, axis=-1)
+
+    return by_kernel_or_plain(by_kernel, plain, ("BTD", "D"), ("BTD", "BT1", "BT"))
 
 
-def _activated_back_plain(hidden, dh):
-    h, pull = jax.vjp(_activated, hidden)
-    return pull(dh)[0], h
+@functools.cache
+def _norm_of_sum(eps: float) -> Callable:
+    """(x, more, reached, scale) -> their sum, its norm, mean squares."""
+
+    def by_kernel(x, more, reached, scale):
+        how = {"eps": eps, "more": _rows(more), "reached": reached.reshape(-1)}
+        z, y, mean_square, _ = of_triton.norm_forward(_rows(x), scale, **how)
+        return z.reshape(x.shape), y.reshape(x.shape), mean_square.reshape(*x.shape[:-1], 1)
+
+    def plain(x, more, reached, scale):
+        z = x + jnp.where(reached[..., None], jnp.nan, more)
+        return z, *_norm(z, scale, eps, x.dtype)
+
+    layouts = ("BTD", "BTD", "BT", "D")
+    return by_kernel_or_plain(by_kernel, plain, layouts, ("BTD", "BTD", "BT1"))
 
 
-_activated_back = _by_kernel_or_plain(
-    _activated_back_by_kernel, _activated_back_plain, ("BT2F", "BTF"), ("BT2F", "BTF")
-)
+def _back_by_kernel(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None):
+    arrays = _rows(x), mean_square.reshape(-1), scale, _rows(dy)
+    dx_after = None if dx_after is None else _rows(dx_after)
+    reached = None if reached is None else reached.reshape(-1)
+    how = {"eps": eps, "again": again}
+    dx, dscale, y = of_triton.norm_back(*arrays, dx_after, reached, **how)
+    return (dx.reshape(x.shape), dscale, *((y.reshape(x.shape),) if again else ()))
+
+
+def _back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None):
+    wide = accumulator_dtype(x.dtype)
+    x_wide, dy = x.astype(wide), dy.astype(wide)
+    inverse = jax.lax.rsqrt(mean_square + eps)
+    unit = x_wide * inverse
+    dscale = jnp.sum(dy * unit, axis=tuple(range(x.ndim - 1)))
+    dunit = dy * scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
+    along = jnp.mean(dunit * unit, axis=-1, keepdims=True)
+    dx = inverse * (dunit - unit * along)
+    dx = (dx if dx_after is None else dx_after.astype(wide) + dx).astype(x.dtype)
+    if reached is not None:
+        dx = jnp.where(reached[..., None] & (dx != 0), jnp.nan, dx)
+    return dx, dscale, *((_scaled(x, mean_square, scale, eps, x.dtype),) if again else ())
+
+
+def _back(eps, again, layouts, out_layouts):
+    of_both = (functools.partial(f, eps, again) for f in (_back_by_kernel, _back_plain))
+    return by_kernel_or_plain(*of_both, layouts, out_layouts)
+
+
+@functools.cache
+def _norm_back(eps: float) -> Callable:
+    """(x, mean squares, scale, dy, dx from elsewhere) -> dx, dscale."""
+    return _back(eps, False, ("BTD", "BT1", "D", "BTD", "BTD"), ("BTD", "D"))
+
+
+@functools.cache
+def _norm_back_again(eps: float) -> Callable:
+    """(x, mean squares, scale, dy) -> dx, dscale, the norm."""
+    return _back(eps, True, ("BTHD", "BTH1", "D", "BTHD"), ("BTHD", "D", "BTHD"))
+
+
+@functools.cache
+def _norm_back_of_sum(eps: float) -> Callable:
+    """(z, mean squares, scale, dy, dz from elsewhere, reached) -> dz, dscale, the norm."""
+    layouts = ("BTD", "BT1", "D", "BTD", "BTD", "BT")
+    return _back(eps, True, layouts, ("BTD", "D", "BTD"))
+
+
+def _activated_by_kernel(hidden):
+    return (of_triton.swiglu(hidden.reshape(*_sizes(hidden))).reshape(*hidden.shape[:2], -1),)
+
+
+def _activated_plain(hidden):
+    gate, up = (x.reshape(*x.shape[:2], -1) for x in jnp.split(hidden, 2, axis=2))
+    return (jax.nn.silu(gate) * up,)
+
+
+def _sizes(hidden):
+    """Rows and both halves of what stands in [B, T, 2 F] or [B, T, 2, F]."""
+    return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:])
+
+
+_run_activated = by_kernel_or_plain(_activated_by_kernel, _activated_plain, ("BT2F",), ("BTF",))
+_activated = lambda *arrays: _run_activated(*arrays)[0]
+
+
+@functools.cache
+def _activated_back(again: bool) -> Callable:
+    """(hidden, dh) -> dhidden, and if ``again`` what `_activated` makes."""
+
+    def by_kernel(hidden, dh):
+        arrays = hidden.reshape(*_sizes(hidden)), _rows(dh)
+        dhidden, h = of_triton.swiglu_back(*arrays, again=again)
+        return dhidden.reshape(hidden.shape), h.reshape(dh.shape) if again else None
+
+    def plain(hidden, dh):
+        (h,), pull = jax.vjp(_activated_plain, hidden)
+        return pull((dh,))[0], h if again else None
+
+    return by_kernel_or_plain(by_kernel, plain, ("BT2F", "BTF"), ("BT2F", "BTF"))

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops.api import L2NORM_EPSILON
-from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON, accumulator_dtype
 
 
 class Form(NamedTuple):

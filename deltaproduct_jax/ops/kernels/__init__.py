@@ -83,6 +83,8 @@ class Options(NamedTuple):
       more: whether they have room for what the kernel keeps beside states.
       rows: sequences of the call, where it is run again on some of them; None: all.
       known_finite: whether all operands are: then only bad cotangents have rows run again.
+      raw: q, k and v are to go through SiLU first, and q and k are divided by their lengths then;
+        of a kernel whose ``takes_raw(tokens, options)`` says so.
     """
 
     scale: float
@@ -93,6 +95,7 @@ class Options(NamedTuple):
     more: bool = False
     rows: int | None = None
     known_finite: bool = False
+    raw: bool = False
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton_interpreter
 from flax import nnx
-from ops.kernels import convolution_cases, oracle_convolution
+from ops.kernels import convolution_cases, oracle_convolution, row_cases
 from ops.kernels.convolution_cases import (
     MESHES,
     Case,
@@ -34,7 +34,6 @@ from ops.kernels.convolution_cases import (
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
 from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, row_passes, tiling
@@ -134,25 +133,6 @@ def parts(packed):
     return found
 
 
-def of_rows():
-    """Differences of the kernels of a block's way back from what JAX derives."""
-    row_passes.PROGRAMS = 3
-    keys = jax.random.split(jax.random.key(0), 5)
-    x, dy, after = (jax.random.normal(key, (1, 23, 40)) for key in keys[:3])
-    scale, hidden = 1 + jax.random.normal(keys[3], (40,)), jax.random.normal(keys[4], (1, 23, 80))
-    norm = lambda x, scale: rows.norm(x, scale, 1e-5, x.dtype)
-    y, pull = jax.vjp(norm, x, scale)
-    dx, dscale = pull(dy)
-    mean_square = jnp.mean(x * x, axis=-1)[0]
-    got = row_passes.norm_back(x[0], mean_square, scale, dy[0], after[0], eps=1e-5, again=True)
-    wanted = dict(zip(("dx", "dscale", "y"), ((dx + after)[0], dscale, y[0]), strict=True))
-    found = {name: relative(x, wanted[name]) for name, x in zip(wanted, got, strict=True)}
-    [dhidden] = jax.vjp(lambda h: jax.nn.silu(h[..., :40]) * h[..., 40:], hidden)[1](dy)
-    got, h = row_passes.swiglu_back(hidden[0], dy[0])
-    again = jax.nn.silu(hidden[0, :, :40]) * hidden[0, :, 40:]
-    return found | {"dhidden": relative(got, dhidden[0]), "h": relative(h, again)}
-
-
 def interpreted(name, arrays, *others, **options):
     """`passes.call`, whose results vary over a mesh as its arrays do."""
     results = triton_interpreter.call(name, arrays, *others, **options)
@@ -175,7 +155,7 @@ def interpret(every):
     found = {"errors": found}
     for packed in (False, True) if every else (True,):
         found["errors"][f"side by side, {packed}"] = ["float32", parts(packed)]
-    found["errors"]["rows"] = ["float32", of_rows()]
+    found["errors"]["rows"] = ["float32", row_cases.of_rows() | row_cases.of_logits()]
     if every:
         dispatch._by_platform = by_triton
         dispatch._run = lambda choice, runs, others, *arrays: runs["cuda"](*arrays)
@@ -275,7 +255,7 @@ def launches_alone(width, dtype):
 
 
 def launches_of_blocks():
-    """Of a model of 1024 channels: convolutions side by side, a norm's and a SwiGLU's way back."""
+    """Of a model of 1024 channels: convolutions side by side, norms and a SwiGLU's way back."""
     bfloat16 = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
     widths, tokens = (512, 1024, 1024), (8, 4096)
     how = {"parts": (Form(silu, 128), Form(silu, 128), Form(silu)), "widths": widths}
@@ -286,8 +266,13 @@ def launches_of_blocks():
         return y, convolution_passes.backward_parts(*arrays, cotangents, rest, **how)
 
     def of_rows(x, mean_square, scale, hidden, dh):
-        dx = row_passes.norm_back(x, mean_square, scale, x, x, eps=1e-6, again=True)
-        return dx, row_passes.swiglu_back(hidden, dh)
+        reached, how = mean_square > 0, {"eps": 1e-6}
+        y = row_passes.norm_forward(x, scale, more=x, reached=reached, looks=True, **how)
+        dx = row_passes.norm_back(x, mean_square, scale, x, x, reached, again=True, **how)
+        halves = row_passes.swiglu(hidden), row_passes.swiglu_back(hidden, dh)
+        arrays = hidden, mean_square, reached
+        back = row_passes.logit_back(*arrays, *3 * (mean_square,))
+        return y, dx, halves, row_passes.logit_sums(*arrays), back
 
     taps = jax.ShapeDtypeStruct((1, 4, sum(widths)), "float32")
     u, before = bfloat16(*tokens, sum(widths) + 8), bfloat16(8, 3, sum(widths))

@@ -1,9 +1,14 @@
 """What triton_child.py does with the kernels of narrow heads: cases, and what is compiled."""
 
 import itertools
+import types
 
+import helpers
 import jax
 import jax.numpy as jnp
+import numpy as np
+import oracle
+import oracle_convolution
 from helpers import Case
 
 from deltaproduct_jax.compilers.gpu import kernel_resources
@@ -29,29 +34,89 @@ def cases(every: bool) -> list[tuple[str, str]]:
     return [(name, dtype) for dtype, names in chosen.items() for name in names]
 
 
+def raw_errors(case: Case, dtype: str, inputs, run, relative) -> dict[str, float]:
+    """Of kernels that make SiLU, and lengths of q and k, themselves, by result."""
+    arrays, segment_ids, tokens, state = inputs(case, dtype)
+    do, dstate = helpers.draw_cotangents(case.arrays())
+    wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
+    given = {name: wide[name] for name in "qkv"}
+
+    def entered(name, cotangent):
+        flat = lambda x: x.reshape(*x.shape[:2], -1)
+        how = {"silu": True, "width": None if name == "v" else case.K}
+        found = oracle_convolution.activated(*map(flat, (given[name], cotangent)), **how)
+        return [x.reshape(cotangent.shape) for x in found]
+
+    wide |= {name: entered(name, x)[0] for name, x in given.items()}
+    cotangents = [np.asarray(c, np.float64) for c in (do, dstate)]
+    *want, dwant = oracle.delta_product(**wide, segment_ids=segment_ids, cotangents=cotangents)
+    dwant |= {name: entered(name, dwant[name])[1] for name in given}
+    cotangents = jnp.asarray(do, tokens.v.dtype), jnp.asarray(dstate, jnp.float32)
+    outputs, gradients = run(tokens, state, cotangents, case, True, RAW)
+    found = dict(zip(("o", "final_state"), map(relative, outputs, want), strict=True))
+    pairs = zip(helpers.ARGUMENTS, gradients, strict=True)
+    return found | {"d" + n: relative(x, dwant[n]) for n, x in pairs if x is not None}
+
+
+def _raw_forward(tokens, state, options, *, keep_states):
+    return narrow.forward(tokens, state, options._replace(raw=True), keep_states=keep_states)
+
+
+def _raw_backward(tokens, kept, do, dfinal_state, options):
+    return narrow.backward(tokens, kept, do, dfinal_state, options._replace(raw=True))
+
+
+RAW = types.SimpleNamespace(forward=_raw_forward, backward=_raw_backward)
+
+
+def raw_elsewhere(delta_product) -> dict[str, float]:
+    """Kernels of a gradient lowered for CUDA, and how far a CPU is from activating first."""
+    shapes = [(128, 5, 8, 32), *2 * [(128, 5, 2, 8, 32)], (128, 5, 2, 8)]
+    q, k, v, b = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
+    beta = jax.nn.sigmoid(b)
+
+    def loss(raw, q, k, v, beta):
+        how = {
+            "use_silu": raw,
+            "use_qk_l2norm": True,
+            "implementation": None if raw else "recurrent",
+        }
+        q, k, v = (q, k, v) if raw else map(jax.nn.silu, (q, k, v))
+        o, state = delta_product(q, k, v, beta, **how)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(state)
+
+    gradient = jax.jit(jax.grad(loss, (1, 2, 3, 4)), static_argnums=0)
+    lowered = gradient.trace(True, q, k, v, beta).lower(lowering_platforms=("cuda",)).as_text()
+    pairs = zip(*(gradient(raw, q, k, v, beta) for raw in (True, False)), strict=True)
+    apart = [float(jnp.linalg.norm(x - y) / jnp.linalg.norm(y)) for x, y in pairs]
+    return {"kernels": lowered.count("triton_kernel_call"), "apart": max(apart)}
+
+
 def resources(every: bool, inputs, run) -> list[dict]:
     """What the compiler makes of the kernels of narrow heads, as they are launched."""
     from deltaproduct_jax.ops.kernels.triton import kernels as bodies
 
     rows, call = [], passes.call
-    shapes = itertools.product((16, 32), ("bfloat16", "float32"), (True, False))
+    shapes = itertools.product((16, 32), ("bfloat16", "float32"), (True, False), (narrow, RAW))
 
     def compiled(name, arrays, outs, grid, launch, *, meta):
         del grid
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
         how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
         found = kernel_resources(getattr(bodies, name), structs, meta, **how)
-        rows.append(found | {"kernel": name} | {key: meta[key] for key in ("PARTS", "HAS_G")})
+        rows.append(
+            found | {"kernel": name} | {key: meta[key] for key in ("PARTS", "HAS_G", "RAW")}
+        )
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
 
     passes.call = compiled
-    for K, dtype, gated in shapes if every else [(32, "bfloat16", False)]:
+    for K, dtype, gated, ways in shapes if every else [(32, "bfloat16", False, RAW)]:
         case = Case(T=16, R=4, B=1, H=1, K=K, V=K, gate="mild" if gated else None)
         _, _, tokens, state = inputs(case, dtype)
         do = jnp.zeros((1, 16, 1, K), dtype)
         jax.eval_shape(
-            lambda tokens, state, do, case=case: run(
-                tokens, state, (do, state), case, True, narrow
+            lambda tokens, state, do, case=case, ways=ways: run(
+                tokens, state, (do, state), case, True, ways
             ),
             *(tokens, state, do),
         )

@@ -158,7 +158,7 @@ def test_each_kernel_of_narrow_heads_has_a_warp_and_keeps_its_tiles_in_registers
 @pytest.mark.slow
 def test_all_kernels_of_narrow_heads_compile_without_atomic_instructions(everything):
     rows = everything["heads"]
-    assert len(rows) == 2 * 8
+    assert len(rows) == 2 * 16
     assert not any(row["atomics"] for row in rows), rows
     of_narrow_products = [row for row in rows if row["PARTS"] == 1 and not row["HAS_G"]]
     assert not any(row["spilt_bytes"] for row in of_narrow_products), of_narrow_products
@@ -252,3 +252,10 @@ def test_a_gradient_with_large_states_keeps_what_the_kernels_make(everything):
 @pytest.mark.slow
 def test_a_gradient_of_many_narrow_heads_has_a_kernel_each_way(everything):
     assert everything["lowered"]["narrow heads"] == 2 * 2
+
+
+@pytest.mark.slow
+def test_many_narrow_heads_are_activated_by_their_kernels_and_elsewhere(everything):
+    raw = everything["lowered"]["raw"]
+    assert raw["kernels"] == 2 * 2
+    assert raw["apart"] < 1e-5

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from deltaproduct_jax.ops.api import L2NORM_EPSILON
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 LANES = 128
 EDGE = 8  # rows of a register, of which the last W - 1 are the inputs before a block

@@ -18,6 +18,11 @@ from deltaproduct_jax.ops.kernels.triton.passes import unsupported as unsupporte
 from deltaproduct_jax.ops.layout import Tokens
 
 
+def takes_raw(tokens: Tokens, options: Options) -> bool:
+    """Whether what runs a gradient of these can have ``options.raw``."""
+    return narrow.takes_raw(tokens, options)
+
+
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
     """What those that run a gradient of these keep beside states."""
     if narrow.takes(tokens, options):

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops.api import L2NORM_EPSILON
 from deltaproduct_jax.ops.convolution.plain import Form, identity
 from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 MOST_TAPS = 4
 MOST_WIDTH = 512

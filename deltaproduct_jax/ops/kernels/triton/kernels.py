@@ -27,6 +27,8 @@ from deltaproduct_jax.ops.kernels.triton.convolution import (
     convolve_parts_back as convolve_parts_back,
 )
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
+from deltaproduct_jax.ops.kernels.triton.logits import logit_back as logit_back
+from deltaproduct_jax.ops.kernels.triton.logits import logit_sums as logit_sums
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
 from deltaproduct_jax.ops.kernels.triton.narrow_forward import narrow_forward as narrow_forward
 from deltaproduct_jax.ops.kernels.triton.parts import (
@@ -50,6 +52,8 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
 from deltaproduct_jax.ops.kernels.triton.pieces import compose as compose
 from deltaproduct_jax.ops.kernels.triton.pieces import is_asked_for, start
 from deltaproduct_jax.ops.kernels.triton.rows import norm_back as norm_back
+from deltaproduct_jax.ops.kernels.triton.rows import norm_forward as norm_forward
+from deltaproduct_jax.ops.kernels.triton.rows import swiglu as swiglu
 from deltaproduct_jax.ops.kernels.triton.rows import swiglu_back as swiglu_back
 from deltaproduct_jax.ops.kernels.triton.step import step as step
 from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_place

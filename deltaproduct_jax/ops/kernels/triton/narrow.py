@@ -11,6 +11,7 @@ from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.triton import looking, passes, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 MOST_WIDTH = 32
 # From as many on a walk of their own pays: eight or so are under way on each of 132
@@ -39,6 +40,11 @@ def takes_gradients(tokens: Tokens, options: Options) -> bool:
     return options.more and takes(tokens, options)
 
 
+def takes_raw(tokens: Tokens, options: Options) -> bool:
+    """Whether the kernels of a gradient make SiLU, and lengths of q and k, themselves."""
+    return takes(tokens, options)
+
+
 class _Call:
     """Sizes of one call, and its launches."""
 
@@ -57,8 +63,9 @@ class _Call:
         self.meta = {
             **{"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "V": V},
             **{"BK": tiling.power_of_two(K), "BV": tiling.power_of_two(V)},
-            **{"C": C, "CP": tiling.power_of_two(C)},
+            **{"C": C, "CP": tiling.power_of_two(C), "CQ": 1 << (C - 1).bit_length()},
             **{"M": M, "N": self.N, "PARTS": parts, **gates},
+            **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
         }
 
     def kept(self) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -7,8 +7,11 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
     applied,
     block,
+    entered,
+    gathered,
     gram,
     kept_series,
+    left,
     numbers,
     of_pairs,
     parts,
@@ -16,6 +19,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     product,
     put_block,
     rounded,
+    spread,
     summed_to,
     sums_and_decays,
     turned,
@@ -28,13 +32,14 @@ def _errors(
     k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, x_ptr, S, tokens, row, hv, h, m, c, keys, values,
     updates, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
     V: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr,
+    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Those of a block, and what it writes, both [V, M], again from the state before it."""
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     dtype = k_ptr.dtype.element_ty
     k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
     v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
+    k, v = entered(k, EPSILON, RAW, True), entered(v, EPSILON, RAW, False)
     beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
     k = parts(k, dtype, PARTS)
     X = kept_series(x_ptr, m, M, PARTS)
@@ -87,8 +92,9 @@ def narrow_backward(
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr, seen_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr,
+    CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs and of the initial state; dq and dk are those of one value head.
 
@@ -119,11 +125,17 @@ def narrow_backward(
         et, ut = _errors(
             k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, x_ptr + (pid.to(tl.int64) * N + n) * (M * M),
             S, tokens, row, hv, h, m, c, keys, values, updates, R, H, HV, K, BK, V, BV, M, HAS_G,
-            HAS_RESETS, PARTS,
+            HAS_RESETS, PARTS, RAW, EPSILON,
         )  # fmt: skip
         is_token = c < tokens
         k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-        q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
+        k_in = entered(k_in, EPSILON, RAW, True)
+        if RAW:
+            few = tl.arange(0, CQ)
+            q_in = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
+            q_in = spread(entered(q_in, EPSILON, RAW, True), is_token, CP)
+        else:
+            q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
         do = block(place(do_ptr, row, hv, HV, V), c, values, is_token, HV, V, BV)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k_in, dtype, PARTS), parts(q_in, dtype, PARTS)
@@ -154,8 +166,11 @@ def narrow_backward(
         drt = yt - Xyt * beta[None, :]
         dbeta = tl.sum(et.to(tl.float32) * wt, axis=0)
         tl.store(dbeta_ptr + row * R * HV + hv + m * HV, dbeta, mask=updates)
-        put_block(place(dv_ptr, row * R, hv, HV, V), tl.trans(drt), m, values, updates,
-                  HV, V, BV)  # fmt: skip
+        dv = tl.trans(drt)
+        if RAW:
+            v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
+            dv = left(dv, v, EPSILON, False)
+        put_block(place(dv_ptr, row * R, hv, HV, V), dv, m, values, updates, HV, V, BV)
         dr = parts(drt, dtype, PARTS)
         u = parts(ut, dtype, PARTS)
         S = tl.load(kept, mask=within, other=0.0)
@@ -183,8 +198,17 @@ def narrow_backward(
         dq = added(d_parts, k, dq, PARTS)
         dk = added(turned(d_parts), q, dk_read + dk_written, PARTS)
         dk = added(parts(dF + tl.trans(dF), dtype, PARTS), k, dk, PARTS)
-        put_block(place(dq_ptr, row, hv, HV, K), dq, c, keys, is_token, HV, K, BK)
-        put_block(place(dk_ptr, row * R, hv, HV, K), dk, m, keys, updates, HV, K, BK)
+        if RAW:
+            k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
+            few = tl.arange(0, CQ)
+            q_in = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
+            du = left(gathered(dq, CQ), q_in, EPSILON, True)
+            put_block(place(dq_ptr, row, hv, HV, K), du, few, keys, few < tokens, HV, K, BK)
+            du = left(dk, k_in, EPSILON, True)
+            put_block(place(dk_ptr, row * R, hv, HV, K), du, m, keys, updates, HV, K, BK)
+        else:
+            put_block(place(dq_ptr, row, hv, HV, K), dq, c, keys, is_token, HV, K, BK)
+            put_block(place(dk_ptr, row * R, hv, HV, K), dk, m, keys, updates, HV, K, BK)
         if DECAYS:
             dSt *= through
         dSt = added(turned(do_in), q, dSt, PARTS)

@@ -17,6 +17,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
     applied,
     block,
+    entered,
     gram,
     numbers,
     of_pairs,
@@ -27,6 +28,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     put_series,
     rounded,
     series,
+    spread,
     sums_and_decays,
     to_pairs,
     turned,
@@ -41,8 +43,9 @@ def narrow_forward(
     o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr, seen_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr,
+    CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr,
+    RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
@@ -64,8 +67,14 @@ def narrow_forward(
         row = b * T + n * C
         updates, is_token = m < tokens * R, c < tokens
         k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-        q = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
+        if RAW:
+            few = tl.arange(0, CQ)
+            q = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
+            q = spread(entered(q, EPSILON, RAW, True), is_token, CP)
+        else:
+            q = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
         v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
+        k, v = entered(k, EPSILON, RAW, True), entered(v, EPSILON, RAW, False)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k, dtype, PARTS), parts(q, dtype, PARTS)
         earlier = m[:, None] > m[None, :]

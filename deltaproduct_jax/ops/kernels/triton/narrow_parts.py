@@ -6,6 +6,7 @@ Letters as in narrow_forward.py.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.convolution import sigmoid
 from deltaproduct_jax.ops.kernels.triton.parts import products, sums
 
 
@@ -138,6 +139,52 @@ def put_block(ptr, x, rows, columns, inside, HEADS: tl.constexpr, WIDTH: tl.cons
         mask = mask & (columns < WIDTH)[None, :]
     pointers = ptr + rows[:, None] * (HEADS * WIDTH) + columns[None, :]
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def entered(u, EPSILON: tl.constexpr, RAW: tl.constexpr, UNIT: tl.constexpr):
+    """SiLU of a block if it is RAW, divided by the lengths of rows if UNIT, in its own dtype."""
+    if RAW:
+        z = u.to(tl.float32)
+        y = z * sigmoid(z)
+        if UNIT:
+            y *= tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
+        u = y.to(u.dtype)
+    return u
+
+
+@triton.jit
+def spread(x, inside, ROWS: tl.constexpr):
+    """Rows [n, W] as the first of [ROWS, W], zeros where nothing is inside."""
+    n: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    if n < ROWS:
+        x = tl.reshape(tl.broadcast_to(x[None, :, :], [ROWS // n, n, W]), [ROWS, W])
+        x = tl.where(inside[:, None], x, tl.zeros([ROWS, W], x.dtype))
+    return x
+
+
+@triton.jit
+def gathered(x, n: tl.constexpr):
+    """The first n rows of x, of which all others are zero."""
+    ROWS: tl.constexpr = x.shape[0]
+    W: tl.constexpr = x.shape[1]
+    if n < ROWS:
+        x = tl.sum(tl.reshape(x, [ROWS // n, n, W]), axis=0)
+    return x
+
+
+@triton.jit
+def left(dy, u, EPSILON: tl.constexpr, UNIT: tl.constexpr):
+    """The cotangent of a block u from that of what `entered` makes of it, in float32."""
+    z = u.to(tl.float32)
+    s = sigmoid(z)
+    y = z * s
+    if UNIT:
+        inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
+        along = tl.sum(y * dy, axis=1, keep_dims=True) * inverse * inverse
+        dy = inverse * (dy - y * along)
+    return dy * (s + (y - y * s))
 
 
 @triton.jit
