@@ -88,7 +88,7 @@ class Call:
         self.NG = -(-T // GROUP)
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
-        # Of rows that are run again as many as of all, whose kernels are compiled already.
+        # Of rows that are run again as many as of all, so that they stay the same bits.
         self.pieces = pieces_for((options.rows or B) * HV, self.NG)
         self.is_gated = tokens.g is not None or tokens.resets is not None
         self.forgets = self.pieces > 1 and self.is_gated
