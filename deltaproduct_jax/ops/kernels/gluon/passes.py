@@ -87,7 +87,7 @@ class Call:
         self.is_gated = tokens.g is not None or tokens.resets is not None
         self.keeps = keeps
         how = {"R": R, "gated": self.is_gated, "keeps": keeps}
-        # Of rows that are run again as many as of all, whose kernels are compiled already.
+        # Of rows that are run again as many as of all, so that they stay the same bits.
         self.pieces = cut.pieces_for((options.rows or B) * HV, self.NG, **how)
         self.forgets = self.pieces > 1 and self.is_gated
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}

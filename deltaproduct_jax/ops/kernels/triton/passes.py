@@ -131,7 +131,7 @@ class _Call:
         gated = self.tokens.g is not None
         tiles = tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
         N = -(-T // tiles.chunk_size)
-        # Of rows that are run again as many as of all, whose kernels are compiled already.
+        # Of rows that are run again as many as of all, so that they stay the same bits.
         pieces = tiling.pieces_for((self.options.rows or B) * HV, N, tiles.walk, V=V)
         span = -(-N // self.options.spans) if self.options.spans else 0
         gates = {"HAS_G": gated, "HAS_RESETS": self.tokens.resets is not None}
