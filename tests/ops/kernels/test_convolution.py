@@ -94,7 +94,7 @@ def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everyt
     # Of q and k.
     assert lowered["None, no convolution"] == 10
     assert lowered["plain, no convolution"] == 6
-    # Of a block three norms and a SwiGLU more, each way. What the convolutions made is kept like the
+    # Of a block three norms and a SwiGLU more, each way. What convolutions made is kept like the
     # results of the op, or they, the op and norms run again.
     assert (lowered["products"], lowered["blocks"]) == (16, 22)
 
