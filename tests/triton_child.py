@@ -248,7 +248,7 @@ def compile_for_cuda(every: bool) -> dict:
 
     lowered = {"step": lower_step(), "versions": kernels_by_version()}
     lowered |= lower_wide(loss) | {"narrow heads": lower_narrow(loss)} if every else {}
-    lowered |= {"raw": narrow_heads.raw_elsewhere(delta_product)} if every else {}
+    lowered |= {"raw": narrow_heads.raw_elsewhere()} if every else {}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)

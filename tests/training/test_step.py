@@ -1,5 +1,7 @@
 """Pure steps: loss, gradients, accumulation and norms, on a model small enough to do by hand."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training.compiled import compiler_options
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.step import (
@@ -219,6 +222,14 @@ def test_a_norm_of_many_leaves_and_what_is_clipped_by_it():
         moments = optax.tree_utils.tree_get(state, "mu")
         for found, x in zip(moments, wanted, strict=True):
             np.testing.assert_allclose(found, (1 - config.adam_b1) * x, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("platform", "width"), [("gpu", 1024), ("gpu", 128), ("cpu", 1024)])
+def test_cublas_makes_the_products_of_wide_models_on_a_gpu(platform, width):
+    device = types.SimpleNamespace(platform=platform)
+    options = compiler_options(types.SimpleNamespace(devices=np.array([device])), width)
+    expected = {"xla_gpu_enable_triton_gemm": False} if (platform, width) == ("gpu", 1024) else None
+    assert options == expected
 
 
 def test_training_lowers_the_loss_and_never_compiles_twice():

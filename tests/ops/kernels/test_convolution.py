@@ -78,7 +78,7 @@ def test_a_layer_is_the_plain_one(everything):
 @pytest.mark.slow
 def test_all_compile_for_hopper_and_spill_nothing(everything):
     rows = everything["rows"]
-    assert len(rows) == 22
+    assert len(rows) == 26
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
     assert not any(row["atomics"] for row in rows.values()), rows  # sums have one order
     assert all(row["programs_a_multiprocessor"] >= 2 for row in rows.values()), rows
@@ -94,9 +94,9 @@ def test_a_layer_lowered_for_cuda_holds_the_kernels_where_they_are_chosen(everyt
     # Of q and k.
     assert lowered["None, no convolution"] == 10
     assert lowered["plain, no convolution"] == 6
-    # Of a block two norms and a SwiGLU more, on the way back; what the convolutions made is kept
-    # like the results of the op.
-    assert (lowered["products"], lowered["blocks"]) == (11, 14)
+    # Of a block three norms and a SwiGLU more, each way. What convolutions made is kept like the
+    # results of the op, or they, the op and norms run again.
+    assert (lowered["products"], lowered["blocks"]) == (16, 22)
 
 
 @pytest.mark.slow
