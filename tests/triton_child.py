@@ -254,10 +254,19 @@ def compile_for_cuda(every: bool) -> dict:
         traced = gradient.trace(*arrays, implementation)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[str(implementation)] = text.count("triton_kernel_call")
-    jax.clear_caches()  # of the same function
-    with checks.known_finite():
-        text = gradient.trace(*arrays, "triton").lower(lowering_platforms=("cuda",)).as_text()
-    lowered["finite"] = text.count("triton_kernel_call")
+
+    def packed(*arrays):
+        o, _ = delta_product(
+            *arrays, segment_ids=jnp.zeros((1, 64), jnp.int32), implementation="triton"
+        )
+        return jnp.sum(o)
+
+    for name, known in {"packed": contextlib.nullcontext, "finite": checks.known_finite}.items():
+        jax.clear_caches()  # of the same function
+        with known():
+            traced = jax.jit(jax.grad(packed, argnums=(0, 1, 2, 3))).trace(*arrays)
+            text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        lowered[name] = text.count("triton_kernel_call")
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)

@@ -15,11 +15,11 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite.
+    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite; None: nobody looked.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
     As `chunked_backward`, from what its own ``forward`` kept, and flags [B, H] float32 behind it:
     not 0 for rows that were run again. ``bad`` are those, and rows of whose cotangents anything
-    was not finite.
+    was not finite, or None.
 
 One that reads tokens otherwise than the op lays them out has two more, and is given what the first
 returns; `containment` calls them:

@@ -51,7 +51,7 @@ def forward(
     if keep_states:
         flags = flags_like(tokens)
         kept = (*kept, mark_varying_as(jnp.zeros(flags.shape, flags.dtype), o))
-    if options.known_finite:
+    if bad is None or options.known_finite:
         return o, final_state, kept
     run = functools.partial(run, options=options._replace(rows=len(bad)))
 
@@ -75,6 +75,8 @@ def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, opti
     if not hasattr(kernel, "lay_out"):
         time_last = time_back = lambda tokens: tokens
     dlaid, dstate, bad = kernel.backward(laid, kept, do, dfinal_state, options)
+    if bad is None:
+        return restore(dlaid), dstate
     options = options._replace(rows=len(bad))
 
     def again(operands):

@@ -85,7 +85,7 @@ class Call:
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
         self.is_gated = tokens.g is not None or tokens.resets is not None
-        self.keeps = keeps
+        self.keeps, self.looks = keeps, looking.looks(tokens, options)
         how = {"R": R, "gated": self.is_gated, "keeps": keeps}
         # Of rows that are run again as many as of all, so that they stay the same bits.
         self.pieces = cut.pieces_for((options.rows or B) * HV, self.NG, **how)
@@ -183,7 +183,7 @@ class Call:
 
     def seen(self, mode: str) -> tuple[bool, jax.ShapeDtypeStruct]:
         """Whether a walk tells what is not finite, and a flag of every piece."""
-        if mode != "whole" or not looking.LOOKS:
+        if mode != "whole" or not self.looks:
             return False, PLACEHOLDER
         return True, jax.ShapeDtypeStruct((self.B, self.HV, self.pieces), jnp.float32)
 

@@ -41,14 +41,15 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
         o, final_state, seen = batched(gluon.forward, _fixed_of_gluon(tokens, options))(
             tokens, initial_state
         )
-        return o, final_state, None, seen
+        return o, final_state, None, _told(tokens, options, seen)
     elif keep_states and _by_gluon(tokens, options):
         run = batched(gluon.forward_kept, _fixed_of_gluon(tokens, options))
         o, final_state, seen, kept = run(tokens, initial_state)
-        return o, final_state, kept, seen
+        return o, final_state, kept, _told(tokens, options, seen)
     else:
         run = triton.forward
-    return run(tokens, initial_state, options, keep_states=keep_states)
+    o, final_state, kept, seen = run(tokens, initial_state, options, keep_states=keep_states)
+    return o, final_state, kept, _told(tokens, options, seen)
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
@@ -62,7 +63,13 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
         dtokens, dstate, seen = run(tokens, kept, do, dfinal_state)
     else:
         dtokens, dstate, seen = triton.backward(tokens, kept, do, dfinal_state, options)
-    return dtokens, dstate, seen + flags.reshape(*flags.shape, *[1] * (seen.ndim - 2))
+    seen += flags.reshape(*flags.shape, *[1] * (seen.ndim - 2))
+    return dtokens, dstate, _told(tokens, options, seen)
+
+
+def _told(tokens: Tokens, options: Options, seen: jax.Array) -> jax.Array | None:
+    """What kernels told, if they looked."""
+    return seen if looking.looks(tokens, options) else None
 
 
 def _fixed_of_gluon(tokens: Tokens, options: Options):

@@ -11,8 +11,17 @@ import jax.numpy as jnp
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.layout import Tokens
 
-# Whether walks over whole sequences tell; never changed but to time what that costs.
+# Whether walks over whole sequences ever tell; never changed but to time what that costs.
 LOOKS = True
+
+
+def looks(tokens: Tokens, options: Options) -> bool:
+    """Whether a call looks: of packed rows, whose segments must not reach each other.
+
+    The host waits for what is found, and few calls take as long as that. Rows and heads are apart
+    anyway, and layers replace what is bad before.
+    """
+    return LOOKS and tokens.resets is not None and not options.known_finite
 
 
 def of_pieces(seen: jax.Array, pieces: int) -> jax.Array:

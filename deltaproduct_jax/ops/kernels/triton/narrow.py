@@ -66,6 +66,7 @@ class _Call:
             **{"C": C, "CP": tiling.power_of_two(C), "CQ": 1 << (C - 1).bit_length()},
             **{"M": M, "N": self.N, "PARTS": parts, **gates},
             **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
+            "LOOKS": looking.looks(tokens, options),
         }
 
     def kept(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -91,8 +92,7 @@ class _Call:
     def launch(self, name: str, arrays, outs, launch, **more):
         """Launches a kernel, one program for each value head."""
         B, *_, HV, _, _ = self.sizes
-        meta = {**self.meta, "LOOKS": looking.LOOKS, **more}
-        return passes.call(name, arrays, outs, (B * HV,), launch, meta=meta)
+        return passes.call(name, arrays, outs, (B * HV,), launch, meta={**self.meta, **more})
 
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -142,7 +142,7 @@ class _Call:
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
             "TWO": operand in NARROW,
-            "LOOKS": looking.LOOKS,
+            "LOOKS": looking.looks(self.tokens, self.options),
             **{**gates, "DECAYS": any(gates.values())},
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
         }
@@ -163,7 +163,7 @@ class _Call:
     def seen(self, *parts: int) -> jax.ShapeDtypeStruct:
         """Of so many parts of a head NaN if anything was not finite, else 0."""
         shape = (self.meta["B"], self.meta["HV"], *parts)
-        return jax.ShapeDtypeStruct(shape if looking.LOOKS else (shape[0], 1), jnp.float32)
+        return jax.ShapeDtypeStruct(shape if self.meta["LOOKS"] else (shape[0], 1), jnp.float32)
 
     def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
         """What each of ``pieces`` does to any state, but for what it adds; of both ends nothing."""
