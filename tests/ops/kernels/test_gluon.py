@@ -1,7 +1,7 @@
 """The kernels in Gluon without a GPU: compiled, and what they take of a multiprocessor.
 
 There is no interpreter of Gluon. `python -m experiments.hardware.gpu_check` holds them against
-float64 on a GPU; experiments/results/gpu/forward/ has what it printed.
+float64 on a GPU; experiments/results/gpu/check/ has what it printed.
 """
 
 import json
