@@ -37,7 +37,13 @@ from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
-from deltaproduct_jax.ops.parts import explicit_names, placement
+from deltaproduct_jax.ops.parts import (
+    explicit_names,
+    placement,
+    side_by_side,
+    taken_apart,
+    with_past,
+)
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
 
@@ -266,12 +272,16 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
     def _reads_in_place(self, x: jax.Array, choice: Choice) -> bool:
         """Whether one product makes q, k, v and beta, which a kernel reads where they lie."""
+        spread, (B, T, _) = placement(), x.shape
+        devices = 1 if spread is None else spread.head_devices
         values = self.num_householder * self.num_v_heads * self.value_dim
+        divides = lambda heads: spread is None or spread.own_heads(B, T, heads) is not None
         return (
             self.use_short_conv
             and choice.on_cuda == "triton"
-            and values % self.head_dim == 0
-            and placement() is None
+            and divides(self.num_heads)
+            and divides(self.num_v_heads)
+            and values % (self.head_dim * devices) == 0
             and not any(explicit_names(x))
         )
 
@@ -284,32 +294,48 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         choice: Choice,
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, list[jax.Array]]:
         """What `_inputs` returns but the decay, of one product."""
-        B, T, _ = x.shape
+        B, T, D = x.shape
         R, H, Hv, K = self.num_householder, self.num_heads, self.num_v_heads, self.head_dim
-        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
-        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
+        spread = placement()
+        devices = 1 if spread is None else spread.head_devices
+        parts = {"q": 1, "k": R, "v": R, "b": R}
+        maps = [getattr(self, f"{name}_proj") for name in parts]
+        sizes = [(n, m.out_features // n) for n, m in zip(parts.values(), maps, strict=True)]
+        in_parts_of = lambda x, size: x.reshape(*x.shape[:-1], *size)
+        kernels = [in_parts_of(m.kernel[...], size) for m, size in zip(maps, sizes, strict=True)]
+        if spread is not None and R > 1:
+            kernels[1:] = map(spread.heads, kernels[1:])
         # Rows of whole sectors of memory, 32 bytes in bfloat16.
-        columns = sum(kernel.shape[1] for kernel in kernels)
-        filling = jnp.zeros((x.shape[2], -columns % 16), self.dtype)
-        kernel = jnp.concatenate([*kernels, filling], axis=1)
+        columns = sum(m.out_features for m in maps) // devices
+        filling = jnp.zeros((D, 1, devices * (-columns % 16)), self.dtype)
+        kernel = side_by_side([*(w.astype(self.dtype) for w in kernels), filling], devices)
         u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
+        of_convolutions = lambda *arrays: side_by_side(
+            [in_parts_of(x, size) for x, size in zip(arrays, sizes, strict=False)], devices
+        )
         convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         wide = accumulator_dtype(self.dtype)
-        taps = jnp.concatenate([conv.weight[...].astype(wide) for conv in convs], axis=1)
-        before = jnp.concatenate([state.q_conv, state.k_conv, state.v_conv], axis=2)
-        before = before.astype(u.dtype)
+        taps = of_convolutions(*(conv.weight[...].astype(wide) for conv in convs))
+        before = of_convolutions(state.q_conv, state.k_conv, state.v_conv).astype(u.dtype)
         run = segment_runs(segment_ids)
         past = None if run is None else jnp.zeros(before.shape[:2], run.dtype)
         units = {"q": K, "k": K, "v": None}
         forms = tuple(Form(self._activation(name), unit) for name, unit in units.items())
-        widths = tuple(conv.channels for conv in convs)
-        *mixed, b = convolved_parts(choice, forms, widths, u, before, taps, run, past)
+        widths = tuple(conv.channels // devices for conv in convs)
+
+        def convolved(arrays, before, taps):
+            (u, run), (old, past) = arrays, before
+            q, k, v, b = convolved_parts(choice, forms, widths, u, old, taps, run, past)
+            in_factors = lambda x: x.reshape(*x.shape[:2], R, -1)
+            return q, in_factors(k), in_factors(v), in_factors(b[..., : R * Hv // devices])
+
+        given = (u, run), (before, past), taps
+        *mixed, b = with_past(convolved, *given, on_each_device=True, ranks=(3, 4, 4, 4))
         q, k, v = (checkpoint_name(y, POINT) for y in mixed)
-        after = last_inputs(before, u[..., : before.shape[2]], past, run, length)
-        tails = jnp.split(after, [widths[0], widths[0] + widths[1]], axis=2)
-        beta = self._sizes(b[..., : R * Hv].reshape(B, T, R, Hv))
+        own = u.reshape(B, T, devices, -1)[..., : sum(widths)].reshape(B, T, -1)
+        tails = taken_apart(last_inputs(before, own, past, run, length), sizes[:3], devices)
         q, k = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K)
-        return q, k, v.reshape(B, T, R, Hv, -1), beta, tails
+        return q, k, v.reshape(B, T, R, Hv, -1), self._sizes(b), tails
 
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""

@@ -233,8 +233,9 @@ class Layout:
             sequence_axis=MESH_AXES["sequence"],
         )
         of_pieces = (pieces.with_past, pieces.own_heads, pieces.own_tokens)
-        on_mesh = (functools.partial(f, self.mesh) for f in of_pieces)
-        return placed(Placement(op, self._run_block, self._cut_heads, *on_mesh))
+        past, *own = (functools.partial(f, self.mesh) for f in of_pieces)
+        devices = self.devices_of("heads")
+        return placed(Placement(op, self._run_block, self._cut_heads, past, devices, *own))
 
     def _cut_heads(self, kernel: jax.Array) -> jax.Array:
         """A kernel ``[D, parts, width]`` cut along ``width``; its gradient goes the same way back.
