@@ -173,8 +173,9 @@ def require_bucket(path: AnyPath) -> None:
 
 def user_path(text: str) -> Path:
     """A path as a user writes it, ``~`` being their home; ConfigError if it cannot be one."""
-    if "\0" in text:
-        raise ConfigError(f"{text!r} cannot be a path: it has a NUL character")
+    if not text or "\0" in text:
+        why = "it has a NUL character" if text else "it is empty"  # which else is this folder
+        raise ConfigError(f"{text!r} cannot be a path: {why}")
     if "://" in text:
         raise ConfigError(f"{text!r} is not on a disk; it may be a path there")
     try:

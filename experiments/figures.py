@@ -96,7 +96,7 @@ class FigureConfig:
                 "published=True needs kind=cumulative, x=group and by=num_householder, got "
                 f"kind={self.kind}, x={self.x} and by={self.by}"
             )
-        if self.name is not None and Path(self.name).name != self.name:
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(f"name={self.name!r} must be the name of a file, without folders")
         if self.x in self.keys:
             raise ConfigError(f"x={self.x!r} is among by={self.by!r} too; give another setting")

@@ -132,21 +132,45 @@ def command(argv: Sequence[str]) -> None:
     config = PackConfig(**parsed.sections["pack"])
     source = user_path(config.source)
     around, sizes = listed(config, source)
+    if not sizes:
+        names = ",".join((*config.code, *config.prose))
+        raise ConfigError(
+            f"source={config.source!r} has no file of {names}, those of code or prose"
+        )
     taken = chosen(config, sizes)
     if not taken:
-        raise ConfigError(f"source={config.source!r} has no file of {config.code}, {config.prose}")
+        raise ConfigError(
+            f"code_bytes={config.code_bytes} and prose_bytes={config.prose_bytes} leave no file of "
+            f"source={config.source!r}"
+        )
     target = parsed.workdir / ARCHIVE
     partial = target.with_suffix(".partial")
+    wanted = {f"{around}{path}" for path in taken}
     with errors_as_one_line(target, "written"):
         parsed.workdir.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(partial, "w:xz", preset=config.level) as archive:
-            for found, _, data in files_of(source, {f"{around}{path}" for path in taken}):
+    try:
+        with (
+            errors_as_one_line(target, "written"),
+            tarfile.open(partial, "w:xz", preset=config.level) as archive,
+        ):
+            for found, _, data in files_of(source, wanted):
                 if data is not None:
                     path = found.removeprefix(around)
+                    if len(data) != sizes[path]:
+                        break
+                    wanted.remove(found)
                     entry = tarfile.TarInfo(f"{config.place_of(path)}/{path}")
                     entry.size = len(data)
                     archive.addfile(entry, io.BytesIO(data))
-        partial.replace(target)
+        if wanted:
+            raise ConfigError(
+                f"source={config.source!r} has changed while it was read: {min(wanted)!a} is gone "
+                "or of another size"
+            )
+        with errors_as_one_line(target, "written"):
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     summed = {
         folder: sum(sizes[p] for p in taken if config.place_of(p) == folder) for folder in DOMAINS
     }

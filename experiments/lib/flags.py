@@ -100,8 +100,8 @@ def parse(
     if values.help:
         print(_help(values, sections, presets), flush=True)
         raise SystemExit(0)
-    workdir = values.workdir or default_workdir
-    if workdir is None:
+    workdir = default_workdir if values.workdir is None else values.workdir
+    if not workdir:  # empty as of a variable that is not set
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
     saved = {} if values.config is None else _read_config(user_path(values.config), sections)
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)

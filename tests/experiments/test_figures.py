@@ -254,6 +254,7 @@ ERRORS = {
     "idle threshold": (["--threshold=0.5"], "threshold=0.5 needs kind=escape"),
     "idle band": (["--kind=table", "--band"], "band=True needs kind=cumulative"),
     "no threshold": (["--kind=escape", "--threshold=nan"], "threshold=nan must be a finite number"),
+    "no name": (["--name="], "name='' must be the name of a file"),
     "a folder": (["--name=../x"], r"name='\.\./x' must be the name of a file, without folders"),
     "bad filter": (["--where=seed"], "--where='seed': 'seed' must be key=value"),
 }

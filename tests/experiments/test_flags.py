@@ -194,6 +194,8 @@ def test_a_bad_flag_is_explained(argument, message):
     ("argv", "message"),
     [
         ([], "--workdir is missing"),
+        (["--workdir="], "--workdir is missing"),
+        (["--workdir=w", "--config="], "'' cannot be a path: it is empty"),
         (["--workdir=w", "runs"], "argument 'runs' is no flag; a flag is written --name=value"),
         (["--workdir=w", "--preset=feast", "--config=c"], "exclude each other"),
         (["--workdir=w", "--config=absent.json"], "absent.json cannot be read: No such file"),

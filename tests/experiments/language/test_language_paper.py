@@ -163,11 +163,31 @@ def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^source=.*nowhere' cannot be read: "):
         packed(tmp_path / "a", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.py").write_text("more than a byte")
     with pytest.raises(ConfigError, match=r"^source=.*empty' has no file of"):
         packed(tmp_path / "a", tmp_path / "empty")
+    argv = [f"--workdir={tmp_path / 'a'}", f"--source={tmp_path / 'empty'}"]
+    with pytest.raises(ConfigError, match=r"^code_bytes=1 and prose_bytes=1 leave no file of sou"):
+        pack_text.command([*argv, "--code=*.py", "--code_bytes=1", "--prose_bytes=1"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"^source=.*pipe' cannot be read: it is no file"):
         packed(tmp_path / "a", tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("change", ["gone", "grown"])
+def test_a_source_that_changes_while_it_is_packed_is_refused(change, source, tmp_path, monkeypatch):
+    real, file = pack_text.chosen, source / "drivers" / "3.c"
+
+    def late(*given):
+        file.unlink() if change == "gone" else file.write_text("y" * 14)
+        return real(*given)
+
+    monkeypatch.setattr(pack_text, "chosen", late)
+    says = r"kernel' has changed while it was read: 'drivers/3\.c' is gone or of another size$"
+    argv = [f"--workdir={tmp_path / 'a'}", f"--source={source}"]
+    with pytest.raises(ConfigError, match=says):
+        pack_text.command(argv)
+    assert not list((tmp_path / "a").iterdir())
 
 
 @pytest.mark.parametrize("name", LEGS)
