@@ -184,6 +184,12 @@ def user_path(text: str) -> Path:
         raise ConfigError(f"{text!r} begins with a home that is not known") from error
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text is the name of one file in a folder, on any system."""
+    is_one = Path(name).name == name and name not in ("", "..")
+    return is_one and not {"\0", "\\"} & set(name)
+
+
 def require_directory(path: Path) -> None:
     """Raises RunDirectoryError unless ``path`` is a directory or may become one."""
     if "\0" in str(path):

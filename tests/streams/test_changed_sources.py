@@ -1,11 +1,13 @@
-"""Sources that change while they are prepared, or of which nothing can be read."""
+"""Sources that change while they are prepared, and folders whose parts do not fit each other."""
 
+import json
 import os
 
 import pytest
 
 from deltaproduct_jax.data import preparation as module
 from deltaproduct_jax.data.config import PrepareConfig
+from deltaproduct_jax.data.corpus import open_corpus
 from deltaproduct_jax.data.preparation import prepare
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 
@@ -50,3 +52,51 @@ def test_sources_that_cannot_be_read_leave_nothing_behind(tmp_path):
         with pytest.raises(ConfigError, match="cannot be read as Parquet"):
             prepare(config, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder of two documents."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in "ab":
+        (folder / f"{name}.txt").write_text(name * 20)
+    prepare(config_of(folder), folder / "tokens")
+    return folder / "tokens"
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "says"),
+    [
+        (("splits", "train", "shards"), [], r"splits\.train\.shards is empty; it must have one"),
+        (
+            ("splits", "train", "tokens"),
+            9,
+            r"splits\.train\.tokens=9 must be what its shards have, 4",
+        ),
+        (("splits", "train", "bytes"), -1, r"splits\.train\.bytes=-1 must be what its shards have"),
+        (("tokenizer", "bos_id"), 999, r"tokenizer\.bos_id=999 must be below vocab_size=257"),
+        (("dtype",), "uint8", "train-00000 is not what manifest.json says"),
+        *[
+            (
+                ("splits", "train", "shards", 0, "name"),
+                name,
+                r"shards\[0\]\.name=.* is no name of a",
+            )
+            for name in ("../train-00000", "/train-00000", "..", "", "a\0b", "a\\b")
+        ],
+    ],
+)
+def test_a_manifest_that_contradicts_itself_is_refused(place, value, says, prepared, tmp_path):
+    for file in prepared.glob("train*"):
+        (tmp_path / file.name).symlink_to(file)
+    content = inside = json.loads((prepared / "manifest.json").read_text())
+    for key in place[:-1]:
+        inside = inside[key]
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    assert open_corpus(tmp_path, "train").num_tokens == 42
+    with pytest.raises(ConfigError, match=r"no split 'test'; .*; a larger test_fraction or test_p"):
+        open_corpus(tmp_path, "test")
+    inside[place[-1]] = value
+    (tmp_path / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(RunDirectoryError, match=says):
+        open_corpus(tmp_path, "train")
