@@ -40,7 +40,7 @@ from experiments.lib.figures.published import keys_fit, published_points
 from experiments.lib.figures.records import MARKDOWN, show
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.tables import escape_table, scores_table
-from experiments.lib.run_records import Record, choose, read_records
+from experiments.lib.run_records import Record, choose, left_out, read_records
 
 # The number that each kind looks at unless --metric says so.
 METRICS = {
@@ -139,7 +139,8 @@ def command(argv: Sequence[str]) -> None:
     """Writes the record that the flags say, and draws it."""
     parsed = flags.parse(argv, {"figure": FigureConfig, **SECTION}, PRESETS)
     look, config = Look(**parsed.sections["figures"]), FigureConfig(**parsed.sections["figure"])
-    records = choose(read_records(user_path(config.source)), config.where)
+    source = user_path(config.source)
+    records = choose(read_records(source), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)
     record = {
@@ -159,6 +160,9 @@ def command(argv: Sequence[str]) -> None:
         print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record)}")
     for written in show(record, path, look):
         print(f"written: {written}")
+    note = left_out(source)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def says(config: FigureConfig) -> str:
