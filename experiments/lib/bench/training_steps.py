@@ -17,6 +17,7 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import initial_model
+from deltaproduct_jax.training.measuring.memory import require_memory_of_state
 from deltaproduct_jax.training.measuring.throughput import Throughput
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
@@ -53,12 +54,14 @@ def our_rows(
         mesh: devices along each axis, as ``--mesh`` of the training scripts has it.
 
     Raises:
-        ConfigError: there are not as many devices, or an axis does not divide what it cuts.
+        ConfigError: there are not as many devices, an axis does not divide what it cuts, or there
+            is not as much memory.
     """
     run = RunConfig(TextTask(), model_config, training)
     make_model = functools.partial(initial_model, run)
     layout = layout_of(run, make_model, DeviceConfig(mesh=mesh))
     definition, shapes = shapes_of(run, make_model)
+    require_memory_of_state(shapes)
     parameters = count_parameters(shapes.params)["total"]
     state = first_state(run, make_model, layout)
     step = make_train_step(definition, make_optimizer(training), make_schedule(training), 1, layout)
