@@ -95,10 +95,12 @@ def listed(config: PackConfig, source: Path) -> tuple[str, dict[str, int]]:
     would be others than those of the folder that it was made from.
 
     Raises:
-        ConfigError: the source cannot be read, or has a path twice.
+        ConfigError: the source cannot be read, or has a path twice, or one that leads out of it.
     """
     sizes: dict[str, int] = {}
     for path, size, _ in files_of(source):
+        if ".." in PurePosixPath(path).parts:
+            raise ConfigError(f"source={str(source)!r} has {path!a}, which is outside of it")
         if path in sizes:
             raise ConfigError(f"source={str(source)!r} has {path!a} twice")
         sizes[path] = size
