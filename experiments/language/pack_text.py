@@ -74,6 +74,11 @@ def files_of(source: Path, wanted: Container[str] = ()) -> Iterator[tuple[str, i
     if not source.is_dir():
         with archives.opened(source, "source") as archive:
             for member in archive:
+                if member.islnk():
+                    raise ConfigError(
+                        f"source={str(source)!r} has {member.name!a} as a hard link, which is not "
+                        "read from an archive; unpack it, and give the folder"
+                    )
                 if member.isreg():
                     path = PurePosixPath(member.name.lstrip("/")).as_posix()
                     data = archive.extractfile(member).read() if path in wanted else None
