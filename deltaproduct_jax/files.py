@@ -173,14 +173,21 @@ def require_bucket(path: AnyPath) -> None:
 
 def user_path(text: str) -> Path:
     """A path as a user writes it, ``~`` being their home; ConfigError if it cannot be one."""
-    if "\0" in text:
-        raise ConfigError(f"{text!r} cannot be a path: it has a NUL character")
+    if not text or "\0" in text:
+        why = "it has a NUL character" if text else "it is empty"  # which else is this folder
+        raise ConfigError(f"{text!r} cannot be a path: {why}")
     if "://" in text:
         raise ConfigError(f"{text!r} is not on a disk; it may be a path there")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{text!r} begins with a home that is not known") from error
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a text is the name of one file in a folder, on any system."""
+    is_one = Path(name).name == name and name not in ("", "..")
+    return is_one and not {"\0", "\\"} & set(name)
 
 
 def require_directory(path: Path) -> None:

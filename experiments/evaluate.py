@@ -15,6 +15,7 @@ Takes: hours on an H100 for the paper's tasks, which the harness fetches from Hu
 import dataclasses
 import json
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.command import NAME, register
 from deltaproduct_jax.evaluation.tasks import PAPER
-from deltaproduct_jax.files import write_file
+from deltaproduct_jax.files import user_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
@@ -88,29 +89,46 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
     """What the harness reports, without the samples.
 
     Raises:
-        ConfigError: a task is not known.
+        ConfigError: a task is not known, or fails by itself: its data are not there, or not as it
+            says.
     """
     harness = require("lm_eval", "evaluation", extra="evaluation")
+    folder = None if options.include_path is None else user_path(options.include_path)
+    if folder is not None and not folder.is_dir():
+        raise ConfigError(f"include_path={options.include_path!r} is no folder")
     manager = require("lm_eval.tasks", "evaluation", extra="evaluation").TaskManager(
-        include_path=options.include_path
+        include_path=None if folder is None else str(folder)
     )
     unknown = [name for name in options.tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(f"tasks={','.join(unknown)}: the harness knows no such task")
-    return harness.simple_evaluate(
-        model=NAME,
-        model_args=options.model_args(),
-        tasks=list(options.tasks),
-        num_fewshot=options.num_fewshot,
-        batch_size=options.batch_size,
-        limit=options.limit,
-        task_manager=manager,
-        random_seed=options.seed,
-        numpy_random_seed=options.seed,
-        torch_random_seed=options.seed,
-        fewshot_random_seed=options.seed,
-        log_samples=False,
-    )
+    try:
+        return harness.simple_evaluate(
+            model=NAME,
+            model_args=options.model_args(),
+            tasks=manager.match_tasks(list(options.tasks)),  # as patterns name them
+            num_fewshot=options.num_fewshot,
+            batch_size=options.batch_size,
+            limit=options.limit,
+            task_manager=manager,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+            log_samples=False,
+        )
+    except Exception as error:
+        if is_ours(error):
+            raise
+        why = " ".join(traceback.format_exception_only(error)[-1].split())
+        raise ConfigError(f"tasks={','.join(options.tasks)}: the harness fails: {why}") from error
+
+
+def is_ours(error: Exception) -> bool:
+    """Whether an error comes from this package's code, not from a task's or the harness's own."""
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = {frame.f_globals.get("__name__", "") for frame, _ in frames}
+    return any(name.partition(".")[0] == "deltaproduct_jax" for name in modules)
 
 
 if __name__ == "__main__":

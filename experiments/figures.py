@@ -40,7 +40,7 @@ from experiments.lib.figures.published import keys_fit, published_points
 from experiments.lib.figures.records import MARKDOWN, show
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.tables import escape_table, scores_table
-from experiments.lib.run_records import Record, choose, read_records
+from experiments.lib.run_records import Record, choose, left_out, read_records
 
 # The number that each kind looks at unless --metric says so.
 METRICS = {
@@ -96,7 +96,7 @@ class FigureConfig:
                 "published=True needs kind=cumulative, x=group and by=num_householder, got "
                 f"kind={self.kind}, x={self.x} and by={self.by}"
             )
-        if self.name is not None and Path(self.name).name != self.name:
+        if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(f"name={self.name!r} must be the name of a file, without folders")
         if self.x in self.keys:
             raise ConfigError(f"x={self.x!r} is among by={self.by!r} too; give another setting")
@@ -139,7 +139,8 @@ def command(argv: Sequence[str]) -> None:
     """Writes the record that the flags say, and draws it."""
     parsed = flags.parse(argv, {"figure": FigureConfig, **SECTION}, PRESETS)
     look, config = Look(**parsed.sections["figures"]), FigureConfig(**parsed.sections["figure"])
-    records = choose(read_records(user_path(config.source)), config.where)
+    source = user_path(config.source)
+    records = choose(read_records(source), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)
     record = {
@@ -159,6 +160,9 @@ def command(argv: Sequence[str]) -> None:
         print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record)}")
     for written in show(record, path, look):
         print(f"written: {written}")
+    note = left_out(source)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def says(config: FigureConfig) -> str:

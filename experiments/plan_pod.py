@@ -83,6 +83,7 @@ def _excluded() -> set[str]:
 def run_of(sections: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     """The run whose step is compiled, but for its batch."""
     task, train, model = (sections[name] for name in ("task", "train", "model"))
+    require_at_least("accumulation_steps", train["accumulation_steps"], 1)
     batches = {"batch_size": train["accumulation_steps"], "eval_batch_size": 1}
     return RunConfig(
         TextTask(**task, eval_lengths=(task["train_length"],)),

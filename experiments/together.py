@@ -62,7 +62,11 @@ def command(argv: Sequence[str]) -> None:
     )
     for run, outcome in zip(runs, outcomes, strict=True):
         log_end(run, RunFolder(workdir, run).path, outcome, module.main)
-    if any(isinstance(outcome, Exception) for outcome in outcomes):
+    failed = [run for run, outcome in zip(runs, outcomes, strict=True) if is_failure(outcome)]
+    for run in failed:
+        log = RunFolder(workdir, run).path / LOG
+        print(f"error: run={run.name!r} has failed; {log} says why", file=sys.stderr)
+    if failed:
         raise SystemExit(1)
 
 
@@ -73,10 +77,15 @@ def _config_of(run: Run, workdir: Path) -> RunConfig:
         raise RunDirectoryError(f"{workdir / LIST}: config of {run.name!r}: {error}") from error
 
 
+def is_failure(outcome: object) -> bool:
+    """Whether a run did not come to its end."""
+    return isinstance(outcome, Exception)
+
+
 def log_end(run: Run, folder: Path, outcome: object, main: Callable[[Sequence[str]], int]) -> None:
     """Writes into a run's log how it ended; its own script adds the table and the figure."""
     with open(folder / LOG, "a") as log, contextlib.redirect_stdout(log):
-        if isinstance(outcome, Exception):
+        if is_failure(outcome):
             print(f"error: {' '.join(str(outcome).split())}")
         else:
             main([f"--workdir={folder}", *run.argv()])

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
-from deltaproduct_jax.layers.delta_product import TokenFactors
+from deltaproduct_jax.layers.delta_rule import TokenFactors
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.api import delta_product
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON

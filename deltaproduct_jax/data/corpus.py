@@ -96,17 +96,21 @@ def open_corpus(directory: str | Path, split: str) -> Corpus:
     directory = user_path(str(directory))
     manifest = read_manifest(directory)
     if split not in manifest["splits"]:
+        more = f"a larger {split}_fraction or {split}_paths there holds out more"
+        if split == "train":
+            more = "smaller fractions and fewer paths there hold out less"
         raise ConfigError(
             f"{directory} has no split {split!r}; it has {', '.join(manifest['splits'])}, as "
-            "fractions and paths of experiments.prepare_text had it; a larger "
-            f"{split}_fraction or {split}_paths there holds out more"
+            f"fractions and paths of experiments.prepare_text had it; {more}"
         )
     said, tokenizer = manifest["splits"][split], manifest["tokenizer"]
     names = [shard["name"] for shard in said["shards"]]
     opened = [functools.partial(_map, directory / f"{name}.tokens.npy", "u") for name in names]
     offsets = [np.array(_map(directory / f"{name}.offsets.npy", "i")) for name in names]
     for shard, of_shard, tokens in zip(said["shards"], offsets, opened, strict=True):
-        if not (_has_documents(of_shard, shard) and len(tokens()) == shard["tokens"]):
+        found = tokens()
+        is_said = (found.dtype.name, len(found)) == (manifest["dtype"], shard["tokens"])
+        if not (is_said and _has_documents(of_shard, shard)):
             raise RunDirectoryError(f"{directory / shard['name']} is not what {MANIFEST} says")
     hashes = [
         tokenizer["sha256"],

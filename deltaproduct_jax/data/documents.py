@@ -9,6 +9,7 @@ What cannot be read as a document is counted and left out; what can be put right
 - ``no_file``: a name that matches and is no file, such as a link to nowhere.
 """
 
+import contextlib
 import dataclasses
 import fnmatch
 import json
@@ -24,6 +25,8 @@ from deltaproduct_jax.files import errors_as_one_line, user_path
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".lz4")
+MOST_PIECES = 100_000
+BYTE_ORDER_MARK = "\ufeff"  # which some programs put before the text of a file
 ROWS_AT_ONCE = 64  # of a Parquet file: few, since a single one may be gigantic
 
 
@@ -107,15 +110,26 @@ def _matches(path: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def plan_pieces(sources: Iterable[Source], piece_bytes: int) -> list[tuple[Slice, ...]]:
-    """Cuts large files and gathers small ones, in order, to pieces of about ``piece_bytes``."""
+    """Cuts large files and gathers small ones, in order, to pieces of about ``piece_bytes``.
+
+    Raises:
+        ConfigError: there are more than `MOST_PIECES`, or a Parquet file cannot be read.
+    """
     pieces: list[tuple[Slice, ...]] = []
     waiting: list[Slice] = []
+    weight = 0
     for source in sources:
         for part in _slices(source, piece_bytes):
             waiting.append(part)
-            if sum(s.weight for s in waiting) >= piece_bytes:
+            weight += part.weight
+            if weight >= piece_bytes:
                 pieces.append(tuple(waiting))
-                waiting = []
+                waiting, weight = [], 0
+            if len(pieces) > MOST_PIECES:
+                raise ConfigError(
+                    f"shard_bytes={piece_bytes} makes more than {MOST_PIECES:,} shards of these "
+                    "sources; give a larger one"
+                )
     return [*pieces, tuple(waiting)] if waiting else pieces
 
 
@@ -143,11 +157,17 @@ def _row_groups(path: str, piece_bytes: int) -> Iterator[Slice]:
 
 def _parquet(path: str) -> Any:
     parquet = require("pyarrow.parquet", f"sources: {path}")
+    with _errors_of_parquet(path):
+        return parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
+
+
+@contextlib.contextmanager
+def _errors_of_parquet(path: str) -> Iterator[None]:
     arrow = require("pyarrow", f"sources: {path}")
     try:
-        return parquet.ParquetFile(path, memory_map=True)
-    except (arrow.ArrowInvalid, OSError) as error:
-        reason = str(error).splitlines()[0]
+        yield
+    except (arrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
         raise ConfigError(f"sources: {path} cannot be read as Parquet: {reason}") from error
 
 
@@ -169,13 +189,14 @@ def read(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
 def _read_text(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
     with errors_as_one_line(Path(part.path), "read"):
         data = Path(part.path).read_bytes()
-    yield _decode(data, counts)
+    yield _decode(data, counts).removeprefix(BYTE_ORDER_MARK)
 
 
 def _read_lines(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
     """Lines that begin in the slice, wherever they end."""
     for line in _lines_from(part):
-        text = _field_of(_decode(line, counts), text_field, counts) if line.strip() else None
+        decoded = _decode(line, counts).removeprefix(BYTE_ORDER_MARK)
+        text = _field_of(decoded, text_field, counts) if decoded.strip() else None
         if text is not None:
             yield _without_surrogates(text, counts)
 
@@ -212,7 +233,12 @@ def _read_rows(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[s
             f"text_field={text_field!r} is no column of {part.path}; it may be one of {columns}"
         )
     groups = range(part.start, part.stop)
-    for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[text_field]):
+    batches = file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=[text_field])
+    while True:
+        with _errors_of_parquet(part.path):  # of a page that is damaged
+            batch = next(batches, None)
+        if batch is None:
+            return
         column = batch.column(0)
         if arrow.types.is_dictionary(column.type):
             column = column.dictionary_decode()

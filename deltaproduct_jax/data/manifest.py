@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import read_json
+from deltaproduct_jax.files import is_file_name, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -93,4 +93,27 @@ def read_manifest(directory: Path) -> Manifest:
     version = read_json(path, dict[str, Any]).get("format")
     if version != FORMAT:
         raise RunDirectoryError(f"{path} has format={version!r}; this version reads {FORMAT}")
-    return read_json(path, Manifest)
+    manifest = read_json(path, Manifest)
+    problem = _wrong_with(manifest)
+    if problem is not None:
+        raise RunDirectoryError(f"{path}: {problem}")
+    return manifest
+
+
+def _wrong_with(manifest: Manifest) -> str | None:
+    """What says otherwise than the rest of it, or names what is not in its folder."""
+    made = manifest["tokenizer"]
+    if not 0 <= made["bos_id"] < made["vocab_size"]:
+        return f"tokenizer.bos_id={made['bos_id']} must be below vocab_size={made['vocab_size']}"
+    for split, said in manifest["splits"].items():
+        place = f"splits.{split}"
+        if not said["shards"]:
+            return f"{place}.shards is empty; it must have one at least"
+        for index, shard in enumerate(said["shards"]):
+            if not is_file_name(shard["name"]):
+                return f"{place}.shards[{index}].name={shard['name']!r} is no name of a shard here"
+        for key in ("documents", "tokens", "bytes"):
+            total = sum(shard[key] for shard in said["shards"])
+            if said[key] != total:
+                return f"{place}.{key}={said[key]} must be what its shards have, {total}"
+    return None

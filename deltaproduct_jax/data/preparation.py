@@ -80,8 +80,14 @@ def _prepare(
             config.tokenizer, config.bos, known=("bytes", "bpe", "mistral")
         )
     plan = _plan(config, sources, directory)
-    made = _keep(made, directory) if made else _trained(config, sources, directory)
-    records = _work(config, sources, made, directory)
+    try:
+        made = _keep(made, directory) if made else _trained(config, sources, directory)
+        records = _work(config, sources, made, directory)
+        _refuse_changed(sources, plan)
+    except ConfigError:
+        if not _is_begun(directory):
+            _forget(directory)
+        raise
     manifest = _manifest(plan, made, records, listed)
     if not manifest["counts"]["documents"]:
         _forget(directory)
@@ -169,7 +175,7 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> 
         difference = _difference(plan, config, now, "modified_ns")
         if difference is None or _are_moved(plan, config, sources):
             return plan
-        if any(path.parent.glob("[0-9]*.json")):
+        if _is_begun(directory):
             raise RunDirectoryError(f"{directory} was begun {difference}")
         _forget(directory)  # nothing was done: another setting is a correction
     elif strangers := [*directory.glob("*.npy"), *directory.glob("tokenizer.*")]:
@@ -184,6 +190,26 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> 
     plan = {"config": config.identity(), "sources": entries}
     write_whole(path, lambda file: file.write(to_json(plan)))
     return plan
+
+
+def _is_begun(directory: Path) -> bool:
+    """Whether a piece is done."""
+    return any((directory / UNDER_WAY).glob("[0-9]*.json"))
+
+
+def _refuse_changed(sources: Sequence[Source], plan: Plan) -> None:
+    """Raises RunDirectoryError if a source is not what was hashed; one that is gone was read."""
+    for source, said in zip(sources, plan["sources"], strict=True):
+        path = Path(source.path)
+        if not path.exists():
+            continue
+        with errors_as_one_line(path, "read"):
+            found = path.stat()
+        is_touched = (found.st_size, found.st_mtime_ns) != (source.bytes, source.modified_ns)
+        if is_touched and digest(path) != said["sha256"]:
+            raise RunDirectoryError(
+                f"{path} has changed while it was prepared; give another --workdir"
+            )
 
 
 def _forget(directory: Path) -> None:

@@ -16,7 +16,14 @@ import numpy as np
 
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import errors_as_one_line, read_json, sync, to_json, write_file
+from deltaproduct_jax.files import (
+    errors_as_one_line,
+    is_file_name,
+    read_json,
+    sync,
+    to_json,
+    write_file,
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of torch's own, which are programs.
@@ -53,7 +60,7 @@ def inside(folder: Path, name: str) -> Path:
     Raises:
         RunDirectoryError: it is not there, is no file, or lies elsewhere, through a link too.
     """
-    if not name or name in (".", "..") or Path(name).name != name or "\0" in name or "\\" in name:
+    if not is_file_name(name):
         raise RunDirectoryError(
             f"{folder} names a file {name!r}; it may be the name of one in this folder"
         )

@@ -21,9 +21,15 @@ from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import as_inputs
-from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer
+from deltaproduct_jax.layers.delta_rule import DeltaRuleMixer, TokenFactors
 from deltaproduct_jax.layers.padding import only_counted
-from deltaproduct_jax.layers.projection import apart, in_parts
+from deltaproduct_jax.layers.projection import (
+    apart,
+    by_devices,
+    head_devices,
+    in_parts,
+    joined_kernel,
+)
 from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import (
     check_convolutions,
@@ -39,7 +45,7 @@ from deltaproduct_jax.ops.convolution.raw import takes_raw
 from deltaproduct_jax.ops.convolution.selection import AVAILABLE as CONVOLUTIONS
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice, Convolution, choose
 from deltaproduct_jax.ops.exported import exported
-from deltaproduct_jax.ops.parts import explicit_names, placement
+from deltaproduct_jax.ops.parts import explicit_names, placement, taken_apart, with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.selection import AVAILABLE, select_implementation
 
@@ -63,22 +69,6 @@ class DeltaProductState(NamedTuple):
 
 # Of a gate that may hardly decay at all, as in the official code.
 LEAST_RATE = float(jnp.finfo(jnp.float32).tiny)
-
-
-class TokenFactors(NamedTuple):
-    """What tokens do to the state of every head.
-
-    Attributes:
-        k: ``[B, T, R, H, K]``, before the op makes unit vectors of them.
-        v: ``[B, T, R, Hv, V]``, what is written.
-        beta: ``[B, T, R, Hv]``, float32 at least.
-        g: ``[B, T, Hv]``, log decay, or None without a forget gate.
-    """
-
-    k: Float[Array, "B T R H K"]
-    v: Float[Array, "B T R Hv V"]
-    beta: Float[Array, "B T R Hv"]
-    g: Float[Array, "B T Hv"] | None
 
 
 class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
@@ -271,12 +261,15 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
     def _reads_in_place(self, x: jax.Array, choice: Choice) -> bool:
         """Whether one product makes q, k, v and beta, which a kernel reads where they lie."""
+        spread, (B, T, _) = placement(), x.shape
         values = self.num_householder * self.num_v_heads * self.value_dim
+        divides = lambda heads: spread is None or spread.own_heads(B, T, heads) is not None
         return (
             self.use_short_conv
             and choice.on_cuda == "triton"
-            and values % self.head_dim == 0
-            and placement() is None
+            and divides(self.num_heads)
+            and divides(self.num_v_heads)
+            and values % (self.head_dim * head_devices()) == 0
             and not any(explicit_names(x))
         )
 
@@ -291,36 +284,43 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         """What `_inputs` returns but the decay, of one product."""
         B, T, _ = x.shape
         R, H, Hv, K = self.num_householder, self.num_heads, self.num_v_heads, self.head_dim
+        (_, sizes), devices = self._joined_maps(), head_devices()
         joined = getattr(self, "joined", None) or self.joined_kernels()
-        kernel, taps = (joined[name][...] for name in ("qkvb", "taps"))
+        kernel, taps = joined["qkvb"][...], joined["taps"][...]
         u = jax.lax.dot_general(x.astype(self.dtype), kernel, (((2,), (0,)), ((), ())))
-        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
-        before = jnp.concatenate(state[1:], axis=2).astype(u.dtype)
+        before = by_devices(state[1:], sizes).astype(u.dtype)
         run = segment_runs(segment_ids)
         past = None if run is None else jnp.zeros(before.shape[:2], run.dtype)
-        units = {"q": K, "k": K, "v": None}
-        forms = tuple(Form(self._activation(name), unit) for name, unit in units.items())
-        widths = tuple(conv.channels for conv in convs)
-        *mixed, b = convolved_parts(choice, forms, widths, u, before, taps, run, past)
+        forms = tuple(Form(self._activation(name), None if name == "v" else K) for name in "qkv")
+        widths = tuple(n * width // devices for n, width in sizes[:3])
+
+        def convolved(arrays, before, taps):
+            (u, run), (old, past) = arrays, before
+            q, k, v, b = convolved_parts(choice, forms, widths, u, old, taps, run, past)
+            in_factors = lambda x: x.reshape(*x.shape[:2], R, -1)
+            return q, in_factors(k), in_factors(v), in_factors(b[..., : R * Hv // devices])
+
+        given = (u, run), (before, past), taps
+        *mixed, b = with_past(convolved, *given, on_each_device=True, ranks=(3, 4, 4, 4))
         q, k, v = (checkpoint_name(y, POINT) for y in mixed)
-        after = last_inputs(before, u[..., : before.shape[2]], past, run, length)
-        tails = jnp.split(after, [widths[0], widths[0] + widths[1]], axis=2)
-        beta = self._sizes(b[..., : R * Hv].reshape(B, T, R, Hv))
+        own = u.reshape(B, T, devices, -1)[..., : sum(widths)].reshape(B, T, -1)
+        tails = taken_apart(last_inputs(before, own, past, run, length), sizes[:3], devices)
         q, k = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K)
-        return q, k, v.reshape(B, T, R, Hv, -1), beta, tails
+        return q, k, v.reshape(B, T, R, Hv, -1), self._sizes(b), tails
 
     def joined_kernels(self) -> dict[str, jax.Array]:
         """The kernels of q, k, v and beta side by side, and the taps, as one product reads them."""
         if not self.use_short_conv:
             return {}
-        maps = (self.q_proj, self.k_proj, self.v_proj, self.b_proj)
-        kernels = [m.kernel[...].astype(self.dtype) for m in maps]
-        # Rows of whole sectors of memory, 32 bytes in bfloat16.
-        columns = sum(kernel.shape[1] for kernel in kernels)
-        kernels.append(jnp.zeros((self.hidden_size, -columns % 16), self.dtype))
-        convs, wide = (self.q_conv1d, self.k_conv1d, self.v_conv1d), accumulator_dtype(self.dtype)
-        taps = [conv.weight[...].astype(wide) for conv in convs]
-        return {"qkvb": jnp.concatenate(kernels, axis=1), "taps": jnp.concatenate(taps, axis=1)}
+        maps, sizes = self._joined_maps()
+        convs = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        taps = [conv.weight[...].astype(accumulator_dtype(self.dtype)) for conv in convs]
+        return {"qkvb": joined_kernel(maps, sizes, self.dtype), "taps": by_devices(taps, sizes)}
+
+    def _joined_maps(self) -> tuple[list[nnx.Linear], list[tuple[int, int]]]:
+        """Those of q, k, v and beta; of each how many parts it has, and the columns of one."""
+        maps, R = [self.q_proj, self.k_proj, self.v_proj, self.b_proj], self.num_householder
+        return maps, [(n, m.out_features // n) for m, n in zip(maps, (1, R, R, R), strict=True)]
 
     def _choice(self, x: jax.Array) -> Choice:
         """What the convolutions of ``x`` run by, or what stands behind them without any."""

@@ -1,11 +1,12 @@
 """What the layers of the delta rule have in common: q, k and v, step sizes, gated outputs."""
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
@@ -23,6 +24,22 @@ QK_ACTIVATIONS: dict[str, Activation] = {
     "silu": nnx.silu,
     "none": identity,
 }
+
+
+class TokenFactors(NamedTuple):
+    """What tokens do to the state of every head.
+
+    Attributes:
+        k: ``[B, T, R, H, K]``, before the op makes unit vectors of them.
+        v: ``[B, T, R, Hv, V]``, what is written.
+        beta: ``[B, T, R, Hv]``, float32 at least.
+        g: ``[B, T, Hv]``, log decay, or None without a forget gate.
+    """
+
+    k: Float[Array, "B T R H K"]
+    v: Float[Array, "B T R Hv V"]
+    beta: Float[Array, "B T R Hv"]
+    g: Float[Array, "B T Hv"] | None
 
 
 class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.initializers import conv_init, projection_init
 from deltaproduct_jax.layers.norm import HeadNorm, RMSNorm
 from deltaproduct_jax.layers.short_conv import ShortConv
-from deltaproduct_jax.ops.parts import explicit_names, placement
+from deltaproduct_jax.ops.parts import explicit_names, placement, side_by_side
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -132,6 +132,37 @@ def in_parts(linear: nnx.Linear, x: jax.Array, parts: int) -> jax.Array:
         kernel = spread.heads(kernel)
     x, kernel = (a.astype(linear.dtype) for a in (x, kernel))
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
+def head_devices() -> int:
+    """Over how many devices a mesh cuts heads."""
+    spread = placement()
+    return 1 if spread is None else spread.head_devices
+
+
+def by_devices(arrays: Iterable[jax.Array], sizes: Sequence[tuple[int, int]]) -> jax.Array:
+    """Arrays ``[..., parts * width]`` of such ``sizes`` as one, what a device has together."""
+    parts = [x.reshape(*x.shape[:-1], *size) for x, size in zip(arrays, sizes, strict=False)]
+    return side_by_side(parts, head_devices())
+
+
+def joined_kernel(
+    maps: Sequence[nnx.Linear], sizes: Sequence[tuple[int, int]], dtype: DTypeLike
+) -> jax.Array:
+    """The kernels of maps of ``(parts, width)`` each, as one product reads them ``[D, columns]``.
+
+    Behind them are zeros, so that rows are whole sectors of memory, 32 bytes in bfloat16.
+    """
+    spread, devices = placement(), head_devices()
+    kernels = [m.kernel[...] for m in maps]
+    kernels = [w.reshape(len(w), *size) for w, size in zip(kernels, sizes, strict=True)]
+    if spread is not None:
+        kernels = [
+            spread.heads(w) if n > 1 else w for w, (n, _) in zip(kernels, sizes, strict=True)
+        ]
+    columns = sum(m.out_features for m in maps) // devices
+    filling = jnp.zeros((len(kernels[0]), 1, devices * (-columns % 16)), dtype)
+    return side_by_side([*(w.astype(dtype) for w in kernels), filling], devices)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -11,10 +11,11 @@ for the time of a trace, how the op is spread over it and what a block does to i
 import contextlib
 import contextvars
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 # The dimensions that may be cut, and what is cut with them.
@@ -224,6 +225,7 @@ class Placement(NamedTuple):
         others. Besides parameters all are trees of arrays [B, ...], what is returned too.
       heads: a kernel [D, parts, width], width that of all heads -> the same, cut as they are.
       past: what `with_past` calls instead of itself.
+      head_devices: over how many devices heads are cut.
       own_heads: (B, T, H) of arrays [B, T, H, ...] -> what a device has of them, None where the
         mesh does not divide these sizes, and the compiler cuts what is run.
       own_tokens: (B, T, F) -> what runs kernels that read every token on its own, None alike.
@@ -233,6 +235,7 @@ class Placement(NamedTuple):
     block: Callable[[Callable[..., Any], Any, jax.Array, Any], Any]
     heads: Callable[[jax.Array], jax.Array]
     past: Callable[..., jax.Array]
+    head_devices: int
     own_heads: Callable[[int, int, int], OwnHeads | None]
     own_tokens: Callable[[int, int, int], OnTokens | None]
 
@@ -266,7 +269,8 @@ def with_past(
     *others: Any,
     on_each_device: bool = False,
     check_vma: bool = True,
-) -> jax.Array:
+    ranks: Sequence[int] | None = None,
+) -> Any:
     """``compute(arrays, before, *others)``, where a token depends on as many before it.
 
     Over a mesh that cuts tokens, every device does so for its own, and is sent no more than what
@@ -275,14 +279,42 @@ def with_past(
     Args:
       compute: takes arrays [B, T, ...], any T, and [B, tail, ...], and gives one like the first.
       arrays: a tree of arrays [B, T] or [B, T, ..., channels].
-      before: the same of arrays [B, tail, ...].
+      before: the same of arrays [B, tail, ...]; with fewer channels of the first of them.
       others: arrays [..., channels], the same for all tokens.
       on_each_device: ``compute`` runs a kernel, so that over a mesh nothing is left to the
         compiler: batch and channels are cut as batch and heads of the op are.
       check_vma: of `jax.shard_map`.
+      ranks: of the arrays [B, T, ..., channels] that ``compute`` gives, a tuple; None: it gives one
+        like the first.
     """
     spread = placement()
     if spread is None:
         return compute(arrays, before, *others)
-    how = {"on_each_device": on_each_device, "check_vma": check_vma}
+    how = {"on_each_device": on_each_device, "check_vma": check_vma, "ranks": ranks}
     return spread.past(compute, arrays, before, *others, **how)
+
+
+def side_by_side(arrays: Sequence[jax.Array], devices: int) -> jax.Array:
+    """Arrays [..., parts, width], of heads along ``width``, as one [..., devices * own].
+
+    What a device has of all of them lies together, one array behind another and each in its parts,
+    so that one product makes it, and a device's kernels read it where it lies.
+    """
+    own = [x.reshape(*x.shape[:-1], devices, -1) for x in arrays]
+    own = [jnp.moveaxis(x, -2, -3) for x in own]
+    own = [x.reshape(*x.shape[:-2], -1) for x in own]
+    joined = jnp.concatenate(own, axis=-1)
+    return joined.reshape(*joined.shape[:-2], -1)
+
+
+def taken_apart(x: jax.Array, sizes: Sequence[tuple[int, int]], devices: int) -> list[jax.Array]:
+    """What `side_by_side` was given, of (parts, width) each, as [..., parts * width]."""
+    own = x.reshape(*x.shape[:-1], devices, -1)
+    found, at = [], 0
+    for parts, width in sizes:
+        of_array = own[..., at : at + parts * width // devices]
+        of_array = of_array.reshape(*of_array.shape[:-1], parts, -1)
+        of_array = jnp.moveaxis(of_array, -3, -2)
+        found.append(of_array.reshape(*x.shape[:-1], parts * width))
+        at += parts * width // devices
+    return found

@@ -52,15 +52,16 @@ def make_mesh(config: DeviceConfig, devices: Sequence[jax.Device] | None = None)
     if config.dcn_mesh is not None:
         return _mesh_of(_hybrid_grid(config, devices))
     sizes = config.sizes_of(len(devices))
-    count = math.prod(sizes.values())
+    shape = tuple(sizes[name] for name in AXES)
+    count = math.prod(shape)
     if count < len(devices):
         if jax.process_count() > 1:
             raise ConfigError(
                 f"mesh={config.mesh!r} takes {count} of {len(devices)} devices; with several "
                 "processes it must take all"
             )
-        devices = devices[:count]
-    shape = tuple(sizes[name] for name in AXES)
+        # A part of a torus of TPUs is none, and JAX has no order for it.
+        return _mesh_of(np.asarray(devices[:count], object).reshape(shape))
     return _mesh_of(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
 
 
@@ -233,8 +234,9 @@ class Layout:
             sequence_axis=MESH_AXES["sequence"],
         )
         of_pieces = (pieces.with_past, pieces.own_heads, pieces.own_tokens)
-        on_mesh = (functools.partial(f, self.mesh) for f in of_pieces)
-        return placed(Placement(op, self._run_block, self._cut_heads, *on_mesh))
+        past, *own = (functools.partial(f, self.mesh) for f in of_pieces)
+        devices = self.devices_of("heads")
+        return placed(Placement(op, self._run_block, self._cut_heads, past, devices, *own))
 
     def _cut_heads(self, kernel: jax.Array) -> jax.Array:
         """A kernel ``[D, parts, width]`` cut along ``width``; its gradient goes the same way back.

@@ -108,7 +108,8 @@ def with_past(
     *others: jax.Array,
     on_each_device: bool,
     check_vma: bool,
-) -> jax.Array:
+    ranks: Sequence[int] | None,
+) -> Any:
     """`ops.parts.with_past` over a mesh: a device is sent the end of the piece before its own."""
     axis = "sequence"
     pieces = mesh.shape[axis]
@@ -121,6 +122,7 @@ def with_past(
 
     def past_of(x: jax.Array, before: jax.Array) -> jax.Array:
         ends = x[:, x.shape[1] - before.shape[1] :]
+        ends = ends if ends.shape == before.shape else ends[..., : before.shape[-1]]
         past = jax.lax.ppermute(ends, axis, [(i, i + 1) for i in range(pieces - 1)])
         return jnp.where(jax.lax.axis_index(axis) == 0, before, past)
 
@@ -134,20 +136,23 @@ def with_past(
     if batch and first.shape[0] % _devices(mesh, batch):
         batch = None
 
+    def of_rank(rank: int, along: str | None) -> PartitionSpec:
+        return PartitionSpec(*[batch, along, *[None] * (rank - 3), heads][:rank])
+
     def specs(tree: Any, along: str | None) -> Any:
-        spec = lambda x: PartitionSpec(*[batch, along, *[None] * (x.ndim - 3), heads][: x.ndim])
-        return jax.tree.map(spec, tree)
+        return jax.tree.map(lambda x: of_rank(x.ndim, along), tree)
 
     if on_each_device:  # of parts side by side a device has other columns than are stored there
         whole = NamedSharding(mesh, PartitionSpec())
         others = [jax.lax.with_sharding_constraint(x, whole) if x.ndim > 2 else x for x in others]
     of_tokens = axis if is_cut else None
+    of_results = tuple(of_rank(rank, of_tokens) for rank in ranks or (first.ndim,))
     of_others = [PartitionSpec(*[None] * (x.ndim - 1), heads) for x in others]
     return jax.shard_map(
         on_piece,
         mesh=mesh,
         in_specs=(specs(arrays, of_tokens), specs(before, None), *of_others),
-        out_specs=specs(first, of_tokens),
+        out_specs=of_results[0] if ranks is None else of_results,
         axis_names=frozenset(mesh.axis_names if on_each_device else {axis}),
         check_vma=check_vma,
     )(arrays, before, *others)

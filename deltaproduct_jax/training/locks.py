@@ -25,17 +25,24 @@ TRIES, PAUSE_S = 5, 0.05
 
 
 class Lock:
-    """An exclusive lock named by a file, which says who holds it and is removed on release.
+    """A lock named by a file, which says who holds it and is removed by the last on release.
 
     A child process that inherits the descriptor keeps the lock after its parent's death.
+
+    Args:
+        path: of the file.
+        shared: with others that share it, instead of exclusively.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, shared: bool = False):
         self.path = path
+        self.shared = shared
         self.descriptor: int | None = None
 
     def acquire(self) -> bool:
         """Takes the lock, without waiting for others to finish; False if another process has it.
+
+        One that is shared is had by others only where they do not share it.
 
         Raises:
             RunDirectoryError: the file cannot be created or locked.
@@ -52,11 +59,12 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             try:
+                is_alone = _flock(descriptor)
+                has_it = _flock(descriptor, shared=True) if self.shared else is_alone
                 # A holder removes the file on release; a lock on what was removed is worth nothing.
-                if _flock(descriptor) and _is_at(descriptor, self.path):
-                    owner = f"process {os.getpid()} on {platform.node()}"
-                    os.truncate(descriptor, 0)
-                    os.write(descriptor, owner.encode())
+                if has_it and _is_at(descriptor, self.path):
+                    others = [] if is_alone else self._owners()
+                    _write(descriptor, [*others, _this_process()])
                     self.descriptor, descriptor = descriptor, None
             finally:
                 if descriptor is not None:
@@ -67,7 +75,13 @@ class Lock:
         """Gives the lock back; nothing if it is not held."""
         if self.descriptor is not None:
             with contextlib.suppress(OSError):  # a read-only disk keeps the file, which is harmless
-                self.path.unlink()
+                if not self.shared or _flock(self.descriptor):
+                    self.path.unlink()
+                else:
+                    others = self._owners()
+                    with contextlib.suppress(ValueError):
+                        others.remove(_this_process())
+                    _write(self.descriptor, others)
             os.close(self.descriptor)
             self.descriptor = None
 
@@ -90,16 +104,29 @@ class Lock:
     def owner(self) -> str:
         """Who has, or had, the lock."""
         try:
-            return self.path.read_text(errors="replace") or "another process"
+            return " and ".join(self._owners()) or "another process"
         except OSError:
             return "another process"
 
+    def _owners(self) -> list[str]:
+        return self.path.read_text(errors="replace").splitlines()
 
-def _flock(descriptor: int) -> bool:
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
+
+
+def _write(descriptor: int, owners: list[str]) -> None:
+    os.truncate(descriptor, 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, "\n".join(owners).encode())
+
+
+def _flock(descriptor: int, *, shared: bool = False) -> bool:
     if os.name == "nt":
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

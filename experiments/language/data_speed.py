@@ -27,6 +27,10 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import initial_model
+from deltaproduct_jax.training.measuring.memory import (
+    require_memory_of_config,
+    require_memory_of_state,
+)
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
 from deltaproduct_jax.training.step import step_of_run
@@ -58,10 +62,16 @@ SECTIONS |= {"devices": DeviceConfig}
 
 
 def measure(config: RunConfig, rounds: RoundConfig, devices: DeviceConfig) -> dict[str, Any]:
-    """Tokens per second of every round of both kinds."""
+    """Tokens per second of every round of both kinds.
+
+    Raises:
+        ConfigError: the run cannot be made on these devices, or needs more memory than there is.
+    """
+    require_memory_of_config(config)
     make_model = functools.partial(initial_model, config)
     layout = layout_of(config, make_model, devices)
-    definition, _ = shapes_of(config, make_model)
+    definition, shapes = shapes_of(config, make_model)
+    require_memory_of_state(shapes)
     source = source_of(config, layout)
     state = first_state(config, make_model, layout)
     kept, length = source.training(0), config.length_at(1)

@@ -116,7 +116,8 @@ def command(argv: Sequence[str]) -> None:
     ]
     jax.config.update("jax_platforms", "cpu")  # an accelerator is for the legs
     end = math.inf if config.deadline_s is None else time.monotonic() + config.deadline_s
-    programs = user_path(config.compilation_cache or str(workdir / PROGRAMS)).resolve()
+    cache = config.compilation_cache
+    programs = workdir / PROGRAMS if cache is None else user_path(cache).resolve()
     require_directory(programs)
     with held(Lock(workdir / LOCK)) as lock:
         place = Place(workdir, visible_gpus(), programs, config.memory_fraction, lock)

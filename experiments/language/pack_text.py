@@ -74,6 +74,11 @@ def files_of(source: Path, wanted: Container[str] = ()) -> Iterator[tuple[str, i
     if not source.is_dir():
         with archives.opened(source, "source") as archive:
             for member in archive:
+                if member.islnk():
+                    raise ConfigError(
+                        f"source={str(source)!r} has {member.name!a} as a hard link, which is not "
+                        "read from an archive; unpack it, and give the folder"
+                    )
                 if member.isreg():
                     path = PurePosixPath(member.name.lstrip("/")).as_posix()
                     data = archive.extractfile(member).read() if path in wanted else None
@@ -95,10 +100,12 @@ def listed(config: PackConfig, source: Path) -> tuple[str, dict[str, int]]:
     would be others than those of the folder that it was made from.
 
     Raises:
-        ConfigError: the source cannot be read, or has a path twice.
+        ConfigError: the source cannot be read, or has a path twice, or one that leads out of it.
     """
     sizes: dict[str, int] = {}
     for path, size, _ in files_of(source):
+        if ".." in PurePosixPath(path).parts:
+            raise ConfigError(f"source={str(source)!r} has {path!a}, which is outside of it")
         if path in sizes:
             raise ConfigError(f"source={str(source)!r} has {path!a} twice")
         sizes[path] = size
@@ -132,21 +139,45 @@ def command(argv: Sequence[str]) -> None:
     config = PackConfig(**parsed.sections["pack"])
     source = user_path(config.source)
     around, sizes = listed(config, source)
+    if not sizes:
+        names = ",".join((*config.code, *config.prose))
+        raise ConfigError(
+            f"source={config.source!r} has no file of {names}, those of code or prose"
+        )
     taken = chosen(config, sizes)
     if not taken:
-        raise ConfigError(f"source={config.source!r} has no file of {config.code}, {config.prose}")
+        raise ConfigError(
+            f"code_bytes={config.code_bytes} and prose_bytes={config.prose_bytes} leave no file of "
+            f"source={config.source!r}"
+        )
     target = parsed.workdir / ARCHIVE
     partial = target.with_suffix(".partial")
+    wanted = {f"{around}{path}" for path in taken}
     with errors_as_one_line(target, "written"):
         parsed.workdir.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(partial, "w:xz", preset=config.level) as archive:
-            for found, _, data in files_of(source, {f"{around}{path}" for path in taken}):
+    try:
+        with (
+            errors_as_one_line(target, "written"),
+            tarfile.open(partial, "w:xz", preset=config.level) as archive,
+        ):
+            for found, _, data in files_of(source, wanted):
                 if data is not None:
                     path = found.removeprefix(around)
+                    if len(data) != sizes[path]:
+                        break
+                    wanted.remove(found)
                     entry = tarfile.TarInfo(f"{config.place_of(path)}/{path}")
                     entry.size = len(data)
                     archive.addfile(entry, io.BytesIO(data))
-        partial.replace(target)
+        if wanted:
+            raise ConfigError(
+                f"source={config.source!r} has changed while it was read: {min(wanted)!a} is gone "
+                "or of another size"
+            )
+        with errors_as_one_line(target, "written"):
+            partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
     summed = {
         folder: sum(sizes[p] for p in taken if config.place_of(p) == folder) for folder in DOMAINS
     }

@@ -10,7 +10,7 @@ position on code that was held out and on prose, effective ranks, samples. The s
 where it stood, so that a leg may take several sessions of a machine; ``--train_s`` ends training
 for this time, saved. ``--stages=draw`` puts the records of all legs that are in the folder into one
 table and three figures, wherever they were made: it needs no checkpoint. All legs on the GPUs of a
-machine: ``experiments.language.legs``, beside which only that stage runs in its folder.
+machine: ``experiments.language.legs``; in one folder only that stage runs beside it.
 
 Legs are the paper's 213M with n_h = 1, 2 and 3, a gated one, and models of 36M parameters beside
 attention, Mamba-2 and a hybrid (``experiments/lib/language_legs.py``).
@@ -39,7 +39,7 @@ from deltaproduct_jax.training.locks import Lock, run_lock
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import archives, flags
 from experiments.lib.bench.report import begun, markdown, shown, write_json, write_report
-from experiments.lib.children import require_free, run
+from experiments.lib.children import held_or_inherited, run
 from experiments.lib.figures.legs import draw_all
 from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
@@ -62,7 +62,7 @@ RANK_COLUMNS = {
 }
 
 
-def prepare(config: LegConfig, workdir: Path) -> None:
+def prepare(config: LegConfig, workdir: Path, lock: Lock) -> None:
     """Unpacks the archive, and makes its text tokens."""
     text = workdir / "text"
     with run_lock(workdir):
@@ -71,7 +71,7 @@ def prepare(config: LegConfig, workdir: Path) -> None:
         if not text.exists():
             raise ConfigError(f"archive is missing; {text} is not there either")
         for command in preparations(workdir, config.tokenizer).values():
-            run(command)
+            run(command, lock=lock)
 
 
 def unpack(path: Path, text: Path) -> None:
@@ -114,21 +114,21 @@ def origin_of(path: Path) -> Origin:
         return {"sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def train(config: LegConfig, leg: Leg) -> bool:
+def train(config: LegConfig, leg: Leg, lock: Lock) -> bool:
     """Trains for as long as it may; whether the run is finished. What is known of it is kept."""
     try:
-        run(config.training(leg), limit_s=config.train_s)
+        run(config.training(leg), limit_s=config.train_s, lock=lock)
     finally:  # of what was told to end too
         keep(leg)
     return (leg.run / RESULTS).exists()
 
 
-def measure(config: LegConfig, leg: Leg) -> None:
+def measure(config: LegConfig, leg: Leg, lock: Lock) -> None:
     """What a trained model is asked; each answer is written as soon as it is there."""
     keep(leg)
     with run_lock(leg.records):
         for part in measurements(leg, config.length, config.rank_length, config.rows):
-            run(part.command, output=part.output)
+            run(part.command, output=part.output, lock=lock)
         leg.remove_spares()
 
 
@@ -199,6 +199,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return markdown((*head, *ranked.values()), lines)
 
 
+def make(config: LegConfig, leg: Leg, lock: Lock) -> None:
+    """The stages that write what is drawn; a lock on the folder goes to what they run."""
+    if "prepare" in config.stages:
+        prepare(config, leg.workdir, lock)
+    trains = "train" in config.stages
+    finished = train(config, leg, lock) if trains else (leg.run / RESULTS).exists()
+    if not finished and {"train", "measure"} & set(config.stages):
+        goes_on = "the same command" if trains else "the stage train"
+        print(f"{leg.label} is not finished; {goes_on} goes on", file=sys.stderr)
+    elif "measure" in config.stages:
+        measure(config, leg, lock)
+
+
 def command(argv: Sequence[str]) -> None:
     """Runs the stages in turn."""
     parsed = flags.parse(argv, {"paper": LegConfig, **SECTION}, PRESETS)
@@ -209,15 +222,8 @@ def command(argv: Sequence[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     leg = Leg(config.leg, config.seed, workdir)
     if set(config.stages) - {"draw"}:
-        require_free(Lock(workdir / LOCK))
-    if "prepare" in config.stages:
-        prepare(config, workdir)
-    finished = train(config, leg) if "train" in config.stages else (leg.run / RESULTS).exists()
-    if not finished and {"train", "measure"} & set(config.stages):
-        goes_on = "the same command" if "train" in config.stages else "the stage train"
-        print(f"{leg.label} is not finished; {goes_on} goes on", file=sys.stderr)
-    elif "measure" in config.stages:
-        measure(config, leg)
+        with held_or_inherited(Lock(workdir / LOCK, shared=True)) as lock:
+            make(config, leg, lock)
     if "draw" in config.stages:
         found = records_of(workdir)
         with from_record(workdir / "records"):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from deltaproduct_jax.errors import ConfigError
 
+BROKEN = (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error)
+
 
 class _Member(tarfile.TarInfo):
     """A member of an archive, which knows when the archive's own end has been met.
@@ -46,6 +48,10 @@ def opened(path: Path, name: str) -> Iterator[tarfile.TarFile]:
             yield archive
             if not archive.has_ended:
                 raise tarfile.ReadError("it ends too early")
-    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
+    except ConfigError:  # of whoever reads it
+        raise
+    # What a member says of itself ends in the last two: a link to what is not there, a size.
+    except (*BROKEN, KeyError, ValueError) as error:
+        said = error.args[0] if isinstance(error, KeyError) else error
+        reason = getattr(error, "strerror", None) or said
         raise ConfigError(f"{name}={str(path)!r} cannot be read: {reason}") from error

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import BinaryIO
@@ -109,15 +109,23 @@ class Child:
         wait_or_kill(self._process)
 
 
-def require_free(lock: Lock) -> None:
-    """RunDirectoryError if another process has a lock, but for one that began this with it."""
+@contextlib.contextmanager
+def held_or_inherited(lock: Lock) -> Iterator[Lock]:
+    """A lock that is held, or was by whoever began this process with it, for children as well.
+
+    Raises:
+        RunDirectoryError: another process has it.
+    """
     inherited = os.environ.get(LOCK_VARIABLE)
     if inherited is not None:
         with contextlib.suppress(OSError):  # of an ancestor's, and there is none of it here
             if os.path.samestat(os.fstat(int(inherited)), os.stat(lock.path)):
-                return
+                lock.descriptor = int(inherited)
+    if lock.descriptor is not None:
+        yield lock
+        return
     with held(lock):
-        pass
+        yield lock
 
 
 def _opened(path: Path, mode: str) -> BinaryIO:

@@ -49,6 +49,8 @@ from experiments.lib.sweeps.parent import end_with_parent
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
 USAGE_ERROR = 2
+# Flags that absl has itself: of a file of flags, and of what shall be passed over without a word.
+OF_ABSL = ("flagfile", "undefok")
 COMMON = ("workdir", "preset", "config", "help")  # flags of every command
 
 
@@ -100,8 +102,8 @@ def parse(
     if values.help:
         print(_help(values, sections, presets), flush=True)
         raise SystemExit(0)
-    workdir = values.workdir or default_workdir
-    if workdir is None:
+    workdir = default_workdir if values.workdir is None else values.workdir
+    if not workdir:  # empty as of a variable that is not set
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
     saved = {} if values.config is None else _read_config(user_path(values.config), sections)
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
@@ -142,16 +144,11 @@ def _read(values: flags.FlagValues, argv: Sequence[str]) -> None:
 
 def _check_text(argv: Sequence[str]) -> None:
     for argument in argv:
-        if "\0" in argument or not _is_unicode(argument):
+        if "\0" in argument or argument.encode(errors="ignore").decode() != argument:
             raise ConfigError(f"argument {argument!a} must be UTF-8 without a NUL character")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        name = argument.lstrip("-").partition("=")[0]
+        if argument.startswith("-") and name in OF_ABSL:
+            raise ConfigError(f"Unknown command line flag {name!r}")
 
 
 def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[str, type]:

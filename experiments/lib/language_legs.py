@@ -19,7 +19,7 @@ from experiments.lib.bench.report import write_json
 
 TRAINING, EXTRAPOLATION, RANKS = "training.json", "extrapolation.json", "effective_rank.json"
 SAMPLES = "samples.txt"
-LOCK = ".legs.lock"  # on a folder whose legs are made by one command for all
+LOCK = ".legs.lock"  # on a folder: had by what makes all legs, or shared by those of one
 TRAINED_BY = "language_modeling"  # the script of experiments
 
 # Of the kernel's sources, directories that are not trained on.

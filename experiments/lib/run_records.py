@@ -15,10 +15,11 @@ from typing import Any
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import is_there
 from deltaproduct_jax.layers.registry import MIXERS
-from deltaproduct_jax.training.records import CONFIG, read_results, saved_config
+from deltaproduct_jax.training.records import CONFIG, RESULTS, read_results, saved_config
 from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, read_list
 from experiments.lib.sweeps.records import spell
 
+MOST_NAMED = 3  # of the runs that are left out
 Group = tuple[str, ...]  # values of the grouping keys, as they are written
 
 
@@ -82,14 +83,8 @@ def read_records(source: Path) -> list[Record]:
         ConfigError: there is no such place, or no finished run in it.
         RunDirectoryError: a record cannot be read.
     """
-    if source.suffix == ".csv":
-        folders = [source.parent / RUNS / name for name in _names(source)]
-    elif is_there(source / LIST):
-        folders = [source / RUNS / run.name for run in read_list(source)[1]]
-    else:
-        folders = sorted(path.parent for path in source.glob(f"*/{CONFIG}"))
     records = []
-    for folder in folders:
+    for folder in _folders(source):
         results = read_results(folder)
         if results is not None:
             sections = saved_config(folder).values()
@@ -102,6 +97,24 @@ def read_records(source: Path) -> list[Record]:
             "results.csv, or a folder of run directories"
         )
     return records
+
+
+def left_out(source: Path) -> str | None:
+    """Which runs `read_records` leaves out, as a note; None where there are none."""
+    folders = _folders(source)
+    missing = [folder.name for folder in folders if not is_there(folder / RESULTS)]
+    if not missing:
+        return None
+    named = ", ".join(missing[:MOST_NAMED]) + (", ..." if len(missing) > MOST_NAMED else "")
+    return f"{len(missing)} of {len(folders)} runs have no results and are left out: {named}"
+
+
+def _folders(source: Path) -> list[Path]:
+    if source.suffix == ".csv":
+        return [source.parent / RUNS / name for name in _names(source)]
+    if is_there(source / LIST):
+        return [source / RUNS / run.name for run in read_list(source)[1]]
+    return sorted(path.parent for path in source.glob(f"*/{CONFIG}"))
 
 
 def _factors(settings: Mapping[str, Any]) -> dict[str, int]:

@@ -237,7 +237,7 @@ def reported_of(
         asked = identity({"task": saved["task"], **{name: saved["train"][name] for name in same}})
         name = label(list(arm.settings), tuple(arm.settings.values()))
         record = found.setdefault(asked, Record(name, {}, {"test": entries_of(config, length)}))
-        metric = metric or metric_of(record, length)
+        metric = metric_of(record, length) if metric is None else metric
         record.score(metric, length)
     return metric
 

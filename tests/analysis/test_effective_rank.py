@@ -8,7 +8,7 @@ from interop.golden_models import drawn
 
 from deltaproduct_jax.analysis import effective_rank as analysis
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.layers.delta_product import TokenFactors
+from deltaproduct_jax.layers.delta_rule import TokenFactors
 from deltaproduct_jax.models import ModelConfig
 
 CONFIG = ModelConfig(

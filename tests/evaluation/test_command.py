@@ -1,14 +1,17 @@
 """What is said where a package is missing, and where the console scripts lead."""
 
 import configparser
+import dataclasses
 import importlib
 import sys
+import types
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 from interop.golden_models import FOLDERS
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation import command
 from deltaproduct_jax.interop import fla
 from experiments import evaluate
@@ -25,6 +28,37 @@ def test_without_the_harness_there_is_one_line(monkeypatch, tmp_path, capsys):
     assert evaluate.flags.run(evaluate.command, argv) == 2
     assert capsys.readouterr().err.startswith(f"error: {says}")
     assert not (tmp_path / "w").exists()
+
+
+def test_a_task_that_fails_by_itself_is_one_line_and_a_fault_of_ours_is_none(monkeypatch, tmp_path):
+    known = {"arc_easy", "arc_challenge"}
+    manager = types.SimpleNamespace(
+        match_tasks=lambda names: [k for k in sorted(known) for n in names if fnmatch(k, n)]
+    )
+    given, ways = [], iter([lambda: [].pop(), lambda: require_at_least("x", "y", 1)])
+    for name, members in (
+        ("lm_eval", {"simple_evaluate": lambda **options: given.append(options) or next(ways)()}),
+        ("lm_eval.tasks", {"TaskManager": lambda include_path: manager}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    options = evaluate.EvaluateConfig(model="x", tasks=("arc_*",), include_path=str(tmp_path))
+
+    with pytest.raises(
+        ConfigError, match=r"^tasks=arc_\*: the harness fails: IndexError: pop from empty list$"
+    ):
+        evaluate.evaluate(options)
+    assert given[0]["tasks"] == ["arc_challenge", "arc_easy"]
+
+    with pytest.raises(TypeError):
+        evaluate.evaluate(options)
+    (tmp_path / "file").write_text("")
+    for path, says in (("file", "is no folder"), ("gone", "is no folder"), ("", "it is empty")):
+        with pytest.raises(ConfigError, match=says):
+            evaluate.evaluate(
+                dataclasses.replace(options, include_path=path and str(tmp_path / path))
+            )
 
 
 def test_without_safetensors_there_is_one_line(monkeypatch):

@@ -305,6 +305,29 @@ def test_damaged_records_are_told_each_and_keep_no_other_from_being_drawn(
     assert not len(recwarn)
 
 
+@pytest.mark.parametrize(
+    "places",
+    [
+        ("theory/geometry", "models", 0, "heads", 0, "beta", 0, 1),
+        ("theory/geometry", "models", 0, "heads", 0, "explained_about_zero", 1),
+        ("state_tracking/ends/separation", "models", 0, "ratio", 1),
+        ("state_tracking/ends/separation", "models", 0, "positions", 1),
+    ],
+)
+def test_a_text_among_numbers_is_no_category(places, tmp_path, capsys):
+    """Which matplotlib makes of it, and of the numbers beside it, in a picture like any other."""
+    file, *keys, last = places
+    content = inside = json.loads((RESULTS / f"{file}.json").read_text())
+    for key in keys:
+        inside = inside[key]
+    inside[last] = "x"
+    name = file.rpartition("/")[2]
+    write(tmp_path, content, name)
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    assert re.search(rf"{name}\.json cannot be drawn: [TV]\w+Error", capsys.readouterr().err)
+    assert not list(tmp_path.glob("*.png"))
+
+
 def test_models_of_which_none_ran_have_no_picture(tmp_path, capsys):
     failed = {"num_householder": 1, "error": "ConfigError: out of memory"}
     write(tmp_path, {"config": {"batch_size": 8}, "rows": [failed]}, "throughput")

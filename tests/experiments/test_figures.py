@@ -213,6 +213,14 @@ def test_sources(source, tmp_path):
     assert [record.name for record in some] == ["S3-1-0", "A5-2-1"]
     assert some[0].value("eval_lengths") == "4,8"
     assert some[0].value("chunk_size") == "none"
+    note = "1 of 3 runs have no results and are left out: unfinished"
+    assert run_records.left_out(source / "some.csv") == note
+    assert run_records.left_out(source) == note.replace("3", str(len(ACCURACY) + 1))
+    for number in range(5):
+        settings = {"group": "A5", "n_h": 1, "seed": number}
+        add_run(source / "few", f"x{number}", settings, None if number else 0.5)
+    says = "4 of 5 runs have no results and are left out: x1, x2, x3, ..."
+    assert run_records.left_out(source / "few") == says
 
 
 def test_groups_are_in_the_order_of_numbers_and_of_the_grid():
@@ -254,6 +262,7 @@ ERRORS = {
     "idle threshold": (["--threshold=0.5"], "threshold=0.5 needs kind=escape"),
     "idle band": (["--kind=table", "--band"], "band=True needs kind=cumulative"),
     "no threshold": (["--kind=escape", "--threshold=nan"], "threshold=nan must be a finite number"),
+    "no name": (["--name="], "name='' must be the name of a file"),
     "a folder": (["--name=../x"], r"name='\.\./x' must be the name of a file, without folders"),
     "bad filter": (["--where=seed"], "--where='seed': 'seed' must be key=value"),
 }

@@ -194,6 +194,10 @@ def test_a_bad_flag_is_explained(argument, message):
     ("argv", "message"),
     [
         ([], "--workdir is missing"),
+        (["--workdir="], "--workdir is missing"),
+        (["--workdir=w", "--undefok=lerning_rate", "--lerning_rate=1"], "flag 'undefok'"),
+        (["--workdir=w", "--flagfile", "flags.txt"], "flag 'flagfile'"),
+        (["--workdir=w", "--config="], "'' cannot be a path: it is empty"),
         (["--workdir=w", "runs"], "argument 'runs' is no flag; a flag is written --name=value"),
         (["--workdir=w", "--preset=feast", "--config=c"], "exclude each other"),
         (["--workdir=w", "--config=absent.json"], "absent.json cannot be read: No such file"),

@@ -93,6 +93,9 @@ def test_flags_are_those_that_a_plan_depends_on():
         plan_pod.PlanConfig(topology="v5e")
     with pytest.raises(ConfigError, match=r"^rows=0 is too small"):
         plan_pod.PlanConfig(rows=0)
+    argv = ["--workdir=unused", "--accumulation_steps=0"]
+    with pytest.raises(ConfigError, match=r"^accumulation_steps=0 is too small"):
+        plan_pod.command(argv)
 
 
 def test_a_missing_compiler_is_said_in_one_line(monkeypatch):

@@ -182,6 +182,23 @@ def test_reading_rows_is_held_against_one_batch_that_is_kept():
         data_speed.RoundConfig(steps_a_round=0)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "says"),
+    [
+        (
+            ["--batch_size=2000000000"],
+            "^train_length=32 and batch_size=2000000000 need at least .* GiB",
+        ),
+        (["--intermediate_size=100000000000"], "^num_layers=1 and hidden_size=16 need at least"),
+        (["--num_heads=4000000000"], "^parameters of this size need at least .* GiB"),
+    ],
+)
+def test_reading_rows_is_not_timed_where_there_is_no_memory_for_it(sizes, says, tmp_path):
+    argv = ["--hidden_size=16", "--head_dim=8", "--train_length=32", "--eval_lengths=32"]
+    with pytest.raises(ConfigError, match=says):
+        data_speed.command([f"--workdir={tmp_path}", "--preset=small", *argv, *sizes])
+
+
 @pytest.mark.slow
 def test_reading_rows_is_timed_in_a_real_run(tmp_path):
     sizes = (

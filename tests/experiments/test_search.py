@@ -198,6 +198,7 @@ def test_every_mixer_tries_as_much():
             "--metric=strict.accuracy",
             "metric='strict.accuracy' is not in the results of run mixer =",
         ),
+        ("--metric=", "metric='' is not in the results of run mixer ="),
         (
             "--metric=strict",
             "it may be one of length, loss, paper.token_accuracy, paper.sequence_ac",

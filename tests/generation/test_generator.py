@@ -305,13 +305,44 @@ def test_what_does_not_fit_is_named(generator, unchecked):
         "pieces=.* must descend": {"pieces": (2, 4)},
         "stride=0 is too small": {"stride": 0},
         "vocab_size=12 must be from 1 to the model's, 11": {"vocab_size": 12},
+        "rows=2.0 must be a whole number": {"rows": 2.0},
+        "stride=True must be a whole number": {"stride": True},
+        r"pieces\[1\]=2.5 must be a whole number": {"pieces": [4, 2.5]},
+        "decode='utf-8' must be a function": {"decode": "utf-8"},
     }.items():
         with pytest.raises(ConfigError, match=text):
             Generator(model_of(FAST), **options)
+    with pytest.raises(ConfigError, match=r"^model=.* must be a SequenceModel"):
+        Generator(nnx.split(model_of(FAST))[0])
     with pytest.raises(ConfigError, match="mask must be bool, of the prompts' shape"):
         generator.generate(np.ones((1, 2), int), mask=np.ones((1, 3), bool))
     with pytest.raises(ConfigError, match=r"keys=.* must be as many as the prompts, 1"):
         generator.generate([[1]], keys=[1, 2])
+
+
+def test_what_a_stream_cannot_go_on_with_is_refused():
+    generator = Generator(model_of(FAST))
+    kept = generator.read([1, 2])
+    for text, requests, seed in [
+        ("seed=-3 must be from 0 to", [Request([1])], -3),
+        ("seed=0.5 must be a whole number", [Request([1])], 0.5),
+        ("requests=None must be several", None, 0),
+        (r"requests\[0\]=\[1, 2\] must be a Request", [[1, 2]], 0),
+        ("token 11 must be from 0 to below", [Request([1], prefix=kept._replace(token=11))], 0),
+        ("prefix.token='a' must be a whole", [Request([1], prefix=kept._replace(token="a"))], 0),
+        ("prefix.length=0 is too small", [Request([1], prefix=kept._replace(length=0))], 0),
+    ]:
+        with pytest.raises(ConfigError, match=text):
+            next(generator.stream(requests, seed=seed))
+    wide = jax.tree.map(lambda x: x[..., :1], kept.state)
+    for state, text in (
+        (wide, r"prefix\.state\[0\]\.\w+ must be"),
+        (None, r"prefix\.state must be a"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            generator.read([1], kept._replace(state=state))
+    with pytest.raises(ConfigError, match="prompts=3 must be several"):
+        generator.generate(3)
 
 
 @pytest.mark.parametrize("count", [ROOM - 4, None])

@@ -46,6 +46,13 @@ def test_all_that_does_not_fit_is_one_error(tmp_path):
     assert text.endswith("of no dtype that is read: model.layers.0.mlp_norm.weight is I32")
 
 
+def test_of_many_tensors_that_do_not_fit_some_are_named(tmp_path):
+    extra = {f"tensor{letter}": np.ones(1, np.float32) for letter in "abcdefgh"}
+    folder = changed(tmp_path, **extra)
+    names = ", ".join(sorted(extra)[:5])
+    assert refused(folder, "not of this model: ").endswith(f"not of this model: {names} and 3 more")
+
+
 def test_embeddings_of_a_dtype_that_is_not_read(tmp_path):
     numbers = tensors(NAME)["model.embeddings.weight"].astype(np.int32)
     folder = changed(tmp_path, **{"model.embeddings.weight": numbers})

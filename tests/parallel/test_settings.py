@@ -289,6 +289,17 @@ def grid_of(monkeypatch, devices, **settings):
     return np.vectorize(lambda device: device.id)(grid)
 
 
+def test_some_of_a_pod_s_chips_make_a_mesh(monkeypatch):
+    """For all of them JAX knows the links between them, for a part it has no order."""
+    places = [(x, y, 0) for y in range(2) for x in range(4)]
+    chips = devices_of(1, 8, coords=places.__getitem__, core_on_chip=lambda i: 0)
+    for chip in chips:
+        chip.platform, chip.device_kind = "tpu", "TPU v5 lite"
+    assert grid_of(monkeypatch, chips, mesh="data:3").ravel().tolist() == [0, 1, 2]
+    assert grid_of(monkeypatch, chips, mesh="fsdp:3,tensor:2").shape == (1, 3, 1, 2)
+    assert sorted(grid_of(monkeypatch, chips, mesh="data:8").flat) == list(range(8))
+
+
 def test_the_devices_of_a_process_are_neighbours(monkeypatch):
     devices = devices_of(2, 4)
     grid = grid_of(monkeypatch, devices, mesh="fsdp:-1", dcn_mesh="data:2")

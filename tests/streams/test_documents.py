@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections import Counter
 
 import pyarrow
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deltaproduct_jax.data.documents import list_sources, plan_pieces, read
+from deltaproduct_jax.data.documents import Source, list_sources, plan_pieces, read
 from deltaproduct_jax.errors import ConfigError
 
 GIGANTIC = "words of a gigantic document " * 20_000
@@ -99,6 +100,34 @@ def test_small_files_make_one_piece_and_large_ones_several(tmp_path):
     (tmp_path / "g.jsonl").write_text("\n" * 65)
     sizes = [len(piece) for piece in plan_pieces(list_sources([str(tmp_path)], ["*"]), 30)]
     assert sizes == [3, 3, 1, 1, 1]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
+    lines = ['{"text": "two"}', '\ufeff{"text": "three"}', "\ufeff", '{"text": "\ufefffour"}']
+    (tmp_path / "b.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    assert documents(tmp_path) == (["one", "two", "three", "\ufefffour"], {})
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "gzip"])
+def test_a_parquet_file_whose_pages_are_damaged_is_one_line(compression, tmp_path):
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": [f"{i} " * i for i in range(300)]})
+    pyarrow.parquet.write_table(table, path, compression=compression)
+    data = bytearray(path.read_bytes())
+    data[100:1100] = bytes(1000)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"^sources: .*/a\.parquet cannot be read as Parquet: ."):
+        documents(path)
+
+
+def test_pieces_of_many_files_are_planned_at_once_and_too_many_are_refused():
+    sources = [Source(f"{number}.txt", 1, 0) for number in range(50_000)]
+    begun = time.process_time()
+    assert len(plan_pieces(sources, 30_000)) == 2
+    assert time.process_time() - begun < 2  # of a sum anew for each it was 6
+    with pytest.raises(ConfigError, match="shard_bytes=1 makes more than 100,000 shards"):
+        plan_pieces([Source("a.jsonl", 10**12, 0)], 1)
 
 
 def test_errors_name_the_flag(tmp_path):

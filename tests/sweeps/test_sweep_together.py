@@ -127,7 +127,10 @@ def test_the_command_leaves_what_runs_leave(tmp_path, tiny_model, capsys):
     assert {"results.json", "cumulative.png"} <= {p.name for p in first.folder.path.iterdir()}
     assert "best checkpoint: step" in (first.folder.path / "log.txt").read_text()
     assert "error: " in (second.folder.path / "log.txt").read_text()
-    assert "step 8/8  1 runs  loss" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step 8/8  1 runs  loss" in said
+    why = f"error: run='{second.name}' has failed; {second.folder.path / 'log.txt'} says why\n"
+    assert said.endswith(why)
     assert together.main([*argv[:1], "--run=none"]) == 2
     assert "run='none' is no run of the sweep in" in capsys.readouterr().err
     saved = json.loads((tmp_path / "runs.json").read_text())

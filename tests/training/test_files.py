@@ -90,6 +90,7 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("", "'' cannot be a path: it is empty"),
         ("a\0b", "cannot be a path: it has a NUL character"),
         ("s3://bucket/run", "is not on a disk; it may be a path there"),
         ("~nobody_of_this_name/run", "begins with a home that is not known"),

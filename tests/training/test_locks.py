@@ -58,6 +58,25 @@ def test_one_holder_at_a_time(tmp_path):
     second.release()
 
 
+def test_a_lock_is_shared_by_those_who_agree(tmp_path):
+    path = tmp_path / "lock"
+    alone, first, second = Lock(path), Lock(path, shared=True), Lock(path, shared=True)
+    path.write_text("process 1 on nowhere")  # of a process that was killed
+    assert first.acquire()
+    assert not alone.acquire()
+    assert first.owner() == f"process {os.getpid()} on {os.uname().nodename}"
+    assert second.acquire()
+    assert first.owner().count(" and process ") == 1
+    first.release()
+    assert path.exists()
+    assert not alone.acquire()
+    second.release()
+    assert not path.exists()
+    assert alone.acquire()
+    assert not first.acquire()
+    alone.release()
+
+
 def test_a_run_in_use_is_refused_until_its_process_is_killed(held, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
     before = snapshot(tmp_path)

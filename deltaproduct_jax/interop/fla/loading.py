@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from deltaproduct_jax.parallel.names import names_of_model
 
 CONFIG = "config.json"
 EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
+MOST_NAMED = 5  # of the tensors that do not fit, by each reason
 # What a model here may hold without being asked to convert.
 _HELD = ("F32", "BF16")
 
@@ -194,10 +195,15 @@ def _compare(
         "of another shape": gathered(misshapen),
         "of no dtype that is read": gathered(strange),
     }
-    said = [f"{what}: {', '.join(names)}" for what, names in lists.items() if names]
+    said = [f"{what}: {_listed(names)}" for what, names in lists.items() if names]
     if said:
         text = " ".join("; ".join(said).split())  # a name may be anything
         raise RunDirectoryError(f"{folder} has other tensors than its config.json; {text}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def gathered(keys: Iterable[str]) -> list[str]:

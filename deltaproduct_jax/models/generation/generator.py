@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.layers.checks import as_like, checks_arguments
 from deltaproduct_jax.models.generation.requests import (
     ENDLESS,
     LENGTH,
@@ -25,6 +26,7 @@ from deltaproduct_jax.models.generation.rows import Rows, axes_of_state, program
 from deltaproduct_jax.models.generation.sampling import PLAIN, Sampling, needs_of, rules_of
 from deltaproduct_jax.models.generation.text import Decode, StopStrings, TextStream
 from deltaproduct_jax.models.sequence_model import ModelState, SequenceModel
+from deltaproduct_jax.settings import LARGEST_SEED, misfit, shown
 
 PIECES = (256, 32)
 STRIDE = 16
@@ -63,16 +65,19 @@ class Generator:
         ConfigError: naming the argument, when one is out of range.
     """
 
+    @checks_arguments
     def __init__(
         self,
         model: SequenceModel,
         *,
         rows: int = 1,
-        pieces: Sequence[int] = PIECES,
+        pieces: tuple[int, ...] | list[int] = PIECES,
         stride: int = STRIDE,
         decode: Decode | None = None,
         vocab_size: int | None = None,
     ):
+        if decode is not None and not callable(decode):
+            raise ConfigError(f"decode={shown(decode)} must be a function from ids to text")
         require_at_least("rows", rows, 1)
         require_at_least("stride", stride, 1)
         if not pieces or min(pieces) < 1 or sorted(set(pieces), reverse=True) != list(pieces):
@@ -114,7 +119,10 @@ class Generator:
             ConfigError: a request does not fit this generator.
             FloatingPointError: a model's logits are not finite.
         """
-        waiting = iter(enumerate(requests))
+        _require("seed", seed, int)
+        if not 0 <= seed <= LARGEST_SEED:
+            raise ConfigError(f"seed={seed} must be from 0 to {LARGEST_SEED}")
+        waiting = enumerate(_each_checked(requests))
         seats: list[_Seat | None] = [None] * self.rows
         rows, key = self._empty(), jax.random.key(seed)
         while True:
@@ -177,7 +185,14 @@ class Generator:
         return collect(self.stream(asked, seed=seed), len(asked))
 
     def _check(self, request: Request, drawn: int | None) -> None:
-        for token in (*request.prompt, *request.stop_tokens):
+        before = ()
+        if request.prefix is not None:
+            before = (request.prefix.token,)
+            _require("prefix.token", request.prefix.token, int)
+            _require("prefix.length", request.prefix.length, int)
+            require_at_least("prefix.length", request.prefix.length, 1)
+            as_like("prefix.state", request.prefix.state, self._fresh)
+        for token in (*before, *request.prompt, *request.stop_tokens):
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(
                     f"token {token} must be from 0 to below vocab_size={self.vocab_size}"
@@ -320,6 +335,21 @@ def collect(pieces: Iterable[Piece], count: int) -> list[Completion]:
     return found
 
 
+def _require(name: str, value: Any, kind: type) -> None:
+    problem = misfit(value, kind, name)
+    if problem is not None:
+        raise ConfigError(problem)
+
+
+def _each_checked(requests: Any) -> Iterator[Request]:
+    """Each as it is asked for; ConfigError for what is none, or for one that stands alone."""
+    if not isinstance(requests, Iterable):
+        raise ConfigError(f"requests={shown(requests)} must be several, as in a list")
+    for index, request in enumerate(requests):
+        _require(f"requests[{index}]", request, Request)
+        yield request
+
+
 def most_tokens(model: SequenceModel) -> int | None:
     """Tokens that a row may read, where some block's attention keeps no more; None for no limit."""
     limits = [getattr(block.attn, "max_length", None) for block in model.layers]
@@ -338,6 +368,8 @@ def _last(request: Request) -> int:
 
 def _without_padding(prompts: Any, mask: Any) -> list[Any]:
     if mask is None:
+        if not isinstance(prompts, Iterable):
+            raise ConfigError(f"prompts={shown(prompts)} must be several, as in a list")
         return list(prompts)
     prompts, mask = np.asarray(prompts), np.asarray(mask)
     if prompts.ndim != 2 or mask.shape != prompts.shape or mask.dtype != bool:

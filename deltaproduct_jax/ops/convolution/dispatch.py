@@ -77,7 +77,7 @@ def convolved_parts(
     """Convolutions of q, k and v that stand side by side, where a GPU runs a kernel for them.
 
     As they are read where they lie, one product can make all of them and more, with one cotangent.
-    Only on devices that have whole arrays.
+    A device of a mesh runs it on its own tokens and heads; arrays lie over no explicit axis.
 
     Args:
       choice: what computes them.

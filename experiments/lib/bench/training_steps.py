@@ -22,6 +22,7 @@ from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.compiled import compiler_options
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import initial_model
+from deltaproduct_jax.training.measuring.memory import require_memory_of_state
 from deltaproduct_jax.training.measuring.throughput import Throughput
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
@@ -60,12 +61,14 @@ def our_rows(
         turn: to be `taken` to compile and run; None: nothing else is under way.
 
     Raises:
-        ConfigError: there are not as many devices, or an axis does not divide what it cuts.
+        ConfigError: there are not as many devices, an axis does not divide what it cuts, or there
+            is not as much memory.
     """
     run = RunConfig(TextTask(), model_config, training)
     make_model = functools.partial(initial_model, run)
     layout = layout_of(run, make_model, DeviceConfig(mesh=mesh))
     definition, shapes = shapes_of(run, make_model)
+    require_memory_of_state(shapes)
     parameters = count_parameters(shapes.params)["total"]
     lying = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     state = jax.tree.map(lying, shapes, layout.shardings(shapes))

@@ -102,7 +102,7 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
         look: the figure's width.
     """
     panels = {
-        title: {name: np.array(curve["runs"]) for name, curve in curves.items()}
+        title: {name: np.array(curve["runs"], float) for name, curve in curves.items()}
         for title, curves in record["panels"].items()
     }
     rows, columns = look.grid(len(panels), 3)

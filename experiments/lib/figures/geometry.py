@@ -58,7 +58,7 @@ def _panels(look: Look, rows: int) -> "tuple[Figure, np.ndarray]":
 
 def _counts_axis(axes: Any, betas: Sequence[Any]) -> None:
     """From below one factor to the fullest bin of all panels, which share this axis."""
-    fullest = max(np.histogram(np.ravel(values), BINS)[0].max() for values in betas)
+    fullest = max(np.histogram(_numbers(values), BINS)[0].max() for values in betas)
     axes.set_ylim(FEWEST, 2 * fullest)
     plain_log(axes.yaxis, (1, 100 * fullest))  # powers of ten
 
@@ -72,7 +72,7 @@ def draw_heads(found: Mapping[str, Any], title: str, path: Path, look: Look) -> 
     figure.supylabel("factors (left), part of the variance (middle)", fontsize="medium")
     for index, head in enumerate(heads):
         betas, variances, plane = panels[index]
-        beta = np.array(head["beta"])
+        beta = np.array(head["beta"], float)
         for factor, values in enumerate(beta.T):
             _histogram(betas, values, factor, f"factor {factor + 1}")
         mark_ = ",\nreflecting" if index in found["reflecting_heads"] else ""
@@ -83,7 +83,7 @@ def draw_heads(found: Mapping[str, Any], title: str, path: Path, look: Look) -> 
             variances.plot(range(1, len(curve) + 1), curve, label=text, **style | open_)
         real, imaginary = _apart(head["eigenvalues"])
         plane.plot(real, imaginary, "o", color=points(0)["color"], alpha=0.6)
-    each = [np.array(head["beta"])[:, r] for head in heads for r in range(beta.shape[1])]
+    each = [np.array(head["beta"], float)[:, r] for head in heads for r in range(beta.shape[1])]
     _counts_axis(panels[0, 0], each)
     add_legend(figure)
     return save(figure, path, look)
@@ -92,13 +92,13 @@ def draw_heads(found: Mapping[str, Any], title: str, path: Path, look: Look) -> 
 def _histogram(axes: Any, values: Any, index: int, label: str) -> None:
     """An outline, so that what stands behind is seen."""
     style = {name: points(index)[name] for name in ("color", "linestyle")} | {"linewidth": 1.2}
-    counts, _ = np.histogram(np.ravel(values), BINS)
+    counts, _ = np.histogram(_numbers(values), BINS)
     axes.stairs(np.maximum(counts, FEWEST), BINS, baseline=FEWEST, label=label, **style)
 
 
 def _apart(eigenvalues: Any) -> np.ndarray:
     """Real and imaginary parts, each place of the picture once."""
-    values = np.reshape(eigenvalues, (-1, 2))
+    values = _numbers(eigenvalues).reshape(-1, 2)
     return np.unique(values.round(2), axis=0).T
 
 
@@ -149,7 +149,12 @@ def draw_models(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> 
 
 
 def _pooled(heads: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.concatenate([np.ravel(head["beta"]) for head in heads])
+    return np.concatenate([_numbers(head["beta"]) for head in heads])
+
+
+def _numbers(values: Any) -> np.ndarray:
+    """All that is in nested lists; ValueError or TypeError where one is no number."""
+    return np.ravel(np.asarray(values, float))
 
 
 def _distance(head: Mapping[str, Any]) -> float:
@@ -163,5 +168,5 @@ def _components(axes: Any, head: Mapping[str, Any], style: Mapping[str, Any]) ->
 
 
 def _plane(axes: Any, eigenvalues: Sequence[Any], style: Mapping[str, Any]) -> None:
-    real, imaginary = _apart(np.concatenate([np.reshape(v, (-1, 2)) for v in eigenvalues]))
+    real, imaginary = _apart(np.concatenate([_numbers(v) for v in eigenvalues]))
     axes.plot(real, imaginary, **{**style, "linestyle": "none"})

@@ -75,10 +75,10 @@ def by_octave(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndar
 
     Windows of the same rows err together, so that the error of a mean is not less than theirs.
     """
-    x = np.array(entry["position"])
+    x = np.array(entry["position"], float)
     group = np.unique(np.round(PER_OCTAVE * np.log2(x)), return_inverse=True)[1]
     count = np.bincount(group)
-    means = lambda values: np.bincount(group, weights=np.array(values)) / count
+    means = lambda values: np.bincount(group, weights=np.array(values, float)) / count
     error = None if entry["error"] is None else means(entry["error"])
     return means(x), means(entry["loss"]), error
 

@@ -89,7 +89,9 @@ def plot_recall(results: Mapping[str, Any], path: Path, look: Look) -> list[Path
     figure, ((axes,),) = new_panels(look, 1, 1, 2.0)
     scores = [(entry["length"], entry["strict"]) for entry in results["test"]]
     labels = [f"{length}\n{score['num_pairs']}" for length, score in scores]
-    axes.bar(labels, [score["token_accuracy"] for _, score in scores], 0.6, **bars(0))
+    places = range(len(labels))
+    axes.bar(places, [score["token_accuracy"] for _, score in scores], 0.6, **bars(0))
+    axes.set_xticks(places, labels)
     axes.set(
         xlabel="tokens of a sequence, and pairs in it", ylabel="queries answered", ylim=(0, 1.02)
     )

@@ -95,7 +95,7 @@ def _styles(models: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 
 def _draw_curve(axes: Any, style: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    x, y = np.array(model["positions"]), np.maximum(model["ratio"], SMALLEST)
+    x, y = np.array(model["positions"], float), np.maximum(model["ratio"], SMALLEST)
     axes.loglog(x, y, **style)
     beyond = x[x > model["fit_length"]]
     law_at = Growth(**model["growth"]).at(beyond - (model["reference_to"] + 1) / 2)

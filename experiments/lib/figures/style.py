@@ -121,6 +121,7 @@ def new_panels(
     """
     try:
         import matplotlib
+        from matplotlib import category, units
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
@@ -132,6 +133,10 @@ def new_panels(
         ) from error
     # For the whole process, as parts are made as late as when a figure is written.
     matplotlib.rcParams.update(SETTINGS)
+    # A text among numbers would be drawn, as one of several categories, and so would they.
+    for kind, converter in list(units.registry.items()):
+        if isinstance(converter, category.StrCategoryConverter):
+            del units.registry[kind]
     narrow = look.is_narrow(1 if sparse else rows * columns)
     height *= 0.75 if narrow and columns > 1 else 1
     size = (WIDTHS["column" if narrow else "page"], 0.45 + height * rows)

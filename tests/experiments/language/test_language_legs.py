@@ -159,6 +159,36 @@ def test_one_leg_alone_is_refused_beside_all_unless_those_began_it(tmp_path, cap
     assert "tiny_seed0 is not finished" in capsys.readouterr().err
 
 
+def test_all_legs_are_refused_beside_one_whose_own_processes_hold_the_lock(
+    tmp_path, capsys, monkeypatch
+):
+    """Other legs alone are not, and a folder of figures that are drawn is free."""
+    argv = [f"--workdir={tmp_path}", "--preset=tiny"]
+    refused = f"^{tmp_path} is in use by process {os.getpid()} on .*; wait for its end, or give"
+
+    def look(command, **options):
+        child = Child([sys.executable, "-c", "import time; time.sleep(60)"], lock=options["lock"])
+        try:
+            one_leg.command([*argv, "--seed=1", "--stages=measure"])
+            with pytest.raises(RunDirectoryError, match=refused):
+                legs.command(argv)
+        finally:
+            child.kill()
+        raise ConfigError("looked")
+
+    monkeypatch.setattr(one_leg, "run", look)
+    (tmp_path / "text").mkdir()
+    for stages in ("train", "prepare"):
+        with pytest.raises(ConfigError, match="looked"):
+            one_leg.command([*argv, f"--stages={stages}"])
+    assert capsys.readouterr().err.count("tiny_seed1 is not finished") == 2
+    assert not (tmp_path / legs.LOCK).exists()
+    monkeypatch.setattr(one_leg, "records_of", lambda _: legs.command(argv))
+    (tmp_path / "logs").write_text("")
+    with pytest.raises(RunDirectoryError, match=r"prepare\.log cannot be written"):
+        one_leg.command([*argv, "--stages=draw"])
+
+
 def test_what_was_begun_holds_the_lock_and_says_why_it_failed(tmp_path):
     sleeping = [sys.executable, "-c", "import time; time.sleep(60)"]
     with held(Lock(tmp_path / "lock")) as lock:

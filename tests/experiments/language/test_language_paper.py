@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
@@ -18,7 +18,6 @@ from experiments.language import pack_text, paper
 from experiments.lib import children, flags
 from experiments.lib.figures.records import drawn
 from experiments.lib.language_legs import (
-    EXTRAPOLATION,
     LEGS,
     RANKS,
     TRAINING,
@@ -140,6 +139,31 @@ def test_an_archive_cut_between_two_files_is_one_line(tmp_path):
         packed(tmp_path / "a", tmp_path / "x.tar")
 
 
+HARD = {"name": "code/l.c", "type": tarfile.LNKTYPE, "linkname": "gone"}
+SOFT = {"name": "code/l.c", "type": tarfile.SYMTYPE, "linkname": "../../.."}
+
+
+@pytest.mark.parametrize(
+    ("member", "unpacked", "packing"),
+    [
+        (HARD, "linkname 'gone' not found", "has 'code/l.c' as a hard link, which is not read"),
+        (SOFT, "would link to", "has no file of"),
+        ({"name": "../x.c"}, "would be extracted to", r"has '\.\./x\.c', which is outside of it"),
+    ],
+)
+def test_a_member_that_cannot_be_taken_is_one_line(member, unpacked, packing, tmp_path):
+    path, info = tmp_path / "x.tar", tarfile.TarInfo()
+    for name, value in member.items():
+        setattr(info, name, value)
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(info)
+    with pytest.raises(ConfigError, match=rf"^archive='.*' cannot be read: .*{unpacked}"):
+        paper.unpack(path, tmp_path / "text")
+    with pytest.raises(ConfigError, match=rf"^source='.*' {packing}"):
+        packed(tmp_path / "a", path)
+    assert {entry.name for entry in tmp_path.iterdir()} <= {"x.tar", "a"}
+
+
 def test_text_is_of_the_archive_that_is_named(source, tmp_path, capsys):
     workdir, text = tmp_path / "legs", tmp_path / "legs" / "text"
     with pytest.raises(ConfigError, match=r"\.gz' has no folder code or prose; it may be one of"):
@@ -163,11 +187,31 @@ def test_what_cannot_be_packed_is_said_in_one_line(tmp_path):
     with pytest.raises(ConfigError, match=r"^source=.*nowhere' cannot be read: "):
         packed(tmp_path / "a", tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.py").write_text("more than a byte")
     with pytest.raises(ConfigError, match=r"^source=.*empty' has no file of"):
         packed(tmp_path / "a", tmp_path / "empty")
+    argv = [f"--workdir={tmp_path / 'a'}", f"--source={tmp_path / 'empty'}"]
+    with pytest.raises(ConfigError, match=r"^code_bytes=1 and prose_bytes=1 leave no file of sou"):
+        pack_text.command([*argv, "--code=*.py", "--code_bytes=1", "--prose_bytes=1"])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ConfigError, match=r"^source=.*pipe' cannot be read: it is no file"):
         packed(tmp_path / "a", tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("change", ["gone", "grown"])
+def test_a_source_that_changes_while_it_is_packed_is_refused(change, source, tmp_path, monkeypatch):
+    real, file = pack_text.chosen, source / "drivers" / "3.c"
+
+    def late(*given):
+        file.unlink() if change == "gone" else file.write_text("y" * 14)
+        return real(*given)
+
+    monkeypatch.setattr(pack_text, "chosen", late)
+    says = r"kernel' has changed while it was read: 'drivers/3\.c' is gone or of another size$"
+    argv = [f"--workdir={tmp_path / 'a'}", f"--source={source}"]
+    with pytest.raises(ConfigError, match=says):
+        pack_text.command(argv)
+    assert not list((tmp_path / "a").iterdir())
 
 
 @pytest.mark.parametrize("name", LEGS)
@@ -269,87 +313,6 @@ def test_settings_of_a_leg():
             dataclasses.replace(config, **wrong)
     with pytest.raises(ConfigError, match="no records"):
         records_of(paper.Path("nowhere"))
-
-
-RESULTS = {"steps": 1, "best_step": 1, "parameters": {"total": 3}, "test": [{"length": 4}]}
-WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "results": None}
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"seed": "x"}, "seed='x' must be a whole number"),
-        ({"curve": []}, "curve is empty; it must have an entry at least"),
-        ({"curve": [{"loss": 1.0}]}, r"curve\[0\].tokens is missing"),
-        ({"curve": [{"tokens": 9}, {"tokens": 0}]}, r"curve\[1\]\.tokens=0 is too small"),
-        ({"results": {"steps": 1}}, "results.best_step is missing"),
-        ({"results": RESULTS | {"parameters": {}}}, "results.parameters.total is missing"),
-        ({"results": RESULTS | {"test": []}}, "results.test is empty; it must have an entry"),
-        ({"results": RESULTS | {"test": [{"length": 4, "loss": "x"}]}}, r"results.test\[0\].loss"),
-    ],
-)
-def test_a_damaged_record_of_a_leg_is_one_line(change, says, tmp_path):
-    folder = tmp_path / "records" / "213m_1_seed0"
-    folder.mkdir(parents=True)
-    (folder / TRAINING).write_text(json.dumps(WHOLE | change))
-    with pytest.raises(RunDirectoryError, match=rf"training\.json: {says}"):
-        records_of(tmp_path)
-
-
-BY_POSITION = {
-    "data": "x", "label": "y", "trained": None, "position": [1.0, 2.0], "loss": [3.0, 2.0],
-    "error": None, "running_loss": [3.0, 2.5],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"loss": 3}, r"curves\[0\]\.loss=3 must be a list"),
-        ({"loss": [3.0]}, r"curves\[0\]\.loss has 1 entries; it must have 2, as position"),
-        ({"error": []}, r"curves\[0\]\.error has 0 entries; it must have 2"),
-        ({"position": []}, r"curves\[0\]\.position must have a place at least"),
-        ({"position": [0.0, 1.0]}, r"curves\[0\]\.position must .*, each from 1 on"),
-    ],
-)
-def test_damaged_curves_of_a_leg_are_one_line(change, says, tmp_path):
-    folder = tmp_path / "records" / "213m_1_seed0"
-    folder.mkdir(parents=True)
-    (folder / TRAINING).write_text(json.dumps(WHOLE))
-    (folder / EXTRAPOLATION).write_text(json.dumps({"curves": [BY_POSITION]}))
-    (record,) = records_of(tmp_path)
-    assert record["positions"] == [BY_POSITION]
-    (folder / EXTRAPOLATION).write_text(json.dumps({"curves": [BY_POSITION | change]}))
-    with pytest.raises(RunDirectoryError, match=rf"extrapolation\.json: {says}"):
-        records_of(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "says"),
-    [
-        (EXTRAPOLATION, '{"curves": [{"data": "x", "loss": 3}]}', r"curves\[0\]"),
-        (RANKS, '{"trained": 4, "starts": [0], "heads": {"0": [{"end": "x"}]}}', r"heads\.0\[0\]"),
-    ],
-)
-def test_damaged_measurements_of_a_leg_are_one_line(name, text, says, tmp_path):
-    folder = tmp_path / "records" / "213m_1_seed0"
-    folder.mkdir(parents=True)
-    (folder / TRAINING).write_text(json.dumps(WHOLE))
-    (folder / name).write_text(text)
-    with pytest.raises(RunDirectoryError, match=rf"{name}: {says}"):
-        records_of(tmp_path)
-
-
-def test_numbers_that_no_picture_shows_are_one_line(tmp_path):
-    folder = tmp_path / "records" / "213m_1_seed0"
-    folder.mkdir(parents=True)
-    (folder / TRAINING).write_text(json.dumps(WHOLE))
-    along = {"position": [0, 8], "low": [0, 0], "high": [0, 0], "mean": [1e308, -1e308]}
-    (folder / RANKS).write_text(
-        json.dumps({"trained": 4, "starts": [], "heads": {}, "along": along})
-    )
-    with pytest.raises(RunDirectoryError, match=r"records cannot be drawn: "):
-        paper.command([f"--workdir={tmp_path}", "--stages=draw"])
 
 
 @pytest.mark.slow
