@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import subprocess
 import sys
 
@@ -124,7 +125,7 @@ def _around(names) -> dict:
 def test_a_training_step_on_256_chips_holds_the_kernels():
     """Through its layout. XLA cannot cut a kernel by itself: None then runs the chunked form."""
     found = around("step over a mesh")
-    assert found["tpu_custom_call"] == 4
+    assert found["tpu_custom_call"] == 3
     assert found["all-gather"] > 0
     assert found["all-reduce"] > 0
     assert "tpu_custom_call" not in around("step without a layout")
@@ -134,7 +135,8 @@ def test_a_training_step_on_256_chips_holds_the_kernels():
 def test_convolutions_run_by_kernels_where_none_is_named():
     """Of q, k and v one forward and one on the way back each, beside the op's own, also cut."""
     for name in (*LAYERS, "step with convolutions"):
-        expected = 4 if name == "layer, plain" else 4 + 6
+        # A layer knows that its tokens are finite: rows are run again on the way back alone.
+        expected = 3 if name == "layer, plain" else 3 + 6
         assert around(name)["tpu_custom_call"] == expected, name
 
 
@@ -152,7 +154,7 @@ def test_the_kernels_compile_for_every_generation_and_are_all_there_is(name):
 
 @pytest.mark.slow
 def test_the_kernels_compile_along_a_cut_sequence():
-    assert around("sequence")["tpu_custom_call"] == 4
+    assert around("sequence")["tpu_custom_call"] == 3
     assert around("sequence")["collective-permute"] > 1
 
 
@@ -198,6 +200,6 @@ def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
 def test_the_profile_of_the_schedule_is_read():
     wanted = [Compilation(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
     for found in tpu_compiler.compile_apart(wanted, profile=True, timeout_s=120):
-        assert list(found["loops"].values()) == [SHAPE.T]
+        assert math.prod(found["loops"].values()) == SHAPE.T  # a loop of spans, in it one of tokens
         # Each token takes some, and fewer than its traffic with the memory would cost.
         assert SHAPE.T * 100 < found["schedule_cycles"] < found["model_cycles"]
