@@ -74,7 +74,7 @@ class Corpus:
         if most >= self.vocab_size:
             raise RunDirectoryError(
                 f"{self.name} is damaged: it has token {most}, and its tokenizer "
-                f"{self.vocab_size} tokens"
+                f"{self.vocab_size} tokens; experiments.prepare_text --verify names the file"
             )
         out[:] = tokens
 
@@ -141,12 +141,15 @@ def _has_documents(offsets: np.ndarray, said: ShardFacts) -> bool:
 def _map(path: Path, kind: str) -> np.ndarray:
     """A file's array of one axis, whose dtype is of a kind as NumPy names it."""
     try:
-        # As a plain array: slices of np.memmap cost several times as much.
-        array = np.load(path, mmap_mode="r").view(np.ndarray)
+        mapped = np.load(path, mmap_mode="r")
+        size, wanted = path.stat().st_size, mapped.offset + mapped.nbytes
     except Exception as error:  # what a damaged header ends in is NumPy's affair
         why = " ".join(str(error).split())
         raise RunDirectoryError(f"{path} cannot be read: {why or repr(error)}") from error
-    if array.ndim != 1 or array.dtype.kind != kind:
-        found = f"{array.dtype.name}{list(array.shape)}"
+    if mapped.ndim != 1 or mapped.dtype.kind != kind:
+        found = f"{mapped.dtype.name}{list(mapped.shape)}"
         raise RunDirectoryError(f"{path} is damaged: it has {found}")
-    return array
+    if size != wanted:
+        raise RunDirectoryError(f"{path} is damaged: it has {size} bytes, and its array {wanted}")
+    # As a plain array: slices of np.memmap cost several times as much.
+    return mapped.view(np.ndarray)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from deltaproduct_jax.data.corpus import Corpus
-from deltaproduct_jax.errors import ConfigError
 
 # Documents among which rows are filled; more fill them better and need more memory at once.
 WINDOW = 1024
@@ -49,11 +48,6 @@ class Concatenated:
     def __init__(self, corpus: Corpus, length: int, *seeds: int):
         self._corpus, self._length, self._seeds = corpus, length, seeds
         self.rows_per_epoch = (corpus.num_tokens - 1) // length
-        if not self.rows_per_epoch:
-            raise ConfigError(
-                f"length={length} is too long: {corpus.name} has {corpus.num_tokens} tokens, and a "
-                "row takes one more than its length"
-            )
         self._mask = np.ones(length, bool)
         # A lock, or two reading threads would both sort a new epoch's documents.
         self._lock = threading.Lock()

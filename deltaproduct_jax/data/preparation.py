@@ -70,6 +70,40 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         return manifest
 
 
+def verify(directory: Path, processes: int) -> Manifest:
+    """Reads every file of tokens in a directory that is done, and the tokenizer's, for its hash.
+
+    Args:
+        directory: what `prepare` made, or a copy of it.
+        processes: how many files are read at once.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        RunDirectoryError: it is not done, or a file is not there or not the one that was written;
+            the first is named.
+    """
+    manifest = read_manifest(directory)
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    files = [(s, f"{s['name']}.{what}.npy") for s in shards for what in ("tokens", "offsets")]
+    said = {directory / file: shard["sha256"].get(file) for shard, file in files}
+    sizes = []
+    for path in said:
+        with errors_as_one_line(path, "read"):
+            sizes.append(path.stat().st_size)
+    hashes = workers.run(digest, list(said), sizes, processes, "hashing", in_threads=True)
+    wrong = [path for path, found in zip(said, hashes, strict=True) if found != said[path]]
+    if wrong:
+        more = f", and so are {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise RunDirectoryError(
+            f"{wrong[0]} is damaged: its SHA-256 is not that of {MANIFEST}{more}; copy or prepare "
+            "the tokens anew"
+        )
+    tokenizer.load_tokenizer(directory, manifest["tokenizer"])
+    return manifest
+
+
 def _prepare(
     config: PrepareConfig, sources: Sequence[Source], listed: Counter[str], directory: Path
 ) -> None:

@@ -51,6 +51,7 @@ class TokenStream:
         process_index: int = 0,
         process_count: int = 1,
         read_ahead: int = READ_AHEAD,
+        length_name: str = "length",
     ):
         """Opens the corpora; no token is read yet.
 
@@ -63,13 +64,14 @@ class TokenStream:
             process_index: which of the processes this is; it draws B / process_count rows.
             process_count: how many share a batch.
             read_ahead: batches that are read before they are asked for; 0 reads on demand alone.
+            length_name: the setting that ``length`` comes from, for errors.
 
         Raises:
             ConfigError: an argument makes no sense, or the folders' tokenizers differ.
             RunDirectoryError: a folder was not prepared.
         """
         require_one_of("split", split, SPLITS)
-        for name, value in (("batch_size", batch_size), ("length", length)):
+        for name, value in (("batch_size", batch_size), (length_name, length)):
             require_at_least(name, value, 1)
         for name, value in (("read_ahead", read_ahead), ("seed", seed)):
             require_at_least(name, value, 0)
@@ -91,6 +93,12 @@ class TokenStream:
         self._step, self._read_ahead = 0, read_ahead
         packing = PACKINGS[config.packing]
         self._packings = [packing(c, length, seed, i) for i, c in enumerate(self.corpora)]
+        for corpus, packed in zip(self.corpora, self._packings, strict=True):
+            if not packed.rows_per_epoch:
+                raise ConfigError(
+                    f"{length_name}={length} is too long: {corpus.name} has {corpus.num_tokens} "
+                    f"tokens in split {split!r}, and a row takes one more than its length"
+                )
         self._grain = require("grain", f"data={','.join(config.data)}")
         self._numbers, self._batches = self._datasets()
         self._ahead: Iterator[Rows] | None = None

@@ -268,6 +268,10 @@ class RunConfig:
             return self.train.select_length
         return self.task.test_lengths[-1]
 
+    def evaluated_by(self, length: int) -> str:
+        """The setting that an evaluation of this length comes from."""
+        return "eval_lengths" if length in self.task.test_lengths else "select_length"
+
     def length_at(self, step: int) -> int:
         """Length trained at ``step`` (from 1): a function of the step alone, so resume is easy."""
         curriculum = self.train.curriculum

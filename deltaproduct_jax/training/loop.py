@@ -258,13 +258,13 @@ class Trainer:
         self._train_step = CompiledByLength(
             step_of_run(config, definition, layout, source.train_batch),
             "the training step",
-            training_sizes(train),
+            training_sizes(config),
             self.stopwatch,
             donate=True,
             compiler_options=compiler_options(layout.mesh, config.model.hidden_size),
         )
         self._eval_step = CompiledByLength(
-            eval_step, "the evaluation", evaluation_sizes(train), self.stopwatch
+            eval_step, "the evaluation", evaluation_sizes(config), self.stopwatch
         )
 
     def prepare(self, state: TrainState) -> None:

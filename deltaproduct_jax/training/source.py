@@ -139,7 +139,9 @@ class StreamedBatches:
         self._held_out: dict[tuple[str, int], tuple[_Reader, TokenStream]] = {}
         train = config.train
         self._reader = _Reader(layout, train.batch_size)
-        self._stream = self._open(self._reader, "train", config.task.train_length, seed=train.seed)
+        self._stream = self._open(
+            self._reader, "train", config.task.train_length, "train_length", seed=train.seed
+        )
         if self._stream.vocab_size > config.model.vocab_size:
             raise ConfigError(
                 f"vocab_size={config.model.vocab_size} must be at least that of the text's "
@@ -153,22 +155,24 @@ class StreamedBatches:
             for length in lengths:
                 self._hold_out(split, length)
 
-    def _open(self, reader: "_Reader", split: str, length: int, *, seed: int) -> TokenStream:
+    def _open(
+        self, reader: "_Reader", split: str, length: int, length_name: str, *, seed: int
+    ) -> TokenStream:
         return self._config.task.stream(
             split,
             batch_size=reader.batch_size,
             length=length,
             seed=seed_for(seed, "data"),
+            length_name=length_name,
             **reader.share,
         )
 
     def _hold_out(self, split: str, length: int) -> tuple["_Reader", TokenStream]:
         if (split, length) not in self._held_out:
             reader = _Reader(self._layout, self._config.train.eval_batch_size)
-            self._held_out[split, length] = (
-                reader,
-                self._open(reader, split, length, seed=HELD_OUT_SEED),
-            )
+            name = self._config.evaluated_by(length)
+            stream = self._open(reader, split, length, name, seed=HELD_OUT_SEED)
+            self._held_out[split, length] = reader, stream
         return self._held_out[split, length]
 
     def training(self, step: int) -> Batch:

@@ -189,6 +189,14 @@ def test_reading_rows_is_held_against_one_batch_that_is_kept():
             ["--batch_size=2000000000"],
             "^train_length=32 and batch_size=2000000000 need at least .* GiB",
         ),
+        (
+            ["--eval_lengths=16,900000000", "--eval_batch_size=2"],
+            "^eval_lengths=900000000 and eval_batch_size=2 need at least .* GiB",
+        ),
+        (
+            ["--select_length=800000000", "--eval_batch_size=2"],
+            "^select_length=800000000 and eval_batch_size=2 need at least .* GiB",
+        ),
         (["--intermediate_size=100000000000"], "^num_layers=1 and hidden_size=16 need at least"),
         (["--num_heads=4000000000"], "^parameters of this size need at least .* GiB"),
     ],

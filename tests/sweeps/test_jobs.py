@@ -101,6 +101,18 @@ def test_jobs_that_cannot_be(parameters, says, cluster, tmp_path):
     assert not cluster.jobs
 
 
+def test_a_job_that_the_cluster_refuses_is_one_line(cluster, folder, tmp_path, monkeypatch):
+    def refuse(self, *arguments):
+        raise RuntimeError("sbatch: error: invalid account\n  or partition")
+
+    monkeypatch.setattr(cluster.AutoExecutor, "submit", refuse)
+    says = "^slurm='slurm_partition=x': a job is refused: sbatch: error: .* account or partition$"
+    with pytest.raises(ConfigError, match=says):
+        launcher(tmp_path, "slurm_partition=x").start([folder], 0)
+    assert saved_job(folder) is None
+    assert not Lock(folder.path / attempts.CLAIM).is_held()
+
+
 def test_a_run_is_submitted_once_and_taken_up_by_other_sweeps(cluster, folder, tmp_path):
     first = launcher(tmp_path).start([folder], 0)
     assert saved_job(folder) == "101"

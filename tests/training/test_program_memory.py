@@ -46,8 +46,15 @@ def test_a_run_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypatch, ca
     argv = tiny_run.flags_for(tmp_path / "run", batch_size=512)
     assert state_tracking.main(argv) == flags.USAGE_ERROR
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "batch_size=512, accumulation_steps=1, needs at least" in error
+    sizes = "train_length=4, batch_size=512, accumulation_steps=1"
+    assert f"the training step, sequences of 4 tokens, {sizes}, needs at least" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_lengths_are_named_by_the_settings_that_they_come_from():
+    config = tiny_run.run_config(eval_lengths=(4, 7), curriculum=(2, 3), select_length=5)
+    assert memory.training_sizes(config).startswith("train_length=4, curriculum=(2, 3), batch")
+    assert memory.evaluation_sizes(config).startswith("eval_lengths=(4, 7), select_length=5, eval")
 
 
 def test_memory_that_runs_out_anywhere_is_one_line(capsys):

@@ -290,6 +290,21 @@ def test_what_a_stream_lacks_is_refused(folder, tmp_path):
         loop.train(missing, tmp_path, ["test"], devices=ONE)
 
 
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"train_length": 70_000}, "^train_length=70000 is too long: .* in split 'train', and a"),
+        ({"eval_lengths": (16, 60_000)}, "^eval_lengths=60000 is too long: .* in split 'valid'"),
+        ({"select_length": 50_000}, "^select_length=50000 is too long: .* in split 'valid'"),
+    ],
+)
+def test_rows_that_the_text_is_too_short_for_are_named_by_their_setting(folder, fields, says):
+    config = config_of(folder, **fields)
+    layout = Layout.of_model(ONE, lambda: NextToken(config.model, rngs=nnx.Rngs(0)))
+    with pytest.raises(ConfigError, match=says):
+        source_of(config, layout)
+
+
 def test_a_run_on_text_comes_back_from_its_record(folder, undisturbed):
     saved = json.loads((undisturbed / "config.json").read_text())
     assert RunConfig.from_dict(saved) == config_of(folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.step import TrainState
 
 # Limits that a container sets, by the version of control groups.
@@ -34,7 +34,7 @@ def require_memory_of_config(config: RunConfig) -> None:
     lengths = f"train_length={task.train_length} and batch_size={train.batch_size}"
     _require(lengths, at_once(rows * task.train_length))
     for length in sorted({*task.test_lengths, config.select_length}):
-        what = f"sequences of {length} tokens with eval_batch_size={train.eval_batch_size}"
+        what = f"{config.evaluated_by(length)}={length} and eval_batch_size={train.eval_batch_size}"
         _require(what, at_once(train.eval_batch_size * length))
 
 
@@ -61,14 +61,21 @@ def within_memory(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled
     return compiled
 
 
-def training_sizes(train: TrainConfig) -> str:
+def training_sizes(config: RunConfig) -> str:
     """The settings that the memory of a training step depends on, besides the model's."""
-    return f"batch_size={train.batch_size}, accumulation_steps={train.accumulation_steps}"
+    train, lengths = config.train, f"train_length={config.task.train_length}"
+    if train.curriculum:
+        lengths += f", curriculum={train.curriculum}"
+    rows = f"batch_size={train.batch_size}, accumulation_steps={train.accumulation_steps}"
+    return f"{lengths}, {rows}"
 
 
-def evaluation_sizes(train: TrainConfig) -> str:
-    """The setting that the memory of an evaluation depends on, besides the model's."""
-    return f"eval_batch_size={train.eval_batch_size}"
+def evaluation_sizes(config: RunConfig) -> str:
+    """The settings that the memory of an evaluation depends on, besides the model's."""
+    lengths = f"eval_lengths={config.task.test_lengths}"
+    if config.train.select_length is not None:
+        lengths += f", select_length={config.select_length}"
+    return f"{lengths}, eval_batch_size={config.train.eval_batch_size}"
 
 
 def is_exhausted(error: jax.errors.JaxRuntimeError) -> bool:

@@ -106,7 +106,7 @@ class MappedProgram:
         self.train_step = CompiledByLength(
             self._mapped(train_one),
             "the training step of all runs",
-            training_sizes(config.train),
+            training_sizes(config),
             stopwatch,
             donate=True,
             **options,
@@ -115,7 +115,7 @@ class MappedProgram:
         self.eval_step = CompiledByLength(
             self._mapped(eval_one),
             "the evaluation of all runs",
-            evaluation_sizes(config.train),
+            evaluation_sizes(config),
             stopwatch,
             **options,
         )

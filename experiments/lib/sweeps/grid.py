@@ -309,7 +309,7 @@ def claim(
     grids: Sequence[str],
     fixed: str,
     most: int = MOST_RUNS,
-    accept: Callable[[Run], None] = lambda run: None,
+    accept: Callable[[str, Sequence[Run]], None] = lambda script, runs: None,
     *,
     to_run: bool = True,
 ) -> list[Run]:
@@ -320,7 +320,7 @@ def claim(
     grid is given, the script and its plug-ins need not be there.
 
     Raises:
-        ConfigError: the grids cannot be honoured, or ``accept`` raises it of a run.
+        ConfigError: the grids cannot be honoured, or ``accept`` raises it of the script's runs.
         RunDirectoryError: the folder holds another sweep, or cannot be read or written.
     """
     saved_script, saved = read_list(folder) if is_there(folder / LIST) else (None, [])
@@ -340,8 +340,7 @@ def claim(
     module = load_script(saved_script or script)
     saved = [_as_now(run, module, folder) for run in saved]
     wanted = expand(saved_script or script, grids, fixed, most) if grids else saved
-    for run in wanted:
-        accept(run)
+    accept(saved_script or script, wanted)
     if not grids:
         return saved
     with folder_lock(folder):

@@ -1,5 +1,6 @@
 """Where the runs of a sweep are run: in processes of this machine, or as jobs through submitit."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -167,7 +168,7 @@ class SubmititLauncher:
             raise ConfigError(
                 "launcher=slurm needs the package submitit; install it with: pip install submitit"
             ) from error
-        self._script, self._devices = script, devices
+        self._script, self._parameters, self._devices = script, parameters, devices
         given = {"timeout_min": "1440"} | parse_fixed(parameters, "--slurm")
         for name in PROCESSES & given.keys():
             if given[name] != "1":
@@ -176,10 +177,13 @@ class SubmititLauncher:
                 )
         cluster = given.pop("cluster", "slurm")
         values = {key: v if (n := whole_number(v)) is None else n for key, v in given.items()}
+        jobs = folder / "jobs"
         try:
-            self._executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
+            self._executor = submitit.AutoExecutor(jobs, cluster=cluster)
             self._executor.update_parameters(name=script, **values)
         except (ValueError, NameError, AssertionError, RuntimeError) as error:
+            with contextlib.suppress(OSError):  # what has files stays
+                jobs.rmdir()
             raise ConfigError(f"slurm={parameters!r} is refused by submitit: {error}") from error
 
     def units(self, entries: Sequence[Entry]) -> list[Unit]:
@@ -201,12 +205,19 @@ class SubmititLauncher:
                 return None
             job = self._submitted(folder)  # or another sweep has, since
             if job is None:
-                job = self._executor.submit(run_in_job, self._script, folder, self._devices)
+                job = self._sent(folder)
                 content = json.dumps({"job_id": job.job_id})
                 write_file(folder.path / JOB, content.encode() + b"\n")
             return job
         finally:
             claims.release()
+
+    def _sent(self, folder: RunFolder) -> Any:
+        try:
+            return self._executor.submit(run_in_job, self._script, folder, self._devices)
+        except RuntimeError as error:  # what sbatch says, in several lines
+            why = " ".join(str(error).split())
+            raise ConfigError(f"slurm={self._parameters!r}: a job is refused: {why}") from error
 
     def _submitted(self, folder: RunFolder) -> Any | None:
         """The job that some sweep has submitted, if it is queued or runs still."""

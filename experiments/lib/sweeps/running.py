@@ -9,7 +9,7 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib.sweeps.devices import device_flags
-from experiments.lib.sweeps.grid import MOST_RUNS, claim, parse_fixed, read_list
+from experiments.lib.sweeps.grid import MOST_RUNS, Run, claim, parse_fixed
 from experiments.lib.sweeps.launchers import (
     LocalLauncher,
     SubmititLauncher,
@@ -103,14 +103,18 @@ def run_sweep(workdir: Path, sweep: Sweep, launch: LaunchConfig) -> bool:
         ConfigError, RunDirectoryError: as `grid.claim` does.
         Stopped: by a signal, when the runs have ended or saved.
     """
-    accept = require_described if launch.launcher == "vmap" else lambda run: None
+    launcher = None
+
+    def accept(script: str, wanted: Sequence[Run]) -> None:
+        nonlocal launcher  # which is known to work before anything is written
+        launcher = make_launcher(launch, workdir, script, wanted)
+
     runs = claim(workdir, *sweep, accept, to_run=launch.launcher != "none")
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
-    if launch.launcher == "none":
+    if launcher is None:
         summarize(workdir)
         return True
-    launcher = make_launcher(launch, workdir)
     entries = [Entry(RunFolder(workdir, run)) for run in runs]
     units = launcher.units([entry for entry in entries if not entry.is_done()])
 
@@ -141,12 +145,15 @@ def run_sweep(workdir: Path, sweep: Sweep, launch: LaunchConfig) -> bool:
 
 
 def make_launcher(
-    launch: LaunchConfig, workdir: Path
-) -> LocalLauncher | TogetherLauncher | SubmititLauncher:
-    """Where the runs are started."""
-    script, _ = read_list(workdir)
+    launch: LaunchConfig, workdir: Path, script: str, runs: Sequence[Run]
+) -> LocalLauncher | TogetherLauncher | SubmititLauncher | None:
+    """Where runs of a script are started; None for nowhere. ConfigError where they cannot be."""
+    if launch.launcher == "none":
+        return None
     devices = launch.device_flags()
     if launch.launcher == "vmap":
+        for run in runs:
+            require_described(run)
         return TogetherLauncher(workdir, launch.workers, launch.gpus, launch.together)
     if launch.launcher == "slurm":
         return SubmititLauncher(script, launch.slurm, workdir, devices)
