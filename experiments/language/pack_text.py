@@ -19,7 +19,6 @@ import dataclasses
 import fnmatch
 import hashlib
 import io
-import os
 import sys
 import tarfile
 from collections.abc import Container, Iterator, Sequence
@@ -100,7 +99,8 @@ def listed(config: PackConfig, source: Path) -> tuple[str, dict[str, int]]:
     would be others than those of the folder that it was made from.
 
     Raises:
-        ConfigError: the source cannot be read, or has a path twice, or one that leads out of it.
+        ConfigError: the source cannot be read, or has a path twice, one that leads out of it, or
+            one of these that is no UTF-8.
     """
     sizes: dict[str, int] = {}
     for path, size, _ in files_of(source):
@@ -112,7 +112,14 @@ def listed(config: PackConfig, source: Path) -> tuple[str, dict[str, int]]:
     tops = {path.partition("/")[0] for path in sizes}
     around = "" if source.is_dir() or len(tops) > 1 else f"{''.join(tops)}/"
     inside = {path.removeprefix(around): size for path, size in sizes.items()}
-    return around, {path: size for path, size in inside.items() if config.place_of(path)}
+    fitting = {path: size for path, size in inside.items() if config.place_of(path)}
+    for path in fitting:
+        if path.encode(errors="ignore").decode() != path:
+            raise ConfigError(
+                f"source={str(source)!r} has {path!a}, a name that is no UTF-8, which nothing that "
+                "reads the archive takes; rename it"
+            )
+    return around, fitting
 
 
 def chosen(config: PackConfig, sizes: dict[str, int]) -> set[str]:
@@ -120,7 +127,7 @@ def chosen(config: PackConfig, sizes: dict[str, int]) -> set[str]:
     taken = {path for path in sizes if config.place_of(path) == "code" and is_held_out(path)}
     for folder, most in (("code", config.code_bytes), ("prose", config.prose_bytes)):
         rest = [p for p in sizes if config.place_of(p) == folder and p not in taken]
-        for path in sorted(rest, key=lambda p: hashlib.sha256(os.fsencode(p)).digest()):
+        for path in sorted(rest, key=lambda p: hashlib.sha256(p.encode()).digest()):
             most -= sizes[path]
             if most < 0:
                 break

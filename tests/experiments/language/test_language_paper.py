@@ -83,11 +83,20 @@ def test_an_archive_holds_what_its_folder_does_however_it_was_made(source, tmp_p
     capsys.readouterr()
 
 
-def test_a_name_that_is_no_text_is_packed(tmp_path, capsys):
-    (tmp_path / "odd").mkdir()
-    with open(os.fsencode(tmp_path / "odd") + b"/\xff.c", "w") as file:
-        file.write("x")
-    assert packed(tmp_path / "a", tmp_path / "odd") == {"code/\udcff.c": 1}
+def test_a_name_that_is_no_text_is_refused_if_its_file_is_wanted(source, tmp_path, capsys):
+    """Since the archive could be packed, and never prepared."""
+    (source / os.fsdecode(b"caf\xe9.o")).write_text("x")
+    found = packed(tmp_path / "a", source)
+    (source / "drivers" / os.fsdecode(b"caf\xe9.rst")).write_text("x")
+    with tarfile.open(tmp_path / "odd.tar", "w") as archive:
+        archive.add(source, os.fsdecode(b"linux\xe9"))  # which is not a part of any path
+    says = r"has 'drivers/caf\\udce9\.rst', a name that is no UTF-8, .* rename it$"
+    for odd in (source, tmp_path / "odd.tar"):
+        with pytest.raises(ConfigError, match=says):
+            packed(tmp_path / "b", odd)
+    assert not (tmp_path / "b").exists()
+    (source / "drivers" / os.fsdecode(b"caf\xe9.rst")).unlink()
+    assert packed(tmp_path / "c", source) == found
     capsys.readouterr()
 
 
