@@ -323,6 +323,12 @@ def test_what_does_not_fit_is_named(generator, unchecked):
 def test_what_a_stream_cannot_go_on_with_is_refused():
     generator = Generator(model_of(FAST))
     kept = generator.read([1, 2])
+    # Two numbers of one matrix change places, which no sum of them shows.
+    other = model_of(FAST)
+    weights = other.embeddings.embedding[...]
+    swapped = weights.at[0, :2].set(weights[0, 1::-1])
+    other.embeddings.embedding[...] = swapped
+    others = Generator(other).read([1, 2])
     for text, requests, seed in [
         ("seed=-3 must be from 0 to", [Request([1])], -3),
         ("seed=0.5 must be a whole number", [Request([1])], 0.5),
@@ -331,6 +337,7 @@ def test_what_a_stream_cannot_go_on_with_is_refused():
         ("token 11 must be from 0 to below", [Request([1], prefix=kept._replace(token=11))], 0),
         ("prefix.token='a' must be a whole", [Request([1], prefix=kept._replace(token="a"))], 0),
         ("prefix.length=0 is too small", [Request([1], prefix=kept._replace(length=0))], 0),
+        ("other parameters have read", [Request([1], prefix=others)], 0),
     ]:
         with pytest.raises(ConfigError, match=text):
             next(generator.stream(requests, seed=seed))

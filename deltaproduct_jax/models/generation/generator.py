@@ -21,6 +21,7 @@ from deltaproduct_jax.models.generation.requests import (
     Piece,
     Prefix,
     Request,
+    fingerprint,
 )
 from deltaproduct_jax.models.generation.rows import Rows, axes_of_state, programs_of
 from deltaproduct_jax.models.generation.sampling import PLAIN, Sampling, needs_of, rules_of
@@ -95,13 +96,17 @@ class Generator:
         self._fresh = jax.jit(functools.partial(model.init_state, 1))()
         self._empty = jax.jit(functools.partial(self._empty_rows, model))
 
+    @functools.cached_property
+    def _model(self) -> int:
+        return fingerprint(self._params)
+
     def read(self, tokens: Sequence[int], prefix: Prefix | None = None) -> Prefix:
         """Reads tokens, behind those of ``prefix`` if there are any, which stays as it is."""
         request = Request(tokens, prefix=prefix)
         self._check(request, 0)
         state = self._fresh if prefix is None else prefix.state
         state = self._absorb(state, [_unread(request)])
-        return Prefix(state, _last(request), request.length)
+        return Prefix(state, _last(request), request.length, self._model)
 
     def stream(self, requests: Iterable[Request], *, seed: int = 0) -> Iterator[Piece]:
         """Goes on with all requests, in their order as rows become free.
@@ -192,6 +197,11 @@ class Generator:
             _require("prefix.length", request.prefix.length, int)
             require_at_least("prefix.length", request.prefix.length, 1)
             as_like("prefix.state", request.prefix.state, self._fresh)
+            if request.prefix.model not in (None, self._model):
+                raise ConfigError(
+                    f"prefix.model={shown(request.prefix.model)} must be {self._model}: other "
+                    "parameters have read its tokens than this generator's"
+                )
         for token in (*before, *request.prompt, *request.stop_tokens):
             if not 0 <= token < self.vocab_size:
                 raise ConfigError(
@@ -275,7 +285,7 @@ class Generator:
             piece = piece._replace(prefix=self.read(prompt, seat.request.prefix))
         elif seat.request.keep:
             row = self._programs.take(rows, place)
-            prefix = Prefix(row.state, int(row.token[0]), int(row.length[0]))
+            prefix = Prefix(row.state, int(row.token[0]), int(row.length[0]), self._model)
             piece = piece._replace(prefix=prefix)
         return rows._replace(left=rows.left.at[place].set(0)), piece
 

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
@@ -24,11 +26,26 @@ class Prefix(NamedTuple):
         state: of the model after all tokens but the last, for one row.
         token: the last token.
         length: how many tokens there are.
+        model: `fingerprint` of the model's parameters, by which one of another model is refused;
+            None: not known.
     """
 
     state: Any
     token: int
     length: int
+    model: int | None = None
+
+
+def fingerprint(params: Any) -> int:
+    """A number of 64 bits, of all bits of a tree of arrays; the same on every platform."""
+    total = 0
+    for leaf in jax.tree.leaves(params):
+        bits = leaf.ravel().view(jnp.uint8 if leaf.dtype.itemsize == 1 else jnp.uint16)
+        # Each by a number of its place, modulo 2**32: integers, whose sum has no order.
+        places = jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(2654435761) + 1
+        of_leaf = int(jnp.sum(bits.astype(jnp.uint32) * places, dtype=jnp.uint32))
+        total = (total * 6364136223846793005 + of_leaf + 1) % 2**64
+    return total
 
 
 @dataclasses.dataclass(frozen=True)
