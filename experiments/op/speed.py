@@ -11,6 +11,9 @@ ratio to the first implementation named, or to the peer "plain" where there is o
 shows the time on the GPU itself, the sum of the kernels that the profiler saw; the ratio is of
 those where there are some.
 
+With FlashQLA as a peer give gradients a process for each ``--num_householder``: behind it Triton
+has failed to compile ours (results/gpu/LOG.md).
+
 ``--directions=step`` times decoding instead: `delta_product_step`, whatever ``--implementations``
 says, from token to token in one program; the table has the time of one token.
 

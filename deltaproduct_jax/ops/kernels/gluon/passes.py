@@ -295,7 +295,7 @@ def _forward(fixed: Fixed, call: Call, initial_state: jax.Array):
 def _of_rows(fixed: Fixed, call: Call, seen: jax.Array) -> jax.Array:
     """What walks tell, [B, ...]; nothing is bad if they do not look."""
     if seen.ndim == 1:
-        return jnp.zeros((call.B, 1), seen.dtype)
+        return mark_varying_as(jnp.zeros((call.B, 1), seen.dtype), seen)
     return looking.of_pieces(seen, fixed.pieces)
 
 

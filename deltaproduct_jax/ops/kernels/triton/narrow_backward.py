@@ -18,8 +18,8 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     place,
     product,
     put_block,
+    queries,
     rounded,
-    spread,
     summed_to,
     sums_and_decays,
     turned,
@@ -130,12 +130,7 @@ def narrow_backward(
         is_token = c < tokens
         k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
         k_in = entered(k_in, EPSILON, RAW, True)
-        if RAW:
-            few = tl.arange(0, CQ)
-            q_in = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
-            q_in = spread(entered(q_in, EPSILON, RAW, True), is_token, CP)
-        else:
-            q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
+        q_in = queries(place(q_ptr, row, h, H, K), c, keys, tokens, H, K, BK, CP, CQ, RAW, EPSILON)
         do = block(place(do_ptr, row, hv, HV, V), c, values, is_token, HV, V, BV)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k_in, dtype, PARTS), parts(q_in, dtype, PARTS)

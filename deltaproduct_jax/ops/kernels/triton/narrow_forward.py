@@ -26,9 +26,9 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     product,
     put_block,
     put_series,
+    queries,
     rounded,
     series,
-    spread,
     sums_and_decays,
     to_pairs,
     turned,
@@ -67,12 +67,7 @@ def narrow_forward(
         row = b * T + n * C
         updates, is_token = m < tokens * R, c < tokens
         k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-        if RAW:
-            few = tl.arange(0, CQ)
-            q = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
-            q = spread(entered(q, EPSILON, RAW, True), is_token, CP)
-        else:
-            q = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
+        q = queries(place(q_ptr, row, h, H, K), c, keys, tokens, H, K, BK, CP, CQ, RAW, EPSILON)
         v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
         k, v = entered(k, EPSILON, RAW, True), entered(v, EPSILON, RAW, False)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)

@@ -165,6 +165,21 @@ def spread(x, inside, ROWS: tl.constexpr):
 
 
 @triton.jit
+def queries(
+    q_base, c, keys, tokens, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr,
+    CQ: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
+):  # fmt: skip
+    """Queries of ``tokens`` tokens as the first rows of [CP, BK]; of RAW ones no more are made."""
+    if RAW:
+        few = tl.arange(0, CQ)
+        q = block(q_base, few, keys, few < tokens, H, K, BK)
+        q = spread(entered(q, EPSILON, RAW, True), c < tokens, CP)
+    else:
+        q = block(q_base, c, keys, c < tokens, H, K, BK)
+    return q
+
+
+@triton.jit
 def gathered(x, n: tl.constexpr):
     """The first n rows of x, of which all others are zero."""
     ROWS: tl.constexpr = x.shape[0]
