@@ -11,8 +11,9 @@ ratio to the first implementation named, or to the peer "plain" where there is o
 shows the time on the GPU itself, the sum of the kernels that the profiler saw; the ratio is of
 those where there are some.
 
-With FlashQLA as a peer give gradients a process for each ``--num_householder``: behind it Triton
-has failed to compile ours (results/gpu/LOG.md).
+With a peer of PyTorch ours are compiled in a process of their own before: where FlashQLA has been
+loaded, Triton has failed to compile them (results/gpu/LOG.md), but it finds what it has compiled.
+Such a process may not end by itself once its table is there.
 
 ``--directions=step`` times decoding instead: `delta_product_step`, whatever ``--implementations``
 says, from token to token in one program; the table has the time of one token.
@@ -62,6 +63,7 @@ from experiments.lib.bench.timing import (
     started,
     time_in_turn,
 )
+from experiments.lib.bench.training_steps import apart
 from experiments.lib.field_flags import show
 from experiments.lib.figures.benchmarks import draw_speed
 from experiments.lib.figures.style import SECTION, Look
@@ -185,12 +187,9 @@ def measure(
     config: SpeedConfig, size: tuple[int, int], gated: bool, n_h: int, direction: str
 ) -> list[dict[str, Any]]:
     """One row an implementation at one shape; with what differs from others of the record."""
-    sizes = (*size, config.num_heads, *config.widths)
-    shape = Shape(*sizes, n_h, config.dtype, gated, config.value_heads)
-    varied = {"batch_size": shape.B, "length": shape.T} if len(config.sizes) > 1 else {}
+    varied = {"batch_size": size[0], "length": size[1]} if len(config.sizes) > 1 else {}
     varied |= {"gates": "yes" if gated else "no"} if len(config.gates) > 1 else {}
-    prepare = _decoding if direction == STEP else _whole_sequences
-    programs, errors = prepare(config, shape, direction)
+    programs, errors = _prepared(config, size, gated, n_h, direction)
     time_in_turn(programs, config.repeats, config.budget_s)
     kernels = time_on_device(programs)
     summaries = {name: entry.summary() for name, entry in programs.items()}
@@ -212,11 +211,28 @@ def measure(
     ]
 
 
+Case = tuple[tuple[int, int], bool, int, str]
 Programs = tuple[dict[str, Compiled], dict[str, float]]
 
 
+def _compile_ours(config: SpeedConfig, cases: Sequence[Case]) -> None:
+    """Leaves our kernels where Triton finds them again."""
+    for case in cases:
+        _prepared(dataclasses.replace(config, peer=None), *case)
+
+
+def _prepared(
+    config: SpeedConfig, size: tuple[int, int], gated: bool, n_h: int, direction: str
+) -> Programs:
+    """What is timed in one case, by name, and its error."""
+    sizes = (*size, config.num_heads, *config.widths)
+    shape = Shape(*sizes, n_h, config.dtype, gated, config.value_heads)
+    prepare = _decoding if direction == STEP else _whole_sequences
+    return prepare(config, shape, direction)
+
+
 def _whole_sequences(config: SpeedConfig, shape: Shape, direction: str) -> Programs:
-    """What is timed, by name, and its error."""
+    """The same for whole sequences."""
     arrays = shape.inputs()
     sizes = {"B": min(shape.B, CHECKED_SEQUENCES), "T": min(shape.T, CHECKED_TOKENS)}
     short = dataclasses.replace(shape, **sizes)
@@ -302,9 +318,11 @@ def command(argv: Sequence[str]) -> None:
         f"{f'K=V={K}' if K == V else f'K={K} V={V}'}, "
         f"{config.dtype}, {' and '.join('gated' if x else 'ungated' for x in config.gates)}"
     )
-    record = started("op.speed", argv, shape=title)
     directions = config.directions.split(",")
-    cases = itertools.product(config.sizes, config.gates, config.num_householder, directions)
+    cases = list(itertools.product(config.sizes, config.gates, config.num_householder, directions))
+    if set(config.peers) & set(OF_TORCH):
+        apart(_compile_ours, config, cases)  # before this process takes memory of a GPU
+    record = started("op.speed", argv, shape=title)
     measured = (measure(config, *case) for case in cases)
     write = lambda record: write_report(parsed.workdir, "speed", record, page)
     text = collect(record, measured, table, write)

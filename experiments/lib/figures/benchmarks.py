@@ -23,10 +23,15 @@ SPREAD = 0.5
 
 @beside_records
 def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: Look) -> list[Path]:
-    """Median times with their spread over n_h, a series an implementation.
+    """Times over n_h, a series an implementation: on the GPU, or medians and spread of calls.
 
     A panel has one direction, and one size and kind of gates where these differ.
     """
+    # What a call takes beside its kernels is the host's, and no fault or merit of theirs.
+    on_gpu = all(row.get("device_ms") for row in rows)
+    middle_of, least_of, most_of = (
+        ["device_ms"] * 3 if on_gpu else ["median_ms", "min_ms", "max_ms"]
+    )
     directions = list(dict.fromkeys(map(_panel, rows)))
     factors = sorted({row["num_householder"] for row in rows})
     implementations = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -38,21 +43,23 @@ def draw_speed(rows: Sequence[Mapping[str, Any]], path: Path, title: str, look: 
             found = {r["num_householder"]: r for r in here if r["implementation"] == name}
             offset = (index + 0.5) / len(implementations) - 0.5
             x = [factors.index(n) + SPREAD * offset for n in found]
-            middle = [row["median_ms"] for row in found.values()]
+            middle = [row[middle_of] for row in found.values()]
             spread = [
-                [row["median_ms"] - row["min_ms"] for row in found.values()],
-                [row["max_ms"] - row["median_ms"] for row in found.values()],
+                [row[middle_of] - row[least_of] for row in found.values()],
+                [row[most_of] - row[middle_of] for row in found.values()],
             ]
-            style = points(index) | {"elinewidth": 0.8, "capsize": 2}
+            style = points(index) | {"elinewidth": 0.8, "capsize": 0 if on_gpu else 2}
             axes.errorbar(x, middle, spread, label=names.value(name), **style)
         axes.set(yscale="log", xlim=(-0.6, len(factors) - 0.4), title=direction)
         axes.set_xticks(range(len(factors)), factors)
         lowest, highest = (
-            pick(r[n] for r in here) for pick, n in ((min, "min_ms"), (max, "max_ms"))
+            pick(r[n] for r in here) for pick, n in ((min, least_of), (max, most_of))
         )
         plain_log(axes.yaxis, (lowest, highest))
         axes.set_ylim(lowest / 1.3, highest * 1.3)
-    close_grid(panels, len(directions), "factors, $n_h$", "ms a call")
+    close_grid(
+        panels, len(directions), "factors, $n_h$", "ms on the GPU" if on_gpu else "ms a call"
+    )
     figure.suptitle(title)
     add_legend(figure)
     return save(figure, path, look)
