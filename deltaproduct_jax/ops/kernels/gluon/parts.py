@@ -21,6 +21,15 @@ LEAST_BETA = gl.constexpr(2.0**-64)
 
 
 @gluon.jit
+def program_ids(GX: gl.constexpr, GY: gl.constexpr):
+    """Those of all three axes, as in triton/ids.py."""
+    x, y, z = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    if GX > 0:
+        x, y, z = x % GX, x // GX % GY, x // (GX * GY)
+    return x, y, z
+
+
+@gluon.jit
 def not_zero(beta):
     """beta, or next to nothing, by which one may divide."""
     return gl.where(gl.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
