@@ -27,7 +27,10 @@ def overflows(text: str, grid: Sequence[int]) -> list[str]:
       grid: of programs.
     """
     reader = _Reader(grid)
-    reader.read(_tree(text.splitlines()), {})
+    [(_, functions)] = [x for x in _tree(text.splitlines()) if x[0].startswith("module")]
+    for line, regions in functions[0]:
+        if line.startswith("tt.func public"):  # others were inlined, and stand there still
+            reader.read(regions[0], {})
     return reader.found
 
 
@@ -79,11 +82,11 @@ class _Reader:
         """What a block yields."""
         yielded: list[Interval] = []
         for line, regions in block:
-            names = re.match(r"(%[\w#]+)(?::(\d+))? = (.*)", line)
+            names = re.match(r"(%[\w#-]+)(?::(\d+))? = (.*)", line)
             body = names[3] if names else line
             results: list[Interval] = []
             if body.startswith(("scf.yield", "tt.reduce.return", "tt.scan.return")):
-                yielded = [known.get(x) for x in re.findall(r"%[\w#]+", body.split(" : ")[0])]
+                yielded = [known.get(x) for x in re.findall(r"%[\w#-]+", body.split(" : ")[0])]
             elif body.startswith("scf.for"):
                 results = self.loop(body, regions[0], known)
             elif body.startswith("scf.if"):
@@ -91,7 +94,7 @@ class _Reader:
                 results = [_join(*pair) for pair in zip(*ways, strict=True)] if names else []
             elif body.startswith("ttg.warp_specialize"):
                 inside = body[body.index("(") : body.index(")")]
-                self.captured = [known.get(x) for x in re.findall(r"%[\w#]+", inside)]
+                self.captured = [known.get(x) for x in re.findall(r"%[\w#-]+", inside)]
             elif re.match(r"partition\d+\(", body):
                 arguments = re.findall(r"(%\w+):", body)
                 self.read(regions[0], dict(zip(arguments, self.captured, strict=True)))
@@ -111,10 +114,12 @@ class _Reader:
 
     def loop(self, body: str, region: list, known: dict[str, Interval]) -> list[Interval]:
         """What a loop ends with: its first round, drawn out in a line over all rounds."""
-        variable, *bounds = re.match(r"scf.for (%\w+) = (%\S+) to (%\S+) step (%\S+)", body).groups()
+        variable, *bounds = re.match(
+            r"scf.for (%\w+) = (%\S+) to (%\S+) step (%\S+)", body
+        ).groups()
         first, end, step = (known.get(x) for x in bounds)
         carried = re.search(r"iter_args\((.*?)\) ->", body)
-        pairs = re.findall(r"(%\w+) = (%[\w#]+)", carried[1]) if carried else []
+        pairs = re.findall(r"(%\w+) = (%[\w#-]+)", carried[1]) if carried else []
         index = first and end and (min(first[0], end[1]), max(first[0], end[1] - 1))
         inside = known | {variable: index} | {name: known.get(x) for name, x in pairs}
         rounds = math.ceil((end[1] - first[0]) / step[0]) if first and end and step else None
@@ -134,14 +139,13 @@ class _Reader:
     def value(self, body: str, known: dict[str, Interval], line: str) -> Interval:
         """What an operation makes."""
         operation = body.split(" ")[0]
-        operands = [known.get(x) for x in re.findall(r"%[\w#]+", body.split(" : ")[0])]
+        operands = [known.get(x) for x in re.findall(r"%[\w#-]+", body.split(" : ")[0])]
         if operation == "arith.constant":
             number = re.match(r"arith.constant (?:dense<)?(-?\d+|true|false)>? : \S*?i\d+", body)
             number = number or re.match(r"arith.constant (true|false)$", body)
             if number is None:
                 return None
-            value = {"true": 1, "false": 0}.get(number[1]) or int(number[1].isdigit() and number[1])
-            value = int(number[1]) if re.fullmatch(r"-?\d+", number[1]) else value
+            value = int({"true": 1, "false": 0}.get(number[1], number[1]))
             return value, value
         if axis := re.search(r"get_program_id ([xyz])|%ctaid\.([xyz])", body):
             return 0, self.grid["xyz".index(axis[1] or axis[2])] - 1
@@ -152,19 +156,19 @@ class _Reader:
         if operation in _SAME:
             return operands[0]
         result = _result(operation, operands)
-        if result is not None and re.search(r"\bi32\b|xi32\b", body.split(" : ")[-1]):
-            if result[0] < INT32[0] or result[1] > INT32[1]:
-                self.found.append(f"{result[0]} to {result[1]}: {line}")
-                return None
+        has_32_bits = re.search(r"\bi32\b|xi32\b", body.split(" : ")[-1])
+        if has_32_bits and result and (result[0] < INT32[0] or result[1] > INT32[1]):
+            self.found.append(f"{result[0]} to {result[1]}: {line}")
+            return None
         return result
 
     def check_offset(self, body: str, known: dict[str, Interval], line: str) -> None:
         """Tells of an offset of 32 bits that is made of data, or was found to leave its range."""
         operands, types = body.split(" : ", 1)
-        offset = re.findall(r"%[\w#]+", operands)[1]
-        if types.endswith(("i32", "i32>")) or re.search(r"xi32(, #[^>]*(<.*>)?)?>$", types):
-            if known.get(offset) is None:
-                self.found.append(f"not followed: {line}")
+        offset = re.findall(r"%[\w#-]+", operands)[1]
+        has_32_bits = types.endswith(", i32") or re.search(r"xi32(, #[^>]*(<.*>)?)?>$", types)
+        if has_32_bits and known.get(offset) is None:
+            self.found.append(f"not followed: {line}")
 
 
 def _join(one: Interval, other: Interval) -> Interval:

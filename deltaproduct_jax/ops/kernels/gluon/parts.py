@@ -50,7 +50,9 @@ def matrix(tile):
 
 @gluon.jit
 def nothing(m, BITS: gl.constexpr = 29):
-    """0, but not for the compiler, in a loop over m, which is less than 2^25.
+    """0, but not for the compiler, in a loop over m, the blocks of a program, less than 2^21.
+
+    More are 2^27 updates, of as many heads as are not cut into pieces: no GPU holds them.
 
     What is looked up by it is found anew in every round. Else the addresses of all tiles are found
     before the loop, and there are more of them than registers. The parts of a round shift by bits
