@@ -109,9 +109,9 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     from deltaproduct_jax.ops.kernels.triton import kernels
 
     del launch
-    grid, line = grids.fitted(name, grid)
     InterpreterBuilder.create_inline_asm, InterpreterBuilder.create_dot = _inline_asm, _dot
     kernel = getattr(kernels, name)
+    grid, line = grids.fitted(name, grid, kernel.arg_names)
 
     def run(*arrays):
         inputs = [Tensor(np.array(x)) for x in arrays]

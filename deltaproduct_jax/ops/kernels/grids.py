@@ -7,21 +7,26 @@ if there were no such thing.
 """
 
 import math
+from collections.abc import Collection
 
 MOST = (2**31 - 1, 65535, 65535)
 # What a kernel is told whose programs have as many ids as its grid has axes.
 AS_IT_IS = {"GX": 0, "GY": 0}
 
 
-def fitted(name: str, grid: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str, int]]:
+def fitted(
+    name: str, grid: tuple[int, ...], arguments: Collection[str]
+) -> tuple[tuple[int, ...], dict[str, int]]:
     """The grid to launch, and GX and GY for the kernel: lengths of two axes, or 0 and 0.
 
     Args:
       name: of the kernel.
       grid: of programs, of up to three axes.
+      arguments: names that the kernel has.
 
     Raises:
-      ValueError: there are more programs than a launch can have.
+      ValueError: there are more programs than a launch can have, or a kernel without GX and GY
+        would not find its place in a line.
     """
     if all(size <= most for size, most in zip(grid, MOST, strict=False)):
         return grid, AS_IT_IS
@@ -31,4 +36,6 @@ def fitted(name: str, grid: tuple[int, ...]) -> tuple[tuple[int, ...], dict[str,
             f"kernel {name} would have {programs:,} programs; a GPU takes at most {MOST[0]:,} at "
             "once, so that fewer sequences or tokens must go into one call"
         )
+    if len(grid) > 1 and "GX" not in arguments:
+        raise ValueError(f"kernel {name} takes no grid of {grid}, since it has no GX and GY")
     return (programs,), {"GX": grid[0], "GY": (*grid, 1)[1]}

@@ -148,7 +148,8 @@ def recorded(function, *shapes) -> list[tuple]:
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
 
     def call(name, arrays, outs, grid, how, *, meta, aliases=None):
-        kernel, (grid, line) = getattr(kernels, name), grids.fitted(name, grid)
+        kernel = getattr(kernels, name)
+        grid, line = grids.fitted(name, grid, kernel.arg_names)
         meta = {key: x for key, x in {**meta, **line}.items() if key in kernel.arg_names}
         options = {"num_warps": how.warps, "num_stages": how.stages}
         found.append((kernel, (*arrays, *outs), meta, options, grid, {}))
@@ -159,7 +160,7 @@ def recorded(function, *shapes) -> list[tuple]:
         return list(empty(outs))
 
     def by_triton(kernel, arrays, out, grid, **meta):
-        grid, line = grids.fitted(kernel.__name__, grid)
+        grid, line = grids.fitted(kernel.__name__, grid, kernel.arg_names)
         options = {name: meta.pop(name) for name in ("num_warps", "num_stages")}
         found.append((kernel, (*arrays, out), {**meta, **line}, options, grid, {}))
         return empty([out])[0]
@@ -223,7 +224,7 @@ def handed_on() -> list[dict]:
     for rows in (65535, 131072):
         sums = wide(rows)
         jax.eval_shape(row_passes.logit_back, array(rows, 4097), *5 * (sums,))
-    kernel = types.SimpleNamespace(__name__="compose")
+    kernel = types.SimpleNamespace(__name__="compose", arg_names=["GX", "GY"])
     for heads in (65535, 70000):
         launched = functools.partial(gluon.launch_by_triton, kernel, out=wide(1), grid=(2, heads))
         jax.eval_shape(lambda x, launched=launched: launched([x]), wide(heads))

@@ -118,14 +118,17 @@ def test_an_offset_is_told_of_from_the_first_size_on_that_wraps_it_around():
     assert overflows(FUNCTION.replace("4096 : i32", "65536 : i32"), (1,))
 
 
+LINE = ("GX", "GY")
+
+
 def test_a_grid_that_is_short_enough_stays_as_it_is():
     for grid in ((2**31 - 1,), (7, 65535), (3, 65535, 65535)):
-        assert grids.fitted("step", grid) == (grid, {"GX": 0, "GY": 0})
+        assert grids.fitted("step", grid, LINE) == (grid, {"GX": 0, "GY": 0})
 
 
 @pytest.mark.parametrize("grid", [(8, 131072), (2, 3, 65536), (1, 65536, 5)])
 def test_programs_of_a_grid_in_a_line_keep_their_order(grid):
-    (programs,), line = grids.fitted("step", grid)
+    (programs,), line = grids.fitted("step", grid, LINE)
     assert programs == math.prod(grid)
     x, y = line["GX"], line["GY"]
     for z, b, a in itertools.islice(itertools.product(*map(range, (*grid, 1)[2::-1])), 1000):
@@ -135,4 +138,12 @@ def test_programs_of_a_grid_in_a_line_keep_their_order(grid):
 
 def test_more_programs_than_a_launch_can_have_are_refused():
     with pytest.raises(ValueError, match=r"kernel errors would have 4,295,032,832 programs; a GPU"):
-        grids.fitted("errors", (1, 65536, 65537))
+        grids.fitted("errors", (1, 65536, 65537), LINE)
+
+
+def test_a_kernel_that_would_not_find_its_place_in_a_line_is_not_launched():
+    assert grids.fitted("narrow_forward", (65536,), ())[0] == (65536,)
+    with pytest.raises(
+        ValueError, match=r"kernel walk takes no grid of \(1, 65536\), since it has"
+    ):
+        grids.fitted("walk", (1, 65536), ("T",))

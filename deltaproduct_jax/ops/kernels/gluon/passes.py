@@ -127,7 +127,7 @@ class Call:
     def launch(self, kernel, arrays, outs, grid, *, warps=4, registers=None, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
         names = kernel.arg_names
-        grid, in_line = grids.fitted(kernel.__name__, grid)
+        grid, in_line = grids.fitted(kernel.__name__, grid, names)
         meta = {name: x for name, x in (self.meta | in_line | more).items() if name in names}
         tiles = {name: x for name, x in self.tiles.items() if name in names}
         how = {"warps": warps, "registers": registers, "tiles": tiles}
@@ -379,7 +379,7 @@ def launch_by_triton(kernel, arrays, out, grid, **options) -> jax.Array:
     import jax_triton
 
     named = inspect.signature(jax_triton.triton_call).parameters
-    grid, in_line = grids.fitted(kernel.__name__, grid)
+    grid, in_line = grids.fitted(kernel.__name__, grid, kernel.arg_names)
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,

@@ -374,7 +374,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
     # 0.4 gives a kernel one pointer for an input and the output in its place.
     is_one_pointer = aliases and keyword == "out_type"
     kernel = getattr(kernels, name + "_in_place" * bool(is_one_pointer))
-    grid, line = grids.fitted(name, grid)
+    grid, line = grids.fitted(name, grid, kernel.arg_names)
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
