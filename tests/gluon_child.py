@@ -26,7 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from deltaproduct_jax.compilers.gpu import spills_in_loops
-from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels import Options, grids
 from deltaproduct_jax.ops.kernels.gluon import launch, passes
 from deltaproduct_jax.ops.layout import Tokens
 
@@ -56,7 +56,7 @@ def resources(program, registers):
 
 def of_triton(kernel, meta, warps, stages):
     """Resources of a kernel that jax-triton launches, of arrays of float32."""
-    names = kernel.arg_names
+    names, meta = kernel.arg_names, grids.AS_IT_IS | meta
     signature = {x: "constexpr" if x in meta else "*fp32" for x in names}
     signature |= {"needs_ptr": "*i32"} if "needs_ptr" in names else {}
     pointers = [i for i, x in enumerate(names) if x not in meta]

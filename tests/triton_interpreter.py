@@ -105,11 +105,13 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """
     from triton.runtime.interpreter import InterpreterBuilder
 
+    from deltaproduct_jax.ops.kernels import grids
     from deltaproduct_jax.ops.kernels.triton import kernels
 
     del launch
     InterpreterBuilder.create_inline_asm, InterpreterBuilder.create_dot = _inline_asm, _dot
     kernel = getattr(kernels, name)
+    grid, line = grids.fitted(name, grid, kernel.arg_names)
 
     def run(*arrays):
         inputs = [Tensor(np.array(x)) for x in arrays]
@@ -117,7 +119,8 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
         results = [Tensor(np.full(out.shape, np.nan, out.dtype)) for out in outs]
         for taken, given in (aliases or {}).items():
             results[given] = inputs[taken]
-        constants = {key: value for key, value in meta.items() if key in kernel.arg_names}
+        named = {**meta, **line}.items()
+        constants = {key: value for key, value in named if key in kernel.arg_names}
         in_place = (aliases or {}).values() if name.endswith("_in_place") else ()
         given = [x for index, x in enumerate(results) if index not in in_place]
         with _ONE_AT_A_TIME:

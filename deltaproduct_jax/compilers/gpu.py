@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend.mlir import ir
 
+from deltaproduct_jax.ops.kernels import grids
+
 # Of a multiprocessor of an H100: registers, bytes of shared memory and threads.
 REGISTERS, SHARED, THREADS = 65536, 227 * 1024, 2048
 _TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -92,7 +94,8 @@ def _compiled(kernel, arrays, constants, warps, stages, compute_capability):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    named = (grids.AS_IT_IS | dict(constants)).items()
+    constants = {key: value for key, value in named if key in kernel.arg_names}
     pointers = [key for key in kernel.arg_names if key not in constants]
     signature = {
         key: f"*{_TRITON_TYPES[jnp.dtype(x.dtype).name]}"

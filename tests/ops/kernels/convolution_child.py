@@ -36,6 +36,7 @@ from deltaproduct_jax.compilers.gpu import kernel_resources
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.ops.convolution import dispatch, selection
 from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.kernels import grids
 from deltaproduct_jax.ops.kernels.triton import convolution_passes, passes, row_passes, tiling
 from deltaproduct_jax.ops.varying import mark_varying_as
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -58,6 +59,8 @@ CASES = {
     "whole pieces": Case(Form(silu, 8), T=8),
 }
 QUICK = tuple(CASES)[:3]
+# Grids as they are, and all in a line.
+MOST, IN_A_LINE = grids.MOST, (grids.MOST[0], 0, 0)
 # Without taps.
 ACTIVATED = {
     "SiLU and unit length alone": Case(Form(silu, 8)),
@@ -149,7 +152,11 @@ def by_triton(choice, direction, on_others, form, *arrays):
 def interpret(every):
     passes.call = interpreted
     names = CASES if every else QUICK
-    found = {name: [CASES[name].dtype, errors(CASES[name])] for name in names}
+    found = {}
+    for index, name in enumerate(names):
+        grids.MOST = MOST if index % 2 else IN_A_LINE
+        found[name] = [CASES[name].dtype, errors(CASES[name])]
+    grids.MOST = MOST if every else IN_A_LINE
     some = ACTIVATED if every else dict(itertools.islice(ACTIVATED.items(), 1))
     found |= {name: [case.dtype, activated(case)] for name, case in some.items()}
     found = {"errors": found}

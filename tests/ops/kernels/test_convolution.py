@@ -125,7 +125,7 @@ REQUEST |= {"dtype": jnp.bfloat16}
         ("cuda", {"activation": jax.nn.relu}, "plain"),
         ("cuda", {"unit_width": 1024}, "plain"),
         ("cuda", {"dtype": jnp.float64}, "plain"),
-        ("cuda", {"B": 65536}, "plain"),
+        ("cuda", {"B": 65536}, "triton"),
     ],
 )
 def test_the_rule_can_be_asked(monkeypatch, platform, change, expected):

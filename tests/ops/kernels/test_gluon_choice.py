@@ -37,7 +37,7 @@ def new_versions(monkeypatch):
 
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"T": 1}, {"R": 8}, {"K": 64, "V": 128}, {"B": 65535, "H": 1, "Hv": 1}],
+    [{}, {"T": 1}, {"R": 8}, {"K": 64, "V": 128}, {"B": 65536, "H": 1, "Hv": 1}],
     ids=str,
 )
 def test_what_they_take(sizes, new_versions):
@@ -54,7 +54,6 @@ def test_what_they_take(sizes, new_versions):
         {"R": 9},
         {"K": 32},
         {"V": 256},
-        {"B": 65536, "H": 1, "Hv": 1},
         {"dtype": "float32"},
         {"k": "float32"},
         {"v": "float16"},

@@ -167,12 +167,12 @@ def test_all_kernels_of_narrow_heads_compile_without_atomic_instructions(everyth
 def test_narrow_heads_have_kernels_of_their_own_where_they_are_many():
     """A rule of sizes, dtypes and precision."""
 
-    def takes(B=128, K=32, V=32, dtype="bfloat16", precision=None, more=True):
+    def takes(B=128, H=8, K=32, V=32, dtype="bfloat16", precision=None, more=True):
         def array(*shape):
             return jax.ShapeDtypeStruct(shape, dtype)
 
-        q, k, v = array(B, 8, 8, K), array(B, 8, 2, 8, K), array(B, 8, 2, 8, V)
-        tokens = Tokens(q, k, v, array(B, 8, 2, 8), None, None)
+        q, k, v = array(B, 8, H, K), array(B, 8, 2, H, K), array(B, 8, 2, H, V)
+        tokens = Tokens(q, k, v, array(B, 8, 2, H), None, None)
         options = Options(1.0, precision, spans=1, interpret=False, more=more)
         return narrow.takes(tokens, options), narrow.takes_gradients(tokens, options)
 
@@ -181,6 +181,8 @@ def test_narrow_heads_have_kernels_of_their_own_where_they_are_many():
     assert takes(more=False) == (True, False)
     none = (False, False)
     assert takes(B=127) == takes(K=40) == takes(V=64) == none
+    assert takes(B=1, H=2**22 - 1) == (True, True)
+    assert takes(B=1, H=2**22) == none  # offsets within a block would not have 32 bits
     assert takes(precision="highest") == takes(dtype="float32", precision="highest") == none
 
 

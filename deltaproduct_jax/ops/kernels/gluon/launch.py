@@ -102,16 +102,11 @@ def compiled(
     """The compiled kernel: its PTX, shared memory, number of warps; needs no GPU."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     names = kernel.arg_names[: len(dtypes)]
     signature = {name: "*" + DTYPES[dtype] for name, dtype in zip(names, dtypes, strict=True)}
-    for name, tile in tiles:
-        block = [tile.depth, tile.rows, tile.columns]
-        dtype = DTYPES[tile.dtype] if tile.dtype else signature[name][1:]
-        layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, GLUON[dtype]))
-        signature[name] = f"tensordesc<{dtype}{block},{layout!r}>"
+    signature |= {name: described(tile, signature[name][1:]) for name, tile in tiles}
     values = dict(constants)
     pointers = [i for i, name in enumerate(names) if name not in dict(tiles)]
     source = GluonASTSource(
@@ -122,6 +117,16 @@ def compiled(
     )
     target = GPUTarget("cuda", COMPUTE_CAPABILITY, 32)
     return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def described(tile: Tile, dtype: str) -> str:
+    """The type of an argument that is moved by TMA, of an array of this dtype."""
+    from triton.experimental.gluon import language as gl
+
+    block = [tile.depth, tile.rows, tile.columns]
+    dtype = DTYPES[tile.dtype] if tile.dtype else dtype
+    layout = gl.NVMMASharedLayout.get_default_for(block, getattr(gl, GLUON[dtype]))
+    return f"tensordesc<{dtype}{block},{layout!r}>"
 
 
 def limited(ptx: str, registers: int | None) -> str:

@@ -21,6 +21,15 @@ LEAST_BETA = gl.constexpr(2.0**-64)
 
 
 @gluon.jit
+def program_ids(GX: gl.constexpr, GY: gl.constexpr):
+    """Those of all three axes, as in triton/ids.py."""
+    x, y, z = gl.program_id(0), gl.program_id(1), gl.program_id(2)
+    if GX > 0:
+        x, y, z = x % GX, x // GX % GY, x // (GX * GY)
+    return x, y, z
+
+
+@gluon.jit
 def not_zero(beta):
     """beta, or next to nothing, by which one may divide."""
     return gl.where(gl.abs(beta) < LEAST_BETA, LEAST_BETA, beta)
@@ -41,7 +50,9 @@ def matrix(tile):
 
 @gluon.jit
 def nothing(m, BITS: gl.constexpr = 29):
-    """0, but not for the compiler, in a loop over m, which is less than 2^25.
+    """0, but not for the compiler, in a loop over m, the blocks of a program, less than 2^21.
+
+    More are 2^27 updates, of as many heads as are not cut into pieces: no GPU holds them.
 
     What is looked up by it is found anew in every round. Else the addresses of all tiles are found
     before the loop, and there are more of them than registers. The parts of a round shift by bits

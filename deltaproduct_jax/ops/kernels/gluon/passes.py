@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels import Options, grids
 from deltaproduct_jax.ops.kernels.gluon import cut, gates, launch
 from deltaproduct_jax.ops.kernels.gluon.gates import GROUP
 from deltaproduct_jax.ops.kernels.gluon.launch import Tile
@@ -59,7 +59,7 @@ def takes(tokens: Tokens, options: Options, capability: int) -> bool:
         and {K, V} <= set(WIDTHS)
         and T > 0
         and R <= 8
-        and 0 < B * Hv <= 65535
+        and B * Hv > 0
     )
 
 
@@ -127,7 +127,8 @@ class Call:
     def launch(self, kernel, arrays, outs, grid, *, warps=4, registers=None, **more):
         """Launches a kernel with those of ``meta`` and ``more`` that it takes."""
         names = kernel.arg_names
-        meta = {name: x for name, x in (self.meta | more).items() if name in names}
+        grid, in_line = grids.fitted(kernel.__name__, grid, names)
+        meta = {name: x for name, x in (self.meta | in_line | more).items() if name in names}
         tiles = {name: x for name, x in self.tiles.items() if name in names}
         how = {"warps": warps, "registers": registers, "tiles": tiles}
         return launch.launch(kernel, arrays, outs, grid, **how, **meta)
@@ -378,6 +379,7 @@ def launch_by_triton(kernel, arrays, out, grid, **options) -> jax.Array:
     import jax_triton
 
     named = inspect.signature(jax_triton.triton_call).parameters
+    grid, in_line = grids.fitted(kernel.__name__, grid, kernel.arg_names)
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -385,6 +387,7 @@ def launch_by_triton(kernel, arrays, out, grid, **options) -> jax.Array:
         name=f"delta_product_{kernel.__name__}",
         compute_capability=launch.COMPUTE_CAPABILITY,
         **{"out_type" if "out_type" in named else "out_shape": (out,)},
+        **in_line,
         **options,
     )
     return mark_varying_as(results[0], arrays[0])

@@ -8,6 +8,7 @@ the first and the last piece need no map. Letters as in prepare.py.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
 from deltaproduct_jax.ops.kernels.triton.parts import square
 
 
@@ -16,13 +17,13 @@ def compose(
     first_ptr, maps_ptr, ends_ptr, needs_ptr,
     starts_ptr,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, PIECES: tl.constexpr,
-    REVERSE: tl.constexpr, FORGETS: tl.constexpr,
+    REVERSE: tl.constexpr, FORGETS: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """States that pieces begin with, or, REVERSE, cotangents of states, from the last piece on.
 
     With FORGETS the second of what a piece ``needs`` is 0 where its map is.
     """
-    part, pid = tl.program_id(0), tl.program_id(1)
+    part, pid, _ = program_ids(GX, GY)
     rows, columns = tl.arange(0, K), part * BV + tl.arange(0, BV)
     sequence = pid.to(tl.int64)
     index = sequence * PIECES + (PIECES - 1 if REVERSE else 0)

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from deltaproduct_jax.ops.kernels.gluon.parts import is_mild, not_zero, power
+from deltaproduct_jax.ops.kernels.gluon.parts import is_mild, not_zero, power, program_ids
 
 # What is less than this forgets everything in float32 too, and sums of it stay exact enough.
 LEAST_GATE = gl.constexpr(-1e6)
@@ -32,17 +32,17 @@ def add(x, y):
 def gate_sums(
     g_ptr, resets_ptr, sums_ptr,
     T: gl.constexpr, HV: gl.constexpr, HEADS: gl.constexpr, NG: gl.constexpr,
-    HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr,
+    HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr, GX: gl.constexpr = 0, GY: gl.constexpr = 0,
 ):  # fmt: skip
     """Sums of g from the start of a group on, in two parts of float32, and of resets.
 
     Writes [B, HV, NG, 3, 64]. A sum is made in float64: differences of two are then sums over the
     tokens between them to the last bit of float32, whatever was summed before.
     """
-    n, b = gl.program_id(0), gl.program_id(1)
+    n, b, heads = program_ids(GX, GY)
     lay: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 1], [1, 0])
     c = gl.arange(0, 64, gl.SliceLayout(1, lay))[:, None]
-    hv = gl.program_id(2) * HEADS + gl.arange(0, HEADS, gl.SliceLayout(0, lay))[None, :]
+    hv = heads * HEADS + gl.arange(0, HEADS, gl.SliceLayout(0, lay))[None, :]
     row = b.to(gl.int64) * T + n * 64 + c
     inside = (n * 64 + c < T) & (hv < HV)
     high = gl.zeros([64, HEADS], gl.float32, lay)
@@ -263,6 +263,7 @@ def inverse(
     k, beta_ptr, sums_ptr, x_out, growth_ptr,
     T: gl.constexpr, R: gl.constexpr, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr,
     NG: gl.constexpr, HAS_G: gl.constexpr, HAS_RESETS: gl.constexpr, HAS_GROWTH: gl.constexpr,
+    GX: gl.constexpr = 0, GY: gl.constexpr = 0,
 ):  # fmt: skip
     """``(I + L)^-1 = I - X``, L the strictly causal products of keys, decays and beta.
 
@@ -271,7 +272,7 @@ def inverse(
     is below them by products.
     """
     NB: gl.constexpr = NG * R
-    pair, pid = gl.program_id(0), gl.program_id(1)
+    pair, pid, _ = program_ids(GX, GY)
     b = (pid // HV).to(gl.int64)
     hv = pid % HV
     h = hv // (HV // H)

@@ -3,13 +3,15 @@
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
+
 
 @triton.jit
 def gate_cotangents(
     terms_ptr, wholes_ptr, sums_ptr,
     dg_ptr,
     T: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HV: tl.constexpr, NC: tl.constexpr,
-    NG: tl.constexpr, MILD: tl.constexpr,
+    NG: tl.constexpr, MILD: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """Of the 64 tokens of a group: every term of a decay counts for the tokens that it spans.
 
@@ -17,7 +19,7 @@ def gate_cotangents(
     are states before blocks times the cotangents of those behind, with the decay between, and at
     last states before groups times their cotangents. RP is R, rounded up to a power of two.
     """
-    n, pid = tl.program_id(0), tl.program_id(1)
+    n, pid, _ = program_ids(GX, GY)
     b, hv = pid // HV, pid % HV
     group = pid.to(tl.int64) * NG + n
     terms = terms_ptr + group * (R * 256)

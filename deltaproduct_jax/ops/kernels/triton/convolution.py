@@ -15,6 +15,8 @@ one set for every B / G sequences. ``run`` and ``past`` hold the numbers of segm
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
+
 # Tokens of a turn of a loop: what is kept of those before then moves from name to name for free.
 AT_ONCE = tl.constexpr(4)
 # 1 / (1 + exp(-x)) in four instructions, exact to some units in the last place; the compiler's own
@@ -32,11 +34,12 @@ def convolve(
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, PIECE: tl.constexpr,
     SILU: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, HAS_RUN: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """act(sum of taps), divided by its length over every WIDTH channels if UNIT: y [B, T, C]."""
     walk(
         u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, y_ptr,
-        0, C, B, T, C, C, G, W, ROWS, WIDTH, BW, PIECE, SILU, UNIT, EPSILON, HAS_RUN,
+        0, C, B, T, C, C, G, W, ROWS, WIDTH, BW, PIECE, SILU, UNIT, EPSILON, HAS_RUN, GX, GY,
     )  # fmt: skip
 
 
@@ -48,27 +51,29 @@ def convolve_parts(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, PIECE: tl.constexpr,
     SILU: tl.constexpr, EPSILON: tl.constexpr, HAS_RUN: tl.constexpr,
     CU: tl.constexpr, CQ: tl.constexpr, CK: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """The same of what lies side by side in a token of CU numbers, into an array for each of three.
 
     The first CQ + CK of C channels are divided by their lengths; the last have SiLU always.
     """
-    first = tl.program_id(0) * (ROWS * WIDTH)
+    program, _, _ = program_ids(GX, GY)
+    first = program * (ROWS * WIDTH)
     if first < CQ:
         walk(
             u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, q_ptr,
-            0, CQ, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN,
+            0, CQ, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN, GX, GY,
         )  # fmt: skip
     elif first < CQ + CK:
         walk(
             u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, k_ptr,
-            CQ, CK, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN,
+            CQ, CK, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN, GX, GY,
         )  # fmt: skip
     else:
         walk(
             u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, v_ptr,
             CQ + CK, C - CQ - CK, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, True, False, EPSILON,
-            HAS_RUN,
+            HAS_RUN, GX, GY,
         )  # fmt: skip
 
 
@@ -79,12 +84,13 @@ def walk(
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, CU: tl.constexpr, G: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
     PIECE: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
-    HAS_RUN: tl.constexpr,
+    HAS_RUN: tl.constexpr, GX: tl.constexpr, GY: tl.constexpr,
 ):  # fmt: skip
     """A piece of some channels; y has CY of them, from number FIRST on."""
-    b = tl.program_id(2).to(tl.int64)
-    start = tl.program_id(1) * PIECE
-    offsets, inside = channels(C, ROWS, WIDTH, BW)
+    program, piece, b = program_ids(GX, GY)
+    b = b.to(tl.int64)
+    start = piece * PIECE
+    offsets, inside = channels(program, C, ROWS, WIDTH, BW)
     k0, k1, k2, k3 = taps(taps_ptr, b, offsets, inside, B, C, G, W)
     x1, x2, x3, r1, r2, r3 = earlier(
         u_ptr, before_ptr, run_ptr, past_ptr, b, start, offsets, inside, T, C, CU, W, HAS_RUN
@@ -118,11 +124,12 @@ def convolve_back(
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, PIECE: tl.constexpr,
     SILU: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr, HAS_RUN: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """Cotangents of u and before, and what the tokens of a piece add to those of the taps."""
     walk_back(
         u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, dy_ptr, du_ptr, dbefore_ptr, dtaps_ptr,
-        0, C, B, T, C, C, G, W, ROWS, WIDTH, BW, PIECE, SILU, UNIT, EPSILON, HAS_RUN,
+        0, C, B, T, C, C, G, W, ROWS, WIDTH, BW, PIECE, SILU, UNIT, EPSILON, HAS_RUN, GX, GY,
     )  # fmt: skip
 
 
@@ -134,30 +141,32 @@ def convolve_parts_back(
     ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr, PIECE: tl.constexpr,
     SILU: tl.constexpr, EPSILON: tl.constexpr, HAS_RUN: tl.constexpr,
     CU: tl.constexpr, CQ: tl.constexpr, CK: tl.constexpr, BREST: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """The same for `convolve_parts`; what stands behind the C channels is copied to its place."""
-    first = tl.program_id(0) * (ROWS * WIDTH)
+    program, piece, b = program_ids(GX, GY)
+    first = program * (ROWS * WIDTH)
     if first < CQ:
         walk_back(
             u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, dq_ptr, du_ptr, dbefore_ptr, dtaps_ptr,
-            0, CQ, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN,
+            0, CQ, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN, GX, GY,
         )  # fmt: skip
     elif first < CQ + CK:
         walk_back(
             u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, dk_ptr, du_ptr, dbefore_ptr, dtaps_ptr,
-            CQ, CK, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN,
+            CQ, CK, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, SILU, True, EPSILON, HAS_RUN, GX, GY,
         )  # fmt: skip
     elif first < C:
         walk_back(
             u_ptr, before_ptr, taps_ptr, run_ptr, past_ptr, dv_ptr, du_ptr, dbefore_ptr, dtaps_ptr,
             CQ + CK, C - CQ - CK, B, T, C, CU, G, W, ROWS, WIDTH, BW, PIECE, True, False, EPSILON,
-            HAS_RUN,
+            HAS_RUN, GX, GY,
         )  # fmt: skip
     else:
-        t = tl.program_id(1) * PIECE + tl.arange(0, PIECE)
+        t = piece * PIECE + tl.arange(0, PIECE)
         columns = tl.arange(0, BREST)
         inside = (t < T)[:, None] & (columns < CU - C)[None, :]
-        rows = (tl.program_id(2).to(tl.int64) * T + t)[:, None]
+        rows = (b.to(tl.int64) * T + t)[:, None]
         rest = tl.load(drest_ptr + rows * (CU - C) + columns[None, :], mask=inside)
         tl.store(du_ptr + rows * CU + C + columns[None, :], rest, mask=inside)
 
@@ -170,16 +179,17 @@ def walk_back(
     B: tl.constexpr, T: tl.constexpr, C: tl.constexpr, CU: tl.constexpr, G: tl.constexpr,
     W: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
     PIECE: tl.constexpr, SILU: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constexpr,
-    HAS_RUN: tl.constexpr,
+    HAS_RUN: tl.constexpr, GX: tl.constexpr, GY: tl.constexpr,
 ):  # fmt: skip
     """The way back of `walk`.
 
     The sum of taps is made again. Cotangents of inputs wait in d1, d2 and d3 until the last token
     that reads them has come by; for those at the end of the piece it stands behind it.
     """
-    b, piece = tl.program_id(2).to(tl.int64), tl.program_id(1)
+    program, piece, b = program_ids(GX, GY)
+    b = b.to(tl.int64)
     start = piece * PIECE
-    offsets, inside = channels(C, ROWS, WIDTH, BW)
+    offsets, inside = channels(program, C, ROWS, WIDTH, BW)
     k0, k1, k2, k3 = taps(taps_ptr, b, offsets, inside, B, C, G, W)
     x1, x2, x3, r1, r2, r3 = earlier(
         u_ptr, before_ptr, run_ptr, past_ptr, b, start, offsets, inside, T, C, CU, W, HAS_RUN
@@ -243,7 +253,7 @@ def walk_back(
             x3, x2, x1 = x2, x1, x0
             r3, r2, r1 = r2, r1, r0
             d3, d2, d1 = d2, d1, d0
-    pointers = dtaps_ptr + (b * tl.num_programs(1) + piece) * (W * C) + offsets
+    pointers = dtaps_ptr + (b * tl.cdiv(T, PIECE) + piece) * (W * C) + offsets
     tl.store(pointers + (W - 1) * C, g0, mask=inside)
     tl.store(pointers + (W - 2) * C, g1, mask=inside)
     if W > 2:
@@ -274,9 +284,11 @@ def token(ptr, b, t, offsets, inside, T: tl.constexpr, C: tl.constexpr):
 
 
 @triton.jit
-def channels(C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
+def channels(
+    program, C: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr
+):  # fmt: skip
     """Where the channels [ROWS, BW] of a program stand in a token, and which there are."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = program * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BW)
     inside = (rows < C // WIDTH)[:, None] & (columns < WIDTH)[None, :]
     return rows[:, None] * WIDTH + columns[None, :], inside

@@ -17,7 +17,6 @@ from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 MOST_TAPS = 4
 MOST_WIDTH = 512
-MOST_SEQUENCES = 65535
 ACTIVATED_AT_ONCE = 2048  # numbers of a program
 
 
@@ -32,12 +31,8 @@ def unsupported(form: Form, *, B: int, conv_size: int | None, dtype) -> str | No
         return f"the activation is {form.activation.__name__}; it takes silu and none"
     if conv_size is not None and not 2 <= conv_size <= MOST_TAPS:
         return f"conv_size is {conv_size}; it takes 2 to {MOST_TAPS}"
-    for name, size, most in (
-        ("B", B, MOST_SEQUENCES),
-        ("the width of a head", form.unit_width or 1, MOST_WIDTH),
-    ):
-        if size > most:
-            return f"{name} is {size}; it takes at most {most}"
+    if (width := form.unit_width or 1) > MOST_WIDTH:
+        return f"the width of a head is {width}; it takes at most {MOST_WIDTH}"
     return None
 
 

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids, program_ids_again
 from deltaproduct_jax.ops.kernels.triton.parts import (
     head,
     kept_state,
     kept_sums,
     products,
-    program_id_again,
     put_tile,
     row_decay,
     square,
@@ -93,7 +93,7 @@ def gradients(
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SPAN: tl.constexpr,
     NARROW: tl.constexpr, DECAYS: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """Cotangents of the inputs, every chunk on its own; dq and dk are those of one value head.
 
@@ -105,7 +105,7 @@ def gradients(
     counts from its token on and what counts after it, and for every token what counts from it on.
     What counts for all of a chunk, but for the decay over it, is ``[B, HV, N, parts]``.
     """
-    part, n, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, n, pid = program_ids(GX, GY)
     PARTS: tl.constexpr = (K + BK - 1) // BK
     ALL_K: tl.constexpr = K % BK == 0
     b, hv, h = head(pid, H, HV)
@@ -127,7 +127,7 @@ def gradients(
     # time what it had before, behind a barrier that the compiler moves no load over.
     begins = tl.minimum(c * R, M - 1)  # the row that a token begins with
     if HAS_G:
-        part, n, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
+        part, n, pid = program_ids_again(GX, GY)
         b, hv, h = head(pid, H, HV)
         chunk = pid.to(tl.int64) * N + n
         row = b * T + n * C

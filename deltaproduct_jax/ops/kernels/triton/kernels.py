@@ -27,6 +27,7 @@ from deltaproduct_jax.ops.kernels.triton.convolution import (
     convolve_parts_back as convolve_parts_back,
 )
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids, program_ids_again
 from deltaproduct_jax.ops.kernels.triton.logits import logit_back as logit_back
 from deltaproduct_jax.ops.kernels.triton.logits import logit_sums as logit_sums
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
@@ -36,7 +37,6 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
     head,
     kept_state,
     products,
-    program_id_again,
     put_seen,
     put_series,
     put_sums,
@@ -66,13 +66,13 @@ def prepare(
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    LOOKS: tl.constexpr, PRECISION: tl.constexpr,
+    LOOKS: tl.constexpr, PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk.
 
     With LOOKS also NaN where a query is not finite, else 0.
     """
-    n, pid = tl.program_id(0), tl.program_id(1)
+    n, pid, _ = program_ids(GX, GY)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
     dtype = x_ptr.dtype.element_ty
@@ -137,7 +137,7 @@ def walk(
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
     STEPS: tl.constexpr, PIECES: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
     NARROW: tl.constexpr, SUMMARY: tl.constexpr, LOOKS: tl.constexpr, FLAGS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
@@ -146,8 +146,8 @@ def walk(
     A, which further programs find, among the maps. With LOOKS also, of every part, NaN where
     anything was not finite, else 0; of queries `prepare` tells, in up to FLAGS chunks.
     """
-    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if SUMMARY and not is_asked_for(part, piece, 0, V, BV):
+    part, piece, pid = program_ids(GX, GY)
+    if SUMMARY and not is_asked_for(part, piece, 0, V, BV, PIECES):
         return
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
@@ -200,7 +200,7 @@ def walk(
         written = (out[:, None] * u).to(dtype)
         S = tl.dot(tl.trans(k), written, through * S, input_precision=PRECISION)
     # Anew, so that no register holds what only the end needs: the loop has use for all.
-    part, piece, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
+    part, piece, pid = program_ids_again(GX, GY)
     columns = part * BV + tl.arange(0, BV)
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
@@ -226,13 +226,14 @@ def errors(
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, DECAYS: tl.constexpr,
     SPAN: tl.constexpr, NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """The errors e again, and, where it was not kept, the state before each chunk.
 
     Every span on its own, or every chunk, if NARROW.
     """
     STEPS: tl.constexpr = 1 if NARROW else SPAN
-    part, span, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, span, pid = program_ids(GX, GY)
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
     m, rows = tl.arange(0, M), tl.arange(0, BK)
@@ -273,7 +274,7 @@ def walk_back(
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
     PIECES: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, LOOKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
@@ -281,9 +282,9 @@ def walk_back(
     its map, which is that of `walk` transposed. With LOOKS also, of every part, NaN where any
     cotangent was not finite, else 0.
     """
-    part, piece, pid = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    part, piece, pid = program_ids(GX, GY)
     last = PIECES - 1
-    if SUMMARY and not is_asked_for(part, piece, last, V, BV):
+    if SUMMARY and not is_asked_for(part, piece, last, V, BV, PIECES):
         return
     b, hv, h = head(pid, H, HV)
     dtype = x_ptr.dtype.element_ty
@@ -321,7 +322,7 @@ def walk_back(
         removed = ((-into * beta)[:, None] * w).to(dtype)
         dS = tl.dot(tl.trans(k), removed, dS, input_precision=PRECISION)
     # Anew, so that no register holds what only the end needs: the loop has use for all.
-    part, piece, pid = program_id_again("x"), program_id_again("y"), program_id_again("z")
+    part, piece, pid = program_ids_again(GX, GY)
     columns = part * BV + tl.arange(0, BV)
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -51,11 +53,11 @@ def logit_sums(
 def logit_back(
     logits_ptr, targets_ptr, mask_ptr, log_sum_ptr, dlog_sum_ptr, dof_target_ptr,
     dlogits_ptr,
-    V: tl.constexpr, BV: tl.constexpr,
+    V: tl.constexpr, BV: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """The cotangent of logits [N, V], 0 in rows that are masked."""
-    row = tl.program_id(1).to(tl.int64)
-    ids = tl.program_id(0) * BV + tl.arange(0, BV)
+    part, row, _ = program_ids(GX, GY)
+    row, ids = row.to(tl.int64), part * BV + tl.arange(0, BV)
     target = tl.load(targets_ptr + row)
     target = tl.where(target < 0, target + V, target)
     x = tl.load(logits_ptr + row * V + ids, mask=ids < V, other=0.0).to(tl.float32)

@@ -17,13 +17,15 @@ MOST_WIDTH = 32
 # From as many on a walk of their own pays: eight or so are under way on each of 132
 # multiprocessors.
 FEWEST_HEADS = 1024
+# Numbers of a token, of which a block's offsets have 32 bits.
+WIDEST_TOKEN = (2**31 - 1) // tiling.NARROW_ROWS
 # Of float32, cut into terms of bfloat16: two have 16 bits, three all 24.
 TERMS = {None: 3, "high": 3, "default": 2}
 
 
 def takes(tokens: Tokens, options: Options) -> bool:
     """Whether these are narrow heads, and enough of them to fill a GPU."""
-    B, T, _, _, K = tokens.k.shape
+    B, T, _, H, K = tokens.k.shape
     Hv, V = tokens.v.shape[-2:]
     is_narrow = all(x.dtype in passes.NARROW for x in tokens[:3])
     precisions = (None, "default") if is_narrow else TERMS
@@ -31,6 +33,7 @@ def takes(tokens: Tokens, options: Options) -> bool:
         max(K, V) <= MOST_WIDTH
         and T > 0
         and B * Hv >= FEWEST_HEADS
+        and max(H * K, Hv * V) <= WIDEST_TOKEN
         and (options.precision in precisions)
     )
 

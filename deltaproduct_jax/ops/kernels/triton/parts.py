@@ -16,14 +16,6 @@ def head(pid, H: tl.constexpr, HV: tl.constexpr):
 
 
 @triton.jit
-def program_id_again(AXIS: tl.constexpr):
-    """`tl.program_id` of axis "x", "y" or "z", read anew where it stands."""
-    nothing = tl.full([], 0, tl.int32)
-    code: tl.constexpr = "mov.u32 $0, %ctaid." + AXIS + ";"
-    return tl.inline_asm_elementwise(code, "=r,r", [nothing], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def tile(
     ptr, row, head, rows, columns, rows_valid, HEADS: tl.constexpr, WIDTH: tl.constexpr,
     WHOLE: tl.constexpr = False,

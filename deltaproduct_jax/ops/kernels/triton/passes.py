@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels import Options, grids
 from deltaproduct_jax.ops.kernels.triton import looking, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
 from deltaproduct_jax.ops.kernels.triton.terms import summed
@@ -36,10 +36,10 @@ NARROW = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 def unsupported(*, dtype, B: int, T: int, R: int, H: int, Hv: int, K: int, V: int, precision):
     """Why the kernels cannot run these, or None."""
-    del T, H, precision
+    del B, T, H, Hv, precision
     if jnp.dtype(dtype) not in (*NARROW, jnp.dtype(jnp.float32)):
         return f"the dtype is {jnp.dtype(dtype)}; it takes bfloat16, float16 and float32"
-    for name, size, most in (("R", R, 8), ("K", K, 256), ("V", V, 512), ("B * Hv", B * Hv, 65535)):
+    for name, size, most in (("R", R, 8), ("K", K, 256), ("V", V, 512)):
         if size > most:
             return f"{name} is {size}; it takes at most {most}"
     return None
@@ -141,8 +141,7 @@ class _Call:
             **{"CP": tiles.token_rows, "M": tiles.update_rows},
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
-            "TWO": operand in NARROW,
-            "LOOKS": looking.looks(self.tokens, self.options),
+            **{"TWO": operand in NARROW, "LOOKS": looking.looks(self.tokens, self.options)},
             **{**gates, "DECAYS": any(gates.values())},
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
         }
@@ -375,6 +374,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
     # 0.4 gives a kernel one pointer for an input and the output in its place.
     is_one_pointer = aliases and keyword == "out_type"
     kernel = getattr(kernels, name + "_in_place" * bool(is_one_pointer))
+    grid, line = grids.fitted(name, grid, kernel.arg_names)
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -385,7 +385,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         compute_capability=compute_capability(),
         input_output_aliases=aliases or {},
         **{keyword: tuple(outs)},
-        **{key: value for key, value in meta.items() if key in kernel.arg_names},
+        **{key: value for key, value in {**meta, **line}.items() if key in kernel.arg_names},
     )
     return tuple(mark_varying_as(x, arrays[0]) for x in results)
 

@@ -10,6 +10,7 @@ Letters as in kernels.py.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
 from deltaproduct_jax.ops.kernels.triton.parts import square
 
 
@@ -29,12 +30,14 @@ def start(
 
 
 @triton.jit
-def is_asked_for(part, piece, first, V: tl.constexpr, BV: tl.constexpr):
+def is_asked_for(
+    part, piece, first, V: tl.constexpr, BV: tl.constexpr, PIECES: tl.constexpr
+):  # fmt: skip
     """Whether `compose` reads what this program of a summary finds.
 
     Not the end of the last piece, nor the maps of both ends.
     """
-    last = tl.num_programs(1) - 1 - first
+    last = PIECES - 1 - first
     is_end = part < tl.cdiv(V, BV)
     return (piece != last) & (is_end | (piece != first))
 
@@ -45,12 +48,13 @@ def compose(
     starts_ptr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
     PIECES: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """States that pieces begin with, or, REVERSE, cotangents of states, from the last piece on.
 
     ROWS rows of a map at a time, so that wide ones fit into shared memory.
     """
-    part, pid = tl.program_id(0), tl.program_id(1)
+    part, pid, _ = program_ids(GX, GY)
     rows, some = tl.arange(0, BK), tl.arange(0, ROWS)
     columns = part * BV + tl.arange(0, BV)
     inside = (rows < K)[:, None] & (columns < V)[None, :]

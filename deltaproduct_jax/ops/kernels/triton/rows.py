@@ -7,6 +7,8 @@ twice for it. Arrays are [N, D] and contiguous.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
+
 
 @triton.jit
 def norm_forward(
@@ -112,9 +114,10 @@ def swiglu(
     hidden_ptr,
     h_ptr,
     N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """silu(first half) * second half of ``hidden`` [N, 2 D]."""
-    one, first, inside = halves(N, D, BD, ROWS)
+    one, first, inside = halves(N, D, BD, ROWS, GX, GY)
     gate = tl.load(hidden_ptr + first, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(hidden_ptr + first + D, mask=inside, other=0.0).to(tl.float32)
     h = gate * tl.sigmoid(gate) * up
@@ -126,9 +129,10 @@ def swiglu_back(
     hidden_ptr, dh_ptr,
     dhidden_ptr, h_ptr,
     N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, AGAIN: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """Cotangents of both halves of ``hidden`` [N, 2 D]; what `swiglu` makes again if AGAIN."""
-    one, first, inside = halves(N, D, BD, ROWS)
+    one, first, inside = halves(N, D, BD, ROWS, GX, GY)
     gate = tl.load(hidden_ptr + first, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(hidden_ptr + first + D, mask=inside, other=0.0).to(tl.float32)
     dh = tl.load(dh_ptr + one, mask=inside, other=0.0).to(tl.float32)
@@ -143,10 +147,14 @@ def swiglu_back(
 
 
 @triton.jit
-def halves(N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr):
+def halves(
+    N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, ROWS: tl.constexpr, GX: tl.constexpr,
+    GY: tl.constexpr,
+):  # fmt: skip
     """Where a program's numbers stand in rows of D, and in the first halves of rows of 2 D."""
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * BD + tl.arange(0, BD)
+    program, part, _ = program_ids(GX, GY)
+    rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = part * BD + tl.arange(0, BD)
     inside = (rows < N)[:, None] & (columns < D)[None, :]
     one = rows[:, None] * D + columns[None, :]
     return one, rows[:, None] * (2 * D) + columns[None, :], inside

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
 from deltaproduct_jax.ops.kernels.triton.parts import head, square
 
 
@@ -12,9 +13,10 @@ def step(
     o_ptr, next_ptr,
     SCALE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_G: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """One token: the state is read and written once."""
-    part, pid = tl.program_id(0), tl.program_id(1)
+    part, pid, _ = program_ids(GX, GY)
     b, hv, h = head(pid, H, HV)
     rows = tl.arange(0, BK)
     columns = part * BV + tl.arange(0, BV)
@@ -45,9 +47,10 @@ def step_in_place(
     o_ptr,
     SCALE: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr,
     BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, HAS_G: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """`step` where one pointer stands for the state and what takes its place."""
     step(
         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, state_ptr, o_ptr, state_ptr,
-        SCALE, R, H, HV, K, BK, V, BV, HAS_G,
+        SCALE, R, H, HV, K, BK, V, BV, HAS_G, GX, GY,
     )  # fmt: skip
