@@ -99,15 +99,25 @@ def _dot(self, a, b, accumulator, *_):
     return TensorHandle(product, accumulator.dtype.scalar)
 
 
+def _counted(patch, tensor, scope):
+    """Bounds of loops: NumPy makes no index of an array of one number, which scalars are here."""
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
 def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """Stands in for `passes.call`; a kernel "..._in_place" has no pointer of its own for what
     takes an input's place, as jax-triton 0.4 has it.
     """
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder
 
     from deltaproduct_jax.ops.kernels.triton import kernels
 
     del launch
+    if not isinstance(interpreter._patch_lang_tensor, functools.partial):
+        patch = functools.partial(_counted, interpreter._patch_lang_tensor)
+        interpreter._patch_lang_tensor = patch
     InterpreterBuilder.create_inline_asm, InterpreterBuilder.create_dot = _inline_asm, _dot
     kernel = getattr(kernels, name)
 

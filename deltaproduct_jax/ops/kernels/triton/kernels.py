@@ -27,6 +27,10 @@ from deltaproduct_jax.ops.kernels.triton.convolution import (
     convolve_parts_back as convolve_parts_back,
 )
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
+from deltaproduct_jax.ops.kernels.triton.gradients_anew import mend_back as mend_back
+from deltaproduct_jax.ops.kernels.triton.gradients_anew import (
+    mend_back_in_place as mend_back_in_place,
+)
 from deltaproduct_jax.ops.kernels.triton.logits import logit_back as logit_back
 from deltaproduct_jax.ops.kernels.triton.logits import logit_sums as logit_sums
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
