@@ -1,7 +1,7 @@
 """What is not finite stays in its segment, backward: bad rows and heads are done again on the GPU.
 
 Behind the kernels of a pass one more is launched, always. Of a row and head of which all is finite
-it reads a few numbers, and no host waits. The bodies are in `gradients_anew`, which needs Triton
+it reads a few numbers, and no host waits. The bodies are in `anew.gradients`, which needs Triton
 and is imported at the first launch.
 """
 
@@ -47,7 +47,7 @@ def mended(
       dfinal_state: cotangent of the final state, [B, Hv, K, V].
       dtokens: what the kernels found; dq and dk are those of value heads, [B, T, Hv, K] and
         [B, T, R, Hv, K], not yet added up over groups. dv has the dtype of v. Where anything is
-        not finite, dbeta must tell: see `gradients_anew.mend_back_in_place`.
+        not finite, dbeta must tell: see `anew.gradients.mend_back_in_place`.
       dinitial_state: [B, Hv, K, V], float32.
       options: what the kernels were told.
 

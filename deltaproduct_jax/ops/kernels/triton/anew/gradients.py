@@ -13,7 +13,7 @@ is kept in the memory of the cotangent of the initial state.
 import triton
 import triton.language as tl
 
-from deltaproduct_jax.ops.kernels.triton.bad_tokens import (
+from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
     fill,
     first_bad,
     is_bad_or_not_zero,
