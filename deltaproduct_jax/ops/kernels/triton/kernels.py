@@ -20,6 +20,10 @@ import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton.activation import activate as activate  # by their names
 from deltaproduct_jax.ops.kernels.triton.activation import activate_back as activate_back
+from deltaproduct_jax.ops.kernels.triton.anew.gradients import mend_back as mend_back
+from deltaproduct_jax.ops.kernels.triton.anew.gradients import (
+    mend_back_in_place as mend_back_in_place,
+)
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_parts as convolve_parts
@@ -27,10 +31,6 @@ from deltaproduct_jax.ops.kernels.triton.convolution import (
     convolve_parts_back as convolve_parts_back,
 )
 from deltaproduct_jax.ops.kernels.triton.gradients import gradients as gradients
-from deltaproduct_jax.ops.kernels.triton.gradients_anew import mend_back as mend_back
-from deltaproduct_jax.ops.kernels.triton.gradients_anew import (
-    mend_back_in_place as mend_back_in_place,
-)
 from deltaproduct_jax.ops.kernels.triton.logits import logit_back as logit_back
 from deltaproduct_jax.ops.kernels.triton.logits import logit_sums as logit_sums
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward

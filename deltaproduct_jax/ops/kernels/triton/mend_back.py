@@ -1,7 +1,7 @@
 """What is not finite stays in its segment, backward: bad rows and heads are done again on the GPU.
 
 Behind the kernels of a pass one more is launched, always. Of a row and head of which all is finite
-it reads a few numbers, and no host waits. The bodies are in `gradients_anew`, which needs Triton
+it reads a few numbers, and no host waits. The bodies are in `anew.gradients`, which needs Triton
 and is imported at the first launch.
 """
 
@@ -17,12 +17,14 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 # Numbers of a state that a program has in registers at a time, and of them those of a warp.
-STATE_AT_ONCE = 16384
+STATE_AT_ONCE = 8192
 STATE_OF_A_WARP = 1024
-# Heads that a program looks at: so many that all programs run at once, but not more than these.
+# All programs are to run at once, one on each multiprocessor. A program does bad heads one after
+# the other, so it looks at no more than these.
+PROGRAMS = 132
 MOST_HEADS = 32
-# Numbers that a program looks at at once.
-LOOKS_AT_ONCE = 256
+LOOKED_AT = 64  # tokens from one of which something is read to the next
+LOOKS_AT_ONCE = 256  # numbers of a program
 
 
 def mended(
@@ -45,7 +47,7 @@ def mended(
       dfinal_state: cotangent of the final state, [B, Hv, K, V].
       dtokens: what the kernels found; dq and dk are those of value heads, [B, T, Hv, K] and
         [B, T, R, Hv, K], not yet added up over groups. dv has the dtype of v. Where anything is
-        not finite, dbeta must tell: see `gradients_anew.mend_back_in_place`.
+        not finite, dbeta must tell: see `anew.gradients.mend_back_in_place`.
       dinitial_state: [B, Hv, K, V], float32.
       options: what the kernels were told.
 
@@ -57,13 +59,12 @@ def mended(
     HV, V = v.shape[-2:]
     BK, ALL_V = tiling.power_of_two(K), tiling.power_of_two(V)
     BV = min(ALL_V, STATE_AT_ONCE // BK)
-    most = min(MOST_HEADS, 1 << (HV - 1).bit_length())
-    heads = 1
-    while heads < most and B * -(-HV // heads) > tiling.PROGRAMS_AT_ONCE:
-        heads *= 2
+    looks = min(MOST_HEADS, 1 << (-(-B * HV // PROGRAMS) - 1).bit_length())
+    looked_at = 1 << (-(-T // LOOKED_AT) - 1).bit_length()
     meta = {
         **{"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "BK": BK, "V": V},
-        **{"BV": BV, "ALL_V": ALL_V, "HEADS": heads, "AT_ONCE": LOOKS_AT_ONCE // heads},
+        **{"BV": BV, "ALL_V": ALL_V, "HEADS": B * HV, "LOOKS": looks},
+        **{"LOOKED_AT": LOOKED_AT, "AT_ONCE": min(looked_at, LOOKS_AT_ONCE // looks)},
         # A state takes so many rows of dv, in which it is kept.
         "SPAN": -(-K * (4 // dtokens.v.dtype.itemsize) // R),
         **{"HAS_G": g is not None, "HAS_RESETS": resets is not None},
@@ -77,7 +78,7 @@ def mended(
         "mend_back",
         (*arrays, *given),
         outs,
-        (B, -(-HV // heads)),
+        (-(-B * HV // looks),),
         Launch(max(2, BK * BV // STATE_OF_A_WARP), stages=1),
         meta=meta,
         aliases={len(arrays) + i: i for i in range(len(given))},

@@ -13,85 +13,17 @@ is kept in the memory of the cotangent of the initial state.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
+    fill,
+    first_bad,
+    is_bad_or_not_zero,
+    last_asking,
+    segment_start,
+)
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered, left, place
+from deltaproduct_jax.ops.kernels.triton.parts import head
 
-# Tokens from one of which a number is looked at to the next: pieces of a sequence have whole ones.
-LOOKED_AT: tl.constexpr = tl.constexpr(64)
-
-
-@triton.jit
-def _rows(base, rows, end, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """Pointers to rows of one head of an array [rows, HEADS, WIDTH], and which of them are any."""
-    columns = tl.arange(0, BW)
-    pointers = base + rows[:, None].to(tl.int64) * (HEADS * WIDTH) + columns[None, :]
-    return pointers, (rows < end)[:, None] & (columns < WIDTH)[None, :]
-
-
-@triton.jit
-def _first_bad(base, begin, end, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """The first row from ``begin`` on of which anything is not finite, or ``end``."""
-    ROWS: tl.constexpr = 1024 // BW
-    first = end
-    for at in range(begin, end, ROWS):
-        rows = at + tl.arange(0, ROWS)
-        pointers, inside = _rows(base, rows, end, HEADS, WIDTH, BW)
-        x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        is_bad = tl.sum(x - x, axis=1) != 0.0
-        first = tl.minimum(first, tl.min(tl.where(is_bad, rows, end), axis=0))
-    return first
-
-
-@triton.jit
-def _last_asking(base, begin, end, s, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """The last row that is not finite, or from s on not 0; ``begin`` - 1 if there is none."""
-    ROWS: tl.constexpr = 1024 // BW
-    last = begin - 1
-    for at in range(begin, end, ROWS):
-        rows = at + tl.arange(0, ROWS)
-        pointers, inside = _rows(base, rows, end, HEADS, WIDTH, BW)
-        x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-        asks = tl.sum((x != 0.0).to(tl.int32), axis=1) > 0
-        asks = (tl.sum(x - x, axis=1) != 0.0) | (asks & (rows >= s))
-        last = tl.maximum(last, tl.max(tl.where(asks, rows, begin - 1), axis=0))
-    return last
-
-
-@triton.jit
-def _fill(base, begin, end, value, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """Writes one number into rows."""
-    ROWS: tl.constexpr = 1024 // BW
-    for at in range(begin, end, ROWS):
-        rows = at + tl.arange(0, ROWS)
-        pointers, inside = _rows(base, rows, end, HEADS, WIDTH, BW)
-        x = tl.zeros([ROWS, BW], tl.float32) + value
-        tl.store(pointers, x.to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _is_bad_or_not_zero(base, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr):
-    """Whether anything of a state is not finite, and whether anything is not 0."""
-    VALUES: tl.constexpr = 1024 // BK
-    bad, some = 0.0, 0
-    for at in range(0, V, VALUES):
-        keys, columns = tl.arange(0, BK), at + tl.arange(0, VALUES)
-        inside = (keys < K)[:, None] & (columns < V)[None, :]
-        x = tl.load(base + keys[:, None] * V + columns[None, :], mask=inside, other=0.0)
-        x = x.to(tl.float32)
-        bad += tl.sum(tl.sum(x - x, axis=1), axis=0)
-        some += tl.sum(tl.sum((x != 0.0).to(tl.int32), axis=1), axis=0)
-    return bad != 0.0, some != 0
-
-
-@triton.jit
-def _segment_start(resets, end, T: tl.constexpr, HAS_RESETS: tl.constexpr):
-    """Where the segment begins of which the last token is the one before ``end``."""
-    start = end * 0
-    if HAS_RESETS:
-        for at in range(0, end, 256):
-            t = at + tl.arange(0, 256)
-            is_start = tl.load(resets + t, mask=t < end, other=0) != 0
-            start = tl.maximum(start, tl.max(tl.where(is_start, t, 0), axis=0))
-    return start
+BLOCK: tl.constexpr = tl.constexpr(16)  # updates of a block of narrow heads, at most
 
 
 @triton.jit
@@ -269,12 +201,12 @@ def _fill_all(
     V: tl.constexpr, ALL_V: tl.constexpr, HAS_G: tl.constexpr,
 ):  # fmt: skip
     """Writes one number into the gradients of the tokens from ``begin`` to ``end``."""
-    _fill(outs[0], begin, end, value, HV, K, BK)
-    _fill(outs[1], begin * R, end * R, value, HV, K, BK)
-    _fill(outs[2], begin * R, end * R, value, HV, V, ALL_V)
-    _fill(outs[3], begin * R, end * R, value, HV, 1, 1)
+    fill(outs[0], begin, end, value, HV, K, BK)
+    fill(outs[1], begin * R, end * R, value, HV, K, BK)
+    fill(outs[2], begin * R, end * R, value, HV, V, ALL_V)
+    fill(outs[3], begin * R, end * R, value, HV, 1, 1)
     if HAS_G:
-        _fill(outs[4], begin, end, value, HV, 1, 1)
+        fill(outs[4], begin, end, value, HV, 1, 1)
 
 
 @triton.jit
@@ -288,22 +220,22 @@ def _of_head(
     """All gradients of one row and head, from its last segment to its first."""
     q, k, v, beta, g, do = arrays
     nan = float("nan")
-    bad_state, _ = _is_bad_or_not_zero(initial, K, BK, V)
-    bad_dfinal, some_dfinal = _is_bad_or_not_zero(dfinal, K, BK, V)
+    bad_state, _ = is_bad_or_not_zero(initial, K, BK, V)
+    bad_dfinal, some_dfinal = is_bad_or_not_zero(dfinal, K, BK, V)
     end = tl.full([], T, tl.int32)
     while end > 0:
-        start = _segment_start(resets, end, T, HAS_RESETS)
+        start = segment_start(resets, end, T, HAS_RESETS)
         has_state = start == 0
         if HAS_RESETS:
             has_state = has_state & (tl.load(resets) == 0)
-        s = _first_bad(q, start, end, H, K, BK)
-        s = _first_bad(k, start * R, s * R, H, K, BK) // R
-        s = _first_bad(v, start * R, s * R, HV, V, ALL_V) // R
-        s = _first_bad(beta, start * R, s * R, HV, 1, 1) // R
+        s = first_bad(q, start, end, H, K, BK)
+        s = first_bad(k, start * R, s * R, H, K, BK) // R
+        s = first_bad(v, start * R, s * R, HV, V, ALL_V) // R
+        s = first_bad(beta, start * R, s * R, HV, 1, 1) // R
         if HAS_G:
-            s = _first_bad(g, start, s, HV, 1, 1)
+            s = first_bad(g, start, s, HV, 1, 1)
         s = tl.where(has_state & bad_state, start, s)
-        e = _last_asking(do, start, end, s, HV, V, ALL_V)
+        e = last_asking(do, start, end, s, HV, V, ALL_V)
         is_asked = (end == T) & (bad_dfinal | (some_dfinal & (s < end)))
         e = tl.where(is_asked, end - 1, e)
         if e + 1 < s:
@@ -315,10 +247,18 @@ def _of_head(
         _fill_all(outs, tl.maximum(s, e + 1), end, 0.0, R, HV, K, BK, V, ALL_V, HAS_G)
         if start == 0:
             if e >= 0:
-                _fill(dinitial, 0, K, nan, 1, V, ALL_V)
+                fill(dinitial, 0, K, nan, 1, V, ALL_V)
             elif (s == 0) | (has_state == 0):
-                _fill(dinitial, 0, K, 0.0, 1, V, ALL_V)
+                fill(dinitial, 0, K, 0.0, 1, V, ALL_V)
         end = start
+
+
+@triton.jit
+def _seen(of_heads, updates, inside, HV: tl.constexpr):
+    """Of each head NaN if any of these numbers is not finite, else 0."""
+    pointers = of_heads[None, :] + updates[:, None].to(tl.int64) * HV
+    x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    return tl.sum(x - x, axis=0)
 
 
 @triton.jit
@@ -327,32 +267,34 @@ def mend_back_in_place(
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ALL_V: tl.constexpr,
-    SPAN: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
+    SPAN: tl.constexpr, HEADS: tl.constexpr, LOOKS: tl.constexpr, LOOKED_AT: tl.constexpr,
+    AT_ONCE: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows and heads of which anything is not finite; all others stay as they are.
 
-    That is told by dbeta, of all of V error times cotangent of what is written: of the last updates
-    of LOOKED_AT tokens, behind what is bad in the tokens or states before, and of the first ones,
-    before what is bad in cotangents, queries or tokens behind.
+    That is told by dbeta, a sum over values of errors times cotangents of what is written: of the
+    last updates of LOOKED_AT tokens, behind what is bad in tokens or in states before, and of the
+    first ones, before what is bad in cotangents, queries or tokens behind. Narrow heads lose some
+    NaN within a block, by `rounded`, so of the last block all of it tells.
     """
-    b, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
-    heads = first + tl.arange(0, HEADS)
-    seen = tl.zeros([HEADS], tl.float32)
-    of_row = dbeta_ptr + b * (T * R * HV) + heads[None, :]
+    first = tl.program_id(0) * LOOKS
+    heads = first + tl.arange(0, LOOKS)
+    of_heads = dbeta_ptr + (heads // HV).to(tl.int64) * (T * R * HV) + heads % HV
+    is_head = (heads < HEADS)[None, :]
+    updates = T * R - BLOCK + tl.arange(0, BLOCK)
+    seen = _seen(of_heads, updates, is_head & (updates >= 0)[:, None], HV)
     for at in range(0, (T + LOOKED_AT - 1) // LOOKED_AT, AT_ONCE):
         begins = (at + tl.arange(0, AT_ONCE)) * LOOKED_AT
-        ends = tl.minimum(begins + LOOKED_AT, T) * R - 1
-        inside = (begins < T)[:, None] & (heads < HV)[None, :]
-        x = tl.load(of_row + (begins * R)[:, None].to(tl.int64) * HV, mask=inside, other=0.0)
-        y = tl.load(of_row + ends[:, None].to(tl.int64) * HV, mask=inside, other=0.0)
-        x, y = x.to(tl.float32), y.to(tl.float32)
-        seen += tl.sum((x - x) + (y - y), axis=0)
+        inside = is_head & (begins < T)[:, None]
+        seen += _seen(of_heads, begins * R, inside, HV)
+        seen += _seen(of_heads, tl.minimum(begins + LOOKED_AT, T) * R - 1, inside, HV)
     if tl.sum(seen, axis=0) != 0.0:
-        for head in range(0, HEADS):
-            hv = first + head
-            if tl.sum(tl.where(heads == hv, seen, 0.0), axis=0) != 0.0:
-                h, row, state = hv // (HV // H), b * T, (b * HV + hv) * (K * V)
+        for i in range(0, LOOKS):
+            if tl.sum(tl.where(heads == first + i, seen, 0.0), axis=0) != 0.0:
+                pid = first + i
+                b, hv, h = head(pid, H, HV)
+                row, state = b * T, pid.to(tl.int64) * (K * V)
                 arrays = (
                     place(q_ptr, row, h, H, K),
                     place(k_ptr, row * R, h, H, K),
@@ -382,13 +324,14 @@ def mend_back(
     dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ALL_V: tl.constexpr,
-    SPAN: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
+    SPAN: tl.constexpr, HEADS: tl.constexpr, LOOKS: tl.constexpr, LOOKED_AT: tl.constexpr,
+    AT_ONCE: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     """`mend_back_in_place` where results have pointers of their own, to the same memory."""
     mend_back_in_place(
         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, do_ptr, dfinal_ptr,
         dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
-        SCALE, T, R, H, HV, K, BK, V, BV, ALL_V, SPAN, HEADS, AT_ONCE, HAS_G, HAS_RESETS, RAW,
-        EPSILON,
+        SCALE, T, R, H, HV, K, BK, V, BV, ALL_V, SPAN, HEADS, LOOKS, LOOKED_AT, AT_ONCE, HAS_G,
+        HAS_RESETS, RAW, EPSILON,
     )  # fmt: skip
