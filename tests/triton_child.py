@@ -143,6 +143,7 @@ def interpret(every: bool) -> dict:
             case, dtype, inputs, run, relative
         )
     found = {"errors": found, "pieces": pieces, "kept": kept()}
+    found["mended"] = [bad_rows.mended(inputs, in_place) for in_place in (False, True)]
     if every:
         found["launches"] = timed()
         with counted_pieces() as pieces["vmap"]:

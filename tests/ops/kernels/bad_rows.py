@@ -4,11 +4,12 @@ import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton_interpreter
 from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, kernels
 from deltaproduct_jax.ops.kernels import containment
-from deltaproduct_jax.ops.kernels.triton import choice, tiling
+from deltaproduct_jax.ops.kernels.triton import choice, mend, tiling
 from deltaproduct_jax.ops.packing import starts_of_segments
 
 # What is bad in a row: of which argument or cotangent, where, and how many tokens are then bad of
@@ -72,6 +73,37 @@ def contained(
         "error": max(_relative(zeros(x), zeros(y)) for x, y in pairs),
         "alike": all(np.array_equal(np.isnan(x), np.isnan(y)) for x, y in pairs),
         "bad": int(np.isnan(o).any(axis=(2, 3)).sum()) == numbers[not packed],
+    }
+
+
+def mended(inputs, in_place: bool) -> dict[str, float | bool]:
+    """How far outputs of one head of four are from the contained recurrence; all others are 7."""
+    case = Case(T=20, R=2, B=2, H=1, G=2, K=24, V=20)
+    _, _, tokens, state = inputs(case, "float16")
+    ids = jnp.asarray(np.arange(20) // 9 + np.zeros((2, 1), int))
+    tokens = tokens._replace(
+        resets=starts_of_segments(ids), v=tokens.v.at[0, 12, 1, 1, 3].set(jnp.inf)
+    )
+    o = jnp.full((2, 20, 2, case.V), 7.0, tokens.v.dtype)
+    states = jnp.zeros((2, 2, 2, case.K, case.V)).at[0, 1, 0].set(jnp.nan)  # after two pieces
+    states = states.at[1, 0, 1].set(jnp.inf)  # something that overflowed
+
+    def call(name, *arrays, **options):
+        return triton_interpreter.call(name + "_in_place" * in_place, *arrays, **options)
+
+    options = kernels.Options(case.K**-0.5, None, spans=1, interpret=False)
+    o, final = mend.mended(call, tokens, state, o, states, options, block=8)
+    how = {"initial_state": state, "segment_ids": ids, "implementation": "recurrent"}
+    want, of_want = (np.asarray(x, np.float64) for x in delta_product(*tokens[:5], **how))
+    o, final = np.asarray(o, np.float64), np.asarray(final)
+    rest = np.delete(o.transpose(0, 2, 1, 3).reshape(4, -1), 1, axis=0)
+    zeros = lambda x: np.nan_to_num(x[0, 8:, 1], nan=0)
+    return {
+        "error": max(_relative(zeros(o), zeros(want)), _relative(final[0, 1], of_want[0, 1])),
+        "alike": np.array_equal(np.isnan(o[0, 8:, 1]), np.isnan(want[0, 8:, 1])),
+        "bad": bool(np.isnan(want[0, 12:18, 1]).all()),
+        "rest": bool((rest == 7).all() and (o[0, :8, 1] == 7).all()),  # and tokens before its block
+        "states": bool((final[0, 0] == 0).all() and np.isinf(final[1, 0]).all()),
     }
 
 

@@ -111,6 +111,12 @@ def test_what_is_not_finite_stays_in_its_segment(everything):
         assert found["bad"]  # those alone from the bad token to the end of its segment
 
 
+def test_a_head_that_is_not_finite_is_made_anew_and_no_other(interpreted):
+    for found in interpreted["mended"]:
+        assert found.pop("error") < 1e-3
+        assert all(found.values()), found
+
+
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
 def test_one_token_is_that_of_the_oracle(name, interpreted):
     assert max(interpreted[name].values()) < 1e-6

@@ -24,6 +24,8 @@ from deltaproduct_jax.ops.kernels.triton.anew.gradients import mend_back as mend
 from deltaproduct_jax.ops.kernels.triton.anew.gradients import (
     mend_back_in_place as mend_back_in_place,
 )
+from deltaproduct_jax.ops.kernels.triton.anew.outputs import mend as mend
+from deltaproduct_jax.ops.kernels.triton.anew.outputs import mend_in_place as mend_in_place
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_parts as convolve_parts
@@ -35,8 +37,6 @@ from deltaproduct_jax.ops.kernels.triton.logits import logit_back as logit_back
 from deltaproduct_jax.ops.kernels.triton.logits import logit_sums as logit_sums
 from deltaproduct_jax.ops.kernels.triton.narrow_backward import narrow_backward as narrow_backward
 from deltaproduct_jax.ops.kernels.triton.narrow_forward import narrow_forward as narrow_forward
-from deltaproduct_jax.ops.kernels.triton.outputs_anew import mend as mend
-from deltaproduct_jax.ops.kernels.triton.outputs_anew import mend_in_place as mend_in_place
 from deltaproduct_jax.ops.kernels.triton.parts import (
     chunk_decay,
     head,

@@ -10,8 +10,9 @@ kernels.py.
 import triton
 import triton.language as tl
 
-from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered
-from deltaproduct_jax.ops.kernels.triton.parts import square, tile
+from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import first_bad, is_bad_or_not_zero
+from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered, place
+from deltaproduct_jax.ops.kernels.triton.parts import square
 
 
 @triton.jit
@@ -43,30 +44,19 @@ def entered_vector(x, RAW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constex
 
 
 @triton.jit
-def first_bad(
+def first_bad_token(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T: tl.constexpr, R: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, HAS_G: tl.constexpr,
 ):  # fmt: skip
-    """The first token of which anything is not finite; T if there is none."""
-    SOME: tl.constexpr = 16
-    keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    first = tl.full([], T, tl.int32)
-    for begin in range(0, T, SOME):
-        token = begin + tl.arange(0, SOME)
-        inside = token < T
-        q = tile(q_ptr, row, h, token, keys, inside, H, K).to(tl.float32)
-        told = tl.sum(q * 0.0, axis=1)
-        for r in range(0, R):
-            update = token * R + r
-            k = tile(k_ptr, row * R, h, update, keys, inside, H, K).to(tl.float32)
-            v = tile(v_ptr, row * R, hv, update, values, inside, HV, V).to(tl.float32)
-            beta = tl.load(beta_ptr + (row * R + update) * HV + hv, mask=inside, other=0.0)
-            told += tl.sum(k * 0.0, axis=1) + tl.sum(v * 0.0, axis=1) + beta.to(tl.float32) * 0.0
-        if HAS_G:
-            g = tl.load(g_ptr + (row + token) * HV + hv, mask=inside, other=0.0)
-            told += g.to(tl.float32) * 0.0
-        first = tl.minimum(first, tl.min(tl.where(told != 0.0, token, T), axis=0))
+    """The first token of a head of a sequence of which anything is not finite; T if none is."""
+    begin, end = tl.full([], 0, tl.int32), tl.full([], T, tl.int32)
+    first = first_bad(place(q_ptr, row, h, H, K), begin, end, H, K, BK)
+    first = first_bad(place(k_ptr, row * R, h, H, K), begin, first * R, H, K, BK) // R
+    first = first_bad(place(v_ptr, row * R, hv, HV, V), begin, first * R, HV, V, BV) // R
+    first = first_bad(place(beta_ptr, row * R, hv, HV, 1), begin, first * R, HV, 1, 1) // R
+    if HAS_G:
+        first = first_bad(place(g_ptr, row, hv, HV, 1), begin, first, HV, 1, 1)
     return first
 
 
@@ -137,13 +127,9 @@ def mend_head(
     row, hv = pid // HV * T, pid % HV
     h = hv // (HV // H)
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
-    of_state = tl.zeros([], tl.int32)
-    for part in range(0, tl.cdiv(V, COLUMNS)):
-        columns = part * COLUMNS + tl.arange(0, COLUMNS)
-        within = (keys < K)[:, None] & (columns < V)[None, :]
-        S = tl.load(square(initial_ptr, pid, keys, columns, K, V), mask=within, other=0.0)
-        of_state = tl.maximum(of_state, is_bad(tl.sum(S * 0.0, axis=1)))
-    first = first_bad(
+    bad_state, _ = is_bad_or_not_zero(initial_ptr + pid * (K * V), K, BK, V)
+    of_state = bad_state.to(tl.int32)
+    first = first_bad_token(
         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T, R, H, HV, K, BK, V, BV, HAS_G
     )  # fmt: skip
     begin = tl.where(of_state > 0, 0, tl.where(first < T, first // C * C, T))
