@@ -4,8 +4,8 @@ A kernel sees its inputs as they are, and a NaN reaches more than it may. It say
 anything was not finite, by what it has in registers, which costs next to nothing; to look at every
 operand and to replace it takes a TPU a fifth of its time. A loop of as many turns as there are such
 rows, mostly none, then runs the kernel on each of them with 0 for what is bad, and puts NaN where
-`ops.containment` says. One row at a time, it needs memory for one. A GPU is asked whether there is
-a turn, which the host waits for.
+`ops.containment` says. One row at a time, it needs memory for one. Kernels of GPUs see to it
+themselves, behind each pass, so that no host waits: they say of no row that it is to run again.
 
 Shape suffixes: B rows, T tokens, H value heads.
 """
