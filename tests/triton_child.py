@@ -31,6 +31,7 @@ from helpers import Case
 from deltaproduct_jax.ops import checks, delta_product, delta_product_step, kernels
 from deltaproduct_jax.ops.kernels import grids
 from deltaproduct_jax.ops.kernels.triton import narrow, passes, tiling
+from deltaproduct_jax.ops.kernels.triton.passes import summed_over_groups
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -83,9 +84,10 @@ def run(tokens, state, cotangents, case, more, passes=passes):
     options = kernels.Options(
         case.K**-0.5, None, -(-case.T * case.R // 128), interpret=False, more=more
     )
-    *outputs, states, _ = passes.forward(tokens, state, options, keep_states=True)
-    dtokens, dstate, _ = passes.backward(tokens, states, *cotangents, options)
-    return outputs, [*dtokens[:5], dstate]
+    *outputs, states = passes.forward(tokens, state, options, keep_states=True)
+    dtokens, dstate = passes.backward(tokens, states, *cotangents, options)
+    dq, dk = summed_over_groups(*dtokens[:2], tokens)
+    return outputs, [dq, dk, *dtokens[2:5], dstate]
 
 
 def errors(case: Case, dtype: str, passes=passes) -> dict[str, float]:
@@ -146,17 +148,18 @@ def interpret(every: bool) -> dict:
             case, dtype, inputs, run, relative
         )
     found = {"errors": found, "pieces": pieces, "kept": kept()}
+    found["mended"] = [bad_rows.mended(inputs, in_place) for in_place in (False, True)]
     if every:
         found["launches"] = timed()
         with counted_pieces() as pieces["vmap"]:
             found["vmap"] = vmapped()
         found["vmap of narrow heads"] = vmapped(12, narrow)
-        found["told"] = [bad_rows.told(inputs, kernel) for kernel in (passes, narrow)]
         contained = functools.partial(bad_rows.contained, inputs)
-        found["contained"] = [contained(more) for more in (True, False)]
-        found["contained"] += [contained(n in "kg", n) for n in bad_rows.BAD if n != "v"]
+        found["contained"] = [contained(name in "kg", name) for name in bad_rows.BAD]
+        found["contained"] += [contained(True, *how) for how in bad_rows.MORE]
         narrow.FEWEST_HEADS = 1
         found["contained"] += [contained(True, name) for name in bad_rows.BAD]
+        found["contained"] += [contained(True, *how) for how in bad_rows.MORE]
     return found | {name: one_token(name) for name in ("step", "step_in_place")}
 
 
@@ -198,7 +201,7 @@ def kept() -> dict[str, bool]:
     case = Case(T=128, B=1, H=1, K=128, V=128, gate=None)
     _, _, tokens, state = inputs(case, "float16")
     options = kernels.Options(case.K**-0.5, None, spans=2, interpret=False, more=True)
-    *_, arrays, _ = passes.forward(tokens, state, options, keep_states=True)
+    *_, arrays = passes.forward(tokens, state, options, keep_states=True)
     names = ("states", "X", "scores", "maps")
     return {n: bool(jnp.all(jnp.isfinite(x))) for n, x in zip(names, arrays, strict=True)}
 

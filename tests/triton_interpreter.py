@@ -99,17 +99,41 @@ def _dot(self, a, b, accumulator, *_):
     return TensorHandle(product, accumulator.dtype.scalar)
 
 
+@functools.cache
+def _prepared():
+    """Triton's interpreter as kernels here need it; returns what a launch begins with."""
+    from triton.runtime import interpreter
+
+    patch_tensor, patch = interpreter._patch_lang_tensor, interpreter._patch_lang
+    patched = set()
+
+    def patch_tensor_and_index(tensor, scope):
+        """NumPy makes no index of an array of one number, which scalars are here: loops' bounds."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def patch_once(function):
+        """Every call of a function within a kernel would do it again, which takes half the time."""
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    interpreter._patch_lang_tensor, interpreter._patch_lang = patch_tensor_and_index, patch_once
+    builder = interpreter.InterpreterBuilder
+    builder.create_inline_asm, builder.create_dot = _inline_asm, _dot
+    return patched.clear
+
+
 def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
     """Stands in for `passes.call`; a kernel "..._in_place" has no pointer of its own for what
     takes an input's place, as jax-triton 0.4 has it.
     """
-    from triton.runtime.interpreter import InterpreterBuilder
-
     from deltaproduct_jax.ops.kernels import grids
     from deltaproduct_jax.ops.kernels.triton import kernels
 
     del launch
-    InterpreterBuilder.create_inline_asm, InterpreterBuilder.create_dot = _inline_asm, _dot
+    begin = _prepared()
     kernel = getattr(kernels, name)
     grid, line = grids.fitted(name, grid, kernel.arg_names)
 
@@ -124,6 +148,7 @@ def call(name: str, arrays, outs, grid, launch, *, meta, aliases=None):
         in_place = (aliases or {}).values() if name.endswith("_in_place") else ()
         given = [x for index, x in enumerate(results) if index not in in_place]
         with _ONE_AT_A_TIME:
+            begin()
             kernel[grid](*inputs, *given, **constants)
         return tuple(x.array for x in results)
 

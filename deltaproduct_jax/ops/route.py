@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.chunked import Settings
 from deltaproduct_jax.ops.cut import cut_for, default_chunk_size, default_span
-from deltaproduct_jax.ops.kernels.containment import flags_like
+from deltaproduct_jax.ops.kernels.containment import kept_last
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import Matmul
 from deltaproduct_jax.ops.selection import select_implementation
@@ -114,8 +114,8 @@ def resolve(
     options = options._replace(more=bool(kept_more))
     raw = raw and bool(kept_more) and chosen == {"triton"} and kernel.takes_raw(tokens, options)
     options = options._replace(raw=raw)
-    if chosen:
-        kept_more = (*kept_more, flags_like(tokens))
+    options = options._replace(kernels=tuple(sorted(chosen)))
+    kept_more = (*kept_more, *kept_last(tokens, options.kernels))
     fixed = {"scale": scale, "precision": precision, "span": kept_span, "chunk_size": chunk_size}
     branches = (
         Branch(

@@ -8,8 +8,7 @@ it puts a NaN into one of two segments: what becomes NaN must be what does in th
 
 On a GPU: --implementations=triton --dtype=bfloat16 --batch_size=8 --length=4096 --num_heads=16
 --head_dim=128. There the time on the GPU itself, the sum of the kernels that the profiler saw,
-stands beside that of a call, which waits for the GPU to say that nothing is bad. Rows are packed
-then, of two segments: in others its kernels do not look.
+stands beside that of a call. With --packed rows have two segments.
 
 For TPUs, on a machine without one, cycles of the schedule by their compiler (libtpu):
 
@@ -17,8 +16,7 @@ For TPUs, on a machine without one, cycles of the schedule by their compiler (li
         --implementations=pallas_tpu --length=1024 --head_dim=128 --dtype=bfloat16
 
 Source: this project; the bars are 1.05 times on a CPU, 1.02 on GPUs and TPUs.
-Expect: ratios of at most 1.05 on a CPU that does nothing else. On an H200 forward passes took 1.02
-    to 1.05 times as long on the GPU, gradients 1.00 to 1.01 (results/gpu/LOG.md).
+Expect: ratios of at most 1.05 on a CPU that does nothing else.
 Takes: 4 minutes on two CPU cores; a minute an estimate on a core of its own.
 """
 
@@ -85,6 +83,7 @@ class ContainmentConfig:
     head_dim: int = setting(64, "key width K and value width V")
     gated: bool = setting(True, "with a decay g")
     dtype: str = setting("float32", "of q, k and v: float32 or bfloat16")
+    packed: bool = setting(False, "rows of two segments")
     repeats: int = setting(25, "timed rounds; medians count")
     budget_s: float = setting(30.0, "seconds after which no further round of a row begins", above=0)
     estimate: str | None = setting(
@@ -136,7 +135,7 @@ def measure(config: ContainmentConfig, implementation: str, direction: str, R: i
     if config.estimate is not None:
         return _estimated(config.estimate, implementation, direction, shape)
     # Made anew for each: JAX would know the trace of a function that it has seen.
-    op = _packed(shape) if implementation == "triton" else implementation
+    op = _packed(shape, implementation) if config.packed else implementation
     make, arrays = functools.partial(program, op, direction), shape.inputs()
     programs: dict[str, Compiled] = {"contained": compile_program(make(), arrays)}
     with bare():
@@ -146,11 +145,11 @@ def measure(config: ContainmentConfig, implementation: str, direction: str, R: i
     return [implementation, direction, R, *times, times[0] / times[1], *_on_device(programs)]
 
 
-def _packed(shape: Shape) -> Callable[..., Any]:
-    """The op on rows of two segments: of others GPU kernels do not look."""
+def _packed(shape: Shape, implementation: str) -> Callable[..., Any]:
+    """The op on rows of two segments."""
     ids = jnp.broadcast_to(jnp.arange(shape.T) >= shape.T // 2, (shape.B, shape.T))
     return functools.partial(
-        delta_product, segment_ids=ids.astype(jnp.int32), implementation="triton"
+        delta_product, segment_ids=ids.astype(jnp.int32), implementation=implementation
     )
 
 

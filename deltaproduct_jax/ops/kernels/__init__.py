@@ -15,11 +15,12 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
     with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
     is ready for kernels of two platforms; slots left over then may hold anything. With
     ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite; None: nobody looked.
+    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite, which are run again;
+    None: there are none.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
-    As `chunked_backward`, from what its own ``forward`` kept, and flags [B, H] float32 behind it:
-    not 0 for rows that were run again. ``bad`` are those, and rows of whose cotangents anything
-    was not finite, or None.
+    As `chunked_backward`, from what its own ``forward`` kept, and behind it what
+    `containment.kept_last` says; of flags those are not 0 whose rows were run again. ``bad`` are
+    those, and rows of whose cotangents anything was not finite, or None.
 
 One that reads tokens otherwise than the op lays them out has two more, and is given what the first
 returns; `containment` calls them:
@@ -83,6 +84,7 @@ class Options(NamedTuple):
       more: whether they have room for what the kernel keeps beside states.
       rows: sequences of the call, where it is run again on some of them; None: all.
       known_finite: whether all operands are: then only bad cotangents have rows run again.
+      kernels: names of those that a gradient runs on some platform, sorted.
       raw: q, k and v are to go through SiLU first, and q and k are divided by their lengths then;
         of a kernel whose ``takes_raw(tokens, options)`` says so.
     """
@@ -96,6 +98,7 @@ class Options(NamedTuple):
     rows: int | None = None
     known_finite: bool = False
     raw: bool = False
+    kernels: tuple[str, ...] = ()
 
 
 @functools.cache

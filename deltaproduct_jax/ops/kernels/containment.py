@@ -4,8 +4,8 @@ A kernel sees its inputs as they are, and a NaN reaches more than it may. It say
 anything was not finite, by what it has in registers, which costs next to nothing; to look at every
 operand and to replace it takes a TPU a fifth of its time. A loop of as many turns as there are such
 rows, mostly none, then runs the kernel on each of them with 0 for what is bad, and puts NaN where
-`ops.containment` says. One row at a time, it needs memory for one. A GPU is asked whether there is
-a turn, which the host waits for.
+`ops.containment` says. One row at a time, it needs memory for one. Kernels of GPUs see to it
+themselves, behind each pass, so that no host waits: they say of no row that it is to run again.
 
 Shape suffixes: B rows, T tokens, H value heads.
 """
@@ -36,21 +36,30 @@ def watched(tokens: Tokens, state: jax.Array) -> Watched:
     return Watched.of(bare, state, tokens.resets, head_axes(bare))
 
 
-def flags_like(tokens: Tokens) -> jax.ShapeDtypeStruct:
-    """The last of what a gradient keeps where a kernel may run, [B, H]."""
-    return jax.ShapeDtypeStruct((tokens.v.shape[0], tokens.v.shape[3]), jnp.float32)
+def kept_last(tokens: Tokens, names: tuple[str, ...]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """The last of what a gradient keeps where kernels of these names may run.
+
+    The initial state [B, H, K, V], of which kept ones are rounded, and flags [B, H].
+    """
+    B, H, V = tokens.v.shape[0], *tokens.v.shape[3:]
+    shapes = {"triton": (B, H, tokens.k.shape[-1], V), "pallas_tpu": (B, H)}
+    return tuple(
+        jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items() if name in names
+    )
 
 
 def forward(
     tokens: Tokens, initial_state, *, kernel: ModuleType, options: Options, keep_states: bool
 ):
-    """``kernel.forward``, contained: ``(o, final_state, kept)``, flags last among the kept."""
+    """``kernel.forward``, contained: ``(o, final_state, kept)``, `kept_last` last of the kept."""
     laid, restore = _laid_out(kernel, tokens, options)
     run = functools.partial(kernel.forward, options=options, keep_states=keep_states)
     o, final_state, kept, bad = run(laid, initial_state)
     if keep_states:
-        flags = flags_like(tokens)
-        kept = (*kept, mark_varying_as(jnp.zeros(flags.shape, flags.dtype), o))
+        for like in kept_last(tokens, options.kernels):
+            is_state = like.shape == initial_state.shape
+            last = initial_state if is_state else jnp.zeros(like.shape, like.dtype)
+            kept = (*kept, mark_varying_as(last, o))
     if bad is None or options.known_finite:
         return o, final_state, kept
     run = functools.partial(run, options=options._replace(rows=len(bad)))

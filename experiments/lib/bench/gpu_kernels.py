@@ -104,11 +104,11 @@ def _trace(config: PassConfig, R: int, K: int) -> None:
     tokens = Tokens(array(B, T, H, K), *2 * (array(B, T, R, H, K),), array(B, T, R, H), g, None)
     state = array(B, H, K, K, dtype=jnp.float32)
     spans = -(-T // default_span(dtype, T=T, R=R, K=K, V=K))
-    options = kernels.Options(K**-0.5, None, spans, interpret=False)
+    options = kernels.Options(K**-0.5, None, spans, interpret=False, known_finite=True)
     options = options._replace(more=bool(passes.kept_more(tokens, options)))
 
     def both(tokens, state, do):
-        _, _, states, _ = passes.forward(tokens, state, options, keep_states=True)
+        _, _, states = passes.forward(tokens, state, options, keep_states=True)
         return passes.backward(tokens, states, do, state, options)
 
     jax.eval_shape(both, tokens, state, array(B, T, H, K))

@@ -120,13 +120,15 @@ def resources(every: bool, inputs, run) -> list[dict]:
     rows, call = [], passes.call
     shapes = itertools.product((16, 32), ("bfloat16", "float32"), (True, False), (narrow, RAW))
 
-    def compiled(name, arrays, outs, grid, launch, *, meta):
-        del grid
+    def compiled(name, arrays, outs, grid, launch, *, meta, aliases=None):
+        del grid, aliases
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
         how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
         found = kernel_resources(getattr(bodies, name), structs, meta, **how)
         rows.append(
-            found | {"kernel": name} | {key: meta[key] for key in ("PARTS", "HAS_G", "RAW")}
+            found
+            | {"kernel": name, "PARTS": meta.get("PARTS")}
+            | {key: meta[key] for key in ("HAS_G", "RAW")}
         )
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
 

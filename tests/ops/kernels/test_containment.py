@@ -21,7 +21,7 @@ from deltaproduct_jax.ops.recurrent import recurrent
 
 CASE = Case(T=6, R=2, B=3, H=1, G=2, K=4, V=3)
 IDS = np.array([[0, 0, 0, 1, 1, 1], [0, 0, 2, 2, 2, 2], [5, 5, 5, 5, 3, 3]])
-OPTIONS = Options(scale=0.5, precision=None, spans=1, interpret=True)
+OPTIONS = Options(0.5, None, spans=1, interpret=True, kernels=("pallas_tpu",))
 RUNS = []
 
 

@@ -310,16 +310,15 @@ def put_seen(line, x):
 
 
 @gluon.jit
-def write_seen(ptr, lines, COUNT: gl.constexpr):
-    """Writes 0, or NaN if any of COUNT lines has one, of a program whose ids are read anew.
+def tell(states_ptr, line, K: gl.constexpr, V: gl.constexpr):
+    """If the line has a NaN makes one of the state that a program wrote, whose ids are read anew.
 
     By all that was specialised nothing is held meanwhile: registers are short.
     """
     index = program_id_again("x") * gl.num_programs(1) + program_id_again("y")
-    seen = gl.zeros([64], gl.float32, LINE)
-    for i in gl.static_range(COUNT):
-        seen += lines.index(i).load(LINE)
-    gl.store(ptr + index, gl.sum(seen, axis=0))
+    seen, at = gl.sum(line.load(LINE), axis=0), gl.arange(0, 64, LINE)
+    place = states_ptr + index.to(gl.int64) * (K * V) + at
+    gl.store(place, seen + gl.zeros([64], gl.float32, LINE), mask=(at >= 0) & (seen != 0.0))
 
 
 @gluon.jit

@@ -13,7 +13,8 @@ from deltaproduct_jax.ops.kernels import Options, grids
 from deltaproduct_jax.ops.kernels.gluon import cut, gates, launch
 from deltaproduct_jax.ops.kernels.gluon.gates import GROUP
 from deltaproduct_jax.ops.kernels.gluon.launch import Tile
-from deltaproduct_jax.ops.kernels.triton import looking
+from deltaproduct_jax.ops.kernels.triton import passes as triton
+from deltaproduct_jax.ops.kernels.triton.mend import mended
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.varying import mark_varying_as
 
@@ -85,10 +86,9 @@ class Call:
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
         self.is_gated = tokens.g is not None or tokens.resets is not None
-        self.keeps, self.looks = keeps, looking.looks(tokens, options)
+        self.keeps, self.looks = keeps, not options.known_finite
         how = {"R": R, "gated": self.is_gated, "keeps": keeps}
-        # Of rows that are run again as many as of all, so that they stay the same bits.
-        self.pieces = cut.pieces_for((options.rows or B) * HV, self.NG, **how)
+        self.pieces = cut.pieces_for(B * HV, self.NG, **how)
         self.forgets = self.pieces > 1 and self.is_gated
         self.gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
         self.meta = {
@@ -182,12 +182,6 @@ class Call:
         shape = (self.slots, self.B, H, self.HV // H, self.K, self.V)
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def seen(self, mode: str) -> tuple[bool, jax.ShapeDtypeStruct]:
-        """Whether a walk tells what is not finite, and a flag of every piece."""
-        if mode != "whole" or not self.looks:
-            return False, PLACEHOLDER
-        return True, jax.ShapeDtypeStruct((self.B, self.HV, self.pieces), jnp.float32)
-
     def of_pieces(self, pieces: int) -> dict[str, jax.ShapeDtypeStruct]:
         """What each of ``pieces`` does to any state, but for both ends; and growth by groups."""
         shapes = {}
@@ -200,7 +194,7 @@ class Call:
     def walked(
         self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
     ):
-        """Outputs, the states after pieces, kept states, errors, and what is not finite."""
+        """Outputs, the states after pieces, kept states and errors."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
             "whole": (0, self.pieces, self.pieces),
@@ -217,18 +211,14 @@ class Call:
             **{"S": STAGES_OF_GRADIENTS if keeps else STAGES},
             **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
             **{"FORGETS": self.forgets and mode != "whole", "SUMMARY": int(mode == "maps")},
+            "LOOKS": mode == "whole" and self.looks,
         }
-        more["LOOKS"], seen = self.seen(mode)
         arrays = (q, k, v, x, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
-        outs.append(seen)
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 
     def walked_back(self, x, sums, start, needs, do, e, states, *, mode: str):
-        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces.
-
-        And what is not finite.
-        """
+        """Cotangents of q, k, v, beta and g's terms, and those of states before pieces."""
         q, k, v, beta = self.tokens[:4]
         T, R = self.meta["T"], self.meta["R"]
         is_whole, gated = mode == "whole", self.gates["HAS_G"]
@@ -248,9 +238,8 @@ class Call:
             **{"HAS_GRADIENTS": is_whole, "START": mode},
             "FORGETS": self.forgets and not is_whole,
         }
-        more["LOOKS"], seen = self.seen(mode)
         arrays = (q, k, x, do, e, states, x, beta, sums, start, needs)
-        outs += [self.states(self.pieces, self.V), seen]
+        outs.append(self.states(self.pieces, self.V))
         grid = (self.B * self.HV, self.pieces - first)
         return self.launch(self.walk_back.walk_back, arrays, outs, grid, **more)
 
@@ -271,12 +260,12 @@ def fixed(tokens: Tokens, options: Options) -> Fixed:
 
 
 def forward(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
-    """Outputs [B, T, Hv, V], the final state [B, Hv, K, V], and flags [B, ...] of bad rows."""
-    return _forward(fixed, Call(tokens, fixed.options, keeps=False), initial_state)[:3]
+    """Outputs [B, T, Hv, V] and the final state [B, Hv, K, V]."""
+    return _forward(fixed.options, Call(tokens, fixed.options, keeps=False), initial_state)[:2]
 
 
-def _forward(fixed: Fixed, call: Call, initial_state: jax.Array):
-    """Outputs, the final state, bad rows, and X, kept states, errors and maps, if there are any."""
+def _forward(options: Options, call: Call, initial_state: jax.Array):
+    """Outputs, the final state, and X, kept states, errors and maps, if there are any."""
     sums = call.sums()
     x, growth = call.inverse(sums)
     start, maps, needs = initial_state, None, growth
@@ -286,18 +275,13 @@ def _forward(fixed: Fixed, call: Call, initial_state: jax.Array):
         if call.pieces > 2:
             maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
         start = composed(call, initial_state, maps, ends, needs, reverse=False)
-    o, after, states, errors, seen = call.walked(
+    o, after, states, errors = call.walked(
         x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=call.keeps
     )
     more = {"maps": maps, "growth": growth}
-    return o, after[:, :, -1], _of_rows(fixed, call, seen), x, states, errors, more
-
-
-def _of_rows(fixed: Fixed, call: Call, seen: jax.Array) -> jax.Array:
-    """What walks tell, [B, ...]; nothing is bad if they do not look."""
-    if seen.ndim == 1:
-        return mark_varying_as(jnp.zeros((call.B, 1), seen.dtype), seen)
-    return looking.of_pieces(seen, fixed.pieces)
+    arrays = call.tokens, initial_state, o, after
+    o, final_state = mended(triton.call, *arrays, options, block=GROUP)
+    return o, final_state, x, states, errors, more
 
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -308,17 +292,17 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 
 def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
-    """Outputs, the final state, flags of bad rows, and what `backward` needs."""
+    """Outputs, the final state, and what `backward` needs."""
     call = Call(tokens, fixed.options)
-    o, final_state, seen, x, states, errors, more = _forward(fixed, call, initial_state)
+    o, final_state, x, states, errors, more = _forward(fixed.options, call, initial_state)
     empty = call.of_pieces(fixed.pieces)
     if fixed.pieces != call.pieces:
         more = {name: jnp.zeros(x.shape, x.dtype) for name, x in empty.items()}
-    return o, final_state, seen, (states, x, errors, *(more[name] for name in empty))
+    return o, final_state, (states, x, errors, *(more[name] for name in empty))
 
 
 def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
-    """Cotangents of the tokens and of the initial state, and flags of bad rows."""
+    """Cotangents of the tokens, dq and dk by value head, and of the initial state."""
     call = Call(tokens, fixed.options)
     states, x, errors, *more = kept
     more = dict(zip(call.of_pieces(fixed.pieces), more, strict=True))
@@ -328,24 +312,15 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
         if call.forgets:
             needs = call.needs(more["growth"])
         maps = more.get("maps")
-        # Whatever they begin with; of rows run again it is not known whether theirs were kept.
-        found_again = fixed.pieces != call.pieces or fixed.options.rows is not None
-        if found_again and call.pieces > 2:
+        if fixed.pieces != call.pieces and call.pieces > 2:  # whatever they begin with
             maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
-        *_, ends, _ = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
+        *_, ends = call.walked_back(x, sums, start, needs, *arrays, mode="ends")
         start = composed(call, dfinal_state, maps, ends, needs, reverse=True)
-    dq, dk, dv, dbeta, *terms, before, seen = call.walked_back(
+    dq, dk, dv, dbeta, *terms, before = call.walked_back(
         x, sums, start, needs, *arrays, mode="whole"
     )
-    q, k, g = tokens.q, tokens.k, tokens.g
-    if q.shape[2] != call.HV:  # of value heads; of a group they are added up
-        dq, dk = (
-            jnp.sum(dx.reshape(*x.shape[:-1], -1, x.shape[-1]).astype(jnp.float32), axis=-2)
-            for dx, x in ((dq, q), (dk, k))
-        )
-    dg = None if g is None else gate_cotangents(call, *terms, sums)
-    dtokens = Tokens(dq.astype(q.dtype), dk.astype(k.dtype), dv, dbeta, dg, None)
-    return dtokens, before[:, :, 0], _of_rows(fixed, call, seen)
+    dg = None if tokens.g is None else gate_cotangents(call, *terms, sums)
+    return Tokens(dq, dk, dv, dbeta, dg, None), before[:, :, 0]
 
 
 def gate_cotangents(call: Call, terms, wholes, sums) -> jax.Array:

@@ -32,8 +32,8 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     one_of_halves,
     put_seen,
     put_vectors,
+    tell,
     widened,
-    write_seen,
 )
 
 
@@ -76,11 +76,11 @@ def load_tiles(
 def prepare_blocks(
     handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
     NG: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
-    HAS_RESETS: gl.constexpr, LOOKS: gl.constexpr, NC: gl.constexpr,
+    HAS_RESETS: gl.constexpr, LOOKS: gl.constexpr,
 ):  # fmt: skip
     """Four warps: scores and decays of every block, two blocks deep.
 
-    With LOOKS they tell whether a query was not finite, which no state sees: then none of the
+    If they LOOK they put down whether a query was not finite, which no state sees: then none of the
     products of its row is.
     """
     (
@@ -132,23 +132,21 @@ def prepare_blocks(
             if r == R - 1:
                 mbarrier.arrive(qempty.index(sq), count=1)
     if LOOKS:
-        put_seen(seen.index(NC), bad)
+        put_seen(seen.index(0), bad)
 
 
 @gluon.jit
 def hold_state(
     handed, SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     SEQUENCES: gl.constexpr, S: gl.constexpr, DECAYS: gl.constexpr, HAS_O: gl.constexpr,
-    HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr, START: gl.constexpr, LOOKS: gl.constexpr,
-    J: gl.constexpr,
+    HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr, START: gl.constexpr, J: gl.constexpr,
 ):  # fmt: skip
     """Four warps: columns J * 64 to J * 64 + 63 of the state, and of the outputs.
 
-    With LOOKS they tell whether anything but a query was not finite: nothing that reaches a state
-    is chosen by a mask, so that it stays.
+    Nothing that reaches a state is chosen by a mask, so that what is not finite stays.
     """
     (
-        out, states, errors, start_ptr, final_ptr, seen, qb, kb, vb, x0b, x1b, pb, ob, sb, eb,
+        out, states, errors, start_ptr, final_ptr, qb, kb, vb, x0b, x1b, pb, ob, sb, eb,
         intos, outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b, ocol, pid,
         index,
     ) = handed  # fmt: skip
@@ -256,8 +254,6 @@ def hold_state(
         if HAS_O:
             pred = warpgroup_mma_wait(0, deps=[pred])
     gl.store(final_ptr + at, state)
-    if LOOKS:
-        put_seen(seen.index(J), state)
     if HAS_O:
         tma.store_wait(0)
 
@@ -265,7 +261,7 @@ def hold_state(
 @gluon.jit
 def walk(
     q, k, v, x_first, x_rest, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states,
-    errors, seen_ptr,
+    errors,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
@@ -279,8 +275,8 @@ def walk(
     without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
     state before every block, transposed and in bfloat16, and the errors of its updates. With
     FORGETS they walk through as many of the last groups of their piece as are needed (`Call.needs`:
-    SUMMARY of the three numbers); a map is zero, not the identity, if none is. With LOOKS they
-    write a number for each piece: NaN where anything was not finite, else 0.
+    SUMMARY of the three numbers); a map is zero, not the identity, if none is. If they LOOK
+    a line of the state after a piece is NaN where a query of it was not finite: see `mend`.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
@@ -317,8 +313,7 @@ def walk(
     tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     of_tokens = gl.allocate_shared_memory(gl.float32, [3, 64], line)
     of_updates = gl.allocate_shared_memory(gl.float32, [3, 64], line)
-    # What was not finite in each 64 columns of the state, and among the queries.
-    seen = gl.allocate_shared_memory(gl.float32, [NC + 1 if LOOKS else 1, 64], line)
+    seen = gl.allocate_shared_memory(gl.float32, [1, 64], line)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
@@ -336,7 +331,7 @@ def walk(
         mbarrier.init(free.index(i), count=NC)
     fence_async_shared()
     hold = (
-        o, states, errors, start_ptr, final_ptr, seen, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos,
+        o, states, errors, start_ptr, final_ptr, qb, kb, vb, x0b, x1b, pb, ob, sb, eb, intos,
         outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
     )  # fmt: skip
     prepare = (
@@ -351,28 +346,25 @@ def walk(
     if NC == 2:
         gl.warp_specialize([
             (hold_state, (
-                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, LOOKS,
-                0,
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
             )),
             (hold_state, (
-                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, LOOKS,
-                1,
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 1,
             )),
             (prepare_blocks, (
-                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS, NC,
+                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS,
             )),
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
     else:
         gl.warp_specialize([
             (hold_state, (
-                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, LOOKS,
-                0,
+                hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
             )),
             (prepare_blocks, (
-                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS, NC,
+                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS,
             )),
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 1], [152, 24])  # fmt: skip
     if LOOKS:
-        write_seen(seen_ptr, seen, NC + 1)
+        tell(final_ptr, seen.index(0), K, V)

@@ -26,8 +26,6 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     left,
     matrix,
     nothing,
-    put_seen,
-    write_seen,
 )
 
 
@@ -42,15 +40,11 @@ def put_product(ptr, tile, state):
 def hold_cotangent(
     handed, SCALE: gl.constexpr, R: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
     NG: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, D: gl.constexpr, DECAYS: gl.constexpr,
-    HAS_GRADIENTS: gl.constexpr, HAS_G: gl.constexpr, ENDS: gl.constexpr, LOOKS: gl.constexpr,
-    J: gl.constexpr,
+    HAS_GRADIENTS: gl.constexpr, HAS_G: gl.constexpr, ENDS: gl.constexpr, J: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: columns J * 64 to J * 64 + 63 of the cotangent of the state, and of dv.
-
-    With LOOKS they tell whether any cotangent was not finite.
-    """
+    """Four warps: columns J * 64 to J * 64 + 63 of the cotangent of the state, and of dv."""
     (
-        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, seen, qb, kb, dob, x0b, x1b, pb, sb, dsb,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, x0b, x1b, pb, sb, dsb,
         dyb, intos, outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states,
         ready, free, of_ds, of_dy, total, first, b, vcol, pid, piece, is_last,
     ) = handed  # fmt: skip
@@ -140,8 +134,6 @@ def hold_cotangent(
         mbarrier.arrive(free.index(st), count=1)
         mbarrier.arrive(empty.index(s), count=1)
     gl.store(before_ptr + index * (K * V) + at, state)
-    if LOOKS:
-        put_seen(seen.index(J), state)
     if HAS_GRADIENTS:
         tma.store_wait(0)
 
@@ -167,19 +159,18 @@ def both_ways(FULL: gl.constexpr, EMPTY: gl.constexpr):
 @gluon.jit
 def walk_back(
     q, k, x_term, do, e, states, x_rest, beta_ptr, sums_ptr, start_ptr, needs_ptr,
-    dq, dk, dv, dbeta_ptr, terms_ptr, wholes_ptr, before_ptr, seen_ptr,
+    dq, dk, dv, dbeta_ptr, terms_ptr, wholes_ptr, before_ptr,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_GRADIENTS: gl.constexpr, START: gl.constexpr,
-    FORGETS: gl.constexpr, LOOKS: gl.constexpr,
+    FORGETS: gl.constexpr,
 ):  # fmt: skip
     """Cotangents of inputs, and of the states before pieces of STEPS groups, from FIRST on.
 
     They set out from the cotangents given if START is "whole"; for "ends" from nothing, but for the
     last piece, which has its true one. Without HAS_GRADIENTS only those of states. With FORGETS
-    they begin behind as many of the first groups of their piece as are needed (`Call.needs`). With
-    LOOKS they write a number for each piece: NaN where a cotangent was not finite, else 0.
+    they begin behind as many of the first groups of their piece as are needed (`Call.needs`).
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
@@ -225,7 +216,6 @@ def walk_back(
     tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     of_tokens = gl.allocate_shared_memory(gl.float32, [3, 64], line)
     of_updates = gl.allocate_shared_memory(gl.float32, [3, 64], line)
-    seen = gl.allocate_shared_memory(gl.float32, [NC if LOOKS else 1, 64], line)
     full, empty = barriers(1, S), barriers(NC, S)
     qfull, qempty = barriers(1, 2), barriers(NC, 2)
     do_full, do_empty = barriers(1, D), barriers(NC, D)
@@ -238,7 +228,7 @@ def walk_back(
         x0b.index(p).store(none)
     fence_async_shared()
     hold = (
-        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, seen, qb, kb, dob, x0b, x1b, pb, sb, dsb,
+        dv, sums_ptr, start_ptr, before_ptr, wholes_ptr, qb, kb, dob, x0b, x1b, pb, sb, dsb,
         dyb, intos, outs, tokens, full, empty, qfull, qempty, do_full, do_empty, of_x, of_states,
         ready, free, of_ds, of_dy, total, first, b32, vcol, pid, piece, is_last,
     )  # fmt: skip
@@ -259,11 +249,11 @@ def walk_back(
         gl.warp_specialize([
             (hold_cotangent, (
                 hold, SCALE, R, K, V, NG, PIECES, S, D, DECAYS, HAS_GRADIENTS, HAS_G,
-                START == "ends", LOOKS, 0,
+                START == "ends", 0,
             )),
             (hold_cotangent, (
                 hold, SCALE, R, K, V, NG, PIECES, S, D, DECAYS, HAS_GRADIENTS, HAS_G,
-                START == "ends", LOOKS, 1,
+                START == "ends", 1,
             )),
             (find_cotangents, (
                 find, arrays, SCALE, T, R, HV, K, NG, S, D, NC, B * HV, HAS_G, HAS_RESETS,
@@ -274,12 +264,10 @@ def walk_back(
         gl.warp_specialize([
             (hold_cotangent, (
                 hold, SCALE, R, K, V, NG, PIECES, S, D, DECAYS, HAS_GRADIENTS, HAS_G,
-                START == "ends", LOOKS, 0,
+                START == "ends", 0,
             )),
             (find_cotangents, (
                 find, arrays, SCALE, T, R, HV, K, NG, S, D, NC, B * HV, HAS_G, HAS_RESETS,
                 HAS_GRADIENTS,
             )),
         ], [4], [248])  # fmt: skip
-    if LOOKS:
-        write_seen(seen_ptr, seen, NC)

@@ -3,13 +3,16 @@
 The module of "triton" in the table of `deltaproduct_jax.ops.kernels`, whose contract it keeps.
 """
 
+import functools
+
 import jax
 
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
-from deltaproduct_jax.ops.kernels.triton import looking, narrow
+from deltaproduct_jax.ops.kernels.triton import narrow
 from deltaproduct_jax.ops.kernels.triton import passes as triton
 from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.mend_back import mended
 from deltaproduct_jax.ops.kernels.triton.passes import compute_capability
 from deltaproduct_jax.ops.kernels.triton.passes import is_ready as is_ready
 from deltaproduct_jax.ops.kernels.triton.passes import kept_span as kept_span
@@ -33,47 +36,41 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
-    whole = looking.whole(tokens, options)
-    if (narrow.takes_gradients if keep_states else narrow.takes)(whole, options):
-        run = narrow.forward
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and None.
+
+    No row is to run again: what is not finite is seen to on the GPU.
+    """
+    run = functools.partial(triton.forward, keep_states=keep_states)
+    if (narrow.takes_gradients if keep_states else narrow.takes)(tokens, options):
+        run = functools.partial(narrow.forward, keep_states=keep_states)
     elif not keep_states and gluon.takes(tokens, options, compute_capability()):
-        o, final_state, seen = batched(gluon.forward, _fixed_of_gluon(tokens, options))(
-            tokens, initial_state
-        )
-        return o, final_state, None, _told(tokens, options, seen)
+        run = batched(gluon.forward, gluon.fixed(tokens, options))
+        return *run(tokens, initial_state), None, None
     elif keep_states and _by_gluon(tokens, options):
-        run = batched(gluon.forward_kept, _fixed_of_gluon(tokens, options))
-        o, final_state, seen, kept = run(tokens, initial_state)
-        return o, final_state, kept, _told(tokens, options, seen)
-    else:
-        run = triton.forward
-    o, final_state, kept, seen = run(tokens, initial_state, options, keep_states=keep_states)
-    return o, final_state, kept, _told(tokens, options, seen)
+        run = batched(gluon.forward_kept, gluon.fixed(tokens, options))
+        return *run(tokens, initial_state), None
+    return *run(tokens, initial_state, options), None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
-    *kept, flags = kept
+    """Cotangents of the tokens and of the initial state, from residuals, and None."""
+    *kept, initial_state = kept[: len(kept) - ("pallas_tpu" in options.kernels)]
     kept = tuple(kept)
-    if narrow.takes_gradients(looking.whole(tokens, options), options):
-        dtokens, dstate, seen = narrow.backward(tokens, kept, do, dfinal_state, options)
+    if narrow.takes_gradients(tokens, options):
+        dtokens, dstate = narrow.backward(tokens, kept, do, dfinal_state, options)
     elif _by_gluon(tokens, options):
-        run = batched(gluon.backward, _fixed_of_gluon(tokens, options))
-        dtokens, dstate, seen = run(tokens, kept, do, dfinal_state)
+        run = batched(gluon.backward, gluon.fixed(tokens, options))
+        dtokens, dstate = run(tokens, kept, do, dfinal_state)
     else:
-        dtokens, dstate, seen = triton.backward(tokens, kept, do, dfinal_state, options)
-    seen += flags.reshape(*flags.shape, *[1] * (seen.ndim - 2))
-    return dtokens, dstate, _told(tokens, options, seen)
+        dtokens, dstate = triton.backward(tokens, kept, do, dfinal_state, options)
+    arrays = tokens, initial_state, do, dfinal_state, dtokens, dstate
+    dtokens, dstate = batched(_mended, options)(*arrays)
+    dq, dk = triton.summed_over_groups(dtokens.q, dtokens.k, tokens)
+    return dtokens._replace(q=dq, k=dk), dstate, None
 
 
-def _told(tokens: Tokens, options: Options, seen: jax.Array) -> jax.Array | None:
-    """What kernels told, if they looked."""
-    return seen if looking.looks(tokens, options) else None
-
-
-def _fixed_of_gluon(tokens: Tokens, options: Options):
-    return gluon.fixed(looking.whole(tokens, options), options)
+def _mended(options: Options, *arrays):
+    return mended(triton.call, *arrays, options)
 
 
 def _by_gluon(tokens: Tokens, options: Options) -> bool:

@@ -20,6 +20,12 @@ import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton.activation import activate as activate  # by their names
 from deltaproduct_jax.ops.kernels.triton.activation import activate_back as activate_back
+from deltaproduct_jax.ops.kernels.triton.anew.gradients import mend_back as mend_back
+from deltaproduct_jax.ops.kernels.triton.anew.gradients import (
+    mend_back_in_place as mend_back_in_place,
+)
+from deltaproduct_jax.ops.kernels.triton.anew.outputs import mend as mend
+from deltaproduct_jax.ops.kernels.triton.anew.outputs import mend_in_place as mend_in_place
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve as convolve
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_back as convolve_back
 from deltaproduct_jax.ops.kernels.triton.convolution import convolve_parts as convolve_parts
@@ -37,7 +43,6 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
     head,
     kept_state,
     products,
-    put_seen,
     put_series,
     put_sums,
     put_tile,
@@ -70,7 +75,7 @@ def prepare(
 ):  # fmt: skip
     """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk.
 
-    With LOOKS also NaN where a query is not finite, else 0.
+    If it LOOKS also NaN where a query is not finite, else 0.
     """
     n, pid, _ = program_ids(GX, GY)
     b, hv, h = head(pid, H, HV)
@@ -111,7 +116,7 @@ def prepare(
     pointers = square(scores_ptr, chunk, c, m, CP, M)
     tl.store(pointers, scores.to(dtype))
     if LOOKS:
-        put_seen(seen_ptr + chunk, scores)
+        tl.store(seen_ptr + chunk, tl.sum(tl.sum(scores * 0.0, axis=1), axis=0))
 
     if HAS_G or HAS_RESETS:
         # Of rows, one token's alike; those past the last token are as the last.
@@ -131,7 +136,7 @@ def prepare(
 def walk(
     q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, initial_ptr,
     of_queries_ptr,
-    o_ptr, final_ptr, states_ptr, maps_ptr, seen_ptr,
+    o_ptr, final_ptr, states_ptr, maps_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
@@ -143,8 +148,8 @@ def walk(
 
     With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is
     no output, only what the piece does to any state, S -> A S + B: B stands among the final states,
-    A, which further programs find, among the maps. With LOOKS also, of every part, NaN where
-    anything was not finite, else 0; of queries `prepare` tells, in up to FLAGS chunks.
+    A, which further programs find, among the maps. If it LOOKS the states that it ends with are NaN
+    where a query is not finite, of which `prepare` tells in up to FLAGS chunks: see `mend`.
     """
     part, piece, pid = program_ids(GX, GY)
     if SUMMARY and not is_asked_for(part, piece, 0, V, BV, PIECES):
@@ -204,13 +209,12 @@ def walk(
     columns = part * BV + tl.arange(0, BV)
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
-    tl.store(square(final_ptr, index, rows, columns, K, V), S, mask=inside)
     if LOOKS:
         i = tl.arange(0, FLAGS)
-        inside = (i < STEPS) & (piece * STEPS + i < N)
         flags = of_queries_ptr + pid.to(tl.int64) * N + piece * STEPS + i
-        of_queries = tl.sum(tl.load(flags, mask=inside, other=0.0), axis=0)
-        put_seen(seen_ptr + index * tl.cdiv(V, BV) + part, S + of_queries)
+        of_piece = (i < STEPS) & (piece * STEPS + i < N)
+        S += tl.sum(tl.load(flags, mask=of_piece, other=0.0), axis=0)
+    tl.store(square(final_ptr, index, rows, columns, K, V), S, mask=inside)
     if SUMMARY:
         columns -= tl.cdiv(V, BV) * BV
         inside = (rows < K)[:, None] & (columns >= 0)[None, :] & (columns < K)[None, :]
@@ -269,18 +273,17 @@ def errors(
 @triton.jit
 def walk_back(
     q_ptr, k_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, do_ptr, dfinal_ptr,
-    w_ptr, dafter_ptr, dinitial_ptr, seen_ptr,
+    w_ptr, dafter_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr, STEPS: tl.constexpr,
-    PIECES: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, LOOKS: tl.constexpr,
-    PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
+    PIECES: tl.constexpr, DECAYS: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """From the last chunk of a piece to its first: cotangents of what is written (w) and of states.
 
     With SUMMARY, as in `walk`, what the piece does to any cotangent of the state after it, but for
-    its map, which is that of `walk` transposed. With LOOKS also, of every part, NaN where any
-    cotangent was not finite, else 0.
+    its map, which is that of `walk` transposed.
     """
     part, piece, pid = program_ids(GX, GY)
     last = PIECES - 1
@@ -327,5 +330,3 @@ def walk_back(
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
     tl.store(square(dinitial_ptr, index, rows, columns, K, V), dS, mask=inside)
-    if LOOKS:
-        put_seen(seen_ptr + index * tl.cdiv(V, BV) + part, dS)

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options
-from deltaproduct_jax.ops.kernels.triton import looking, passes, tiling
+from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.mend import gates, mended
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
@@ -56,9 +57,9 @@ class _Call:
         B, T, R, H, K = k.shape
         HV, V = v.shape[-2:]
         parts = 1 if q.dtype in passes.NARROW else TERMS[options.precision]
-        gates = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
+        which = {"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None}
         self.tokens = tokens
-        self.forward, self.backward = tiling.narrow_launches(parts, decays=any(gates.values()))
+        self.forward, self.backward = tiling.narrow_launches(parts, decays=any(which.values()))
         M = tiling.NARROW_ROWS
         C = M // R
         self.N = -(-T // C)
@@ -67,9 +68,9 @@ class _Call:
             **{"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "V": V},
             **{"BK": tiling.power_of_two(K), "BV": tiling.power_of_two(V)},
             **{"C": C, "CP": tiling.power_of_two(C), "CQ": 1 << (C - 1).bit_length()},
-            **{"M": M, "N": self.N, "PARTS": parts, **gates},
+            **{"M": M, "N": self.N, "PARTS": parts, **which},
             **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
-            "LOOKS": looking.looks(tokens, options),
+            "LOOKS": not options.known_finite,
         }
 
     def kept(self) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -83,14 +84,7 @@ class _Call:
 
     def inputs(self):
         """The arrays that both kernels read."""
-        q, k, v, beta, g, resets = self.tokens
-        g = beta if g is None else g
-        return q, k, v, beta, g, beta if resets is None else resets.astype(jnp.int8)
-
-    def seen(self) -> jax.ShapeDtypeStruct:
-        """Of each head NaN if anything was not finite, else 0."""
-        B, *_, HV, _, _ = self.sizes
-        return jax.ShapeDtypeStruct((B, HV), jnp.float32)
+        return *self.tokens[:4], *gates(self.tokens)
 
     def launch(self, name: str, arrays, outs, launch, **more):
         """Launches a kernel, one program for each value head."""
@@ -104,14 +98,14 @@ def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, .
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     fixed = options, keep_states
-    o, final_state, kept, seen = batched(_walk_heads, fixed)(tokens, initial_state)
-    return o, final_state, kept if keep_states else None, seen
+    o, final_state, kept = batched(_walk_heads, fixed)(tokens, initial_state)
+    return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
+    """Cotangents of the tokens, dq and dk by value head, and of the initial state."""
     return batched(_walk_heads_back, options)(tokens, kept, do, dfinal_state)
 
 
@@ -124,10 +118,14 @@ def _walk_heads(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     kept = call.kept() if keeps else 2 * (passes.PLACEHOLDER,)
     arrays = (*call.inputs(), initial_state)
     slots = (options.slots or options.spans, B, H, HV // H, K, V) if keeps else (1, B, 1, 1, 1, 1)
-    outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32), call.seen())
+    outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32))
     launched = call.launch("narrow_forward", arrays, outs, call.forward, KEEPS=keeps)
-    o, final, *kept, slots, seen = launched
-    return o, final, (slots, *kept) if keeps else (slots,), seen
+    o, final, *kept, slots = launched
+    block = call.meta["C"]
+    o, final = mended(
+        passes.call, tokens, initial_state, o, final[:, :, None], options, block=block
+    )
+    return o, final, (slots, *kept) if keeps else (slots,)
 
 
 def _walk_heads_back(options: Options, tokens: Tokens, kept, do, dfinal_state):
@@ -138,10 +136,8 @@ def _walk_heads_back(options: Options, tokens: Tokens, kept, do, dfinal_state):
         *passes.of_value_heads(tokens),
         passes.PLACEHOLDER if g is None else jax.ShapeDtypeStruct(g.shape, g.dtype),
         jax.ShapeDtypeStruct(dfinal_state.shape, jnp.float32),
-        call.seen(),
     )
     arrays = (*call.inputs(), states, x, do, dfinal_state)
     launched = call.launch("narrow_backward", arrays, outs, call.backward)
-    dq, dk, dv, dbeta, dg, dstate, seen = launched
-    dq, dk = passes.summed_over_groups(dq, dk, tokens)
-    return Tokens(dq, dk, dv, dbeta, None if g is None else dg, None), dstate, seen
+    *dtokens, dg, dstate = launched
+    return Tokens(*dtokens, None if g is None else dg, None), dstate

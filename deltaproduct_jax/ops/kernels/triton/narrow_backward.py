@@ -24,7 +24,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     sums_and_decays,
     turned,
 )
-from deltaproduct_jax.ops.kernels.triton.parts import head, put_seen
+from deltaproduct_jax.ops.kernels.triton.parts import head
 
 
 @triton.jit
@@ -89,18 +89,16 @@ def _gates(
 @triton.jit
 def narrow_backward(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, states_ptr, x_ptr, do_ptr, dfinal_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr, seen_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, HAS_G: tl.constexpr,
-    HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr,
-    EPSILON: tl.constexpr,
+    HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Cotangents of the inputs and of the initial state; dq and dk are those of one value head.
 
     Block after block, from the last: its errors again from the kept state, then what counts for it.
-    What both halves need is read twice, as registers are what there is least of. With LOOKS also
-    NaN if any cotangent was not finite, else 0.
+    What both halves need is read twice, as registers are what there is least of.
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     TERMS: tl.constexpr = 2 if PARTS == 1 else PARTS
@@ -210,5 +208,3 @@ def narrow_backward(
         removed = parts(-drt * into[None, :] if DECAYS else -drt, dtype, PARTS)
         dSt = added(removed, k, dSt, PARTS)
     tl.store(dinitial_ptr + pid.to(tl.int64) * (K * V) + offsets, dSt, mask=within)
-    if LOOKS:
-        put_seen(seen_ptr + pid, dSt)

@@ -34,13 +34,13 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     turned,
     two_terms,
 )
-from deltaproduct_jax.ops.kernels.triton.parts import head, put_seen
+from deltaproduct_jax.ops.kernels.triton.parts import head
 
 
 @triton.jit
 def narrow_forward(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr, seen_ptr,
+    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr,
@@ -49,8 +49,8 @@ def narrow_forward(
 ):  # fmt: skip
     """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
-    ``slots_ptr`` is memory that the op sets aside, in which nothing is written. With LOOKS also NaN
-    if anything was not finite, else 0: states tell, and of queries, which reach none, scores.
+    ``slots_ptr`` is memory that the op sets aside, in which nothing is written. If it LOOKS the
+    final state is NaN where a query is not finite, of which scores tell: see `mend`.
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     pid = tl.program_id(0)
@@ -118,7 +118,6 @@ def narrow_forward(
             u_parts = parts(ut * out[None, :], dtype, PARTS)
             St *= through
         St = added(u_parts, k, St, PARTS)
-    tl.store(final_ptr + pid.to(tl.int64) * (K * V) + offsets, St, mask=within)
     if LOOKS:
-        seen_ptr += pid
-        put_seen(seen_ptr, St + tl.sum(tl.sum(seen, axis=1), axis=0))
+        St += tl.sum(tl.sum(seen, axis=1), axis=0)
+    tl.store(final_ptr + pid.to(tl.int64) * (K * V) + offsets, St, mask=within)

@@ -46,12 +46,6 @@ def put_tile(
 
 
 @triton.jit
-def put_seen(ptr, x):
-    """Writes 0, or NaN if anything in x is not finite."""
-    tl.store(ptr, tl.sum(tl.sum(x * 0.0, axis=1), axis=0))
-
-
-@triton.jit
 def square(ptr, index, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers into matrix ``index`` of an array [..., ROWS, COLUMNS]."""
     return ptr + index * (ROWS * COLUMNS) + rows[:, None].to(tl.int64) * COLUMNS + columns[None, :]

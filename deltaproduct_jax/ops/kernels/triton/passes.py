@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.kernels import Options, grids
-from deltaproduct_jax.ops.kernels.triton import looking, tiling
+from deltaproduct_jax.ops.kernels.triton import tiling
 from deltaproduct_jax.ops.kernels.triton.batching import batched
+from deltaproduct_jax.ops.kernels.triton.mend import gates, mended
 from deltaproduct_jax.ops.kernels.triton.terms import summed
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 from deltaproduct_jax.ops.layout import Tokens
@@ -89,21 +90,20 @@ class _Fixed(NamedTuple):
 
 
 def _fixed(tokens: Tokens, options: Options) -> _Fixed:
-    tokens = looking.whole(tokens, options)
     more = tuple(_kept_more(tokens, options)) if options.more else ()
     return _Fixed(options, more, _Call(tokens, options).pieces)
 
 
 def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_states: bool):
-    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], what `backward` needs, and bad rows."""
+    """Outputs [B, T, Hv, V], final state [B, Hv, K, V], and what `backward` needs."""
     options = options if keep_states else options._replace(spans=0, more=False)
     run = batched(_run_forward, _fixed(tokens, options))
-    o, final_state, kept, seen = run(tokens, initial_state)
-    return o, final_state, kept if keep_states else None, seen
+    o, final_state, kept = run(tokens, initial_state)
+    return o, final_state, kept if keep_states else None
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens and of the initial state, from residuals, and bad rows."""
+    """Cotangents of the tokens, dq and dk by value head, and of the initial state."""
     return batched(_run_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
@@ -131,18 +131,18 @@ class _Call:
         gated = self.tokens.g is not None
         tiles = tiling.tiling_for(operand, R=R, K=K, V=V, gated=gated)
         N = -(-T // tiles.chunk_size)
-        # Of rows that are run again as many as of all, so that they stay the same bits.
-        pieces = tiling.pieces_for((self.options.rows or B) * HV, N, tiles.walk, V=V)
+        pieces = tiling.pieces_for(B * HV, N, tiles.walk, V=V)
         span = -(-N // self.options.spans) if self.options.spans else 0
-        gates = {"HAS_G": gated, "HAS_RESETS": self.tokens.resets is not None}
+        which = {"HAS_G": gated, "HAS_RESETS": self.tokens.resets is not None}
         meta = {
             **{"SCALE": self.options.scale, "B": B, "T": T, "R": R, "H": H, "HV": HV, "K": K},
             **{"BK": tiles.key_columns, "V": V, "C": tiles.chunk_size, "N": N},
             **{"CP": tiles.token_rows, "M": tiles.update_rows},
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
-            **{"TWO": operand in NARROW, "LOOKS": looking.looks(self.tokens, self.options)},
-            **{**gates, "DECAYS": any(gates.values())},
+            "TWO": operand in NARROW,
+            "LOOKS": not self.options.known_finite,
+            **{**which, "DECAYS": any(which.values())},
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
         }
         found = {"operand": operand, "tiling": tiles, "pieces": pieces, "meta": meta}
@@ -158,11 +158,6 @@ class _Call:
         """A state per piece."""
         B, HV, K, V = (self.meta[name] for name in ("B", "HV", "K", "V"))
         return jax.ShapeDtypeStruct((B, HV, self.pieces, K, V), jnp.float32)
-
-    def seen(self, *parts: int) -> jax.ShapeDtypeStruct:
-        """Of so many parts of a head NaN if anything was not finite, else 0."""
-        shape = (self.meta["B"], self.meta["HV"], *parts)
-        return jax.ShapeDtypeStruct(shape if self.meta["LOOKS"] else (shape[0], 1), jnp.float32)
 
     def maps(self, pieces: int) -> jax.ShapeDtypeStruct:
         """What each of ``pieces`` does to any state, but for what it adds; of both ends nothing."""
@@ -201,19 +196,16 @@ PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
 def _prepare(c: _Call):
     """X, scores, decays and sums of g of every chunk, and whether its queries are bad."""
     q, k, _, beta, *_ = c.tokens
-    outs = (*(*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED], c.seen(c.meta["N"]))
+    outs = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
+    chunks = (c.meta["B"], c.meta["HV"], c.meta["N"])
+    looks = c.meta["LOOKS"]
+    outs = (*outs, jax.ShapeDtypeStruct(chunks, jnp.float32) if looks else PLACEHOLDER)
     grid = (c.meta["N"], c.meta["B"] * c.meta["HV"])
-    return c.launch("prepare", (q, k, beta, *_gates(c.tokens)), outs, grid)
-
-
-def _gates(tokens: Tokens):
-    """g and resets; kernels do not look at what stands for a missing one."""
-    g = tokens.beta if tokens.g is None else tokens.g
-    return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
+    return c.launch("prepare", (q, k, beta, *gates(c.tokens)), outs, grid)
 
 
 def _walk(c: _Call, arrays, start, of_queries, *outs):
-    """Outputs, states after pieces, kept states, maps and flags of what is bad.
+    """Outputs, states after pieces, kept states and maps.
 
     Without ``outs`` a summary, of which only the states, ends of pieces, and the maps matter.
     """
@@ -224,22 +216,20 @@ def _walk(c: _Call, arrays, start, of_queries, *outs):
     grid = (for_ends + (0 if outs else for_maps), c.pieces, c.meta["B"] * c.meta["HV"])
     more = {"SUMMARY": not outs, "FLAGS": tiling.power_of_two(c.meta["STEPS"])}
     more |= {} if outs else {"SPAN": 0, "NARROW": False, "LOOKS": False}
-    seen = c.seen(c.pieces, for_ends) if outs else PLACEHOLDER
-    results = o, c.of_pieces(), states, maps, seen
+    results = o, c.of_pieces(), states, maps
     return c.launch("walk", (*arrays, start, of_queries), results, grid, **more)
 
 
 def _walk_back(c: _Call, arrays, start, *outs):
-    """Cotangents of what is written, of states after chunks, and of states before pieces; flags.
+    """Cotangents of what is written, of states after chunks, and of states before pieces.
 
     Without ``outs`` a summary, of which only those before pieces matter.
     """
     w, after = outs or (PLACEHOLDER, PLACEHOLDER)
     parts = -(-c.meta["V"] // c.tiling.walk_back.columns)
     grid = (parts, c.pieces, c.meta["B"] * c.meta["HV"])
-    results = w, after, c.of_pieces(), c.seen(c.pieces, parts) if outs else PLACEHOLDER
-    more = {"SUMMARY": not outs} | ({} if outs else {"LOOKS": False})
-    return c.launch("walk_back", (*arrays, start), results, grid, **more)
+    results = w, after, c.of_pieces()
+    return c.launch("walk_back", (*arrays, start), results, grid, SUMMARY=not outs)
 
 
 def _composed(c: _Call, first, maps, ends, *, reverse: bool):
@@ -264,9 +254,9 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     # Where few heads leave a GPU idle, a first launch finds what each piece does to any state.
     starts, maps = initial_state, None
     if c.pieces > 1:
-        _, ends, _, maps, _ = _walk(c, arrays, initial_state, of_queries)
+        _, ends, _, maps = _walk(c, arrays, initial_state, of_queries)
         starts = _composed(c, initial_state, maps, ends, reverse=False)
-    o, after_pieces, states, _, seen = _walk(c, arrays, starts, of_queries, o, states)
+    o, after_pieces, states, _ = _walk(c, arrays, starts, of_queries, o, states)
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
     more = ()
@@ -275,7 +265,9 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     if "maps" in fixed.more:
         empty = c.maps(fixed.pieces)
         more += (maps if fixed.pieces == c.pieces else jnp.zeros(empty.shape, empty.dtype),)
-    return o, after_pieces[:, :, -1], (states, *more), looking.of_pieces(seen, fixed.pieces)
+    block = c.meta["C"]
+    o, final = mended(call, tokens, initial_state, o, after_pieces, options, block=block)
+    return o, final, (states, *more)
 
 
 def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
@@ -301,25 +293,22 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     arrays = (q, k, beta, *prepared, do)
     starts = dfinal_state
     if c.pieces > 1:
-        # Of rows run again it is not known whether theirs were kept.
-        if maps is None or fixed.pieces != c.pieces or fixed.options.rows is not None:
+        if maps is None or fixed.pieces != c.pieces:
             of_walk = (q, k, v, beta, *prepared)
-            *_, maps, _ = _walk(c, of_walk, dfinal_state, sums)  # whatever it begins with
-        *_, ends, _ = _walk_back(c, arrays, dfinal_state)
+            *_, maps = _walk(c, of_walk, dfinal_state, sums)  # whatever it begins with
+        *_, ends = _walk_back(c, arrays, dfinal_state)
         starts = _composed(c, dfinal_state, maps, ends, reverse=True)
-    w, after, before_pieces, seen = _walk_back(c, arrays, starts, updates, c.matrices(K, V))
+    w, after, before_pieces = _walk_back(c, arrays, starts, updates, c.matrices(K, V))
 
-    # Of a value head; what a group of them shares is summed below, as are the parts of K.
+    # Of a value head; the parts of K are summed below.
     keys = c.tiling.gradients.keys or c.tiling.key_columns
     parts = -(-K // keys)
     outs = (*of_value_heads(tokens), *(2 * (PLACEHOLDER,) if g is None else c.of_decays(parts)))
     arrays = (q, k, beta, into, out, sums, do, e, w, before, after)
     grid = (parts, N, B * HV)
     dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
-    dq, dk = summed_over_groups(dq, dk, tokens)
     dg = None if g is None else summed(c.meta, *of_decays, into[..., -1]).astype(g.dtype)
-    seen = looking.of_pieces(seen, fixed.pieces)
-    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0], seen
+    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
 
 
 def of_value_heads(tokens: Tokens) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -338,7 +327,8 @@ def summed_over_groups(dq, dk, tokens: Tokens):
 
     def of_key_heads(dx, x):
         *more, H, K = x.shape
-        return jnp.sum(dx.reshape(*more, H, -1, K), axis=-2).astype(x.dtype)
+        dx = dx.reshape(*more, H, -1, K).astype(jnp.float32)
+        return jnp.sum(dx, axis=-2).astype(x.dtype)
 
     if dq.shape == tokens.q.shape:
         return dq, dk

@@ -1,0 +1,65 @@
+"""What is launched behind the passes of GPU kernels, so that what is not finite stays in place.
+
+A host that asked whether anything is bad would wait for the answer; a kernel that has nothing to do
+takes a GPU two microseconds. The bodies are in `anew.outputs`, which
+needs Triton.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from deltaproduct_jax.ops.kernels import Options
+from deltaproduct_jax.ops.kernels.triton import tiling
+from deltaproduct_jax.ops.kernels.triton.tiling import Launch
+from deltaproduct_jax.ops.layout import Tokens
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
+
+PROGRAMS = 256  # of fewer a GPU has room for more
+LOOKED_AT = 1024  # numbers of a program, at most
+STATE = 8192  # numbers of a state that a program has in registers
+WARPS = 4
+
+
+def gates(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """g and resets; kernels do not look at what stands for a missing one."""
+    g = tokens.beta if tokens.g is None else tokens.g
+    return g, tokens.beta if tokens.resets is None else tokens.resets.astype(jnp.int8)
+
+
+def mended(
+    call: Callable, tokens: Tokens, initial_state, o, states, options: Options, *, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """Outputs and the final state, in place of what a forward pass of kernels made of them.
+
+    Args:
+      call: `passes.call`.
+      tokens, initial_state: what the pass took.
+      o: [B, T, Hv, V], what it wrote.
+      states: [B, Hv, pieces, K, V] float32, states after the pieces of the sequence.
+      options: as the pass had them; of operands that are known to be finite nothing is launched.
+      block: of how many tokens the pass makes products; a multiple of it will do.
+    """
+    final = states[:, :, -1]
+    if options.known_finite:
+        return o, final
+    B, T, R, H, K = tokens.k.shape
+    HV, V, pieces = *tokens.v.shape[-2:], states.shape[2]
+    BK, BV = tiling.power_of_two(K), tiling.power_of_two(V)
+    at_once = min(tiling.power_of_two(B * HV) // PROGRAMS, LOOKED_AT // BV)
+    meta = {
+        **{"SCALE": options.scale, "HEADS": B * HV, "AT_ONCE": max(1, at_once)},
+        **{"T": T, "R": R, "H": H, "HV": HV, "K": K, "BK": BK, "V": V, "BV": BV},
+        **{"COLUMNS": max(16, min(BV, STATE // BK)), "C": block, "PIECES": pieces},
+        **{"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None},
+        **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
+    }
+    q, k, v, beta, *_ = tokens
+    # With one piece its state is the final one; to give that twice would have XLA copy it.
+    told = beta if pieces == 1 else states
+    arrays = (q, k, v, beta, *gates(tokens), initial_state, told, o, final)
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, final)]
+    in_place = {len(arrays) - 2: 0, len(arrays) - 1: 1}
+    grid, launch = (-(-B * HV // meta["AT_ONCE"]),), Launch(WARPS, stages=1)
+    return call("mend", arrays, outs, grid, launch, meta=meta, aliases=in_place)
