@@ -156,6 +156,7 @@ def _packed(shape: Shape, implementation: str) -> Callable[..., Any]:
 def _on_device(programs: Mapping[str, Compiled]) -> list[float]:
     """What `ON_DEVICE` names; nothing without a GPU."""
     found = [time_on_device(programs) for _ in range(PROFILES)]
+    print(json.dumps(found[-1]), file=sys.stderr)  # by kernel
     times = [statistics.median(sum(x[name].values()) for x in found) for name in programs]
     return [*times, times[0] / times[1]] if all(times) else []
 

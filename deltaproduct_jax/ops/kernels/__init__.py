@@ -83,7 +83,7 @@ class Options(NamedTuple):
       slots: how many states the residuals have room for; None: ``spans``.
       more: whether they have room for what the kernel keeps beside states.
       rows: sequences of the call, where it is run again on some of them; None: all.
-      known_finite: whether all operands are: then only bad cotangents have rows run again.
+      known_finite: whether all operands are: then only cotangents are looked at.
       kernels: names of those that a gradient runs on some platform, sorted.
       raw: q, k and v are to go through SiLU first, and q and k are divided by their lengths then;
         of a kernel whose ``takes_raw(tokens, options)`` says so.

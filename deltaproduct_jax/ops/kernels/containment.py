@@ -79,13 +79,12 @@ def forward(
 def backward(tokens: Tokens, kept, do, dfinal_state, *, kernel: ModuleType, options: Options):
     """``kernel.backward``, contained, from what `forward` kept."""
     laid, restore = _laid_out(kernel, tokens, options)
-    # A GPU keeps arrays as they are.
-    time_last, time_back = _time_last, _time_back
-    if not hasattr(kernel, "lay_out"):
-        time_last = time_back = lambda tokens: tokens
     dlaid, dstate, bad = kernel.backward(laid, kept, do, dfinal_state, options)
     if bad is None:
         return restore(dlaid), dstate
+    time_last, time_back = _time_last, _time_back
+    if not hasattr(kernel, "lay_out"):  # it takes arrays as they are
+        time_last = time_back = lambda tokens: tokens
     options = options._replace(rows=len(bad))
 
     def again(operands):

@@ -21,7 +21,7 @@ import triton_interpreter
 from helpers import Case
 
 from deltaproduct_jax.ops import delta_product, kernels
-from deltaproduct_jax.ops.kernels.triton import mend_back
+from deltaproduct_jax.ops.kernels.triton import mend_back, narrow, passes, tiling
 from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.packing import starts_of_segments
 
@@ -169,11 +169,53 @@ def errors(bad: Bad) -> dict[str, float | bool | int]:
     return result
 
 
+def told(of, case: Case, where: int, *, packed: bool, dtype: str = "float32") -> list[bool]:
+    """Of rows with one bad number each, and one with none, whether kernels tell by dbeta.
+
+    Where it is looked at; and although all cotangents of bad rows are 0.
+    """
+    names = [*helpers.ARGUMENTS, "do", "dfinal"]
+    case = dataclasses.replace(case, B=len(names) + 1)
+    arrays, _ = inputs(Bad({}, zero_from=0, packed=False, dtype=dtype, case=case))
+    arrays["do"] = arrays["do"].at[-1].set(1.0)
+    for row, name in enumerate(names):
+        x = arrays[name]
+        at = (row, 0, 1, 2) if name in ("initial_state", "dfinal") else (row, where)
+        arrays[name] = x.at[(*at, *(x.ndim - len(at)) * [0])].set(jnp.nan)
+    starts = np.isin(np.arange(case.T), (5, case.T // 2, case.T - 3))
+    resets = jnp.asarray(np.broadcast_to(starts, (case.B, case.T))) if packed else None
+    tokens = Tokens(*(arrays[name] for name in helpers.ARGUMENTS[:5]), resets)
+    spans = -(-case.T * case.R // 128)
+    options = kernels.Options(case.K**-0.5, None, spans=spans, interpret=False, more=True)
+    _, _, kept, *_ = of.forward(tokens, arrays["initial_state"], options, keep_states=True)
+    dtokens, *_ = of.backward(tokens, kept, arrays["do"], arrays["dfinal"], options)
+    dbeta = np.asarray(dtokens.beta, np.float64).reshape(case.B, -1)
+    begins = np.arange(0, case.T, mend_back.LOOKED_AT) * case.R
+    ends = np.minimum(begins + mend_back.LOOKED_AT * case.R, case.T * case.R) - 1
+    looked_at = np.concatenate([begins, ends, np.arange(case.T * case.R)[-16:]])
+    return [bool(x) for x in ~np.isfinite(dbeta[:, looked_at]).all(axis=1)]
+
+
+def all_told() -> list[list[bool]]:
+    """Of wide heads, in one piece and in several, and of narrow ones."""
+    passes.call = triton_interpreter.call
+    of_head = {"H": 1, "K": 16, "V": 16}
+    found = [
+        told(passes, Case(T=70, **of_head), 66, packed=False),
+        told(passes, Case(T=20, R=1, **of_head), 0, packed=True, dtype="float16"),
+        told(narrow, Case(T=24, R=3, **of_head), 23, packed=True),
+        told(narrow, Case(T=20, R=1, **of_head), 7, packed=False, dtype="float16"),
+    ]
+    tiling.CHUNKS_IN_A_PIECE, tiling.PROGRAMS_AT_ONCE = 1, 40
+    return [*found, told(passes, Case(T=140, R=1, **of_head), 100, packed=True)]
+
+
 def interpret(every: bool) -> dict:
     found = {name: errors(bad) for name, bad in QUICK.items()}
     if every:
         mend_back.STATE_AT_ONCE = 256  # 16 columns of V at a time
         found |= {name: errors(bad) for name, bad in SLOW.items()}
+        found["told"] = all_told()
     return found
 
 

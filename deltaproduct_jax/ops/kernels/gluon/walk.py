@@ -84,7 +84,7 @@ def prepare_blocks(
     products of its row is.
     """
     (
-        beta_ptr, sums_ptr, seen, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     ) = handed  # fmt: skip
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
@@ -116,14 +116,14 @@ def prepare_blocks(
             p = warpgroup_mma_wait(0, deps=[p])
             upto = (m_of + 1) * R > r * 64 + n_of
             if LOOKS and not DECAYS:
-                bad += a_column(p) * 0.0
+                bad *= a_column(p)
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
                 p = gl.where(upto, SCALE * p, 0.0)
             p *= betas.index(0).load(COLUMN)[None, :]
             if LOOKS and DECAYS:  # that multiply, and here takes fewer registers
-                bad += a_column(p) * 0.0
+                bad *= a_column(p)
             pb.index(st).store(p.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready.index(st), count=1)
@@ -131,8 +131,8 @@ def prepare_blocks(
             mbarrier.arrive(empty.index(s), count=1)
             if r == R - 1:
                 mbarrier.arrive(qempty.index(sq), count=1)
-    if LOOKS:
-        put_seen(seen.index(0), bad)
+    if LOOKS:  # where beta is no longer wanted
+        put_seen(betas.index(0), bad)
 
 
 @gluon.jit
@@ -313,7 +313,6 @@ def walk(
     tokens = gl.allocate_shared_memory(gl.float32, [2, 64], line)
     of_tokens = gl.allocate_shared_memory(gl.float32, [3, 64], line)
     of_updates = gl.allocate_shared_memory(gl.float32, [3, 64], line)
-    seen = gl.allocate_shared_memory(gl.float32, [1, 64], line)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
@@ -335,7 +334,7 @@ def walk(
         outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
     )  # fmt: skip
     prepare = (
-        beta_ptr, sums_ptr, seen, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     )  # fmt: skip
     load = (
@@ -367,4 +366,4 @@ def walk(
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 1], [152, 24])  # fmt: skip
     if LOOKS:
-        tell(final_ptr, seen.index(0), K, V)
+        tell(final_ptr, betas.index(0), K, V)

@@ -143,7 +143,7 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
     """
     call = Call.of(tokens, options, reverse=True)
     specs, operands = call.inputs(tokens)
-    states, flags = kept
+    states, *_, flags = kept
     states = jnp.swapaxes(states.reshape(-1, *dfinal_state.shape), 0, 1)
     dq, dk, dv, dbeta, *dg, dinitial_state, seen = call.run(
         functools.partial(_backward_kernel, call=call),

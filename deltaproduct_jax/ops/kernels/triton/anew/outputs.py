@@ -132,8 +132,9 @@ def mend_head(
     first = first_bad_token(
         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T, R, H, HV, K, BK, V, BV, HAS_G
     )  # fmt: skip
-    begin = tl.where(of_state > 0, 0, tl.where(first < T, first // C * C, T))
-    for part in range(0, tl.cdiv(V, COLUMNS)):
+    begin = tl.where(of_state > 0, 0, first // C * C)
+    is_any = (of_state > 0) | (first < T)
+    for part in range(0, tl.where(is_any, tl.cdiv(V, COLUMNS), 0)):
         columns = part * COLUMNS + tl.arange(0, COLUMNS)
         within = (keys < K)[:, None] & (columns < V)[None, :]
         S = tl.load(square(initial_ptr, pid, keys, columns, K, V), mask=within, other=0.0)
@@ -168,5 +169,4 @@ def mend_head(
             pointers = o_ptr + (token * HV + hv) * V + columns
             tl.store(pointers, o, mask=(columns < V) & (t >= begin))
         S = tl.where(reached > 0, float("nan"), S)
-        within = within & (begin < T)
         tl.store(square(final_ptr, pid, keys, columns, K, V), S, mask=within)
