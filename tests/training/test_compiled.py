@@ -1,4 +1,4 @@
-"""Programs are compiled side by side, once, and one that cannot be made is an error of its own."""
+"""Programs compile side by side, once, and one that cannot be made is an error of its own."""
 
 import threading
 
@@ -24,7 +24,7 @@ def test_programs_compile_side_by_side_and_once(monkeypatch):
         return make(lowered, what)
 
     monkeypatch.setattr(compiled, "within_memory", make_with_another)
-    monkeypatch.setattr(compiled, "cores", lambda: 2)
+    monkeypatch.setattr(compiled, "compiled_at_once", lambda: 2)
     power, x = powers(watch := Stopwatch()), jnp.float32(3)
     wanted = [compiled.Wanted(power, length, (x,)) for length in (2, 3, 2)]
     compiled.prepare(wanted, watch)
@@ -32,6 +32,14 @@ def test_programs_compile_side_by_side_and_once(monkeypatch):
     assert sorted(made) == [f"a power, sequences of {n} tokens, x=3" for n in (2, 3)]
     assert [float(power(length, x)) for length in (2, 3)] == [9, 27]
     assert len(made) == 2
+
+
+def test_a_single_process_with_an_accelerator_compiles_as_many_as_it_has_cores(monkeypatch):
+    monkeypatch.setattr(compiled, "cores", lambda: 7)
+    for platform, processes, wanted in (("cpu", 1, 1), ("gpu", 1, 7), ("tpu", 4, 1)):
+        monkeypatch.setattr(compiled.jax, "default_backend", lambda platform=platform: platform)
+        monkeypatch.setattr(compiled.jax, "process_count", lambda count=processes: count)
+        assert compiled.compiled_at_once() == wanted
 
 
 def test_a_program_that_does_not_fit_is_named(monkeypatch):
