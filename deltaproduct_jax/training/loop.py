@@ -24,10 +24,9 @@ from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
-from deltaproduct_jax.training import resume
+from deltaproduct_jax.training import compiled, resume
 from deltaproduct_jax.training.buckets import Bucket, open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.compiled import CompiledByLength, UnderWay, compiler_options
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import evaluate, selection_of
 from deltaproduct_jax.training.locks import run_lock
@@ -109,7 +108,7 @@ def train(
     with stop_on_signals() as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind
-            trainer.prepare(state)
+            trainer.prepare(state, trainer.source.training(0))
         _go_on(request, "before the first step", home)
         with run_lock(workdir):
             with processes.first_goes_first("claim the run directory"):
@@ -255,26 +254,26 @@ class Trainer:
             return layout.everywhere(outputs)
 
         # A save under way holds on to the arrays it writes; JAX then does not reuse their memory.
-        self._train_step = CompiledByLength(
+        self._train_step = compiled.CompiledByLength(
             step_of_run(config, definition, layout, source.train_batch),
             "the training step",
             training_sizes(config),
             self.stopwatch,
             donate=True,
-            compiler_options=compiler_options(layout.mesh, config.model.hidden_size),
+            compiler_options=compiled.compiler_options(layout.mesh, config.model.hidden_size),
         )
-        self._eval_step = CompiledByLength(
+        self._eval_step = compiled.CompiledByLength(
             eval_step, "the evaluation", evaluation_sizes(config), self.stopwatch
         )
 
-    def prepare(self, state: TrainState) -> None:
-        """Makes the program of the first step; ConfigError if there is none for this machine."""
-        try:
-            self._train_step.prepare(self.config.length_at(1), state, self.source.training(0))
-        except ValueError as error:
-            if self.config.model.implementation is None:
-                raise
-            raise ConfigError(str(error)) from error
+    def prepare(self, state: TrainState, given: Any) -> None:
+        """Makes all programs from ``state`` on; ConfigError if this machine has none or no room."""
+        config, of_evaluation = self.config, lambda first: (state.params, first)
+        wanted = [
+            *compiled.trained_after(int(state.step), config, self._train_step, (state, given)),
+            *compiled.evaluated_with(config, self.source, self._eval_step, of_evaluation),
+        ]
+        compiled.prepare(wanted, self.stopwatch, config.model.implementation)
 
     def evaluate(self, params: Params, split: str, length: int):
         """The evaluation of ``params`` on a split at one length."""
@@ -306,7 +305,7 @@ class Trainer:
         self.profiler.go_on(step)
         self.stopwatch.lap()
         pending: tuple[int, Metrics] | None = None
-        under_way = UnderWay()
+        under_way = compiled.UnderWay()
 
         def record(row: Row) -> None:
             records.append(row)
@@ -315,6 +314,8 @@ class Trainer:
         while step < config.train.steps and not self._suffices(records.rows):
             given = self.source.training(step)
             step += 1
+            if not self._train_step.has(config.length_at(step)):
+                self.prepare(state, given)
             self.profiler.before(step, state)
             state, metrics = self._train_step(config.length_at(step), state, given)
             under_way.add(metrics)

@@ -114,9 +114,9 @@ def test_a_loop_is_two_steps_ahead_at_most(is_together, tmp_path, monkeypatch):
 def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
     prepare = loop.Trainer.prepare
 
-    def interrupted(self, state):
+    def interrupted(self, *arguments):
         os.kill(os.getpid(), signal.SIGINT)
-        prepare(self, state)
+        prepare(self, *arguments)
         time.sleep(0.1)
 
     monkeypatch.setattr(loop.Trainer, "prepare", interrupted)

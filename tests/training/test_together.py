@@ -19,8 +19,8 @@ from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.together import group as together
+from deltaproduct_jax.training.together.beginning import statics_of
 from deltaproduct_jax.training.together.group import is_worth_compiling, train_together
-from deltaproduct_jax.training.together.member import statics_of
 from deltaproduct_jax.training.together.numbers import FREE, Numbers, program_of
 
 COMMON = {

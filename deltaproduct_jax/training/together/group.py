@@ -19,7 +19,13 @@ from jax.sharding import Mesh
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import is_there, require_writable
-from deltaproduct_jax.training.compiled import UnderWay
+from deltaproduct_jax.training.compiled import (
+    SPLITS,
+    UnderWay,
+    evaluated_with,
+    prepare,
+    trained_after,
+)
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import Evaluation, scored
 from deltaproduct_jax.training.measuring.memory import (
@@ -31,6 +37,7 @@ from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.step import Metrics, Params
 from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.together.beginning import beginnings_of
 from deltaproduct_jax.training.together.given import given_to, share_streams
 from deltaproduct_jax.training.together.mapped import (
     MappedProgram,
@@ -68,8 +75,8 @@ def train_together(
     require_memory_of_config(configs[0])
     with stop_on_signals() as request:
         mesh = mesh_of_runs()
-        runs = zip(configs, workdirs, strict=True)
-        members = [Member(config, workdir, mesh.size) for config, workdir in runs]
+        runs = zip(configs, workdirs, beginnings_of(configs), strict=True)
+        members = [Member(*run, mesh.size) for run in runs]
         require_same_models(members)
         share_streams(members)
         try:
@@ -123,10 +130,11 @@ class Group:
         """Trains every member to its end."""
         slots = slots_for(len(self.members), self._mesh)
         first = self.members[0]
-        like = shapes_in_slots(first.like, slots, self._mesh)
-        require_memory_of_state(like)
+        require_memory_of_state(shapes_in_slots(first.like, slots, self._mesh))
         if not all(is_there(member.workdir / CONFIG) for member in self.members):
-            self._prepare(slots)  # what this machine cannot run leaves nothing behind
+            # What this machine cannot run leaves nothing behind.
+            rest = first.source.training(0), numbers_of(self.config.train), np.bool_(True)
+            self._prepare(slots, 0, *shapes_in_slots((first.like, *rest), slots, self._mesh))
         self._go_on("before the first step")
         start = describe_start(argv, {}, None, dict(self._mesh.shape), first.began)
         for member in self.members:
@@ -149,21 +157,21 @@ class Group:
             )
         return self._programs[slots]
 
-    def _prepare(self, slots: int) -> None:
-        first = self.members[0]
-        of_one = (
-            first.like,
-            first.source.training(0),
-            numbers_of(self.config.train),
-            np.bool_(True),
-        )
-        shapes = shapes_in_slots(of_one, slots, self._mesh)
-        try:
-            self._program(slots).train_step.prepare(self.config.length_at(1), *shapes)
-        except ValueError as error:
-            if self.config.model.implementation is None:
-                raise
-            raise ConfigError(str(error)) from error
+    def _prepare(self, slots: int, step: int, *of_step: Any) -> None:
+        """Makes the programs of all that is ahead behind ``step`` in so many slots.
+
+        ``of_step``: what the next step is called with, arrays ``[S, ...]`` or their shapes.
+        """
+        first, program, config = self.members[0], self._program(slots), self.config
+        of_evaluation = lambda one: shapes_in_slots((first.like.params, one), slots, self._mesh)
+        # Where this one is smaller than that of all, all are tested by the other.
+        unfinished = sum(member.outcome is None for member in self.members)
+        splits = SPLITS if slots == slots_for(unfinished, self._mesh) else ("valid",)
+        wanted = [
+            *trained_after(step, config, program.train_step, of_step),
+            *evaluated_with(config, first.source, program.eval_step, of_evaluation, splits),
+        ]
+        prepare(wanted, self._compiling, config.model.implementation)
 
     def _seat(self, members: Sequence[Member]) -> None:
         """Moves the states of these members into slots of a program that is no larger than needed.
@@ -223,7 +231,10 @@ class Group:
     def _step(self, step: int) -> Metrics:
         given = self._given.training(step - 1, self._training)
         arguments = self._state, given, self._numbers, self._takes_part
-        self._state, metrics = self.program.train_step(self.config.length_at(step), *arguments)
+        length = self.config.length_at(step)
+        if not self.program.train_step.has(length):
+            self._prepare(len(self._takes_part), step - 1, *arguments)
+        self._state, metrics = self.program.train_step(length, *arguments)
         for member in self._training:
             member.step = step
         self._steps_made += 1

@@ -7,19 +7,14 @@ MFU are its own part of what the devices do for all.
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from flax import nnx
-
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.models import count_parameters
-from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.training import resume
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -28,10 +23,10 @@ from deltaproduct_jax.training.locks import run_lock
 from deltaproduct_jax.training.loop import Trainer, initial_model
 from deltaproduct_jax.training.measuring.profiling import PROFILE, Profiler
 from deltaproduct_jax.training.measuring.throughput import Throughput
-from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.records import CHECKPOINTS, Row, RunRecords
-from deltaproduct_jax.training.start import layout_of
-from deltaproduct_jax.training.step import Metrics, TrainState, init_state, split_model
+from deltaproduct_jax.training.start import first_state
+from deltaproduct_jax.training.step import Metrics, TrainState
+from deltaproduct_jax.training.together.beginning import Beginning
 
 Outcome = dict[str, Any] | ConfigError | RunDirectoryError | FloatingPointError
 
@@ -42,34 +37,29 @@ class Member(Trainer):
     Args:
         config: of the run.
         workdir: its directory.
+        beginning: of its model.
         mesh_size: devices that the group is spread over.
 
     Attributes:
         step: the last one made.
         outcome: what results.json holds, or what went wrong; None before the end.
-        state: before its first step, or where it was taken up; None once the group has it.
+        state: where it goes on, or before its first step; None while the group has it.
         like: the shapes of a state.
         statics: what its model keeps beside parameters, by its place.
     """
 
-    def __init__(self, config: RunConfig, workdir: Path, mesh_size: int):
-        model = initial_model(config)
-        definition, params = split_model(model)
+    def __init__(self, config: RunConfig, workdir: Path, beginning: Beginning, mesh_size: int):
         self.workdir = workdir
         self.step = 0
         self.outcome: Outcome | None = None
-        self.state: TrainState | None = init_state(params, make_optimizer(config.train))
-        self.like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
-        )
-        self.definition = definition
-        self.statics = statics_of(model)
+        self.state: TrainState | None = None
+        self.like, self.statics = beginning.like, beginning.statics
+        self.definition, layout = beginning.definition, beginning.layout
         self._held = contextlib.ExitStack()
-        layout = layout_of(config, lambda: model, DeviceConfig(mesh="data:1"))
-        parameters = count_parameters(params)["total"]
+        parameters = count_parameters(self.like.params)["total"]
         throughput = Throughput(mesh_size, layout.device_kind, parameters)
         profiler = Profiler(None, workdir / PROFILE)
-        super().__init__(config, definition, layout, throughput, profiler, time.time())
+        super().__init__(config, self.definition, layout, throughput, profiler, time.time())
 
     @contextlib.contextmanager
     def contained(self) -> Iterator[None]:
@@ -91,11 +81,11 @@ class Member(Trainer):
             self.outcome = self.records.results()
             if self.outcome is not None:
                 return
-            resume.prepare(self.records, None, self.state)
+            resume.prepare(self.records, None, self.like)
             self.checkpoints = Checkpoints(self.workdir / CHECKPOINTS)
             self._held.enter_context(self.checkpoints)
             newest = self.checkpoints.newest()
-            self.state = resume.newest_state(self.checkpoints, self.state)
+            self.state = resume.newest_state(self.checkpoints, self.like)
             if newest is not None:
                 self.source.resume(self.checkpoints.data(newest))
             self.step = newest or 0
@@ -103,6 +93,9 @@ class Member(Trainer):
             own = {"resumed_from": newest, "seeds": self.config.seeds()}
             self.records.add_start({**start, **own})
             self.count_goodput(self.records)
+            if newest is None:
+                make_model = partial(initial_model, self.config)
+                self.state = first_state(self.config, make_model, self.layout)
 
     def close(self) -> None:
         """Gives the directory back, once every save has reached the disk."""
@@ -183,15 +176,3 @@ def require_same_models(members: Sequence[Member]) -> None:
                     f"their models differ beyond parameters, {place} being {value} and {there}; "
                     "give another launcher"
                 )
-
-
-def statics_of(model: nnx.Module) -> dict[str, Any]:
-    """Numbers, texts and configurations that the parts of a model keep, by their place."""
-    found: dict[str, Any] = {}
-    for path, part in nnx.iter_modules(model):
-        for name, value in vars(part).items():
-            is_plain = isinstance(value, bool | int | float | str | tuple | np.generic)
-            # The model's own configuration is read for what all runs of a program share.
-            if is_plain or (path and dataclasses.is_dataclass(value)):
-                found[".".join(map(str, (*path, name)))] = value
-    return found
