@@ -155,6 +155,8 @@ class _Reader:
             return int(ends[2]), int(ends[1]) - 1
         if operation in _SAME:
             return operands[0]
+        if operation == "arith.extui" and " : i1 to " in body:
+            return 0, 1
         result = _result(operation, operands)
         has_32_bits = re.search(r"\bi32\b|xi32\b", body.split(" : ")[-1])
         if has_32_bits and result and (result[0] < INT32[0] or result[1] > INT32[1]):

@@ -294,42 +294,6 @@ def diagonal(x, z):
 
 
 @gluon.jit
-def a_column(x):
-    """A column of a square of 64 in ACC, four times: a thread has two of its numbers."""
-    x, _ = gl.split(gl.reshape(x, [64, 32, 2]))
-    x, _ = gl.split(gl.permute(gl.reshape(x, [64, 2, 16]), (0, 2, 1)))
-    x, _ = gl.split(gl.permute(gl.reshape(x, [64, 2, 8]), (0, 2, 1)))
-    x, _ = gl.split(gl.permute(gl.reshape(x, [64, 2, 4]), (0, 2, 1)))
-    return x
-
-
-@gluon.jit
-def put_seen(line, x):
-    """Puts into a line of shared memory NaN where anything in a row of x is not finite, else 0."""
-    line.store(gl.sum(x * 0.0, axis=1))
-
-
-@gluon.jit
-def tell(states_ptr, line, K: gl.constexpr, V: gl.constexpr):
-    """If the line has a NaN makes one of the state that a program wrote, whose ids are read anew.
-
-    By all that was specialised nothing is held meanwhile: registers are short.
-    """
-    index = program_id_again("x") * gl.num_programs(1) + program_id_again("y")
-    seen, at = gl.sum(line.load(LINE), axis=0), gl.arange(0, 64, LINE)
-    place = states_ptr + index.to(gl.int64) * (K * V) + at
-    gl.store(place, seen + gl.zeros([64], gl.float32, LINE), mask=(at >= 0) & (seen != 0.0))
-
-
-@gluon.jit
-def program_id_again(AXIS: gl.constexpr):
-    """`gl.program_id` of axis "x" or "y", read anew where it stands."""
-    code: gl.constexpr = "mov.u32 $0, %ctaid." + AXIS + ";"
-    nothing = gl.to_tensor(0)
-    return gl.inline_asm_elementwise(code, "=r,r", [nothing], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
 def from_columns(x):
     """Sums of the columns of a square, as what belongs to its rows."""
     return gl.convert_layout(gl.sum(x, axis=0), ROW)

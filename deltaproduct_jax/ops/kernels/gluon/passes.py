@@ -86,7 +86,7 @@ class Call:
         self.prepare, self.walk, self.walk_back = prepare, walk, walk_back
         self.slots = options.slots or options.spans
         self.is_gated = tokens.g is not None or tokens.resets is not None
-        self.keeps, self.looks = keeps, not options.known_finite
+        self.keeps = keeps
         how = {"R": R, "gated": self.is_gated, "keeps": keeps}
         self.pieces = cut.pieces_for(B * HV, self.NG, **how)
         self.forgets = self.pieces > 1 and self.is_gated
@@ -211,7 +211,6 @@ class Call:
             **{"S": STAGES_OF_GRADIENTS if keeps else STAGES},
             **{"HAS_O": has_o, "HAS_V": has_v, "HAS_KEPT": keeps, "START": mode},
             **{"FORGETS": self.forgets and mode != "whole", "SUMMARY": int(mode == "maps")},
-            "LOOKS": mode == "whole" and self.looks,
         }
         arrays = (q, k, v, x, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]

@@ -23,16 +23,13 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     COLUMN,
     HALF,
     ROW,
-    a_column,
     between,
     columns_in_halves,
     left,
     load_vectors,
     matrix,
     one_of_halves,
-    put_seen,
     put_vectors,
-    tell,
     widened,
 )
 
@@ -76,13 +73,9 @@ def load_tiles(
 def prepare_blocks(
     handed, SCALE: gl.constexpr, T: gl.constexpr, R: gl.constexpr, HV: gl.constexpr,
     NG: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
-    HAS_RESETS: gl.constexpr, LOOKS: gl.constexpr,
+    HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: scores and decays of every block, two blocks deep.
-
-    If they LOOK they put down whether a query was not finite, which no state sees: then none of the
-    products of its row is.
-    """
+    """Four warps: scores and decays of every block, two blocks deep."""
     (
         beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
@@ -93,7 +86,6 @@ def prepare_blocks(
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
     vectors = load_vectors(beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS)
-    bad = a_column(zero)
     for m in range(steps * R):
         n, r = m // R, m % R
         sq = n % 2
@@ -115,15 +107,11 @@ def prepare_blocks(
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
             upto = (m_of + 1) * R > r * 64 + n_of
-            if LOOKS and not DECAYS:
-                bad *= a_column(p)
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
             else:
                 p = gl.where(upto, SCALE * p, 0.0)
             p *= betas.index(0).load(COLUMN)[None, :]
-            if LOOKS and DECAYS:  # that multiply, and here takes fewer registers
-                bad *= a_column(p)
             pb.index(st).store(p.to(gl.bfloat16))
         fence_async_shared()
         mbarrier.arrive(ready.index(st), count=1)
@@ -131,8 +119,6 @@ def prepare_blocks(
             mbarrier.arrive(empty.index(s), count=1)
             if r == R - 1:
                 mbarrier.arrive(qempty.index(sq), count=1)
-    if LOOKS:  # where beta is no longer wanted
-        put_seen(betas.index(0), bad)
 
 
 @gluon.jit
@@ -266,7 +252,7 @@ def walk(
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr, HAS_O: gl.constexpr, HAS_V: gl.constexpr, HAS_KEPT: gl.constexpr,
-    START: gl.constexpr, FORGETS: gl.constexpr, SUMMARY: gl.constexpr, LOOKS: gl.constexpr,
+    START: gl.constexpr, FORGETS: gl.constexpr, SUMMARY: gl.constexpr,
 ):  # fmt: skip
     """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
@@ -275,8 +261,7 @@ def walk(
     without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
     state before every block, transposed and in bfloat16, and the errors of its updates. With
     FORGETS they walk through as many of the last groups of their piece as are needed (`Call.needs`:
-    SUMMARY of the three numbers); a map is zero, not the identity, if none is. If they LOOK
-    a line of the state after a piece is NaN where a query of it was not finite: see `mend`.
+    SUMMARY of the three numbers); a map is zero, not the identity, if none is.
     """
     pid, piece = gl.program_id(0), FIRST + gl.program_id(1)
     b32, hv = pid // HV, pid % HV
@@ -351,7 +336,7 @@ def walk(
                 hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 1,
             )),
             (prepare_blocks, (
-                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS,
+                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
             )),
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 4, 1], [192, 104, 24])  # fmt: skip
@@ -361,9 +346,7 @@ def walk(
                 hold, SCALE, R, K, V, B * HV, S, DECAYS, HAS_O, HAS_V, HAS_KEPT, START, 0,
             )),
             (prepare_blocks, (
-                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS, LOOKS,
+                prepare, SCALE, T, R, HV, NG, S, HAS_O, HAS_G, HAS_RESETS,
             )),
             (load_tiles, (load, R, K, NC, S, HAS_O, HAS_V, NG * R)),
         ], [4, 1], [152, 24])  # fmt: skip
-    if LOOKS:
-        tell(final_ptr, betas.index(0), K, V)

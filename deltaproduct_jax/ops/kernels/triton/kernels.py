@@ -67,16 +67,13 @@ from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_pl
 @triton.jit
 def prepare(
     q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr,
-    x_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr, seen_ptr,
+    x_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    LOOKS: tl.constexpr, PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
+    PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
-    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk.
-
-    If it LOOKS also NaN where a query is not finite, else 0.
-    """
+    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk."""
     n, pid, _ = program_ids(GX, GY)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
@@ -115,8 +112,6 @@ def prepare(
     scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     pointers = square(scores_ptr, chunk, c, m, CP, M)
     tl.store(pointers, scores.to(dtype))
-    if LOOKS:
-        tl.store(seen_ptr + chunk, tl.sum(tl.sum(scores * 0.0, axis=1), axis=0))
 
     if HAS_G or HAS_RESETS:
         # Of rows, one token's alike; those past the last token are as the last.
@@ -135,21 +130,19 @@ def prepare(
 @triton.jit
 def walk(
     q_ptr, k_ptr, v_ptr, beta_ptr, x_ptr, scores_ptr, into_ptr, out_ptr, initial_ptr,
-    of_queries_ptr,
     o_ptr, final_ptr, states_ptr, maps_ptr,
     SCALE: tl.constexpr, B: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
     HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TWO: tl.constexpr,
     STEPS: tl.constexpr, PIECES: tl.constexpr, DECAYS: tl.constexpr, SPAN: tl.constexpr,
-    NARROW: tl.constexpr, SUMMARY: tl.constexpr, LOOKS: tl.constexpr, FLAGS: tl.constexpr,
-    PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
+    NARROW: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """Outputs and states, chunk after chunk, of a piece of STEPS chunks.
 
     With SPAN > 0 the state before every SPAN chunks, or every one, is kept. With SUMMARY there is
     no output, only what the piece does to any state, S -> A S + B: B stands among the final states,
-    A, which further programs find, among the maps. If it LOOKS the states that it ends with are NaN
-    where a query is not finite, of which `prepare` tells in up to FLAGS chunks: see `mend`.
+    A, which further programs find, among the maps.
     """
     part, piece, pid = program_ids(GX, GY)
     if SUMMARY and not is_asked_for(part, piece, 0, V, BV, PIECES):
@@ -209,11 +202,6 @@ def walk(
     columns = part * BV + tl.arange(0, BV)
     index = pid.to(tl.int64) * PIECES + piece
     inside = (rows < K)[:, None] & (columns < V)[None, :]
-    if LOOKS:
-        i = tl.arange(0, FLAGS)
-        flags = of_queries_ptr + pid.to(tl.int64) * N + piece * STEPS + i
-        of_piece = (i < STEPS) & (piece * STEPS + i < N)
-        S += tl.sum(tl.load(flags, mask=of_piece, other=0.0), axis=0)
     tl.store(square(final_ptr, index, rows, columns, K, V), S, mask=inside)
     if SUMMARY:
         columns -= tl.cdiv(V, BV) * BV

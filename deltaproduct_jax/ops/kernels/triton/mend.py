@@ -17,7 +17,8 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 PROGRAMS = 256  # of fewer a GPU has room for more
-LOOKED_AT = 1024  # numbers of a program, at most
+LOOKED_AT = 1024  # numbers of a program at once, at most
+TOKENS = 2048  # whose outputs one program looks at, at most
 STATE = 8192  # numbers of a state that a program has in registers
 WARPS = 4
 
@@ -47,9 +48,11 @@ def mended(
     B, T, R, H, K = tokens.k.shape
     HV, V, pieces = *tokens.v.shape[-2:], states.shape[2]
     BK, BV = tiling.power_of_two(K), tiling.power_of_two(V)
-    at_once = min(tiling.power_of_two(B * HV) // PROGRAMS, LOOKED_AT // BV)
+    at_once = max(1, min(tiling.power_of_two(B * HV) // PROGRAMS, LOOKED_AT // BV))
+    tokens_at_once = min(tiling.power_of_two(T), TOKENS)
     meta = {
-        **{"SCALE": options.scale, "HEADS": B * HV, "AT_ONCE": max(1, at_once)},
+        **{"SCALE": options.scale, "HEADS": B * HV, "AT_ONCE": at_once},
+        **{"TOKENS": tokens_at_once, "ROWS": min(tokens_at_once, LOOKED_AT // at_once)},
         **{"T": T, "R": R, "H": H, "HV": HV, "K": K, "BK": BK, "V": V, "BV": BV},
         **{"COLUMNS": max(16, min(BV, STATE // BK)), "C": block, "PIECES": pieces},
         **{"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None},
@@ -61,5 +64,6 @@ def mended(
     arrays = (q, k, v, beta, *gates(tokens), initial_state, told, o, final)
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, final)]
     in_place = {len(arrays) - 2: 0, len(arrays) - 1: 1}
-    grid, launch = (-(-B * HV // meta["AT_ONCE"]),), Launch(WARPS, stages=1)
+    grid = -(-B * HV // at_once), -(-T // tokens_at_once)
+    launch = Launch(WARPS, stages=1)
     return call("mend", arrays, outs, grid, launch, meta=meta, aliases=in_place)

@@ -70,7 +70,6 @@ class _Call:
             **{"C": C, "CP": tiling.power_of_two(C), "CQ": 1 << (C - 1).bit_length()},
             **{"M": M, "N": self.N, "PARTS": parts, **which},
             **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
-            "LOOKS": not options.known_finite,
         }
 
     def kept(self) -> tuple[jax.ShapeDtypeStruct, ...]:

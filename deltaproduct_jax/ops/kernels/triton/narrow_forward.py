@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
-    a_column,
     added,
     applied,
     block,
@@ -44,13 +43,12 @@ def narrow_forward(
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr,
-    HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, LOOKS: tl.constexpr, PARTS: tl.constexpr,
-    RAW: tl.constexpr, EPSILON: tl.constexpr,
+    HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr,
+    EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
-    ``slots_ptr`` is memory that the op sets aside, in which nothing is written. If it LOOKS the
-    final state is NaN where a query is not finite, of which scores tell: see `mend`.
+    ``slots_ptr`` is memory that the op sets aside, in which nothing is written.
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     pid = tl.program_id(0)
@@ -61,7 +59,6 @@ def narrow_forward(
     within = (values < V)[:, None] & (keys < K)[None, :]
     offsets = keys[None, :] * V + values[:, None]
     St = tl.load(initial_ptr + pid.to(tl.int64) * (K * V) + offsets, mask=within, other=0.0)
-    seen = tl.zeros([CP, M // 4], tl.float32)
     for n in range(0, N):
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
@@ -87,8 +84,6 @@ def narrow_forward(
             of_scores = tl.where(upto, 1.0, 0.0)
         X, _ = series(gram(k, k, PARTS), decays, decays_turned, beta, m, M, PARTS)
         scores = gram(q, k, PARTS) * (of_scores * SCALE)
-        if LOOKS:
-            seen += a_column(scores, CP, M) * 0.0
         if KEEPS:
             index = pid.to(tl.int64) * N + n
             put_series(x_ptr + index * (M * M), X, m, M, PARTS)
@@ -118,6 +113,4 @@ def narrow_forward(
             u_parts = parts(ut * out[None, :], dtype, PARTS)
             St *= through
         St = added(u_parts, k, St, PARTS)
-    if LOOKS:
-        St += tl.sum(tl.sum(seen, axis=1), axis=0)
     tl.store(final_ptr + pid.to(tl.int64) * (K * V) + offsets, St, mask=within)

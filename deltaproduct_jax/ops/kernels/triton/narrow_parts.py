@@ -98,14 +98,6 @@ def gram(a, b, PARTS: tl.constexpr):
 
 
 @triton.jit
-def a_column(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A quarter of the columns of a matrix, of which a thread has the fewest numbers."""
-    x, _ = tl.split(tl.reshape(x, [ROWS, COLUMNS // 2, 2]))
-    x, _ = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 4]), (0, 2, 1)))
-    return x
-
-
-@triton.jit
 def summed_to(ones, a, PARTS: tl.constexpr):
     """Sums of rows of a matrix in parts, those of which ``ones`` says so."""
     x = tl.dot(ones, a[1])

@@ -141,7 +141,6 @@ class _Call:
             **{"STEPS": -(-N // pieces), "PIECES": pieces},
             **{"SPAN": span, "NARROW": operand in NARROW and 1 <= span <= 2},
             "TWO": operand in NARROW,
-            "LOOKS": not self.options.known_finite,
             **{**which, "DECAYS": any(which.values())},
             "PRECISION": "tf32x3" if narrow else PRECISIONS[precision],
         }
@@ -188,23 +187,20 @@ class _Call:
         return call(name, arrays, outs, grid, launch, meta=meta)
 
 
-# X, scores, decays from the start of a chunk and to its end, sums of g; flags stand behind.
+# X, scores, decays from the start of a chunk and to its end, sums of g.
 PREPARED = 5
 PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def _prepare(c: _Call):
-    """X, scores, decays and sums of g of every chunk, and whether its queries are bad."""
+    """X, scores, decays and sums of g of every chunk."""
     q, k, _, beta, *_ = c.tokens
     outs = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
-    chunks = (c.meta["B"], c.meta["HV"], c.meta["N"])
-    looks = c.meta["LOOKS"]
-    outs = (*outs, jax.ShapeDtypeStruct(chunks, jnp.float32) if looks else PLACEHOLDER)
     grid = (c.meta["N"], c.meta["B"] * c.meta["HV"])
     return c.launch("prepare", (q, k, beta, *gates(c.tokens)), outs, grid)
 
 
-def _walk(c: _Call, arrays, start, of_queries, *outs):
+def _walk(c: _Call, arrays, start, *outs):
     """Outputs, states after pieces, kept states and maps.
 
     Without ``outs`` a summary, of which only the states, ends of pieces, and the maps matter.
@@ -214,10 +210,9 @@ def _walk(c: _Call, arrays, start, of_queries, *outs):
     o, states = outs or (PLACEHOLDER, PLACEHOLDER)
     maps = PLACEHOLDER if outs else c.maps(c.pieces)
     grid = (for_ends + (0 if outs else for_maps), c.pieces, c.meta["B"] * c.meta["HV"])
-    more = {"SUMMARY": not outs, "FLAGS": tiling.power_of_two(c.meta["STEPS"])}
-    more |= {} if outs else {"SPAN": 0, "NARROW": False, "LOOKS": False}
+    more = {"SUMMARY": not outs} | ({} if outs else {"SPAN": 0, "NARROW": False})
     results = o, c.of_pieces(), states, maps
-    return c.launch("walk", (*arrays, start, of_queries), results, grid, **more)
+    return c.launch("walk", (*arrays, start), results, grid, **more)
 
 
 def _walk_back(c: _Call, arrays, start, *outs):
@@ -249,14 +244,14 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
-    *prepared, of_queries = _prepare(c)
+    prepared = _prepare(c)
     arrays = (*tokens[:4], *prepared[:-1])
     # Where few heads leave a GPU idle, a first launch finds what each piece does to any state.
     starts, maps = initial_state, None
     if c.pieces > 1:
-        _, ends, _, maps = _walk(c, arrays, initial_state, of_queries)
+        _, ends, _, maps = _walk(c, arrays, initial_state)
         starts = _composed(c, initial_state, maps, ends, reverse=False)
-    o, after_pieces, states, _ = _walk(c, arrays, starts, of_queries, o, states)
+    o, after_pieces, states, _ = _walk(c, arrays, starts, o, states)
     if options.spans:
         states = states.at[-(-c.meta["N"] // c.meta["SPAN"]) :].set(0.0)  # slots left over
     more = ()
@@ -277,7 +272,7 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     B, _, _, HV, V = v.shape
     K, N = k.shape[-1], c.meta["N"]
     maps = more.pop() if "maps" in fixed.more else None
-    prepared = more if "prepared" in fixed.more else _prepare(c)[:PREPARED]
+    prepared = more if "prepared" in fixed.more else _prepare(c)
     prepared = (*prepared, *(PREPARED - len(prepared)) * (jnp.zeros(1, jnp.float32),))
     *prepared, sums = prepared
     x, _, into, out = prepared
@@ -295,7 +290,7 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     if c.pieces > 1:
         if maps is None or fixed.pieces != c.pieces:
             of_walk = (q, k, v, beta, *prepared)
-            *_, maps = _walk(c, of_walk, dfinal_state, sums)  # whatever it begins with
+            *_, maps = _walk(c, of_walk, dfinal_state)  # whatever it begins with
         *_, ends = _walk_back(c, arrays, dfinal_state)
         starts = _composed(c, dfinal_state, maps, ends, reverse=True)
     w, after, before_pieces = _walk_back(c, arrays, starts, updates, c.matrices(K, V))

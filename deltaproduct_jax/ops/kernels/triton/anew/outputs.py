@@ -2,15 +2,19 @@
 
 No kernel of a pass chooses between numbers by a mask, so what is bad once, in keys, values, step
 sizes, decays or the state before, stays in a state until the end: in all of its rows, so that one
-tells of all. A query reaches no state; of one that is bad kernels that walk make the state NaN that
-they end with. `mend` runs behind every forward pass, and mostly ends at once. Letters as in
-kernels.py.
+tells of all. A query reaches no state: of one that is bad all outputs of its token are, so that one
+tells. `mend` runs behind every forward pass, and mostly ends at once. Letters as in kernels.py.
 """
 
 import triton
 import triton.language as tl
 
-from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import first_bad, is_bad_or_not_zero
+from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
+    fill,
+    first_bad,
+    is_bad_or_not_zero,
+)
+from deltaproduct_jax.ops.kernels.triton.ids import program_ids
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered, place
 from deltaproduct_jax.ops.kernels.triton.parts import square
 
@@ -65,52 +69,74 @@ def mend(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, pieces_ptr, o_in_ptr,
     final_in_ptr,
     o_ptr, final_ptr,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
-    PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
-    EPSILON: tl.constexpr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    RAW: tl.constexpr, EPSILON: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
-    """Outputs and final states of those heads of AT_ONCE in whose states anything is not finite.
+    """Outputs and final states of those heads of AT_ONCE in which anything is not finite.
 
     The plain recurrence in float32, a token after the other: outputs from the start of the block of
     C tokens on in which the first bad token is, NaN from a bad one to the end of its segment, and
     the final state. What overflows although nothing was bad stays as it is. Of a sequence in PIECES
-    the states after each tell, as a piece may forget what was before it.
+    the states after each tell, as a piece may forget what was before it. Of queries each program
+    sees to those of TOKENS tokens, ROWS at once: they spoil what the recurrence makes NaN anyway,
+    so that it does not matter who writes first.
     """
-    begin = tl.program_id(0).to(tl.int64) * AT_ONCE
+    group, part, _ = program_ids(GX, GY)
+    begin = group.to(tl.int64) * AT_ONCE
     heads, values = begin + tl.arange(0, AT_ONCE), tl.arange(0, BV)
-    inside = (heads < HEADS)[:, None] & (values < V)[None, :]
-    told = tl.zeros([AT_ONCE, BV], tl.float32)
-    for piece in range(0, PIECES):
-        line = ((heads * PIECES + piece) * (K * V))[:, None] + values[None, :]
-        told += tl.load((final_in_ptr if PIECES == 1 else pieces_ptr) + line, inside, 0.0) * 0.0
-    told = tl.sum(told, axis=1)
-    if tl.sum(told, axis=0) != 0.0:
+    is_head = heads < HEADS
+    if part == 0:
+        inside = is_head[:, None] & (values < V)[None, :]
+        told = tl.zeros([AT_ONCE, BV], tl.float32)
+        for piece in range(0, PIECES):
+            line = ((heads * PIECES + piece) * (K * V))[:, None] + values[None, :]
+            states_ptr = final_in_ptr if PIECES == 1 else pieces_ptr
+            told += tl.load(states_ptr + line, inside, 0.0) * 0.0
+        of_states = tl.sum(told, axis=1)
+        if tl.sum(of_states, axis=0) != 0.0:
+            for i in range(0, AT_ONCE):
+                of_head = tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, of_states, 0.0), axis=0)
+                if of_head != 0.0:
+                    mend_head(
+                        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr,
+                        final_ptr, begin + i, SCALE, T, R, H, HV, K, BK, V, BV, COLUMNS, C, HAS_G,
+                        HAS_RESETS, RAW, EPSILON,
+                    )  # fmt: skip
+    of_tokens = tl.zeros([AT_ONCE, ROWS], tl.float32)
+    for at in range(0, TOKENS, ROWS):
+        t = part * TOKENS + at + tl.arange(0, ROWS)
+        line = (heads // HV * T)[:, None] + t[None, :]
+        pointers = o_in_ptr + (line * HV + (heads % HV)[:, None]) * V
+        inside = is_head[:, None] & (t < T)[None, :]
+        of_tokens += tl.load(pointers, inside, 0.0).to(tl.float32) * 0.0
+    of_queries = tl.sum(of_tokens, axis=1)
+    if tl.sum(of_queries, axis=0) != 0.0:
         for i in range(0, AT_ONCE):
-            of_head = tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, told, 0.0), axis=0)
+            of_head = tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, of_queries, 0.0), axis=0)
             if of_head != 0.0:
-                mend_head(
-                    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr,
-                    final_ptr, begin + i, SCALE, T, R, H, HV, K, BK, V, BV, COLUMNS, C, HAS_G,
-                    HAS_RESETS, RAW, EPSILON,
+                spoil_head(
+                    q_ptr, resets_ptr, o_ptr, final_ptr, begin + i, part * TOKENS, TOKENS, T, H,
+                    HV, K, BK, V, BV, HAS_RESETS,
                 )  # fmt: skip
 
 
 @triton.jit
 def mend_in_place(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, pieces_ptr, o_ptr, final_ptr,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, T: tl.constexpr,
-    R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr,
-    V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr, C: tl.constexpr,
-    PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
-    EPSILON: tl.constexpr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
+    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
+    C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    RAW: tl.constexpr, EPSILON: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
     """`mend` where one pointer stands for an array and what takes its place."""
     mend(
         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, pieces_ptr, o_ptr,
-        final_ptr, o_ptr, final_ptr, SCALE, HEADS, AT_ONCE, T, R, H, HV, K, BK, V, BV, COLUMNS, C,
-        PIECES, HAS_G, HAS_RESETS, RAW, EPSILON,
+        final_ptr, o_ptr, final_ptr, SCALE, HEADS, AT_ONCE, TOKENS, ROWS, T, R, H, HV, K, BK, V, BV,
+        COLUMNS, C, PIECES, HAS_G, HAS_RESETS, RAW, EPSILON, GX, GY,
     )  # fmt: skip
 
 
@@ -170,3 +196,28 @@ def mend_head(
             tl.store(pointers, o, mask=(columns < V) & (t >= begin))
         S = tl.where(reached > 0, float("nan"), S)
         tl.store(square(final_ptr, pid, keys, columns, K, V), S, mask=within)
+
+
+@triton.jit
+def spoil_head(
+    q_ptr, resets_ptr, o_ptr, final_ptr, pid, begin, TOKENS: tl.constexpr, T: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
+    BV: tl.constexpr, HAS_RESETS: tl.constexpr,
+):  # fmt: skip
+    """NaN for outputs of one head from bad queries among TOKENS tokens to the end of segments."""
+    row, hv = pid // HV * T, pid % HV
+    h = hv // (HV // H)
+    q_base = place(q_ptr, row, h, H, K)
+    end = tl.minimum(begin + TOKENS, T)
+    first = first_bad(q_base, begin, end, H, K, BK)
+    keys, values = tl.arange(0, BK), tl.arange(0, BV)
+    reached = tl.full([], 0, tl.int32)
+    for t in range(first, tl.where(first < end, T, first)):
+        token = row + t
+        if HAS_RESETS:
+            reached = tl.where(tl.load(resets_ptr + token) != 0, 0, reached)
+        told = is_bad(vector(q_ptr, token, h, keys, H, K))
+        reached = tl.where(t < end, tl.maximum(reached, told), reached)
+        nan = tl.full([BV], float("nan"), tl.float32).to(o_ptr.dtype.element_ty)
+        tl.store(o_ptr + (token * HV + hv) * V + values, nan, mask=(values < V) & (reached > 0))
+    fill(final_ptr + pid * (K * V), 0, tl.where(reached > 0, K, 0), float("nan"), 1, V, BV)
