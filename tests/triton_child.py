@@ -87,7 +87,7 @@ def run(tokens, state, cotangents, case, more, passes=passes):
     *outputs, states = passes.forward(tokens, state, options, keep_states=True)
     dtokens, dstate = passes.backward(tokens, states, *cotangents, options)
     dq, dk = summed_over_groups(*dtokens[:2], tokens)
-    return outputs, [dq, dk, *dtokens[2:5], dstate]
+    return outputs, [dq, dk, *dtokens[2:5], dstate[:, :, 0]]
 
 
 def errors(case: Case, dtype: str, passes=passes) -> dict[str, float]:

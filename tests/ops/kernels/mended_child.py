@@ -153,7 +153,8 @@ def errors(bad: Bad) -> dict[str, float | bool | int]:
     options = kernels.Options(bad.case.K**-0.5, None, spans=1, interpret=False, raw=bad.raw)
     call = lambda _, *args, **named: triton_interpreter.call(bad.name, *args, **named)
     of_pass = arrays["initial_state"], arrays["do"], arrays["dfinal"], dtokens
-    found, dstate = mend_back.mended(call, tokens, *of_pass, spoilt["initial_state"], options)
+    dstates = spoilt["initial_state"][:, :, None]
+    found, dstate = mend_back.mended(call, tokens, *of_pass, dstates, options)
     found = found._asdict() | {"initial_state": dstate}
     result = {"error": 0.0, "alike": True, "nan": 0, "exact": 0}
     for name in names:
@@ -246,7 +247,8 @@ def resources() -> list[dict]:
         dtokens = Tokens(shaped(B, T, HV, K), shaped(B, T, R, HV, K), v, beta, g, None)
         tokens = Tokens(q, k, v, beta, g, jnp.zeros((B, T), bool))
         options = kernels.Options(1.0, None, spans=1, interpret=False, raw=K == 32)
-        of_pass = state, shaped(B, T, HV, V), state, dtokens, state
+        dstates = shaped(B, HV, 2, K, V, dtype=float32)
+        of_pass = state, shaped(B, T, HV, V), state, dtokens, dstates
         mend_back.mended(compiled, tokens, *of_pass, options)
     return rows
 

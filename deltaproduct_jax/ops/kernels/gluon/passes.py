@@ -301,7 +301,7 @@ def forward_kept(fixed: Fixed, tokens: Tokens, initial_state: jax.Array):
 
 
 def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
-    """Cotangents of the tokens, dq and dk by value head, and of the initial state."""
+    """Cotangents of the tokens, dq and dk by value head, and of states before pieces."""
     call = Call(tokens, fixed.options)
     states, x, errors, *more = kept
     more = dict(zip(call.of_pieces(fixed.pieces), more, strict=True))
@@ -319,7 +319,7 @@ def backward(fixed: Fixed, tokens: Tokens, kept, do, dfinal_state):
         x, sums, start, needs, *arrays, mode="whole"
     )
     dg = None if tokens.g is None else gate_cotangents(call, *terms, sums)
-    return Tokens(dq, dk, dv, dbeta, dg, None), before[:, :, 0]
+    return Tokens(dq, dk, dv, dbeta, dg, None), before
 
 
 def gate_cotangents(call: Call, terms, wholes, sums) -> jax.Array:

@@ -57,13 +57,13 @@ def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, opti
     *kept, initial_state = kept[: len(kept) - ("pallas_tpu" in options.kernels)]
     kept = tuple(kept)
     if narrow.takes_gradients(tokens, options):
-        dtokens, dstate = narrow.backward(tokens, kept, do, dfinal_state, options)
+        dtokens, dstates = narrow.backward(tokens, kept, do, dfinal_state, options)
     elif _by_gluon(tokens, options):
         run = batched(gluon.backward, gluon.fixed(tokens, options))
-        dtokens, dstate = run(tokens, kept, do, dfinal_state)
+        dtokens, dstates = run(tokens, kept, do, dfinal_state)
     else:
-        dtokens, dstate = triton.backward(tokens, kept, do, dfinal_state, options)
-    arrays = tokens, initial_state, do, dfinal_state, dtokens, dstate
+        dtokens, dstates = triton.backward(tokens, kept, do, dfinal_state, options)
+    arrays = tokens, initial_state, do, dfinal_state, dtokens, dstates
     dtokens, dstate = batched(_mended, options)(*arrays)
     dq, dk = triton.summed_over_groups(dtokens.q, dtokens.k, tokens)
     return dtokens._replace(q=dq, k=dk), dstate, None

@@ -42,9 +42,8 @@ def mended(
       options: as the pass had them; of operands that are known to be finite nothing is launched.
       block: of how many tokens the pass makes products; a multiple of it will do.
     """
-    final = states[:, :, -1]
     if options.known_finite:
-        return o, final
+        return o, states[:, :, -1]
     B, T, R, H, K = tokens.k.shape
     HV, V, pieces = *tokens.v.shape[-2:], states.shape[2]
     BK, BV = tiling.power_of_two(K), tiling.power_of_two(V)
@@ -59,11 +58,12 @@ def mended(
         **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
     }
     q, k, v, beta, *_ = tokens
-    # With one piece its state is the final one; to give that twice would have XLA copy it.
-    told = beta if pieces == 1 else states
-    arrays = (q, k, v, beta, *gates(tokens), initial_state, told, o, final)
-    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, final)]
+    # Whole arrays in place, no parts of them: XLA may hand on where a part lies, and then what is
+    # written there is not what it reads.
+    arrays = (q, k, v, beta, *gates(tokens), initial_state, o, states)
+    outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, states)]
     in_place = {len(arrays) - 2: 0, len(arrays) - 1: 1}
     grid = -(-B * HV // at_once), -(-T // tokens_at_once)
     launch = Launch(WARPS, stages=1)
-    return call("mend", arrays, outs, grid, launch, meta=meta, aliases=in_place)
+    o, states = call("mend", arrays, outs, grid, launch, meta=meta, aliases=in_place)
+    return o, states[:, :, -1]

@@ -34,7 +34,7 @@ def mended(
     do: jax.Array,
     dfinal_state: jax.Array,
     dtokens: Tokens,
-    dinitial_state: jax.Array,
+    dstates: jax.Array,
     options: Options,
 ) -> tuple[Tokens, jax.Array]:
     """The gradients, in place, contained as `ops.containment.Watched` says.
@@ -48,11 +48,12 @@ def mended(
       dtokens: what the kernels found; dq and dk are those of value heads, [B, T, Hv, K] and
         [B, T, R, Hv, K], not yet added up over groups. dv has the dtype of v. Where anything is
         not finite, dbeta must tell: see `anew.gradients.mend_back_in_place`.
-      dinitial_state: [B, Hv, K, V], float32.
+      dstates: [B, Hv, pieces, K, V], float32, of states before the pieces of the sequence.
       options: what the kernels were told.
 
     Returns:
-      The same two, but of rows and heads of which anything is not finite found anew.
+      dtokens, and the cotangent of the initial state, [B, Hv, K, V]; of rows and heads of which
+      anything is not finite they are found anew.
     """
     q, k, v, beta, g, resets = tokens
     B, T, R, H, K = k.shape
@@ -67,10 +68,11 @@ def mended(
         **{"LOOKED_AT": LOOKED_AT, "AT_ONCE": min(looked_at, LOOKS_AT_ONCE // looks)},
         # A state takes so many rows of dv, in which it is kept.
         "SPAN": -(-K * (4 // dtokens.v.dtype.itemsize) // R),
+        "PIECES": dstates.shape[2],
         **{"HAS_G": g is not None, "HAS_RESETS": resets is not None},
         **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
     }
-    given = (*dtokens[:4], jnp.zeros(1, jnp.float32) if g is None else dtokens.g, dinitial_state)
+    given = (*dtokens[:4], jnp.zeros(1, jnp.float32) if g is None else dtokens.g, dstates)
     resets = beta if resets is None else resets.astype(jnp.int8)
     arrays = (q, k, v, beta, beta if g is None else g, resets, initial_state, do, dfinal_state)
     outs = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in given)
@@ -83,5 +85,5 @@ def mended(
         meta=meta,
         aliases={len(arrays) + i: i for i in range(len(given))},
     )
-    *of_tokens, dg, dinitial_state = found
-    return Tokens(*of_tokens, None if g is None else dg, None), dinitial_state
+    *of_tokens, dg, dstates = found
+    return Tokens(*of_tokens, None if g is None else dg, None), dstates[:, :, 0]

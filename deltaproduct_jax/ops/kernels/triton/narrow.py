@@ -104,7 +104,7 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens, dq and dk by value head, and of the initial state."""
+    """Cotangents of the tokens, dq and dk by value head, and of the state before the only piece."""
     return batched(_walk_heads_back, options)(tokens, kept, do, dfinal_state)
 
 
@@ -139,4 +139,4 @@ def _walk_heads_back(options: Options, tokens: Tokens, kept, do, dfinal_state):
     arrays = (*call.inputs(), states, x, do, dfinal_state)
     launched = call.launch("narrow_backward", arrays, outs, call.backward)
     *dtokens, dg, dstate = launched
-    return Tokens(*dtokens, None if g is None else dg, None), dstate
+    return Tokens(*dtokens, None if g is None else dg, None), dstate[:, :, None]

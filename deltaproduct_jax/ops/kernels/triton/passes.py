@@ -103,7 +103,7 @@ def forward(tokens: Tokens, initial_state: jax.Array, options: Options, *, keep_
 
 
 def backward(tokens: Tokens, kept: tuple[jax.Array, ...], do, dfinal_state, options: Options):
-    """Cotangents of the tokens, dq and dk by value head, and of the initial state."""
+    """Cotangents of the tokens, dq and dk by value head, and of states before pieces."""
     return batched(_run_backward, _fixed(tokens, options))(tokens, kept, do, dfinal_state)
 
 
@@ -303,7 +303,7 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     grid = (parts, N, B * HV)
     dq, dk, dv, dbeta, *of_decays = c.launch("gradients", arrays, outs, grid, BK=keys)
     dg = None if g is None else summed(c.meta, *of_decays, into[..., -1]).astype(g.dtype)
-    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces[:, :, 0]
+    return Tokens(dq, dk, dv, dbeta, dg, None), before_pieces
 
 
 def of_value_heads(tokens: Tokens) -> tuple[jax.ShapeDtypeStruct, ...]:

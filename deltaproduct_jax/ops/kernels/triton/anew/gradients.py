@@ -264,12 +264,12 @@ def _seen(of_heads, updates, inside, HV: tl.constexpr):
 @triton.jit
 def mend_back_in_place(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, do_ptr, dfinal_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dstates_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ALL_V: tl.constexpr,
     SPAN: tl.constexpr, HEADS: tl.constexpr, LOOKS: tl.constexpr, LOOKED_AT: tl.constexpr,
-    AT_ONCE: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
-    EPSILON: tl.constexpr,
+    AT_ONCE: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Gradients of rows and heads of which anything is not finite; all others stay as they are.
 
@@ -312,26 +312,26 @@ def mend_back_in_place(
                 )
                 _of_head(
                     arrays, resets_ptr + row, outs, initial_ptr + state, dfinal_ptr + state,
-                    dinitial_ptr + state, SCALE, T, R, H, HV, K, BK, V, BV, ALL_V, SPAN, HAS_G,
-                    HAS_RESETS, RAW, EPSILON,
+                    dstates_ptr + state * PIECES, SCALE, T, R, H, HV, K, BK, V, BV, ALL_V, SPAN,
+                    HAS_G, HAS_RESETS, RAW, EPSILON,
                 )  # fmt: skip
 
 
 @triton.jit
 def mend_back(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, do_ptr, dfinal_ptr,
-    of_q_ptr, of_k_ptr, of_v_ptr, of_beta_ptr, of_g_ptr, of_initial_ptr,
-    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
+    of_q_ptr, of_k_ptr, of_v_ptr, of_beta_ptr, of_g_ptr, of_states_ptr,
+    dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dstates_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, ALL_V: tl.constexpr,
     SPAN: tl.constexpr, HEADS: tl.constexpr, LOOKS: tl.constexpr, LOOKED_AT: tl.constexpr,
-    AT_ONCE: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
-    EPSILON: tl.constexpr,
+    AT_ONCE: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """`mend_back_in_place` where results have pointers of their own, to the same memory."""
     mend_back_in_place(
         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, do_ptr, dfinal_ptr,
-        dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dinitial_ptr,
-        SCALE, T, R, H, HV, K, BK, V, BV, ALL_V, SPAN, HEADS, LOOKS, LOOKED_AT, AT_ONCE, HAS_G,
-        HAS_RESETS, RAW, EPSILON,
+        dq_ptr, dk_ptr, dv_ptr, dbeta_ptr, dg_ptr, dstates_ptr,
+        SCALE, T, R, H, HV, K, BK, V, BV, ALL_V, SPAN, HEADS, LOOKS, LOOKED_AT, AT_ONCE,
+        PIECES, HAS_G, HAS_RESETS, RAW, EPSILON,
     )  # fmt: skip

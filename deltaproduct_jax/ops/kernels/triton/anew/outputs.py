@@ -66,9 +66,8 @@ def first_bad_token(
 
 @triton.jit
 def mend(
-    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, pieces_ptr, o_in_ptr,
-    final_in_ptr,
-    o_ptr, final_ptr,
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_in_ptr, states_in_ptr,
+    o_ptr, states_ptr,
     SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
@@ -93,8 +92,7 @@ def mend(
         told = tl.zeros([AT_ONCE, BV], tl.float32)
         for piece in range(0, PIECES):
             line = ((heads * PIECES + piece) * (K * V))[:, None] + values[None, :]
-            states_ptr = final_in_ptr if PIECES == 1 else pieces_ptr
-            told += tl.load(states_ptr + line, inside, 0.0) * 0.0
+            told += tl.load(states_in_ptr + line, inside, 0.0) * 0.0
         of_states = tl.sum(told, axis=1)
         if tl.sum(of_states, axis=0) != 0.0:
             for i in range(0, AT_ONCE):
@@ -102,8 +100,8 @@ def mend(
                 if of_head != 0.0:
                     mend_head(
                         q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr,
-                        final_ptr, begin + i, SCALE, T, R, H, HV, K, BK, V, BV, COLUMNS, C, HAS_G,
-                        HAS_RESETS, RAW, EPSILON,
+                        states_ptr, begin + i, SCALE, T, R, H, HV, K, BK, V, BV, COLUMNS, C,
+                        PIECES, HAS_G, HAS_RESETS, RAW, EPSILON,
                     )  # fmt: skip
     of_tokens = tl.zeros([AT_ONCE, ROWS], tl.float32)
     for at in range(0, TOKENS, ROWS):
@@ -118,14 +116,14 @@ def mend(
             of_head = tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, of_queries, 0.0), axis=0)
             if of_head != 0.0:
                 spoil_head(
-                    q_ptr, resets_ptr, o_ptr, final_ptr, begin + i, part * TOKENS, TOKENS, T, H,
-                    HV, K, BK, V, BV, HAS_RESETS,
+                    q_ptr, resets_ptr, o_ptr, states_ptr, begin + i, part * TOKENS, TOKENS, T, H,
+                    HV, K, BK, V, BV, PIECES, HAS_RESETS,
                 )  # fmt: skip
 
 
 @triton.jit
 def mend_in_place(
-    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, pieces_ptr, o_ptr, final_ptr,
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr, states_ptr,
     SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOKENS: tl.constexpr,
     ROWS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
@@ -134,8 +132,8 @@ def mend_in_place(
 ):  # fmt: skip
     """`mend` where one pointer stands for an array and what takes its place."""
     mend(
-        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, pieces_ptr, o_ptr,
-        final_ptr, o_ptr, final_ptr, SCALE, HEADS, AT_ONCE, TOKENS, ROWS, T, R, H, HV, K, BK, V, BV,
+        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr, states_ptr, o_ptr,
+        states_ptr, SCALE, HEADS, AT_ONCE, TOKENS, ROWS, T, R, H, HV, K, BK, V, BV,
         COLUMNS, C, PIECES, HAS_G, HAS_RESETS, RAW, EPSILON, GX, GY,
     )  # fmt: skip
 
@@ -143,11 +141,11 @@ def mend_in_place(
 @triton.jit
 def mend_head(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr,
-    o_ptr, final_ptr, pid,
+    o_ptr, states_ptr, pid,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
-    C: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, RAW: tl.constexpr,
-    EPSILON: tl.constexpr,
+    C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
+    RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """One head of a sequence, COLUMNS columns of the state at a time."""
     row, hv = pid // HV * T, pid % HV
@@ -195,14 +193,15 @@ def mend_head(
             pointers = o_ptr + (token * HV + hv) * V + columns
             tl.store(pointers, o, mask=(columns < V) & (t >= begin))
         S = tl.where(reached > 0, float("nan"), S)
-        tl.store(square(final_ptr, pid, keys, columns, K, V), S, mask=within)
+        last = pid * PIECES + PIECES - 1
+        tl.store(square(states_ptr, last, keys, columns, K, V), S, mask=within)
 
 
 @triton.jit
 def spoil_head(
-    q_ptr, resets_ptr, o_ptr, final_ptr, pid, begin, TOKENS: tl.constexpr, T: tl.constexpr,
+    q_ptr, resets_ptr, o_ptr, states_ptr, pid, begin, TOKENS: tl.constexpr, T: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, HAS_RESETS: tl.constexpr,
+    BV: tl.constexpr, PIECES: tl.constexpr, HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
     """NaN for outputs of one head from bad queries among TOKENS tokens to the end of segments."""
     row, hv = pid // HV * T, pid % HV
@@ -220,4 +219,5 @@ def spoil_head(
         reached = tl.where(t < end, tl.maximum(reached, told), reached)
         nan = tl.full([BV], float("nan"), tl.float32).to(o_ptr.dtype.element_ty)
         tl.store(o_ptr + (token * HV + hv) * V + values, nan, mask=(values < V) & (reached > 0))
-    fill(final_ptr + pid * (K * V), 0, tl.where(reached > 0, K, 0), float("nan"), 1, V, BV)
+    last = states_ptr + (pid * PIECES + PIECES - 1) * (K * V)
+    fill(last, 0, tl.where(reached > 0, K, 0), float("nan"), 1, V, BV)
