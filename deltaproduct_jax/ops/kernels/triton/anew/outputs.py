@@ -49,14 +49,17 @@ def entered_vector(x, RAW: tl.constexpr, UNIT: tl.constexpr, EPSILON: tl.constex
 
 @triton.jit
 def first_bad_token(
-    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T: tl.constexpr, R: tl.constexpr,
+    k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T: tl.constexpr, R: tl.constexpr,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
     BV: tl.constexpr, HAS_G: tl.constexpr,
 ):  # fmt: skip
-    """The first token of a head of a sequence of which anything is not finite; T if none is."""
-    begin, end = tl.full([], 0, tl.int32), tl.full([], T, tl.int32)
-    first = first_bad(place(q_ptr, row, h, H, K), begin, end, H, K, BK)
-    first = first_bad(place(k_ptr, row * R, h, H, K), begin, first * R, H, K, BK) // R
+    """The first token of a head with anything not finite that reaches a state; T if none has.
+
+    Not by its query: of those other programs may have spoilt the state already, or not yet, and
+    what is done here must not depend on it.
+    """
+    begin, end = tl.full([], 0, tl.int32), tl.full([], T * R, tl.int32)
+    first = first_bad(place(k_ptr, row * R, h, H, K), begin, end, H, K, BK) // R
     first = first_bad(place(v_ptr, row * R, hv, HV, V), begin, first * R, HV, V, BV) // R
     first = first_bad(place(beta_ptr, row * R, hv, HV, 1), begin, first * R, HV, 1, 1) // R
     if HAS_G:
@@ -77,11 +80,11 @@ def mend(
     """Outputs and final states of those heads of AT_ONCE in which anything is not finite.
 
     The plain recurrence in float32, a token after the other: outputs from the start of the block of
-    C tokens on in which the first bad token is, NaN from a bad one to the end of its segment, and
-    the final state. What overflows although nothing was bad stays as it is. Of a sequence in PIECES
-    the states after each tell, as a piece may forget what was before it. Of queries each program
-    sees to those of TOKENS tokens, ROWS at once: they spoil what the recurrence makes NaN anyway,
-    so that it does not matter who writes first.
+    C tokens on in which the first one is that spoils a state, NaN from a bad one to the end of its
+    segment, and the final state. What overflows although nothing was bad stays as it is. Of a
+    sequence in PIECES the states after each tell, as a piece may forget what was before it. Of
+    queries each program sees to those of TOKENS tokens, ROWS at once: they spoil what the
+    recurrence makes NaN anyway, so that it does not matter who writes first.
     """
     group, part, _ = program_ids(GX, GY)
     begin = group.to(tl.int64) * AT_ONCE
@@ -154,7 +157,7 @@ def mend_head(
     bad_state, _ = is_bad_or_not_zero(initial_ptr + pid * (K * V), K, BK, V)
     of_state = bad_state.to(tl.int32)
     first = first_bad_token(
-        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T, R, H, HV, K, BK, V, BV, HAS_G
+        k_ptr, v_ptr, beta_ptr, g_ptr, row, h, hv, T, R, H, HV, K, BK, V, BV, HAS_G
     )  # fmt: skip
     begin = tl.where(of_state > 0, 0, first // C * C)
     is_any = (of_state > 0) | (first < T)
