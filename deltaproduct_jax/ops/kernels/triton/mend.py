@@ -1,8 +1,7 @@
 """What is launched behind the passes of GPU kernels, so that what is not finite stays in place.
 
 A host that asked whether anything is bad would wait for the answer; a kernel that has nothing to do
-takes a GPU two microseconds. The bodies are in `anew.outputs`, which
-needs Triton.
+takes a GPU microseconds. The bodies are in `anew.outputs`, which needs Triton.
 """
 
 from collections.abc import Callable
