@@ -346,10 +346,13 @@ def kernels_by_version() -> list[str]:
     return launched
 
 
-def lower_step() -> list[int]:
-    """Calls of the kernel in one token with 1 and 2 factors, and in the derivative with 2."""
+def lower_step() -> tuple[list[int], int]:
+    """Calls of the kernel in one token with 1 and 2 factors, and in the derivative with 2.
+
+    And the barriers before the state that is written in place, with 1 factor.
+    """
     arrays = [jax.ShapeDtypeStruct((1, 2, 32, 32), jnp.float32)]
-    counts = []
+    texts = []
 
     def o(state, *token):
         return jnp.sum(delta_product_step(state, *token)[0])
@@ -358,8 +361,9 @@ def lower_step() -> list[int]:
         shapes = [(1, 2, 32), (1, R, 2, 32), (1, R, 2, 32), (1, R, 2)]
         token = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
         traced = jax.jit(function).trace(*arrays, *token)
-        counts.append(traced.lower(lowering_platforms=("cuda",)).as_text().count("triton_kernel"))
-    return counts
+        texts.append(traced.lower(lowering_platforms=("cuda",)).as_text())
+    barriers = texts[0].count("stablehlo.optimization_barrier")
+    return [text.count("triton_kernel") for text in texts], barriers
 
 
 if __name__ == "__main__":

@@ -348,7 +348,9 @@ def _step(scale: float, state, q, k, v, beta, g):
 def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any], aliases=None):
     """Launches a kernel through jax-triton, 0.3 or 0.4, with those of ``meta`` that it takes.
 
-    ``aliases`` maps an input to the output that is written in its place.
+    ``aliases`` maps an input to the output that is written in its place. A slice of an array, such
+    as one layer's state in a scan, is no place of its own for XLA, which from jax 0.11 on may let a
+    kernel write into the array itself (`xla_gpu_enable_dynamic_slice_fusion`): hence a barrier.
     """
     import jax_triton
 
@@ -360,6 +362,10 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
     is_one_pointer = aliases and keyword == "out_type"
     kernel = getattr(kernels, name + "_in_place" * bool(is_one_pointer))
     grid, line = grids.fitted(name, grid, kernel.arg_names)
+    arrays = [
+        jax.lax.optimization_barrier(x) if place in (aliases or {}) else x
+        for place, x in enumerate(arrays)
+    ]
     results = jax_triton.triton_call(
         *arrays,
         kernel=kernel,
