@@ -1,10 +1,10 @@
 """What test_gluon.py runs apart, where the newer Triton is found: prints one JSON object.
 
 Compiles every kernel that a pass, or with "gradients" both passes of a gradient, with the sizes
-given as JSON launches, without a GPU, and reads
-what the assembler makes of it: registers, spilt bytes, spills in loops, shared memory, warps, and
-whether it lets products run beside each other. With "spans" instead, errors of the kernel for
-gates in Triton's interpreter, which TRITON_INTERPRET=1 asks for.
+given as JSON launches, without a GPU, and reads what the assembler makes of it: registers, spilt
+bytes, spills in loops, shared memory, warps, barriers that nobody waits for, and whether it lets
+products run beside each other. With "spans" instead, errors of the kernel for gates in Triton's
+interpreter, which TRITON_INTERPRET=1 asks for.
 """
 
 import functools
@@ -34,6 +34,25 @@ from deltaproduct_jax.ops.layout import Tokens
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
+def idle_barriers(code):
+    """Barriers that are set, and that no instruction or partition has a use for.
+
+    Their memory is given to others as soon as they are set, and what is written there then may come
+    first.
+    """
+
+    def uses(name):
+        """Instructions but that which makes it; for a view of it those of the view."""
+        found = []
+        for line in re.findall(rf"^(?! *{name} =).*{name}(?![\w]).*$", code, re.MULTILINE):
+            view = re.match(r" *(%\w+) = ttg.memdesc_index", line)
+            found += uses(view[1]) if view else [line]
+        return found
+
+    barriers = re.findall(r"(%\w+) = ttg.local_alloc : .*?memdesc<[\dx]*xi64", code)
+    return [x for x in barriers if all("init_barrier" in line for line in uses(x))]
+
+
 def resources(program, registers):
     """What the compiled kernel takes, with at most so many registers."""
     with tempfile.TemporaryDirectory() as folder:
@@ -50,6 +69,7 @@ def resources(program, registers):
         "shared_bytes": program.metadata.shared,
         "scratch_bytes": program.metadata.global_scratch_size,
         "warps": program.metadata.num_warps,
+        "idle_barriers": idle_barriers(program.asm["ttgir"]),
         "products": len(re.findall("HGMMA", code)),
         "one_by_one": "wgmma.mma_async instructions are serialized" in report,
     }

@@ -49,6 +49,7 @@ def check(kernels: dict, K: int = 128) -> None:
     for name, kernel in kernels.items():
         assert kernel["shared_bytes"] <= SHARED, (name, kernel)
         assert kernel["scratch_bytes"] == 0, (name, kernel)
+        assert kernel["idle_barriers"] == [], (name, kernel)
         if name in ("gate_sums", "gate_cotangents"):
             assert kernel["spilt_bytes"] == 0
             continue

@@ -301,16 +301,21 @@ def walk(
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     full = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], bars)
-    qfull = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
-    qempty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+    # Nobody waits for queries without outputs. A barrier that is set and never waited for has its
+    # memory given to what partitions are told, which its setting may reach too late.
+    qfull, qempty = full, empty
+    if HAS_O:
+        qfull = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
+        qempty = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     free = gl.allocate_shared_memory(gl.int64, [2, 1], bars)
     for i in gl.static_range(S):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=NC + 1 if HAS_O else NC)
     for i in gl.static_range(2):
-        mbarrier.init(qfull.index(i), count=1)
-        mbarrier.init(qempty.index(i), count=NC + 1)
+        if HAS_O:
+            mbarrier.init(qfull.index(i), count=1)
+            mbarrier.init(qempty.index(i), count=NC + 1)
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=NC)
     fence_async_shared()

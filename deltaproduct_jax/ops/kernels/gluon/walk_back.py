@@ -221,8 +221,12 @@ def walk_back(
     do_full, do_empty = barriers(1, D), barriers(NC, D)
     ready, free = barriers(1, 2), barriers(NC, 2)
     # Of what there is one of: filled, and free again.
-    of_x, of_e, of_states = both_ways(1, NC), both_ways(1, 1), both_ways(1, NC)
-    of_ds, of_dy = both_ways(NC, 1), both_ways(NC, 1)
+    of_x = both_ways(1, NC)
+    # None that nobody waits for: see `walk`.
+    of_e, of_states, of_ds, of_dy = of_x, of_x, of_x, of_x
+    if HAS_GRADIENTS:
+        of_e, of_states = both_ways(1, 1), both_ways(1, NC)
+        of_ds, of_dy = both_ways(NC, 1), both_ways(NC, 1)
     for p in gl.static_range(2):  # zeros, where nothing is loaded
         none = gl.zeros([64, 32], bf16, gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0]))
         x0b.index(p).store(none)
