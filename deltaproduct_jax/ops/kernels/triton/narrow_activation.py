@@ -19,7 +19,7 @@ TANH = tl.constexpr(
 
 @triton.jit
 def swished(u):
-    """SiLU of u and the sigmoid that it is made with, in float32."""
+    """SiLU of u and its derivative, in float32."""
     if u.dtype == tl.bfloat16:
         half, t = tl.inline_asm_elementwise(
             TANH, "=f,=f,=f,=f,r", [u], (tl.float32, tl.float32), is_pure=True, pack=2
@@ -29,7 +29,7 @@ def swished(u):
         z = u.to(tl.float32)
         s = sigmoid(z)
         y = z * s
-    return y, s
+    return y, s + (y - y * s)
 
 
 @triton.jit
@@ -57,9 +57,9 @@ def queries(
 @triton.jit
 def left(dy, u, EPSILON: tl.constexpr, UNIT: tl.constexpr, FACTOR: tl.constexpr = 1.0):
     """The cotangent of a block u from that of what `entered` makes of it, in float32."""
-    y, s = swished(u)
+    y, slope = swished(u)
     if UNIT:
         inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
         along = tl.sum(y * dy, axis=1, keep_dims=True) * inverse * inverse
         dy = (inverse * FACTOR) * (dy - y * along)
-    return dy * (s + (y - y * s))
+    return dy * slope

@@ -142,6 +142,7 @@ def narrow_backward(
             of_scores = of_pairs(of_tokens, rows, upto, HAS_G, HAS_RESETS) * REST
             do_in = do.to(tl.float32) * (REST * into_tokens)[:, None]
         else:
+            decays = tl.where(earlier, 1.0, 0.0)
             of_scores = tl.where(upto, REST, 0.0)
             do_in = do.to(tl.float32) * REST if REST != 1.0 else do
         do, do_in = parts(do, dtype, PARTS), parts(do_in, dtype, PARTS)
@@ -175,7 +176,7 @@ def narrow_backward(
         do_u = product(do, e, PARTS) * beta[None, :]
         do_u_t = product(e_t, turned(do), PARTS) * beta[:, None]
         of_betas = beta[:, None] * beta[None, :]
-        if DECAYS:
+        if DECAYS or PARTS > 1:
             dF = pairs * (of_betas * decays)
             dF_both = dF + tl.trans(dF)
         else:

@@ -38,15 +38,13 @@ def parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
         first = x.to(dtype)
         second, third = first, first
     else:
-        high = rounded(x, tl.bfloat16)
-        rest = x - high
-        first = high.to(tl.bfloat16)
+        first = x.to(tl.bfloat16)
+        rest = x - wide(first)
+        second = rest.to(tl.bfloat16)
         if PARTS == 2:
-            second = rest.to(tl.bfloat16)
             third = second
         else:
-            middle = rounded(rest, tl.bfloat16)
-            second, third = middle.to(tl.bfloat16), (rest - middle).to(tl.bfloat16)
+            third = (rest - wide(second)).to(tl.bfloat16)
     return first, second, third
 
 
@@ -308,8 +306,9 @@ def put_series(ptr, X, m, M: tl.constexpr, PARTS: tl.constexpr):
     """Writes X: as it is, or in two terms, the second above the diagonal."""
     dtype = ptr.dtype.element_ty
     if PARTS == 1:
-        first = rounded(X, dtype)
-        X = first + tl.trans(X - first)
+        first = X.to(dtype)
+        second = (X - wide(first)).to(dtype)
+        X = tl.where(m[:, None] > m[None, :], first, tl.trans(second))
     tl.store(ptr + m[:, None] * M + m[None, :], X.to(dtype))
 
 
@@ -333,9 +332,9 @@ def two_terms(X, dtype: tl.constexpr, PARTS: tl.constexpr):
     if PARTS > 1:
         found = parts(X, dtype, PARTS)
     else:
-        first = rounded(X, dtype)
-        second = (X - first).to(dtype)
-        found = first.to(dtype), second, second
+        first = X.to(dtype)
+        second = (X - wide(first)).to(dtype)
+        found = first, second, second
     return found
 
 
