@@ -140,6 +140,17 @@ def _prepared():
         return patch(function)
 
     interpreter._patch_lang_tensor, interpreter._patch_lang = patch_tensor_and_index, patch_once
+    convert = interpreter._convert_float
+
+    def convert_to_nearest(x, given, wanted, mode):
+        """What is rounded to bfloat16 is cut off there."""
+        if (str(given), str(wanted)) != ("fp32", "bf16"):
+            return convert(x, given, wanted, mode)
+        bits = x.view(np.uint32).astype(np.uint64)
+        nearest = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+        return np.where(np.isnan(x), 0x7FC0, nearest).astype(np.uint16)
+
+    interpreter._convert_float = convert_to_nearest
     builder = interpreter.InterpreterBuilder
     builder.create_inline_asm, builder.create_dot = _inline_asm, _dot
     return patched.clear

@@ -17,7 +17,7 @@ from deltaproduct_jax.ops.layout import Tokens
 from experiments.lib import environment
 
 TESTS = Path(__file__).parents[2]
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 # Twice the bar where reflections keep rounding.
 REFLECTED, OVER_REFLECTED = "identical keys, beta 2, float16", 2
 # What XLA compiles for the CPU here is run once.
