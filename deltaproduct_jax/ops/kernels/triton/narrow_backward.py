@@ -160,7 +160,7 @@ def narrow_backward(
             yt = rounded(yt, dtype)
         Xyt = applied(parts(yt, dtype, PARTS), X, PARTS)
         # Cotangents of errors, with the other sign; of r = v - S k they are these times beta.
-        wt = Xyt - dut
+        wt, removed = Xyt - dut, Xyt * beta[None, :] - yt
         dv, w_t, w = flipped(wt, m, dtype, M, PARTS)
         pairs = product(w_t, e, PARTS)
         dbeta = -tl.sum(tl.where(m[:, None] == m[None, :], pairs, 0.0), axis=1)
@@ -213,6 +213,7 @@ def narrow_backward(
         if DECAYS:
             dSt *= through
         dSt = added(turned(all_padded(do_in, CP)), q, dSt, PARTS)
-        removed = wt * (beta * into if DECAYS else beta)[None, :]
+        if DECAYS:
+            removed *= into[None, :]
         dSt = added(parts(removed, dtype, PARTS), k, dSt, PARTS)
     tl.store(dinitial_ptr + pid.to(tl.int64) * (K * V) + offsets, dSt, mask=within)
