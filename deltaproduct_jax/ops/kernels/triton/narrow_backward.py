@@ -14,9 +14,9 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     kept_series,
     numbers,
     of_pairs,
-    parts,
     padded,
     padded_columns,
+    parts,
     place,
     product,
     put_block,
@@ -100,9 +100,10 @@ def narrow_backward(
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     TERMS: tl.constexpr = 2 if PARTS == 1 else PARTS
-    # Of bfloat16 q has the scale, so that products do not need it.
-    FACTOR: tl.constexpr = SCALE if RAW and q_ptr.dtype.element_ty == tl.bfloat16 else 1.0
-    REST: tl.constexpr = SCALE / FACTOR
+    # Of bfloat16 unit queries have the scale, so that products do not need it.
+    SCALED: tl.constexpr = RAW and q_ptr.dtype.element_ty == tl.bfloat16
+    FACTOR: tl.constexpr = SCALE if SCALED else 1.0
+    REST: tl.constexpr = 1.0 if SCALED else SCALE
     pid = tl.program_id(0)
     b, hv, h = head(pid, H, HV)
     dtype = q_ptr.dtype.element_ty

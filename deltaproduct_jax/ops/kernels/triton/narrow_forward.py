@@ -54,9 +54,10 @@ def narrow_forward(
     pid = tl.program_id(0)
     b, hv, h = head(pid, H, HV)
     dtype = q_ptr.dtype.element_ty
-    # Of bfloat16 q has the scale, so that products do not need it.
-    FACTOR: tl.constexpr = SCALE if RAW and q_ptr.dtype.element_ty == tl.bfloat16 else 1.0
-    REST: tl.constexpr = SCALE / FACTOR
+    # Of bfloat16 unit queries have the scale, so that products do not need it.
+    SCALED: tl.constexpr = RAW and q_ptr.dtype.element_ty == tl.bfloat16
+    FACTOR: tl.constexpr = SCALE if SCALED else 1.0
+    REST: tl.constexpr = 1.0 if SCALED else SCALE
     m, c = tl.arange(0, M), tl.arange(0, CQ)
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     within = (values < V)[:, None] & (keys < K)[None, :]

@@ -41,10 +41,7 @@ def parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
         first = x.to(tl.bfloat16)
         rest = x - wide(first)
         second = rest.to(tl.bfloat16)
-        if PARTS == 2:
-            third = second
-        else:
-            third = (rest - wide(second)).to(tl.bfloat16)
+        third = second if PARTS == 2 else (rest - wide(second)).to(tl.bfloat16)
     return first, second, third
 
 
