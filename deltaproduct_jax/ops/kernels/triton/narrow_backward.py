@@ -177,12 +177,9 @@ def narrow_backward(
         do_u = product(do, e, PARTS) * beta[None, :]
         do_u_t = product(e_t, turned(do), PARTS) * beta[:, None]
         of_betas = beta[:, None] * beta[None, :]
-        if DECAYS or PARTS > 1:
-            dF = pairs * (of_betas * decays)
-            dF_both = dF + tl.trans(dF)
-        else:
-            dF_both = tl.where(earlier, pairs, product(e_t, w, PARTS)) * of_betas
-            dF_both = tl.where(m[:, None] == m[None, :], 0.0, dF_both)
+        dF = pairs * (of_betas * decays)
+        dF_t, _, _ = flipped(dF, m, dtype, M, PARTS)
+        dF_both = dF + dF_t
         dq = product(do_in, S_parts, PARTS)
         if DECAYS:
             dk_read = product(w_t, S_parts, PARTS) * (beta * into)[:, None]
