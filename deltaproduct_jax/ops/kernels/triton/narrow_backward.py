@@ -162,7 +162,7 @@ def narrow_backward(
         Xyt = applied(parts(yt, dtype, PARTS), X, PARTS)
         # Cotangents of errors, with the other sign; of r = v - S k they are these times beta.
         wt, removed = Xyt - dut, Xyt * beta[None, :] - yt
-        dv, w_t, w = flipped(wt, m, dtype, M, PARTS)
+        dv, w_t, _ = flipped(wt, m, dtype, M, PARTS)
         pairs = product(w_t, e, PARTS)
         dbeta = -tl.sum(tl.where(m[:, None] == m[None, :], pairs, 0.0), axis=1)
         tl.store(dbeta_ptr + row * R * HV + hv + m * HV, dbeta, mask=updates)

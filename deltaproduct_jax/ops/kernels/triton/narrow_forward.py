@@ -103,7 +103,6 @@ def narrow_forward(
         else:
             ot *= REST
         yt = (tl.trans(v).to(tl.float32) - kSt) * beta[None, :]
-        # Before that, as `rounded` makes zeros of some NaN.
         y_parts = parts(yt, dtype, PARTS)
         if PARTS == 1:
             yt = rounded(yt, dtype)
