@@ -1,7 +1,7 @@
 """What test_triton.py runs apart, where Triton is found: prints one JSON object.
 
-``interpret``: errors against the oracle, kernels run by Triton's interpreter, which knows no
-bfloat16 products; float16 stands for both. ``compile``: what is lowered for CUDA without a GPU.
+``interpret``: errors against the oracle, kernels run by Triton's interpreter; of all but narrow
+heads float16 stands for bfloat16 too. ``compile``: what is lowered for CUDA without a GPU.
 ``interpret all`` and ``compile all`` take every case and every pass; what runs otherwise stands in
 ``QUICK``, without a mapped call, whole passes, kernels of pieces and gradients of large states.
 """

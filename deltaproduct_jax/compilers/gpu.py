@@ -56,6 +56,7 @@ def kernel_resources(
     warps: int,
     stages: int,
     compute_capability: int,
+    registers: int | None = None,
 ) -> dict[str, int]:
     """Compiles a Triton kernel and reads what it takes of a multiprocessor.
 
@@ -66,14 +67,17 @@ def kernel_resources(
       warps: of a program.
       stages: of its software pipeline.
       compute_capability: 90 is an H100 or H200.
+      registers: of a thread at most; None: as many as it takes.
 
     Returns:
       "registers" a thread, "spilt_bytes" of local memory a thread, "spills_in_loops" (see
       `spills_in_loops`), "atomics" (instructions whose order is open), "shared_bytes" a program,
       and "programs_a_multiprocessor", how many fit on one of an H100 at once.
     """
+    options = {"num_warps": warps, "num_stages": stages}
+    options |= {} if registers is None else {"maxnreg": registers}
     compiled, usage_text, machine_code = _compiled(
-        kernel, arrays, constants, warps, stages, compute_capability
+        kernel, arrays, constants, options, compute_capability
     )
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage_text)}
     shared, threads = compiled.metadata.shared, 32 * warps
@@ -88,7 +92,7 @@ def kernel_resources(
     }
 
 
-def _compiled(kernel, arrays, constants, warps, stages, compute_capability):
+def _compiled(kernel, arrays, constants, options, compute_capability):
     """The compiled kernel, its use of resources and its machine code, as the tools print them."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -112,7 +116,7 @@ def _compiled(kernel, arrays, constants, warps, stages, compute_capability):
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", compute_capability, 32),
-            options={"num_warps": warps, "num_stages": stages},
+            options=options,
         )
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])

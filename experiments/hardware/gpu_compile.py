@@ -63,6 +63,7 @@ def compile_kernels(config: CompileConfig, R: int, K: int) -> list[dict[str, Any
                 warps=launch.warps,
                 stages=launch.stages,
                 compute_capability=config.compute_capability,
+                registers=launch.registers,
             ),
         }
     return list(rows.values())

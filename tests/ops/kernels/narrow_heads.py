@@ -27,7 +27,11 @@ CASES = {
     "mixed decay, packed": Case(T=20, gate="mixed", segments=True, **SMALL),
     "identical keys, beta 2": Case(T=40, gate=None, keys="identical", beta=(2, 2), **SMALL),
 }
-QUICK = {"float32": (), "float16": ("grouped, packed, odd widths",)}
+QUICK = {
+    "float32": (),
+    "float16": ("grouped, packed, odd widths",),
+    "bfloat16": ("ungated",),
+}
 
 
 def cases(every: bool) -> list[tuple[str, str]]:
@@ -124,6 +128,7 @@ def resources(every: bool, inputs, run) -> list[dict]:
         del grid, aliases
         structs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*arrays, *outs)]
         how = {"warps": launch.warps, "stages": launch.stages, "compute_capability": 90}
+        how["registers"] = launch.registers
         found = kernel_resources(getattr(bodies, name), structs, meta, **how)
         rows.append(
             found

@@ -67,7 +67,8 @@ class _Call:
         self.meta = {
             **{"SCALE": options.scale, "T": T, "R": R, "H": H, "HV": HV, "K": K, "V": V},
             **{"BK": tiling.power_of_two(K), "BV": tiling.power_of_two(V)},
-            **{"C": C, "CP": tiling.power_of_two(C), "CQ": 1 << (C - 1).bit_length()},
+            # Tokens rounded up to rows that a product has, and to those that it adds up over.
+            **{"C": C, "CQ": max(8, 1 << (C - 1).bit_length()), "CP": tiling.power_of_two(C)},
             **{"M": M, "N": self.N, "PARTS": parts, **which},
             **{"RAW": options.raw, "EPSILON": L2NORM_EPSILON},
         }

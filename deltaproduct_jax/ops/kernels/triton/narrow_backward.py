@@ -3,26 +3,28 @@
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.narrow_activation import entered, left, queries
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
+    all_padded,
     applied,
     block,
-    entered,
-    gathered,
+    flipped,
     gram,
     kept_series,
-    left,
     numbers,
     of_pairs,
+    padded,
+    padded_columns,
     parts,
     place,
     product,
     put_block,
-    queries,
     rounded,
     summed_to,
     sums_and_decays,
     turned,
+    turned_parts,
 )
 from deltaproduct_jax.ops.kernels.triton.parts import head
 
@@ -34,7 +36,7 @@ def _errors(
     V: tl.constexpr, BV: tl.constexpr, M: tl.constexpr, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
-    """Those of a block, and what it writes, both [V, M], again from the state before it."""
+    """Those of a block [V, M], again from the state before it."""
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     dtype = k_ptr.dtype.element_ty
     k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
@@ -50,16 +52,12 @@ def _errors(
             g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
         )
         kSt *= into[None, :]
-    rt = tl.trans(v.to(tl.float32)) - kSt
+    rt = tl.trans(v).to(tl.float32) - kSt
     yt = rt * beta[None, :]
     if PARTS == 1:
         yt = rounded(yt, dtype)
     Xyt = applied(parts(yt, dtype, PARTS), turned(X), PARTS)
-    et = rt - Xyt
-    ut = yt - Xyt * beta[None, :]
-    if PARTS == 1:
-        et, ut = et.to(dtype), ut.to(dtype)
-    return et, ut
+    return rt - Xyt
 
 
 @triton.jit
@@ -102,10 +100,14 @@ def narrow_backward(
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
     TERMS: tl.constexpr = 2 if PARTS == 1 else PARTS
+    # Of bfloat16 unit queries have the scale, so that products do not need it.
+    SCALED: tl.constexpr = RAW and q_ptr.dtype.element_ty == tl.bfloat16
+    FACTOR: tl.constexpr = SCALE if SCALED else 1.0
+    REST: tl.constexpr = 1.0 if SCALED else SCALE
     pid = tl.program_id(0)
     b, hv, h = head(pid, H, HV)
     dtype = q_ptr.dtype.element_ty
-    m, c = tl.arange(0, M), tl.arange(0, CP)
+    m, c = tl.arange(0, M), tl.arange(0, CQ)
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     within = (values < V)[:, None] & (keys < K)[None, :]
     offsets = keys[None, :] * V + values[:, None]
@@ -120,15 +122,16 @@ def narrow_backward(
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
         updates = m < tokens * R
-        et, ut = _errors(
+        et = _errors(
             k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, x_ptr + (pid.to(tl.int64) * N + n) * (M * M),
             S, tokens, row, hv, h, m, c, keys, values, updates, R, H, HV, K, BK, V, BV, M, HAS_G,
             HAS_RESETS, PARTS, RAW, EPSILON,
         )  # fmt: skip
+        _, e_t, e = flipped(et, m, dtype, M, PARTS)
         is_token = c < tokens
         k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
         k_in = entered(k_in, EPSILON, RAW, True)
-        q_in = queries(place(q_ptr, row, h, H, K), c, keys, tokens, H, K, BK, CP, CQ, RAW, EPSILON)
+        q_in = queries(place(q_ptr, row, h, H, K), c, keys, tokens, H, K, BK, RAW, EPSILON, FACTOR)
         do = block(place(do_ptr, row, hv, HV, V), c, values, is_token, HV, V, BV)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
         k, q = parts(k_in, dtype, PARTS), parts(q_in, dtype, PARTS)
@@ -137,74 +140,78 @@ def narrow_backward(
                 g_ptr, resets_ptr, row, hv, m, c, tokens, R, M, HV, HAS_G, HAS_RESETS
             )
             decays = of_pairs(rows, rows, earlier, HAS_G, HAS_RESETS)
-            of_scores = of_pairs(of_tokens, rows, upto, HAS_G, HAS_RESETS) * SCALE
-            do_in = do.to(tl.float32) * (SCALE * into_tokens)[:, None]
+            of_scores = of_pairs(of_tokens, rows, upto, HAS_G, HAS_RESETS) * REST
+            do_in = do.to(tl.float32) * (REST * into_tokens)[:, None]
         else:
             decays = tl.where(earlier, 1.0, 0.0)
-            of_scores = tl.where(upto, SCALE, 0.0)
-            do_in = do.to(tl.float32) * SCALE
+            of_scores = tl.where(upto, REST, 0.0)
+            do_in = do.to(tl.float32) * REST if REST != 1.0 else do
         do, do_in = parts(do, dtype, PARTS), parts(do_in, dtype, PARTS)
-        scores = gram(q, k, PARTS) * of_scores
+        turned_scores = tl.trans(of_scores)
+        scores_t = gram(k, q, PARTS) * turned_scores
         X = kept_series(x_ptr + (pid.to(tl.int64) * N + n) * (M * M), m, M, PARTS)
         dS_parts = parts(dSt, dtype, PARTS)
         dut = product(dS_parts, turned(k), PARTS)
         if DECAYS:
             dut *= out[None, :]
-        dut = added(turned(do), parts(scores, dtype, PARTS), dut, PARTS)
+        scores = turned_parts(padded_columns(scores_t, CP), dtype, PARTS)
+        dut = added(turned(all_padded(do, CP)), scores, dut, PARTS)
         yt = dut * beta[None, :]
         if PARTS == 1:
             yt = rounded(yt, dtype)
         Xyt = applied(parts(yt, dtype, PARTS), X, PARTS)
-        wt = dut - Xyt
-        drt = yt - Xyt * beta[None, :]
-        dbeta = tl.sum(et.to(tl.float32) * wt, axis=0)
+        # Cotangents of errors, with the other sign; of r = v - S k they are these times beta.
+        wt, removed = Xyt - dut, Xyt * beta[None, :] - yt
+        dv, w_t, _ = flipped(wt, m, dtype, M, PARTS)
+        pairs = product(w_t, e, PARTS)
+        dbeta = -tl.sum(tl.where(m[:, None] == m[None, :], pairs, 0.0), axis=1)
         tl.store(dbeta_ptr + row * R * HV + hv + m * HV, dbeta, mask=updates)
-        dv = tl.trans(drt)
+        dv *= -beta[:, None]
         if RAW:
             v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
             dv = left(dv, v, EPSILON, False)
         put_block(place(dv_ptr, row * R, hv, HV, V), dv, m, values, updates, HV, V, BV)
-        dr = parts(drt, dtype, PARTS)
-        u = parts(ut, dtype, PARTS)
         S = tl.load(kept, mask=within, other=0.0)
         S_parts = parts(S, dtype, PARTS)
 
-        do_u = product(do, u, PARTS)
-        dscores = do_u * of_scores
-        dF = -product(turned(dr), u, PARTS) * decays
+        do_u = product(do, e, PARTS) * beta[None, :]
+        do_u_t = product(e_t, turned(do), PARTS) * beta[:, None]
+        of_betas = beta[:, None] * beta[None, :]
+        dF = pairs * (of_betas * decays)
+        dF_t, _, _ = flipped(dF, m, dtype, M, PARTS)
+        dF_both = dF + dF_t
         dq = product(do_in, S_parts, PARTS)
         if DECAYS:
-            dr_in = parts(drt * into[None, :], dtype, PARTS)
-            u_out = parts(ut.to(tl.float32) * out[None, :], dtype, PARTS)
+            dk_read = product(w_t, S_parts, PARTS) * (beta * into)[:, None]
+            dk_written = product(e_t, dS_parts, PARTS) * (beta * out)[:, None]
+            dk = dk_read + dk_written
         else:
-            dr_in, u_out = dr, u
-        dk_read = -product(turned(dr_in), S_parts, PARTS)
-        dk_written = product(turned(u_out), dS_parts, PARTS)
+            dk = added(w_t, S_parts, product(e_t, dS_parts, PARTS), PARTS)
+            dk *= beta[:, None]
         if HAS_G:
             wF = gram(k, k, PARTS) * dF  # dF has the decays
             dg = _gates(
-                k_in, q_in, scores * do_u, wF, dk_read, dk_written, dq, S, dSt, through, c, m, R,
-                TERMS,
+                k_in, padded(q_in, CP), padded(tl.trans(scores_t) * do_u, CP), wF, dk_read,
+                dk_written, padded(dq, CP), S, dSt, through, tl.arange(0, CP), m, R, TERMS,
             )  # fmt: skip
-            tl.store(dg_ptr + row * HV + hv + c * HV, dg, mask=is_token)
-        d_parts = parts(dscores, dtype, PARTS)
-        dq = added(d_parts, k, dq, PARTS)
-        dk = added(turned(d_parts), q, dk_read + dk_written, PARTS)
-        dk = added(parts(dF + tl.trans(dF), dtype, PARTS), k, dk, PARTS)
+            rows_of_g = tl.arange(0, CP)
+            tl.store(dg_ptr + row * HV + hv + rows_of_g * HV, dg, mask=rows_of_g < tokens)
+        dq = added(parts(do_u * of_scores, dtype, PARTS), k, dq, PARTS)
+        d_parts = parts(padded_columns(do_u_t * turned_scores, CP), dtype, PARTS)
+        q = all_padded(q, CP)
+        dk = added(d_parts, q, dk, PARTS)
+        dk = added(parts(dF_both, dtype, PARTS), k, dk, PARTS)
         if RAW:
             k_in = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-            few = tl.arange(0, CQ)
-            q_in = block(place(q_ptr, row, h, H, K), few, keys, few < tokens, H, K, BK)
-            du = left(gathered(dq, CQ), q_in, EPSILON, True)
-            put_block(place(dq_ptr, row, hv, HV, K), du, few, keys, few < tokens, HV, K, BK)
-            du = left(dk, k_in, EPSILON, True)
-            put_block(place(dk_ptr, row * R, hv, HV, K), du, m, keys, updates, HV, K, BK)
-        else:
-            put_block(place(dq_ptr, row, hv, HV, K), dq, c, keys, is_token, HV, K, BK)
-            put_block(place(dk_ptr, row * R, hv, HV, K), dk, m, keys, updates, HV, K, BK)
+            q_in = block(place(q_ptr, row, h, H, K), c, keys, is_token, H, K, BK)
+            dq = left(dq, q_in, EPSILON, True, FACTOR)
+            dk = left(dk, k_in, EPSILON, True)
+        put_block(place(dq_ptr, row, hv, HV, K), dq, c, keys, is_token, HV, K, BK)
+        put_block(place(dk_ptr, row * R, hv, HV, K), dk, m, keys, updates, HV, K, BK)
         if DECAYS:
             dSt *= through
-        dSt = added(turned(do_in), q, dSt, PARTS)
-        removed = parts(-drt * into[None, :] if DECAYS else -drt, dtype, PARTS)
-        dSt = added(removed, k, dSt, PARTS)
+        dSt = added(turned(all_padded(do_in, CP)), q, dSt, PARTS)
+        if DECAYS:
+            removed *= into[None, :]
+        dSt = added(parts(removed, dtype, PARTS), k, dSt, PARTS)
     tl.store(dinitial_ptr + pid.to(tl.int64) * (K * V) + offsets, dSt, mask=within)

@@ -12,11 +12,11 @@ PARTS is the number of terms that a factor is cut into (`parts`).
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.narrow_activation import entered, queries
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     added,
     applied,
     block,
-    entered,
     gram,
     numbers,
     of_pairs,
@@ -25,12 +25,12 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     product,
     put_block,
     put_series,
-    queries,
     rounded,
     series,
     sums_and_decays,
     to_pairs,
     turned,
+    turned_parts,
     two_terms,
 )
 from deltaproduct_jax.ops.kernels.triton.parts import head
@@ -42,7 +42,7 @@ def narrow_forward(
     o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
-    CP: tl.constexpr, CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr,
+    CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr,
     HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr, PARTS: tl.constexpr, RAW: tl.constexpr,
     EPSILON: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +54,11 @@ def narrow_forward(
     pid = tl.program_id(0)
     b, hv, h = head(pid, H, HV)
     dtype = q_ptr.dtype.element_ty
-    m, c = tl.arange(0, M), tl.arange(0, CP)
+    # Of bfloat16 unit queries have the scale, so that products do not need it.
+    SCALED: tl.constexpr = RAW and q_ptr.dtype.element_ty == tl.bfloat16
+    FACTOR: tl.constexpr = SCALE if SCALED else 1.0
+    REST: tl.constexpr = 1.0 if SCALED else SCALE
+    m, c = tl.arange(0, M), tl.arange(0, CQ)
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     within = (values < V)[:, None] & (keys < K)[None, :]
     offsets = keys[None, :] * V + values[:, None]
@@ -64,7 +68,7 @@ def narrow_forward(
         row = b * T + n * C
         updates, is_token = m < tokens * R, c < tokens
         k = block(place(k_ptr, row * R, h, H, K), m, keys, updates, H, K, BK)
-        q = queries(place(q_ptr, row, h, H, K), c, keys, tokens, H, K, BK, CP, CQ, RAW, EPSILON)
+        q = queries(place(q_ptr, row, h, H, K), c, keys, tokens, H, K, BK, RAW, EPSILON, FACTOR)
         v = block(place(v_ptr, row * R, hv, HV, V), m, values, updates, HV, V, BV)
         k, v = entered(k, EPSILON, RAW, True), entered(v, EPSILON, RAW, False)
         beta = numbers(beta_ptr, row * R, hv, m, updates, HV)
@@ -82,8 +86,8 @@ def narrow_forward(
         else:
             decays, decays_turned = 1.0, 1.0
             of_scores = tl.where(upto, 1.0, 0.0)
-        X, _ = series(gram(k, k, PARTS), decays, decays_turned, beta, m, M, PARTS)
-        scores = gram(q, k, PARTS) * (of_scores * SCALE)
+        X = series(gram(k, k, PARTS), decays, decays_turned, beta, m, M, PARTS, RAW and PARTS == 1)
+        scores = gram(q, k, PARTS) * (of_scores * REST)
         if KEEPS:
             index = pid.to(tl.int64) * N + n
             put_series(x_ptr + index * (M * M), X, m, M, PARTS)
@@ -95,18 +99,17 @@ def narrow_forward(
         ot = product(S_parts, turned(q), PARTS)
         if DECAYS:
             kSt *= into[None, :]
-            ot *= (SCALE * into_tokens)[None, :]
+            ot *= (REST * into_tokens)[None, :]
         else:
-            ot *= SCALE
-        yt = (tl.trans(v.to(tl.float32)) - kSt) * beta[None, :]
-        # Before that, as `rounded` makes zeros of some NaN.
+            ot *= REST
+        yt = (tl.trans(v).to(tl.float32) - kSt) * beta[None, :]
         y_parts = parts(yt, dtype, PARTS)
         if PARTS == 1:
             yt = rounded(yt, dtype)
         X_parts = turned(two_terms(X, dtype, PARTS))
         ut = yt - applied(y_parts, X_parts, PARTS) * beta[None, :]
         u_parts = parts(ut, dtype, PARTS)
-        ot = added(u_parts, turned(parts(scores, dtype, PARTS)), ot, PARTS)
+        ot = added(u_parts, turned_parts(scores, dtype, PARTS), ot, PARTS)
         o_base = place(o_ptr, row, hv, HV, V)
         put_block(o_base, tl.trans(ot), c, values, is_token, HV, V, BV)
         if DECAYS:

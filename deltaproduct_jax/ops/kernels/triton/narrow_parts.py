@@ -6,23 +6,26 @@ Letters as in narrow_forward.py.
 import triton
 import triton.language as tl
 
-from deltaproduct_jax.ops.kernels.triton.convolution import sigmoid
 from deltaproduct_jax.ops.kernels.triton.parts import products, sums
+
+# Two numbers of bfloat16 in float32, by an instruction each; the compiler's own way takes three.
+UNPACK = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
+
+
+@triton.jit
+def wide(x):
+    """x in float32."""
+    if x.dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise(UNPACK, "=f,=f,r", [x], tl.float32, is_pure=True, pack=2)
+    else:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """x in float32, rounded to what ``dtype`` holds.
-
-    For bfloat16 in integers, ties away from zero: converting there and back keeps the compiler from
-    packing two numbers at once, and takes an instruction of a quarter of the rate.
-    """
-    if dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x8000) & -0x10000).to(tl.float32, bitcast=True)
-    else:
-        x = x.to(dtype).to(tl.float32)
-    return x
+    """x in float32, rounded to what ``dtype`` holds."""
+    return wide(x.to(dtype))
 
 
 @triton.jit
@@ -35,15 +38,10 @@ def parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
         first = x.to(dtype)
         second, third = first, first
     else:
-        high = rounded(x, tl.bfloat16)
-        rest = x - high
-        first = high.to(tl.bfloat16)
-        if PARTS == 2:
-            second = rest.to(tl.bfloat16)
-            third = second
-        else:
-            middle = rounded(rest, tl.bfloat16)
-            second, third = middle.to(tl.bfloat16), (rest - middle).to(tl.bfloat16)
+        first = x.to(tl.bfloat16)
+        rest = x - wide(first)
+        second = rest.to(tl.bfloat16)
+        third = second if PARTS == 2 else (rest - wide(second)).to(tl.bfloat16)
     return first, second, third
 
 
@@ -134,64 +132,40 @@ def put_block(ptr, x, rows, columns, inside, HEADS: tl.constexpr, WIDTH: tl.cons
 
 
 @triton.jit
-def entered(u, EPSILON: tl.constexpr, RAW: tl.constexpr, UNIT: tl.constexpr):
-    """SiLU of a block if it is RAW, divided by the lengths of rows if UNIT, in its own dtype."""
-    if RAW:
-        z = u.to(tl.float32)
-        y = z * sigmoid(z)
-        if UNIT:
-            y *= tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
-        u = y.to(u.dtype)
-    return u
+def _only(a, b):
+    return a + b
 
 
 @triton.jit
-def spread(x, inside, ROWS: tl.constexpr):
-    """Rows [n, W] as the first of [ROWS, W], zeros where nothing is inside."""
+def padded(x, ROWS: tl.constexpr):
+    """x with as many rows of zeros below it as it has, if it has not ROWS; nothing is moved.
+
+    The sum is over one number: of what is joined the compiler takes products in an order in which
+    nothing lies.
+    """
     n: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
     if n < ROWS:
-        x = tl.reshape(tl.broadcast_to(x[None, :, :], [ROWS // n, n, W]), [ROWS, W])
-        x = tl.where(inside[:, None], x, tl.zeros([ROWS, W], x.dtype))
+        x = tl.permute(tl.join(x, tl.zeros([n, W], x.dtype)), (2, 0, 1))
+        x = tl.reduce(tl.reshape(x, [1, ROWS, W]), 0, _only)
     return x
 
 
 @triton.jit
-def queries(
-    q_base, c, keys, tokens, H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, CP: tl.constexpr,
-    CQ: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
-):  # fmt: skip
-    """Queries of ``tokens`` tokens as the first rows of [CP, BK]; of RAW ones no more are made."""
-    if RAW:
-        few = tl.arange(0, CQ)
-        q = block(q_base, few, keys, few < tokens, H, K, BK)
-        q = spread(entered(q, EPSILON, RAW, True), c < tokens, CP)
-    else:
-        q = block(q_base, c, keys, c < tokens, H, K, BK)
-    return q
-
-
-@triton.jit
-def gathered(x, n: tl.constexpr):
-    """The first n rows of x, of which all others are zero."""
-    ROWS: tl.constexpr = x.shape[0]
+def padded_columns(x, COLUMNS: tl.constexpr):
+    """The same of columns."""
+    n: tl.constexpr = x.shape[0]
     W: tl.constexpr = x.shape[1]
-    if n < ROWS:
-        x = tl.sum(tl.reshape(x, [ROWS // n, n, W]), axis=0)
+    if W < COLUMNS:
+        x = tl.permute(tl.join(x, tl.zeros([n, W], x.dtype)), (0, 2, 1))
+        x = tl.reduce(tl.reshape(x, [1, n, COLUMNS]), 0, _only)
     return x
 
 
 @triton.jit
-def left(dy, u, EPSILON: tl.constexpr, UNIT: tl.constexpr):
-    """The cotangent of a block u from that of what `entered` makes of it, in float32."""
-    z = u.to(tl.float32)
-    s = sigmoid(z)
-    y = z * s
-    if UNIT:
-        inverse = tl.rsqrt(tl.sum(y * y, axis=1, keep_dims=True) + EPSILON)
-        along = tl.sum(y * dy, axis=1, keep_dims=True) * inverse * inverse
-        dy = inverse * (dy - y * along)
-    return dy * (s + (y - y * s))
+def all_padded(a, ROWS: tl.constexpr):
+    """Every part with as many rows of zeros below it."""
+    return padded(a[0], ROWS), padded(a[1], ROWS), padded(a[2], ROWS)
 
 
 @triton.jit
@@ -202,40 +176,88 @@ def numbers(ptr, row, head, rows, inside, HEADS: tl.constexpr):
 
 
 @triton.jit
-def widened(X, Xt, F, same, beta, m, SIZE: tl.constexpr, M: tl.constexpr, TERMS: tl.constexpr):
+def turned_parts(x, dtype: tl.constexpr, PARTS: tl.constexpr):
+    """`parts` of x transposed; turned first, as the compiler takes what is cut through memory."""
+    return parts(tl.trans(x), dtype, PARTS)
+
+
+@triton.jit
+def flipped(x, m, dtype: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr):
+    """x of [W, M] transposed, as a product leaves it, and `parts` of it and of x.
+
+    Of one part by a product with the identity, which is exact: a warp's numbers change places
+    faster so than by what the compiler makes of a transpose.
+    """
+    if PARTS == 1:
+        same = tl.where(m[:, None] == m[None, :], 1.0, 0.0).to(dtype)
+        xt = tl.dot(same, tl.trans(x).to(dtype))
+        found = xt, parts(xt, dtype, PARTS), turned_parts(xt, dtype, PARTS)
+    else:
+        a = parts(x, dtype, PARTS)
+        found = tl.trans(x), turned(a), a
+    return found
+
+
+@triton.jit
+def widened(
+    X, Xt, F, same, beta, m, dtype: tl.constexpr, SIZE: tl.constexpr, M: tl.constexpr,
+    TERMS: tl.constexpr,
+):  # fmt: skip
     """X and X transposed of blocks of twice SIZE from those of blocks of SIZE on the diagonal."""
     i, j = m[:, None], m[None, :]
     here = (i // (2 * SIZE) == j // (2 * SIZE)) & (i // SIZE != j // SIZE) & (i > j)
-    zero = tl.zeros([M, M], tl.bfloat16)
-    below = tl.where(here, F[0], zero), tl.where(here, F[1], zero), tl.where(here, F[2], zero)
-    left = parts(same - X * beta[None, :], tl.bfloat16, TERMS)
-    right = parts(same - Xt * beta[None, :], tl.bfloat16, TERMS)
-    half = parts(product(right, turned(below), TERMS), tl.bfloat16, TERMS)
-    X = chained(left, turned(half), X, TERMS)
-    Xt = chained(half, turned(left), Xt, TERMS)
+    below = tl.where(here, F, 0.0)
+    left = same - X * beta[None, :]
+    right = parts(same - Xt * beta[None, :], dtype, TERMS)
+    half = product(right, turned_parts(below, dtype, TERMS), TERMS)
+    X = chained(parts(left, dtype, TERMS), turned_parts(half, dtype, TERMS), X, TERMS)
+    Xt = chained(parts(half, dtype, TERMS), turned_parts(left, dtype, TERMS), Xt, TERMS)
     return X, Xt
 
 
 @triton.jit
-def series(G, decays, decays_turned, beta, m, M: tl.constexpr, PARTS: tl.constexpr):
-    """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta, and X transposed.
+def refined(X, Xt, F, Ft, same, beta, M: tl.constexpr):
+    """X again, with twice the bits that X of float16 has: one step of Newton's.
+
+    What X lacks is all but (F - X - X beta F) (I - beta X), of which X need not be known well.
+    """
+    first = X.to(tl.float16)
+    wide = first.to(tl.float32)
+    factor = Ft * beta[None, :]
+    high = factor.to(tl.float16)
+    rest = factor - high.to(tl.float32)
+    lacks = tl.dot(first, tl.trans(rest).to(tl.float16))
+    lacks = tl.dot(first, tl.trans(factor).to(tl.float16), lacks)
+    lacks = (F - wide) - lacks
+    right = same - Xt * beta[None, :]
+    return tl.dot(lacks.to(tl.float16), tl.trans(right).to(tl.float16), wide)
+
+
+@triton.jit
+def series(G, decays, decays_turned, beta, m, M: tl.constexpr, PARTS: tl.constexpr,
+           UNIT: tl.constexpr):  # fmt: skip
+    """X = F - F beta F + ..., so that (I + F beta)^-1 = I - X beta.
 
     Of F the strictly lower gram with its decays. Doubled from blocks of two, without powers of F,
-    which overflow where keys are equal and beta is near 2; both of X and X transposed are kept, as
+    which overflow where keys are equal and beta is near 2; both of X and X transposed are made, as
     what a product leaves in registers is then what the next one takes. Products have 16 bits for
-    narrow inputs, else all.
+    narrow inputs, else all. Of UNIT keys, narrow ones, no number of X is over 1 nor any factor over
+    2: these are doubled in float16, then refined.
     """
-    TERMS: tl.constexpr = 2 if PARTS == 1 else PARTS
+    dtype: tl.constexpr = tl.float16 if UNIT else tl.bfloat16
+    TERMS: tl.constexpr = 1 if UNIT else (2 if PARTS == 1 else PARTS)
     i, j = m[:, None], m[None, :]
     F = tl.where(i > j, G, 0.0) * decays
+    Ft = tl.where(i < j, G, 0.0) * decays_turned
     same = tl.where(i == j, 1.0, 0.0)
-    F_parts = parts(F, tl.bfloat16, TERMS)
     X = tl.where(i // 2 == j // 2, F, 0.0)
-    Xt = tl.where((i // 2 == j // 2) & (i < j), G * decays_turned, 0.0)
-    X, Xt = widened(X, Xt, F_parts, same, beta, m, 2, M, TERMS)
-    X, Xt = widened(X, Xt, F_parts, same, beta, m, 4, M, TERMS)
-    X, Xt = widened(X, Xt, F_parts, same, beta, m, 8, M, TERMS)
-    return X, Xt
+    Xt = tl.where(i // 2 == j // 2, Ft, 0.0)
+    X, Xt = widened(X, Xt, F, same, beta, m, dtype, 2, M, TERMS)
+    X, Xt = widened(X, Xt, F, same, beta, m, dtype, 4, M, TERMS)
+    X, Xt = widened(X, Xt, F, same, beta, m, dtype, 8, M, TERMS)
+    if UNIT:
+        X = refined(X, Xt, F, Ft, same, beta, M)
+    return X
 
 
 @triton.jit
@@ -281,8 +303,9 @@ def put_series(ptr, X, m, M: tl.constexpr, PARTS: tl.constexpr):
     """Writes X: as it is, or in two terms, the second above the diagonal."""
     dtype = ptr.dtype.element_ty
     if PARTS == 1:
-        first = rounded(X, dtype)
-        X = first + tl.trans(X - first)
+        first = X.to(dtype)
+        second = (X - wide(first)).to(dtype)
+        X = tl.where(m[:, None] > m[None, :], first, tl.trans(second))
     tl.store(ptr + m[:, None] * M + m[None, :], X.to(dtype))
 
 
@@ -306,9 +329,9 @@ def two_terms(X, dtype: tl.constexpr, PARTS: tl.constexpr):
     if PARTS > 1:
         found = parts(X, dtype, PARTS)
     else:
-        first = rounded(X, dtype)
-        second = (X - first).to(dtype)
-        found = first.to(dtype), second, second
+        first = X.to(dtype)
+        second = (X - wide(first)).to(dtype)
+        found = first, second, second
     return found
 
 

@@ -358,6 +358,9 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
 
     keywords = inspect.signature(jax_triton.triton_call).parameters
     keyword = "out_shape" if "out_shape" in keywords else "out_type"
+    # 0.3 passes nothing on to the compiler.
+    limits = launch.registers and "backend_options" in keywords
+    limited = {"backend_options": {"maxnreg": launch.registers}} if limits else {}
     # 0.4 gives a kernel one pointer for an input and the output in its place.
     is_one_pointer = aliases and keyword == "out_type"
     kernel = getattr(kernels, name + "_in_place" * bool(is_one_pointer))
@@ -375,7 +378,7 @@ def call(name: str, arrays, outs, grid, launch: Launch, *, meta: dict[str, Any],
         num_stages=launch.stages,
         compute_capability=compute_capability(),
         input_output_aliases=aliases or {},
-        **{keyword: tuple(outs)},
+        **{keyword: tuple(outs), **limited},
         **{key: value for key, value in {**meta, **line}.items() if key in kernel.arg_names},
     )
     return tuple(mark_varying_as(x, arrays[0]) for x in results)

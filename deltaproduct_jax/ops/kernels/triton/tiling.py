@@ -22,12 +22,14 @@ class Launch:
       stages: of loads under way in a loop.
       columns: of the value width that one program has, or takes at a time; a power of two.
       keys: of the key width that one program has, or takes at a time; a power of two; 0 means all.
+      registers: of a thread at most, so that more programs run at once; None: as many as it takes.
     """
 
     warps: int
     stages: int
     columns: int = 0
     keys: int = 0
+    registers: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,8 @@ def narrow_launches(parts: int, *, decays: bool) -> tuple[Launch, Launch]:
         return Launch(warps=1, stages=1), Launch(warps=1, stages=1)
     if decays:
         return Launch(warps=1, stages=2), Launch(warps=1, stages=1)
-    return Launch(warps=1, stages=3), Launch(warps=1, stages=2)
+    # Twelve programs on a multiprocessor, where nothing in the loop needs more.
+    return Launch(warps=1, stages=2, registers=168), Launch(warps=1, stages=2)
 
 
 def step_for(*, R: int, K: int, V: int) -> Launch:

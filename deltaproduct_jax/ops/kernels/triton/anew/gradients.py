@@ -20,7 +20,8 @@ from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
     last_asking,
     segment_start,
 )
-from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered, left, place
+from deltaproduct_jax.ops.kernels.triton.narrow_activation import entered, left
+from deltaproduct_jax.ops.kernels.triton.narrow_parts import place
 from deltaproduct_jax.ops.kernels.triton.parts import head
 
 BLOCK: tl.constexpr = tl.constexpr(16)  # updates of a block of narrow heads, at most

@@ -15,7 +15,8 @@ from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
     is_bad_or_not_zero,
 )
 from deltaproduct_jax.ops.kernels.triton.ids import program_ids
-from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered, place
+from deltaproduct_jax.ops.kernels.triton.narrow_activation import entered
+from deltaproduct_jax.ops.kernels.triton.narrow_parts import place
 from deltaproduct_jax.ops.kernels.triton.parts import square
 
 
