@@ -38,7 +38,7 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
-from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.blocks import rows, short_rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.raw import takes_raw
@@ -243,6 +243,14 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
         if self._reads_in_place(x, choice):
             q, k, v, beta, tails = self._read_together(x, state, segment_ids, length, choice)
             return q, k, v, beta, self._decay(x), tails
+
+        if raw and x.dtype == self.dtype and short_rows.takes(x):
+            maps, _ = self._joined_maps()
+            matrices = [m.kernel[...].astype(x.dtype) for m in maps]
+            q, k, v, b = short_rows.products(x, matrices)
+            k, v = k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
+            sizes = self._sizes(b.reshape(B, T, R, Hv))
+            return q.reshape(B, T, H, K), k, v, sizes, self._decay(x), [*state[1:]]
 
         units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
         convolved = functools.partial(self._convolved, read, state, segment_ids, length, **units)
