@@ -164,6 +164,13 @@ class HeadMixer(DrawnMixer[State]):
             dt_bias = jnp.repeat(each, channels // self.num_v_heads)
         self.A_log, self.dt_bias = nnx.Param(A_log), nnx.Param(dt_bias)
 
+    def _decay(self, x: jax.Array) -> jax.Array:
+        """The log decay of every value head, ``[B, T, Hv]``, of inputs ``[B, T, D]``."""
+        wide = accumulator_dtype(self.dtype)
+        rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
+        a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
+        return -rate * jax.nn.softplus(a)
+
     def _decay_of(self, gate: float) -> float:
         """``exp(A_log) softplus(...)`` of a gate."""
         return -math.log(gate)

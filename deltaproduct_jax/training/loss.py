@@ -117,9 +117,7 @@ def _of_logits(
     return _of_found(cross_entropy.of_tokens(logits, targets, mask), mask, settings)
 
 
-def _of_found(
-    found: cross_entropy.OfTokens, mask: jax.Array, settings: LossSettings
-) -> Losses:
+def _of_found(found: cross_entropy.OfTokens, mask: jax.Array, settings: LossSettings) -> Losses:
     summed = jnp.sum(found.cross_entropy, where=mask)
     if not settings.z_loss:
         return Losses(summed, summed, jnp.zeros(()), found.correct)

@@ -290,6 +290,7 @@ def _back_by_kernel(eps, again, x, mean_square, scale, dy, dx_after=None, reache
 
 
 def back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None):
+    """What `row_passes.norm_back` returns, of arrays of any rank."""
     wide = accumulator_dtype(x.dtype)
     x_wide, dy = x.astype(wide), dy.astype(wide)
     inverse = jax.lax.rsqrt(mean_square + eps)
@@ -343,7 +344,9 @@ def _sizes(hidden):
     return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:])
 
 
-_run_activated = by_kernel_or_plain(_activated_by_kernel, lambda x: (activated(x),), ("BT2F",), ("BTF",))
+_run_activated = by_kernel_or_plain(
+    _activated_by_kernel, lambda x: (activated(x),), ("BT2F",), ("BTF",)
+)
 _activated = lambda *arrays: _run_activated(*arrays)[0]
 
 

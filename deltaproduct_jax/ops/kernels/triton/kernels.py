@@ -63,6 +63,7 @@ from deltaproduct_jax.ops.kernels.triton.rows import swiglu_back as swiglu_back
 from deltaproduct_jax.ops.kernels.triton.short_rows import short_head as short_head
 from deltaproduct_jax.ops.kernels.triton.short_rows import short_head_back as short_head_back
 from deltaproduct_jax.ops.kernels.triton.short_rows import short_inputs_back as short_inputs_back
+from deltaproduct_jax.ops.kernels.triton.short_rows import short_lookup_back as short_lookup_back
 from deltaproduct_jax.ops.kernels.triton.short_rows import short_mlp as short_mlp
 from deltaproduct_jax.ops.kernels.triton.short_rows import short_mlp_back as short_mlp_back
 from deltaproduct_jax.ops.kernels.triton.short_rows import short_output as short_output

@@ -13,7 +13,7 @@ from deltaproduct_jax.ops.kernels.triton import passes, tiling
 from deltaproduct_jax.ops.kernels.triton.tiling import Launch
 
 MOST_CHANNELS = 128  # of a row that a program has in registers, and ids of a model's head
-PROGRAMS = 132  # of a head's way back, each with a sum of its own for the matrix
+PROGRAMS = 132  # of what sums over all rows, each with a sum of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ CUTS = {
     "short_inputs_back": Cut(128, 64, Launch(8, stages=3)),
     "short_head": Cut(64, 0, Launch(4, stages=1)),
     "short_head_back": Cut(64, 0, Launch(8, stages=2)),
+    "short_lookup_back": Cut(64, 0, Launch(8, stages=3)),
 }
 
 
@@ -112,26 +113,46 @@ def head(x, scale, kernel, targets, mask, *, eps: float):
       targets, mask: as of `row_passes.logit_sums`, whose results are returned.
       eps: added to the mean square.
     """
-    arrays = *_of_head(x, scale, kernel, targets, mask),
-    outs = [jax.ShapeDtypeStruct(x.shape[:1], kind) for kind in (jnp.float32, jnp.float32, jnp.int8)]
+    arrays = (*_of_head(x, scale, kernel, targets, mask),)
+    outs = [
+        jax.ShapeDtypeStruct(x.shape[:1], kind) for kind in (jnp.float32, jnp.float32, jnp.int8)
+    ]
     *sums, correct = _launched("short_head", arrays, outs, x, V=kernel.shape[1], eps=eps)
     return *sums, correct != 0
 
 
 def head_back(x, scale, kernel, targets, mask, log_sum, dlog_sum, dof_target, *, eps: float):
     """Cotangents of ``x``, and in float32 of ``scale`` and ``kernel``."""
-    (N, D), V = x.shape, kernel.shape[1]
-    rows = CUTS["short_head_back"].rows
-    times = -(-N // (rows * PROGRAMS))
-    programs, columns = -(-N // (rows * times)), tiling.power_of_two(V)
-    outs = x, jax.ShapeDtypeStruct((programs, D, columns), jnp.float32)
+    V = kernel.shape[1]
+    times, parts = _parts("short_head_back", x, (x.shape[1], tiling.power_of_two(V)))
     arrays = *_of_head(x, scale, kernel, targets, mask), log_sum, dlog_sum, dof_target
     more = {"V": V, "TIMES": times, "eps": eps}
-    dx, parts = _launched("short_head_back", arrays, outs, x, **more)
+    dx, parts = _launched("short_head_back", arrays, (x, parts), x, **more)
     # Of rows of length one, so that the scale's is a sum over its columns.
     dkernel = jnp.sum(parts, axis=0)[:, :V]
     dscale = jnp.sum(dkernel * kernel.astype(jnp.float32), axis=1)
     return dx, dscale, dkernel * scale.astype(jnp.float32)[:, None]
+
+
+def lookup_back(ids, dx, rows: int):
+    """The cotangent of a table of so many rows in float32, from that of those that ``ids`` name.
+
+    Args:
+      ids: [N]; of no row those that are out of range.
+      dx: [N, D].
+      rows: of the table.
+    """
+    times, parts = _parts("short_lookup_back", dx, (rows, dx.shape[1]))
+    arrays, more = (ids.astype(jnp.int32), dx), {"V": rows, "TIMES": times}
+    return jnp.sum(_launched("short_lookup_back", arrays, (parts,), dx, **more)[0], axis=0)
+
+
+def _parts(name: str, x, shape: tuple[int, int]):
+    """Rounds of a program over the rows of ``x``, and what programs find, a matrix each."""
+    rows = CUTS[name].rows
+    times = -(-len(x) // (rows * PROGRAMS))
+    programs = -(-len(x) // (rows * times))
+    return times, jax.ShapeDtypeStruct((programs, *shape), jnp.float32)
 
 
 def _of_head(x, scale, kernel, targets, mask):

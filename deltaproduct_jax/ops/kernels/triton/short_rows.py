@@ -307,3 +307,29 @@ def added_product(
         kernel = tl.load(kernel_ptr + columns[:, None] * W + wide[None, :], mask=within, other=0.0)
         total = tl.dot(dy, tl.trans(kernel), total)
     return total
+
+
+@triton.jit
+def short_lookup_back(
+    ids_ptr, dx_ptr,
+    dtable_ptr,
+    N: tl.constexpr, D: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr,
+    ROWS: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    """What a program's rows, TIMES times ROWS, add to the rows of a table [V, D] that ids name."""
+    program = tl.program_id(0).to(tl.int64)
+    rows, columns, known = tl.arange(0, ROWS), tl.arange(0, BD), tl.arange(0, BV)
+    there = columns < D
+    offsets = rows[:, None] * D + columns[None, :]
+    dtype = dx_ptr.dtype.element_ty
+    dtable = tl.zeros([BV, BD], tl.float32)
+    for time in range(0, TIMES):
+        first_row = (program * TIMES + time) * ROWS
+        is_row = rows < N - first_row
+        ids = tl.load(ids_ptr + first_row + rows, mask=is_row, other=-1)
+        inside = is_row[:, None] & there[None, :]
+        dx = tl.load(dx_ptr + first_row * D + offsets, mask=inside, other=0.0)
+        dtable = tl.dot((known[:, None] == ids[None, :]).to(dtype), dx, dtable)
+    places = known[:, None] * D + columns[None, :]
+    inside = (known < V)[:, None] & there[None, :]
+    tl.store(dtable_ptr + program * V * D + places, dtable, mask=inside)
