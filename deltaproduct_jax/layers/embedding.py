@@ -17,7 +17,7 @@ from flax import nnx
 
 from deltaproduct_jax.ops.blocks import short_rows
 from deltaproduct_jax.ops.blocks.rows import by_kernel_or_plain
-from deltaproduct_jax.ops.kernels.triton import short_row_passes as of_triton
+from deltaproduct_jax.ops.kernels.triton.short import passes as of_triton
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.parts import explicit_names
 

@@ -9,7 +9,7 @@ from quick import quick
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.sequence_model import Block
-from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.blocks import logits, rows, short_rows
 
 B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
 
@@ -38,6 +38,12 @@ def heads(x):
     return x.reshape(B, T, -1, 4)
 
 
+def down_from(products, down):
+    return sum(jnp.cos(y) * (i + 1) for i, y in enumerate(products)) @ down
+
+
+IDS = jnp.arange(B * T).reshape(B, T) % F
+MASK = IDS != 3
 PAIRS = {
     "swiglu": (
         lambda x, scale, more, gate, up, down: rows.residual_swiglu(
@@ -48,6 +54,24 @@ PAIRS = {
     "norm": (
         lambda x, scale, *_: sum(rows.forked_norm(x, scale, EPS)[:2]),
         lambda x, scale, *_: x + norm(x, scale),
+    ),
+    "short rows": (
+        lambda x, scale, more, gate, up, down: (
+            jnp.sin(
+                short_rows.residual_swiglu(
+                    x, more, jnp.zeros((B, T), bool), scale, jnp.hstack([gate, up]), down, EPS
+                )
+            )
+            + down_from(short_rows.products(x, [gate, up, gate + up, down.T]), down)
+            + down_from([short_rows.norm_product(heads(x), scale[:4], gate, EPS)], down)
+            + sum(short_rows.head_sums(x, scale, gate, IDS, MASK, EPS)[:2])[..., None]
+        ),
+        lambda x, scale, more, gate, up, down: (
+            jnp.sin(swiglu(x, scale, more, gate, up, down))
+            + down_from([x @ gate, x @ up, x @ (gate + up), x @ down.T], down)
+            + down_from([norm(heads(x), scale[:4]).reshape(B, T, D) @ gate], down)
+            + sum(logits.plain(norm(x, scale) @ gate, IDS, MASK)[:2])[..., None]
+        ),
     ),
     "product": (
         lambda x, scale, _, gate, *__: rows.norm_product(heads(x), scale[:4], gate, EPS),

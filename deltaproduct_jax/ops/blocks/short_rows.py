@@ -18,7 +18,7 @@ from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.blocks import logits as of_logits
 from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.blocks.rows import by_kernel_or_plain
-from deltaproduct_jax.ops.kernels.triton import short_row_passes as of_triton
+from deltaproduct_jax.ops.kernels.triton.short import passes as of_triton
 from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.varying import mark_all_varying
 

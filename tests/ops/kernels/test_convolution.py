@@ -13,6 +13,7 @@ from ops.kernels.convolution_cases import BARS, over_the_bar
 
 from deltaproduct_jax.ops.convolution import selection
 from deltaproduct_jax.ops.kernels.triton import tiling
+from deltaproduct_jax.ops.kernels.triton.short import passes as short_passes
 from experiments.lib import environment
 
 TESTS, CHILD = Path(__file__).parents[2], Path(__file__).parent / "convolution_child.py"
@@ -49,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_the_oracle():
 
 @pytest.mark.slow
 def test_all_outputs_and_gradients_are_those_of_the_oracle(everything):
-    check_errors(everything["errors"], at_least=17)
+    check_errors(everything["errors"], at_least=18)
 
 
 @pytest.mark.slow
@@ -82,6 +83,16 @@ def test_all_compile_for_hopper_and_spill_nothing(everything):
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
     assert not any(row["atomics"] for row in rows.values()), rows  # sums have one order
     assert all(row["programs_a_multiprocessor"] >= 2 for row in rows.values()), rows
+
+
+@pytest.mark.slow
+def test_kernels_of_short_rows_compile_for_hopper(everything):
+    rows = everything["short"]
+    assert set(rows) == set(short_passes.CUTS)
+    assert not any(row["atomics"] for row in rows.values()), rows
+    # One has a sum in registers beside two tiles, and no room for some numbers.
+    assert rows.pop("short_head_back")["spilt_bytes"] < 64
+    assert not any(row["spilt_bytes"] for row in rows.values()), rows
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """The GPU kernels of short rows: what they take, what is launched on which arrays.
 
-The bodies are in `short_rows`, which needs Triton and is imported at the first launch. Letters: N
-rows, D channels, F of a SwiGLU, H heads of V values; V of a head of a model are ids.
+A row of at most 128 channels meets a whole matrix while it is in registers, so that nothing wider
+than itself need be written. Products are summed in float32. Letters: N rows, D channels, F of a
+SwiGLU, H heads of V values; where there are no heads V counts ids.
 """
 
 import dataclasses
