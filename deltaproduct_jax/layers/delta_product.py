@@ -246,7 +246,7 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
         if raw and x.dtype == self.dtype and short_rows.takes(x):
             matrices = [m.kernel[...].astype(x.dtype) for m in self._joined_maps()[0]]
-            q, k, v, b = short_rows.products(x, matrices)
+            q, k, v, b = (checkpoint_name(y, POINT) for y in short_rows.products(x, matrices))
             b, tails = b.reshape(B, T, R, Hv), [*state[1:]]
         else:
             units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}

@@ -164,7 +164,7 @@ def _output_back(eps: float) -> Callable:
 
 
 def products(x: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """Products of tokens [B, T, D] with four matrices [D, ...], whose cotangents are read once."""
+    """Products of tokens [B, T, D] with four matrices [D, ...]; all are read once, both ways."""
     return list(_products(*mark_all_varying((x, *matrices))))
 
 
@@ -174,14 +174,13 @@ def _products(x, *matrices):
 
 
 def _products_forward(x, *matrices):
-    # Apart, or XLA makes one product of several, out of which each would be copied.
-    each = [jax.lax.optimization_barrier((x, jnp.int32(i)))[0] for i in range(len(matrices))]
-    return tuple(a @ w for a, w in zip(each, matrices, strict=True)), (x, *matrices)
+    return tuple(_inputs(None, x, *matrices)), (x, *matrices)
 
 
 def _products_backward(residuals, cotangents):
     x, *matrices = residuals
     dx = _inputs_back(None, *cotangents, *matrices)[0]
+    # Apart, or XLA makes one product of several, and copies cotangents together for it.
     each = [jax.lax.optimization_barrier((x, jnp.int32(i)))[0] for i in range(len(matrices))]
     return dx, *(rows.of_tokens(a, dy) for a, dy in zip(each, cotangents, strict=True))
 
@@ -189,17 +188,29 @@ def _products_backward(residuals, cotangents):
 _products.defvjp(_products_forward, _products_backward)
 
 
-def _inputs_by_kernel(*arrays):
+def _inputs_by_kernel(x, *matrices):
+    found = of_triton.inputs(_flat(x), *matrices)
+    return tuple(y.reshape(*x.shape[:-1], -1) for y in found)
+
+
+def _inputs_plain(x, *matrices):
+    return tuple(x @ w for w in matrices)
+
+
+_inputs = by_kernel_or_plain(_inputs_by_kernel, _inputs_plain, (), ())
+
+
+def _inputs_back_by_kernel(*arrays):
     cotangents, matrices = arrays[:4], arrays[4:]
     dx = of_triton.inputs_back(*map(_flat, cotangents), *matrices)
     return (dx.reshape(*cotangents[0].shape[:-1], -1),)
 
 
-def _inputs_plain(*arrays):
+def _inputs_back_plain(*arrays):
     return (sum(dy @ w.T for dy, w in zip(arrays[:4], arrays[4:], strict=True)),)
 
 
-_inputs_back = by_kernel_or_plain(_inputs_by_kernel, _inputs_plain, (), ())
+_inputs_back = by_kernel_or_plain(_inputs_back_by_kernel, _inputs_back_plain, (), ())
 
 
 def head_sums(

@@ -79,7 +79,10 @@ def of_inputs():
     kernels = drawn(3, *((D, width) for width in widths))
     wanted = sum(dy @ w.T for dy, w in zip(cotangents, kernels, strict=True))
     got = short_passes.inputs_back(*cotangents, *kernels)
-    return compared("inputs, back", "dx", [got], [wanted])
+    found = compared("inputs, back", "dx", [got], [wanted])
+    [x] = drawn(7, (N, D))
+    wanted = [x @ w for w in kernels]
+    return found | compared("inputs", "q k v b", short_passes.inputs(x, *kernels), wanted)
 
 
 def of_head():
@@ -126,6 +129,7 @@ def launched(N=528384):
             short_passes.mlp_back(x, numbers, *of_mlp, x, **how),
             short_passes.output(o, of_head, kernel, **how),
             short_passes.output_back(o, of_head, kernel, x, **how),
+            short_passes.inputs(x, *kernels),
             short_passes.inputs_back(*cotangents, *kernels),
             short_passes.head(x, scale, *of_ids, **how),
             short_passes.head_back(x, scale, *of_ids, *3 * (numbers,), **how),

@@ -31,6 +31,7 @@ CUTS = {
     "short_mlp_back": Cut(128, 32, Launch(8, stages=2)),
     "short_output": Cut(64, 0, Launch(4, stages=2)),
     "short_output_back": Cut(64, 0, Launch(4, stages=2)),
+    "short_inputs": Cut(128, 64, Launch(8, stages=3)),
     "short_inputs_back": Cut(128, 64, Launch(8, stages=3)),
     "short_head": Cut(64, 0, Launch(4, stages=1)),
     "short_head_back": Cut(64, 0, Launch(8, stages=2)),
@@ -96,12 +97,21 @@ def output_back(o, scale, kernel, dout, *, eps: float):
     return do, jnp.sum(dscale, axis=0), y
 
 
+def inputs(x, *kernels):
+    """Products of rows [N, D] with four matrices [D, ...]."""
+    outs = [jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype) for w in kernels]
+    return _launched("short_inputs", (x, *kernels), outs, x, **_widths(kernels))
+
+
 def inputs_back(dq, dk, dv, db, *kernels):
     """The cotangent of rows [N, D] from those of their products with four matrices [D, ...]."""
     out = jax.ShapeDtypeStruct((len(dq), len(kernels[0])), dq.dtype)
     arrays = *(dy.astype(dq.dtype) for dy in (dq, dk, dv, db)), *kernels
-    widths = dict(zip("QKVB", (w.shape[1] for w in kernels), strict=True))
-    return _launched("short_inputs_back", arrays, (out,), out, **widths)[0]
+    return _launched("short_inputs_back", arrays, (out,), out, **_widths(kernels))[0]
+
+
+def _widths(kernels):
+    return dict(zip("QKVB", (w.shape[1] for w in kernels), strict=True))
 
 
 def head(x, scale, kernel, targets, mask, *, eps: float):
