@@ -9,6 +9,7 @@ from quick import quick
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.sequence_model import Block
+from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.blocks import logits, rows, short_rows
 
 B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
@@ -139,3 +140,18 @@ def test_what_is_not_finite_reaches_as_far_as_in_a_block_that_is_not_fused(monke
         np.testing.assert_array_equal(np.isnan(y).any(axis=-1), bad)
         np.testing.assert_allclose(y[~bad], y_wanted[~bad], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(*(np.isnan(d).any(axis=-1) for d in (dx, dx_wanted)))
+
+
+def test_short_rows_have_few_channels_and_ids_in_16_bits(monkeypatch):
+    def takes(*shape, width=1, dtype="bfloat16"):
+        return short_rows.takes(jax.ShapeDtypeStruct(shape, dtype), width)
+
+    monkeypatch.setattr(kernels, "is_installed", lambda name: False)
+    assert not takes(B, T, 128)
+    monkeypatch.setattr(kernels, "is_installed", lambda name: name == "triton")
+    assert takes(B, T, 128)
+    assert takes(B, T, 24, width=128, dtype="float16")
+    assert not takes(B, T, 129)
+    assert not takes(B, T, 128, width=129)
+    assert not takes(B, T, 128, dtype="float32")
+    assert not takes(B, 0, 128)
