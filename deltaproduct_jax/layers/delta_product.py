@@ -38,7 +38,7 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
-from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.blocks import rows, short_rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.raw import takes_raw
@@ -242,22 +242,21 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
 
         if self._reads_in_place(x, choice):
             q, k, v, beta, tails = self._read_together(x, state, segment_ids, length, choice)
-            return q, k, v, beta, self._decay(x), tails
+            return q, k, v, beta, self._decay(x) if self.use_forget_gate else None, tails
 
-        units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
-        convolved = functools.partial(self._convolved, read, state, segment_ids, length, **units)
-        (q, k, v), tails = (map(read, "qkv"), [*state[1:]]) if raw else convolved()
+        if raw and x.dtype == self.dtype and short_rows.takes(x):
+            matrices = [m.kernel[...].astype(x.dtype) for m in self._joined_maps()[0]]
+            q, k, v, b = (checkpoint_name(y, POINT) for y in short_rows.products(x, matrices))
+            b, tails = b.reshape(B, T, R, Hv), [*state[1:]]
+        else:
+            units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}
+            convolved = functools.partial(
+                self._convolved, read, state, segment_ids, length, **units
+            )
+            (q, k, v), tails = (map(read, "qkv"), [*state[1:]]) if raw else convolved()
+            b = in_parts(self.b_proj, x, R)
         q, k, v = q.reshape(B, T, H, K), k.reshape(B, T, R, H, K), v.reshape(B, T, R, Hv, V)
-        return q, k, v, self._sizes(in_parts(self.b_proj, x, R)), self._decay(x), tails
-
-    def _decay(self, x: jax.Array) -> jax.Array | None:
-        """g of the op."""
-        if not self.use_forget_gate:
-            return None
-        wide = accumulator_dtype(self.dtype)
-        rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
-        a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
-        return -rate * jax.nn.softplus(a)
+        return q, k, v, self._sizes(b), self._decay(x) if self.use_forget_gate else None, tails
 
     def _reads_in_place(self, x: jax.Array, choice: Choice) -> bool:
         """Whether one product makes q, k, v and beta, which a kernel reads where they lie."""

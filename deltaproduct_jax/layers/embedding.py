@@ -9,10 +9,17 @@ product with the one-hot matrix of the ids they are a matmul, always in the same
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from deltaproduct_jax.ops.blocks import short_rows
+from deltaproduct_jax.ops.blocks.rows import by_kernel_or_plain
+from deltaproduct_jax.ops.kernels.triton.short import passes as of_triton
+from deltaproduct_jax.ops.linear import linear
+from deltaproduct_jax.ops.parts import explicit_names
 
 # Rows of a table up to which its gradient is a matmul with a one-hot matrix. Beyond, that matrix,
 # tokens by rows, takes more memory and time than what it spares.
@@ -29,6 +36,7 @@ def embedding_gradient(platform: str, rows: int) -> str:
         platform: what the program is lowered for: "cpu", "cuda", "rocm" or "tpu".
         rows: of the table, the size of the vocabulary.
     """
+    # Of few rows and channels a GPU's kernel makes this product: `short_lookup`.
     # A CPU adds row by row as fast as it reads them, up to 20 times faster than by a matmul.
     return "matmul" if platform != "cpu" and rows <= FEW_ROWS else "scatter"
 
@@ -42,7 +50,9 @@ class Embed(nnx.Embed):
             return super().__call__(inputs, out_sharding)
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if out_sharding is None:
-            return lookup(table, inputs)
+            rows = jax.ShapeDtypeStruct((*inputs.shape, table.shape[1]), table.dtype)
+            by_kernel = not any(explicit_names(table)) and short_rows.takes(rows, len(table))
+            return (short_lookup if by_kernel else lookup)(table, inputs)
         return jax.sharding.auto_axes(lookup, out_sharding=out_sharding)(table, inputs)
 
 
@@ -54,13 +64,53 @@ def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 
 @lookup.defjvp
 def _lookup_jvp(primals, tangents):
-    table, ids = primals
-    take = _taken
-    if len(table) <= FEW_ROWS:  # as `embedding_gradient` says
-        take = functools.partial(jax.lax.platform_dependent, cpu=_taken, default=_multiplied)
     # Only ids are kept for the way back, not the one-hot matrix.
-    rows = jax.checkpoint(take, prevent_cse=False)(tangents[0], ids)
-    return lookup(table, ids), rows
+    rows = jax.checkpoint(_rows, prevent_cse=False)(tangents[0], primals[1])
+    return lookup(*primals), rows
+
+
+def _rows(table: jax.Array, ids: jax.Array) -> jax.Array:
+    if len(table) > FEW_ROWS:  # as `embedding_gradient` says
+        return _taken(table, ids)
+    return jax.lax.platform_dependent(table, ids, cpu=_taken, default=_multiplied)
+
+
+@jax.custom_jvp
+def short_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """`lookup` of rows that `short_rows.takes`: a GPU's kernel makes its gradient."""
+    return lookup(table, ids)
+
+
+@short_lookup.defjvp
+def _short_lookup_jvp(primals, tangents):
+    table, ids = primals
+    nothing = jnp.zeros((*ids.shape, table.shape[1]), table.dtype)
+    return short_lookup(table, ids), linear(_read, _read_back, ids, (tangents[0], nothing))[1]
+
+
+def _read(ids, arrays):
+    return jnp.zeros_like(arrays[0]), _taken(arrays[0], ids)
+
+
+def _read_back(ids, cotangents):
+    dtable, drows = cotangents
+    [summed] = _summed(len(dtable))(None, ids, drows)
+    return summed, jnp.zeros_like(drows)
+
+
+@functools.cache
+def _summed(rows: int) -> Callable:
+    """(ids, cotangents of the rows that they name) -> that of the table."""
+
+    def by_kernel(ids, drows):
+        drows = drows.reshape(-1, drows.shape[-1])
+        return (of_triton.lookup_back(ids.reshape(-1), drows, rows).astype(drows.dtype),)
+
+    def plain(ids, drows):
+        table = jax.ShapeDtypeStruct((rows, drows.shape[-1]), drows.dtype)
+        return jax.linear_transpose(lambda table: _rows(table, ids), table)(drows)
+
+    return by_kernel_or_plain(by_kernel, plain, (), ())
 
 
 def _taken(table: jax.Array, ids: jax.Array) -> jax.Array:

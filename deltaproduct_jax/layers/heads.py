@@ -17,7 +17,7 @@ from deltaproduct_jax.layers.initializers import (
 )
 from deltaproduct_jax.layers.mixer import SequenceMixer, State
 from deltaproduct_jax.layers.projection import Parts, value_width
-from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.blocks import rows, short_rows
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -164,6 +164,13 @@ class HeadMixer(DrawnMixer[State]):
             dt_bias = jnp.repeat(each, channels // self.num_v_heads)
         self.A_log, self.dt_bias = nnx.Param(A_log), nnx.Param(dt_bias)
 
+    def _decay(self, x: jax.Array) -> jax.Array:
+        """The log decay of every value head, ``[B, T, Hv]``, of inputs ``[B, T, D]``."""
+        wide = accumulator_dtype(self.dtype)
+        rate = jnp.exp(self.A_log[...].astype(wide))[None, None]
+        a = self.a_proj(x).astype(wide) + self.dt_bias[...].astype(wide)[None, None]
+        return -rate * jax.nn.softplus(a)
+
     def _decay_of(self, gate: float) -> float:
         """``exp(A_log) softplus(...)`` of a gate."""
         return -math.log(gate)
@@ -200,7 +207,9 @@ class HeadMixer(DrawnMixer[State]):
         """
         if by_kernel:
             kernel = self.o_proj.kernel[...].astype(o.dtype)
-            return rows.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
+            outputs = jax.ShapeDtypeStruct((*o.shape[:2], kernel.shape[1]), o.dtype)
+            of = short_rows if short_rows.takes(outputs, o.shape[3]) else rows
+            return of.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
         o = self.o_norm(o)
         if gate is not None:
             o = o * activation(gate.reshape(o.shape))

@@ -191,6 +191,16 @@ class SequenceModel(nnx.Module):
         run = functools.partial(self._read, tokens, None, segment_ids, None, self._head)
         return run(confine=_unspoilt)
 
+    def before_head(
+        self, tokens: Int[Array, "B T"], *, segment_ids: Int[Array, "B T"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T"]]:
+        """What :attr:`norm` and :attr:`head` make the logits of that `unspoilt` returns.
+
+        For losses by a kernel that makes logits itself, and the same tokens that NaN belongs to.
+        """
+        run = functools.partial(self._read, tokens, None, segment_ids, None, lambda x: x)
+        return run(confine=_unspoilt)
+
     @takes_any_layout
     def features(
         self,
@@ -206,6 +216,13 @@ class SequenceModel(nnx.Module):
     def head(self) -> nnx.Embed | nnx.Linear:
         """The last map: a linear one, or the embedding, to be asked by its ``attend``."""
         return self.embeddings if self.config.tie_embeddings else self.lm_head
+
+    @property
+    def head_kernel(self) -> jax.Array:
+        """The matrix of :attr:`head`, [D, vocab], in the dtype that it computes in."""
+        tied = self.config.tie_embeddings
+        kernel = self.embeddings.embedding[...].T if tied else self.lm_head.kernel[...]
+        return kernel.astype(self.config.jax_dtypes["dtype"])
 
     def _read(
         self,

@@ -46,7 +46,14 @@ def of_tokens(
         reached: [...] bool or None; where it is True, and the mask too, logits count as NaN.
     """
     sums = of_logits.sums if of_logits.takes_kernel(logits) else _sums
-    log_sum, of_target, correct = sums(logits, targets, mask)
+    return of_sums(sums(logits, targets, mask), mask, reached)
+
+
+def of_sums(
+    sums: tuple[jax.Array, jax.Array, jax.Array], mask: jax.Array, reached: jax.Array | None
+) -> OfTokens:
+    """The same of what `ops.blocks.logits.sums` returns."""
+    log_sum, of_target, correct = sums
     if reached is not None:
         correct &= ~reached
         log_sum, of_target = (nan_where(reached & mask, x) for x in (log_sum, of_target))

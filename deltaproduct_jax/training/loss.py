@@ -18,6 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.ops.blocks import short_rows
 from deltaproduct_jax.ops.parts import explicit_names
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
@@ -76,10 +77,14 @@ def losses_of(
     if settings.chunk_size is None:
         is_whole = layout is None or layout.is_one
         if is_whole and isinstance(model, SequenceModel) and not _is_laid_out(model):
-            logits, reached = model.unspoilt(batch.inputs, **packed)
+            found = _of_short_rows(model, batch, packed)
+            if found is None:
+                logits, reached = model.unspoilt(batch.inputs, **packed)
+                found = cross_entropy.of_tokens(logits, batch.targets, batch.mask, reached)
+            of_batch = _of_found(found, batch.mask, settings)
         else:
-            logits, reached = model(batch.inputs, **packed), None
-        of_batch = _of_logits(logits, batch.targets, batch.mask, settings, reached)
+            logits = model(batch.inputs, **packed)
+            of_batch = _of_logits(logits, batch.targets, batch.mask, settings)
     else:
         x_BTD = model.features(batch.inputs, **packed)
         of_batch = _in_chunks(model.head, x_BTD, batch, settings, layout)
@@ -91,14 +96,28 @@ def _is_laid_out(model: nnx.Module) -> bool:
     return any(any(explicit_names(x)) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+def _of_short_rows(
+    model: SequenceModel, batch: Batch, packed: dict[str, jax.Array]
+) -> cross_entropy.OfTokens | None:
+    """What a GPU finds of few channels and ids without logits; None of others."""
+    config = model.config
+    kind = config.jax_dtypes["dtype"]
+    x_BTD = jax.ShapeDtypeStruct((*batch.inputs.shape, config.hidden_size), kind)
+    if not short_rows.takes(x_BTD, config.vocab_size):
+        return None
+    x_BTD, reached = model.before_head(batch.inputs, **packed)
+    norm, of_tokens = model.norm, (batch.targets, batch.mask)
+    arrays = x_BTD, norm.scale[...], model.head_kernel, *of_tokens
+    return cross_entropy.of_sums(short_rows.head_sums(*arrays, norm.eps), batch.mask, reached)
+
+
 def _of_logits(
-    logits: jax.Array,
-    targets: jax.Array,
-    mask: jax.Array,
-    settings: LossSettings,
-    reached: jax.Array | None = None,
+    logits: jax.Array, targets: jax.Array, mask: jax.Array, settings: LossSettings
 ) -> Losses:
-    found = cross_entropy.of_tokens(logits, targets, mask, reached)
+    return _of_found(cross_entropy.of_tokens(logits, targets, mask), mask, settings)
+
+
+def _of_found(found: cross_entropy.OfTokens, mask: jax.Array, settings: LossSettings) -> Losses:
     summed = jnp.sum(found.cross_entropy, where=mask)
     if not settings.z_loss:
         return Losses(summed, summed, jnp.zeros(()), found.correct)

@@ -9,7 +9,8 @@ from quick import quick
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.sequence_model import Block
-from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops import kernels
+from deltaproduct_jax.ops.blocks import logits, rows, short_rows
 
 B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
 
@@ -38,6 +39,12 @@ def heads(x):
     return x.reshape(B, T, -1, 4)
 
 
+def down_from(products, down):
+    return sum(jnp.cos(y) * (i + 1) for i, y in enumerate(products)) @ down
+
+
+IDS = jnp.arange(B * T).reshape(B, T) % F
+MASK = IDS != 3
 PAIRS = {
     "swiglu": (
         lambda x, scale, more, gate, up, down: rows.residual_swiglu(
@@ -48,6 +55,24 @@ PAIRS = {
     "norm": (
         lambda x, scale, *_: sum(rows.forked_norm(x, scale, EPS)[:2]),
         lambda x, scale, *_: x + norm(x, scale),
+    ),
+    "short rows": (
+        lambda x, scale, more, gate, up, down: (
+            jnp.sin(
+                short_rows.residual_swiglu(
+                    x, more, jnp.zeros((B, T), bool), scale, jnp.hstack([gate, up]), down, EPS
+                )
+            )
+            + down_from(short_rows.products(x, [gate, up, gate + up, down.T]), down)
+            + down_from([short_rows.norm_product(heads(x), scale[:4], gate, EPS)], down)
+            + sum(short_rows.head_sums(x, scale, gate, IDS, MASK, EPS)[:2])[..., None]
+        ),
+        lambda x, scale, more, gate, up, down: (
+            jnp.sin(swiglu(x, scale, more, gate, up, down))
+            + down_from([x @ gate, x @ up, x @ (gate + up), x @ down.T], down)
+            + down_from([norm(heads(x), scale[:4]).reshape(B, T, D) @ gate], down)
+            + sum(logits.plain(norm(x, scale) @ gate, IDS, MASK)[:2])[..., None]
+        ),
     ),
     "product": (
         lambda x, scale, _, gate, *__: rows.norm_product(heads(x), scale[:4], gate, EPS),
@@ -115,3 +140,18 @@ def test_what_is_not_finite_reaches_as_far_as_in_a_block_that_is_not_fused(monke
         np.testing.assert_array_equal(np.isnan(y).any(axis=-1), bad)
         np.testing.assert_allclose(y[~bad], y_wanted[~bad], rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(*(np.isnan(d).any(axis=-1) for d in (dx, dx_wanted)))
+
+
+def test_short_rows_have_few_channels_and_ids_in_16_bits(monkeypatch):
+    def takes(*shape, width=1, dtype="bfloat16"):
+        return short_rows.takes(jax.ShapeDtypeStruct(shape, dtype), width)
+
+    monkeypatch.setattr(kernels, "is_installed", lambda name: False)
+    assert not takes(B, T, 128)
+    monkeypatch.setattr(kernels, "is_installed", lambda name: name == "triton")
+    assert takes(B, T, 128)
+    assert takes(B, T, 24, width=128, dtype="float16")
+    assert not takes(B, T, 129)
+    assert not takes(B, T, 128, width=129)
+    assert not takes(B, T, 128, dtype="float32")
+    assert not takes(B, 0, 128)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.ops.blocks import short_rows
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
@@ -180,3 +181,24 @@ def test_settings_are_checked():
         TrainConfig(loss_chunk_size=0)
     with pytest.raises(ConfigError, match=r"z_loss=-1\.0 is too small"):
         TrainConfig(z_loss=-1.0)
+
+
+def test_a_head_without_logits_has_the_losses_of_one_with_them(monkeypatch):
+    """Answers, and NaN from a bad embedding on, where tokens count."""
+    sizes = {"hidden_size": 8, "num_heads": 1, "head_dim": 4, "num_layers": 1, "vocab_size": VOCAB}
+    model = SequenceModel(ModelConfig(implementation="recurrent", **sizes), rngs=nnx.Rngs(0))
+    table = model.embeddings.embedding
+    table[...] = table[...].at[0, 0].set(jnp.nan)
+    batch = random_batch(length=5)
+    batch = batch._replace(inputs=batch.inputs.at[1:].set(jnp.maximum(batch.inputs[1:], 1)))
+    clean = batch._replace(mask=batch.mask & (jnp.arange(B) > 0)[:, None])
+
+    def found(short):
+        monkeypatch.setattr(short_rows, "takes", lambda *_: short)
+        return [with_gradients(model, each, LossSettings(z_loss=0.1)) for each in (clean, batch)]
+
+    for (got, got_gradient), (want, want_gradient) in zip(found(True), found(False), strict=True):
+        np.testing.assert_allclose(got[:3], want[:3], rtol=1e-6)
+        np.testing.assert_array_equal(got.correct, want.correct)
+        for a, b in zip(*map(jax.tree.leaves, (got_gradient, want_gradient)), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -52,18 +52,20 @@ def _on_tokens(x: jax.Array, F: int = 0) -> OnTokens | None:
 
 def norm(x: jax.Array, scale: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis, rounded once."""
-    return _norm(x, scale, eps, dtype)[0]
+    return norm_and_square(x, scale, eps, dtype)[0]
 
 
-def _norm(x, scale, eps, dtype):
+def norm_and_square(x, scale, eps, dtype):
+    """`norm`, and the mean square of every row."""
     wide = accumulator_dtype(dtype)
     x = x.astype(wide)
     # Kept for the way back, a number a row saves it a pass over the array.
     mean_square = checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), NORM_POINT)
-    return _scaled(x, mean_square, scale, eps, dtype), mean_square
+    return scaled(x, mean_square, scale, eps, dtype), mean_square
 
 
-def _scaled(x, mean_square, scale, eps, dtype):
+def scaled(x, mean_square, scale, eps, dtype):
+    """`norm` of which mean squares are known."""
     wide = accumulator_dtype(dtype)
     scale = scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
     return (x.astype(wide) * jax.lax.rsqrt(mean_square + eps) * scale).astype(dtype)
@@ -129,7 +131,7 @@ def _norm_product_backward(eps, residuals, dout):
     o, mean_square, scale, kernel = residuals
     dy = (dout @ kernel.T).reshape(o.shape)
     do, dscale, y = _norm_back_again(eps)(None, o, mean_square, scale, dy)
-    return do, dscale.astype(scale.dtype), _of_tokens(y.reshape(*y.shape[:2], -1), dout)
+    return do, dscale.astype(scale.dtype), of_tokens(y.reshape(*y.shape[:2], -1), dout)
 
 
 _norm_product.defvjp(_norm_product_forward, _norm_product_backward)
@@ -188,11 +190,11 @@ def _swiglu_backward(how, on_tokens, residuals, dout):
     back = _norm_back_of_sum(eps)
     dz, dscale, y = back(on_tokens, z, mean_square, scale, dy, dout, reached)
     dscale = dscale.astype(scale.dtype)
-    return dz, dz, None, dscale, _of_tokens(y, dhidden), _of_tokens(h, dout)
+    return dz, dz, None, dscale, of_tokens(y, dhidden), of_tokens(h, dout)
 
 
 _swiglu.defvjp(_swiglu_forward, _swiglu_backward)
-_of_tokens = functools.partial(jnp.tensordot, axes=((0, 1), (0, 1)))
+of_tokens = functools.partial(jnp.tensordot, axes=((0, 1), (0, 1)))
 
 
 def by_kernel_or_plain(
@@ -240,7 +242,7 @@ def _norm_alone(eps: float) -> Callable:
         _, y, mean_square, _ = of_triton.norm_forward(_rows(x), scale, eps=eps)
         return y.reshape(x.shape), mean_square.reshape(*x.shape[:-1], 1)
 
-    plain = lambda x, scale: _norm(x, scale, eps, x.dtype)
+    plain = lambda x, scale: norm_and_square(x, scale, eps, x.dtype)
     return by_kernel_or_plain(by_kernel, plain, ("BTHD", "D"), ("BTHD", "BTH1"))
 
 
@@ -254,7 +256,7 @@ def _norm_looking(eps: float) -> Callable:
         return y.reshape(x.shape), mean_square.reshape(*of_tokens, 1), bad.reshape(of_tokens)
 
     def plain(x, scale):
-        y, mean_square = _norm(x, scale, eps, x.dtype)
+        y, mean_square = norm_and_square(x, scale, eps, x.dtype)
         finite = jnp.isfinite(y)
         return jnp.where(finite, y, 0), mean_square, ~jnp.all(finite, axis=-1)
 
@@ -272,7 +274,7 @@ def _norm_of_sum(eps: float) -> Callable:
 
     def plain(x, more, reached, scale):
         z = x + jnp.where(reached[..., None], jnp.nan, more)
-        return z, *_norm(z, scale, eps, x.dtype)
+        return z, *norm_and_square(z, scale, eps, x.dtype)
 
     layouts = ("BTD", "BTD", "BT", "D")
     return by_kernel_or_plain(by_kernel, plain, layouts, ("BTD", "BTD", "BT1"))
@@ -287,7 +289,8 @@ def _back_by_kernel(eps, again, x, mean_square, scale, dy, dx_after=None, reache
     return (dx.reshape(x.shape), dscale, *((y.reshape(x.shape),) if again else ()))
 
 
-def _back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None):
+def back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None):
+    """What `row_passes.norm_back` returns, of arrays of any rank."""
     wide = accumulator_dtype(x.dtype)
     x_wide, dy = x.astype(wide), dy.astype(wide)
     inverse = jax.lax.rsqrt(mean_square + eps)
@@ -299,11 +302,11 @@ def _back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=No
     dx = (dx if dx_after is None else dx_after.astype(wide) + dx).astype(x.dtype)
     if reached is not None:
         dx = jnp.where(reached[..., None] & (dx != 0), jnp.nan, dx)
-    return dx, dscale, *((_scaled(x, mean_square, scale, eps, x.dtype),) if again else ())
+    return dx, dscale, *((scaled(x, mean_square, scale, eps, x.dtype),) if again else ())
 
 
 def _back(eps, again, layouts, out_layouts):
-    of_both = (functools.partial(f, eps, again) for f in (_back_by_kernel, _back_plain))
+    of_both = (functools.partial(f, eps, again) for f in (_back_by_kernel, back_plain))
     return by_kernel_or_plain(*of_both, layouts, out_layouts)
 
 
@@ -330,9 +333,10 @@ def _activated_by_kernel(hidden):
     return (of_triton.swiglu(hidden.reshape(*_sizes(hidden))).reshape(*hidden.shape[:2], -1),)
 
 
-def _activated_plain(hidden):
+def activated(hidden):
+    """silu(gate) * up of both, [B, T, 2 F] or [B, T, 2, F]."""
     gate, up = (x.reshape(*x.shape[:2], -1) for x in jnp.split(hidden, 2, axis=2))
-    return (jax.nn.silu(gate) * up,)
+    return jax.nn.silu(gate) * up
 
 
 def _sizes(hidden):
@@ -340,7 +344,9 @@ def _sizes(hidden):
     return hidden.shape[0] * hidden.shape[1], math.prod(hidden.shape[2:])
 
 
-_run_activated = by_kernel_or_plain(_activated_by_kernel, _activated_plain, ("BT2F",), ("BTF",))
+_run_activated = by_kernel_or_plain(
+    _activated_by_kernel, lambda x: (activated(x),), ("BT2F",), ("BTF",)
+)
 _activated = lambda *arrays: _run_activated(*arrays)[0]
 
 
@@ -354,7 +360,7 @@ def _activated_back(again: bool) -> Callable:
         return dhidden.reshape(hidden.shape), h.reshape(dh.shape) if again else None
 
     def plain(hidden, dh):
-        (h,), pull = jax.vjp(_activated_plain, hidden)
-        return pull((dh,))[0], h if again else None
+        h, pull = jax.vjp(activated, hidden)
+        return pull(dh)[0], h if again else None
 
     return by_kernel_or_plain(by_kernel, plain, ("BT2F", "BTF"), ("BT2F", "BTF"))

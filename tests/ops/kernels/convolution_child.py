@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import triton_interpreter
 from flax import nnx
-from ops.kernels import convolution_cases, oracle_convolution, row_cases
+from ops.kernels import convolution_cases, oracle_convolution, row_cases, short_row_cases
 from ops.kernels.convolution_cases import (
     MESHES,
     Case,
@@ -164,6 +164,7 @@ def interpret(every):
         found["errors"][f"side by side, {packed}"] = ["float32", parts(packed)]
     found["errors"]["rows"] = ["float32", row_cases.of_rows() | row_cases.of_logits()]
     if every:
+        found["errors"]["short rows"] = ["float32", short_row_cases.of_short_rows()]
         dispatch._by_platform = by_triton
         dispatch._run = lambda choice, runs, others, *arrays: runs["cuda"](*arrays)
         found |= {"vmap": mapped("triton"), "layer": layer("triton")}
@@ -232,7 +233,18 @@ def compile_for_cuda():
         rows[name] = kernel_resources(
             kernel_of(kernel), arrays, meta, warps=launch.warps, stages=1, compute_capability=90
         )
-    return {"rows": rows, "lowered": lowered(), "said": said()}
+    short = {
+        name: kernel_resources(
+            kernel_of(name),
+            arrays,
+            meta,
+            warps=launch.warps,
+            stages=launch.stages,
+            compute_capability=90,
+        )
+        for name, arrays, launch, meta in recorded(*short_row_cases.launched())
+    }
+    return {"rows": rows, "short": short, "lowered": lowered(), "said": said()}
 
 
 def kernel_of(name):

@@ -16,6 +16,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
+from ops.kernels import short_row_cases
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -135,6 +136,7 @@ CASES |= {
     "gluon, in pieces": lambda: op(gluon, 1, 2**23, 4, 1, 128),
     "convolutions, many": lambda: convolutions(70000, 4096, 2048, packed=False),
     "rows, short": lambda: rows(2**28, 64, 88),
+    "short rows": lambda: short_row_cases.launched(2**26),
 }
 
 

@@ -60,6 +60,17 @@ from deltaproduct_jax.ops.kernels.triton.rows import norm_back as norm_back
 from deltaproduct_jax.ops.kernels.triton.rows import norm_forward as norm_forward
 from deltaproduct_jax.ops.kernels.triton.rows import swiglu as swiglu
 from deltaproduct_jax.ops.kernels.triton.rows import swiglu_back as swiglu_back
+from deltaproduct_jax.ops.kernels.triton.short.mixer import short_inputs as short_inputs
+from deltaproduct_jax.ops.kernels.triton.short.mixer import short_inputs_back as short_inputs_back
+from deltaproduct_jax.ops.kernels.triton.short.mixer import short_output as short_output
+from deltaproduct_jax.ops.kernels.triton.short.mixer import short_output_back as short_output_back
+from deltaproduct_jax.ops.kernels.triton.short.mlp import short_mlp as short_mlp
+from deltaproduct_jax.ops.kernels.triton.short.mlp import short_mlp_back as short_mlp_back
+from deltaproduct_jax.ops.kernels.triton.short.vocabulary import short_head as short_head
+from deltaproduct_jax.ops.kernels.triton.short.vocabulary import short_head_back as short_head_back
+from deltaproduct_jax.ops.kernels.triton.short.vocabulary import (
+    short_lookup_back as short_lookup_back,
+)
 from deltaproduct_jax.ops.kernels.triton.step import step as step
 from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_place
 
