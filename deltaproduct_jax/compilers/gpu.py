@@ -21,6 +21,7 @@ from deltaproduct_jax.ops.kernels import grids
 
 # Of a multiprocessor of an H100: registers, bytes of shared memory and threads.
 REGISTERS, SHARED, THREADS = 65536, 227 * 1024, 2048
+TRITON_CALLS = ("triton_kernel_call", "triton_kernel_call_ffi")  # of jax-triton 0.3 and 0.4
 _TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _TRITON_TYPES |= {"int8": "i8", "int32": "i32"}
 
@@ -36,9 +37,12 @@ def kernels_of(lowered: jax.stages.Lowered) -> collections.Counter[str]:
     def visit(operation: ir.Operation) -> ir.WalkResult:
         if operation.name == "stablehlo.custom_call":
             target = ir.StringAttr(operation.attributes["call_target_name"]).value
-            if target == "triton_kernel_call":
-                config = ir.StringAttr(operation.attributes["backend_config"]).value_bytes
-                (name,) = re.findall(rb"\.entry (\w+)", zlib.decompress(config))
+            if target in TRITON_CALLS:
+                config = operation.attributes["backend_config"]
+                if target == TRITON_CALLS[1]:
+                    config = operation.attributes["mhlo.backend_config"]["opaque"]
+                call = zlib.decompress(ir.StringAttr(config).value_bytes)
+                (name,) = re.findall(rb"\.entry (\w+)", call)
                 found[name.decode()] += 1
             elif target.startswith("__cudnn$"):
                 found[target] += 1
