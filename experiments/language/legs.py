@@ -49,6 +49,7 @@ from experiments.lib.leg_warming import warmed
 from experiments.lib.sweeps.gpus import visible_gpus
 
 PROGRAMS = "programs"
+STILL_S = 300.0  # a start that compiles takes half of it
 # What this command says of a leg itself.
 DECIDED = ("leg", "seed", "stages", "train_s")
 PRESETS: dict[str, dict[str, Any]] = OF_A_LEG | {
@@ -71,6 +72,12 @@ class LegsConfig:
     )
     measure_s: float = setting(
         120.0, "seconds kept for measuring a leg, where there is a deadline", least=0
+    )
+    still_s: float | None = setting(
+        None,
+        f"seconds without a token more after which a leg's training is ended; none: {STILL_S:.0f} "
+        "on a GPU",
+        above=0,
     )
     memory_fraction: float | None = setting(
         None,
@@ -135,7 +142,9 @@ def command(argv: Sequence[str]) -> None:
                 **beside,
             )
         refuse_other_settings(legs, of_each[0])
-        terms = Terms(of_each[0].tokens_trained, config.overlap_s, config.measure_s, end)
+        still_s = config.still_s or (STILL_S if place.gpus else math.inf)
+        waits = config.overlap_s, config.measure_s, end, still_s
+        terms = Terms(of_each[0].tokens_trained, *waits)
         failures = run_legs(legs, of_each[0], place, terms)
         if any(workdir.glob(f"records/*/{TRAINING}")):
             drawn = {"format": ",".join(look.format)}

@@ -42,12 +42,14 @@ class Terms:
         overlap_s: seconds that a leg's start takes, so long before another ends it begins.
         measure_s: seconds that measuring a leg takes.
         deadline: on the clock; no leg begins that would not be measured by then.
+        still_s: seconds without a token more after which a leg's training is ended.
     """
 
     tokens: int
     overlap_s: float
     measure_s: float
     deadline: float = math.inf
+    still_s: float = math.inf
 
 
 class LegJob(Protocol):
@@ -61,6 +63,9 @@ class LegJob(Protocol):
 
     def stop(self) -> None:
         """Ends them, saved."""
+
+    def kill(self) -> None:
+        """Ends them at once."""
 
 
 @dataclasses.dataclass
@@ -115,6 +120,7 @@ class Schedule:
             (leg, None) for leg in legs if leg not in self._queue
         ]
         self._rates: dict[str, float] = {}  # of legs seen to train, by name, the last one last
+        self._moved: dict[Leg, tuple[int, float]] = {}  # tokens, and since when there are as many
         for leg in legs:
             self._note_rate(leg)
 
@@ -162,6 +168,7 @@ class Schedule:
         for slot in self.slots:
             for leg, job in list(slot.training):
                 self._note_rate(leg)
+                self._end_if_still(leg, job)
                 if self._ended(job):
                     slot.training.remove((leg, job))
                     if self._look(leg).is_done:
@@ -174,6 +181,16 @@ class Schedule:
         if rate is not None:
             self._rates.pop(leg.name, None)
             self._rates[leg.name] = rate
+
+    def _end_if_still(self, leg: Leg, job: LegJob) -> None:
+        """A GPU whose kernel never ends does not hear that its leg is to stop."""
+        tokens, now = self._look(leg).tokens, self._clock()
+        if self._moved.get(leg, (None,))[0] != tokens:
+            self._moved[leg] = tokens, now
+        still = now - self._moved[leg][1]
+        if still >= self._terms.still_s:
+            self._say(f"{leg.label}: no token more in {still:.0f} s, it is ended")
+            job.kill()
 
     def _ended(self, job: LegJob) -> bool:
         errors = job.poll()

@@ -19,10 +19,10 @@ def leg(name, seed=0):
 class World:
     """A clock, and legs that train at their rates after a start of 10 s; measuring takes 20 s."""
 
-    def __init__(self, rates, failing=(), there=()):
+    def __init__(self, rates, failing=(), there=(), still_at=None):
         self.now, self.events, self.said = 0.0, [], []
         self._rates, self._failing, self._there = rates, failing, set(there)
-        self._begun = {}
+        self._begun, self._still_at = {}, still_at or {}
 
     def schedule(self, order, slots, **terms):
         """A schedule in this world."""
@@ -44,7 +44,7 @@ class World:
             return Progress(TOKENS, 1.0, 1.0, is_done=True)
         trained = max(0.0, self.now - self._begun.get(of, self.now) - 10)
         rate = self._rates[of.name]
-        tokens = min(TOKENS, int(trained * rate))
+        tokens = min(TOKENS, int(trained * rate), self._still_at.get(of, TOKENS))
         return Progress(tokens, rate if tokens else None, None, is_done=tokens == TOKENS)
 
     def fit(self, of, other):
@@ -76,9 +76,12 @@ class Work:
     of: Leg
     ends: object
     asked: bool = False
+    killed: bool = False
 
     def poll(self):
         """As `Parts.poll`."""
+        if self.killed:
+            return [f"{self.of.label} was killed"]
         if self.world.has_failed(self.of):
             return [f"{self.of.label} failed"]
         return [] if self.asked or self.ends() else None
@@ -92,6 +95,11 @@ class Work:
     def stop(self):
         """Is told before."""
         assert self.asked
+
+    def kill(self):
+        """Notes it."""
+        self.world.events.append(("kill", self.of.label, None, self.world.now))
+        self.killed = True
 
 
 def test_the_next_leg_goes_where_one_ends_first_and_begins_before_that():
@@ -187,3 +195,19 @@ def test_a_gpu_that_trains_nothing_measures_legs_of_others():
         ("36m_2_seed2", 0, 60),
         ("36m_1_seed0", 0, 110),
     ]
+
+
+def test_a_leg_that_stands_still_is_ended_and_the_next_begins():
+    world = World({"213m_3": 5, "36m_1": 10}, still_at={leg("213m_3"): 300})
+    schedule = world.schedule([leg("213m_3"), leg("36m_1")], 1, still_s=40)
+    assert world.run(schedule) == [
+        ("train", "213m_3_seed0", 0, 0),
+        ("kill", "213m_3_seed0", None, 110),  # it has come to 300 at 70
+        ("train", "36m_1_seed0", 0, 110),
+        ("measure", "36m_1_seed0", 0, 220),
+    ]
+    assert world.said == [
+        "213m_3_seed0: no token more in 40 s, it is ended",
+        "213m_3_seed0 was killed",
+    ]
+    assert schedule.failures == 1
