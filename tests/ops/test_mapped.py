@@ -90,8 +90,8 @@ def close(run, *arguments):
     mapped = jax.jit(lambda c: jax.vmap(pull)(c))(c)
     of_one = jax.jit(pull)(c[5])
     for x, y in zip(jax.tree.leaves(mapped), jax.tree.leaves(of_one)):
-        error = jnp.linalg.norm(x[5] - y) / jnp.linalg.norm(y)
-        assert error < 1e-4, float(error)
+        error, size = jnp.linalg.norm(x[5] - y), jnp.linalg.norm(y)
+        assert error <= 1e-4 * size, (error, size)
 """
 NORMS = (
     PULLED
@@ -99,8 +99,8 @@ NORMS = (
 from deltaproduct_jax.layers import RMSNorm
 from deltaproduct_jax.layers.norm import HeadNorm
 from deltaproduct_jax.ops.convolution.raw import l2_normalise
-x = jax.random.normal(jax.random.key(1), (3, 170, 5, 12))
-for run in l2_normalise, RMSNorm(12), HeadNorm(5, 12):
+x = jax.random.normal(jax.random.key(1), (3, 170, 4, 12))
+for run in l2_normalise, RMSNorm(12), HeadNorm(4, 12):
     close(run, x)
 """
 )
