@@ -52,12 +52,14 @@ def start(
     flags=(),
     all_of_them=(),
     own_workdirs=False,
+    flags_of_last=(),
     **extra,
 ):
     """Starts the processes of a run, with ``devices`` in all.
 
-    ``all_of_them`` are environment variables, ``extra`` those of the last process alone. With
-    ``own_workdirs`` each has a folder of its number in ``workdir``, and sees no other.
+    ``all_of_them`` are environment variables, ``extra`` those of the last process alone, as
+    ``flags_of_last`` are flags. With ``own_workdirs`` each has a folder of its number in
+    ``workdir``, and sees no other.
     """
     address, environment = address_and_environment(devices // number)
     fields = {"hidden_size": 16, "num_heads": 2, "schedule": "constant", "steps": steps}
@@ -68,7 +70,8 @@ def start(
         subprocess.Popen(
             [sys.executable, "-m", "tests.parallel_process", *flags]
             + ([*joining, f"--process_id={index}"] if number > 1 else [])
-            + ([f"--workdir={workdir / str(index)}"] if own_workdirs else []),
+            + ([f"--workdir={workdir / str(index)}"] if own_workdirs else [])
+            + (list(flags_of_last) if index == number - 1 else []),
             cwd=ROOT,
             env=environment | dict(all_of_them) | (extra if index == number - 1 else {}),
             text=True,

@@ -27,7 +27,8 @@ from deltaproduct_jax.layers.short_conv import check_convolutions, idle_of_convo
 from deltaproduct_jax.ops.baselines import channel_delta, channel_delta_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.exported import exported
-from deltaproduct_jax.ops.precision import L2NORM_EPSILON, accumulator_dtype
+from deltaproduct_jax.ops.linear import unit_vectors
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
 # The least magnitude of a gate that may be negative, as published.
 LEAST_GATE = math.exp(-5.0)
@@ -111,8 +112,7 @@ class KimiDeltaAttention(DeltaRuleMixer[KimiDeltaState]):
     def _unit(self, u: jax.Array, num_heads: int) -> jax.Array:
         """Unit vectors of all value heads, in float32 at least."""
         u = u.reshape(*u.shape[:2], num_heads, self.head_dim).astype(accumulator_dtype(self.dtype))
-        u = u * jax.lax.rsqrt(jnp.sum(u * u, axis=-1, keepdims=True) + L2NORM_EPSILON)
-        return jnp.repeat(u, self.num_v_heads // num_heads, axis=2)
+        return jnp.repeat(unit_vectors(u), self.num_v_heads // num_heads, axis=2)
 
     def _gate_inputs(self, x: jax.Array) -> jax.Array:
         """``x W_1 W_2``, of all channels along one axis, in float32 at least."""

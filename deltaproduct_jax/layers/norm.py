@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.ops.blocks import rows
+from deltaproduct_jax.ops.linear import scaled, spread
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -86,7 +87,7 @@ class HeadNorm(nnx.Module):
         wide = accumulator_dtype(self.dtype)
         x = x.astype(wide)
         param = lambda p: p[...].astype(wide).reshape((1,) * (x.ndim - 2) + p.shape)
-        x = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(x * x, axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(variance + self.eps) * param(self.scale)
+        x = x - spread(jnp.mean(x, axis=-1), -1, x.shape[-1])
+        variance = jnp.mean(x * x, axis=-1)
+        x = scaled(x, jax.lax.rsqrt(variance + self.eps)) * param(self.scale)
         return (x + param(self.bias) if self.use_bias else x).astype(self.dtype)

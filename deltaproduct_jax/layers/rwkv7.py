@@ -32,6 +32,7 @@ from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.checks import as_array, check_shape
 from deltaproduct_jax.ops.convolution.plain import identity
 from deltaproduct_jax.ops.exported import exported
+from deltaproduct_jax.ops.linear import scaled, unit_vectors
 from deltaproduct_jax.ops.parts import along_rows_of
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -270,7 +271,7 @@ class RWKV7(HeadMixer[RWKV7State]):
             mixing = heads(jax.nn.sigmoid(self.v_lora(blend("v").astype(wide))))
             v = v + (v_first - v) * mixing.astype(v.dtype)
         kk = k * per_key(self.k_k)
-        kk = kk * jax.lax.rsqrt(jnp.sum(kk * kk, axis=-1, keepdims=True) + _L2_EPS)
+        kk = unit_vectors(kk, _L2_EPS)
         b = -(2.0 if self.allow_neg_eigval else 1.0) * a * kk
         k = k * (1 + (a - 1) * per_key(self.k_a))
         narrow = lambda u: u.astype(self.dtype)
@@ -278,7 +279,7 @@ class RWKV7(HeadMixer[RWKV7State]):
 
     def _output(self, o, r, k, v, gate) -> jax.Array:
         r_k = self.r_k[...].astype(self.dtype)[None, None]
-        o = self.o_norm(o) + jnp.sum(r * r_k * k, axis=-1, keepdims=True) * v
+        o = self.o_norm(o) + scaled(v, jnp.sum(r * r_k * k, axis=-1))
         return self.o_proj(o.reshape(gate.shape) * gate)
 
 

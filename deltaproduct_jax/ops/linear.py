@@ -1,6 +1,7 @@
 """Linear maps whose transpose is another than JAX would derive.
 
-`linear` maps arrays onto themselves, and both ways are written out.
+`linear` maps arrays onto themselves, and both ways are written out. `spread` and `scaled` keep what
+XLA for CPUs of jaxlib 0.10 gets wrong out of gradients that are mapped.
 What spoils outputs on the way forward has to spoil gradients on the way back, by another rule than
 JAX would derive: `jax.custom_derivatives.linear_call` says so, but cannot be mapped by `jax.vmap`.
 """
@@ -13,6 +14,8 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 from jax.interpreters import ad, batching, mlir
+
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 _linear_p = jax.extend.core.Primitive("delta_product_linear")
 _linear_p.multiple_results = True
@@ -109,3 +112,32 @@ def _spread_jvp(axis, size, primals, tangents):
     ones = jnp.ones(size, tangent.dtype)
     outer = jnp.einsum("...,s->...s", tangent, ones, precision=jax.lax.Precision.HIGHEST)
     return spread(x, axis, size), jnp.moveaxis(outer, -1, axis)
+
+
+@jax.custom_jvp
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """``x`` [..., K] times ``factor`` [...]; the cotangent of that is a product of matrices.
+
+    JAX would sum ``x`` times the cotangent over K. Where only the latter is mapped, as in
+    `jax.jacrev`, and the sum goes into another product, XLA for CPUs of jaxlib 0.10.2 adds up other
+    numbers once there are some thousands of rows. tests/ops/test_mapped.py has the smallest such
+    program.
+    """
+    return x * factor[..., None]
+
+
+@scaled.defjvp
+def _scaled_jvp(primals, tangents):
+    (x, factor), (dx, dfactor) = primals, tangents
+    of_factor = jnp.einsum("...k,...->...k", x, dfactor, precision=jax.lax.Precision.HIGHEST)
+    return scaled(x, factor), dx * factor[..., None] + of_factor
+
+
+def inner(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Sums over the last axis of ``x y`` [..., K], as a product of matrices: see `scaled`."""
+    return jnp.einsum("...k,...k->...", x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def unit_vectors(x: jax.Array, epsilon: float = L2NORM_EPSILON) -> jax.Array:
+    """``x / sqrt(sum(x**2) + epsilon)`` along the last axis, in its own dtype."""
+    return scaled(x, jax.lax.rsqrt(jnp.sum(x * x, axis=-1) + epsilon))

@@ -2,13 +2,15 @@
 
 import contextlib
 import itertools
+import json
 import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -16,6 +18,7 @@ from jax.experimental import multihost_utils
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import any_path, require_bucket
 from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.settings import shown
 
 # Without a sign of life for so long a process is given up, and all others with it.
 HEARTBEAT_TIMEOUT_S = 30
@@ -123,6 +126,39 @@ def first_goes_first(what: str) -> Iterator[None]:
     yield
     if jax.process_count() > 1 and is_first():
         multihost_utils.sync_global_devices(what)
+
+
+_comparisons = itertools.count()  # all processes make as many
+
+
+def require_same(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError, in the first process and in those that differ, unless all say the same.
+
+    Of programs that differ, one waits for what the other does not send, for ever.
+
+    Args:
+        given: what this process goes by, by name, as JSON has it.
+    """
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost  # JAX has no public name for what this gives
+
+    client, key = multihost.get_jax_distributed_client(), f"deltaproduct_jax/{next(_comparisons)}"
+    # As JSON gives it back, so that a tuple equals a list.
+    own = json.dumps(dict(given))
+    client.key_value_set(f"{key}/{jax.process_index()}", own, allow_overwrite=True)
+    for other in range(jax.process_count()) if is_first() else (0,):
+        try:
+            said = client.blocking_key_value_get(f"{key}/{other}", INITIALIZATION_TIMEOUT_S * 1000)
+        except jax.errors.JaxRuntimeError:  # it has ended, and JAX ends all
+            return
+        theirs = json.loads(said)
+        for name, value in json.loads(own).items():
+            if theirs[name] != value:
+                raise ConfigError(
+                    f"{name}={shown(value)} here, {shown(theirs[name])} in process {other}; all "
+                    "processes take the same flags, but for process_id, and see the same run"
+                )
 
 
 class Agreement:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import (
     AnyPath,
     in_bucket,
@@ -43,7 +43,13 @@ from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CONFIG, Row, RunRecords, fetch, open_records
 from deltaproduct_jax.training.skipping import require_progress
 from deltaproduct_jax.training.source import source_of
-from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
+from deltaproduct_jax.training.start import (
+    first_state,
+    layout_of,
+    make_key,
+    require_same_run,
+    shapes_of,
+)
 from deltaproduct_jax.training.step import (
     Metrics,
     ModelDefinition,
@@ -95,10 +101,11 @@ def train(
     """
     began = time.time()
     require_directory(workdir)
-    _require_single_process(resume_from)
     store = None if bucket is None else open_bucket(bucket, workdir)
     home = workdir if store is None else store.path  # where all processes see the run
     fresh = not is_there(home / CONFIG)
+    alike = {"bucket": bucket, "resume_from": resume_from, "workdir_has_a_run": not fresh}
+    require_same_run(config, devices or DeviceConfig(), **alike)
     results = None if fresh else _results_before(config, workdir, home, store)
     if results is not None:
         return _finished(results, home, resume_from)
@@ -117,14 +124,6 @@ def train(
             if results is not None:
                 return _finished(results, home, resume_from)
             return _train(trainer, state, records, argv, request, resume_from)
-
-
-def _require_single_process(resume_from: int | None) -> None:
-    if resume_from is not None and jax.process_count() > 1:
-        raise ConfigError(
-            f"resume_from={resume_from} is for a single process; go on with one, and then with "
-            f"{jax.process_count()}"
-        )
 
 
 def _results_before(

@@ -259,6 +259,11 @@ def open_records(directory: Path, config: RunConfig, bucket: Bucket | None) -> R
     has; all others read there, and write nothing.
     """
     if bucket is None:
+        if jax.process_index() != 0 and not is_there(directory / CONFIG):
+            raise RunDirectoryError(
+                f"{directory} does not hold the run that process 0 has begun; all processes see "
+                "one workdir, or have --bucket"
+            )
         return RunRecords(directory, config)
     if jax.process_index() == 0:
         _require_fit(directory, config, bucket)

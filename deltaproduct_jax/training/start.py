@@ -1,10 +1,13 @@
 """What a run starts from: where its arrays lie, the state before its first step, its keys."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from flax import nnx
 
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.drawing import laid_out
 from deltaproduct_jax.parallel.layout import Layout
@@ -44,6 +47,29 @@ def layout_of(
     layout.require_divisible("mlp", intermediate_size=model.mlp_width)
     layout.require_divisible("embed", hidden_size=model.hidden_size)
     return layout
+
+
+def require_same_run(config: RunConfig, devices: DeviceConfig, **others: Any) -> None:
+    """Raises ConfigError unless all processes are to train the same, over the same mesh.
+
+    Args:
+        config: of the run.
+        devices: where it runs.
+        **others: what else all must have been given, or found, alike; ``resume_from`` by one alone.
+    """
+    sections = config.to_dict().items()
+    fields = {
+        name: value
+        for section, content in sections
+        for name, value in (content if isinstance(content, dict) else {section: content}).items()
+    }
+    of_devices = {name: getattr(devices, name) for name in ("mesh", "dcn_mesh")}
+    processes.require_same({**fields, **of_devices, **others})
+    if others.get("resume_from") is not None and jax.process_count() > 1:
+        raise ConfigError(
+            f"resume_from={others['resume_from']} is for a single process; go on with one, and "
+            f"then with {jax.process_count()}"
+        )
 
 
 def shapes_of(config: RunConfig, make_model: MakeModel) -> tuple[ModelDefinition, TrainState]:

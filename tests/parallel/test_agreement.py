@@ -1,5 +1,6 @@
 """Processes agree on the step that they stop behind, however fast they go; threads stand in."""
 
+import contextlib
 import random
 import threading
 import time
@@ -8,6 +9,7 @@ import jax
 import pytest
 from orbax.checkpoint import multihost
 
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.parallel import processes
 
 
@@ -32,6 +34,16 @@ class Store:
             if not self._changed.wait_for(lambda: key in self._values, timeout_in_ms / 1000):
                 raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
             return self._values[key]
+
+    @contextlib.contextmanager
+    def unheard(self):
+        """Inside, nobody hears anything."""
+        self.blocking_key_value_get = self._time_out
+        yield
+        del self.blocking_key_value_get
+
+    def _time_out(self, *_):
+        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -84,3 +96,27 @@ def test_without_a_request_nobody_stops_and_a_store_that_is_gone_is_no_error(mon
     agreement.ask()
     assert not any(agreement.reached(step) for step in range(100))
     agreement.close()
+
+
+def test_processes_that_were_given_something_else_say_so(monkeypatch):
+    given = {"seed": 0, "eval_lengths": (4, 8), "mesh": "data:2", "bucket": None}
+    each = [given, given | {"eval_lengths": [4, 8]}, given | {"mesh": "fsdp:-1"}]
+    monkeypatch.setattr(multihost, "get_jax_distributed_client", lambda: store)
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+
+    def says(index):
+        monkeypatch.setattr(processes, "_comparisons", iter([7]))
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        try:
+            processes.require_same(each[index])
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    store = Store()
+    with store.unheard():
+        assert [says(index) for index in range(3)] == ["", "", ""]  # who is gone is not waited for
+    tail = "; all processes take the same flags, but for process_id, and see the same run"
+    assert says(0) == f"mesh='data:2' here, 'fsdp:-1' in process 2{tail}"
+    assert says(1) == ""
+    assert says(2) == f"mesh='fsdp:-1' here, 'data:2' in process 0{tail}"

@@ -86,6 +86,25 @@ def test_what_a_mesh_does_not_divide_is_one_line_of_each(tmp_path, first_s, last
     assert not (tmp_path / "run/config.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "text"),
+    [
+        ("--mesh=fsdp:4", "mesh='data:-1,fsdp:2' here, 'fsdp:4' in process 1"),
+        ("--learning_rate=1e-2", "learning_rate=0.03 here, 0.01 in process 1"),
+        ("--resume_from=0", "resume_from=None here, 0 in process 1"),
+    ],
+)
+def test_processes_that_were_given_other_flags_end_with_a_line_each(flag, text, tmp_path):
+    """And do not wait for each other in programs that differ."""
+    ended = finish(start(tmp_path / "run", 2, flags_of_last=[flag]), timeout=90)
+    assert [code for code, *_ in ended] == [2, 2], ended
+    (line,) = ended[0][2].splitlines()
+    assert line.startswith(f"error in process 0: {text}; all processes take the same flags, but")
+    assert "in process 0; all" in ended[1][2]
+    assert not (tmp_path / "run/config.json").exists()
+
+
 def lines_in(workdir):
     path = workdir / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0

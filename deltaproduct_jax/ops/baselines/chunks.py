@@ -10,6 +10,7 @@ they are written out within sub-chunks only, and tokens of different sub-chunks 
 bounds between them.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.ops.linear import inner
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -193,8 +195,7 @@ def decayed_products(
     wide = decays.pair.dtype
     q_BHNPK = q_BHCK.astype(wide).reshape(B, H, N, P, K)
     k_BHNPK = k_BHCK.astype(wide).reshape(B, H, N, P, K)
-    near_BHNPPK = decays.pair * q_BHNPK[:, :, :, :, None] * k_BHNPK[:, :, :, None]
-    scores = near_BHNPPK.sum(axis=-1)[:, :, :, :, None]
+    scores = _near_products(q_BHNPK, k_BHNPK, decays.pair)[:, :, :, :, None]
     if N > 1:
         # From sub-chunk j to the start of a later sub-chunk i, then on to the token within i.
         bounds_BHNNPK = decays.between[:, :, :, :, None] * (k_BHNPK * decays.end)[:, :, None]
@@ -202,6 +203,22 @@ def decayed_products(
         same = np.eye(N, dtype=bool).reshape(1, 1, N, 1, N, 1)
         scores = jnp.where(same, scores, far)
     return jnp.where(decays.visible, scores.reshape(B, H, C, C), 0)
+
+
+@jax.custom_jvp
+def _near_products(q_BHNPK, k_BHNPK, pair_BHNPPK):
+    """Sums over K of q[c] k[s] pair[c, s]; cotangents are products of matrices: see `scaled`."""
+    return (pair_BHNPPK * q_BHNPK[:, :, :, :, None] * k_BHNPK[:, :, :, None]).sum(axis=-1)
+
+
+@_near_products.defjvp
+def _near_products_jvp(primals, tangents):
+    (q, k, pair), (dq, dk, dpair) = primals, tangents
+    q_pairs, k_pairs = q[:, :, :, :, None], k[:, :, :, None]
+    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    pushed = dot("bhnck,bhncsk->bhncs", dq, pair * k_pairs)
+    pushed += dot("bhnsk,bhncsk->bhncs", dk, pair * q_pairs)
+    return _near_products(*primals), pushed + inner(dpair, q_pairs * k_pairs)
 
 
 def _sum_to(g: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.kernels.triton import row_passes as of_triton
+from deltaproduct_jax.ops.linear import inner, scaled
 from deltaproduct_jax.ops.parts import OnTokens, explicit_names, placement
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -68,7 +69,7 @@ def scaled(x, mean_square, scale, eps, dtype):
     """`norm` of which mean squares are known."""
     wide = accumulator_dtype(dtype)
     scale = scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-    return (x.astype(wide) * jax.lax.rsqrt(mean_square + eps) * scale).astype(dtype)
+    return (scaled(x.astype(wide), jax.lax.rsqrt(mean_square + eps)[..., 0]) * scale).astype(dtype)
 
 
 def forked_norm(x: jax.Array, scale: jax.Array, eps: float) -> tuple[jax.Array, ...]:
@@ -297,7 +298,7 @@ def back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=Non
     unit = x_wide * inverse
     dscale = jnp.sum(dy * unit, axis=tuple(range(x.ndim - 1)))
     dunit = dy * scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
-    along = jnp.mean(dunit * unit, axis=-1, keepdims=True)
+    along = inner(dunit, unit)[..., None] / x.shape[-1]
     dx = inverse * (dunit - unit * along)
     dx = (dx if dx_after is None else dx_after.astype(wide) + dx).astype(x.dtype)
     if reached is not None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops.precision import L2NORM_EPSILON, accumulator_dtype
+from deltaproduct_jax.ops.linear import unit_vectors
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
 class Form(NamedTuple):
@@ -87,8 +88,7 @@ def sum_of_taps(extended: jax.Array, run: jax.Array | None, taps: jax.Array) -> 
 def unit(y: jax.Array, width: int) -> jax.Array:
     """Every ``width`` numbers along the last axis divided by their length."""
     wide = y.astype(accumulator_dtype(y.dtype)).reshape(*y.shape[:-1], -1, width)
-    squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(squared + L2NORM_EPSILON)).reshape(y.shape)
+    return unit_vectors(wide).reshape(y.shape)
 
 
 def beside(tokens: jax.Array, u: jax.Array) -> jax.Array:

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.layout import Tokens
-from deltaproduct_jax.ops.precision import L2NORM_EPSILON, accumulator_dtype
+from deltaproduct_jax.ops.linear import unit_vectors
+from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
 def l2_normalise(x: jax.Array, rounded: bool = True) -> jax.Array:
     """``x`` divided by its length along the last axis; in its own dtype if ``rounded``."""
     wide = x.astype(accumulator_dtype(x.dtype))
-    norm_squared = jnp.sum(wide * wide, axis=-1, keepdims=True)
-    normalised = wide * jax.lax.rsqrt(norm_squared + L2NORM_EPSILON)
+    normalised = unit_vectors(wide)
     return normalised.astype(x.dtype) if rounded else normalised
 
 
