@@ -62,10 +62,10 @@ def norm_and_square(x, scale, eps, dtype):
     x = x.astype(wide)
     # Kept for the way back, a number a row saves it a pass over the array.
     mean_square = checkpoint_name(jnp.mean(x * x, axis=-1, keepdims=True), NORM_POINT)
-    return scaled(x, mean_square, scale, eps, dtype), mean_square
+    return normed(x, mean_square, scale, eps, dtype), mean_square
 
 
-def scaled(x, mean_square, scale, eps, dtype):
+def normed(x, mean_square, scale, eps, dtype):
     """`norm` of which mean squares are known."""
     wide = accumulator_dtype(dtype)
     scale = scale.astype(wide).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -303,7 +303,7 @@ def back_plain(eps, again, x, mean_square, scale, dy, dx_after=None, reached=Non
     dx = (dx if dx_after is None else dx_after.astype(wide) + dx).astype(x.dtype)
     if reached is not None:
         dx = jnp.where(reached[..., None] & (dx != 0), jnp.nan, dx)
-    return dx, dscale, *((scaled(x, mean_square, scale, eps, x.dtype),) if again else ())
+    return dx, dscale, *((normed(x, mean_square, scale, eps, x.dtype),) if again else ())
 
 
 def _back(eps, again, layouts, out_layouts):

@@ -97,7 +97,7 @@ def _mlp_back(eps: float) -> Callable:
         return in_rows(dz), dscale, *map(in_rows, others)
 
     def plain(z, mean_square, reached, scale, first, down, dout):
-        y = rows.scaled(z, mean_square, scale, eps, z.dtype)
+        y = rows.normed(z, mean_square, scale, eps, z.dtype)
         h, pull = jax.vjp(rows.activated, jnp.tensordot(y, first, 1))
         [dhidden] = pull(dout @ down.T)
         arrays = z, mean_square, scale, dhidden @ first.T, dout, reached
