@@ -164,6 +164,18 @@ def scores(head: Head, b: Block, q):
     return factor * (q @ turned(b.k)), factor
 
 
+def told(head: Head):
+    """By head whether anything of a query is not finite: of products with keys some tell.
+
+    What a thread looks at: of each row, a token, the columns that are left of four halves.
+    """
+    seen = np.zeros((len(head.q), SIZE, 4), f32)
+    for m in range(head.k.shape[1] // SIZE):
+        q, k = (x[:, n * SIZE : (n + 1) * SIZE] for x, n in ((head.q, m // head.R), (head.k, m)))
+        seen += (q @ turned(k))[:, :, :8:2] * f32(0)
+    return np.isnan(seen).any(axis=(1, 2))
+
+
 class Kept(NamedTuple):
     """What the forward pass keeps of a block."""
 

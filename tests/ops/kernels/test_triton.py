@@ -117,6 +117,15 @@ def test_a_head_that_is_not_finite_is_made_anew_and_no_other(interpreted):
         assert all(found.values()), found
 
 
+def test_kernels_tell_of_bad_queries_wherever_they_stand(interpreted):
+    assert interpreted["told"] == 2 * [True]
+
+
+@pytest.mark.slow
+def test_all_kernels_tell_of_bad_queries(everything):
+    assert everything["told"] == 5 * [True]
+
+
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
 def test_one_token_is_that_of_the_oracle(name, interpreted):
     assert max(interpreted[name].values()) < 1e-6
