@@ -92,7 +92,8 @@ def told(inputs, kernel, dtype: str, T: int, R: int, raw: bool = False) -> bool:
         wanted[row] = (segment == segment[t]) & (np.arange(T) >= t)
         of_states[row] = segment[t] == segment[-1]
     ids = jnp.asarray(np.broadcast_to(segment, (case.B, T)))
-    tokens = tokens._replace(q=q, resets=starts_of_segments(ids))
+    g = tokens.g.at[:, 3].set(-jnp.inf)  # that is not bad
+    tokens = tokens._replace(q=q, g=g, resets=starts_of_segments(ids))
     options = kernels.Options(case.K**-0.5, None, spans=1, interpret=False, raw=raw)
     o, final_state, _ = kernel.forward(tokens, state, options, keep_states=False)
     bad, bad_states = (np.isnan(np.asarray(x, np.float64)) for x in (o, final_state))
@@ -106,7 +107,9 @@ def mended(inputs, in_place: bool) -> dict[str, float | bool]:
     _, _, tokens, state = inputs(case, "float16")
     ids = jnp.asarray(np.arange(20) // 9 + np.zeros((2, 1), int))
     tokens = tokens._replace(
-        resets=starts_of_segments(ids), v=tokens.v.at[0, 12, 1, 1, 3].set(jnp.inf)
+        resets=starts_of_segments(ids),
+        v=tokens.v.at[0, 12, 1, 1, 3].set(jnp.inf),
+        g=tokens.g.at[:, 10].set(-jnp.inf),
     )
     o = jnp.full((2, 20, 2, case.V), 7.0, tokens.v.dtype)
     states = jnp.zeros((2, 2, 2, case.K, case.V)).at[0, 1, 0].set(jnp.nan)  # after two pieces

@@ -14,7 +14,7 @@ from deltaproduct_jax.ops.kernels.gluon import gates
 
 SIZE = 64
 LEAST_BETA = np.float32(2.0**-64)
-LEAST_GATE = -1e6
+FORGETS = -1e4
 MILD = gates.MILD
 LOWER = np.tril(np.ones((SIZE, SIZE), bool), -1)
 f32 = np.float32
@@ -84,7 +84,7 @@ def gate_sums(head: Head, n: int) -> Sums:
     zero = np.zeros((len(head.q), SIZE), f32)
     high, low, segments = zero, zero, zero
     if head.g is not None:
-        total = np.cumsum(np.maximum(head.g[:, part], LEAST_GATE).astype(np.float64), axis=1)
+        total = np.cumsum(np.maximum(head.g[:, part], FORGETS).astype(np.float64), axis=1)
         high = total.astype(f32)
         low = (total - high).astype(f32)
     if head.resets is not None:

@@ -6,6 +6,10 @@ Letters as in kernels.py.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops import decays
+
+FORGETS = tl.constexpr(decays.FORGETS)
+
 
 @triton.jit
 def head(pid, H: tl.constexpr, HV: tl.constexpr):
@@ -142,6 +146,13 @@ def kept_state(states_ptr, n, b, hv, rows, columns, B: tl.constexpr, HV: tl.cons
 
 
 @triton.jit
+def forgets(g):
+    """Log decays in float32, as by `ops.decays.forgets`: no sum is infinite, but where g is bad."""
+    g = g.to(tl.float32)
+    return tl.where(g < FORGETS, FORGETS, g)
+
+
+@triton.jit
 def sums(
     g_ptr, resets_ptr, row, hv, token, starts, HV: tl.constexpr, HAS_G: tl.constexpr,
     HAS_RESETS: tl.constexpr,
@@ -156,7 +167,7 @@ def sums(
     segments = tl.zeros(token.shape, tl.int32)
     if HAS_G:
         g = tl.load(g_ptr + (row + token) * HV + hv, mask=starts, other=0.0)
-        sums = tl.cumsum(g.to(tl.float64), 0)
+        sums = tl.cumsum(forgets(g).to(tl.float64), 0)
         high = sums.to(tl.float32)
         low = (sums - high.to(tl.float64)).to(tl.float32)
     if HAS_RESETS:

@@ -15,7 +15,7 @@ from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
     is_bad_or_not_zero,
 )
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import entered, place
-from deltaproduct_jax.ops.kernels.triton.parts import square
+from deltaproduct_jax.ops.kernels.triton.parts import forgets, square
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def first_bad_token(
     first = first_bad(place(v_ptr, row * R, hv, HV, V), begin, first * R, HV, V, BV) // R
     first = first_bad(place(beta_ptr, row * R, hv, HV, 1), begin, first * R, HV, 1, 1) // R
     if HAS_G:
-        first = first_bad(place(g_ptr, row, hv, HV, 1), begin, first, HV, 1, 1)
+        first = first_bad(place(g_ptr, row, hv, HV, 1), begin, first, HV, 1, 1, True)
     return first
 
 
@@ -163,7 +163,7 @@ def mend_head(
                 S = tl.where(starts, 0.0, S)
                 reached = tl.where(starts, 0, reached)
             if HAS_G:
-                g = tl.load(g_ptr + token * HV + hv).to(tl.float32)
+                g = forgets(tl.load(g_ptr + token * HV + hv))
                 reached = tl.where(g - g == 0.0, reached, 1)
                 S *= tl.exp(finite(g))
             for r in range(0, R):
