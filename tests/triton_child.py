@@ -283,6 +283,10 @@ def compile_for_cuda(every: bool) -> dict:
             traced = jax.jit(jax.grad(packed, argnums=(0, 1, 2, 3))).trace(*arrays)
             text = traced.lower(lowering_platforms=("cuda",)).as_text()
         lowered[name] = text.count("triton_kernel_call")
+    gated = lambda *arrays: jnp.sum(delta_product(*arrays, implementation="triton")[0])
+    traced = jax.jit(jax.grad(gated, argnums=4)).trace(*arrays, arrays[3].update(shape=(1, 64, 2)))
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    lowered["passes over gates"] = text.count("stablehlo.maximum")
     os.environ[passes.COMPUTE_CAPABILITY_VARIABLE] = "89"
     jax.clear_caches()
     traced = gradient.trace(*arrays, None)

@@ -245,6 +245,7 @@ def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     assert lowered["triton"] == lowered["None"] == lowered["packed"] == 6 + 2
     assert lowered["finite"] == 6 + 1
     assert lowered["chunked"] == lowered["on a small GPU"] == 0
+    assert lowered["passes over gates"] == 0  # those of -inf are seen to where they are read
     assert lowered["step"] == [[1, 1, 0], 1]
     assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]
 

@@ -17,7 +17,7 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 PROGRAMS = 256  # of fewer a GPU has room for more
-LOOKED_AT = 1024  # numbers of a program at once, at most
+LOOKED_AT = 2048  # numbers of a program at once, at most
 STATE = 8192  # numbers of a state that a program has in registers
 WARPS = 4
 
