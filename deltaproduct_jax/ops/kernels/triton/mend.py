@@ -36,7 +36,7 @@ def mended(
     Args:
       call: `passes.call`.
       tokens, initial_state: what the pass took.
-      told: [B, Hv, ...] float32, of which none is finite where of a query something is not.
+      told: [B, Hv, ...] float32: 0, some NaN if of a query of the head something is not finite.
       o: [B, T, Hv, V], what it wrote.
       states: [B, Hv, pieces, K, V] float32, states after the pieces of the sequence.
       options: as the pass had them; of operands that are known to be finite nothing is launched.
