@@ -82,7 +82,6 @@ def dispatch(
     resets = tokens.resets
     if implementation in kernels.KERNELS:
         _check_kernel(implementation, tokens, precision)
-    tokens = tokens._replace(g=forgets(tokens.g))
     if implementation in ("recurrent", "associative"):
         tokens = entered(tokens) if raw else tokens
         form = recurrent if implementation == "recurrent" else associative
@@ -96,7 +95,8 @@ def dispatch(
         tokens = entered(tokens) if raw and not route.raw else tokens
         if route.may_run_kernel:
             route = route.for_finite(known_finite)
-            # To look at all arrays first would be a pass over memory: each platform sees to it.
+            # To look at all arrays first would be a pass over memory, and so would `forgets` be:
+            # each platform sees to it.
             tokens = tokens._replace(resets=resets)
             return _with_own_backward(route, *reverse_only((tokens, initial_state)))
 
@@ -104,7 +104,7 @@ def dispatch(
             tokens, state = reverse_only((tokens, state))
             return _with_own_backward(route, tokens._replace(resets=resets), state)
 
-    tokens = tokens._replace(resets=None)
+    tokens = tokens._replace(g=forgets(tokens.g), resets=None)
     settings = {"head_axes": head_axes(tokens), "check_state": check_state, "mark": mark_bad}
     settings["asks_first"] = True
     return contained(run, tokens, initial_state, resets, **settings)
@@ -194,9 +194,10 @@ def _asked(name: str, reason, run):
 
 def _run_plain(tokens: Tokens, initial_state, *, form, settings, more, confines, raw, keep_states):
     """A plain form by the contract of kernels, with room for what it does not keep."""
-    watched = _watched(tokens, initial_state) if confines else None
-    state = initial_state
-    if watched is not None:
+    watched, state = None, initial_state
+    if confines:
+        tokens = tokens._replace(g=forgets(tokens.g))
+        watched = _watched(tokens, initial_state)
         tokens, state = mark_bad(tokens, watched.bad), only_finite(initial_state)
     tokens = entered(tokens) if raw else tokens
     o, final_state, states = form(tokens, state, settings, keep_states=keep_states)
@@ -216,6 +217,7 @@ def _run_plain_backward(tokens: Tokens, kept, do, dfinal_state, *, form, setting
         form = functools.partial(_entered_backward, form)
     if not confines:
         return form(tokens, states, do, dfinal_state, settings)
+    tokens = tokens._replace(g=forgets(tokens.g))
     watched = _watched(tokens, states[0].reshape(dfinal_state.shape))
     tokens, states = mark_bad(tokens, watched.bad), only_finite(states)
     cotangents, told = watched.finite_cotangents(do, dfinal_state)

@@ -11,12 +11,12 @@ A kernel is a module of this folder, named in `KERNELS`, with six functions:
 ``kept_more(tokens, options) -> tuple[jax.ShapeDtypeStruct, ...]``
     What it keeps beside states, if it alone says what the residuals are; () if nothing.
 ``forward(tokens, initial_state, options, *, keep_states) -> (o, final_state, kept, bad)``
-    As `chunked`, but that ``kept`` is None or ``(states, *more)``. States are [N, B, H, G, K, V]
-    with N = ``options.slots``, in float32: one for each of its own spans, except on a machine that
-    is ready for kernels of two platforms; slots left over then may hold anything. With
-    ``options.more`` the arrays that ``kept_more`` names follow. Only its own ``backward`` reads it.
-    ``bad`` [B, ...] is not 0 for the rows of which anything was not finite, which are run again;
-    None: there are none.
+    As `chunked`, but that g may be -inf (`decays.forgets`), and that ``kept`` is None or
+    ``(states, *more)``. States are [N, B, H, G, K, V] with N = ``options.slots``, in float32: one
+    for each of its own spans, except on a machine that is ready for kernels of two platforms; slots
+    left over then may hold anything. With ``options.more`` the arrays that ``kept_more`` names
+    follow. Only its own ``backward`` reads it. ``bad`` [B, ...] is not 0 for the rows of which
+    anything was not finite, which are run again; None: there are none.
 ``backward(tokens, kept, do, dfinal_state, options) -> (dtokens, dinitial_state, bad)``
     As `chunked_backward`, from what its own ``forward`` kept, and behind it what
     `containment.kept_last` says; of flags those are not 0 whose rows were run again. ``bad`` are

@@ -76,13 +76,40 @@ def contained(
     }
 
 
+def told(inputs, kernel, dtype: str, T: int, R: int, raw: bool = False) -> bool:
+    """Whether NaN stand where they should, of rows of which one query each is bad, and of a good.
+
+    Behind it, to the end of the segment, outputs are NaN only if the kernel told.
+    """
+    at = {0: np.nan, 9: np.inf, T // 2: -np.inf, T - 1: np.nan}  # 9: at the start of a segment
+    case = Case(T=T, R=R, B=len(at) + 1, H=1, G=2, K=16, V=20)
+    _, _, tokens, state = inputs(case, dtype)
+    segment = np.arange(T) // 9
+    wanted, of_states = np.zeros((case.B, T), bool), np.zeros(case.B, bool)
+    q = tokens.q
+    for row, (t, bad) in enumerate(at.items()):
+        q = q.at[row, t, 0, row].set(bad)
+        wanted[row] = (segment == segment[t]) & (np.arange(T) >= t)
+        of_states[row] = segment[t] == segment[-1]
+    ids = jnp.asarray(np.broadcast_to(segment, (case.B, T)))
+    g = tokens.g.at[:, 3].set(-jnp.inf)  # that is not bad
+    tokens = tokens._replace(q=q, g=g, resets=starts_of_segments(ids))
+    options = kernels.Options(case.K**-0.5, None, spans=1, interpret=False, raw=raw)
+    o, final_state, _ = kernel.forward(tokens, state, options, keep_states=False)
+    bad, bad_states = (np.isnan(np.asarray(x, np.float64)) for x in (o, final_state))
+    alike = np.array_equal(bad, np.broadcast_to(wanted[:, :, None, None], bad.shape))
+    return alike and np.array_equal(bad_states.all(axis=(1, 2, 3)), of_states)
+
+
 def mended(inputs, in_place: bool) -> dict[str, float | bool]:
     """How far outputs of one head of four are from the contained recurrence; all others are 7."""
     case = Case(T=20, R=2, B=2, H=1, G=2, K=24, V=20)
     _, _, tokens, state = inputs(case, "float16")
     ids = jnp.asarray(np.arange(20) // 9 + np.zeros((2, 1), int))
     tokens = tokens._replace(
-        resets=starts_of_segments(ids), v=tokens.v.at[0, 12, 1, 1, 3].set(jnp.inf)
+        resets=starts_of_segments(ids),
+        v=tokens.v.at[0, 12, 1, 1, 3].set(jnp.inf),
+        g=tokens.g.at[:, 10].set(-jnp.inf),
     )
     o = jnp.full((2, 20, 2, case.V), 7.0, tokens.v.dtype)
     states = jnp.zeros((2, 2, 2, case.K, case.V)).at[0, 1, 0].set(jnp.nan)  # after two pieces
@@ -92,7 +119,8 @@ def mended(inputs, in_place: bool) -> dict[str, float | bool]:
         return triton_interpreter.call(name + "_in_place" * in_place, *arrays, **options)
 
     options = kernels.Options(case.K**-0.5, None, spans=1, interpret=False)
-    o, final = mend.mended(call, tokens, state, o, states, options, block=8)
+    told = jnp.zeros((2, 2, 3), jnp.float32)
+    o, final = mend.mended(call, tokens, state, told, o, states, options, block=8)
     how = {"initial_state": state, "segment_ids": ids, "implementation": "recurrent"}
     want, of_want = (np.asarray(x, np.float64) for x in delta_product(*tokens[:5], **how))
     o, final = np.asarray(o, np.float64), np.asarray(final)

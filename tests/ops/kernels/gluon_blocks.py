@@ -14,7 +14,7 @@ from deltaproduct_jax.ops.kernels.gluon import gates
 
 SIZE = 64
 LEAST_BETA = np.float32(2.0**-64)
-LEAST_GATE = -1e6
+FORGETS = -1e4
 MILD = gates.MILD
 LOWER = np.tril(np.ones((SIZE, SIZE), bool), -1)
 f32 = np.float32
@@ -84,7 +84,7 @@ def gate_sums(head: Head, n: int) -> Sums:
     zero = np.zeros((len(head.q), SIZE), f32)
     high, low, segments = zero, zero, zero
     if head.g is not None:
-        total = np.cumsum(np.maximum(head.g[:, part], LEAST_GATE).astype(np.float64), axis=1)
+        total = np.cumsum(np.maximum(head.g[:, part], FORGETS).astype(np.float64), axis=1)
         high = total.astype(f32)
         low = (total - high).astype(f32)
     if head.resets is not None:
@@ -162,6 +162,18 @@ def scores(head: Head, b: Block, q):
     """What multiplies errors, [tokens, updates]: with decays, scale and beta; and its factor."""
     factor = f32(head.scale) * b.within * b.beta[:, None]
     return factor * (q @ turned(b.k)), factor
+
+
+def told(head: Head):
+    """By head whether anything of a query is not finite: of products with keys some tell.
+
+    What a thread looks at: of each row, a token, the columns that are left of four halves.
+    """
+    seen = np.zeros((len(head.q), SIZE, 4), f32)
+    for m in range(head.k.shape[1] // SIZE):
+        q, k = (x[:, n * SIZE : (n + 1) * SIZE] for x, n in ((head.q, m // head.R), (head.k, m)))
+        seen += (q @ turned(k))[:, :, :8:2] * f32(0)
+    return np.isnan(seen).any(axis=(1, 2))
 
 
 class Kept(NamedTuple):

@@ -87,7 +87,7 @@ def inputs(bad: Bad):
         if end == T:
             arrays["dfinal"][:] = 0
     if arrays["g"] is not None:
-        arrays["g"][:, 2] = -1e4
+        arrays["g"][:, 2] = -np.inf
     for name, index in bad.numbers.items():
         arrays[name][index] = np.inf if name == "v" else np.nan
     wide = ("initial_state", "dfinal")

@@ -117,7 +117,7 @@ def test_the_cotangent_of_a_beta_of_zero():
     assert np.abs(got[2]["k"]).max() < 1e-15
 
 
-def test_a_state_or_an_output_tells_what_is_not_finite():
+def test_a_state_or_a_product_of_a_query_tells_what_is_not_finite():
     """Whatever comes behind it, here the start of a segment: no mask chooses what enters a state.
 
     Of rows of which one number each is bad, and a last one of which none is.
@@ -132,12 +132,14 @@ def test_a_state_or_an_output_tells_what_is_not_finite():
         array[(row, 0 if is_state else 20, *[0] * (array.ndim - 2))] = (np.nan, np.inf)[row % 2]
     segments = np.broadcast_to(np.arange(100) >= 21, (case.B, 100))
     with np.errstate(invalid="ignore", over="ignore"):
-        _, o, final_state, got = emulated(arrays, segments, *cotangents.values())
+        head, o, final_state, got = emulated(arrays, segments, *cotangents.values())
+        of_queries = blocks.told(head)
 
     def bad(x):
         return ~np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
 
-    told = bad(final_state) | bad(o[..., 0])
-    assert told.tolist() == 6 * [True] + 3 * [False]
+    assert (bad(final_state) | of_queries).tolist() == 6 * [True] + 3 * [False]
+    assert bad(o).tolist() == (bad(final_state) | of_queries).tolist()
+    assert of_queries.tolist() == [True] + 8 * [False]
     assert bad(final_state)[1:].tolist() == 5 * [True] + 3 * [False]  # all but a query
     assert bad(got.state)[-3:].tolist() == [True, True, False]

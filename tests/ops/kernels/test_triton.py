@@ -117,6 +117,15 @@ def test_a_head_that_is_not_finite_is_made_anew_and_no_other(interpreted):
         assert all(found.values()), found
 
 
+def test_kernels_tell_of_bad_queries_wherever_they_stand(interpreted):
+    assert interpreted["told"] == 2 * [True]
+
+
+@pytest.mark.slow
+def test_all_kernels_tell_of_bad_queries(everything):
+    assert everything["told"] == 5 * [True]
+
+
 @pytest.mark.parametrize("name", ["step", "step_in_place"])
 def test_one_token_is_that_of_the_oracle(name, interpreted):
     assert max(interpreted[name].values()) < 1e-6
@@ -237,6 +246,7 @@ def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
     assert lowered["triton"] == lowered["None"] == lowered["packed"] == 6 + 2
     assert lowered["finite"] == 6 + 1
     assert lowered["chunked"] == lowered["on a small GPU"] == 0
+    assert lowered["passes over gates"] == 0  # those of -inf are seen to where they are read
     assert lowered["step"] == [[1, 1, 0], 1]
     assert "implementation='triton' runs on cuda only" in lowered["on a CPU"]
 

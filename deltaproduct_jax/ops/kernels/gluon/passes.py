@@ -194,7 +194,7 @@ class Call:
     def walked(
         self, x, sums, start, needs, *, has_o: bool, has_v: bool, mode: str, keeps: bool = False
     ):
-        """Outputs, the states after pieces, kept states and errors."""
+        """Outputs, the states after pieces, kept states, errors, and what tells of bad queries."""
         q, k, v, beta = self.tokens[:4]
         first, count, pieces = {
             "whole": (0, self.pieces, self.pieces),
@@ -214,6 +214,8 @@ class Call:
         }
         arrays = (q, k, v, x, x, beta, sums, start, needs)
         outs = [o, self.states(pieces, V), self.kept_states() if keeps else PLACEHOLDER, errors]
+        told = (self.B, self.HV, pieces, 4) if has_o else PLACEHOLDER.shape
+        outs.append(jax.ShapeDtypeStruct(told, jnp.float32))
         return self.launch(self.walk.walk, arrays, outs, (self.B * self.HV, count), **more)
 
     def walked_back(self, x, sums, start, needs, do, e, states, *, mode: str):
@@ -274,11 +276,11 @@ def _forward(options: Options, call: Call, initial_state: jax.Array):
         if call.pieces > 2:
             maps = call.walked(x, sums, start, needs, has_o=False, has_v=False, mode="maps")[1]
         start = composed(call, initial_state, maps, ends, needs, reverse=False)
-    o, after, states, errors = call.walked(
+    o, after, states, errors, told = call.walked(
         x, sums, start, needs, has_o=True, has_v=True, mode="whole", keeps=call.keeps
     )
     more = {"maps": maps, "growth": growth}
-    arrays = call.tokens, initial_state, o, after
+    arrays = call.tokens, initial_state, told, o, after
     o, final_state = mended(triton.call, *arrays, options, block=GROUP)
     return o, final_state, x, states, errors, more
 

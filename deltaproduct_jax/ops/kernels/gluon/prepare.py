@@ -16,10 +16,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from deltaproduct_jax.ops import decays
 from deltaproduct_jax.ops.kernels.gluon.parts import is_mild, not_zero, power, program_ids
 
-# What is less than this forgets everything in float32 too, and sums of it stay exact enough.
-LEAST_GATE = gl.constexpr(-1e6)
+# As by `ops.decays.forgets`: no sum is infinite.
+FORGETS = gl.constexpr(decays.FORGETS)
 
 
 @gluon.jit
@@ -50,7 +51,7 @@ def gate_sums(
     segments = gl.zeros([64, HEADS], gl.float32, lay)
     if HAS_G:
         g = gl.load(g_ptr + row * HV + hv, mask=inside, other=0.0).to(gl.float32)
-        g = gl.where(g < LEAST_GATE, LEAST_GATE, g)
+        g = gl.where(g < FORGETS, FORGETS, g)
         total = gl.associative_scan(g.to(gl.float64), 0, add)
         high = total.to(gl.float32)
         low = (total - high.to(gl.float64)).to(gl.float32)

@@ -30,6 +30,7 @@ from deltaproduct_jax.ops.kernels.gluon.parts import (
     matrix,
     one_of_halves,
     put_vectors,
+    some_of_rows,
     widened,
 )
 
@@ -75,9 +76,12 @@ def prepare_blocks(
     NG: gl.constexpr, S: gl.constexpr, HAS_O: gl.constexpr, HAS_G: gl.constexpr,
     HAS_RESETS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: scores and decays of every block, two blocks deep."""
+    """Four warps: scores and decays of every block, two blocks deep.
+
+    And of which queries something is not finite: of a bad one all products with keys are.
+    """
     (
-        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
+        beta_ptr, sums_ptr, told_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
         full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     ) = handed  # fmt: skip
     DECAYS: gl.constexpr = HAS_G or HAS_RESETS
@@ -85,6 +89,7 @@ def prepare_blocks(
     n_of = gl.arange(0, 64, COLUMN)[None, :]
     lines = (betas, intos, outs, tokens, of_tokens, of_updates)
     zero = gl.zeros([64, 64], gl.float32, ACC)
+    told, _ = some_of_rows(zero)
     vectors = load_vectors(beta_ptr, sums_ptr, 0, first, b, hv, T, R, HV, NG, HAS_G, HAS_RESETS)
     for m in range(steps * R):
         n, r = m // R, m % R
@@ -106,6 +111,8 @@ def prepare_blocks(
         )
         if HAS_O:
             p = warpgroup_mma_wait(0, deps=[p])
+            x, y = some_of_rows(p)
+            told = told + x * 0.0 + y * 0.0
             upto = (m_of + 1) * R > r * 64 + n_of
             if DECAYS:
                 p *= SCALE * between(of_tokens, of_updates, upto, 0, HAS_G, HAS_RESETS)
@@ -119,6 +126,9 @@ def prepare_blocks(
             mbarrier.arrive(empty.index(s), count=1)
             if r == R - 1:
                 mbarrier.arrive(qempty.index(sq), count=1)
+    if HAS_O:
+        told = gl.sum(gl.sum(told, axis=2), axis=1)
+        gl.store(told_ptr + gl.arange(0, 4, told.type.layout), told)
 
 
 @gluon.jit
@@ -247,7 +257,7 @@ def hold_state(
 @gluon.jit
 def walk(
     q, k, v, x_first, x_rest, beta_ptr, sums_ptr, start_ptr, needs_ptr, o, final_ptr, states,
-    errors,
+    errors, told_ptr,
     SCALE: gl.constexpr, B: gl.constexpr, T: gl.constexpr, R: gl.constexpr, H: gl.constexpr,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, NG: gl.constexpr, STEPS: gl.constexpr,
     FIRST: gl.constexpr, PIECES: gl.constexpr, S: gl.constexpr, HAS_G: gl.constexpr,
@@ -256,6 +266,7 @@ def walk(
 ):  # fmt: skip
     """Outputs and final states of pieces of STEPS groups, from FIRST on.
 
+    And, [4] a piece, NaN where of a query something is not finite, else 0.
     They begin with the states given if START is "whole"; for "ends" with nothing, but for piece 0,
     which has its true beginning; for "maps" with the identity. Without HAS_O only the states;
     without HAS_V as if all values were zeros. With HAS_KEPT what the way back reads again, too: the
@@ -324,8 +335,8 @@ def walk(
         outs, tokens, full, empty, qfull, qempty, ready, free, first, steps, b32, vcol, pid, index,
     )  # fmt: skip
     prepare = (
-        beta_ptr, sums_ptr, qb, kb, pb, betas, intos, outs, tokens, of_tokens, of_updates,
-        full, empty, qfull, qempty, ready, free, first, steps, b, hv,
+        beta_ptr, sums_ptr, told_ptr + index.to(gl.int64) * 4, qb, kb, pb, betas, intos, outs,
+        tokens, of_tokens, of_updates, full, empty, qfull, qempty, ready, free, first, steps, b, hv,
     )  # fmt: skip
     load = (
         q, k, v, x_first, x_rest, qb, kb, vb, x0b, x1b, full, empty, qfull, qempty, first, steps,

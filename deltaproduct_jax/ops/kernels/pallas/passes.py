@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from deltaproduct_jax.ops.decays import forgets
 from deltaproduct_jax.ops.kernels import Options
 from deltaproduct_jax.ops.kernels.pallas.blocks import (
     Call,
@@ -101,8 +102,10 @@ def kept_more(tokens: Tokens, options: Options) -> tuple:
 def lay_out(tokens: Tokens, options: Options) -> Tokens:
     """beta and g as the kernels read them, [B, N, chunks of a span, Hv, updates or tokens].
 
-    Boundaries likewise, of tokens and of updates, as two arrays in place of one.
+    Boundaries likewise, of tokens and of updates, as two arrays in place of one. Of g no sum is
+    infinite then.
     """
+    tokens = tokens._replace(g=forgets(tokens.g))
     return Call.of(tokens, options, reverse=False).laid_out(tokens)
 
 

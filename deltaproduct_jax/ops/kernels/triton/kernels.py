@@ -52,6 +52,7 @@ from deltaproduct_jax.ops.kernels.triton.parts import (
     strictly_lower_series,
     sums,
     tile,
+    told_by,
     wide_products,
 )
 from deltaproduct_jax.ops.kernels.triton.pieces import compose as compose
@@ -78,13 +79,16 @@ from deltaproduct_jax.ops.kernels.triton.step import step_in_place as step_in_pl
 @triton.jit
 def prepare(
     q_ptr, k_ptr, beta_ptr, g_ptr, resets_ptr,
-    x_ptr, scores_ptr, into_ptr, out_ptr, sums_ptr,
+    x_ptr, scores_ptr, told_ptr, into_ptr, out_ptr, sums_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, TWO: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
     PRECISION: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
 ):  # fmt: skip
-    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk."""
+    """X [M, M], scores [CP, M] and, by row of updates, the decays into and out of a chunk.
+
+    And NaN for a chunk of which a query has something that is not finite, else 0.
+    """
     n, pid, _ = program_ids(GX, GY)
     b, hv, h = head(pid, H, HV)
     chunk = pid.to(tl.int64) * N + n
@@ -119,6 +123,8 @@ def prepare(
             k = tile(k_ptr, row * R, h, m, columns, m < tokens * R, H, K).to(dtype)
             q = tile(q_ptr, row, h, c, columns, c < tokens, H, K).to(dtype)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    # Of a bad query all products with keys are.
+    tl.store(told_ptr + chunk, told_by(scores, CP, M))
     scores *= SCALE
     scores *= products(c_high, c_low, c_segments, high, low, segments, upto, HAS_G, HAS_RESETS)
     pointers = square(scores_ptr, chunk, c, m, CP, M)

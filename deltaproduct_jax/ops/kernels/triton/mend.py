@@ -4,6 +4,7 @@ A host that asked whether anything is bad would wait for the answer; a kernel th
 takes a GPU microseconds. The bodies are in `anew.outputs`, which needs Triton.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -16,8 +17,7 @@ from deltaproduct_jax.ops.layout import Tokens
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON
 
 PROGRAMS = 256  # of fewer a GPU has room for more
-LOOKED_AT = 1024  # numbers of a program at once, at most
-TOKENS = 2048  # whose outputs one program looks at, at most
+LOOKED_AT = 2048  # numbers of a program at once, at most
 STATE = 8192  # numbers of a state that a program has in registers
 WARPS = 4
 
@@ -29,13 +29,14 @@ def gates(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
 
 
 def mended(
-    call: Callable, tokens: Tokens, initial_state, o, states, options: Options, *, block: int
+    call: Callable, tokens: Tokens, initial_state, told, o, states, options: Options, *, block: int
 ) -> tuple[jax.Array, jax.Array]:
     """Outputs and the final state, in place of what a forward pass of kernels made of them.
 
     Args:
       call: `passes.call`.
       tokens, initial_state: what the pass took.
+      told: [B, Hv, ...] float32: 0, some NaN if of a query of the head something is not finite.
       o: [B, T, Hv, V], what it wrote.
       states: [B, Hv, pieces, K, V] float32, states after the pieces of the sequence.
       options: as the pass had them; of operands that are known to be finite nothing is launched.
@@ -47,10 +48,11 @@ def mended(
     HV, V, pieces = *tokens.v.shape[-2:], states.shape[2]
     BK, BV = tiling.power_of_two(K), tiling.power_of_two(V)
     at_once = max(1, min(tiling.power_of_two(B * HV) // PROGRAMS, LOOKED_AT // BV))
-    tokens_at_once = min(tiling.power_of_two(T), TOKENS)
+    numbers = math.prod(told.shape[2:])
+    numbers_at_once = min(1 << (numbers - 1).bit_length(), LOOKED_AT // at_once)
     meta = {
         **{"SCALE": options.scale, "HEADS": B * HV, "AT_ONCE": at_once},
-        **{"TOKENS": tokens_at_once, "ROWS": min(tokens_at_once, LOOKED_AT // at_once)},
+        **{"TOLD": numbers, "TOLD_AT_ONCE": numbers_at_once},
         **{"T": T, "R": R, "H": H, "HV": HV, "K": K, "BK": BK, "V": V, "BV": BV},
         **{"COLUMNS": max(16, min(BV, STATE // BK)), "C": block, "PIECES": pieces},
         **{"HAS_G": tokens.g is not None, "HAS_RESETS": tokens.resets is not None},
@@ -59,10 +61,9 @@ def mended(
     q, k, v, beta, *_ = tokens
     # Whole arrays in place, no parts of them: XLA may hand on where a part lies, and then what is
     # written there is not what it reads.
-    arrays = (q, k, v, beta, *gates(tokens), initial_state, o, states)
+    arrays = (q, k, v, beta, *gates(tokens), initial_state, told, o, states)
     outs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (o, states)]
     in_place = {len(arrays) - 2: 0, len(arrays) - 1: 1}
-    grid = -(-B * HV // at_once), -(-T // tokens_at_once)
-    launch = Launch(WARPS, stages=1)
+    launch, grid = Launch(WARPS, stages=1), (-(-B * HV // at_once),)
     o, states = call("mend", arrays, outs, grid, launch, meta=meta, aliases=in_place)
     return o, states[:, :, -1]

@@ -118,13 +118,12 @@ def _walk_heads(fixed: tuple[Options, bool], tokens: Tokens, initial_state):
     kept = call.kept() if keeps else 2 * (passes.PLACEHOLDER,)
     arrays = (*call.inputs(), initial_state)
     slots = (options.slots or options.spans, B, H, HV // H, K, V) if keeps else (1, B, 1, 1, 1, 1)
-    outs = (o, final, *kept, jax.ShapeDtypeStruct(slots, jnp.float32))
+    more = slots, (B, HV, 1)
+    outs = (o, final, *kept, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in more))
     launched = call.launch("narrow_forward", arrays, outs, call.forward, KEEPS=keeps)
-    o, final, *kept, slots = launched
-    block = call.meta["C"]
-    o, final = mended(
-        passes.call, tokens, initial_state, o, final[:, :, None], options, block=block
-    )
+    o, final, *kept, slots, told = launched
+    arrays = tokens, initial_state, told, o, final[:, :, None]
+    o, final = mended(passes.call, *arrays, options, block=call.meta["C"])
     return o, final, (slots, *kept) if keeps else (slots,)
 
 

@@ -29,6 +29,7 @@ from deltaproduct_jax.ops.kernels.triton.narrow_parts import (
     series,
     sums_and_decays,
     to_pairs,
+    told_by,
     turned,
     turned_parts,
     two_terms,
@@ -39,7 +40,7 @@ from deltaproduct_jax.ops.kernels.triton.parts import head
 @triton.jit
 def narrow_forward(
     q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr,
-    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr,
+    o_ptr, final_ptr, states_ptr, x_ptr, slots_ptr, told_ptr,
     SCALE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
     K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, C: tl.constexpr,
     CQ: tl.constexpr, M: tl.constexpr, N: tl.constexpr, KEEPS: tl.constexpr,
@@ -48,6 +49,7 @@ def narrow_forward(
 ):  # fmt: skip
     """Outputs and the final state; where it KEEPS them also X and the state before every block.
 
+    And NaN for a head of which a query has something that is not finite, else 0.
     ``slots_ptr`` is memory that the op sets aside, in which nothing is written.
     """
     DECAYS: tl.constexpr = HAS_G or HAS_RESETS
@@ -63,6 +65,7 @@ def narrow_forward(
     within = (values < V)[:, None] & (keys < K)[None, :]
     offsets = keys[None, :] * V + values[:, None]
     St = tl.load(initial_ptr + pid.to(tl.int64) * (K * V) + offsets, mask=within, other=0.0)
+    told = tl.zeros([8, 4], tl.float32)
     for n in range(0, N):
         tokens = tl.minimum(C, T - n * C)
         row = b * T + n * C
@@ -87,7 +90,9 @@ def narrow_forward(
             decays, decays_turned = 1.0, 1.0
             of_scores = tl.where(upto, 1.0, 0.0)
         X = series(gram(k, k, PARTS), decays, decays_turned, beta, m, M, PARTS, RAW and PARTS == 1)
-        scores = gram(q, k, PARTS) * (of_scores * REST)
+        scores = gram(q, k, PARTS)
+        told = told_by(scores, told)
+        scores *= of_scores * REST
         if KEEPS:
             index = pid.to(tl.int64) * N + n
             put_series(x_ptr + index * (M * M), X, m, M, PARTS)
@@ -116,4 +121,5 @@ def narrow_forward(
             u_parts = parts(ut * out[None, :], dtype, PARTS)
             St *= through
         St = added(u_parts, k, St, PARTS)
+    tl.store(told_ptr + pid, tl.sum(told))
     tl.store(final_ptr + pid.to(tl.int64) * (K * V) + offsets, St, mask=within)

@@ -96,6 +96,20 @@ def gram(a, b, PARTS: tl.constexpr):
 
 
 @triton.jit
+def told_by(x, told):
+    """``told`` [8, 4], but NaN where rows of a product [8 or 16, 16] are not finite.
+
+    Four numbers of each row tell, of which a thread has one.
+    """
+    x = tl.permute(tl.reshape(x, [x.shape[0] // 8, 8, 2, 4, 2]), (1, 3, 0, 2, 4))
+    x = tl.split(tl.split(x)[0])[0]
+    if x.shape[2] == 2:
+        x, y = tl.split(x)
+        told += y * 0.0
+    return told + tl.reshape(x, [8, 4]) * 0.0
+
+
+@triton.jit
 def summed_to(ones, a, PARTS: tl.constexpr):
     """Sums of rows of a matrix in parts, those of which ``ones`` says so."""
     x = tl.dot(ones, a[1])

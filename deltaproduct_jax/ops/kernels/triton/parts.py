@@ -6,6 +6,10 @@ Letters as in kernels.py.
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops import decays
+
+FORGETS = tl.constexpr(decays.FORGETS)
+
 
 @triton.jit
 def head(pid, H: tl.constexpr, HV: tl.constexpr):
@@ -119,6 +123,13 @@ def wide_products(
 
 
 @triton.jit
+def told_by(scores, CP: tl.constexpr, M: tl.constexpr):
+    """NaN if any row of [CP, M] is not finite, else 0: some of its numbers tell."""
+    x = tl.split(tl.reshape(scores, [CP, M // 2, 2]))[0]
+    return tl.sum(x * 0.0)
+
+
+@triton.jit
 def kept_state(states_ptr, n, b, hv, rows, columns, B: tl.constexpr, HV: tl.constexpr,
                K: tl.constexpr, V: tl.constexpr, SPAN: tl.constexpr, NARROW: tl.constexpr,
                dtype: tl.constexpr):  # fmt: skip
@@ -132,6 +143,13 @@ def kept_state(states_ptr, n, b, hv, rows, columns, B: tl.constexpr, HV: tl.cons
         states_ptr = states_ptr.to(tl.pointer_type(dtype), bitcast=True)
         slot = 2 * slot + n % SPAN
     return square(states_ptr, slot, rows, columns, K, V)
+
+
+@triton.jit
+def forgets(g):
+    """Log decays in float32, as by `ops.decays.forgets`: no sum is infinite, but where g is bad."""
+    g = g.to(tl.float32)
+    return tl.where(g < FORGETS, FORGETS, g)
 
 
 @triton.jit
@@ -149,7 +167,7 @@ def sums(
     segments = tl.zeros(token.shape, tl.int32)
     if HAS_G:
         g = tl.load(g_ptr + (row + token) * HV + hv, mask=starts, other=0.0)
-        sums = tl.cumsum(g.to(tl.float64), 0)
+        sums = tl.cumsum(forgets(g).to(tl.float64), 0)
         high = sums.to(tl.float32)
         low = (sums - high.to(tl.float64)).to(tl.float32)
     if HAS_RESETS:

@@ -172,7 +172,7 @@ class _Call:
         )
 
     def prepared(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What `prepare` makes: X, scores and, if anything decays, decays and sums of g."""
+        """What `prepare` makes and is read again: X, scores and, if anything decays, of decays."""
         CP, M = self.meta["CP"], self.meta["M"]
         matrices = self.matrices(M, M), self.matrices(CP, M)
         chunks = matrices[0].shape[:3]
@@ -193,11 +193,14 @@ PLACEHOLDER = jax.ShapeDtypeStruct((1,), jnp.float32)
 
 
 def _prepare(c: _Call):
-    """X, scores, decays and sums of g of every chunk."""
+    """X, scores, decays and sums of g of every chunk, and what tells of bad queries."""
     q, k, _, beta, *_ = c.tokens
-    outs = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
+    x, scores, *decays = (*c.prepared(), *3 * (PLACEHOLDER,))[:PREPARED]
+    told = jax.ShapeDtypeStruct(x.shape[:3], jnp.float32)
     grid = (c.meta["N"], c.meta["B"] * c.meta["HV"])
-    return c.launch("prepare", (q, k, beta, *gates(c.tokens)), outs, grid)
+    outs = x, scores, told, *decays
+    x, scores, told, *decays = c.launch("prepare", (q, k, beta, *gates(c.tokens)), outs, grid)
+    return (x, scores, *decays), told
 
 
 def _walk(c: _Call, arrays, start, *outs):
@@ -244,7 +247,7 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
     states = jax.ShapeDtypeStruct((max(options.spans, 1), B, H, HV // H, K, V), jnp.float32)
     if not options.spans:
         states = jax.ShapeDtypeStruct((1, B, 1, 1, 1, 1), jnp.float32)
-    prepared = _prepare(c)
+    prepared, told = _prepare(c)
     arrays = (*tokens[:4], *prepared[:-1])
     # Where few heads leave a GPU idle, a first launch finds what each piece does to any state.
     starts, maps = initial_state, None
@@ -261,7 +264,7 @@ def _run_forward(fixed: _Fixed, tokens: Tokens, initial_state):
         empty = c.maps(fixed.pieces)
         more += (maps if fixed.pieces == c.pieces else jnp.zeros(empty.shape, empty.dtype),)
     block = c.meta["C"]
-    o, final = mended(call, tokens, initial_state, o, after_pieces, options, block=block)
+    o, final = mended(call, tokens, initial_state, told, o, after_pieces, options, block=block)
     return o, final, (states, *more)
 
 
@@ -272,7 +275,7 @@ def _run_backward(fixed: _Fixed, tokens: Tokens, kept, do, dfinal_state):
     B, _, _, HV, V = v.shape
     K, N = k.shape[-1], c.meta["N"]
     maps = more.pop() if "maps" in fixed.more else None
-    prepared = more if "prepared" in fixed.more else _prepare(c)
+    prepared = more if "prepared" in fixed.more else _prepare(c)[0]
     prepared = (*prepared, *(PREPARED - len(prepared)) * (jnp.zeros(1, jnp.float32),))
     *prepared, sums = prepared
     x, _, into, out = prepared

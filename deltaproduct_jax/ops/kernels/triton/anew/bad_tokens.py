@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from deltaproduct_jax.ops.kernels.triton.parts import forgets
+
 
 @triton.jit
 def _rows(base, rows, end, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
@@ -13,14 +15,22 @@ def _rows(base, rows, end, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.cons
 
 
 @triton.jit
-def first_bad(base, begin, end, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr):
-    """The first row from ``begin`` on of which anything is not finite, or ``end``."""
+def first_bad(
+    base, begin, end, HEADS: tl.constexpr, WIDTH: tl.constexpr, BW: tl.constexpr,
+    ARE_GATES: tl.constexpr = False,
+):  # fmt: skip
+    """The first row from ``begin`` on of which anything is not finite, or ``end``.
+
+    Of gates -inf is not bad.
+    """
     ROWS: tl.constexpr = 1024 // BW
     first = end
     for at in range(begin, end, ROWS):
         rows = at + tl.arange(0, ROWS)
         pointers, inside = _rows(base, rows, end, HEADS, WIDTH, BW)
         x = tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+        if ARE_GATES:
+            x = forgets(x)
         is_bad = tl.sum(x - x, axis=1) != 0.0
         first = tl.minimum(first, tl.min(tl.where(is_bad, rows, end), axis=0))
     return first

@@ -234,7 +234,7 @@ def _of_head(
         s = first_bad(v, start * R, s * R, HV, V, ALL_V) // R
         s = first_bad(beta, start * R, s * R, HV, 1, 1) // R
         if HAS_G:
-            s = first_bad(g, start, s, HV, 1, 1)
+            s = first_bad(g, start, s, HV, 1, 1, True)
         s = tl.where(has_state & bad_state, start, s)
         e = last_asking(do, start, end, s, HV, V, ALL_V)
         is_asked = (end == T) & (bad_dfinal | (some_dfinal & (s < end)))

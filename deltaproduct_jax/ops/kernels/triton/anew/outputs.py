@@ -2,8 +2,8 @@
 
 No kernel of a pass chooses between numbers by a mask, so what is bad once, in keys, values, step
 sizes, decays or the state before, stays in a state until the end: in all of its rows, so that one
-tells of all. A query reaches no state: of one that is bad all outputs of its token are, so that one
-tells. `mend` runs behind every forward pass, and mostly ends at once. Letters as in kernels.py.
+tells of all. A query reaches no state: of those the kernels tell that multiply them with keys.
+`mend` runs behind every forward pass, and mostly ends at once. Letters as in kernels.py.
 """
 
 import triton
@@ -14,10 +14,9 @@ from deltaproduct_jax.ops.kernels.triton.anew.bad_tokens import (
     first_bad,
     is_bad_or_not_zero,
 )
-from deltaproduct_jax.ops.kernels.triton.ids import program_ids
 from deltaproduct_jax.ops.kernels.triton.narrow_activation import entered
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import place
-from deltaproduct_jax.ops.kernels.triton.parts import square
+from deltaproduct_jax.ops.kernels.triton.parts import forgets, square
 
 
 @triton.jit
@@ -56,27 +55,26 @@ def first_bad_token(
 ):  # fmt: skip
     """The first token of a head with anything not finite that reaches a state; T if none has.
 
-    Not by its query: of those other programs may have spoilt the state already, or not yet, and
-    what is done here must not depend on it.
+    Not by its query: those are seen to apart from it.
     """
     begin, end = tl.full([], 0, tl.int32), tl.full([], T * R, tl.int32)
     first = first_bad(place(k_ptr, row * R, h, H, K), begin, end, H, K, BK) // R
     first = first_bad(place(v_ptr, row * R, hv, HV, V), begin, first * R, HV, V, BV) // R
     first = first_bad(place(beta_ptr, row * R, hv, HV, 1), begin, first * R, HV, 1, 1) // R
     if HAS_G:
-        first = first_bad(place(g_ptr, row, hv, HV, 1), begin, first, HV, 1, 1)
+        first = first_bad(place(g_ptr, row, hv, HV, 1), begin, first, HV, 1, 1, True)
     return first
 
 
 @triton.jit
 def mend(
-    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_in_ptr, states_in_ptr,
-    o_ptr, states_ptr,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
-    C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    RAW: tl.constexpr, EPSILON: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, told_ptr, o_in_ptr,
+    states_in_ptr, o_ptr, states_ptr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOLD: tl.constexpr,
+    TOLD_AT_ONCE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    COLUMNS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """Outputs and final states of those heads of AT_ONCE in which anything is not finite.
 
@@ -84,61 +82,52 @@ def mend(
     C tokens on in which the first one is that spoils a state, NaN from a bad one to the end of its
     segment, and the final state. What overflows although nothing was bad stays as it is. Of a
     sequence in PIECES the states after each tell, as a piece may forget what was before it. Of
-    queries each program sees to those of TOKENS tokens, ROWS at once: they spoil what the
-    recurrence makes NaN anyway, so that it does not matter who writes first.
+    queries tell TOLD numbers a head, looked at TOLD_AT_ONCE at a time.
     """
-    group, part, _ = program_ids(GX, GY)
-    begin = group.to(tl.int64) * AT_ONCE
+    begin = tl.program_id(0).to(tl.int64) * AT_ONCE
     heads, values = begin + tl.arange(0, AT_ONCE), tl.arange(0, BV)
-    is_head = heads < HEADS
-    if part == 0:
-        inside = is_head[:, None] & (values < V)[None, :]
-        told = tl.zeros([AT_ONCE, BV], tl.float32)
-        for piece in range(0, PIECES):
-            line = ((heads * PIECES + piece) * (K * V))[:, None] + values[None, :]
-            told += tl.load(states_in_ptr + line, inside, 0.0) * 0.0
-        of_states = tl.sum(told, axis=1)
-        if tl.sum(of_states, axis=0) != 0.0:
-            for i in range(0, AT_ONCE):
-                of_head = tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, of_states, 0.0), axis=0)
-                if of_head != 0.0:
-                    mend_head(
-                        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr,
-                        states_ptr, begin + i, SCALE, T, R, H, HV, K, BK, V, BV, COLUMNS, C,
-                        PIECES, HAS_G, HAS_RESETS, RAW, EPSILON,
-                    )  # fmt: skip
-    of_tokens = tl.zeros([AT_ONCE, ROWS], tl.float32)
-    for at in range(0, TOKENS, ROWS):
-        t = part * TOKENS + at + tl.arange(0, ROWS)
-        line = (heads // HV * T)[:, None] + t[None, :]
-        pointers = o_in_ptr + (line * HV + (heads % HV)[:, None]) * V
-        inside = is_head[:, None] & (t < T)[None, :]
-        of_tokens += tl.load(pointers, inside, 0.0).to(tl.float32) * 0.0
-    of_queries = tl.sum(of_tokens, axis=1)
-    if tl.sum(of_queries, axis=0) != 0.0:
+    is_head = (heads < HEADS)[:, None]
+    told = tl.zeros([AT_ONCE, BV], tl.float32)
+    for piece in range(0, PIECES):
+        line = ((heads * PIECES + piece) * (K * V))[:, None] + values[None, :]
+        told += tl.load(states_in_ptr + line, is_head & (values < V)[None, :], 0.0) * 0.0
+    of_states = tl.sum(told, axis=1)
+    told = tl.zeros([AT_ONCE, TOLD_AT_ONCE], tl.float32)
+    for at in range(0, TOLD, TOLD_AT_ONCE):
+        number = (at + tl.arange(0, TOLD_AT_ONCE))[None, :]
+        pointers = told_ptr + heads[:, None] * TOLD + number
+        told += tl.load(pointers, is_head & (number < TOLD), 0.0) * 0.0
+    of_queries = tl.sum(told, axis=1)
+    if tl.sum(of_states + of_queries, axis=0) != 0.0:
         for i in range(0, AT_ONCE):
-            of_head = tl.sum(tl.where(tl.arange(0, AT_ONCE) == i, of_queries, 0.0), axis=0)
-            if of_head != 0.0:
+            is_it = tl.arange(0, AT_ONCE) == i
+            if tl.sum(tl.where(is_it, of_states, 0.0), axis=0) != 0.0:
+                mend_head(
+                    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr,
+                    states_ptr, begin + i, SCALE, T, R, H, HV, K, BK, V, BV, COLUMNS, C, PIECES,
+                    HAS_G, HAS_RESETS, RAW, EPSILON,
+                )  # fmt: skip
+            if tl.sum(tl.where(is_it, of_queries, 0.0), axis=0) != 0.0:
                 spoil_head(
-                    q_ptr, resets_ptr, o_ptr, states_ptr, begin + i, part * TOKENS, TOKENS, T, H,
-                    HV, K, BK, V, BV, PIECES, HAS_RESETS,
+                    q_ptr, resets_ptr, o_ptr, states_ptr, begin + i, T, H, HV, K, BK, V, BV,
+                    PIECES, HAS_RESETS,
                 )  # fmt: skip
 
 
 @triton.jit
 def mend_in_place(
-    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr, states_ptr,
-    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOKENS: tl.constexpr,
-    ROWS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr, HV: tl.constexpr,
-    K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, COLUMNS: tl.constexpr,
-    C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr, HAS_RESETS: tl.constexpr,
-    RAW: tl.constexpr, EPSILON: tl.constexpr, GX: tl.constexpr = 0, GY: tl.constexpr = 0,
+    q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, told_ptr, o_ptr, states_ptr,
+    SCALE: tl.constexpr, HEADS: tl.constexpr, AT_ONCE: tl.constexpr, TOLD: tl.constexpr,
+    TOLD_AT_ONCE: tl.constexpr, T: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    COLUMNS: tl.constexpr, C: tl.constexpr, PIECES: tl.constexpr, HAS_G: tl.constexpr,
+    HAS_RESETS: tl.constexpr, RAW: tl.constexpr, EPSILON: tl.constexpr,
 ):  # fmt: skip
     """`mend` where one pointer stands for an array and what takes its place."""
     mend(
-        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, o_ptr, states_ptr, o_ptr,
-        states_ptr, SCALE, HEADS, AT_ONCE, TOKENS, ROWS, T, R, H, HV, K, BK, V, BV,
-        COLUMNS, C, PIECES, HAS_G, HAS_RESETS, RAW, EPSILON, GX, GY,
+        q_ptr, k_ptr, v_ptr, beta_ptr, g_ptr, resets_ptr, initial_ptr, told_ptr, o_ptr, states_ptr,
+        o_ptr, states_ptr, SCALE, HEADS, AT_ONCE, TOLD, TOLD_AT_ONCE, T, R, H, HV, K, BK, V, BV,
+        COLUMNS, C, PIECES, HAS_G, HAS_RESETS, RAW, EPSILON,
     )  # fmt: skip
 
 
@@ -175,7 +164,7 @@ def mend_head(
                 S = tl.where(starts, 0.0, S)
                 reached = tl.where(starts, 0, reached)
             if HAS_G:
-                g = tl.load(g_ptr + token * HV + hv).to(tl.float32)
+                g = forgets(tl.load(g_ptr + token * HV + hv))
                 reached = tl.where(g - g == 0.0, reached, 1)
                 S *= tl.exp(finite(g))
             for r in range(0, R):
@@ -203,24 +192,23 @@ def mend_head(
 
 @triton.jit
 def spoil_head(
-    q_ptr, resets_ptr, o_ptr, states_ptr, pid, begin, TOKENS: tl.constexpr, T: tl.constexpr,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr,
-    BV: tl.constexpr, PIECES: tl.constexpr, HAS_RESETS: tl.constexpr,
+    q_ptr, resets_ptr, o_ptr, states_ptr, pid, T: tl.constexpr, H: tl.constexpr,
+    HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    PIECES: tl.constexpr, HAS_RESETS: tl.constexpr,
 ):  # fmt: skip
-    """NaN for outputs of one head from bad queries among TOKENS tokens to the end of segments."""
+    """NaN for outputs of one head from bad queries to the end of their segments."""
     row, hv = pid // HV * T, pid % HV
     h = hv // (HV // H)
     q_base = place(q_ptr, row, h, H, K)
-    end = tl.minimum(begin + TOKENS, T)
+    begin, end = tl.full([], 0, tl.int32), tl.full([], T, tl.int32)
     first = first_bad(q_base, begin, end, H, K, BK)
     keys, values = tl.arange(0, BK), tl.arange(0, BV)
     reached = tl.full([], 0, tl.int32)
-    for t in range(first, tl.where(first < end, T, first)):
+    for t in range(first, T):
         token = row + t
         if HAS_RESETS:
             reached = tl.where(tl.load(resets_ptr + token) != 0, 0, reached)
-        told = is_bad(vector(q_ptr, token, h, keys, H, K))
-        reached = tl.where(t < end, tl.maximum(reached, told), reached)
+        reached = tl.maximum(reached, is_bad(vector(q_ptr, token, h, keys, H, K)))
         nan = tl.full([BV], float("nan"), tl.float32).to(o_ptr.dtype.element_ty)
         tl.store(o_ptr + (token * HV + hv) * V + values, nan, mask=(values < V) & (reached > 0))
     last = states_ptr + (pid * PIECES + PIECES - 1) * (K * V)
