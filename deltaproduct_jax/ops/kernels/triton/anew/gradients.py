@@ -276,8 +276,8 @@ def mend_back_in_place(
 
     That is told by dbeta, a sum over values of errors times cotangents of what is written: of the
     last updates of LOOKED_AT tokens, behind what is bad in tokens or in states before, and of the
-    first ones, before what is bad in cotangents, queries or tokens behind. Narrow heads lose some
-    NaN within a block, by `rounded`, so of the last block all of it tells.
+    first ones, before what is bad in cotangents, queries or tokens behind. Of the last block
+    of narrow heads all of it tells.
     """
     first = tl.program_id(0) * LOOKS
     heads = first + tl.arange(0, LOOKS)
