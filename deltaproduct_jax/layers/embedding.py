@@ -19,7 +19,7 @@ from deltaproduct_jax.ops.blocks import short_rows
 from deltaproduct_jax.ops.blocks.rows import by_kernel_or_plain
 from deltaproduct_jax.ops.kernels.triton.short import passes as of_triton
 from deltaproduct_jax.ops.linear import linear
-from deltaproduct_jax.ops.parts import explicit_names
+from deltaproduct_jax.ops.varying import mark_all_varying, zeros_varying_as
 
 # Rows of a table up to which its gradient is a matmul with a one-hot matrix. Beyond, that matrix,
 # tokens by rows, takes more memory and time than what it spares.
@@ -51,7 +51,7 @@ class Embed(nnx.Embed):
         (table,) = self.promote_dtype((self.embedding[...],), dtype=self.dtype, inexact=False)
         if out_sharding is None:
             rows = jax.ShapeDtypeStruct((*inputs.shape, table.shape[1]), table.dtype)
-            by_kernel = not any(explicit_names(table)) and short_rows.takes(rows, len(table))
+            by_kernel = short_rows.takes(rows, len(table), table, inputs)
             return (short_lookup if by_kernel else lookup)(table, inputs)
         return jax.sharding.auto_axes(lookup, out_sharding=out_sharding)(table, inputs)
 
@@ -85,7 +85,9 @@ def short_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
 def _short_lookup_jvp(primals, tangents):
     table, ids = primals
     nothing = jnp.zeros((*ids.shape, table.shape[1]), table.dtype)
-    return short_lookup(table, ids), linear(_read, _read_back, ids, (tangents[0], nothing))[1]
+    # What is linear gives arrays of the types that it takes.
+    ids, *arrays = mark_all_varying((ids, tangents[0], nothing))
+    return short_lookup(table, ids), linear(_read, _read_back, ids, tuple(arrays))[1]
 
 
 def _read(ids, arrays):
@@ -107,8 +109,8 @@ def _summed(rows: int) -> Callable:
         return (of_triton.lookup_back(ids.reshape(-1), drows, rows).astype(drows.dtype),)
 
     def plain(ids, drows):
-        table = jax.ShapeDtypeStruct((rows, drows.shape[-1]), drows.dtype)
-        return jax.linear_transpose(lambda table: _rows(table, ids), table)(drows)
+        table = zeros_varying_as((rows, drows.shape[-1]), drows)
+        return jax.vjp(lambda table: _rows(table, ids), table)[1](drows)
 
     return by_kernel_or_plain(by_kernel, plain, (), ())
 

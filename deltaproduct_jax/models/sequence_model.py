@@ -217,6 +217,13 @@ class SequenceModel(nnx.Module):
         """The last map: a linear one, or the embedding, to be asked by its ``attend``."""
         return self.embeddings if self.config.tie_embeddings else self.lm_head
 
+    def runs_kernel(self, x: jax.Array) -> bool:
+        """Whether a GPU runs a block of inputs ``[B, T, D]`` by a kernel: no forward mode then.
+
+        It asks for shape and dtype alone.
+        """
+        return any(block.attn.runs_kernel(x) for block in self.layers)
+
     @property
     def head_kernel(self) -> jax.Array:
         """The matrix of :attr:`head`, [D, vocab], in the dtype that it computes in."""

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from deltaproduct_jax.ops.blocks import logits as of_logits
 from deltaproduct_jax.ops.containment import nan_where
@@ -60,20 +59,26 @@ def of_sums(
     return OfTokens(log_sum - of_target, log_sum, correct)
 
 
-@jax.custom_jvp
 def _sums(logits, targets, mask):
     """The logarithm of the sum of exponentials, the target's logit, and correct answers."""
-    return of_logits.plain(logits, targets, mask)
+    *found, correct = _of_logits(logits, targets, mask)
+    return *found, correct != 0
 
 
-@_sums.defjvp
-def _sums_jvp(primals, tangents):
+@jax.custom_jvp
+def _of_logits(logits, targets, mask):
+    """The same in numbers: what a bool has for a tangent cannot vary over a mesh."""
+    log_sum, of_target, correct = of_logits.plain(logits, targets, mask)
+    return log_sum, of_target, correct.astype(log_sum.dtype)
+
+
+@_of_logits.defjvp
+def _of_logits_jvp(primals, tangents):
     logits, targets, mask = primals
-    log_sum, of_target, correct = _sums(*primals)
+    log_sum, of_target, correct = _of_logits(*primals)
     # Of the probabilities nothing is kept for the way back: they are as large as the logits.
     pushed = jax.checkpoint(_pushed, prevent_cse=False)(tangents[0], logits, targets, mask, log_sum)
-    nothing = np.zeros(correct.shape, jax.dtypes.float0)
-    return (log_sum, of_target, correct), (*pushed, nothing)
+    return (log_sum, of_target, correct), (*pushed, jnp.zeros_like(correct))
 
 
 def _pushed(tangent, logits, targets, mask, log_sum):

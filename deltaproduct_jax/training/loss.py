@@ -99,14 +99,19 @@ def _is_laid_out(model: nnx.Module) -> bool:
 def _of_short_rows(
     model: SequenceModel, batch: Batch, packed: dict[str, jax.Array]
 ) -> cross_entropy.OfTokens | None:
-    """What a GPU finds of few channels and ids without logits; None of others."""
+    """What a GPU finds of few channels and ids without logits; None of others.
+
+    And None of models that are not run by kernels: their losses have forward mode.
+    """
     config = model.config
     kind = config.jax_dtypes["dtype"]
     x_BTD = jax.ShapeDtypeStruct((*batch.inputs.shape, config.hidden_size), kind)
-    if not short_rows.takes(x_BTD, config.vocab_size):
+    of_tokens = batch.targets, batch.mask
+    is_taken = short_rows.takes(x_BTD, config.vocab_size, batch.inputs, *of_tokens)
+    if not (is_taken and model.runs_kernel(x_BTD)):
         return None
     x_BTD, reached = model.before_head(batch.inputs, **packed)
-    norm, of_tokens = model.norm, (batch.targets, batch.mask)
+    norm = model.norm
     arrays = x_BTD, norm.scale[...], model.head_kernel, *of_tokens
     return cross_entropy.of_sums(short_rows.head_sums(*arrays, norm.eps), batch.mask, reached)
 

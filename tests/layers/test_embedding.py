@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from deltaproduct_jax.layers import embedding
 from deltaproduct_jax.layers.embedding import FEW_ROWS, Embed, embedding_gradient
@@ -78,3 +80,19 @@ def test_other_transformations(form):
     np.testing.assert_allclose(pushed, loss(table), rtol=1e-5)
     both = jax.vmap(jax.grad(loss))(jnp.stack([table, table]))
     np.testing.assert_allclose(both[1], exact_gradient(ids, cotangents), atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["lookup", "short_lookup"])
+def test_ids_of_each_device_under_shard_map(form):
+    """Which a table that all have is told apart from by its type."""
+    table, ids, cotangents = case("float32")
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    def gradient(table, ids, cotangents):
+        loss = lambda table: jnp.sum(getattr(embedding, form)(table, ids) * cotangents)
+        return jax.grad(loss)(table)
+
+    in_specs, out_specs = (P(), P("rows"), P("rows")), P()
+    each = jax.shard_map(gradient, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+    got = jax.jit(each)(table, ids, cotangents)
+    np.testing.assert_allclose(got, exact_gradient(ids, cotangents), atol=1e-5)

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from quick import quick
 
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.sequence_model import Block
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.blocks import logits, rows, short_rows
+from deltaproduct_jax.ops.kernels.triton import passes
 
 B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
 
@@ -142,9 +145,9 @@ def test_what_is_not_finite_reaches_as_far_as_in_a_block_that_is_not_fused(monke
         np.testing.assert_array_equal(*(np.isnan(d).any(axis=-1) for d in (dx, dx_wanted)))
 
 
-def test_short_rows_have_few_channels_and_ids_in_16_bits(monkeypatch):
-    def takes(*shape, width=1, dtype="bfloat16"):
-        return short_rows.takes(jax.ShapeDtypeStruct(shape, dtype), width)
+def test_short_rows_have_few_channels_and_ids_in_16_bits_on_a_large_gpu(monkeypatch):
+    def takes(*shape, width=1, dtype="bfloat16", sources=()):
+        return short_rows.takes(jax.ShapeDtypeStruct(shape, dtype), width, *sources)
 
     monkeypatch.setattr(kernels, "is_installed", lambda name: False)
     assert not takes(B, T, 128)
@@ -155,3 +158,9 @@ def test_short_rows_have_few_channels_and_ids_in_16_bits(monkeypatch):
     assert not takes(B, T, 128, width=129)
     assert not takes(B, T, 128, dtype="float32")
     assert not takes(B, 0, 128)
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Explicit,), devices=jax.devices()[:2])
+    for spec, whole in ((P(), True), (P("rows"), False)):
+        ids = jax.device_put(jnp.zeros((2, T), int), NamedSharding(mesh, spec))
+        assert takes(2, T, 128, sources=[ids]) == whole
+    monkeypatch.setenv(passes.COMPUTE_CAPABILITY_VARIABLE, "89")
+    assert not takes(B, T, 128)

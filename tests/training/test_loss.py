@@ -1,10 +1,14 @@
 """The loss in chunks is the loss at once: values, gradients, answers, NaN, memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, SequenceModel
@@ -12,6 +16,7 @@ from deltaproduct_jax.ops.blocks import short_rows
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
+from deltaproduct_jax.training import cross_entropy
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.loss import PLAIN, LossSettings, losses_of
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
@@ -183,15 +188,24 @@ def test_settings_are_checked():
         TrainConfig(z_loss=-1.0)
 
 
+@functools.cache
+def small():
+    """A model that is run without kernels, in two parts."""
+    sizes = {"hidden_size": 8, "num_heads": 1, "head_dim": 4, "num_layers": 1, "vocab_size": VOCAB}
+    config = ModelConfig(implementation="recurrent", **sizes)
+    return nnx.split(SequenceModel(config, rngs=nnx.Rngs(0)))
+
+
 def test_a_head_without_logits_has_the_losses_of_one_with_them(monkeypatch):
     """Answers, and NaN from a bad embedding on, where tokens count."""
-    sizes = {"hidden_size": 8, "num_heads": 1, "head_dim": 4, "num_layers": 1, "vocab_size": VOCAB}
-    model = SequenceModel(ModelConfig(implementation="recurrent", **sizes), rngs=nnx.Rngs(0))
+    model = nnx.merge(*small())
     table = model.embeddings.embedding
     table[...] = table[...].at[0, 0].set(jnp.nan)
     batch = random_batch(length=5)
     batch = batch._replace(inputs=batch.inputs.at[1:].set(jnp.maximum(batch.inputs[1:], 1)))
     clean = batch._replace(mask=batch.mask & (jnp.arange(B) > 0)[:, None])
+
+    monkeypatch.setattr(SequenceModel, "runs_kernel", lambda *_: True)
 
     def found(short):
         monkeypatch.setattr(short_rows, "takes", lambda *_: short)
@@ -202,3 +216,43 @@ def test_a_head_without_logits_has_the_losses_of_one_with_them(monkeypatch):
         np.testing.assert_array_equal(got.correct, want.correct)
         for a, b in zip(*map(jax.tree.leaves, (got_gradient, want_gradient)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_no_kernel_runs_has_forward_mode_whatever_is_installed(monkeypatch):
+    monkeypatch.setattr(short_rows, "takes", lambda *_: True)
+    graphdef, params = small()
+    batch = random_batch(length=3)
+    loss = lambda params: losses_of(nnx.merge(graphdef, params), batch).objective
+    pushed = jax.jit(lambda p: jax.jvp(loss, (p,), (p,))[1])(params)
+    gradient = jax.jit(jax.grad(loss))(params)
+    along = jax.tree.map(lambda p, d: jnp.vdot(p, d), params, gradient)
+    np.testing.assert_allclose(pushed, sum(jax.tree.leaves(along)), rtol=1e-4)
+
+
+def test_what_rows_will_be_made_of_says_how_they_will_lie(monkeypatch):
+    """A batch may lie over explicit axes, and what has only a shape does not tell."""
+    asked, batch = [], random_batch(length=3)
+    monkeypatch.setattr(short_rows, "takes", lambda x, width, *of: asked.append(of))
+    model = nnx.merge(*small())
+    jax.eval_shape(lambda: losses_of(model, batch))
+    of_head, of_embedding = asked
+    assert all(a is b for a, b in zip(of_head, batch[:3], strict=True))
+    table, ids = of_embedding
+    assert table.shape == (VOCAB, 8)
+    assert ids.shape == batch.inputs.shape
+
+
+def test_logits_of_each_device_under_shard_map():
+    """The gradient of a matrix that all have is the sum over their tokens."""
+    batch, keys = random_batch(), jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, VOCAB))
+
+    def gradient(kernel, x, targets, mask):
+        found = lambda kernel: cross_entropy.of_tokens(x @ kernel, targets, mask)
+        return jax.grad(lambda kernel: jnp.sum(found(kernel).cross_entropy))(kernel)
+
+    mesh = jax.make_mesh((2,), ("rows",), (AxisType.Auto,), devices=jax.devices()[:2])
+    in_specs = (P(), *3 * (P("rows"),))
+    each = jax.shard_map(gradient, mesh=mesh, in_specs=in_specs, out_specs=P())
+    got, want = (jax.jit(f)(kernel, x, *batch[1:3]) for f in (each, gradient))
+    np.testing.assert_allclose(got, want, atol=1e-5)

@@ -23,14 +23,19 @@ from deltaproduct_jax.ops.parts import explicit_names, placement
 from deltaproduct_jax.ops.varying import mark_all_varying
 
 
-def takes(x: jax.Array, width: int = 1) -> bool:
-    """Whether the kernels take tokens [B, T, D], beside values of a head or ids of so many."""
+def takes(x: jax.Array, width: int = 1, *sources: jax.Array) -> bool:
+    """Whether the kernels take tokens [B, T, D], beside values of a head or ids of so many.
+
+    Of an ``x`` that is yet to be made only shape and dtype are known; ``sources`` are what it is
+    made of, and tell whether it will lie over explicit axes.
+    """
     return (
         kernels.is_installed("triton")
+        and kernels.load("triton").is_ready()
         and all(isinstance(size, int) and size > 0 for size in x.shape)
         and of_triton.unsupported(dtype=x.dtype, D=x.shape[-1], V=width) is None
         and placement() is None
-        and not any(explicit_names(x))
+        and not any(any(explicit_names(a)) for a in (x, *sources))
     )
 
 

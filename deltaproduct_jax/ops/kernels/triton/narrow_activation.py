@@ -10,6 +10,7 @@ from deltaproduct_jax.ops.kernels.triton.convolution import sigmoid
 from deltaproduct_jax.ops.kernels.triton.narrow_parts import block
 
 # Of two numbers u of bfloat16, in float32: u / 2, and its hyperbolic tangent to 2^-11 of itself.
+# What that lacks is much of a SiLU far below 0: see NARROW.md.
 TANH = tl.constexpr(
     "{.reg .b32 u, c, z; mov.b32 c, 0x3F003F00; mov.b32 z, 0x80008000; "
     "fma.rn.bf16x2 u, $4, c, z; shl.b32 $0, u, 16; and.b32 $1, u, 0xffff0000; "
