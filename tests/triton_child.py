@@ -153,6 +153,8 @@ def interpret(every: bool) -> dict:
         found[f"raw narrow heads, {name}, {dtype}"] = narrow_heads.raw_errors(
             case, dtype, inputs, run, relative
         )
+    of_low = narrow_heads.CASES["ungated"], "bfloat16", inputs, run, relative
+    found["raw narrow heads, far below 0, bfloat16"] = narrow_heads.raw_errors(*of_low, shift=-9.0)
     found = {"errors": found, "pieces": pieces, "kept": kept()}
     found["mended"] = [bad_rows.mended(inputs, in_place) for in_place in (False, True)]
     found["told"] = [bad_rows.told(inputs, *how) for how in TOLD[: None if every else 2]]

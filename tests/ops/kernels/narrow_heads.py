@@ -40,13 +40,17 @@ def cases(every: bool) -> list[tuple[str, str]]:
     return [(name, dtype) for dtype, names in chosen.items() for name in names]
 
 
-def raw_errors(case: Case, dtype: str, inputs, run, relative) -> dict[str, float]:
+def raw_errors(case: Case, dtype: str, inputs, run, relative, shift=0.0) -> dict[str, float]:
     """Of kernels that make SiLU, and lengths of q and k, themselves, by result.
+
+    With ``shift`` added to q, k and v: far below 0 all of them are exponentially small.
 
     Where one is over its bar those of the plain recurrence are under "recurrent": keys that are
     rounded are no unit vectors.
     """
     arrays, segment_ids, tokens, state = inputs(case, dtype)
+    tokens = tokens._replace(**{x: getattr(tokens, x) + jnp.asarray(shift, dtype) for x in "qkv"})
+    arrays = arrays | {name: np.asarray(getattr(tokens, name), np.float64) for name in "qkv"}
     do, dstate = helpers.draw_cotangents(case.arrays())
     wide = {name: None if x is None else np.asarray(x, np.float64) for name, x in arrays.items()}
     given = {name: wide[name] for name in "qkv"}

@@ -7,29 +7,15 @@ import triton
 import triton.language as tl
 
 from deltaproduct_jax.ops.kernels.triton.convolution import sigmoid
-from deltaproduct_jax.ops.kernels.triton.narrow_parts import block
-
-# Of two numbers u of bfloat16, in float32: u / 2, and its hyperbolic tangent to 2^-11 of itself.
-# What that lacks is much of a SiLU far below 0: see NARROW.md.
-TANH = tl.constexpr(
-    "{.reg .b32 u, c, z; mov.b32 c, 0x3F003F00; mov.b32 z, 0x80008000; "
-    "fma.rn.bf16x2 u, $4, c, z; shl.b32 $0, u, 16; and.b32 $1, u, 0xffff0000; "
-    "tanh.approx.f32 $2, $0; tanh.approx.f32 $3, $1;}"
-)
+from deltaproduct_jax.ops.kernels.triton.narrow_parts import block, wide
 
 
 @triton.jit
 def swished(u):
     """SiLU of u and its derivative, in float32."""
-    if u.dtype == tl.bfloat16:
-        half, t = tl.inline_asm_elementwise(
-            TANH, "=f,=f,=f,=f,r", [u], (tl.float32, tl.float32), is_pure=True, pack=2
-        )
-        y, s = half * t + half, 0.5 * t + 0.5
-    else:
-        z = u.to(tl.float32)
-        s = sigmoid(z)
-        y = z * s
+    z = wide(u)
+    s = sigmoid(z)
+    y = z * s
     return y, s + (y - y * s)
 
 
