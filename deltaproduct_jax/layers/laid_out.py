@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from deltaproduct_jax.ops.parts import explicit_names, mesh_of
+from deltaproduct_jax.ops.parts import cut_by_rows, explicit_names, mesh_of
 
 # Methods that return no state; all others return one beside their outputs.
 STATELESS = ("for_later_blocks", "features")
@@ -38,9 +38,12 @@ def takes_any_layout(method: Function) -> Function:
     @functools.wraps(method)
     def laid_out(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            given = signature.bind(self, *args, **kwargs).arguments
+            signature.bind(self, *args, **kwargs)
         except TypeError:  # of which Python says more itself
             return method(self, *args, **kwargs)
+        args = [_by_rows(name, x) for name, x in zip(names, args, strict=False)]
+        kwargs = {name: _by_rows(name, x) for name, x in kwargs.items()}
+        given = signature.bind(self, *args, **kwargs).arguments
         graph, params = nnx.split(self)
         laid = [x for x in jax.tree.leaves(params) if any(_explicit_names(x))]
         laid += [x for x in jax.tree.leaves(given.get("state")) if any(_explicit_names(x)[1:])]
@@ -58,6 +61,11 @@ def takes_any_layout(method: Function) -> Function:
         return _by_the_compiler(fixed, params, args, arrays)
 
     return cast(Function, laid_out)
+
+
+def _by_rows(name: str, x: Any) -> Any:
+    """An argument, of tokens not along axes of one device but by rows."""
+    return x if name == "state" else cut_by_rows(x)
 
 
 def _explicit_names(x: Any) -> list[tuple[str, ...]]:

@@ -178,8 +178,8 @@ def _attend(q, k, v, places: Places, whole: bool, window: int | None):
     select = functools.partial(select_attention, **sizes)
     anywhere = functools.partial(_anywhere, form=select("cpu"), window=window)
     is_fused = select("cuda", whole=whole) == "cudnn"
-    if explicit_axes(mesh_of(q)):
-        _, along_T, _, along_K = explicit_names(q)
+    if any(explicit_names(q)) or explicit_axes(mesh_of(q)):
+        _, along_T, _, along_K = explicit_names(q, least=2)
         if select("cpu") == "plain" and (along_T or along_K or not is_fused):
             return anywhere(q, k, v, places)
         arrays = {"q": q, "k": k, "v": v, **places._asdict()}

@@ -34,6 +34,7 @@ def on_each_part(
     """``run(arrays)``, over the explicit mesh axes along which batch and heads of the arrays lie.
 
     An array that does not lie along an axis where others do is cut alike, which moves nothing.
+    Inside no axis of the mesh is explicit, so that all that JAX has can be done there.
 
     Args:
       run: takes the arrays by name, those that are None among them.
@@ -41,17 +42,15 @@ def on_each_part(
       layouts: dimensions of every array, by name; "B" is the batch, "H" and "Hv" are heads.
       out_layouts: the same for every result, in the structure of the results.
       check_vma: of `jax.shard_map`.
-      all_axes: also over explicit axes along which nothing lies, so that none is left to anyone.
+      all_axes: also where nothing lies along any of them.
 
     Raises:
       ValueError: an array lies over an axis along another dimension, or along two.
     """
     given = {name: x for name, x in arrays.items() if x is not None}
     axes = _axes_of_roles(given, layouts)
-    manual = {name for names in axes.values() for name in names}
-    if all_axes:
-        manual |= set().union(*(explicit_axes(mesh_of(x)) for x in given.values()))
-    if not manual:
+    manual = set().union(*(_axes_of(mesh_of(x), AxisType.Explicit) for x in given.values()))
+    if not manual or not (axes or all_axes):
         return run(dict(arrays))
     mesh = next(m for m in map(mesh_of, given.values()) if not m.empty)
     specs = {name: _spec(layouts[name], axes) for name in given}
@@ -72,17 +71,18 @@ def is_left_to_the_compiler(*, but_explicit: bool = False) -> bool:
     Nor explicit, where whoever asks runs `on_each_part` along all of these.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return bool(_axes_of(mesh, AxisType.Auto)) or (not but_explicit and bool(explicit_axes(mesh)))
+    of_several = bool(_axes_of(mesh, AxisType.Auto, least=2))
+    return of_several or (not but_explicit and bool(explicit_axes(mesh)))
 
 
 def explicit_axes(mesh: AbstractMesh | Mesh) -> set[str]:
     """The explicit axes of several devices of a mesh."""
-    return _axes_of(mesh, AxisType.Explicit)
+    return _axes_of(mesh, AxisType.Explicit, least=2)
 
 
-def _axes_of(mesh: AbstractMesh | Mesh, kind: AxisType) -> set[str]:
+def _axes_of(mesh: AbstractMesh | Mesh, kind: AxisType, least: int = 1) -> set[str]:
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-    return {name for name, size, type_ in axes if size > 1 and type_ == kind}
+    return {name for name, size, type_ in axes if size >= least and type_ == kind}
 
 
 def along_rows_of(like: jax.Array, tree: Any) -> Any:
@@ -94,6 +94,16 @@ def along_rows_of(like: jax.Array, tree: Any) -> Any:
     return jax.tree.map(lambda x: _cut(x, mesh_of(like), spec), tree)
 
 
+def cut_by_rows(x: Any) -> Any:
+    """``x`` [B, ...], not along axes of one device but by rows: they cut nothing; others as given.
+
+    JAX refuses sums and more along them all the same.
+    """
+    if not isinstance(x, jax.Array) or explicit_names(x)[1:] == explicit_names(x, least=2)[1:]:
+        return x
+    return _cut(x, mesh_of(x), PartitionSpec(explicit_names(x)[0] or None))
+
+
 def on_each_row(run: Callable[..., Any], *trees: Any) -> Any:
     """``run(*trees)``, arrays [B, ...] to arrays [B, ...], whose rows share nothing.
 
@@ -102,17 +112,17 @@ def on_each_row(run: Callable[..., Any], *trees: Any) -> Any:
     lies = [x for x in jax.tree.leaves(trees) if explicit_names(x)[0]]
     if not lies:
         return run(*trees)
-    axes = explicit_names(lies[0])[0]
-    spec = PartitionSpec(axes)
-    return jax.shard_map(
-        run, mesh=mesh_of(lies[0]), in_specs=spec, out_specs=spec, axis_names=frozenset(axes)
-    )(*along_rows_of(lies[0], trees))
+    mesh, spec = mesh_of(lies[0]), PartitionSpec(explicit_names(lies[0])[0])
+    manual = frozenset(_axes_of(mesh, AxisType.Explicit))
+    return jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names=manual)(
+        *along_rows_of(lies[0], trees)
+    )
 
 
 def gathered_along(index: jax.Array) -> NamedSharding | None:
     """How ``table[index]``, rows of a table that is whole, lies: as the index; None: no matter."""
-    names = explicit_names(index)
-    if not any(names):
+    names = _names_by_role(index, ("B", *("T" for _ in index.shape[1:])))
+    if not any(explicit_names(index)):
         return None
     return NamedSharding(mesh_of(index), PartitionSpec(*(n or None for n in names), None))
 
@@ -127,13 +137,14 @@ def mesh_of(x: jax.Array):
     return abstract if isinstance(x, jax.core.Tracer) or abstract.empty else x.sharding.mesh
 
 
-def explicit_names(x: jax.Array) -> list[tuple[str, ...]]:
-    """Per dimension the explicit mesh axes of several devices along which ``x`` lies."""
+def explicit_names(x: jax.Array, least: int = 1) -> list[tuple[str, ...]]:
+    """Per dimension the explicit mesh axes, of so many devices at least, along which ``x`` lies."""
     sharding = jax.typeof(x).sharding
     types = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True))
     spec = [(entry,) if isinstance(entry, str) else entry or () for entry in sharding.spec]
     spec += [()] * (x.ndim - len(spec))
-    kept = lambda name: types[name] == AxisType.Explicit and sharding.mesh.shape[name] > 1
+    size = sharding.mesh.shape
+    kept = lambda name: types[name] == AxisType.Explicit and size[name] >= least
     return [tuple(filter(kept, names)) for names in spec]
 
 
@@ -141,7 +152,7 @@ def _axes_of_roles(arrays, layouts) -> dict[str, tuple[str, ...]]:
     """The axes of batch and heads, if any; ValueError where an array lies otherwise."""
     axes: dict[str, tuple[str, ...]] = {}
     for name, x in arrays.items():
-        for dimension, names in zip(layouts[name], explicit_names(x), strict=True):
+        for dimension, names in zip(layouts[name], _names_by_role(x, layouts[name]), strict=True):
             if not names:
                 continue
             role, text = _ROLES.get(dimension), "/".join(names)
@@ -172,6 +183,15 @@ def _axes_of_roles(arrays, layouts) -> dict[str, tuple[str, ...]]:
     return axes
 
 
+def _names_by_role(x: jax.Array, layout: Sequence[str]) -> list[tuple[str, ...]]:
+    """`explicit_names`, but along other dimensions than batch and heads none of one device.
+
+    They cut nothing there, and so nothing is refused.
+    """
+    named = zip(layout, explicit_names(x), explicit_names(x, least=2), strict=True)
+    return [names if dimension in _ROLES else cut for dimension, names, cut in named]
+
+
 def _shared(axes: dict[str, tuple[str, ...]]) -> bool:
     names = [name for role in axes.values() for name in role]
     return len(names) > len(set(names))
@@ -188,7 +208,7 @@ def _spec(layout: tuple[str, ...], axes: dict[str, tuple[str, ...]]) -> Partitio
 def _cut(x: jax.Array, mesh, spec: PartitionSpec) -> jax.Array:
     """``x`` laid out as ``spec`` says, and along other dimensions as it is."""
     names = [*spec] + [None] * (x.ndim - len(spec))
-    kept = [old or None for old in explicit_names(x)]
+    kept = [old or None for old in explicit_names(x, least=2)]
     whole = PartitionSpec(*(new or old for new, old in zip(names, kept, strict=True)))
     return jax.sharding.reshard(x, NamedSharding(mesh, whole))
 

@@ -124,18 +124,21 @@ def test_empty_in_empty_out_of_several_blocks(mixer):
         assert after == start
 
 
+@pytest.mark.parametrize(
+    ("devices", "axes"), [((2, 2), (("data", "more"),)), ((1, 1), ("data", "more"))]
+)
 @pytest.mark.parametrize("mixer", sorted(MIXERS))
-def test_several_blocks_over_explicit_axes(mixer):
-    """Traced alone: JAX refuses then what does not lie as it must."""
+def test_several_blocks_over_explicit_axes(mixer, devices, axes):
+    """Traced alone: JAX refuses then what does not lie as it must. Of one device along tokens."""
     run, params = of_two_blocks(mixer)
-    mesh = jax.make_mesh((2, 2), ("data", "more"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = jax.make_mesh(devices, ("data", "more"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
-        rows = NamedSharding(mesh, PartitionSpec(("data", "more")))
+        rows = NamedSharding(mesh, PartitionSpec(*axes))
         tokens = jax.ShapeDtypeStruct((4, 3), jnp.int32, sharding=rows)
         everywhere = NamedSharding(mesh, PartitionSpec())
         laid = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
         logits, _, _ = jax.eval_shape(run, jax.tree.map(laid, params), tokens)
-    assert logits.sharding.spec[0] == ("data", "more")
+    assert logits.sharding.spec[0] == axes[0]
 
 
 def test_a_cell_takes_no_rows():

@@ -18,8 +18,8 @@ def arrays_of(case=CASE):
     return {n: jnp.asarray(x) for n, x in cast(case.arrays(), "float32").items()}
 
 
-def laid_out(arrays, kind, axes=AXES, one_token=False):
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+def laid_out(arrays, kind, axes=AXES, one_token=False, devices=(2, 2)):
+    mesh = jax.make_mesh(devices, ("data", "tensor"), axis_types=(kind,) * 2)
     layouts = {n: [d for d in checks.LAYOUT[n] if not (one_token and d == "T")] for n in arrays}
     specs = {n: PartitionSpec(*map(axes.get, layouts[n])) for n in arrays}
     return {n: jax.device_put(x, NamedSharding(mesh, specs[n])) for n, x in arrays.items()}
@@ -52,6 +52,29 @@ def test_batch_and_heads_over_a_mesh_need_no_collective(kind, implementation):
         lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5),
         got,
         run(arrays_of(), implementation),
+    )
+
+
+@pytest.mark.parametrize(
+    ("devices", "axes", "implementation"),
+    [
+        ((1, 1), AXES, "chunked"),
+        ((1, 1), AXES | {"T": "tensor", "H": None, "Hv": None}, "recurrent"),
+        pytest.param((2, 1), {"B": "data"}, "pallas_tpu", marks=pytest.mark.slow),
+        pytest.param((2, 2), {"B": "data"}, "pallas_tpu", marks=pytest.mark.slow),
+    ],
+)
+def test_explicit_axes_of_one_device_and_those_that_nothing_lies_along(
+    devices, axes, implementation
+):
+    run = jax.jit(outputs_and_gradients, static_argnums=1)
+    arrays = arrays_of()
+    got = run(laid_out(arrays, AxisType.Explicit, axes, devices=devices), implementation)
+    assert got[0][0].sharding.spec[0] == "data"
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5, rtol=1e-5),
+        got,
+        run(arrays, implementation),
     )
 
 
