@@ -1,9 +1,11 @@
 """Linear maps whose transpose is another than JAX would derive.
 
-`linear` maps arrays onto themselves, and both ways are written out. `spread` and `scaled` keep what
-XLA for CPUs of jaxlib 0.10 gets wrong out of gradients that are mapped.
-What spoils outputs on the way forward has to spoil gradients on the way back, by another rule than
-JAX would derive: `jax.custom_derivatives.linear_call` says so, but cannot be mapped by `jax.vmap`.
+`linear` maps arrays onto themselves, and both ways are written out. What spoils outputs on the way
+forward has to spoil gradients on the way back, by another rule than JAX would derive:
+`jax.custom_derivatives.linear_call` says so, but cannot be mapped by `jax.vmap`.
+
+`spread` and `scaled` keep what XLA for CPUs of jaxlib 0.10 gets wrong out of gradients that are
+mapped.
 """
 
 import functools
