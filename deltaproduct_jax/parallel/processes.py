@@ -134,7 +134,8 @@ _comparisons = itertools.count()  # all processes make as many
 def require_same(given: Mapping[str, Any]) -> None:
     """Raises ConfigError, in the first process and in those that differ, unless all say the same.
 
-    Of programs that differ, one waits for what the other does not send, for ever.
+    Of programs that differ, one waits for what the other does not send, for ever. Also where a
+    process that lives has not come to say it in INITIALIZATION_TIMEOUT_S.
 
     Args:
         given: what this process goes by, by name, as JSON has it.
@@ -150,8 +151,13 @@ def require_same(given: Mapping[str, Any]) -> None:
     for other in range(jax.process_count()) if is_first() else (0,):
         try:
             said = client.blocking_key_value_get(f"{key}/{other}", INITIALIZATION_TIMEOUT_S * 1000)
-        except jax.errors.JaxRuntimeError:  # it has ended, and JAX ends all
-            return
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):  # it has ended, and JAX ends all
+                return
+            raise ConfigError(
+                f"process {other} has not said in {INITIALIZATION_TIMEOUT_S} seconds what it is to "
+                "train; it may stand still, or have been given other flags"
+            ) from error
         theirs = json.loads(said)
         for name, value in json.loads(own).items():
             if theirs[name] != value:

@@ -36,14 +36,15 @@ class Store:
             return self._values[key]
 
     @contextlib.contextmanager
-    def unheard(self):
+    def unheard(self, why="DEADLINE_EXCEEDED"):
         """Inside, nobody hears anything."""
-        self.blocking_key_value_get = self._time_out
+
+        def fail(*_):
+            raise jax.errors.JaxRuntimeError(why)
+
+        self.blocking_key_value_get = fail
         yield
         del self.blocking_key_value_get
-
-    def _time_out(self, *_):
-        raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
@@ -114,8 +115,11 @@ def test_processes_that_were_given_something_else_say_so(monkeypatch):
         return ""
 
     store = Store()
+    with store.unheard("UNAVAILABLE: it has ended"):
+        assert [says(index) for index in range(3)] == ["", "", ""]  # JAX says so, and ends all
     with store.unheard():
-        assert [says(index) for index in range(3)] == ["", "", ""]  # who is gone is not waited for
+        silent = "has not said in 300 seconds what it is to train"
+        assert [silent in says(index) for index in range(3)] == [True] * 3
     tail = "; all processes take the same flags, but for process_id, and see the same run"
     assert says(0) == f"mesh='data:2' here, 'fsdp:-1' in process 2{tail}"
     assert says(1) == ""
