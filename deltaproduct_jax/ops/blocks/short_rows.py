@@ -169,7 +169,7 @@ def _output_back(eps: float) -> Callable:
 
 
 def products(x: jax.Array, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """Products of tokens [B, T, D] with four matrices [D, ...]; all are read once, both ways."""
+    """Products of tokens [B, T, D] with four matrices [D, ...], read once on the way back."""
     return list(_products(*mark_all_varying((x, *matrices))))
 
 
@@ -179,30 +179,23 @@ def _products(x, *matrices):
 
 
 def _products_forward(x, *matrices):
-    return tuple(_inputs(None, x, *matrices)), (x, *matrices)
+    each = _apart(x, len(matrices))
+    return tuple(a @ w for a, w in zip(each, matrices, strict=True)), (x, *matrices)
 
 
 def _products_backward(residuals, cotangents):
     x, *matrices = residuals
     dx = _inputs_back(None, *cotangents, *matrices)[0]
-    # Apart, or XLA makes one product of several, and copies cotangents together for it.
-    each = [jax.lax.optimization_barrier((x, jnp.int32(i)))[0] for i in range(len(matrices))]
+    each = _apart(x, len(matrices))
     return dx, *(rows.of_tokens(a, dy) for a, dy in zip(each, cotangents, strict=True))
 
 
 _products.defvjp(_products_forward, _products_backward)
 
 
-def _inputs_by_kernel(x, *matrices):
-    found = of_triton.inputs(_flat(x), *matrices)
-    return tuple(y.reshape(*x.shape[:-1], -1) for y in found)
-
-
-def _inputs_plain(x, *matrices):
-    return tuple(x @ w for w in matrices)
-
-
-_inputs = by_kernel_or_plain(_inputs_by_kernel, _inputs_plain, (), ())
+def _apart(x, copies):
+    """So many, that XLA does not make one product of several and copy what they are of together."""
+    return [jax.lax.optimization_barrier((x, jnp.int32(i)))[0] for i in range(copies)]
 
 
 def _inputs_back_by_kernel(*arrays):

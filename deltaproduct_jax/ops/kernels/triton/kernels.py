@@ -61,7 +61,6 @@ from deltaproduct_jax.ops.kernels.triton.rows import norm_back as norm_back
 from deltaproduct_jax.ops.kernels.triton.rows import norm_forward as norm_forward
 from deltaproduct_jax.ops.kernels.triton.rows import swiglu as swiglu
 from deltaproduct_jax.ops.kernels.triton.rows import swiglu_back as swiglu_back
-from deltaproduct_jax.ops.kernels.triton.short.mixer import short_inputs as short_inputs
 from deltaproduct_jax.ops.kernels.triton.short.mixer import short_inputs_back as short_inputs_back
 from deltaproduct_jax.ops.kernels.triton.short.mixer import short_output as short_output
 from deltaproduct_jax.ops.kernels.triton.short.mixer import short_output_back as short_output_back

@@ -138,7 +138,7 @@ def narrow_launches(parts: int, *, decays: bool) -> tuple[Launch, Launch]:
     if decays:
         return Launch(warps=1, stages=2), Launch(warps=1, stages=1)
     # Twelve programs on a multiprocessor, where nothing in the loop needs more.
-    return Launch(warps=1, stages=2, registers=168), Launch(warps=1, stages=2)
+    return Launch(warps=1, stages=3, registers=168), Launch(warps=1, stages=2)
 
 
 def step_for(*, R: int, K: int, V: int) -> Launch:

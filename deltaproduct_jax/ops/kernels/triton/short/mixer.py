@@ -69,41 +69,6 @@ def short_output_back(
 
 
 @triton.jit
-def short_inputs(
-    x_ptr, of_q_ptr, of_k_ptr, of_v_ptr, of_b_ptr,
-    q_ptr, k_ptr, v_ptr, b_ptr,
-    N: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    B: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Products of rows with four matrices, [D, Q], [D, K], [D, V] and [D, B]."""
-    first_row = tl.program_id(0).to(tl.int64) * ROWS
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BD)
-    is_row, there = rows < N - first_row, columns < D
-    offsets, inside = rows[:, None] * D + columns[None, :], is_row[:, None] & there[None, :]
-    x = tl.load(x_ptr + first_row * D + offsets, mask=inside, other=0.0)
-    written_product(x, of_k_ptr, k_ptr + first_row * K, is_row, D, K, BD, BW, ROWS)
-    written_product(x, of_v_ptr, v_ptr + first_row * V, is_row, D, V, BD, BW, ROWS)
-    written_product(x, of_q_ptr, q_ptr + first_row * Q, is_row, D, Q, BD, BW, ROWS)
-    written_product(x, of_b_ptr, b_ptr + first_row * B, is_row, D, B, BD, BW, ROWS)
-
-
-@triton.jit
-def written_product(
-    x, kernel_ptr, y_ptr, is_row,
-    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Writes the product of rows x with a matrix [D, W]."""
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, BD)
-    for start in range(0, W, BW):
-        wide = start + tl.arange(0, BW)
-        within = (columns < D)[:, None] & (wide < W)[None, :]
-        kernel = tl.load(kernel_ptr + columns[:, None] * W + wide[None, :], mask=within, other=0.0)
-        y = tl.dot(x, kernel).to(y_ptr.dtype.element_ty)
-        within = is_row[:, None] & (wide < W)[None, :]
-        tl.store(y_ptr + rows[:, None] * W + wide[None, :], y, mask=within)
-
-
-@triton.jit
 def short_inputs_back(
     dq_ptr, dk_ptr, dv_ptr, db_ptr, of_q_ptr, of_k_ptr, of_v_ptr, of_b_ptr,
     dx_ptr,

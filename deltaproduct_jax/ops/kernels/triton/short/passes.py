@@ -27,15 +27,14 @@ class Cut:
 
 
 CUTS = {
-    "short_mlp": Cut(128, 64, Launch(8, stages=2)),
-    "short_mlp_back": Cut(128, 32, Launch(8, stages=2)),
-    "short_output": Cut(64, 0, Launch(4, stages=2)),
-    "short_output_back": Cut(64, 0, Launch(4, stages=2)),
-    "short_inputs": Cut(128, 64, Launch(8, stages=3)),
+    "short_mlp": Cut(64, 64, Launch(4, stages=2)),
+    "short_mlp_back": Cut(128, 64, Launch(8, stages=2)),
+    "short_output": Cut(64, 0, Launch(4, stages=3)),
+    "short_output_back": Cut(64, 0, Launch(4, stages=1)),
     "short_inputs_back": Cut(128, 64, Launch(8, stages=3)),
     "short_head": Cut(64, 0, Launch(4, stages=1)),
     "short_head_back": Cut(64, 0, Launch(8, stages=2)),
-    "short_lookup_back": Cut(64, 0, Launch(8, stages=3)),
+    "short_lookup_back": Cut(128, 0, Launch(8, stages=3)),
 }
 
 
@@ -95,12 +94,6 @@ def output_back(o, scale, kernel, dout, *, eps: float):
     outs = o, _sums("short_output_back", dout, o.shape[2]), o
     do, dscale, y = _launched("short_output_back", arrays, outs, dout, o=o, eps=eps)
     return do, jnp.sum(dscale, axis=0), y
-
-
-def inputs(x, *kernels):
-    """Products of rows [N, D] with four matrices [D, ...]."""
-    outs = [jax.ShapeDtypeStruct((len(x), w.shape[1]), x.dtype) for w in kernels]
-    return _launched("short_inputs", (x, *kernels), outs, x, **_widths(kernels))
 
 
 def inputs_back(dq, dk, dv, db, *kernels):
