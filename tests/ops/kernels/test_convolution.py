@@ -90,9 +90,11 @@ def test_kernels_of_short_rows_compile_for_hopper(everything):
     rows = everything["short"]
     assert set(rows) == set(short_passes.CUTS)
     assert not any(row["atomics"] for row in rows.values()), rows
-    # One has a sum in registers beside two tiles, and no room for some numbers.
-    assert rows.pop("short_head_back")["spilt_bytes"] < 64
-    assert not any(row["spilt_bytes"] for row in rows.values()), rows
+    # One has a sum in registers beside two tiles, one all that it writes: no room for some numbers.
+    spilt = {name: row["spilt_bytes"] for name, row in rows.items() if row["spilt_bytes"]}
+    assert spilt.pop("short_head_back") < 64
+    assert spilt.keys() <= {"short_mlp_back"}, spilt
+    assert rows["short_mlp_back"]["spills_in_loops"] == 0
 
 
 @pytest.mark.slow
