@@ -144,6 +144,17 @@ def test_a_script_says_its_source_what_to_expect_and_how_long_it_takes(path):
     assert not missing, f"the docstring of {name_of(path)} has no line with {missing}"
 
 
+def test_forms_of_rows_are_chosen_in_one_place():
+    """Whoever else has rows of channels asks there, and what is above the ops launches nothing."""
+    door, forms = "deltaproduct_jax.ops.blocks.rows", ("wide", "short")
+    kernels = "deltaproduct_jax.ops.kernels"
+    for path in PACKAGE.rglob("*.py"):
+        for form in (f"deltaproduct_jax.ops.blocks.{form}" for form in forms):
+            assert name_of(path) == door or not imports_module(path, form), name_of(path)
+        if path.relative_to(PACKAGE).parts[0] not in ("ops", "compilers"):
+            assert not imports_module(path, kernels), f"{name_of(path)} imports kernels"
+
+
 def test_matplotlib_is_imported_in_one_place():
     """Where a figure is drawn: training works without it."""
     places = {path for path in FILES if TESTS not in path.parents}

@@ -38,7 +38,7 @@ from deltaproduct_jax.layers.short_conv import (
     segment_runs,
 )
 from deltaproduct_jax.ops.api import delta_product, delta_product_step
-from deltaproduct_jax.ops.blocks import rows, short_rows
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, READ_POINT, convolved_parts
 from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.raw import takes_raw
@@ -244,9 +244,9 @@ class GatedDeltaProduct(DeltaRuleMixer[DeltaProductState]):
             q, k, v, beta, tails = self._read_together(x, state, segment_ids, length, choice)
             return q, k, v, beta, self._decay(x) if self.use_forget_gate else None, tails
 
-        if raw and x.dtype == self.dtype and short_rows.takes(x):
+        if raw and x.dtype == self.dtype and rows.takes_products(x):
             matrices = [m.kernel[...].astype(x.dtype) for m in self._joined_maps()[0]]
-            q, k, v, b = (checkpoint_name(y, POINT) for y in short_rows.products(x, matrices))
+            q, k, v, b = (checkpoint_name(y, POINT) for y in rows.products(x, matrices))
             b, tails = b.reshape(B, T, R, Hv), [*state[1:]]
         else:
             units = {"unit_width": K if choice.may_run_kernel else None, "choice": choice}

@@ -17,7 +17,7 @@ from deltaproduct_jax.layers.initializers import (
 )
 from deltaproduct_jax.layers.mixer import SequenceMixer, State
 from deltaproduct_jax.layers.projection import Parts, value_width
-from deltaproduct_jax.ops.blocks import rows, short_rows
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 
@@ -207,9 +207,7 @@ class HeadMixer(DrawnMixer[State]):
         """
         if by_kernel:
             kernel = self.o_proj.kernel[...].astype(o.dtype)
-            outputs = jax.ShapeDtypeStruct((*o.shape[:2], kernel.shape[1]), o.dtype)
-            of = short_rows if short_rows.takes(outputs, o.shape[3]) else rows
-            return of.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
+            return rows.norm_product(o, self.o_norm.scale[...], kernel, self.o_norm.eps)
         o = self.o_norm(o)
         if gate is not None:
             o = o * activation(gate.reshape(o.shape))

@@ -11,9 +11,8 @@ from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.initializers import mlp_down_init
 from deltaproduct_jax.layers.norm import RMSNorm
 from deltaproduct_jax.layers.projection import over_tokens
-from deltaproduct_jax.ops.blocks import short_rows
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.blocks.rows import HIDDEN_POINT as POINT
-from deltaproduct_jax.ops.blocks.rows import residual_swiglu
 from deltaproduct_jax.ops.parts import placement
 
 
@@ -81,10 +80,8 @@ class SwiGLU(nnx.Module):
         joined = getattr(self, "joined", None) or self.joined_kernels(axis)
         first = joined["gate_up"][...].astype(x.dtype)
         down = self.down_proj.kernel[...].astype(x.dtype)
-        arrays = x, more, reached, norm.scale[...], first, down, norm.eps
-        if short_rows.takes(x):
-            return short_rows.residual_swiglu(*arrays)
-        return residual_swiglu(*arrays, keeps)
+        arrays = x, more, reached, norm.scale[...], first, down
+        return rows.residual_swiglu(*arrays, norm.eps, keeps)
 
     def joined_kernels(self, axis: int | None = 1) -> dict[str, jax.Array]:
         """The kernels of gate and up along one axis; None: a new one between the others."""

@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deltaproduct_jax.models import SequenceModel
-from deltaproduct_jax.ops.blocks import short_rows
+from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.parts import explicit_names
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
@@ -77,7 +77,7 @@ def losses_of(
     if settings.chunk_size is None:
         is_whole = layout is None or layout.is_one
         if is_whole and isinstance(model, SequenceModel) and not _is_laid_out(model):
-            found = _of_short_rows(model, batch, packed)
+            found = _without_logits(model, batch, packed)
             if found is None:
                 logits, reached = model.unspoilt(batch.inputs, **packed)
                 found = cross_entropy.of_tokens(logits, batch.targets, batch.mask, reached)
@@ -96,7 +96,7 @@ def _is_laid_out(model: nnx.Module) -> bool:
     return any(any(explicit_names(x)) for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
-def _of_short_rows(
+def _without_logits(
     model: SequenceModel, batch: Batch, packed: dict[str, jax.Array]
 ) -> cross_entropy.OfTokens | None:
     """What a GPU finds of few channels and ids without logits; None of others.
@@ -107,13 +107,13 @@ def _of_short_rows(
     kind = config.jax_dtypes["dtype"]
     x_BTD = jax.ShapeDtypeStruct((*batch.inputs.shape, config.hidden_size), kind)
     of_tokens = batch.targets, batch.mask
-    is_taken = short_rows.takes(x_BTD, config.vocab_size, batch.inputs, *of_tokens)
+    is_taken = rows.takes_head(x_BTD, config.vocab_size, batch.inputs, *of_tokens)
     if not (is_taken and model.runs_kernel(x_BTD)):
         return None
     x_BTD, reached = model.before_head(batch.inputs, **packed)
     norm = model.norm
     arrays = x_BTD, norm.scale[...], model.head_kernel, *of_tokens
-    return cross_entropy.of_sums(short_rows.head_sums(*arrays, norm.eps), batch.mask, reached)
+    return cross_entropy.of_sums(rows.head_sums(*arrays, norm.eps), batch.mask, reached)
 
 
 def _of_logits(

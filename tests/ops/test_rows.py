@@ -12,7 +12,7 @@ from quick import quick
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.sequence_model import Block
 from deltaproduct_jax.ops import kernels
-from deltaproduct_jax.ops.blocks import logits, rows, short_rows
+from deltaproduct_jax.ops.blocks import logits, rows, short, wide
 from deltaproduct_jax.ops.kernels.triton import passes
 
 B, T, D, F, EPS = 2, 5, 8, 12, 1e-5
@@ -62,13 +62,13 @@ PAIRS = {
     "short rows": (
         lambda x, scale, more, gate, up, down: (
             jnp.sin(
-                short_rows.residual_swiglu(
+                rows.residual_swiglu(
                     x, more, jnp.zeros((B, T), bool), scale, jnp.hstack([gate, up]), down, EPS
                 )
             )
-            + down_from(short_rows.products(x, [gate, up, gate + up, down.T]), down)
-            + down_from([short_rows.norm_product(heads(x), scale[:4], gate, EPS)], down)
-            + sum(short_rows.head_sums(x, scale, gate, IDS, MASK, EPS)[:2])[..., None]
+            + down_from(rows.products(x, [gate, up, gate + up, down.T]), down)
+            + down_from([rows.norm_product(heads(x), scale[:4], gate, EPS)], down)
+            + sum(rows.head_sums(x, scale, gate, IDS, MASK, EPS)[:2])[..., None]
         ),
         lambda x, scale, more, gate, up, down: (
             jnp.sin(swiglu(x, scale, more, gate, up, down))
@@ -89,8 +89,17 @@ def assert_close(a, b):
     assert max(jax.tree.leaves(jax.tree.map(error, a, b))) < 1e-5
 
 
+def one_form(monkeypatch, form):
+    """Rows are short or wide, and the other form of what has both is not there."""
+    monkeypatch.setattr(short, "takes", lambda *_: form is short)
+    for name in ("residual_swiglu", "norm_product"):
+        monkeypatch.delattr(wide if form is short else short, name)
+
+
 @pytest.mark.parametrize("name", PAIRS)
-def test_values_and_derivatives_are_those_of_the_equation(name):
+def test_values_and_derivatives_are_those_of_the_equation(name, monkeypatch):
+    one_form(monkeypatch, short if name == "short rows" else wide)
+
     def derivatives(function):
         loss = lambda *arrays: jnp.sum(jnp.sin(function(*arrays)))
         gradient = jax.grad(loss, (0, 1, 2, 3, 4, 5))
@@ -147,7 +156,7 @@ def test_what_is_not_finite_reaches_as_far_as_in_a_block_that_is_not_fused(monke
 
 def test_short_rows_have_few_channels_and_ids_in_16_bits_on_a_large_gpu(monkeypatch):
     def takes(*shape, width=1, dtype="bfloat16", sources=()):
-        return short_rows.takes(jax.ShapeDtypeStruct(shape, dtype), width, *sources)
+        return short.takes(jax.ShapeDtypeStruct(shape, dtype), width, *sources)
 
     monkeypatch.setattr(kernels, "is_installed", lambda name: False)
     assert not takes(B, T, 128)
@@ -164,3 +173,13 @@ def test_short_rows_have_few_channels_and_ids_in_16_bits_on_a_large_gpu(monkeypa
         assert takes(2, T, 128, sources=[ids]) == whole
     monkeypatch.setenv(passes.COMPUTE_CAPABILITY_VARIABLE, "89")
     assert not takes(B, T, 128)
+
+
+def test_a_product_of_norms_is_short_where_its_output_and_a_head_are(monkeypatch):
+    asked = []
+    takes = lambda x, width, *sources: asked.append((x.shape, x.dtype, width, len(sources)))
+    monkeypatch.setattr(short, "takes", takes)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, "bfloat16")
+    arrays = array(B, T, 8, 32), array(32), array(256, 16)
+    assert jax.eval_shape(lambda *given: rows.norm_product(*given, EPS), *arrays).shape[-1] == 16
+    assert asked == [((B, T, 16), jnp.bfloat16, 32, 1)]

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, SequenceModel
-from deltaproduct_jax.ops.blocks import short_rows
+from deltaproduct_jax.ops.blocks import short
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Batch
@@ -207,8 +207,8 @@ def test_a_head_without_logits_has_the_losses_of_one_with_them(monkeypatch):
 
     monkeypatch.setattr(SequenceModel, "runs_kernel", lambda *_: True)
 
-    def found(short):
-        monkeypatch.setattr(short_rows, "takes", lambda *_: short)
+    def found(is_short):
+        monkeypatch.setattr(short, "takes", lambda *_: is_short)
         return [with_gradients(model, each, LossSettings(z_loss=0.1)) for each in (clean, batch)]
 
     for (got, got_gradient), (want, want_gradient) in zip(found(True), found(False), strict=True):
@@ -219,7 +219,7 @@ def test_a_head_without_logits_has_the_losses_of_one_with_them(monkeypatch):
 
 
 def test_a_model_that_no_kernel_runs_has_forward_mode_whatever_is_installed(monkeypatch):
-    monkeypatch.setattr(short_rows, "takes", lambda *_: True)
+    monkeypatch.setattr(short, "takes", lambda *_: True)
     graphdef, params = small()
     batch = random_batch(length=3)
     loss = lambda params: losses_of(nnx.merge(graphdef, params), batch).objective
@@ -232,7 +232,7 @@ def test_a_model_that_no_kernel_runs_has_forward_mode_whatever_is_installed(monk
 def test_what_rows_will_be_made_of_says_how_they_will_lie(monkeypatch):
     """A batch may lie over explicit axes, and what has only a shape does not tell."""
     asked, batch = [], random_batch(length=3)
-    monkeypatch.setattr(short_rows, "takes", lambda x, width, *of: asked.append(of))
+    monkeypatch.setattr(short, "takes", lambda x, width, *of: asked.append(of))
     model = nnx.merge(*small())
     jax.eval_shape(lambda: losses_of(model, batch))
     of_head, of_embedding = asked

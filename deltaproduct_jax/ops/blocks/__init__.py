@@ -1,1 +1,1 @@
-"""Parts of a block of a model outside its mixer."""
+"""Parts of a model outside its mixers: `rows` and `logits` are asked, the others stand behind."""

@@ -8,10 +8,9 @@ Shape suffixes: B batch, T tokens, V vocabulary.
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.ops import kernels
-from deltaproduct_jax.ops.blocks.rows import by_kernel_or_plain
+from deltaproduct_jax.ops.blocks.dispatch import by_kernel_or_plain, flat, may_launch
 from deltaproduct_jax.ops.kernels.triton import row_passes as of_triton
-from deltaproduct_jax.ops.parts import explicit_names, placement
+from deltaproduct_jax.ops.parts import placement
 
 # Of fewer XLA's reductions take a row at a time, and a program for each is slower.
 LEAST_VOCABULARY = 4096
@@ -20,13 +19,11 @@ LEAST_VOCABULARY = 4096
 def takes_kernel(logits: jax.Array) -> bool:
     """Whether a GPU runs `sums` of these by kernels."""
     return (
-        kernels.is_installed("triton")
-        and all(isinstance(size, int) for size in logits.shape)
+        may_launch(logits)
         and logits.size > 0
         and logits.shape[-1] >= LEAST_VOCABULARY
         and of_triton.unsupported(dtype=logits.dtype, D=1) is None
         and placement() is None
-        and not any(explicit_names(logits))
     )
 
 
@@ -93,13 +90,13 @@ def ids(logits: jax.Array) -> jax.Array:
 
 
 def _by_kernel(logits, *of_tokens):
-    flat = logits.reshape(-1, logits.shape[-1]), *(x.reshape(-1) for x in of_tokens)
-    return tuple(x.reshape(logits.shape[:-1]) for x in of_triton.logit_sums(*flat))
+    arrays = flat(logits), *(x.reshape(-1) for x in of_tokens)
+    return tuple(x.reshape(logits.shape[:-1]) for x in of_triton.logit_sums(*arrays))
 
 
 def _back_by_kernel(logits, *of_tokens):
-    flat = logits.reshape(-1, logits.shape[-1]), *(x.reshape(-1) for x in of_tokens)
-    return (of_triton.logit_back(*flat).reshape(logits.shape),)
+    arrays = flat(logits), *(x.reshape(-1) for x in of_tokens)
+    return (of_triton.logit_back(*arrays).reshape(logits.shape),)
 
 
 # Never over a mesh, so that layouts are not asked for.
