@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from deltaproduct_jax.ops.blocks import lookup, short
+from deltaproduct_jax.ops.blocks import lookup, rows, short
 from deltaproduct_jax.ops.blocks.lookup import FEW_ROWS
 
 ROWS, D = 11, 8
@@ -47,6 +47,14 @@ def test_all_gradients_are_the_sums(form, dtype, bound, monkeypatch):
 def _with_gradient(rows_of, table, ids, cotangents):
     rows, pull = jax.vjp(lambda table: rows_of(table, ids), table)
     return rows, pull(cotangents)[0]
+
+
+@pytest.mark.parametrize("form", WHOLE)
+def test_rows_that_are_short_have_that_form(form, monkeypatch):
+    monkeypatch.setattr(short, "takes", lambda *_: form == "short")
+    monkeypatch.setattr(short, "lookup", lambda *_: "short")
+    monkeypatch.setattr(lookup, "plain", lambda *_: "plain")
+    assert rows.lookup(*case("bfloat16")[:2]) == form
 
 
 @pytest.mark.parametrize("form", ["taken", "multiplied"])
