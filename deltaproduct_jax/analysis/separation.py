@@ -210,8 +210,17 @@ def discriminating_directions(means: np.ndarray) -> np.ndarray:
     return rows[sizes > SMALLEST_DIRECTION * sizes[0]].T
 
 
-def separation(states: np.ndarray, classes: np.ndarray, means: np.ndarray) -> Separation:
+def separation(
+    states: np.ndarray, classes: np.ndarray, means: np.ndarray, others: np.ndarray | None = None
+) -> Separation:
     """Ratio and shift of each position, over the classes that are there.
+
+    A mean of m states strays by a part 1 / m of their square from the class that it stands for, in
+    directions that tell nothing too. Were an error taken from it and measured along a line to it,
+    that part would come out as a shift; where such directions are wide it is the larger one. So
+    errors from one mean are measured along lines between ``others``, and the other way round, and a
+    square is the product of both. No two of the states, the means and the others are to be of the
+    same words.
 
     A root mean square over few states is a noisy one, and the largest of several is too large by
     that: give some 20 words a class.
@@ -220,28 +229,36 @@ def separation(states: np.ndarray, classes: np.ndarray, means: np.ndarray) -> Se
         states: ``[N, P, F]``.
         classes: ``[N, P]``.
         means: ``[G, F]``, the references.
+        others: the same of other words; None where the references are exact.
 
     Raises:
         ConfigError: two classes have the same mean.
     """
-    towards = means[None] - means[:, None]  # [G, G, F], from the first to the second
-    squares = (towards**2).sum(-1)
+    pair = (means, means if others is None else others)
+    towards = [each[None] - each[:, None] for each in pair]  # [G, G, F], from the first on
+    squares = (towards[0] * towards[1]).sum(-1)
     np.fill_diagonal(squares, np.inf)
     if squares.min() <= SMALLEST_DIRECTION**2 * np.max(
         squares, where=np.isfinite(squares), initial=0
     ):
         g, other = np.unravel_index(squares.argmin(), squares.shape)
-        raise ConfigError(f"classes {g} and {other} have the same mean state; they must differ")
-    lines = towards / squares[..., None]
+        raise ConfigError(
+            f"classes {g} and {other} have the same mean state, as far as so many words tell; they "
+            "must differ"
+        )
     ratios, shifts = [], []
     for at in range(states.shape[1]):
         of_classes = []
         for g in np.unique(classes[:, at]):
-            error = states[classes[:, at] == g, at].astype(np.float64) - means[g]
-            along = error @ lines[g].T  # [n, G], in units of the distance; 0 to itself
-            sizes = np.sqrt((along**2).mean(0))
+            here = states[classes[:, at] == g, at].astype(np.float64)
+            # [n, G], in units of the distance; 0 to itself.
+            first, second = (
+                (here - mean[g]) @ lines[g].T / squares[g]
+                for mean, lines in zip(pair, reversed(towards), strict=True)
+            )
+            sizes = np.sqrt(np.maximum((first * second).mean(0), 0))
             worst = sizes.argmax()
-            of_classes.append((sizes[worst], along[:, worst].mean()))
+            of_classes.append((sizes[worst], (first + second)[:, worst].mean() / 2))
         ratio, shift = np.mean(of_classes, axis=0)
         ratios.append(ratio)
         shifts.append(shift)

@@ -148,17 +148,24 @@ def look_at(
         )
     if not task.answers_every_token:
         raise ConfigError(f"{name} answers late (repeat_elements, merge_elements); both must be 1")
-    batch = task.batch(jax.random.key(options.seed), options.words, options.length)
+    draw = jax.jit(task.batch, static_argnums=(1, 2))  # op by op it takes ten times as long
+    key, reference_to = jax.random.key(options.seed), fit_length // 4
+    batch = draw(key, options.words, options.length)
     words, classes = np.asarray(batch.inputs), np.asarray(batch.targets)[:, 1:]
-    reference_to = fit_length // 4
-    early = separation.read_words(model, words[:, : reference_to + 1], options.layer).states[:, 1:]
-    means = separation.reference_means(early, classes[:, :reference_to], task.num_elements)
-    along = separation.discriminating_directions(means).astype(np.float32)
+    references = []
+    for number in (1, 2):
+        early = draw(jax.random.fold_in(key, number), options.words, reference_to)
+        states = separation.read_words(model, np.asarray(early.inputs), options.layer).states[:, 1:]
+        targets = np.asarray(early.targets)[:, 1:]
+        references.append(separation.reference_means(states, targets, task.num_elements))
+    along = separation.discriminating_directions(np.concatenate(references)).astype(np.float32)
     answers, states = separation.read_words(model, words, options.layer, along)
     positions = positions_of(options.length, fit_length)
     correct = answers[:, 1:] == classes
     found = separation.separation(
-        states[:, positions], classes[:, positions - 1], means @ along.astype(np.float64)
+        states[:, positions],
+        classes[:, positions - 1],
+        *(means @ along.astype(np.float64) for means in references),
     )
     # Tokens since the middle of the positions whose states are the reference.
     since = positions - (reference_to + 1) / 2

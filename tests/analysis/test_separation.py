@@ -45,6 +45,23 @@ def test_the_line_that_is_worst_counts():
     np.testing.assert_allclose([found.ratio, found.shift], 0.5)
 
 
+@pytest.mark.parametrize(("wide", "states_of_a_class"), [(2000, 10), (300, 40), (2000, 100)])
+def test_what_tells_nothing_is_no_shift(wide, states_of_a_class):
+    """Errors that stay as they are, and are far larger across the line than along it."""
+    rng = np.random.default_rng(0)
+    centres = np.zeros((3, wide))
+    centres[:, :3] = np.eye(3) * 8  # 11.3 apart, errors of 1 in each direction
+    classes = np.arange(3).repeat(states_of_a_class)[:, None]
+    draw = lambda: centres[classes] + rng.normal(size=(len(classes), 1, wide))
+    first, second = (separation.reference_means(draw(), classes, 3) for _ in range(2))
+    found = [separation.separation(draw(), classes, first, second) for _ in range(4)]
+    ratio, shift = np.mean(found, axis=0)
+    assert ratio == pytest.approx(1 / 128**0.5, rel=0.25)
+    assert abs(shift) < 0.02 + 3 * wide**0.5 / states_of_a_class / 128  # what chance leaves
+    alone = separation.separation(draw(), classes, first)
+    assert alone.shift > 0.5 * wide / states_of_a_class / (128 + 2 * wide / states_of_a_class)
+
+
 def test_references_and_directions():
     states = np.array([[[0.0, 0, 5], [2.0, 0, 5]], [[4.0, 0, 5], [8.0, 0, 5]]], np.float32)
     classes = np.array([[0, 0], [1, 1]])
