@@ -161,7 +161,7 @@ def test_matplotlib_is_imported_in_one_place():
     found = {name_of(path) for path in places if imports_module(path, "matplotlib")}
     style = EXPERIMENTS / "lib" / "figures" / "style.py"
     under_type_checking = {name_of(style)} | {
-        f"experiments.lib.figures.{name}" for name in ("curves", "geometry", "searched")
+        f"experiments.lib.figures.{name}" for name in ("curves", "geometry", "searched", "texts")
     }
     assert found <= under_type_checking
     for name in found:

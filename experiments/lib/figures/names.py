@@ -34,6 +34,7 @@ VALUES = {
     "flashqla": "FlashQLA",
     "flashqla_interleaved": "FlashQLA, interleaved",
     "plain": "plain scan",
+    "triton": "Triton",
     "pallas_tpu": "Pallas (TPU)",
     "forward+backward": "forward + backward",
     "step": "one token",

@@ -27,6 +27,9 @@ LAW = {"linestyle": (0, (1, 1)), "linewidth": 0.9}
 # A construction has one colour and marker in every dtype, so that the legend stays short.
 SOLID = {"linestyle": "-"}
 HOLLOW = {"linestyle": "--", "markerfacecolor": "white"}
+# From a point to the right: it lies farther that way.
+BEYOND = {"arrowstyle": "<-", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 2}
+YET = {"marker": r"$\rightarrow$", "linestyle": "none", "color": "k", "markersize": 8}
 FAILS = {"color": "k", "marker": "x", "linestyle": "none"}
 
 
@@ -36,7 +39,8 @@ def draw_separation(
 ) -> list[Path]:
     """Draws every model's ratio with its law, and beside it predicted over measured positions.
 
-    In a column the second panel stands below the first.
+    Runs and constructions, whose ratios are powers of ten apart, have a panel each. In a column all
+    panels stand one below the other.
 
     Args:
         models: entries of separation.json.
@@ -47,33 +51,64 @@ def draw_separation(
     Returns:
         The files written.
     """
+    kinds = [made for made in (False, True) if any((m["trained"] is None) == made for m in models)]
     if look.is_narrow(2):
-        figure, panels = new_panels(look, 2, 1, 2.1, height_ratios=(1.2, 1))
+        figure, panels = new_panels(look, len(kinds) + 1, 1, 2.0)
     else:
-        figure, panels = new_panels(look, 1, 2, 2.4, width_ratios=(1.5, 1))
-    curves, failures = panels.flat
+        figure, panels = new_panels(look, 1, len(kinds) + 1, 2.4)
     styles, named = _styles([model["name"] for model in models])
-    for index, (model, style) in enumerate(zip(models, styles, strict=True)):
-        _draw_curve(curves, style | {"markevery": series(index)["markevery"]}, model)
-        if model["failed"] and model["predicted"]:
-            failures.loglog(model["failed"], model["predicted"], **style)
-    curves.axhline(limit, color=GREY, linewidth=0.8)
-    ratios = np.maximum(np.concatenate([[limit], *(m["ratio"] for m in models)]), SMALLEST)
+    styled = list(zip(models, styles, strict=True))
+    *curves, failures = panels.flat
+    for axes, made in zip(curves, kinds, strict=True):
+        _draw_kind(axes, [(m, s) for m, s in styled if (m["trained"] is None) == made], limit)
+    held = _draw_failures(failures, styled)
+    named |= {"law beyond the fit": mark(color="k", **LAW), "fails": mark(**FAILS)}
+    named |= {"limit": mark(color=GREY, linewidth=0.8)}
+    add_legend(figure, named | ({"has not failed yet": mark(**YET)} if held else {}))
+    return save(figure, path, look)
+
+
+def _draw_kind(
+    axes: Any, kind: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], limit: float
+) -> None:
+    """The ratios of models of one kind."""
+    for index, (model, style) in enumerate(kind):
+        _draw_curve(axes, style | {"markevery": series(index)["markevery"]}, model)
+    axes.axhline(limit, color=GREY, linewidth=0.8)
+    ratios = np.maximum(np.concatenate([[limit], *(m["ratio"] for m, _ in kind)]), SMALLEST)
     # What is measured fills the axis; a law that is far off leaves it.
-    curves.set_ylim(ratios.min() / MARGIN, ratios.max() * MARGIN)
-    plain_log(curves.yaxis, curves.get_ylim())
-    curves.set(xlabel="position", ylabel="spread / distance of classes")
-    plain_log(curves.xaxis, curves.get_xlim())
-    both = [(m["failed"], m["predicted"]) for m in models if m["failed"] and m["predicted"]]
+    axes.set_ylim(ratios.min() / MARGIN, ratios.max() * MARGIN)
+    plain_log(axes.yaxis, axes.get_ylim())
+    what = "trained" if kind[0][0]["trained"] else "constructed"
+    axes.set(xlabel="position", ylabel="spread / distance of classes", title=what)
+    plain_log(axes.xaxis, axes.get_xlim())
+
+
+def _draw_failures(
+    axes: Any, styled: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]
+) -> bool:
+    """Predicted over measured failures; whether there is one that was predicted and did not come.
+
+    Of a model that was to fail among the positions read, and has not, an arrow stands at the last.
+    """
+    both, held = [], False
+    for model, style in styled:
+        failed, last, predicted = model["failed"], model["positions"][-1], model["predicted"]
+        if not predicted or (not failed and predicted > last):
+            continue
+        both.append((failed or last, predicted))
+        axes.loglog(*both[-1], **style)
+        if not failed:
+            held = True
+            axes.annotate("", both[-1], (12, 0), textcoords="offset points", arrowprops=BEYOND)
     if both:
         ends = 0.7 * np.min(both), 1.4 * np.max(both)
-        failures.plot(ends, ends, color=GREY, linewidth=0.8)
-        for axis in (failures.xaxis, failures.yaxis):
-            plain_log(axis, ends)
-    failures.set(xlabel="fails at", ylabel="predicted")
-    named |= {"law beyond the fit": mark(color="k", **LAW), "fails": mark(**FAILS)}
-    add_legend(figure, named | {"limit": mark(color=GREY, linewidth=0.8)})
-    return save(figure, path, look)
+        axes.set(xlim=(ends[0], ends[1] * (4 if held else 1)), ylim=ends)
+        axes.plot(ends, ends, color=GREY, linewidth=0.8)
+        for axis, limits in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, ends)):
+            plain_log(axis, limits)
+    axes.set(xlabel="fails at position", ylabel="predicted to fail at", title="where they fail")
+    return held
 
 
 def _styles(models: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

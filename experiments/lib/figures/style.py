@@ -17,6 +17,7 @@ import numpy as np
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import check_fields, setting
+from experiments.lib.figures.texts import fit_texts, letters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,18 +209,13 @@ def add_legend(figure: "Figure", named: Mapping[str, Any] | None = None) -> None
                 named.setdefault(label, handle)
     if not named:
         return
-    widest = max(_letters(label) for label in named) * LETTER + HANDLE
+    widest = max(letters(label) for label in named) * LETTER + HANDLE
     columns = max(1, min(len(named), int(figure.get_size_inches()[0] / widest)))
     rows = math.ceil(len(named) / columns)
     columns = math.ceil(len(named) / rows)  # as full as the others
     width, height = figure.get_size_inches()
     figure.set_size_inches(width, height + 0.15 * rows)
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
-
-
-def _letters(label: str) -> int:
-    """Those that are seen, of a label with mathematics."""
-    return len(label) - sum(label.count(sign) for sign in "$_{}\\")
 
 
 def close_grid(panels: np.ndarray, used: int, xlabel: str = "", ylabel: str | None = None) -> None:
@@ -316,7 +312,7 @@ def mark(**style: Any) -> Any:
 
 
 def save(figure: "Figure", path: Path, look: Look) -> list[Path]:
-    """Writes a figure in each of its formats; their paths.
+    """Writes a figure in each of its formats, its texts broken where they must be; their paths.
 
     Args:
         figure: as `new_panels` made it.
@@ -326,6 +322,7 @@ def save(figure: "Figure", path: Path, look: Look) -> list[Path]:
     Raises:
         RunDirectoryError: that fails.
     """
+    fit_texts(figure)
     files = look.files(path)
     for file in files:
         kind, buffer = file.suffix[1:], io.BytesIO()
