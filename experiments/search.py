@@ -90,8 +90,8 @@ class SearchConfig:
     )
     metric: str | None = setting(
         None,
-        "path of the number in an entry of results.json's test; none: strict.scaled_accuracy, "
-        "strict.sequence_accuracy or strict.token_accuracy, the first that the task has",
+        "path of the number in an entry of results.json's test; none: what is published of the "
+        "task, strict.scaled_accuracy, .sequence_accuracy or, of recall, .token_accuracy",
     )
     length: int | None = setting(None, "test length looked at; none: the longest of each run")
     threshold: float = setting(0.9, "score from which a run has escaped")

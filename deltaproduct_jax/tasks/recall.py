@@ -40,6 +40,8 @@ class RecallScore(Score):
 class RecallTask:
     """Multi-query associative recall; raises ConfigError where the fields make no sense."""
 
+    reported = "token_accuracy"  # of a score, the number that is published: queries answered
+
     train_length: int = setting(64, "tokens T of a training sequence, an even number")
     num_pairs: int = setting(4, "pairs N of a key and a value in a training sequence")
     eval_lengths: tuple[int, ...] | None = setting(

@@ -48,7 +48,7 @@ SPACE: dict[str, tuple[str, ...]] = {
 RATE, END, SEED, MIXER = "learning_rate", "end_learning_rate", "seed", "mixer"
 FINAL = 0.01  # of a learning rate, where its schedule ends
 FIRST_FRESH = 1000  # seeds from here on choose nothing
-# What is reported unless something else is said: the first that a task's test scores have.
+# What is reported unless something else, or the task, says so: the first that test scores have.
 SCORES = ("strict.scaled_accuracy", "strict.sequence_accuracy", "strict.token_accuracy")
 Settings = dict[str, str]  # flags as they are written
 Scores = tuple[float, ...]
@@ -216,7 +216,7 @@ def finished(folders: Sequence[RunFolder]) -> list[Record]:
 def reported_of(
     arms: Sequence[Arm], script: str, fixed: str, metric: str | None, length: int | None
 ) -> str:
-    """The metric that is reported: as given, or the first of `SCORES` that the arms' task has.
+    """The metric that is reported: as given, or the arms' task's, or the first of `SCORES` there.
 
     Args:
         arms: all of them.
@@ -237,7 +237,8 @@ def reported_of(
         asked = identity({"task": saved["task"], **{name: saved["train"][name] for name in same}})
         name = label(list(arm.settings), tuple(arm.settings.values()))
         record = found.setdefault(asked, Record(name, {}, {"test": entries_of(config, length)}))
-        metric = metric_of(record, length) if metric is None else metric
+        first = getattr(config.task, "reported", None)
+        metric = metric_of(record, length, first) if metric is None else metric
         record.score(metric, length)
     return metric
 
@@ -261,10 +262,11 @@ def entries_of(config: RunConfig, length: int | None) -> list[dict[str, Any]]:
     return [entry if other == length else {"length": other} for other in lengths]
 
 
-def metric_of(record: Record, length: int | None) -> str:
-    """The first of `SCORES` that a run has; without any, the first."""
+def metric_of(record: Record, length: int | None, first: str | None = None) -> str:
+    """The ``first`` score that a run has, or else of `SCORES`; without any, their first."""
     strict = record.entry(length).get("strict", {})
-    there = (path for path in SCORES if path.removeprefix("strict.") in strict)
+    wanted = SCORES if first is None else (f"strict.{first}", *SCORES)
+    there = (path for path in wanted if path.removeprefix("strict.") in strict)
     return next(there, SCORES[0])
 
 

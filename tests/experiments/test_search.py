@@ -145,6 +145,15 @@ def test_the_first_score_that_a_task_has_is_reported():
         (("token_accuracy",), "strict.token_accuracy"),
     ):
         assert searches.metric_of(record(*names), 4) == metric
+    arms = [searches.Arm({"mixer": "gla"}, [])]
+    fixed = "train_length=16;num_pairs=2;eval_sequences=8;eval_batch_size=8"
+    for script, more, metric in (
+        ("recall", "", "strict.token_accuracy"),  # of MQAR queries are published, not sequences
+        ("formal_languages", ";language=parity;curriculum=()", "strict.scaled_accuracy"),
+        ("state_tracking", ";group=Z2;curriculum=()", "strict.sequence_accuracy"),
+    ):
+        own = fixed.replace("num_pairs=2;", "") if script != "recall" else fixed
+        assert searches.reported_of(arms, script, f"{own}{more}", None, None) == metric
 
 
 @pytest.mark.parametrize(("together", "said"), [(True, "4 runs in 3 programs"), (False, "4 runs")])
