@@ -4,6 +4,7 @@
     python -m experiments.figures --workdir=OUT --source=runs/paper --preset=paper
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=layers
     python -m experiments.figures --workdir=OUT --source=runs/languages --preset=languages
+    python -m experiments.figures --workdir=OUT --source=runs/paper --preset=paper_languages
     python -m experiments.figures --workdir=OUT --source=runs/groups --preset=escape
 
 ``--kind=cumulative`` draws the fraction of sequences right up to each position, a panel a value of
@@ -36,11 +37,11 @@ from experiments.lib.figures.curves import (
     panels_of,
     trained_lengths,
 )
-from experiments.lib.figures.published import keys_fit, published_points
+from experiments.lib.figures.published import keys_fit, published_points, published_scores
 from experiments.lib.figures.records import MARKDOWN, show
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.tables import escape_table, scores_table
-from experiments.lib.run_records import Record, choose, left_out, read_records
+from experiments.lib.run_records import Record, choose, grouped, left_out, read_records
 
 # The number that each kind looks at unless --metric says so.
 METRICS = {
@@ -56,6 +57,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"by": "num_householder", "published": True, "name": "paper"},
     "layers": {"by": "num_layers", "where": "num_householder=1", "name": "layers"},
     "languages": {"kind": "table", "by": "mixer", "x": "language", "name": "languages"},
+    "paper_languages": {
+        "kind": "table",
+        "by": "mixer,num_householder,allow_neg_eigval",
+        "x": "language",
+        "published": True,
+        "name": "paper_languages",
+    },
     "escape": {"kind": "escape", "name": "escape"},
 }
 
@@ -79,7 +87,11 @@ class FigureConfig:
         None, f"score from which a run has escaped; none: {THRESHOLD}"
     )
     band: bool = setting(False, "a band from the worst run to the best instead of every run's line")
-    published: bool = setting(False, "points of the paper's curves too: S5 by num_householder")
+    published: bool = setting(
+        False,
+        "what is published too: points of the paper's curves (S5 by num_householder), or the "
+        "predecessor's table of languages (by mixer)",
+    )
     name: str | None = setting(None, "of the files; none: the kind")
 
     def __post_init__(self):
@@ -91,10 +103,13 @@ class FigureConfig:
             raise ConfigError(f"threshold={self.threshold} needs kind=escape, got {self.kind!r}")
         if self.band and self.kind != "cumulative":
             raise ConfigError(f"band=True needs kind=cumulative, got {self.kind!r}")
-        if self.published and not (self.kind == "cumulative" and keys_fit(self.x, self.keys)):
+        given = self.kind, self.x, self.keys, self.metric, self.length
+        if self.published and not keys_fit(*given):
             raise ConfigError(
-                "published=True needs kind=cumulative, x=group and by=num_householder, got "
-                f"kind={self.kind}, x={self.x} and by={self.by}"
+                "published=True needs kind=cumulative, x=group and by=num_householder, or "
+                "kind=table, x=language and mixer among by, of scaled accuracy at 256 tokens, got "
+                f"kind={self.kind}, x={self.x}, by={self.by}, metric={self.metric} and "
+                f"length={self.length}"
             )
         if self.name is not None and (not self.name or Path(self.name).name != self.name):
             raise ConfigError(f"name={self.name!r} must be the name of a file, without folders")
@@ -122,6 +137,11 @@ def cumulative(records: Sequence[Record], config: FigureConfig) -> dict[str, Any
 def table(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
     """The rows of medians and bests."""
     rows = scores_table(records, config.keys, config.x, config.metric, config.length)
+    if config.published:
+        languages = [value for (value,) in grouped(records, [config.x])]
+        for row, members in zip(rows, grouped(records, config.keys).values(), strict=True):
+            scores = published_scores(members)
+            row |= {f"{language} published": scores.get(language) for language in languages}
     return {"rows": rows}
 
 

@@ -247,7 +247,7 @@ ERRORS = {
     "no csv": (["--source=absent.csv"], r"source='absent\.csv' cannot be read: No such file"),
     "published points": (
         ["--preset=paper", "--by=seed"],
-        "published=True needs kind=cumulative, x=group and by=num_householder, got .* by=seed",
+        "published=True needs kind=cumulative, x=group and by=num_householder, or .* by=seed",
     ),
     "unknown kind": (["--kind=pie"], "kind='pie' is not known; it may be one of"),
     "unknown setting": (["--x=grup"], "'grup' is no setting of run .*; did you mean 'group'"),

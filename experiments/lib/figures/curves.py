@@ -30,7 +30,11 @@ CURVE = "strict.cumulative"
 # Hollow, so that a curve below shows.
 PUBLISHED = {"linestyle": "none", "marker": "o", "markersize": 4, "fillstyle": "none"}
 # Of a score, so that the one shows around the other.
-SCORE_MARKS = {"median": {"markersize": 3}, "best": {"markersize": 6, "fillstyle": "none"}}
+SCORE_MARKS = {
+    "median": {"markersize": 3},
+    "best": {"markersize": 6, "fillstyle": "none"},
+    "published": {"markersize": 4.5, "marker": "|", "markeredgewidth": 1.5},
+}
 # Panel -> curve -> the runs [runs, positions].
 Panels = Mapping[str, Mapping[str, np.ndarray]]
 
@@ -167,10 +171,13 @@ def scores_of(record: Mapping[str, Any], look: Look) -> "Figure":
     )
     for value, axes in zip(values, cells.flat, strict=False):
         for number, (name, more) in enumerate(SCORE_MARKS.items()):
+            if f"{value} {name}" not in rows[0]:
+                continue
             there = [place for place, row in enumerate(rows) if row[f"{value} {name}"] is not None]
             scores = [rows[place][f"{value} {name}"] for place in there]
             style = points(number) | {"linestyle": "none"} | more
-            axes.plot(scores, there, label=f"{name} over runs", **style)
+            label_of = name if name == "published" else f"{name} over runs"
+            axes.plot(scores, there, label=label_of, **style)
         axes.set_title(names.pretty(label([record["x"]], (value,))))
         rows_axis(axes, rows, record["by"])
         axes.set_xlim(min(0, axes.get_xlim()[0]) - 0.03, 1.05)
@@ -213,10 +220,16 @@ def _where(record: Mapping[str, Any]) -> str:
 
 def rows_axis(axes: "Axes", rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
     """Names the rows of a table by their settings, the first at the top."""
-    said = [names.pretty(label(keys, tuple(row[key] for key in keys))) for row in rows]
+    said = [names.pretty(_label_of_row(row, keys)) for row in rows]
     axes.set_yticks(range(len(rows)), said)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
+
+
+def _label_of_row(row: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A row's settings, but for those that its mixer does not have."""
+    own = [key for key in keys if row[key] != "none"] or keys
+    return label(own, tuple(row[key] for key in own))
 
 
 def draw_bars(

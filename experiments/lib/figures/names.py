@@ -45,6 +45,8 @@ METRICS = {
     "token_accuracy": "answers right",
     "scaled_accuracy": "scaled accuracy",
 }
+# Settings that papers write otherwise: as the range of eigenvalues.
+PHRASES = {"allow_neg_eigval = true": "$[-1, 1]$", "allow_neg_eigval = false": "$[0, 1]$"}
 PROTOCOLS = {"strict": "", "paper": ", BOS counted"}
 _GROUP = re.compile(r"([SAZD])(\d+)$")
 _FACTORS = re.compile(r"\bn_h\b")
@@ -56,6 +58,8 @@ def pretty(label: str) -> str:
 
 
 def _part(part: str) -> str:
+    if part in PHRASES:
+        return PHRASES[part]
     key, equals, rest = part.partition(" = ")
     if not equals:
         return value(part)

@@ -92,10 +92,11 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def scores_markdown(rows: Sequence[Row], by: Sequence[str]) -> str:
-    """Medians and bests to three places, and numbers of runs where these are not the same."""
+    """Medians and bests to three places, numbers of runs where these differ, what is published."""
     values = [column.removesuffix(" median") for column in rows[0] if column.endswith(" median")]
     counts = {row[f"{value} runs"] for row in rows for value in values}
-    kinds = ("median", "best") if len(counts) == 1 else ("median", "best", "runs")
+    kinds = ["median", "best", *(["runs"] if len(counts) > 1 else [])]
+    kinds += ["published"] if f"{values[0]} published" in rows[0] else []
     columns = [f"{value} {kind}" for value in values for kind in kinds]
     lines = [
         [*(row[key] for key in by), *(_cell(row[column]) for column in columns)] for row in rows

@@ -1,0 +1,65 @@
+"""Our table of formal languages beside the predecessor's: which number stands beside which row."""
+
+import json
+
+import pytest
+
+from experiments import figures, redraw
+from experiments.lib.figures import published
+
+# (mixer, factors, range of eigenvalues) -> the published score of parity.
+ROWS = {
+    ("delta_net", 1, True): 1.0,
+    ("delta_net", 1, False): 0.017,
+    ("delta_net", 1, None): 1.0,  # what the mixer does by itself
+    ("transformer", None, None): 0.022,
+    ("slstm", None, None): 1.0,
+    ("delta_product", 2, True): None,
+    ("mamba2", None, False): None,  # the published one is Mamba
+}
+
+
+@pytest.fixture
+def source(tmp_path):
+    for index, (mixer, factors, reach) in enumerate(ROWS):
+        for language in published.LANGUAGES[:2]:
+            for seed in range(2):
+                run = tmp_path / "runs" / f"{index}-{language}-{seed}"
+                run.mkdir(parents=True)
+                model = {"mixer": mixer, "num_householder": factors, "allow_neg_eigval": reach}
+                config = {"task": {"language": language}, "model": model, "train": {"seed": seed}}
+                (run / "config.json").write_text(json.dumps(config))
+                strict = {"scaled_accuracy": index / 10 + seed / 20}
+                strict |= {"sequence_accuracy": 0.5, "cumulative": [0.5]}
+                entries = [{"length": 256, "loss": 1, "strict": strict}]
+                results = {"steps": 1, "best_step": 1, "parameters": {"total": 7}, "test": entries}
+                (run / "results.json").write_text(json.dumps(results))
+    return tmp_path / "runs"
+
+
+def test_published_scores_stand_in_the_row_of_their_mixer(source, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = [f"--workdir={out}", f"--source={source}"]
+    assert figures.main([*flags, "--preset=paper_languages"]) == 0
+    record = json.loads((out / "paper_languages.json").read_text())
+    found = {}
+    for row in record["rows"]:
+        reach = {"true": True, "false": False, "none": None}[row["allow_neg_eigval"]]
+        factors = None if row["num_householder"] == "none" else int(row["num_householder"])
+        found[row["mixer"], factors, reach] = row["parity published"]
+        index = list(ROWS).index((row["mixer"], factors, reach))
+        assert row["parity median"] == pytest.approx(index / 10 + 0.025)
+        assert row["parity best"] == pytest.approx(index / 10 + 0.05)
+    assert found == ROWS
+    table = (out / "paper_languages.md").read_text()
+    assert "| delta_net | 1 | false | 0.125 | 0.150 | 0.314 | 0.125 | 0.150 | 0.017 |" in table
+    picture = (out / "paper_languages.png").read_bytes()
+    redraw.command([f"--workdir={out}"])
+    assert (out / "paper_languages.png").read_bytes() == picture
+    # Runs of two ranges in one row have no number of either.
+    assert figures.main([*flags, "--preset=paper_languages", "--by=mixer"]) == 0
+    rows = json.loads((out / "paper_languages.json").read_text())["rows"]
+    assert {row["mixer"]: row["parity published"] for row in rows}["delta_net"] is None
+    for wrong in ("--by=seed", "--metric=strict.token_accuracy", "--length=40", "--x=seed"):
+        assert figures.main([*flags, "--preset=paper_languages", wrong]) == 2
+        assert "published=True needs" in capsys.readouterr().err
