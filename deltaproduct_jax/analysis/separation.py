@@ -68,7 +68,8 @@ class Words(NamedTuple):
 
     Attributes:
         answers: ``[N, T]``, its likeliest id after each token.
-        states: ``[N, T, F]`` float32, a block's state after each token, or its coordinates.
+        states: ``[N, T, F]`` float32, a block's state after each token, or its coordinates; of
+            some of the tokens ``[N, P, F]``.
     """
 
     answers: np.ndarray
@@ -137,6 +138,7 @@ def read_words(
     words: np.ndarray,
     layer: int = 0,
     directions: np.ndarray | None = None,
+    places: np.ndarray | None = None,
 ) -> Words:
     """Answers and states of words, read token by token from their start.
 
@@ -146,6 +148,7 @@ def read_words(
         layer: which block, from 0.
         directions: ``[F, r]``; the states are then coordinates along these, ``[N, T, r]``, and
             memory does not grow with F.
+        places: ``[P]`` ascending, of the tokens whose states are kept, from 0; None for all.
 
     Raises:
         ConfigError: there is no such layer, or it has no state of this kind.
@@ -159,18 +162,27 @@ def read_words(
             "or delta_product mixer, gla, mamba2 or rwkv7"
         )
     graph, params = nnx.split(model)
+    N, T = np.shape(words)
+    kept = np.arange(T) if places is None else np.asarray(places)
+    slots = np.full(T, len(kept))  # of tokens whose states are not kept, one behind the others
+    slots[kept] = np.arange(len(kept))
+    width = math.prod(state.recurrent.shape[1:]) if directions is None else directions.shape[1]
 
     @jax.jit
     def read(params: nnx.State, words_TN: jax.Array, along: jax.Array | None):
-        def token(state, ids):
+        def token(carry, entry):
+            (state, states), (ids, slot) = carry, entry
             logits, state = nnx.merge(graph, params).step(state, ids)
-            seen = state[layer].recurrent.reshape(len(ids), -1)
+            seen = state[layer].recurrent.reshape(N, -1)
             if along is not None:
                 seen = jnp.matmul(seen, along, precision="highest")
-            return state, (jnp.argmax(logits, axis=-1), seen.astype(jnp.float32))
+            states = states.at[slot].set(seen.astype(jnp.float32))
+            return (state, states), jnp.argmax(logits, axis=-1)
 
-        start = nnx.merge(graph, params).init_state(words_TN.shape[1])
-        return jax.lax.scan(token, start, words_TN)[1]
+        start = nnx.merge(graph, params).init_state(N)
+        states = jnp.zeros((len(kept) + 1, N, width), jnp.float32)
+        (_, states), answers = jax.lax.scan(token, (start, states), (words_TN, slots))
+        return answers, states[:-1]
 
     along = None if directions is None else jnp.asarray(directions, jnp.float32)
     found = jax.device_get(read(params, jnp.asarray(words, jnp.int32).T, along))

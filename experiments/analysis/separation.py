@@ -54,6 +54,7 @@ from experiments.lib.theory.geometry import ONE_LAYER
 
 FARTHEST = 10**9  # a law that crosses later is taken for one that does not
 POINTS_BEYOND = 48  # positions looked at behind those that a law is fitted to
+ENOUGH = 20  # words a class; the largest of noisy ratios is taken
 CONSTRUCTION_FIT = 32  # a construction's length of training, as it has none
 
 
@@ -66,7 +67,7 @@ class SeparationConfig:
     dtypes: tuple[str, ...] = setting(
         ("float32",), f"constructions are read in each of these; some of {', '.join(DTYPES)}"
     )
-    words: int = setting(1024, "random words of each group", least=1)
+    words: int = setting(1024, "random words of each group; 20 times its order or more", least=1)
     length: int = setting(1024, "letters of a word, behind BOS", least=1)
     fit_length: int | None = setting(
         None, "positions that a law is fitted to; none: the length trained, 32 of constructions"
@@ -148,6 +149,12 @@ def look_at(
         )
     if not task.answers_every_token:
         raise ConfigError(f"{name} answers late (repeat_elements, merge_elements); both must be 1")
+    if options.words < ENOUGH * task.num_elements:
+        print(
+            f"note: words={options.words} are fewer than {ENOUGH} for each of the "
+            f"{task.num_elements} elements of {task.group}; the ratio comes out too large",
+            file=sys.stderr,
+        )
     draw = jax.jit(task.batch, static_argnums=(1, 2))  # op by op it takes ten times as long
     key, reference_to = jax.random.key(options.seed), fit_length // 4
     batch = draw(key, options.words, options.length)
@@ -159,11 +166,11 @@ def look_at(
         targets = np.asarray(early.targets)[:, 1:]
         references.append(separation.reference_means(states, targets, task.num_elements))
     along = separation.discriminating_directions(np.concatenate(references)).astype(np.float32)
-    answers, states = separation.read_words(model, words, options.layer, along)
     positions = positions_of(options.length, fit_length)
+    answers, states = separation.read_words(model, words, options.layer, along, positions)
     correct = answers[:, 1:] == classes
     found = separation.separation(
-        states[:, positions],
+        states,
         classes[:, positions - 1],
         *(means @ along.astype(np.float64) for means in references),
     )

@@ -156,6 +156,9 @@ def test_states_are_those_after_each_token():
     np.testing.assert_allclose(
         separation.read_words(model, words, directions=along).states, found.states[..., [3, 5]]
     )
+    some = separation.read_words(model, words, directions=along, places=np.array([0, 2]))
+    np.testing.assert_array_equal(some.answers, found.answers)
+    np.testing.assert_allclose(some.states, found.states[:, [0, 2]][..., [3, 5]])
     with pytest.raises(ConfigError, match="layer=1 is not there; it may be 0 to 0"):
         separation.read_words(model, words, layer=1)
     with pytest.raises(ConfigError, match="mixer='transformer' has no state that is one array"):
