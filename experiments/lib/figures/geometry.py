@@ -34,15 +34,22 @@ CONSTRUCTED = {"color": "k", "marker": "+", "markersize": 9, "linestyle": "none"
 LINE = {"color": "k", "linestyle": ":", "linewidth": 0.7}
 
 
-def _panels(look: Look, rows: int) -> "tuple[Figure, np.ndarray]":
-    """Betas, components and eigenvalues, in as many rows, named at the top and the bottom."""
+def _panels(look: Look, rows: int, part: str) -> "tuple[Figure, np.ndarray]":
+    """Betas, components and eigenvalues, in as many rows, named at the top and the bottom.
+
+    Rows have names at their left, so that what is upright in a column stands in its title.
+    """
     narrow = look.is_narrow(3 * rows)
     height = 1.35 if rows < 6 else 1.1
     ratios = (1, 1, 1 if narrow else 0.9)
     figure, panels = new_panels(
         look, rows, 3, height, sharex="col", sharey="col", width_ratios=ratios
     )
-    said = (("step sizes", "beta"), ("keys", "components"), ("eigenvalues", "real part"))
+    said = (
+        ("step sizes, how many", "beta"),
+        (f"keys, part of {part}", "components"),
+        ("eigenvalues, imaginary part", "real part"),
+    )
     for axes, (title, label) in zip(panels.T, said, strict=True):
         axes[0].set_title(title)
         axes[-1].set_xlabel(label)
@@ -67,9 +74,8 @@ def _counts_axis(axes: Any, betas: Sequence[Any]) -> None:
 def draw_heads(found: Mapping[str, Any], title: str, path: Path, look: Look) -> list[Path]:
     """Draws three panels for every head: betas, parts of the keys' variance, eigenvalues."""
     heads = found["heads"]
-    figure, panels = _panels(look, len(heads))
+    figure, panels = _panels(look, len(heads), "variance")
     figure.suptitle(names.pretty(title))
-    figure.supylabel("factors (left), part of the variance (middle)", fontsize="medium")
     for index, head in enumerate(heads):
         betas, variances, plane = panels[index]
         beta = np.array(head["beta"], float)
@@ -105,8 +111,7 @@ def _apart(eigenvalues: Any) -> np.ndarray:
 @beside_records
 def draw_models(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
     """Draws every model in a row: heads that hold a copy in colours, before the grey others."""
-    figure, panels = _panels(look, len(models))
-    figure.supylabel("factors (left), part of the keys' squares (middle)", fontsize="medium")
+    figure, panels = _panels(look, len(models), "squares")
     most = 0
     for (betas, components, plane), model in zip(panels, models, strict=True):
         heads = sorted(model["heads"], key=_distance)
