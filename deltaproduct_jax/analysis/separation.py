@@ -158,8 +158,8 @@ def read_words(
     state = jax.eval_shape(lambda: model.init_state(len(words)))[layer]
     if not isinstance(getattr(state, "recurrent", None), jax.ShapeDtypeStruct):
         raise ConfigError(
-            f"mixer={model.config.mixer!r} has no state that is one array; it may be a delta_net "
-            "or delta_product mixer, gla, mamba2 or rwkv7"
+            f"mixer={model.config.mixer!r} has no state that is one array; it may be any of the "
+            "project's but transformer, mlstm and slstm"
         )
     graph, params = nnx.split(model)
     N, T = np.shape(words)

@@ -11,6 +11,7 @@ from tiny_run import flags_for
 
 from deltaproduct_jax.analysis import separation
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory import construct
@@ -163,6 +164,11 @@ def test_states_are_those_after_each_token():
         separation.read_words(model, words, layer=1)
     with pytest.raises(ConfigError, match="mixer='transformer' has no state that is one array"):
         separation.read_words(drawn(ModelConfig(vocab_size=7, mixer="transformer")), words)
+    small = {"vocab_size": 7, "hidden_size": 8, "num_heads": 2, "head_dim": 4}
+    for mixer in set(MIXERS) - {"transformer", "mlstm", "slstm"}:
+        made = ModelConfig.variant({"mixer": mixer})(mixer=mixer, intermediate_size=8, **small)
+        state = jax.eval_shape(lambda made=made: drawn(made).init_state(1))[0]
+        assert state.recurrent.shape == (1, 2, 4, 4), mixer
 
 
 @pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("bfloat16", 1e-2)])
