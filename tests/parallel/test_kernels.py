@@ -234,5 +234,8 @@ def test_a_step_over_a_mesh_calls_the_kernels_of_one_device(mixer):
     for mesh, found in zip(meshes[1:], over, strict=True):
         found.pop("compose", None)  # of a row's pieces, where a device has few heads
         assert set(found) == set(alone), mesh
-        for name in ("norm_back", "swiglu_back", *JOINED):
+        for name in ("swiglu_back", *JOINED):
             assert found[name] == alone[name], mesh
+        # Norms of heads are XLA's where a mesh cuts heads or tokens.
+        cuts = "tensor" in mesh or "sequence" in mesh
+        assert found["norm_back"] == alone["norm_back"] - cuts, mesh
