@@ -48,6 +48,7 @@ class Concatenated:
     def __init__(self, corpus: Corpus, length: int, *seeds: int):
         self._corpus, self._length, self._seeds = corpus, length, seeds
         self.rows_per_epoch = (corpus.num_tokens - 1) // length
+        self.counted_per_row = float(length)
         self._mask = np.ones(length, bool)
         # A lock, or two reading threads would both sort a new epoch's documents.
         self._lock = threading.Lock()
@@ -95,6 +96,7 @@ class FirstFit:
         self._starts, self._sizes = starts[order][by_row], sizes[order][by_row]
         self._first = np.concatenate([[0], np.cumsum(np.bincount(row_of))])
         self.rows_per_epoch = len(self._first) - 1
+        self.counted_per_row = corpus.num_tokens / self.rows_per_epoch
         self._lock = threading.Lock()
         self._order_of = functools.lru_cache(2)(
             lambda epoch: permutation(self.rows_per_epoch, *seeds, epoch)

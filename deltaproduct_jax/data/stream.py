@@ -142,10 +142,11 @@ class TokenStream:
 
     @property
     def bytes_per_token(self) -> float:
-        """Of the text, by the shares of the mixture: turns a loss per token into bits per byte."""
-        weights = self.config.data_weights or [1.0] * len(self.corpora)
+        """Of the text that counts, by its shares: turns a loss per token into bits per byte."""
+        shares = self.config.data_weights or [1.0] * len(self.corpora)
+        counted = [packing.counted_per_row for packing in self._packings]  # fewer beside padding
         per_token = [corpus.num_bytes / corpus.num_tokens for corpus in self.corpora]
-        return float(np.average(per_token, weights=weights))
+        return float(np.average(per_token, weights=np.multiply(shares, counted)))
 
     def batch(self, step: int) -> Rows:
         """This process's rows of one batch, arrays ``[B / process_count, T]``.

@@ -135,6 +135,22 @@ def test_bits_per_byte_has_its_measure(folders):
     assert (stream.vocab_size, stream.bos_id) == (257, 256)
 
 
+def test_bits_per_byte_are_of_the_tokens_that_count_beside_padding(tmp_path):
+    """Rows of the one text are full of short words, of the other each has a long one alone."""
+    word = {"short": "ab", "long": "x" * 18}
+    for name, text in word.items():
+        lines = "\n".join(json.dumps({"text": text + chr(97 + i)}) for i in range(26))
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+        fields = {"tokenizer": "bytes", "valid_fraction": 0.0, "test_fraction": 0.0, "workers": 1}
+        prepare(PrepareConfig((str(tmp_path / f"{name}.jsonl"),), **fields), tmp_path / name)
+    stream = stream_of(tmp_path, word, packing="first_fit", batch_size=364)
+    rows = stream.batch(0)  # whole epochs of both
+    of_text = rows.mask & (rows.targets != stream.bos_id)
+    assert rows.mask[:, 20:].any()
+    assert not rows.mask.all()
+    assert stream.bytes_per_token == pytest.approx(of_text.sum() / rows.mask.sum(), rel=0.01)
+
+
 def test_moved_folders_are_found_and_others_refused(folders, tmp_path):
     stream = stream_of(folders, ("upper",))
     stream.batch(3)
