@@ -7,6 +7,7 @@ Ids of documents never hold ``bos_id`` (BOS begins every document, and who write
 import hashlib
 import importlib.util
 import itertools
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -20,9 +21,12 @@ from deltaproduct_jax.files import read_bytes, user_path
 MISTRAL = ("mistral_common", "data/tokenizer.model.v1")
 BOS = "<s>"  # of a BPE that is trained here
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
+UNKNOWN = "\U00020bb7"  # a letter that hardly any text has
 # Longer texts are given to a tokenizer in stretches: it then needs little memory, and its time
 # grows linearly.
 STRETCH = 2**18
+# Of a run without spaces, or of spaces alone: a BPE is trained in time that grows with its square.
+LONGEST_RUN = 2**10
 
 
 class Tokenizer(Protocol):
@@ -70,8 +74,7 @@ class HuggingFaceTokenizer:
             raise ConfigError(f"tokenizer={name} is no tokenizer.json: {error}") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a text that spells BOS out is text
-        self.data = data
+        self.data, self._name = data, name
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         names = [n for n in ((bos,) if bos else BOS_NAMES) if n in vocabulary]
@@ -79,11 +82,31 @@ class HuggingFaceTokenizer:
             what = f"bos={bos!r} is no token of" if bos else "bos is missing, and none is known in"
             raise ConfigError(f"{what} tokenizer={name}; name the token that begins a document")
         self.bos_id = vocabulary[names[0]]
+        self._tokenizer.add_special_tokens([names[0]])  # in some files it is a token like others
+        self._tokenizer.encode_special_tokens = True  # a text that spells BOS out is text
+        if not self.encode(UNKNOWN):
+            raise ConfigError(
+                f"tokenizer={name} leaves out characters that it does not know, so that its ids "
+                "would be of another text; one with an unk_token, with byte_fallback, or of bytes "
+                "has ids for all"
+            )
+        if any(self.bos_id in self.encode(text) for text in (names[0], f"x {names[0]} y")):
+            raise ConfigError(
+                f"bos={names[0]!r} of tokenizer={name} is also what it makes of a text that spells "
+                "it out; name a token that no text has"
+            )
 
     def encode(self, text: str) -> Sequence[int]:
-        """Ids of a text, without special tokens."""
+        """Ids of a text, without special tokens.
+
+        Raises:
+            ConfigError: the package cannot read it.
+        """
         # "fast" leaves out where in the text each token stands.
-        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        try:
+            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except Exception as error:  # the package raises nothing narrower
+            raise ConfigError(f"tokenizer={self._name} cannot read a text: {error}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""
@@ -178,7 +201,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
         initial_alphabet=sorted(level.alphabet()),
         show_progress=False,
     )
-    pieces = (s for t in texts for s in stretches(t, STRETCH))
+    pieces = (p for t in texts for s in stretches(t, STRETCH) for p in _without_long_runs(s))
     _while_listening(lambda given: tokenizer.train_from_iterator(given, trainer), pieces)
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), "bpe", BOS)
 
@@ -207,6 +230,16 @@ def _while_listening(train: Callable[[Iterator[str]], None], pieces: Iterator[st
         raise
     if failed:
         raise failed[0]
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """A text for training, cut where a run goes on for longer than `LONGEST_RUN`."""
+    start = 0
+    for run in re.finditer(rf"\S{{{LONGEST_RUN},}}|\s{{{LONGEST_RUN},}}", text):
+        for at in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+            yield text[start:at]
+            start = at
+    yield text[start:]
 
 
 def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Iterator[Sequence[int]]]:

@@ -4,11 +4,14 @@ import io
 import json
 import signal
 import threading
+import time
 
 import pytest
 import sentencepiece
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from deltaproduct_jax.data import tokenizer as module
 from deltaproduct_jax.data.tokenizer import (
@@ -105,6 +108,51 @@ def test_bpe_is_the_same_each_time_and_as_large_as_asked():
     assert first.data == second.data
     assert first.vocab_size == 280
     assert len(first.encode(TEXTS[0])) < len(TEXTS[0].encode())
+
+
+@pytest.mark.parametrize("text", ["x" * 2**17, " " * 2**17 + "end", "日本" * 2**16])
+def test_a_text_without_spaces_takes_no_longer_to_learn_from(text):
+    parts = list(module._without_long_runs("a b " + text))
+    assert "".join(parts) == "a b " + text
+    assert max(map(len, parts)) <= module.LONGEST_RUN + len("a b ")
+    began = time.perf_counter()
+    train_bpe([text], 280)
+    assert time.perf_counter() - began < 10  # whole, each took minutes
+    assert list(module._without_long_runs(TEXTS[0] * 99)) == [TEXTS[0] * 99]
+
+
+def file_of(folder, model, **parts):
+    tokenizer = tokenizers.Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    path = folder / "odd.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_a_bos_that_a_file_holds_for_a_token_like_others_is_never_read_from_text(tmp_path):
+    data = json.loads(train_bpe(TEXTS, 300).data)
+    data["added_tokens"][0]["special"] = False
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(data))
+    tokenizer = open_tokenizer(str(path))
+    ids = tokenizer.encode(TEXTS[0])
+    assert tokenizer.bos_id not in ids
+    assert tokenizer.decode([tokenizer.bos_id, *ids]) == TEXTS[0]
+    model = tokenizers.models.WordLevel({"<s>": 0, "the": 1, "?": 2}, unk_token="?")
+    path = file_of(tmp_path, model, pre_tokenizer=WhitespaceSplit())
+    with pytest.raises(ConfigError, match=r"bos='<s>' of tokenizer=.* is also what it makes of a"):
+        open_tokenizer(str(path))
+
+
+def test_a_tokenizer_that_cannot_read_every_text_says_so(tmp_path):
+    letters = {"<s>": 0, "a": 1, "b": 2}
+    path = file_of(tmp_path, tokenizers.models.BPE(letters, []))
+    with pytest.raises(ConfigError, match="leaves out characters that it does not know"):
+        open_tokenizer(str(path))
+    path = file_of(tmp_path, tokenizers.models.WordLevel(letters, unk_token="no"))
+    with pytest.raises(ConfigError, match=r"odd\.json cannot read a text: WordLevel error"):
+        open_tokenizer(str(path))
 
 
 def test_the_papers_pieces_are_found_without_importing_their_package(tmp_path, monkeypatch):
