@@ -100,7 +100,7 @@ def parse(
     _define_common(values, presets)
     _read(values, argv)
     if values.help:
-        print(_help(values, sections, presets), flush=True)
+        print(_help(values, sections, presets, default_workdir), flush=True)
         raise SystemExit(0)
     workdir = default_workdir if values.workdir is None else values.workdir
     if not workdir:  # empty as of a variable that is not set
@@ -292,8 +292,11 @@ def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
     return float(value) if is_float else value
 
 
-def _help(values: flags.FlagValues, sections: Sections, presets: Presets) -> str:
-    lines = [f"--workdir=DIRECTORY is needed. Presets: {', '.join(presets)}.", ""]
+def _help(
+    values: flags.FlagValues, sections: Sections, presets: Presets, default_workdir: str | None
+) -> str:
+    place = f"is {default_workdir} if not given" if default_workdir else "is needed"
+    lines = [f"--workdir=DIRECTORY {place}. Presets: {', '.join(presets)}.", ""]
     lines += _help_of_fields(values, sections, presets["default"])
     return "\n".join([*lines, *(f"--{name}: {values[name].help}" for name in COMMON)])
 
