@@ -34,7 +34,7 @@ from experiments.lib.bench.report import begun, markdown, shown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.language import draw_ranks
 from experiments.lib.figures.style import SECTION, Look
-from experiments.lib.language_runs import name_of_text, open_language_models, rows_of
+from experiments.lib.language_runs import names_of_texts, open_language_models, rows_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -91,10 +91,10 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"ranks": RankConfig, **SECTION}, PRESETS)
     look = Look(**parsed.sections["figures"])
     config = RankConfig(**parsed.sections["ranks"])
-    ((label, model, trained),) = open_language_models(
-        (config.run,), config.checkpoint, config.dtype
-    )
-    text = rows_of(config.data, config.split, count=1, length=config.length, seed=config.seed)
+    models = open_language_models((config.run,), config.checkpoint, config.dtype)
+    ((label, model, trained, _),) = models
+    wanted = {"count": 1, "length": config.length, "seed": config.seed}
+    text = rows_of(config.data, config.split, **wanted, models=models)
     tokens = text.rows[0, : config.length]
     starts = np.flatnonzero(tokens == text.bos_id)
     ranks = ranks_of_model(model, tokens, config.every)
@@ -114,7 +114,7 @@ def command(argv: Sequence[str]) -> None:
         heads=heads,
         along=over_heads(ranks, config.every),
     )
-    name = name_of_text(config.data)
+    (name,) = names_of_texts([config.data])
     print(write_report(parsed.workdir, "effective_rank", record, page))
     write_arrays(parsed.workdir / "ranks.npz", ranks, starts)
     path = parsed.workdir / "effective_rank"
@@ -124,7 +124,8 @@ def command(argv: Sequence[str]) -> None:
 def page(record: Mapping[str, Any]) -> list[str]:
     """What effective_rank.md holds."""
     config, starts = record["config"], record["starts"]
-    text = f"{config['length']} tokens of {name_of_text(config['data'])} with {len(starts)} starts"
+    (name,) = names_of_texts([config["data"]])
+    text = f"{config['length']} tokens of {name} with {len(starts)} starts"
     return [f"{record['label']}, {text}; {record['machine']}", table(record["heads"])]
 
 

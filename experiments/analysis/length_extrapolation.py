@@ -27,7 +27,7 @@ from experiments.lib.bench.report import begun, markdown, write_report
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.language import draw_extrapolation
 from experiments.lib.figures.style import SECTION, Look
-from experiments.lib.language_runs import name_of_text, open_language_models, rows_of
+from experiments.lib.language_runs import names_of_texts, open_language_models, rows_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -67,17 +67,17 @@ class ExtrapolationConfig:
 
 def measure(config: ExtrapolationConfig) -> Iterator[dict[str, Any]]:
     """An entry for each text and model."""
+    names = names_of_texts(config.data)
     models = open_language_models(config.runs, config.checkpoint, config.dtype)
-    for data in config.data:
-        text = rows_of(
-            data, config.split, count=config.rows, length=config.length, seed=config.seed
-        )
-        for label, model, trained in models:
+    wanted = {"count": config.rows, "length": config.length, "seed": config.seed}
+    texts = [rows_of(data, config.split, **wanted, models=models) for data in config.data]
+    for name, text in zip(names, texts, strict=True):
+        for label, model, trained, _ in models:
             losses = token_losses(
                 model, text.rows, batch_size=config.batch_size, piece=config.piece
             )
             curves = dataclasses.asdict(by_position(losses, config.window))
-            yield {"data": name_of_text(data), "label": label, "trained": trained, **curves}
+            yield {"data": name, "label": label, "trained": trained, **curves}
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:

@@ -2,20 +2,20 @@
 
 import collections
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from deltaproduct_jax.data.config import StreamConfig
-from deltaproduct_jax.data.stream import TokenStream
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.data.stream import TokenStream, open_corpora
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import AnyPath, any_path
+from deltaproduct_jax.files import AnyPath, any_path, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
 from deltaproduct_jax.training.runs import load_run
+from deltaproduct_jax.training.text import TextTask
 
 
 class LanguageModel(NamedTuple):
@@ -25,11 +25,13 @@ class LanguageModel(NamedTuple):
         label: what tells it apart from the others in a figure.
         model: the model.
         trained: tokens of a row that it was trained on; None where its directory does not say.
+        tokenizer: what made the ids of its text, as `Corpus` has it; None where that is not known.
     """
 
     label: str
     model: SequenceModel
     trained: int | None
+    tokenizer: str | None
 
 
 def open_language_models(
@@ -48,29 +50,54 @@ def open_language_models(
     """
     if not directories:
         raise ConfigError("--runs is missing; give run directories, separated by commas")
+    places = _told_apart("runs", [any_path(name) for name in directories])
     found = [_open(any_path(name), checkpoint) for name in directories]
-    times = collections.Counter(model.config.label for model, _ in found)
-    models = []
-    for name, (model, trained) in zip(directories, found, strict=True):
-        label = model.config.label
-        label = f"{label} ({any_path(name).resolve().name})" if times[label] > 1 else label
-        models.append(
-            LanguageModel(
-                label, model if dtype is None else with_fields(model, dtype=dtype), trained
-            )
-        )
-    return models
+    times = collections.Counter(one.label for one in found)
+    labels = [
+        f"{one.label} ({place})" if times[one.label] > 1 else one.label
+        for one, place in zip(found, places, strict=True)
+    ]
+    found = [one._replace(label=label) for one, label in zip(found, labels, strict=True)]
+    if dtype is None:
+        return found
+    return [one._replace(model=with_fields(one.model, dtype=dtype)) for one in found]
 
 
-def _open(directory: AnyPath, checkpoint: str) -> tuple[SequenceModel, int | None]:
+def _open(directory: AnyPath, checkpoint: str) -> LanguageModel:
     if is_folder_of_fla(directory):
-        return fla.load(directory), None
+        model = fla.load(directory)
+        return LanguageModel(model.config.label, model, None, None)
     run = load_run(directory, checkpoint_of(checkpoint))
-    if not hasattr(run.config.task, "stream"):
-        raise ConfigError(
-            f"runs={directory} learnt {type(run.config.task).__name__}; it may be a run of text"
-        )
-    return run.model, run.config.task.train_length
+    task = run.config.task
+    if not hasattr(task, "stream"):
+        raise ConfigError(f"runs={directory} learnt {type(task).__name__}; it may be a run of text")
+    return LanguageModel(run.model.config.label, run.model, task.train_length, _tokenizer_of(task))
+
+
+def _tokenizer_of(task: TextTask) -> str | None:
+    """What made the ids of a run's text; None where the text is not here now."""
+    try:
+        return open_corpora(task, "train")[0].tokenizer
+    except (ConfigError, RunDirectoryError):
+        return None
+
+
+def _told_apart(flag: str, paths: Sequence[AnyPath]) -> list[str]:
+    """Names of paths, of as many of their last parts as tell them apart.
+
+    Raises:
+        ConfigError: a path is there twice.
+    """
+    whole = [str(path.resolve()) for path in paths]
+    for path, times in collections.Counter(whole).items():
+        if times > 1:
+            raise ConfigError(f"{flag} has {path} {times} times; once is enough")
+    parts = [path.strip("/").split("/") for path in whole]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(of[-count:]) for of in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 class Text(NamedTuple):
@@ -85,16 +112,39 @@ class Text(NamedTuple):
     bos_id: int
 
 
-def rows_of(data: str, split: str, *, count: int, length: int, seed: int) -> Text:
+def rows_of(
+    data: str,
+    split: str,
+    *,
+    count: int,
+    length: int,
+    seed: int,
+    models: Sequence[LanguageModel] = (),
+) -> Text:
     """Rows of one folder of prepared text, as the paper packs them; the same ones for a seed.
 
+    Args:
+        data: the folder.
+        split: of it.
+        count: N.
+        length: T.
+        seed: of the order.
+        models: which are to read them.
+
     Raises:
-        ConfigError: there are fewer rows in the split.
+        ConfigError: there are fewer rows in the split, or to a model their ids mean something else.
         RunDirectoryError: the folder was not prepared.
     """
     stream = TokenStream(
         StreamConfig((data,)), split, batch_size=count, length=length, seed=seed, read_ahead=0
     )
+    for label, _, _, tokenizer in models:
+        if tokenizer not in (None, stream.corpora[0].tokenizer):
+            raise ConfigError(
+                f"data={data} was made by another tokenizer than the text that {label} was trained "
+                "on, so that its ids mean something else; prepare it with --tokenizer= the file "
+                "in the folder of that text"
+            )
     if stream.rows_per_epoch < count:
         raise ConfigError(
             f"rows={count} of {length} tokens are not in split={split!r} of data={data}, which has "
@@ -104,6 +154,6 @@ def rows_of(data: str, split: str, *, count: int, length: int, seed: int) -> Tex
     return Text(np.concatenate([rows.inputs, rows.targets[:, -1:]], axis=1), stream.bos_id)
 
 
-def name_of_text(data: str) -> str:
-    """A folder of text as a figure calls it."""
-    return Path(data).name
+def names_of_texts(data: Sequence[str]) -> list[str]:
+    """Folders of text as a figure calls them; ConfigError where one is there twice."""
+    return _told_apart("data", list(map(user_path, data)))

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 from interop.golden_models import drawn
 
+from deltaproduct_jax.data.config import PrepareConfig, StreamConfig
+from deltaproduct_jax.data.preparation import prepare
+from deltaproduct_jax.data.stream import open_corpora
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig
@@ -160,10 +163,36 @@ def test_folders_of_other_worlds_have_labels_of_their_own(tmp_path):
     for name in "ab":
         fla.save(drawn(config), tmp_path / name)
     found = language_runs.open_language_models([str(tmp_path / "a")], dtype="bfloat16")
-    assert [(label, trained) for label, _, trained in found] == [("n_h = 2", None)]
+    assert [(label, trained) for label, _, trained, _ in found] == [("n_h = 2", None)]
     assert found[0].model.config.dtype == "bfloat16"
     found = language_runs.open_language_models([str(tmp_path / name) for name in "ab"])
-    assert [label for label, _, _ in found] == ["n_h = 2 (a)", "n_h = 2 (b)"]
+    assert [one.label for one in found] == ["n_h = 2 (a)", "n_h = 2 (b)"]
+
+
+def test_names_tell_texts_and_runs_apart_and_none_is_there_twice(tmp_path):
+    assert language_runs.names_of_texts(["stdlib", "code/tokens"]) == ["stdlib", "tokens"]
+    found = language_runs.names_of_texts(["a/code/tokens/", "a/prose/tokens"])
+    assert found == ["code/tokens", "prose/tokens"]
+    with pytest.raises(ConfigError, match=r"data has .*/tokens 2 times; once is enough"):
+        language_runs.names_of_texts(["tokens", "./tokens"])
+    with pytest.raises(ConfigError, match=r"runs has .*/a 2 times"):
+        language_runs.open_language_models([str(tmp_path / "a"), str(tmp_path / "b" / ".." / "a")])
+
+
+def test_a_model_reads_no_ids_of_another_tokenizer(tmp_path):
+    (tmp_path / "text.txt").write_text("to be or not to be " * 20)
+    fields = {"sources": (str(tmp_path / "text.txt"),), "workers": 1}
+    fields |= {"tokenizer": "bpe", "valid_fraction": 0.0, "test_fraction": 0.0}
+    for size in (258, 260):
+        prepare(PrepareConfig(**fields, vocab_size=size), tmp_path / str(size))
+    (kept,) = open_corpora(StreamConfig((str(tmp_path / "258"),)), "train")
+    model = language_runs.LanguageModel("n_h = 2", None, 16, kept.tokenizer)
+    asked = {"split": "train", "count": 2, "length": 8, "seed": 0, "models": [model]}
+    assert language_runs.rows_of(str(tmp_path / "258"), **asked).rows.shape == (2, 9)
+    with pytest.raises(ConfigError, match=r"data=.*260 was made by another tokenizer .* n_h = 2 "):
+        language_runs.rows_of(str(tmp_path / "260"), **asked)
+    asked["models"] = [model._replace(tokenizer=None)]  # not known, as of another project's
+    assert language_runs.rows_of(str(tmp_path / "260"), **asked).rows.shape == (2, 9)
 
 
 @pytest.mark.slow
