@@ -90,11 +90,6 @@ class HuggingFaceTokenizer:
                 "would be of another text; one with an unk_token, with byte_fallback, or of bytes "
                 "has ids for all"
             )
-        if any(self.bos_id in self.encode(text) for text in (names[0], f"x {names[0]} y")):
-            raise ConfigError(
-                f"bos={names[0]!r} of tokenizer={name} is also what it makes of a text that spells "
-                "it out; name a token that no text has"
-            )
 
     def encode(self, text: str) -> Sequence[int]:
         """Ids of a text, without special tokens.
@@ -104,9 +99,23 @@ class HuggingFaceTokenizer:
         """
         # "fast" leaves out where in the text each token stands.
         try:
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except Exception as error:  # the package raises nothing narrower
             raise ConfigError(f"tokenizer={self._name} cannot read a text: {error}") from error
+        return ids if self.bos_id not in ids else self._without_bos(text)
+
+    def _without_bos(self, text: str) -> Sequence[int]:
+        """Ids of a text that some models read BOS from even so: it is cut within each of them."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        places = [at for at, i in zip(found.offsets, found.ids, strict=True) if i == self.bos_id]
+        cuts = [(start + stop) // 2 for start, stop in places]
+        if any(cut == start for cut, (start, _) in zip(cuts, places, strict=True)):
+            raise ConfigError(
+                f"tokenizer={self._name} makes bos, {self.bos_id}, of a single character of a "
+                "text; name a token that no text has"
+            )
+        parts = itertools.pairwise([0, *cuts, len(text)])
+        return [i for start, stop in parts for i in self.encode(text[start:stop])]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without special tokens."""

@@ -139,10 +139,17 @@ def test_a_bos_that_a_file_holds_for_a_token_like_others_is_never_read_from_text
     ids = tokenizer.encode(TEXTS[0])
     assert tokenizer.bos_id not in ids
     assert tokenizer.decode([tokenizer.bos_id, *ids]) == TEXTS[0]
-    model = tokenizers.models.WordLevel({"<s>": 0, "the": 1, "?": 2}, unk_token="?")
-    path = file_of(tmp_path, model, pre_tokenizer=WhitespaceSplit())
-    with pytest.raises(ConfigError, match=r"bos='<s>' of tokenizer=.* is also what it makes of a"):
-        open_tokenizer(str(path))
+    # Models that know it by themselves, as those of SentencePiece's kind do.
+    words = tokenizers.models.WordLevel({"<s>": 0, "the": 1, "?": 2}, unk_token="?")
+    path = file_of(tmp_path, words, pre_tokenizer=WhitespaceSplit())
+    assert open_tokenizer(str(path)).encode("the <s> the<s> <s>") == [1, 2, 2, 2, 2, 2]
+    pieces = tokenizers.models.Unigram([("<s>", 0.0), ("?", 0.0), ("s", -2.0), (">", -2.0)], 1)
+    path = file_of(tmp_path, pieces)
+    assert open_tokenizer(str(path)).encode("s<s>s" * 3) == [2, 1, 2, 3, 2] * 3
+    alone = tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?")
+    tokenizer = open_tokenizer(str(file_of(tmp_path, alone)), "a")
+    with pytest.raises(ConfigError, match="makes bos, 0, of a single character of a text"):
+        tokenizer.encode("a")
 
 
 def test_a_tokenizer_that_cannot_read_every_text_says_so(tmp_path):
