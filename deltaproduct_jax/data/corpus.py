@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from deltaproduct_jax.data.manifest import MANIFEST, ShardFacts, read_manifest
+from deltaproduct_jax.data.tokenizer import identity
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import user_path
 
@@ -22,7 +23,7 @@ class Corpus:
     Attributes:
         name: where it comes from, as a user wrote it.
         offsets: [documents + 1] int64, where documents begin, and where the last ends.
-        tokenizer: what made the ids; alike for corpora whose ids mean the same.
+        tokenizer: `tokenizer.identity` of what made the ids; alike where they mean the same.
         vocab_size: ids are below it.
         bos_id: the token that begins every document.
         num_bytes: of the text, for bits per byte.
@@ -120,7 +121,7 @@ def open_corpus(directory: str | Path, split: str) -> Corpus:
         str(directory),
         opened,
         offsets,
-        tokenizer=f"{tokenizer['kind']} {tokenizer['sha256']}",
+        tokenizer=identity(tokenizer),
         vocab_size=tokenizer["vocab_size"],
         bos_id=tokenizer["bos_id"],
         num_bytes=said["bytes"],

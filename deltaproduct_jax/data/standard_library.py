@@ -12,7 +12,7 @@ import numpy as np
 from deltaproduct_jax.data.corpus import Corpus
 from deltaproduct_jax.data.shards import ShardWriter
 from deltaproduct_jax.data.splits import SPLITS, split_of
-from deltaproduct_jax.data.tokenizer import ByteTokenizer
+from deltaproduct_jax.data.tokenizer import ByteTokenizer, describe, identity
 from deltaproduct_jax.errors import require_one_of
 
 NAME = "stdlib"
@@ -42,7 +42,7 @@ def standard_library(split: str, folder: Path | None = None) -> Corpus:
         NAME,
         [lambda: tokens],
         [offsets],
-        tokenizer=f"{tokenizer.kind} {hashlib.sha256(tokenizer.data).hexdigest()}",
+        tokenizer=identity(describe(tokenizer)),
         vocab_size=tokenizer.vocab_size,
         bos_id=tokenizer.bos_id,
         num_bytes=shard.num_bytes,

@@ -5,7 +5,7 @@ Dimension key: ``B`` rows of the whole batch, ``T`` positions.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class StreamState(TypedDict):
     seed: int
     step: int  # the one that comes next
     fingerprints: list[str]  # of the folders' tokens
+    tokenizer: NotRequired[str]  # what made them; once it was not kept
 
 
 class TokenStream:
@@ -178,6 +179,7 @@ class TokenStream:
             "seed": self.seed,
             "step": self._step,
             "fingerprints": [corpus.fingerprint for corpus in self.corpora],
+            "tokenizer": self.corpora[0].tokenizer,
         }
 
     @property

@@ -303,6 +303,11 @@ def describe(tokenizer: Tokenizer) -> TokenizerFacts:
     }
 
 
+def identity(said: TokenizerFacts) -> str:
+    """What tells tokenizers apart, of what `describe` says."""
+    return f"{said['kind']} {said['sha256']}"
+
+
 def tokenizer_of(directory: Path) -> Tokenizer:
     """The tokenizer of a prepared directory, which holds a copy of it.
 

@@ -8,6 +8,8 @@ from deltaproduct_jax.data.manifest import MANIFEST
 from deltaproduct_jax.data.tokenizer import (
     ByteTokenizer,
     Tokenizer,
+    describe,
+    identity,
     open_tokenizer,
     tokenizer_of,
 )
@@ -18,7 +20,7 @@ from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
 from deltaproduct_jax.settings import misfit, shown, whole_number
 from deltaproduct_jax.training.records import CONFIG
-from deltaproduct_jax.training.runs import load_run
+from deltaproduct_jax.training.runs import load_run, tokenizer_learnt
 
 # What a folder of Hugging Face's may hold, in the order in which they are tried.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
@@ -83,8 +85,8 @@ def open_model(
         dtype: dtype of the computation; None for the model's own.
 
     Raises:
-        ConfigError: there is no tokenizer, or it has ids that the model does not have; a folder
-            has no checkpoints.
+        ConfigError: there is no tokenizer, it is not the one that the run learnt, or it has ids
+            that the model does not have; a folder has no checkpoints.
         RunDirectoryError: the directory cannot be read, or names an end that is no token.
     """
     directory = any_path(path)
@@ -93,6 +95,12 @@ def open_model(
     else:
         run = load_run(directory, checkpoint_of(checkpoint))
         model, own = run.model, _of_text(run.config.task)
+        learnt = tokenizer_learnt(directory, run.step)
+        if None not in (own, learnt) and tokenizer is None and identity(describe(own)) != learnt:
+            raise ConfigError(
+                f"tokenizer is another than the one that {directory} learnt: its text was prepared "
+                "anew since; give the path of the one that it was, or bytes or mistral"
+            )
     found = own if tokenizer is None else open_tokenizer(tokenizer)
     if found is None:
         raise ConfigError(

@@ -49,6 +49,15 @@ def restore_run(config: RunConfig, directory: AnyPath, checkpoint: str | int) ->
     return Run(definition.with_params(params), config, step)
 
 
+def tokenizer_learnt(directory: AnyPath, step: int) -> str | None:
+    """`data.tokenizer.identity` of what made the ids that a checkpoint's run of text had read.
+
+    None of other runs, and of those from before it was kept.
+    """
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
+        return (checkpoints.data(step) or {}).get("tokenizer")
+
+
 def read_config(directory: AnyPath) -> RunConfig:
     """The configuration of the run in ``directory``.
 

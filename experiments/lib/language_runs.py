@@ -7,15 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from deltaproduct_jax.data.config import StreamConfig
-from deltaproduct_jax.data.stream import TokenStream, open_corpora
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.data.stream import TokenStream
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
 from deltaproduct_jax.files import AnyPath, any_path, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
-from deltaproduct_jax.training.runs import load_run
-from deltaproduct_jax.training.text import TextTask
+from deltaproduct_jax.training.runs import load_run, tokenizer_learnt
 
 
 class LanguageModel(NamedTuple):
@@ -71,15 +70,8 @@ def _open(directory: AnyPath, checkpoint: str) -> LanguageModel:
     task = run.config.task
     if not hasattr(task, "stream"):
         raise ConfigError(f"runs={directory} learnt {type(task).__name__}; it may be a run of text")
-    return LanguageModel(run.model.config.label, run.model, task.train_length, _tokenizer_of(task))
-
-
-def _tokenizer_of(task: TextTask) -> str | None:
-    """What made the ids of a run's text; None where the text is not here now."""
-    try:
-        return open_corpora(task, "train")[0].tokenizer
-    except (ConfigError, RunDirectoryError):
-        return None
+    learnt = tokenizer_learnt(directory, run.step)
+    return LanguageModel(run.model.config.label, run.model, task.train_length, learnt)
 
 
 def _told_apart(flag: str, paths: Sequence[AnyPath]) -> list[str]:
@@ -142,8 +134,8 @@ def rows_of(
         if tokenizer not in (None, stream.corpora[0].tokenizer):
             raise ConfigError(
                 f"data={data} was made by another tokenizer than the text that {label} was trained "
-                "on, so that its ids mean something else; prepare it with --tokenizer= the file "
-                "in the folder of that text"
+                "on, so that its ids mean something else; prepare it with the same --tokenizer, "
+                "bytes or the copy in that text's folder"
             )
     if stream.rows_per_epoch < count:
         raise ConfigError(

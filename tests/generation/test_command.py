@@ -27,13 +27,13 @@ from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
 from deltaproduct_jax.training.step import init_state, split_model
 from deltaproduct_jax.training.text import TextTask
 from experiments import generate
-from experiments.lib import flags
+from experiments.lib import flags, language_runs
 from experiments.op import generation_speed
 
 ROOT = Path(__file__).parents[2]
 
 
-def save(run, config):
+def save(run, config, data=None):
     """A run directory with one checkpoint of a model that was not trained."""
     model = SequenceModel(config.model, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(1)
@@ -44,7 +44,7 @@ def save(run, config):
     run.mkdir()
     (run / CONFIG).write_bytes(to_json(config.to_dict()))
     with Checkpoints(run / CHECKPOINTS) as checkpoints:
-        checkpoints.save(state, 3, (1.0, 1.0))
+        checkpoints.save(state, 3, (1.0, 1.0), data)
         checkpoints.wait()
 
 
@@ -119,6 +119,20 @@ def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert text in error
         assert error.count("\n") == 1
+
+
+def test_a_text_that_was_prepared_anew_is_not_read_by_its_new_tokenizer(tmp_path, capsys):
+    config = RunConfig(TextTask(), ModelConfig(257, hidden_size=4, num_heads=1), TrainConfig())
+    learnt = {"then": "huggingface 0123", "now": models.identity(models.describe(ByteTokenizer()))}
+    for name, tokenizer in learnt.items():
+        save(tmp_path / name, config, {"tokenizer": tokenizer})
+    argv = [f"--run={tmp_path / 'then'}", "--prompt=a", "--max_tokens=1"]
+    assert flags.run(generate.command, argv) == flags.USAGE_ERROR
+    assert "then learnt: its text was prepared anew since; give" in capsys.readouterr().err
+    assert models.open_model(str(tmp_path / "then"), tokenizer="bytes").tokenizer.kind == "bytes"
+    assert models.open_model(str(tmp_path / "now")).tokenizer.kind == "bytes"
+    found = language_runs.open_language_models([str(tmp_path / name) for name in learnt])
+    assert [model.tokenizer for model in found] == list(learnt.values())
 
 
 def test_a_run_without_text_needs_a_tokenizer(run, monkeypatch, capsys):
