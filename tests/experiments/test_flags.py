@@ -222,6 +222,10 @@ def test_help_shows_every_flag_and_its_default(capsys):
         assert f"--{name}" in shown
     assert "--layers: a field (default 3)" in shown  # what the default preset gives
     assert "secret" not in shown
+    assert shown.startswith("--workdir=DIRECTORY is needed. ")
+    with pytest.raises(SystemExit):
+        flags.parse(["--help"], SECTIONS, PRESETS, default_workdir="runs/one")
+    assert capsys.readouterr().out.startswith("--workdir=DIRECTORY is runs/one if not given. ")
 
 
 @pytest.mark.parametrize("error", [ConfigError("bad\n  field"), RunDirectoryError("bad\n  field")])
