@@ -83,11 +83,12 @@ LOCKED = []
 def main(argv):
     values = dict(argument.removeprefix("--").split("=", 1) for argument in argv)
     workdir = Path(values["workdir"])
-    append(workdir / "starts.txt", str(os.getpid()))
     if not alone(workdir):
         append(workdir / "twice.txt", str(os.getpid()))
     metrics = workdir / "metrics.jsonl"
     (workdir / "config.json").write_text("{}")
+    # Last: whoever sees a start finds what is above written too.
+    append(workdir / "starts.txt", str(os.getpid()))
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     starts = len((workdir / "starts.txt").read_text().splitlines())
     steps = int(values.get("steps", 9 if values.get("preset") == "long" else 3))

@@ -42,10 +42,9 @@ def names(workdir):
 
 def starts(workdir):
     """How often each run was started."""
-    return {
-        path.parent.name: len(path.read_text().splitlines())
-        for path in sorted(workdir.glob("runs/*/starts.txt"))
-    }
+    files = sorted(workdir.glob("runs/*/starts.txt"))
+    counts = {path.parent.name: len(path.read_text().splitlines()) for path in files}
+    return {name: count for name, count in counts.items() if count}  # a file is there before a line
 
 
 def table(workdir):

@@ -184,7 +184,9 @@ if not told:
     while not told:
         time.sleep(0.01)
     time.sleep(0.2)
-pathlib.Path(sys.argv[1], "told").write_text(" ".join(told))
+written = pathlib.Path(sys.argv[1], ".told")
+written.write_text(" ".join(told))
+written.rename(written.with_name("told"))  # there is no moment at which it is empty
 """
 # Its threads do not die at the same moment.
 SWEEP = """
