@@ -207,11 +207,14 @@ def require_directory(path: Path) -> None:
             return
 
 
-def require_writable(path: Path) -> None:
+def require_writable(path: AnyPath) -> None:
     """Raises RunDirectoryError unless ``path`` is a directory, or may become one, that takes files.
 
     Nothing is left behind: a file without a name is written there, or where ``path`` is to be made.
+    A bucket is not tried.
     """
+    if in_bucket(path):
+        return
     require_directory(path)
     with errors_as_one_line(path, "written"):
         path = path.absolute()

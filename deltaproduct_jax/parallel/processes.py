@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import any_path, require_bucket
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import shown
@@ -118,17 +117,82 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+_meetings = itertools.count()  # all processes make as many
+
+
 @contextlib.contextmanager
 def first_goes_first(what: str) -> Iterator[None]:
-    """The first process does what is inside before all others do; ``what`` names the occasion."""
-    if jax.process_count() > 1 and not is_first():
-        multihost_utils.sync_global_devices(what)
-    yield
-    if jax.process_count() > 1 and is_first():
-        multihost_utils.sync_global_devices(what)
+    """The first process does what is inside before all others do, and none goes on alone.
+
+    Where one of them fails, JAX would end the rest with a trace of its own.
+
+    Args:
+        what: names the occasion.
+
+    Raises:
+        RunDirectoryError: another process raised that or ConfigError inside; the text says which.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    meeting = _Meeting(what)
+    if not is_first():
+        meeting.wait_for(0)
+    try:
+        yield
+    except (ConfigError, RunDirectoryError) as error:
+        meeting.fail(str(error))
+        raise
+    meeting.say(str(jax.process_index()))
+    if is_first():
+        for other in range(1, jax.process_count()):
+            meeting.wait_for(other)
+        meeting.say("all")
+    else:
+        meeting.wait_for("all")
 
 
-_comparisons = itertools.count()  # all processes make as many
+class _Meeting:
+    """What processes tell each other where they wait for each other, once."""
+
+    def __init__(self, what: str):
+        self._client, self._key = _client(), f"deltaproduct_jax/{next(_meetings)}, {what}"
+
+    def say(self, name: str, text: str = "done") -> None:
+        """Tells all."""
+        self._client.key_value_set(f"{self._key}/{name}", text, allow_overwrite=True)
+
+    def fail(self, why: str) -> None:
+        """Tells all that this process ends, and waits until the first knows."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has ended, and JAX ends all
+            self.say("failed", json.dumps([jax.process_index(), why]))
+            if not is_first():
+                self._heard("known", LEAVING_S)
+
+    def wait_for(self, name: int | str) -> None:
+        """Until it was told; RunDirectoryError if a process failed instead."""
+        while self._heard(name, LISTENING_S) is None:
+            if (failed := self._heard("failed", 0.001)) is not None:
+                if is_first():
+                    self.say("known")
+                index, why = json.loads(failed)
+                raise RunDirectoryError(f"process {index} cannot go on: {why}")
+
+    def _heard(self, name: int | str, seconds: float) -> str | None:
+        """What was told by a name; None if nothing was in that time."""
+        try:
+            return self._client.blocking_key_value_get(f"{self._key}/{name}", int(1000 * seconds))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):  # a process has ended, and JAX ends all
+                raise
+            return None
+
+
+def _client() -> Any:
+    """What processes tell each other through."""
+    from orbax.checkpoint import multihost  # JAX has no public name for what this gives
+
+    return multihost.get_jax_distributed_client()
 
 
 def require_same(given: Mapping[str, Any]) -> None:
@@ -142,9 +206,7 @@ def require_same(given: Mapping[str, Any]) -> None:
     """
     if jax.process_count() == 1:
         return
-    from orbax.checkpoint import multihost  # JAX has no public name for what this gives
-
-    client, key = multihost.get_jax_distributed_client(), f"deltaproduct_jax/{next(_comparisons)}"
+    client, key = _client(), f"deltaproduct_jax/{next(_meetings)}"
     # As JSON gives it back, so that a tuple equals a list.
     own = json.dumps(dict(given))
     client.key_value_set(f"{key}/{jax.process_index()}", own, allow_overwrite=True)
@@ -178,9 +240,7 @@ class Agreement:
     _numbers = itertools.count()  # of a process's agreements; all have as many
 
     def __init__(self):
-        from orbax.checkpoint import multihost  # JAX has no public name for what this gives
-
-        self._client = multihost.get_jax_distributed_client()
+        self._client = _client()
         self._key = f"deltaproduct_jax/stop/{next(self._numbers)}"
         self._index, self._count = jax.process_index(), jax.process_count()
         self._lock = threading.Lock()

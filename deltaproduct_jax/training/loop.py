@@ -1,5 +1,6 @@
 """The training loop: reads from top to bottom in the order in which things happen."""
 
+import contextlib
 import math
 import sys
 import time
@@ -13,13 +14,7 @@ import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import (
-    AnyPath,
-    in_bucket,
-    is_there,
-    require_directory,
-    require_writable,
-)
+from deltaproduct_jax.files import AnyPath, is_there, require_directory, require_writable
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -109,16 +104,17 @@ def train(
     results = None if fresh else _results_before(config, workdir, home, store)
     if results is not None:
         return _finished(results, home, resume_from)
-    for place in {workdir, home} if processes.is_first() else ():
-        if not in_bucket(place):
-            require_writable(place)  # now, not when all is compiled
+    with processes.first_goes_first("look for room"):  # now, not when all is compiled
+        for place in {workdir, home} if processes.is_first() else ():
+            require_writable(place)
     with stop_on_signals() as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.prepare(state, trainer.source.training(0))
         _go_on(request, "before the first step", home)
-        with run_lock(workdir):
+        with contextlib.ExitStack() as held:
             with processes.first_goes_first("claim the run directory"):
+                held.enter_context(run_lock(workdir))
                 records = open_records(workdir, config, store)
                 results = records.results()  # another process may have ended the run since
             if results is not None:
@@ -178,10 +174,11 @@ def _train(
         state = resume.newest_state(checkpoints, state)
         if newest is not None:
             trainer.source.resume(checkpoints.data(newest))
+        sizes = trainer.layout.sizes
+        start = describe_start(argv, config.seeds(), newest, sizes, trainer.began)
         with processes.first_goes_first("cut the records back"):
             records.cut_back(newest or 0)
-        sizes = trainer.layout.sizes
-        records.add_start(describe_start(argv, config.seeds(), newest, sizes, trainer.began))
+            records.add_start(start)
 
         state = trainer.run(state, records, checkpoints, request)
         _go_on(request, f"after step {int(state.step)} of {config.train.steps}", home)

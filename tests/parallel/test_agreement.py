@@ -9,7 +9,7 @@ import jax
 import pytest
 from orbax.checkpoint import multihost
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.parallel import processes
 
 
@@ -106,7 +106,7 @@ def test_processes_that_were_given_something_else_say_so(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 3)
 
     def says(index):
-        monkeypatch.setattr(processes, "_comparisons", iter([7]))
+        monkeypatch.setattr(processes, "_meetings", iter([7]))
         monkeypatch.setattr(jax, "process_index", lambda: index)
         try:
             processes.require_same(each[index])
@@ -124,3 +124,81 @@ def test_processes_that_were_given_something_else_say_so(monkeypatch):
     assert says(0) == f"mesh='data:2' here, 'fsdp:-1' in process 2{tail}"
     assert says(1) == ""
     assert says(2) == f"mesh='fsdp:-1' here, 'data:2' in process 0{tail}"
+
+
+@pytest.fixture
+def together(monkeypatch):
+    """Runs a function of the index as so many processes; returns what each raised, or None."""
+    own, store = threading.local(), Store()
+    monkeypatch.setattr(multihost, "get_jax_distributed_client", lambda: store)
+    monkeypatch.setattr(processes, "LISTENING_S", 0.05)
+    monkeypatch.setattr(jax, "process_index", lambda: own.index)
+
+    def run(count, work):
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+        monkeypatch.setattr(processes, "_meetings", iter([count] * count))
+        raised = [None] * count
+
+        def process(index):
+            own.index = index
+            try:
+                work(index)
+            except Exception as error:
+                raised[index] = error
+
+        threads = [threading.Thread(target=process, args=(index,)) for index in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=20)
+        assert not any(thread.is_alive() for thread in threads)
+        return raised
+
+    return run
+
+
+@pytest.mark.parametrize("unable", [None, 0, 1, 2])
+def test_the_first_goes_first_and_none_goes_on_where_one_cannot(unable, together):
+    entered, left = [], []
+
+    def work(index):
+        with processes.first_goes_first("try"):
+            entered.append(index)
+            if index == unable:
+                raise RunDirectoryError("a disk is full")
+            time.sleep(0.02 * index)
+        left.append(index)
+
+    raised = together(3, work)
+    assert entered[0] == 0
+    if unable is None:
+        assert raised == [None] * 3
+        assert sorted(left) == [0, 1, 2]
+        return
+    assert left == []
+    assert entered == [0] or unable != 0
+    others = f"process {unable} cannot go on: a disk is full"
+    assert [str(e) for e in raised] == [
+        "a disk is full" if n == unable else others for n in range(3)
+    ]
+
+
+def test_the_end_of_the_first_does_not_hide_ones_own_error(together, monkeypatch):
+    get = Store.blocking_key_value_get
+
+    def gone(store, key, timeout_in_ms):
+        if key.endswith("known"):
+            raise jax.errors.JaxRuntimeError("UNAVAILABLE: it has ended")
+        return get(store, key, timeout_in_ms)
+
+    monkeypatch.setattr(Store, "blocking_key_value_get", gone)
+
+    def work(index):
+        with processes.first_goes_first("try"):
+            if index == 1:
+                raise ConfigError("too large")
+
+    assert [str(error) for error in together(2, work)] == [
+        "process 1 cannot go on: too large",
+        "too large",
+    ]

@@ -1,6 +1,8 @@
 """Real processes on one machine: the run of one process, stopping together, failing together."""
 
+import contextlib
 import json
+import os
 import random
 import signal
 import threading
@@ -13,6 +15,7 @@ from tiny_run import curve, outcome, rows_in
 
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
+from deltaproduct_jax.training.locks import run_lock
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -103,6 +106,27 @@ def test_processes_that_were_given_other_flags_end_with_a_line_each(flag, text, 
     assert line.startswith(f"error in process 0: {text}; all processes take the same flags, but")
     assert "in process 0; all" in ended[1][2]
     assert not (tmp_path / "run/config.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unable", [0, 1])
+def test_what_one_process_alone_cannot_do_is_one_line_of_each(unable, tmp_path):
+    """The first finds its workdir in use; or the last has one of its own, without the run."""
+    with contextlib.ExitStack() as held:
+        if unable == 0:
+            held.enter_context(run_lock(tmp_path / "run"))
+            why = f"{tmp_path / 'run'} is in use by process {os.getpid()} on "
+            ones = start(tmp_path / "run", 2)
+        else:
+            why = f"{tmp_path / 'run/1'} does not hold the run that process 0 has begun; all proce"
+            ones = start(tmp_path / "run", 2, own_workdirs=True)
+        ended = finish(ones, timeout=90)
+    assert [code for code, *_ in ended] == [2, 2], ended
+    lines = [errors.splitlines() for _, _, errors in ended]
+    (own,), (other,) = lines[unable], lines[1 - unable]
+    assert own.startswith(f"error in process {unable}: {why}")
+    told = f"error in process {1 - unable}: process {unable} cannot go on: "
+    assert other == told + own.partition(": ")[2]
 
 
 def lines_in(workdir):
