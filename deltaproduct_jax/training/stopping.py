@@ -116,16 +116,18 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 @contextlib.contextmanager
-def interrupted_by_signals(says: Callable[[StopRequest], str]) -> Iterator[StopRequest]:
+def interrupted_by_signals(request: StopRequest, says: Callable[[], str]) -> Iterator[None]:
     """Inside, a signal raises KeyboardInterrupt, whichever it is, and sets the request.
 
-    A second one ends the process at once, and so does the first where `GRACE_S` later what is
-    inside has not ended: it may be in a compiler, or wait for a thread.
+    It may arrive as this begins or ends as well, so that it is caught outside. A second one ends
+    the process at once, and so does the first where `GRACE_S` later what is inside has not ended:
+    it may be in a compiler, or wait for a thread.
 
     Args:
+        request: what is set.
         says: the line that such an end leaves on standard error.
     """
-    request, is_over = StopRequest(), threading.Event()
+    is_over = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:
         if not is_over.is_set():
@@ -135,7 +137,7 @@ def interrupted_by_signals(says: Callable[[StopRequest], str]) -> Iterator[StopR
 
     def end(number: int) -> None:
         with contextlib.suppress(OSError):  # a terminal that is closed
-            os.write(2, f"{says(request)}\n".encode())
+            os.write(2, f"{says()}\n".encode())
         os._exit(exit_code(number))
 
     def watch(receiving: int, numbers: list[int]) -> None:
@@ -152,7 +154,7 @@ def interrupted_by_signals(says: Callable[[StopRequest], str]) -> Iterator[StopR
 
     with _heard(interrupt, watch):
         try:
-            yield request
+            yield
         finally:
             is_over.set()
 

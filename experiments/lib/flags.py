@@ -333,10 +333,19 @@ def run(
     end_with_parent()
     _quieten_orbax()
     then = "the same command goes on" if goes_on else "the same command begins anew"
-    says = lambda request: f"stopped by {request.name}; {then}"
+    request = StopRequest()
+    says = lambda: f"stopped by {request.name}; {then}"
     try:
-        with outputs.watched() as watched, interrupted_by_signals(says) as request:
-            return _run(command, argv, watched, request, says)
+        with outputs.watched() as watched, interrupted_by_signals(request, says):
+            return _run(command, argv, watched)
+    except KeyboardInterrupt:
+        if not request.is_set():
+            request.set(signal.SIGINT)
+        outputs.say_last(says())
+        processes.leave(code := exit_code(request.signal_number))
+        # Python would wait for threads, and XLA falls over what it was computing.
+        atexit.register(outputs.end_at_once, code)
+        return code
     except BaseException:
         if processes.are_joined():
             traceback.print_exc()
@@ -350,8 +359,6 @@ def _run(
     command: Callable[[Sequence[str]], None],
     argv: Sequence[str],
     watched: Mapping[str, outputs.Output],
-    request: StopRequest,
-    says: Callable[[StopRequest], str],
 ) -> int:
     try:
         command(argv)
@@ -360,14 +367,6 @@ def _run(
         if processes.is_first():
             print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except KeyboardInterrupt:
-        if not request.is_set():
-            request.set(signal.SIGINT)
-        outputs.say_last(says(request))
-        processes.leave(code := exit_code(request.signal_number))
-        # Python would wait for threads, and XLA falls over what it was computing.
-        atexit.register(outputs.end_at_once, code)
-        return code
     except jax.errors.JaxRuntimeError as error:
         if not is_exhausted(error):
             raise

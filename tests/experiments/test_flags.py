@@ -1,5 +1,6 @@
 """Flags from dataclasses: types, precedence, help, and one line for whatever cannot be honoured."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -14,6 +15,7 @@ from absl import flags as absl_flags
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import setting
+from deltaproduct_jax.training import stopping
 from deltaproduct_jax.training.config import TrainConfig
 from experiments import state_tracking, theory
 from experiments.analysis import theory_limits
@@ -302,6 +304,22 @@ def test_a_command_runs_with_an_output_closed(name, monkeypatch):
         raise ConfigError("bad field")
 
     assert flags.run(command, []) == 2
+
+
+def test_a_signal_as_a_command_begins_is_one_line(capsys, monkeypatch):
+    """It comes when it is heard already, and the command's first line not reached."""
+
+    @contextlib.contextmanager
+    def heard(handler, watch):
+        handler(signal.SIGTERM, None)
+        yield
+
+    registered = []
+    monkeypatch.setattr(flags.atexit, "register", lambda *given: registered.append(given))
+    monkeypatch.setattr(stopping, "_heard", heard)
+    assert flags.run(lambda argv: None, []) == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM; the same command begins anew\n"
+    assert registered == [(flags.outputs.end_at_once, 143)]
 
 
 def test_other_errors_keep_their_traceback():

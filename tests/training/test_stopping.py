@@ -21,6 +21,7 @@ from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.progress import Progress
 from deltaproduct_jax.training.stopping import (
     Stopped,
+    StopRequest,
     interrupted_by_signals,
     stop_on_signals,
 )
@@ -180,7 +181,8 @@ def test_a_signal_while_jax_is_imported_is_one_line(number, name, code, tmp_path
 def test_what_has_no_steps_is_interrupted(name):
     before = {known: signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)}
     number = getattr(signal, name)
-    with interrupted_by_signals(str) as request:
+    request = StopRequest()
+    with interrupted_by_signals(request, str):
         with stop_on_signals() as inner:  # which takes what is sent inside
             os.kill(os.getpid(), number)
             assert inner.wait(5)
@@ -195,7 +197,8 @@ DEAF = """
 import sys, threading, time
 from deltaproduct_jax.training import stopping
 stopping.GRACE_S = float(sys.argv[1])
-with stopping.interrupted_by_signals(lambda request: f"ended by {request.name}"):
+request = stopping.StopRequest()
+with stopping.interrupted_by_signals(request, lambda: f"ended by {request.name}"):
     word = "ready"
     while True:  # as in a compiler, where no exception arrives
         try:
