@@ -6,7 +6,6 @@ import functools
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from children import printed
 from helpers import Case, cast, draw_cotangents, relative_error
 from quick import quick
 
@@ -220,14 +220,8 @@ RUNS = ("forward", "gradient")
 
 def pod(platform, sequence):
     """Collectives of the op compiled for 256 devices, ``sequence`` of them along T."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.pod_collectives", platform, str(sequence)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "tests.pod_collectives", platform, sequence]
+    return json.loads(printed(command, cwd=ROOT).splitlines()[-1])
 
 
 # A TPU's compiler takes longest of all; test_tpu_compile.py has a cut sequence on four chips.

@@ -2,11 +2,11 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import printed
 
 ROOT = Path(__file__).resolve().parents[2]
 MESHES = (
@@ -36,14 +36,9 @@ def most_of(kind: str, axes: set[str], most: dict[str, int]) -> int:
 def test_nothing_is_larger_than_what_its_axis_must_exchange(platform, mixer):
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, the compiler for TPUs (tests/run.py --extra=tpu)")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.step_collectives", platform, mixer, *MESHES],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    for mesh, line in zip(MESHES, done.stdout.splitlines()[-len(MESHES) :], strict=True):
+    command = [sys.executable, "-m", "tests.step_collectives", platform, mixer, *MESHES]
+    lines = printed(command, cwd=ROOT).splitlines()[-len(MESHES) :]
+    for mesh, line in zip(MESHES, lines, strict=True):
         found = json.loads(line)
         most = found["most"]
         assert max(most["parameter"], most["past"], most["state"]) < most["residual"] / 2, mesh

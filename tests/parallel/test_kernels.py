@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from children import printed
 from flax import nnx
 from helpers import relative_error
 from jax.sharding import NamedSharding, PartitionSpec
@@ -223,9 +223,7 @@ def test_a_step_over_a_mesh_calls_the_kernels_of_one_device(mixer):
     meshes = ("data:1", "data:2,fsdp:2", "tensor:2", "sequence:2", MIXED)
     variables = {**os.environ, "PYTHONPATH": str(environment.extra_folder("gpu"))}
     command = [sys.executable, "-m", "tests.parallel.step_kernels", mixer, *meshes]
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    alone, *over = map(json.loads, done.stdout.splitlines())
+    alone, *over = map(json.loads, printed(command, cwd=ROOT, env=variables).splitlines())
     if mixer == "transformer":
         assert alone == {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 1}
         assert over == [alone] * len(over)

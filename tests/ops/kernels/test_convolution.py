@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from children import printed
 from ops.kernels.convolution_cases import BARS, over_the_bar
 
 from deltaproduct_jax.ops.convolution import selection
@@ -28,9 +28,7 @@ def child(mode: str, *every: str) -> dict:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "XLA_FLAGS": FLAGS}
     variables["TRITON_INTERPRET"] = "1" if mode == "interpret" else "0"
     command = [sys.executable, "-W", "ignore", str(CHILD), mode, *every]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1200)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(printed(command, env=variables))
 
 
 @pytest.fixture(scope="module")

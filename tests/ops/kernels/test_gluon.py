@@ -6,11 +6,11 @@ float64 on a GPU; experiments/results/gpu/check/ has what it printed.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import printed
 
 from experiments.lib import environment
 
@@ -31,9 +31,7 @@ def child(argument: str, **more: str) -> dict:
     path = [environment.extra_folder("gluon"), TESTS, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), **more}
     command = [sys.executable, "-W", "ignore", str(TESTS / "gluon_child.py"), argument]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(printed(command, env=variables))
 
 
 def compiled(**sizes) -> dict:

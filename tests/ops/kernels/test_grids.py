@@ -8,11 +8,11 @@ import itertools
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from children import printed
 
 from deltaproduct_jax.compilers.index_ranges import overflows
 from deltaproduct_jax.ops.kernels import grids
@@ -30,11 +30,7 @@ def child(*arguments: str) -> dict:
     path = [environment.extra_folder("gluon"), TESTS, TESTS.parent]
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     command = [sys.executable, "-W", "ignore", Path(__file__).with_name("grids_child.py")]
-    run = subprocess.run(
-        [*command, *arguments], env=variables, capture_output=True, text=True, timeout=600
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(printed([*command, *arguments], env=variables))
 
 
 def cases(found: dict) -> dict:

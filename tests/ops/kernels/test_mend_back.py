@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import bars
 import pytest
+from children import printed
 
 from experiments.lib import environment
 
@@ -25,9 +25,7 @@ def child(mode: str, *every: str):
     variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
     script = Path(__file__).with_name("mended_child.py")
     command = [sys.executable, "-W", "ignore", str(script), mode, *every]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(printed(command, env=variables))
 
 
 def check(found):

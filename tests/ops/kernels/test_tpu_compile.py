@@ -1,12 +1,11 @@
 """The op compiles for TPUs, without a TPU: no solver inside, no more memory than promised."""
 
-import functools
 import json
 import math
-import subprocess
 import sys
 
 import pytest
+from children import HANGS_S, once, printed
 from quick import quick
 from tpu_programs import GRADIENTS, LAYERS
 
@@ -55,9 +54,10 @@ def compiled(key) -> dict:
     return _compiled()[key]
 
 
-@functools.cache
+@once
 def _compiled() -> dict:
-    figures = tpu_compiler.compile_apart(list(COMPILATIONS.values()), profile=False, timeout_s=280)
+    wanted = list(COMPILATIONS.values())
+    figures = tpu_compiler.compile_apart(wanted, profile=False, timeout_s=HANGS_S)
     return dict(zip(COMPILATIONS, figures, strict=True))
 
 
@@ -107,18 +107,12 @@ def around(name) -> dict:
     return _around(tuple(kind))[name]
 
 
-@functools.cache
+@once
 def _around(names) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.tpu_programs", *names],
-        cwd=environment.ROOT,
-        env=tpu.child_environment(tpu_compiler.EXTRA),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return dict(zip(names, map(json.loads, done.stdout.splitlines()), strict=True))
+    command = [sys.executable, "-m", "tests.tpu_programs", *names]
+    variables = tpu.child_environment(tpu_compiler.EXTRA)
+    said = printed(command, cwd=environment.ROOT, env=variables)
+    return dict(zip(names, map(json.loads, said.splitlines()), strict=True))
 
 
 @pytest.mark.slow
@@ -171,7 +165,7 @@ def test_a_solver_would_be_seen(monkeypatch):
     )
     monkeypatch.setattr(child, "COMMAND", [sys.executable, "-c", program])
     (found,) = tpu_compiler.compile_apart(
-        [Compilation("v5e", "chunked", FORWARD, SHAPE)], profile=False, timeout_s=60
+        [Compilation("v5e", "chunked", FORWARD, SHAPE)], profile=False, timeout_s=HANGS_S
     )
     assert any("riangular" in name for name in found["custom_calls"]), found
 
@@ -189,7 +183,8 @@ def test_a_gradient_is_expected_to_take_longer(generation):
 @pytest.mark.slow  # compiles as long as all the others together; on a CPU: test_composition.py
 def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
     """A state for each token would be 32 times the states, sequences of T * R tokens 3 copies."""
-    (found,), shape = tpu_compiler.compile_apart([LONG], profile=False, timeout_s=280), LONG.shape
+    (found,) = tpu_compiler.compile_apart([LONG], profile=False, timeout_s=HANGS_S)
+    shape = LONG.shape
     states = 4 * shape.H * shape.K * shape.V * shape.T // SPAN
     assert 0 < found["temp_bytes"] < states + found["argument_bytes"]
     array = 2 * shape.T * shape.H * shape.K  # q, o, each factor of k and v, in bfloat16
@@ -199,7 +194,7 @@ def test_memory_of_the_gradient_is_states_of_spans_and_one_copy_of_the_inputs():
 @pytest.mark.slow
 def test_the_profile_of_the_schedule_is_read():
     wanted = [Compilation(name, "scan", FORWARD, SHAPE) for name in ("v5e", "v6e")]
-    for found in tpu_compiler.compile_apart(wanted, profile=True, timeout_s=120):
+    for found in tpu_compiler.compile_apart(wanted, profile=True, timeout_s=HANGS_S):
         assert math.prod(found["loops"].values()) == SHAPE.T  # a loop of spans, in it one of tokens
         # Each token takes some, and fewer than its traffic with the memory would cost.
         assert SHAPE.T * 100 < found["schedule_cycles"] < found["model_cycles"]

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import bars
 import jax
 import pytest
+from children import printed
 
 from deltaproduct_jax.compilers.gpu import spills_in_loops
 from deltaproduct_jax.ops.kernels import Options
@@ -33,9 +33,7 @@ def child(mode: str, *every: str) -> dict:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
     variables |= {"XLA_FLAGS": QUICK, "TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
     command = [sys.executable, "-W", "ignore", str(TESTS / "triton_child.py"), mode, *every]
-    run = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return json.loads(printed(command, env=variables))
 
 
 @pytest.fixture(scope="module")
