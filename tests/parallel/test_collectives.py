@@ -36,7 +36,7 @@ def most_of(kind: str, axes: set[str], most: dict[str, int]) -> int:
 def test_nothing_is_larger_than_what_its_axis_must_exchange(platform, mixer):
     if platform == "tpu" and importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs libtpu, the compiler for TPUs (tests/run.py --extra=tpu)")
-    command = [sys.executable, "-m", "tests.step_collectives", platform, mixer, *MESHES]
+    command = [sys.executable, "-m", "tests.parallel.step_collectives", platform, mixer, *MESHES]
     lines = printed(command, cwd=ROOT).splitlines()[-len(MESHES) :]
     for mesh, line in zip(MESHES, lines, strict=True):
         found = json.loads(line)

@@ -205,9 +205,8 @@ def test_a_sweep_that_breaks_down_stops_its_children(tmp_path, monkeypatch, caps
     fixed = "steps=2000"
     assert run(tmp_path, "seed=0:2;step_ms=0,20", fixed=fixed, workers=2) == 2
     assert capsys.readouterr().err.startswith("error: results.csv cannot be written: No space")
-    begun = list(tmp_path.glob("runs/*/at_work"))
-    assert begun
-    assert not any(Lock(path).is_held() for path in begun)
+    at_work = tmp_path.glob("runs/*/at_work")
+    assert {Lock(path).is_held() for path in at_work} == {False}
 
 
 def test_a_run_that_ends_without_results_has_failed(tmp_path):

@@ -1,10 +1,10 @@
 """Compiles a training step for 16 devices and lists what they send; a program of its own.
 
-``python -m tests.step_collectives cpu|tpu MIXER MESH ...``: for simulated CPU devices, or for 16
-chips of TPU v5e by their compiler alone (package libtpu), over meshes as ``--mesh`` has them. How
-many devices there are must be settled before JAX starts, hence the program. It prints a JSON object
-a mesh: ``sent``, entries [kind, bytes, axes of the mesh, how often], and ``most``, bytes of what a
-device has of each kind of array.
+``python -m tests.parallel.step_collectives cpu|tpu MIXER MESH ...``: for simulated CPU devices, or
+for 16 chips of TPU v5e by their compiler alone (package libtpu), over meshes as ``--mesh`` has
+them. How many devices there are must be settled before JAX starts, hence the program. It prints a
+JSON object a mesh: ``sent``, entries [kind, bytes, axes of the mesh, how often], and ``most``,
+bytes of what a device has of each kind of array.
 """
 
 import collections
