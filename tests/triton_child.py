@@ -2,8 +2,8 @@
 
 ``interpret``: errors against the oracle, kernels run by Triton's interpreter; of all but narrow
 heads float16 stands for bfloat16 too. ``compile``: what is lowered for CUDA without a GPU.
-``interpret all`` and ``compile all`` take every case and every pass; what runs otherwise stands in
-``QUICK``, without a mapped call, whole passes, kernels of pieces and gradients of large states.
+``interpret all`` takes every case and every pass; what runs otherwise stands in ``QUICK``, without
+a mapped call.
 """
 
 import contextlib
@@ -235,7 +235,7 @@ def one_token(name: str = "step") -> dict[str, float]:
     return {"o": relative(o, want[0][:, 0]), "final_state": relative(final_state, want[1])}
 
 
-def compile_for_cuda(every: bool) -> dict:
+def compile_for_cuda() -> dict:
     from experiments.hardware import gpu_compile
 
     config = gpu_compile.CompileConfig(head_dim=(128,), num_householder=(2,))
@@ -250,12 +250,12 @@ def compile_for_cuda(every: bool) -> dict:
     # Passes in pieces, and of whole ones the kernels that know of pieces.
     of_passes = []
     is_walk = lambda call: call.name in ("walk", "walk_back")
-    for R, gated in PASSES if every else ():
+    for R, gated in PASSES:
         found = some(lambda call: True, R, batch_size=1, length=32768, gated=gated)
         found += [r | {"kernel": r["kernel"] + ", whole"} for r in some(is_walk, R, gated=gated)]
         of_passes += [r | {"gated": gated} for r in found]
     of_pieces = lambda call: call.name == "compose" or call.meta.get("SUMMARY")
-    rows += some(of_pieces, batch_size=1, length=32768) if every else []
+    rows += some(of_pieces, batch_size=1, length=32768)
     [wide] = some(lambda call: call.name == "prepare", dtype="float32", gated=False)
     rows.append(wide | {"kernel": "prepare, float32"})
     shapes = [(1, 64, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2, 32), (1, 64, 2, 2)]
@@ -265,8 +265,8 @@ def compile_for_cuda(every: bool) -> dict:
         return jnp.sum(delta_product(q, k, v, beta, implementation=implementation)[0])
 
     lowered = {"step": lower_step(), "versions": kernels_by_version()}
-    lowered |= lower_wide(loss) | {"narrow heads": lower_narrow(loss)} if every else {}
-    lowered |= {"raw": narrow_heads.raw_elsewhere()} if every else {}
+    lowered |= lower_wide(loss) | {"narrow heads": lower_narrow(loss)}
+    lowered |= {"raw": narrow_heads.raw_elsewhere()}
     for implementation in ("triton", None, "chunked"):
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), static_argnums=4)
         traced = gradient.trace(*arrays, implementation)
@@ -300,7 +300,7 @@ def compile_for_cuda(every: bool) -> dict:
         lowered["on a CPU"] = "lowered"
     except Exception as error:  # whatever it is, the user reads it
         lowered["on a CPU"] = str(error)
-    heads = narrow_heads.resources(every, inputs, run)
+    heads = narrow_heads.resources(inputs, run)
     return {"rows": rows, "passes": of_passes, "lowered": lowered, "heads": heads}
 
 
@@ -381,5 +381,5 @@ def lower_step() -> tuple[list[int], int]:
 
 if __name__ == "__main__":
     mode, *every = sys.argv[1:]
-    found = {"interpret": interpret, "compile": compile_for_cuda}[mode](every=bool(every))
+    found = interpret(every=bool(every)) if mode == "interpret" else compile_for_cuda()
     print(json.dumps(found))

@@ -121,7 +121,7 @@ def raw_elsewhere() -> dict[str, float]:
     return {"kernels": lowered.count("triton_kernel_call"), "apart": max(apart)}
 
 
-def resources(every: bool, inputs, run) -> list[dict]:
+def resources(inputs, run) -> list[dict]:
     """What the compiler makes of the kernels of narrow heads, as they are launched."""
     from deltaproduct_jax.ops.kernels.triton import kernels as bodies
 
@@ -136,13 +136,13 @@ def resources(every: bool, inputs, run) -> list[dict]:
         found = kernel_resources(getattr(bodies, name), structs, meta, **how)
         rows.append(
             found
-            | {"kernel": name, "PARTS": meta.get("PARTS")}
+            | {"kernel": name, "PARTS": meta.get("PARTS"), "K": K, "dtype": dtype}
             | {key: meta[key] for key in ("HAS_G", "RAW")}
         )
         return tuple(jnp.zeros(out.shape, out.dtype) for out in outs)
 
     passes.call = compiled
-    for K, dtype, gated, ways in shapes if every else [(32, "bfloat16", False, RAW)]:
+    for K, dtype, gated, ways in shapes:
         case = Case(T=16, R=4, B=1, H=1, K=K, V=K, gate="mild" if gated else None)
         _, _, tokens, state = inputs(case, dtype)
         do = jnp.zeros((1, 16, 1, K), dtype)

@@ -42,14 +42,9 @@ def interpreted():
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    return child("compile")
-
-
-@pytest.fixture(scope="module")
 def everything():
-    """Both, of every case and pass."""
-    return child("interpret", "all") | child("compile", "all")
+    """Of every case and pass, also what is made of them for CUDA."""
+    return child("interpret", "all") | child("compile")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -134,8 +129,8 @@ def test_what_is_kept_is_written_in_whole(interpreted):
 
 
 @pytest.mark.slow
-def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(compiled):
-    assert compiled["lowered"]["versions"] == ["step", "step_in_place"]
+def test_one_pointer_stands_for_both_in_jax_triton_of_0_4(everything):
+    assert everything["lowered"]["versions"] == ["step", "step_in_place"]
 
 
 @pytest.mark.slow
@@ -146,16 +141,17 @@ def test_every_launch_of_a_kernel_is_timed(everything):
 
 
 @pytest.mark.slow
-def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(compiled):
-    rows = {row["kernel"]: row for row in compiled["rows"]}
+def test_the_kernels_compile_for_hopper_and_keep_their_tiles_in_registers(everything):
+    rows = {row["kernel"]: row for row in everything["rows"]}
     names = {"prepare", "walk", "errors", "walk_back", "gradients", "prepare, float32"}
-    assert names == set(rows)
+    assert set(rows) == names | {"walk (summary)", "walk_back (summary)", "compose"}
     assert not any(row["spilt_bytes"] for row in rows.values()), rows
 
 
 @pytest.mark.slow
-def test_each_kernel_of_narrow_heads_has_a_warp_and_keeps_its_tiles_in_registers(compiled):
-    rows = {row["kernel"]: row for row in compiled["heads"]}
+def test_each_kernel_of_narrow_heads_has_a_warp_and_keeps_its_tiles_in_registers(everything):
+    of_one = {"K": 32, "dtype": "bfloat16", "HAS_G": False, "RAW": True}
+    rows = {row["kernel"]: row for row in everything["heads"] if of_one.items() <= row.items()}
     assert set(rows) == {"narrow_forward", "mend", "narrow_backward"}
     del rows["mend"]
     assert not any(row["spills_in_loops"] or row["atomics"] for row in rows.values()), rows
@@ -206,7 +202,6 @@ def test_the_kernels_of_all_whole_passes_spill_nothing(everything):
 @pytest.mark.slow
 def test_products_of_pieces_are_counted_where_they_are_made(everything):
     rows = {row["kernel"]: row for row in everything["rows"]}
-    assert not any(row["spilt_bytes"] for row in rows.values()), rows
     # 8 pieces of 16 heads: 7 ends, 6 maps, both of 128 columns; 64 rows, 128 chunks a piece.
     of_chunk = 2 * 64 * 128 * 128 + 2 * 64 * 64 * 128
     assert rows["walk (summary)"]["operations"] == 2 * 16 * 128 * (7 + 6) * of_chunk
@@ -214,8 +209,8 @@ def test_products_of_pieces_are_counted_where_they_are_made(everything):
 
 
 @pytest.mark.slow
-def test_products_of_the_gradient_are_counted_as_they_are_made(compiled):
-    rows = {row["kernel"]: row for row in compiled["rows"]}
+def test_products_of_the_gradient_are_counted_as_they_are_made(everything):
+    rows = {row["kernel"]: row for row in everything["rows"]}
     # 32 tokens, 64 rows, 64 of 128 keys, 128 values; what spans tokens apart from what does not.
     over_values = (32 * 64 + 64 * 64 + 32 * 64 + 2 * 64 * 64) * 128
     over_keys = 4 * 32 * 64 * 64 + 4 * 64 * 64 * 64
@@ -229,16 +224,16 @@ def test_spills_in_loops_are_told_from_others():
 
 
 @pytest.mark.slow
-def test_every_kernel_fits_a_multiprocessor(compiled):
-    rows = {row["kernel"]: row for row in compiled["rows"]}
+def test_every_kernel_fits_a_multiprocessor(everything):
+    rows = {row["kernel"]: row for row in everything["rows"]}
     assert all(
         row["shared_bytes"] > 0 and row["programs_a_multiprocessor"] for row in rows.values()
     )
 
 
 @pytest.mark.slow
-def test_a_program_lowered_for_cuda_holds_the_kernels(compiled):
-    lowered = compiled["lowered"]
+def test_a_program_lowered_for_cuda_holds_the_kernels(everything):
+    lowered = everything["lowered"]
     # Two forward, four backward, and one behind each way that mends; forward not of what is known
     # to be finite.
     assert lowered["triton"] == lowered["None"] == lowered["packed"] == 6 + 2
