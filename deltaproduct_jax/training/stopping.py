@@ -18,6 +18,14 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 GRACE_S = 5.0  # for what is interrupted to clear up, or to come back from a compiler to Python
 
 
+_asked = threading.Event()
+
+
+def was_asked() -> bool:
+    """Whether this process has heard a signal, so that one more would not let it save."""
+    return _asked.is_set()
+
+
 class Stopped(KeyboardInterrupt):
     """Work was ended on request, saved; the text says how to go on."""
 
@@ -197,5 +205,6 @@ def _next(receiving: int, numbers: list[int]) -> int | None:
     """The next signal of these; None where no more are heard."""
     while data := os.read(receiving, 1):
         if data[0] in numbers:  # not a signal of somebody else's
+            _asked.set()
             return data[0]
     return None

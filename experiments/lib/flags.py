@@ -33,6 +33,7 @@ from deltaproduct_jax.training.stopping import (
     StopRequest,
     exit_code,
     interrupted_by_signals,
+    was_asked,
 )
 from experiments import leave_no_more
 from experiments.lib import outputs
@@ -330,7 +331,7 @@ def run(
         argv: the arguments, without the program's name.
         goes_on: whether the command, interrupted and given again, goes on where it stood.
     """
-    end_with_parent()
+    end_with_parent(was_asked)
     _quieten_orbax()
     then = "the same command goes on" if goes_on else "the same command begins anew"
     request = StopRequest()

@@ -122,7 +122,10 @@ def test_what_one_process_alone_cannot_do_is_one_line_of_each(unable, tmp_path):
             ones = start(tmp_path / "run", 2, own_workdirs=True)
         ended = finish(ones, timeout=90)
     assert [code for code, *_ in ended] == [2, 2], ended
-    lines = [errors.splitlines() for _, _, errors in ended]
+    said = [errors.splitlines() for _, _, errors in ended]
+    # A busy machine is told every ten seconds that it compiles.
+    lines = [[line for line in each if not line.startswith("compiling ")] for each in said]
+    assert [len(each) for each in lines] == [1, 1], ended
     (own,), (other,) = lines[unable], lines[1 - unable]
     assert own.startswith(f"error in process {unable}: {why}")
     told = f"error in process {1 - unable}: process {unable} cannot go on: "

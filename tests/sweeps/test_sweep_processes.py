@@ -26,6 +26,7 @@ from sweeps.helpers import (
 from tiny_run import outcome, run_config
 
 from deltaproduct_jax.training.locks import Lock
+from experiments.lib.sweeps import attempts
 
 SLOW_STEPS = "steps=20;step_ms=20"
 
@@ -85,6 +86,30 @@ def test_ctrl_c_stops_the_children(name, code, tmp_path):
     assert states == {"seed=0": "started", "seed=1": "started", "seed=2": "pending"}
     # What was stopped on purpose has not failed.
     assert not list(tmp_path.glob("runs/*/attempts.jsonl"))
+
+
+# Says what it hears, and saves for a while.
+SAVES = """
+import signal, time
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: (heard.append(0), print("heard", flush=True)))
+print("ready", flush=True)
+while not heard:
+    time.sleep(0.01)
+time.sleep(0.3)
+"""
+
+
+def test_a_run_is_asked_to_stop_once(tmp_path):
+    """A second time would not let it save: a sweep asks all its runs, then waits for each."""
+    said = {"stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-S", "-c", SAVES], **said)
+    attempt = attempts.Attempt(attempts.Claims([]), process, tmp_path / "log.txt")
+    assert process.stdout.readline() == "ready\n"
+    attempt.ask_to_stop()
+    assert process.stdout.readline() == "heard\n"
+    attempt.stop()
+    assert process.communicate() == ("", None)
 
 
 @needs_submitit

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny_run
@@ -14,7 +15,7 @@ from sweeps.helpers import ROOT, table, wait_until
 from tiny_run import curve, flags_for
 
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.training import loop
+from deltaproduct_jax.training import loop, stopping
 from deltaproduct_jax.training.locks import Lock
 from experiments import sweep, together
 from experiments.lib.sweeps import gpus, grid, launchers, parent, records, view
@@ -219,8 +220,22 @@ def test_a_run_whose_sweep_is_gone_does_not_begin(tmp_path):
 
 def test_every_command_asks_to_be_told(monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr("experiments.lib.flags.end_with_parent", lambda: told.append(True))
+    monkeypatch.setattr("experiments.lib.flags.end_with_parent", told.append)
     assert sweep.main([f"--workdir={tmp_path}", "--workers=0"]) == 2
+    assert told == [stopping.was_asked]
+
+
+def test_a_run_that_its_sweep_has_told_is_not_told_again(monkeypatch):
+    """The sweep dies while the run saves."""
+    told, asked = [], threading.Event()
+    monkeypatch.setattr(parent, "_tell", lambda: told.append(True))
+    monkeypatch.setattr(stopping, "_asked", asked)
+    parent._watch(-1, stopping.was_asked)
+    assert told == [True]
+    with stopping.stop_on_signals() as request:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.wait(5)
+        parent._watch(-1, stopping.was_asked)
     assert told == [True]
 
 

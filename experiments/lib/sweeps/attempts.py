@@ -102,6 +102,7 @@ class Attempt:
         self._log, self._log_size = log, size_of(log)
         self._sizes = [size_of(folder.path / LOG) for folder in self.folders]
         self._began = time.monotonic()
+        self._was_asked = False
 
     def poll(self) -> list[str] | None:
         """None while it runs; then, once, what went wrong with each run, empty if nothing did."""
@@ -125,8 +126,9 @@ class Attempt:
         return error if code and error else f"{NO_RESULTS}, with exit code {code}"
 
     def ask_to_stop(self) -> None:
-        """Tells the process to finish its step and save."""
-        if self.process.poll() is None:
+        """Tells the process to finish its step and save; once, as a second time would end it."""
+        if self.process.poll() is None and not self._was_asked:
+            self._was_asked = True
             self.process.terminate()
 
     def stop(self) -> None:
