@@ -28,7 +28,7 @@ from deltaproduct_jax.training.config import TrainConfig
 from experiments.lib import flags
 from experiments.lib.bench.decoding import Decoding, trained_and_decoded
 from experiments.lib.bench.report import TIMES, begun, markdown, shown, times, write_report
-from experiments.lib.bench.training_steps import OURS, Row, measured
+from experiments.lib.bench.training_steps import OURS, Case, Row, measured
 from experiments.lib.figures.language import draw_throughput
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.matched_shapes import Shape
@@ -119,8 +119,9 @@ def measure(config: ThroughputConfig, shape: Shape) -> Row:
     timing = (config.tokens(), config.steps, config.repeats, config.budget_s)
     decoding = Decoding(config.decode_rows, config.decode_tokens)
     arguments = (config.training, config.model(shape), *timing, decoding)
-    (row,) = measured(trained_and_decoded, OURS, *arguments)
-    return row | dataclasses.asdict(shape)
+    case = Case(trained_and_decoded, OURS, arguments, dataclasses.asdict(shape))
+    ((row,),) = measured([case])
+    return row
 
 
 def table(rows: Sequence[Row], decode_rows: Sequence[int]) -> str:

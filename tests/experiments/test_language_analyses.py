@@ -230,6 +230,25 @@ def test_models_are_trained_compared_and_looked_at(tmp_path, capsys):
         assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
+def test_a_shape_is_measured_apart(monkeypatch):
+    """Or says why not."""
+    config, shape = throughput.ThroughputConfig(), Shape(2, 1, 8)
+    sizes = {"num_householder": 2, "num_heads": 1, "head_dim": 8}
+    monkeypatch.setattr(training_steps, "apart", lambda function, *given: [{"ms": len(given)}])
+    assert throughput.measure(config, shape) == {"ms": 7, **sizes}
+
+    def refuse(function, *given):
+        raise ConfigError("too large")
+
+    monkeypatch.setattr(training_steps, "apart", refuse)
+    row = throughput.measure(config, shape)
+    assert row == {
+        "implementation": training_steps.OURS,
+        "error": "ConfigError: too large",
+        **sizes,
+    }
+
+
 @pytest.mark.slow
 def test_each_shape_is_trained_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(training_steps, "apart", lambda function, *given: function(*given))
