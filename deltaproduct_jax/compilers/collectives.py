@@ -23,6 +23,8 @@ _SENT = re.compile(
     rf" = (?P<shapes>\S.*?) (?P<kind>{'|'.join((*COLLECTIVES, 'send', 'recv'))})"
     r"(?P<start>-start)?\("
 )
+# On a TPU one collective can go on behind several fusions, in each of which it stands.
+_CHAIN = re.compile(r'chain_id="(?P<number>\d+)"')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(?P<groups>\{[\d,{}]*\})\}")
 # Groups as the rows of a range of devices that is reshaped, transposed and cut.
 _RANGE = r"\[(?P<shape>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
@@ -72,10 +74,11 @@ def collectives_in_a_run(
     """
     found: collections.Counter[Sent] = collections.Counter()
     times = 0
+    chains: set[str] = set()
     for line in text.splitlines():
         if head := COMPUTATION.match(line):
             times = passes.get(head["name"], 0)
-        for sent in _sent_by(line, mesh) if times else ():
+        for sent in _sent_by(line, mesh, chains) if times else ():
             found[sent] += times
     return found
 
@@ -86,14 +89,19 @@ def collectives_by_axis(text: str, mesh: Mapping[str, int]) -> list[Sent]:
 
 
 def _all_sent(text: str, mesh: Mapping[str, int]) -> list[Sent]:
-    return [sent for line in text.splitlines() for sent in _sent_by(line, mesh)]
+    chains: set[str] = set()
+    return [sent for line in text.splitlines() for sent in _sent_by(line, mesh, chains)]
 
 
-def _sent_by(line: str, mesh: Mapping[str, int]) -> list[Sent]:
-    """What a line of a program sends, if it sends anything."""
+def _sent_by(line: str, mesh: Mapping[str, int], chains: set[str]) -> list[Sent]:
+    """What a line of a program sends, if it sends anything; ``chains`` are those seen before."""
     match = _SENT.search(line)
     if match is None:
         return []
+    if chain := _CHAIN.search(line):
+        if chain["number"] in chains:
+            return []
+        chains.add(chain["number"])
     sizes, kind = array_bytes(match["shapes"]), match["kind"]
     axes = _axes(line, mesh) if mesh else ()
     if "all-to-all" in kind:  # what goes to each device may be an array of its own

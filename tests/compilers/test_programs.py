@@ -70,6 +70,26 @@ def test_the_axes_along_which_a_program_sends():
         collectives_by_axis(GROUPS.replace("groups={{0,1}", "groups=odd{{0,1}"), {"x": 8})
 
 
+# As libtpu writes a gather that it goes on with behind other work; 4 is another of the same size.
+CHAINED = """
+%first (x: f32[2]) -> f32[4] {
+  %a = f32[4]{0} all-gather(%x), channel_id=1, frontend_attributes={chain_id="3"}
+}
+%second (x: f32[2]) -> f32[4] {
+  %b = f32[4]{0} all-gather(%x), channel_id=1, frontend_attributes={chain_id="3"}
+}
+%third (x: f32[2]) -> f32[4] {
+  %c = f32[4]{0} all-gather(%x), channel_id=1, frontend_attributes={chain_id="4"}
+}
+"""
+
+
+def test_a_collective_that_several_fusions_go_on_with_counts_once():
+    assert collectives(CHAINED) == 2 * [("all-gather", 16)]
+    counts = collectives_in_a_run(CHAINED, {}, {"first": 3, "second": 3, "third": 3})
+    assert counts == {("all-gather", 16, ()): 6}
+
+
 def test_collectives_of_a_real_program():
     mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))

@@ -124,7 +124,10 @@ def test_a_whole_plan(topology, tmp_path, capsys):
     assert fits(found, record["memory_bytes"])
     assert found["argument_bytes"] >= found["parameters_bytes"] + found["moments_bytes"]
     gathered = [s for s in found["sent"] if s["kind"] == "all-gather" and "fsdp" in s["axes"]]
-    assert max(s["count"] for s in gathered) == 3 or max(s["count"] for s in gathered) == 6
+    # Five matrices of a layer are as large, gathered on the way there and back; a GPU's compiler
+    # sends several at once.
+    most = max(s["count"] for s in gathered)
+    assert most in ({3 * 5 * 2} if platform == "tpu" else {3, 6})
     assert found["operations"] > 6 * found["tokens"] * 3 * 3 * 32 * 64 / 2  # the MLPs alone
     text = capsys.readouterr().out
     assert "It fits. Nothing was run" in text
