@@ -76,6 +76,8 @@ LONGEST = (
     "ops/kernels/test_tpu_compile.py",
     "ops/test_accuracy.py",
     "ops/kernels/test_triton.py",
+    "parallel/test_processes.py",
+    "experiments/language/test_language_legs.py",
     "experiments/test_state_tracking.py",
     "layers/test_mixers.py",
     "ops/test_sharding.py",

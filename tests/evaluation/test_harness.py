@@ -264,4 +264,4 @@ def test_the_console_script_hands_over(folder, tasks, tmp_path, monkeypatch, cap
     argv[argv.index("--model_args") + 1] = "path=nowhere"
     monkeypatch.setattr(sys, "argv", argv)
     assert command.main() == 2
-    assert "config.json cannot be read" in capsys.readouterr().err
+    assert "error: nowhere has no config.json" in capsys.readouterr().err

@@ -113,7 +113,8 @@ def test_a_sweep_knows_what_plugins_register(files, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_files_from_outside_are_swept(files, tmp_path):
+def test_files_from_outside_are_swept(files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device, as its batches are small
     workdir, fixed = tmp_path / "sweep", fixed_of(files)
     argv = [f"--workdir={workdir}", "--script=train", "--grid=horizon=2,8", f"--fixed={fixed}"]
     assert sweep.main([*argv, "--workers=2"]) == 0
