@@ -31,11 +31,8 @@ def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision):
     T is symbolic or short, it keeps several for every token.
     """
     T = q.shape[1]
-    tokens = _widened(Tokens(q, k, v, beta, g, resets))
-
-    def body(state, token):  # of what is not finite, as part of reading: no pass of its own
-        return _token(state, only_finite(token), scale=scale, precision=precision)
-
+    tokens = _finite_by_case(_widened(Tokens(q, k, v, beta, g, resets)))
+    body = functools.partial(_token, scale=scale, precision=precision)
     in_blocks = isinstance(T, int) and T >= 2 * BLOCK
     if in_blocks:
         tokens = _by_block(tokens)
