@@ -27,6 +27,7 @@ Record = Mapping[str, Any]
 Curve = tuple[Sequence[float], Sequence[float]]  # places and what is there
 SMOOTHED = 15  # records of a training loss, of which one is drawn
 THIN = {"linewidth": 0.5, "alpha": 0.6, "marker": ""}
+TRAINED_ON = {"linewidth": 0.6, "markersize": 2.5, "alpha": 0.8}
 
 
 def draw_all(found: Sequence[Record], folder: Path, look: Look) -> Iterator[Path]:
@@ -81,7 +82,7 @@ def _median(curves: Sequence[Curve]) -> Curve:
 
 @beside_records
 def draw_losses_of_legs(found: Sequence[Record], path: Path, look: Look) -> list[Path]:
-    """Draws a panel for each size: losses held out, and below them those trained on, dotted.
+    """Draws a panel for each size: losses held out, and below them those trained on, thin.
 
     They are drawn from the first validation on; of training medians of `SMOOTHED` records.
 
@@ -104,15 +105,14 @@ def draw_losses_of_legs(found: Sequence[Record], path: Path, look: Look) -> list
             for record in records:
                 x, y = _column(record["curve"], "loss")
                 kept = [i for i, tokens in enumerate(x) if tokens >= first]
-                style = {"color": points(models.number(model))["color"], "linestyle": ":"}
-                smooth = [_around(y, i) for i in kept]
-                axes.plot([x[i] for i in kept], smooth, linewidth=0.8, **style)
+                style = marked(models.number(model), len(kept), log=True) | TRAINED_ON
+                axes.plot([x[i] for i in kept], [_around(y, i) for i in kept], **style)
         axes.set_title(names.leg_size(size))
         axes.set(xscale="log", yscale="log")
     plain_log(panels[0, 0].xaxis, panels[0, 0].get_xlim())
     plain_log(panels[0, 0].yaxis, panels[0, 0].get_ylim())
     close_grid(panels, len(models.by_size), "tokens", "loss, nats per token")
-    _legend(figure, {"trained on": mark(color="0.3", linestyle=":", linewidth=0.8)})
+    _legend(figure, {"trained on": mark(color="0.3", **TRAINED_ON)})
     return save(figure, path, look)
 
 
