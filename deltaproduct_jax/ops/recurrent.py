@@ -25,10 +25,10 @@ BLOCK = 16
 def recurrent(q, k, v, beta, g, initial_state, resets, *, scale, precision):
     """Scans over tokens; arguments as `delta_product` checked them, ``resets`` [B, T] bool or None.
 
-    What is not finite counts as 0. Computes in float32 (float64 for float64 inputs) whatever the
-    input dtype. Plain JAX: forward and reverse mode both work; reverse mode keeps the state before
-    every block of `BLOCK` tokens, and computes the block's states and then each token again. Where
-    T is symbolic or short, it keeps several for every token.
+    What is not finite counts as 0, if `mark_bad` has told of it. Computes in float32 (float64 for
+    float64 inputs) whatever the input dtype. Plain JAX: forward and reverse mode both work; reverse
+    mode keeps the state before every block of `BLOCK` tokens, and computes the block's states and
+    then each token again. Where T is symbolic or short, it keeps several for every token.
     """
     T = q.shape[1]
     tokens = _finite_by_case(_widened(Tokens(q, k, v, beta, g, resets)))

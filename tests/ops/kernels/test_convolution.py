@@ -91,7 +91,8 @@ def test_kernels_of_short_rows_compile_for_hopper(everything):
     # One has a sum in registers beside two tiles, one all that it writes: no room for some numbers.
     spilt = {name: row["spilt_bytes"] for name, row in rows.items() if row["spilt_bytes"]}
     assert spilt.pop("short_head_back") < 64
-    assert spilt.keys() <= {"short_mlp_back"}, spilt
+    assert spilt.pop("short_mlp_back", 0) <= 168
+    assert not spilt
     assert rows["short_mlp_back"]["spills_in_loops"] == 0
 
 
