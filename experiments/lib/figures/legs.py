@@ -28,6 +28,7 @@ Curve = tuple[Sequence[float], Sequence[float]]  # places and what is there
 SMOOTHED = 15  # records of a training loss, of which one is drawn
 THIN = {"linewidth": 0.5, "alpha": 0.6, "marker": ""}
 TRAINED_ON = {"linewidth": 0.6, "markersize": 2.5, "alpha": 0.8}
+CLOSE = 0.2  # nats per token by which models are told apart; an axis is linear so far
 
 
 def draw_all(found: Sequence[Record], folder: Path, look: Look) -> Iterator[Path]:
@@ -140,8 +141,9 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
     """Draws losses by position, two rows for each size and a column for each text.
 
     The lower row has what a model's loss is above that of the first model of its size, on the same
-    tokens: models part by less than places do. Legs without losses by position are left out, and
-    without any nothing is drawn.
+    tokens: models part by less than places do. Where one parts by far more than the others, its
+    axis is linear near the first model and logarithmic beyond. Legs without losses by position are
+    left out, and without any nothing is drawn.
 
     Args:
         found: entries with "leg", "seed" and "positions", as `language_legs.Positions`.
@@ -164,6 +166,7 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
                 first = _median(next(iter(curves.values())))
                 models.draw(below, model, [_above(curve, first) for curve in of_model], log=True)
             axes.set_title(f"{names.leg_size(size)}, {text}")
+            _close_and_far(below)
         upper[0].set_ylabel("loss, nats per token")
         lower[0].set_ylabel(f"above {names.leg_model(next(iter(of_size)))}")
     for trained in sorted({entry["trained"] for entry in entries if entry["trained"]}):
@@ -175,6 +178,23 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
     close_grid(panels, panels.size, "position, tokens")
     _legend(figure, {})
     return save(figure, path, look)
+
+
+def _close_and_far(axes: Any) -> None:
+    """Makes an axis of differences logarithmic beyond CLOSE, where they reach far beyond it."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    least, most = axes.get_ylim()
+    if max(-least, most) < 3 * CLOSE:
+        return
+    axes.set_yscale("symlog", linthresh=CLOSE, linscale=1)
+    ticks = [0.0]
+    for size in (CLOSE / 2, CLOSE, *(10.0**exponent for exponent in range(8))):
+        ticks += [-size, size]
+    axes.set_ylim(least, most)
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if least <= tick <= most]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _of_text(records: Sequence[Record], text: str) -> list[Curve]:

@@ -9,8 +9,10 @@ import tarfile
 import threading
 
 import pytest
+from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
@@ -238,6 +240,11 @@ def test_every_leg_is_a_run(name, tmp_path, monkeypatch):
     assert run.model.registered.name == dict(
         [("36m_transformer", "transformer"), ("36m_mamba2", "mamba2")]
     ).get(name, "gated_delta_product" if "gated" in name or name == "tiny" else "delta_product")
+    if name == "36m_mamba2":  # as published, and of no more parameters than the others
+        assert not run.model.allow_neg_eigval
+        assert (run.model.num_heads, run.model.num_v_heads) == (1, 12)
+        shapes = nnx.eval_shape(lambda: SequenceModel(run.model, rngs=nnx.Rngs(0)))
+        assert count_parameters(shapes)["total"] == 35_709_744
 
 
 def test_commands_of_a_leg_know_each_other(tmp_path):
