@@ -13,6 +13,7 @@ from experiments.lib.figures.style import (
     Look,
     add_legend,
     beside_records,
+    close_and_far_axis,
     close_grid,
     mark,
     mark_trained,
@@ -166,7 +167,7 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
                 first = _median(next(iter(curves.values())))
                 models.draw(below, model, [_above(curve, first) for curve in of_model], log=True)
             axes.set_title(f"{names.leg_size(size)}, {text}")
-            _close_and_far(below)
+            close_and_far_axis(below, CLOSE)
         upper[0].set_ylabel("loss, nats per token")
         lower[0].set_ylabel(f"above {names.leg_model(next(iter(of_size)))}")
     for trained in sorted({entry["trained"] for entry in entries if entry["trained"]}):
@@ -178,23 +179,6 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
     close_grid(panels, panels.size, "position, tokens")
     _legend(figure, {})
     return save(figure, path, look)
-
-
-def _close_and_far(axes: Any) -> None:
-    """Makes an axis of differences logarithmic beyond CLOSE, where they reach far beyond it."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    least, most = axes.get_ylim()
-    if max(-least, most) < 3 * CLOSE:
-        return
-    axes.set_yscale("symlog", linthresh=CLOSE, linscale=1)
-    ticks = [0.0]
-    for size in (CLOSE / 2, CLOSE, *(10.0**exponent for exponent in range(8))):
-        ticks += [-size, size]
-    axes.set_ylim(least, most)
-    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if least <= tick <= most]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _of_text(records: Sequence[Record], text: str) -> list[Curve]:

@@ -257,6 +257,23 @@ def fractions_axis(axes: "Axes", lowest: float) -> None:
         axes.plot(0, height, transform=axes.transAxes, linestyle="none", **slash)
 
 
+def close_and_far_axis(axes: "Axes", close: float) -> None:
+    """An axis of differences, logarithmic beyond ``close`` where they reach three times as far."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    least, most = axes.get_ylim()
+    if max(-least, most) < 3 * close:
+        return
+    ticks = [0.0]
+    for size in (close / 2, close, *(10.0**exponent for exponent in range(8))):
+        ticks += [-size, size]
+    axes.set_yscale("symlog", linthresh=close, linscale=1)
+    axes.set_ylim(least, most)
+    axes.yaxis.set_major_locator(FixedLocator([tick for tick in ticks if least <= tick <= most]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None:
     """Ticks of a logarithmic axis: plain numbers, and more of them where it is short."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
