@@ -20,7 +20,7 @@ from deltaproduct_jax.theory import CATALOGUE
 from deltaproduct_jax.training import loop
 from experiments import redraw, state_tracking
 from experiments.lib import flags
-from experiments.lib.figures import curves, names, records, separation, style
+from experiments.lib.figures import curves, margin, names, records, style
 from experiments.lib.figures.style import Look
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,7 +158,7 @@ def _rgb(color):
 
 def test_a_construction_looks_alike_in_every_dtype_but_for_its_marker():
     models = ["s3", "permutations_S3, float32", "permutations_S3, bfloat16", "s4"]
-    (run, solid, hollow, other), named = separation._styles(models)
+    (run, solid, hollow, other), named = margin._styles(models)
     assert list(named) == ["$S_{3}$", "permutations $S_{3}$", "$S_{4}$", "in bfloat16"]
     assert len({(style["color"], style["marker"]) for style in (run, solid, other)}) == 3
     for key in ("color", "marker"):
@@ -247,7 +247,7 @@ def test_every_figure_and_table_of_the_results_is_what_its_record_gives(tmp_path
         drawn.update(files)
         return files
 
-    rooms = ("benchmarks", "geometry", "language", "legs", "plots", "separation", "theory")
+    rooms = ("benchmarks", "geometry", "language", "legs", "margin", "plots", "theory")
     for module in (records, *(getattr(records, room) for room in rooms)):
         monkeypatch.setattr(module, "save", noted)
     folder = tmp_path / "results"
@@ -310,8 +310,8 @@ def test_damaged_records_are_told_each_and_keep_no_other_from_being_drawn(
     [
         ("theory/geometry", "models", 0, "heads", 0, "beta", 0, 1),
         ("theory/geometry", "models", 0, "heads", 0, "explained_about_zero", 1),
-        ("state_tracking/ends/separation", "models", 0, "ratio", 1),
-        ("state_tracking/ends/separation", "models", 0, "positions", 1),
+        ("state_tracking/ends/margin", "models", 0, "used", 1),
+        ("state_tracking/ends/margin", "models", 0, "positions", 1),
     ],
 )
 def test_a_text_among_numbers_is_no_category(places, tmp_path, capsys):

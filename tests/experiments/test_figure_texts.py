@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from experiments.lib.figures import separation, style
+from experiments.lib.figures import margin, style
 from experiments.lib.figures.style import Look
 from experiments.lib.figures.texts import fit_texts
 
@@ -52,7 +52,7 @@ def model(**more):
 def test_a_failure_that_did_not_come_is_shown(entry, point, held):
     _, panels = style.new_panels(Look(), 1, 1, 2.0)
     axes = panels[0, 0]
-    assert separation._draw_failures(axes, [(entry, style.points(0))]) is held
+    assert margin._draw_failures(axes, [(entry, style.points(0))]) is held
     drawn = [tuple(line.get_xydata()[0]) for line in axes.lines if len(line.get_xdata()) == 1]
     assert drawn == ([] if point is None else [point])
     assert len(axes.texts) == held

@@ -11,7 +11,7 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_
 from deltaproduct_jax.files import read_bytes, read_json, read_lines, write_file
 from deltaproduct_jax.training.records import METRICS, MetricsLine
 from experiments.lib.bench.report import PAGE, report_of
-from experiments.lib.figures import benchmarks, geometry, language, legs, plots, separation, theory
+from experiments.lib.figures import benchmarks, geometry, language, legs, margin, plots, theory
 from experiments.lib.figures.curves import bars_of, draw_panels, scores_of
 from experiments.lib.figures.pages import page_of, text_of
 from experiments.lib.figures.searched import search_figure, search_markdown
@@ -115,8 +115,8 @@ def _deviations(record: Any, path: Path, look: Look) -> Iterator[Path]:
     yield from theory.draw_deviations(record, beside, look)
 
 
-def _separation(record: Any, path: Path, look: Look) -> list[Path]:
-    return separation.draw_separation(record["models"], record["limit"], path, look)
+def _margin(record: Any, path: Path, look: Look) -> list[Path]:
+    return margin.draw_margin(record["models"], path, look)
 
 
 def title_of_heads(record: Mapping[str, Any]) -> str:
@@ -143,7 +143,7 @@ KINDS = (
     Kind("legs", _has("legs"), _legs),
     Kind("geometry", _has("heads", "reflecting_heads"), _heads),
     Kind("geometry", _has("models"), _models),
-    Kind("separation", _has("models", "limit"), _separation),
+    Kind("margin", _has("models", "accuracy"), _margin),
     Kind("results", _rows_have("construction", "curve"), _deviations),
 )
 

@@ -1,12 +1,13 @@
-"""The ratio of spread to distance over positions, and predicted against measured failures."""
+"""What errors used of the margin over positions, and predicted against measured failures."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.analysis.separation import Growth
+from deltaproduct_jax.analysis.margin import Growth
 from experiments.lib.figures import names
 from experiments.lib.figures.style import (
     GREY,
@@ -21,8 +22,8 @@ from experiments.lib.figures.style import (
     series,
 )
 
-MARGIN = 2.0  # above and below what is measured, on a logarithmic axis
-SMALLEST = 1e-8  # what the axis of ratios shows at least
+ROOM = 2.0  # above and below what is measured, on a logarithmic axis
+SMALLEST = 1e-8  # what the axis shows at least
 LAW = {"linestyle": (0, (1, 1)), "linewidth": 0.9}
 # A construction has one colour and marker in every dtype, so that the legend stays short.
 SOLID = {"linestyle": "-"}
@@ -34,33 +35,34 @@ FAILS = {"color": "k", "marker": "x", "linestyle": "none"}
 
 
 @beside_records
-def draw_separation(
-    models: Sequence[Mapping[str, Any]], limit: float, path: Path, look: Look
-) -> list[Path]:
-    """Draws every model's ratio with its law, and beside it predicted over measured positions.
+def draw_margin(models: Sequence[Mapping[str, Any]], path: Path, look: Look) -> list[Path]:
+    """Draws what every model used with its law, and predicted over measured positions.
 
-    Runs and constructions, whose ratios are powers of ten apart, have a panel each. In a column all
-    panels stand one below the other.
+    Runs have a panel for each length trained; constructions, powers of ten below them, one of their
+    own. In a column all panels stand one below the other.
 
     Args:
-        models: entries of separation.json.
-        limit: of the ratio.
+        models: entries of margin.json.
         path: without an ending.
         look: width and formats.
 
     Returns:
         The files written.
     """
-    kinds = [made for made in (False, True) if any((m["trained"] is None) == made for m in models)]
+    lengths = sorted({model["trained"] for model in models} - {None})
+    kinds = [*lengths, *([None] if any(m["trained"] is None for m in models) else [])]
     if look.is_narrow(2):
         figure, panels = new_panels(look, len(kinds) + 1, 1, 2.0)
     else:
-        figure, panels = new_panels(look, 1, len(kinds) + 1, 2.4)
+        rows = 1 + (len(kinds) + 1) // 4
+        figure, panels = new_panels(look, rows, math.ceil((len(kinds) + 1) / rows), 2.4)
     styles, named = _styles([model["name"] for model in models])
     styled = list(zip(models, styles, strict=True))
-    *curves, failures = panels.flat
-    for axes, made in zip(curves, kinds, strict=True):
-        _draw_kind(axes, [(m, s) for m, s in styled if (m["trained"] is None) == made], limit)
+    failures, *curves = panels.flat
+    for unused in curves[len(kinds) :]:
+        unused.set_axis_off()
+    for axes, kind in zip(curves, kinds, strict=False):
+        _draw_kind(axes, [(m, s) for m, s in styled if m["trained"] == kind])
     held = _draw_failures(failures, styled)
     named |= {"law beyond the fit": mark(color="k", **LAW), "fails": mark(**FAILS)}
     named |= {"limit": mark(color=GREY, linewidth=0.8)}
@@ -68,19 +70,18 @@ def draw_separation(
     return save(figure, path, look)
 
 
-def _draw_kind(
-    axes: Any, kind: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], limit: float
-) -> None:
-    """The ratios of models of one kind."""
+def _draw_kind(axes: Any, kind: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> None:
+    """What models of one kind used."""
     for index, (model, style) in enumerate(kind):
         _draw_curve(axes, style | {"markevery": series(index)["markevery"]}, model)
-    axes.axhline(limit, color=GREY, linewidth=0.8)
-    ratios = np.maximum(np.concatenate([[limit], *(m["ratio"] for m, _ in kind)]), SMALLEST)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    used = np.concatenate([[1], *(m["used"] for m, _ in kind)])
     # What is measured fills the axis; a law that is far off leaves it.
-    axes.set_ylim(ratios.min() / MARGIN, ratios.max() * MARGIN)
+    axes.set_ylim(np.maximum(used, SMALLEST).min() / ROOM, used.max() * ROOM)
     plain_log(axes.yaxis, axes.get_ylim())
-    what = "trained" if kind[0][0]["trained"] else "constructed"
-    axes.set(xlabel="position", ylabel="spread / distance of classes", title=what)
+    trained = kind[0][0]["trained"]
+    title = f"trained on {trained} tokens" if trained else "constructed"
+    axes.set(xlabel="position", ylabel="part of the margin used", title=title)
     plain_log(axes.xaxis, axes.get_xlim())
 
 
@@ -130,10 +131,10 @@ def _styles(models: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, Any]
 
 
 def _draw_curve(axes: Any, style: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    x, y = np.array(model["positions"], float), np.maximum(model["ratio"], SMALLEST)
+    x, y = np.array(model["positions"], float), np.maximum(model["used"], SMALLEST)
     axes.loglog(x, y, **style)
     beyond = x[x > model["fit_length"]]
-    law_at = Growth(**model["growth"]).at(beyond - (model["reference_to"] + 1) / 2)
+    law_at = Growth(**model["growth"]).at(beyond - (model["reference_to"] + 1) / 2 - 1)
     axes.loglog(beyond, np.maximum(law_at, SMALLEST), **LAW, color=style["color"])
     if model["failed"]:
-        axes.plot(model["failed"], model["ratio_at_failure"], **FAILS)
+        axes.plot(model["failed"], 1, **FAILS)

@@ -1,30 +1,28 @@
-"""Why does state tracking end where it ends: how far do states stray, and where is it too far?
+"""Why does state tracking end where it ends: how much of the margin have the states used up?
 
-    python -m experiments.analysis.separation --workdir=runs/separation \
+    python -m experiments.analysis.margin --workdir=runs/margin \
         --runs=runs/s3,runs/z5 --constructions=permutations_S3,plane_Z5
 
-reads random words with the best checkpoints of state-tracking runs and with constructions, and
-takes at every position the ratio of the spread of states within a class (the group element
-reached) to their distance between classes; ``deltaproduct_jax/analysis/separation.py`` defines it
-and derives the limit. A law of growth is fitted to the positions from the reference up to the
-length trained, and where it crosses the limit is the position at which the model is predicted to
-fail. It does fail at the first position at which fewer than ``--accuracy`` of the words are right.
-``separation.json`` holds of every model
+reads random words with the best checkpoints of state-tracking runs and with constructions. At
+positions on the way it multiplies the errors of all states, which are their distances from the mean
+early state of their class (the group element reached), until fewer than ``--accuracy`` of the words
+are answered rightly after the next token: the margin, of which the errors as they are have used 1
+over that factor. ``deltaproduct_jax/analysis/margin.py`` defines it. A law of growth is fitted to
+the positions from the reference up to the length trained, and where it reaches 1 is the position at
+which the model is predicted to fail. It does fail at the first position at which fewer than
+``--accuracy`` of the words are right. ``margin.json`` holds of every model
 
-- ``positions``, ``ratio``, ``shift`` and ``accuracy``, at all positions that a law is fitted to and
-  some beyond; the ratio is that of the words' states in block ``--layer``;
-- ``growth``: the law, its floor, rate and residual, and ``laws``, what each would predict;
-- ``predicted``, ``crossed`` and ``failed``: by the law, by the ratio itself, and by the answers;
-  null where that is beyond what was read, for the law beyond ``FARTHEST``;
-- ``ratio_at_failure``.
+- ``positions``, ``used`` and ``accuracy``, at positions that a law is fitted to and some beyond, of
+  the states in block ``--layer``; ``used`` is that of the state before the letter there;
+- ``growth``: the law, its floor, rate, centre and residual, and ``laws``, what each would predict;
+- ``predicted`` and ``failed``: by the law and by the answers; null where that is beyond what was
+  read, for the law beyond ``FARTHEST``.
 
-``separation.md`` is the table, ``separation.png`` the figure. With ``--rows_from`` nothing is read
-but such files: table and figure are made of their models, put together.
+``margin.md`` is the table, ``margin.png`` the figure. With ``--rows_from`` nothing is read but such
+files: table and figure are made of their models, put together.
 
 Source: this project; the idea is https://arxiv.org/abs/2605.07755's.
-Expect: predictions within a factor of 1.5 of failures that lie at 3 to 15 times the length trained;
-    permutations with the ratio that one rounding gives, wherever one looks;
-    experiments/results/state_tracking/ends/ has them.
+Expect: EXPECT
 Takes: a minute a model on a CPU, after the runs.
 """
 
@@ -37,9 +35,9 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from deltaproduct_jax.analysis import separation
+from deltaproduct_jax.analysis import margin
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
-from deltaproduct_jax.files import any_path, read_json, user_path
+from deltaproduct_jax.files import AnyPath, any_path, read_json, user_path
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -47,19 +45,19 @@ from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory import construct
 from experiments.lib import flags
 from experiments.lib.bench.report import begun, markdown, shown, write_report
-from experiments.lib.figures.separation import draw_separation
+from experiments.lib.figures.margin import draw_margin
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.group_runs import load_group_run
 from experiments.lib.theory.geometry import ONE_LAYER
 
 FARTHEST = 10**9  # a law that crosses later is taken for one that does not
-POINTS_BEYOND = 48  # positions looked at behind those that a law is fitted to
-ENOUGH = 20  # words a class; the largest of noisy ratios is taken
+POINTS_WITHIN, POINTS_BEYOND = 32, 48  # positions looked at that a law is fitted to, and behind
+ENOUGH = 50  # states of a class that its mean is of; a mean of few strays itself
 CONSTRUCTION_FIT = 32  # a construction's length of training, as it has none
 
 
 @dataclasses.dataclass(frozen=True)
-class SeparationConfig:
+class MarginConfig:
     """What is looked at; raises ConfigError where the fields make no sense."""
 
     runs: tuple[str, ...] = setting((), "directories of experiments.state_tracking")
@@ -67,7 +65,7 @@ class SeparationConfig:
     dtypes: tuple[str, ...] = setting(
         ("float32",), f"constructions are read in each of these; some of {', '.join(DTYPES)}"
     )
-    words: int = setting(1024, "random words of each group; 20 times its order or more", least=1)
+    words: int = setting(512, "random words of each group", least=1)
     length: int = setting(1024, "letters of a word, behind BOS", least=1)
     fit_length: int | None = setting(
         None, "positions that a law is fitted to; none: the length trained, 32 of constructions"
@@ -76,7 +74,7 @@ class SeparationConfig:
     layer: int = setting(0, "which block, from 0")
     seed: int = seed_setting("draws the words")
     rows_from: tuple[str, ...] = setting(
-        (), "separation.json files that are put together; nothing else is read"
+        (), "margin.json files that are put together; nothing else is read"
     )
 
     def __post_init__(self) -> None:
@@ -93,22 +91,24 @@ class SeparationConfig:
             raise ConfigError(f"dtypes is empty; it may be some of {', '.join(DTYPES)}")
         if self.fit_length is not None:
             require_at_least("fit_length", self.fit_length, 8)
-        separation.limit_of_ratio(self.accuracy)
+        margin.require_accuracy(self.accuracy)
 
 
 class Law(TypedDict):
-    """Fields of `separation.Growth`."""
+    """Fields of `margin.Growth`."""
 
     law: str
     floor: float
     rate: float
+    centre: float
     residual: float
 
 
 class Entry(TypedDict):
-    """What table and figure look at of a model in separation.json."""
+    """What table and figure look at of a model in margin.json."""
 
     name: str
+    seed: int | None
     group: str
     mixer: str
     num_householder: int | None
@@ -116,32 +116,30 @@ class Entry(TypedDict):
     fit_length: int
     reference_to: int
     positions: list[int]
-    ratio: list[float]
+    used: list[float]
     growth: Law
     predicted: float | None
-    crossed: float | None
     failed: int | None
-    ratio_at_failure: float | None
 
 
 class Record(TypedDict):
-    """What separation.json holds."""
+    """What margin.json holds."""
 
     accuracy: float
-    limit: float
     models: list[Entry]
 
 
 def positions_of(length: int, fit_length: int) -> np.ndarray:
-    """From 1: all that a law is fitted to, and some beyond, a constant factor apart."""
+    """From 2: evenly spaced where a law is fitted, a constant factor apart beyond."""
+    within = np.linspace(2, fit_length, min(POINTS_WITHIN, fit_length - 1))
     beyond = np.geomspace(fit_length, max(length, fit_length), POINTS_BEYOND + 1)
-    return np.unique([*range(1, fit_length + 1), *np.round(beyond).astype(int)])
+    return np.unique(np.round([*within, *beyond]).astype(int))
 
 
 def look_at(
-    name: str, model: SequenceModel, task: GroupTask, fit_length: int, options: SeparationConfig
+    name: str, model: SequenceModel, task: GroupTask, fit_length: int, options: MarginConfig
 ) -> dict[str, Any]:
-    """What ``separation.json`` has of a model, but for where it comes from."""
+    """What ``margin.json`` has of a model, but for where it comes from."""
     if options.length < fit_length or fit_length < 8:
         raise ConfigError(
             f"fit_length={fit_length} of {name} must be at least 8 and at most "
@@ -149,41 +147,47 @@ def look_at(
         )
     if not task.answers_every_token:
         raise ConfigError(f"{name} answers late (repeat_elements, merge_elements); both must be 1")
-    if options.words < ENOUGH * task.num_elements:
+    reference_to = fit_length // 4
+    if options.words * reference_to < ENOUGH * task.num_elements:
         print(
-            f"note: words={options.words} are fewer than {ENOUGH} for each of the "
-            f"{task.num_elements} elements of {task.group}; the ratio comes out too large",
+            f"note: words={options.words} give each of the {task.num_elements} elements of "
+            f"{task.group} fewer than {ENOUGH} states up to position {reference_to}; their mean "
+            "strays, which uses margin",
             file=sys.stderr,
         )
     draw = jax.jit(task.batch, static_argnums=(1, 2))  # op by op it takes ten times as long
-    key, reference_to = jax.random.key(options.seed), fit_length // 4
-    batch = draw(key, options.words, options.length)
-    words, classes = np.asarray(batch.inputs), np.asarray(batch.targets)[:, 1:]
-    references = []
-    for number in (1, 2):
-        early = draw(jax.random.fold_in(key, number), options.words, reference_to)
-        states = separation.read_words(model, np.asarray(early.inputs), options.layer).states[:, 1:]
-        targets = np.asarray(early.targets)[:, 1:]
-        references.append(separation.reference_means(states, targets, task.num_elements))
-    along = separation.discriminating_directions(np.concatenate(references)).astype(np.float32)
-    positions = positions_of(options.length, fit_length)
-    answers, states = separation.read_words(model, words, options.layer, along, positions)
-    correct = answers[:, 1:] == classes
-    found = separation.separation(
-        states,
-        classes[:, positions - 1],
-        *(means @ along.astype(np.float64) for means in references),
+    key = jax.random.key(options.seed)
+    early = draw(jax.random.fold_in(key, 1), options.words, reference_to)
+    means = margin.reference_means(
+        model,
+        np.asarray(early.inputs),
+        np.asarray(early.targets),
+        task.num_elements,
+        options.layer,
     )
-    # Tokens since the middle of the positions whose states are the reference.
-    since = positions - (reference_to + 1) / 2
+    batch, positions = (
+        draw(key, options.words, options.length),
+        positions_of(options.length, fit_length),
+    )
+    found = margin.read_words(
+        model,
+        np.asarray(batch.inputs),
+        np.asarray(batch.targets),
+        means,
+        positions,
+        accuracy=options.accuracy,
+        layer=options.layer,
+    )
+    correct = found.correct[:, 1:]
+    # Tokens from the middle of the positions whose states are the reference to the state looked at.
+    middle = (reference_to + 1) / 2 + 1
     fitted = (positions > reference_to) & (positions <= fit_length)
-    limit = separation.limit_of_ratio(options.accuracy)
     fits = [
-        separation.fit_growth(since[fitted], found.ratio[fitted], [law]) for law in separation.LAWS
+        margin.fit_growth(positions[fitted] - middle, found.used[fitted], found.centre, [law])
+        for law in margin.LAWS
     ]
     growth = min(fits, key=lambda fit: fit.residual)
-    ends = {fit.law: fit.reaches(limit) + (reference_to + 1) / 2 for fit in fits}
-    failed = separation.failing_position(correct, options.accuracy)
+    ends = {fit.law: fit.reaches() + middle for fit in fits}
     return {
         "name": name,
         "group": task.group,
@@ -193,17 +197,12 @@ def look_at(
         "fit_length": fit_length,
         "reference_to": reference_to,
         "positions": positions.tolist(),
-        "ratio": found.ratio.tolist(),
-        "shift": found.shift.tolist(),
+        "used": found.used.tolist(),
         "accuracy": correct.mean(0)[positions - 1].tolist(),
         "growth": dataclasses.asdict(growth),
         "laws": {law: _within_reach(end) for law, end in ends.items()},
         "predicted": _within_reach(ends[growth.law]),
-        "crossed": separation.first_above(positions, found.ratio, limit),
-        "failed": failed,
-        "ratio_at_failure": None
-        if failed is None
-        else float(np.interp(failed, positions, found.ratio)),
+        "failed": margin.failing_position(correct, options.accuracy),
     }
 
 
@@ -211,26 +210,32 @@ def _within_reach(position: float) -> float | None:
     return position if math.isfinite(position) and position <= FARTHEST else None
 
 
-def read_all(options: SeparationConfig) -> list[dict[str, Any]]:
+def read_all(options: MarginConfig) -> list[dict[str, Any]]:
     """Every model of the options, constructions last."""
     models = []
     for run in options.runs:
         directory = any_path(run)
         model, config, _ = load_group_run("runs", directory)
         fit_length = options.fit_length or config.task.train_length
-        found = look_at(directory.name, model, config.task, fit_length, options)
-        models.append({"trained": config.task.train_length, **found})
+        found = look_at(_name_of(directory), model, config.task, fit_length, options)
+        of_run = {"trained": config.task.train_length, "seed": config.train.seed}
+        models.append(of_run | found)
     for name in options.constructions:
         made = construct(name)
         for dtype in options.dtypes:
             model, task = made.model(dtype), GroupTask(group=made.group)
             fit_length = options.fit_length or CONSTRUCTION_FIT
             found = look_at(f"{name}, {dtype}", model, task, fit_length, options)
-            models.append({"trained": None, **found})
+            models.append({"trained": None, "seed": None, **found})
     return models
 
 
-def put_together(options: SeparationConfig) -> list[dict[str, Any]]:
+def _name_of(run: AnyPath) -> str:
+    """A run's folder, or that of the sweep which it is one of."""
+    return run.parent.parent.name if run.parent.name == "runs" and "=" in run.name else run.name
+
+
+def put_together(options: MarginConfig) -> list[dict[str, Any]]:
     """The models of other files; ConfigError if one is of another accuracy."""
     models = []
     for path in map(user_path, options.rows_from):
@@ -245,22 +250,20 @@ def put_together(options: SeparationConfig) -> list[dict[str, Any]]:
 
 def table(models: Sequence[Mapping[str, Any]]) -> str:
     """A line for every model, as Markdown."""
-    names = ("name", "group", "mixer", "num_householder", "trained", "law")
-    names += ("ratio at fit_length", "ratio at the end", "predicted", "crossed", "failed")
-    names += ("ratio at failure",)
+    names = ("name", "seed", "group", "mixer", "num_householder", "trained", "law")
+    names += ("used at fit_length", "used at the end", "centre", "predicted", "failed")
     rows = []
     for model in models:
-        at_fit = np.interp(model["fit_length"], model["positions"], model["ratio"])
+        at_fit = np.interp(model["fit_length"], model["positions"], model["used"])
         rows.append(
             [
-                *(model[name] for name in names[:5]),
+                *(model[name] for name in names[:6]),
                 model["growth"]["law"],
                 shown(at_fit, ".2g"),
-                shown(model["ratio"][-1], ".2g"),
+                shown(model["used"][-1], ".2g"),
+                shown(model["growth"]["centre"], ".2f"),
                 shown(model["predicted"], ",.0f"),
-                shown(model["crossed"], ",.0f"),
                 shown(model["failed"], ",d"),
-                shown(model["ratio_at_failure"], ".2f"),
             ]
         )
     return markdown(names, rows)
@@ -276,22 +279,21 @@ def shortened(value: Any) -> Any:
 
 
 def command(argv: Sequence[str]) -> None:
-    """Reads the models or their records, writes separation.json and .md, draws separation."""
-    parsed = flags.parse(argv, {"separation": SeparationConfig, **SECTION}, {"default": {}})
+    """Reads the models or their records, writes margin.json and .md, draws margin."""
+    parsed = flags.parse(argv, {"margin": MarginConfig, **SECTION}, {"default": {}})
     look = Look(**parsed.sections["figures"])
-    options = SeparationConfig(**parsed.sections["separation"])
+    options = MarginConfig(**parsed.sections["margin"])
     models = put_together(options) if options.rows_from else shortened(read_all(options))
-    limit = separation.limit_of_ratio(options.accuracy)
-    record = begun("analysis.separation", argv, accuracy=options.accuracy, limit=shortened(limit))
+    record = begun("analysis.margin", argv, accuracy=options.accuracy)
     record["models"] = models
-    text = write_report(parsed.workdir, "separation", record, page, indent=None)
-    draw_separation(models, limit, parsed.workdir / "separation", look)
+    text = write_report(parsed.workdir, "margin", record, page, indent=None)
+    draw_margin(models, parsed.workdir / "margin", look)
     print(text)
 
 
 def page(record: Mapping[str, Any]) -> list[str]:
-    """What separation.md holds."""
-    return [table(record["models"]), f"Limit of the ratio: {record['limit']:.3f}."]
+    """What margin.md holds."""
+    return [table(record["models"])]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,353 @@
+"""Where state tracking ends: how much of what the read-out stands do errors of states use up.
+
+A recurrence that is affine in its state, ``S_t = A(x_t) S_(t-1) + b(x_t)``, does not correct errors
+along directions that tell states apart; they grow until the decoder reads them wrongly. The claim
+is that of https://arxiv.org/abs/2605.07755, credited for the idea, which holds the spread within
+classes of states against the distance between them. What follows was derived here.
+
+*Errors.* Let ``h_g`` be the state that stands for class g, here the mean over early positions; the
+means of each position drift along. The error of a word's state S is ``e = S - h_g``.
+
+*Used.* A ratio of lengths weighs all heads alike, of which the decoder may read one. It is asked
+itself: the largest factor by which the errors of all words can be multiplied, ``h_g + s e``, so
+that a part a of the words is still answered rightly after the next token, is the *margin* at that
+position, and 1 over it is what the errors have *used* of it. Errors where nothing is read use
+nothing. Errors that keep their kind and grow use as much more as they grow, whatever the decoder
+is. For one that takes the nearest of two classes, a distance d apart, errors of a standard
+deviation c use ``2 z c / d``, z the normal quantile of a. At 1 the words themselves, s = 1, are
+right as often as a says: this limit supposes no distribution.
+
+*Why not its slope?* The derivative of a difference of logits at ``h_g`` is what tells of small
+errors. But a decoder is flat at what it was trained on: of a run on S3 it gave a twelfth of the
+way to the boundary where the boundary was.
+
+*Growth.* If states are preserved, ``h_gx = A(x) h_g + b(x)``, so that ``A(x)`` permutes the
+differences ``h_g - h_g'``, and on their span U some power of it is the identity: an error along U
+never dies out. Seen from the class an error that every token adds alike is turned by a random
+element each time, so that its mean over them is zero and no shift grows from it; what is left is a
+walk. What does keep its direction is a share of ``h_g`` itself: if ``A(x)`` shrinks U, states go to
+their common centre. With s tokens since the reference:
+
+===========  =============================  ========================================
+law          used                           where it comes from
+===========  =============================  ========================================
+walk         ``sqrt(floor^2 + rate^2 s)``   every token adds an error of its own
+contraction  ``floor + centre               U shrinks to its centre by exp(-rate)
+             (1 - exp(-rate s))``
+===========  =============================  ========================================
+
+A shift comes on top of the quantile of errors that stay as they are, the floor. ``centre`` is what
+a state at the centre of all classes would have used: measured, and somewhat above 1.
+
+Dimension key: ``N`` words, ``T`` tokens, BOS first, ``P`` of them looked at, ``G`` classes.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.models import SequenceModel
+
+# Margins that are told apart: below the least all is lost, and float32 has no digits for errors
+# that could be larger by more than the most.
+LEAST, MOST = 2.0**-3, 2.0**24
+HALVINGS = 10  # of an octave: margins are right to .1%
+# Rates that a fit tries, down to so many decades below one over the tokens, then between the best's
+# neighbours: they are right to 1e-4 of their size.
+TRIED, DECADES, REFINED = 4000, 14, 201
+
+
+class Reading(NamedTuple):
+    """What a model made of words.
+
+    Attributes:
+        correct: ``[N, T]``, whether the answer after each token was right.
+        used: ``[P]`` float64, the part of the margin used by the state before each token asked for.
+        centre: the same of states at the centre of all classes, before the first of these tokens.
+    """
+
+    correct: np.ndarray
+    used: np.ndarray
+    centre: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """A law of growth, its parameters, and how far the points were from it.
+
+    Attributes:
+        law: one of ``LAWS``.
+        floor: used at the reference.
+        rate: per token, or per root of a token.
+        centre: used by states at the centre of all classes; a walk does not look at it.
+        residual: root mean square of the points' distance from the law.
+    """
+
+    law: str
+    floor: float
+    rate: float
+    centre: float
+    residual: float
+
+    def at(self, since: np.ndarray) -> np.ndarray:
+        """The part of the margin used so many tokens after the reference."""
+        return LAWS[self.law](np.asarray(since, np.float64), self.rate, self.floor, self.centre)
+
+    def reaches(self, limit: float = 1.0) -> float:
+        """Tokens after the reference at which ``limit`` is used; infinite where never."""
+        if self.floor >= limit:
+            return 0.0
+        if not self.rate:
+            return math.inf
+        if self.law == "walk":
+            return (limit**2 - self.floor**2) / self.rate**2
+        left = (limit - self.floor) / self.centre if self.centre else math.inf
+        return -math.log1p(-left) / self.rate if left < 1 else math.inf
+
+
+# Law -> (tokens, rate, floor, centre) -> used.
+LAWS: dict[str, Callable[..., np.ndarray]] = {
+    "walk": lambda s, rate, floor, _: np.sqrt(floor**2 + rate**2 * s),
+    "contraction": lambda s, rate, floor, centre: floor - centre * np.expm1(-rate * s),
+}
+
+
+def margin_of(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The factor at which something first does not hold, by octaves from ``LEAST``, then halved.
+
+    Args:
+        holds: of a factor, a float32 scalar, whether it does; traced once.
+
+    Returns:
+        A float32 scalar; infinite if it holds at ``MOST``, below ``LEAST`` if it does not there.
+    """
+
+    def goes_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+        inside, outside, halved = carry
+        return jnp.where(jnp.isfinite(outside), halved < HALVINGS, inside < MOST)
+
+    def look(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        inside, outside, halved = carry
+        found = jnp.isfinite(outside)
+        factor = jnp.where(found, jnp.sqrt(inside * outside), 2 * inside)
+        held = holds(factor)
+        return jnp.where(held, factor, inside), jnp.where(held, outside, factor), halved + found
+
+    start = jnp.float32(LEAST / 2), jnp.float32(jnp.inf), jnp.int32(0)
+    inside, outside, _ = jax.lax.while_loop(goes_on, look, start)
+    return jnp.sqrt(inside * outside)
+
+
+def reference_means(
+    model: SequenceModel, words: np.ndarray, classes: np.ndarray, number: int, layer: int = 0
+) -> np.ndarray:
+    """The mean state of each class, float32 ``[G, ...]``, over all words and tokens but the first.
+
+    Args:
+        model: whose layer looked at has a recurrent state.
+        words: ``[N, T]`` ids, BOS first.
+        classes: ``[N, T]``, after each token, from 0; that of BOS is not looked at.
+        number: of classes, G.
+        layer: which block, from 0.
+
+    Raises:
+        ConfigError: there is no such layer, it has no state of this kind, a class has no state, or
+            all have the same.
+    """
+    state = _first_state(model, len(words), layer)
+    graph, params = nnx.split(model)
+    words_TN = jnp.asarray(np.transpose(words), jnp.int32)
+    answers = jnp.zeros(words_TN.shape, jnp.int32)
+    sums, counts = np.zeros((number, *state[layer].recurrent.shape[1:])), np.zeros(number)
+    for at in range(len(words_TN)):
+        state, answers = _read_on(params, state, answers, words_TN, at, at + 1, graph=graph)
+        if not at:
+            continue
+        seen = np.asarray(state[layer].recurrent)
+        for g in np.unique(classes[:, at]):
+            here = seen[classes[:, at] == g]
+            sums[g] += here.sum(0, dtype=np.float64)
+            counts[g] += len(here)
+    if not counts.all():
+        absent = np.flatnonzero(counts == 0)[:3].tolist()
+        raise ConfigError(
+            f"classes {absent} of {number} have no state among {int(counts.sum())}; give more "
+            "words or a later reference"
+        )
+    means = (sums.T / counts).T.astype(np.float32)
+    if not np.ptp(means, axis=0).any():
+        raise ConfigError(
+            f"all {number} classes have the same mean state: nothing tells them apart"
+        )
+    return means
+
+
+def read_words(
+    model: SequenceModel,
+    words: np.ndarray,
+    classes: np.ndarray,
+    means: np.ndarray,
+    places: Sequence[int],
+    *,
+    accuracy: float = 0.9,
+    layer: int = 0,
+) -> Reading:
+    """Answers to words, read token by token, and what the states before some tokens have used.
+
+    No word is to be one of those that the means are of.
+
+    Args:
+        model: whose layer looked at has a recurrent state.
+        words: ``[N, T]`` ids, BOS first.
+        classes: ``[N, T]``, after each token, which are also the answers; that of BOS is not looked
+            at.
+        means: ``[G, ...]``, the reference of each class.
+        places: of the tokens before which states are looked at, ascending, from 2.
+        accuracy: the part of the words that is to be right.
+        layer: which block, from 0; the states of the others stay as they are.
+
+    Raises:
+        ConfigError: there is no such layer, or it has no state of this kind.
+    """
+    require_accuracy(accuracy)
+    state = _first_state(model, len(words), layer)
+    graph, params = nnx.split(model)
+    words_TN, classes_TN = (jnp.asarray(np.transpose(x), jnp.int32) for x in (words, classes))
+    least = math.ceil(accuracy * len(words) - 1e-9)  # words that are to be right
+    of = jnp.asarray(means)
+    centre = jnp.broadcast_to(of.mean(0), (len(words), *of.shape[1:]))
+    answers, read, margins = jnp.zeros(words_TN.shape, jnp.int32), 0, []
+    for at in places:
+        state, answers = _read_on(params, state, answers, words_TN, read, at, graph=graph)
+        given = of[classes_TN[at - 1]], words_TN[at], classes_TN[at]
+        seen = state[layer].recurrent
+        for reached in (seen,) if margins else (centre, seen):
+            found = _margin(params, state, reached, *given, graph=graph, layer=layer, least=least)
+            margins.append(found)
+        read = at
+    _, answers = _read_on(params, state, answers, words_TN, read, len(words_TN), graph=graph)
+    of_centre, *used = 1 / np.asarray(margins, np.float64)
+    return Reading(np.asarray(answers == classes_TN).T, np.array(used), float(of_centre))
+
+
+def _first_state(model: SequenceModel, N: int, layer: int) -> list:
+    """The state before the first token; ConfigError unless that of the layer is one array."""
+    if not 0 <= layer < len(model.layers):
+        raise ConfigError(f"layer={layer} is not there; it may be 0 to {len(model.layers) - 1}")
+    state = model.init_state(N)
+    if not isinstance(getattr(state[layer], "recurrent", None), jax.Array):
+        raise ConfigError(
+            f"mixer={model.config.mixer!r} has no state that is one array; it may be any of the "
+            "project's but transformer, mlstm and slstm"
+        )
+    return state
+
+
+# Models of one kind share what is compiled, as of a sweep.
+@functools.partial(jax.jit, static_argnames="graph")
+def _read_on(
+    params: nnx.State,
+    state: list,
+    answers: jax.Array,
+    words_TN: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    graph: nnx.GraphDef,
+) -> tuple[list, jax.Array]:
+    """The state before token ``stop``, and the answers up to it, from those before ``start``."""
+
+    def token(at: jax.Array, carry: tuple[list, jax.Array]) -> tuple[list, jax.Array]:
+        state, answers = carry
+        logits, state = nnx.merge(graph, params).step(state, words_TN[at])
+        return state, answers.at[at].set(jnp.argmax(logits, axis=-1))
+
+    return jax.lax.fori_loop(start, stop, token, (state, answers))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "layer", "least"))
+def _margin(
+    params: nnx.State,
+    state: list,
+    reached: jax.Array,
+    preserved: jax.Array,
+    ids: jax.Array,
+    right: jax.Array,
+    graph: nnx.GraphDef,
+    layer: int,
+    least: int,
+) -> jax.Array:
+    """The factor of errors at which fewer than ``least`` of the answers to ``ids`` are right."""
+
+    def holds(factor: jax.Array) -> jax.Array:
+        entries = [*state]
+        moved = preserved + factor * (reached - preserved)
+        entries[layer] = entries[layer]._replace(recurrent=moved)
+        logits, _ = nnx.merge(graph, params).step(entries, ids)
+        return (jnp.argmax(logits, axis=-1) == right).sum() >= least
+
+    return margin_of(holds)
+
+
+def require_accuracy(accuracy: float) -> None:
+    """Raises ConfigError unless the accuracy lies between 0 and 1, both left out."""
+    if not 0 < accuracy < 1:
+        raise ConfigError(f"accuracy={accuracy} must be between 0 and 1, both left out")
+
+
+def fit_growth(
+    since: np.ndarray, used: np.ndarray, centre: float, laws: Sequence[str] = tuple(LAWS)
+) -> Growth:
+    """The law that the points are closest to, by the root mean square of their distance from it.
+
+    Every law has two parameters, so that none is favoured; of equals the first in ``LAWS`` is
+    taken. Rates are tried on a logarithmic grid, twice; the floor follows from each in closed form.
+
+    Args:
+        since: tokens after the reference, positive.
+        used: at each.
+        centre: as in :class:`Reading`.
+        laws: those to choose from.
+
+    Raises:
+        ConfigError: there are fewer than three points.
+    """
+    if len(since) < 3:
+        raise ConfigError(f"{len(since)} points cannot choose a law; there must be at least 3")
+    s, used = np.asarray(since, np.float64), np.asarray(used, np.float64)
+
+    def best_of(law: str, rates: np.ndarray) -> Growth:
+        added = LAWS[law](s, rates[:, None], 0.0, centre)
+        if law == "walk":
+            floors = np.sqrt(np.maximum((used**2 - added**2).mean(1), 0))
+        else:
+            floors = np.maximum((used - added).mean(1), 0)
+        off = LAWS[law](s, rates[:, None], floors[:, None], centre) - used
+        residuals = np.sqrt((off**2).mean(1))
+        best = residuals.argmin()
+        return Growth(law, float(floors[best]), float(rates[best]), centre, float(residuals[best]))
+
+    rates = np.logspace(-DECADES, 2, TRIED) / s.max()
+    step, found = rates[1] / rates[0], []
+    for law in laws:
+        coarse = best_of(law, np.array([0.0, *rates]))
+        found.append(best_of(law, coarse.rate * step ** np.linspace(-1, 1, REFINED)))
+    return min(found, key=lambda growth: growth.residual)
+
+
+def failing_position(correct: np.ndarray, accuracy: float) -> int | None:
+    """The first position, from 1, at which fewer than ``accuracy`` of the words are right.
+
+    Args:
+        correct: ``[N, T]``, whether each answer was right.
+        accuracy: the least that holds.
+    """
+    below = np.flatnonzero(np.asarray(correct).mean(0) < accuracy)
+    return int(below[0]) + 1 if len(below) else None
