@@ -1,43 +1,42 @@
 """Where state tracking ends: how much of what the read-out stands do errors of states use up.
 
 A recurrence that is affine in its state, ``S_t = A(x_t) S_(t-1) + b(x_t)``, does not correct errors
-along directions that tell states apart; they grow until the decoder reads them wrongly. The claim
+along directions that tell states apart; they grow until states are read wrongly. The claim
 is that of https://arxiv.org/abs/2605.07755, credited for the idea, which holds the spread within
 classes of states against the distance between them. What follows was derived here.
 
 *Errors.* Let ``h_g`` be the state that stands for class g, here the mean over early positions; the
 means of each position drift along. The error of a word's state S is ``e = S - h_g``.
 
-*Used.* A ratio of lengths weighs all heads alike, of which the decoder may read one. It is asked
+*Used.* A ratio of lengths weighs all heads alike, of which the read-out may use one. So it is asked
 itself: the largest factor by which the errors of all words can be multiplied, ``h_g + s e``, so
 that a part a of the words is still answered rightly after the next token, is the *margin* at that
 position, and 1 over it is what the errors have *used* of it. Errors where nothing is read use
-nothing. Errors that keep their kind and grow use as much more as they grow, whatever the decoder
+nothing. Errors that keep their kind and grow use as much more as they grow, whatever the read-out
 is. For one that takes the nearest of two classes, a distance d apart, errors of a standard
 deviation c use ``2 z c / d``, z the normal quantile of a. At 1 the words themselves, s = 1, are
 right as often as a says: this limit supposes no distribution.
 
 *Why not its slope?* The derivative of a difference of logits at ``h_g`` is what tells of small
-errors. But a decoder is flat at what it was trained on: of a run on S3 it gave a twelfth of the
-way to the boundary where the boundary was.
+errors. But a read-out is flat where it was trained to be sure, and steep at the boundary alone:
+the derivative says nothing of where that is.
 
 *Growth.* If states are preserved, ``h_gx = A(x) h_g + b(x)``, so that ``A(x)`` permutes the
 differences ``h_g - h_g'``, and on their span U some power of it is the identity: an error along U
-never dies out. Seen from the class an error that every token adds alike is turned by a random
-element each time, so that its mean over them is zero and no shift grows from it; what is left is a
-walk. What does keep its direction is a share of ``h_g`` itself: if ``A(x)`` shrinks U, states go to
-their common centre. With s tokens since the reference:
+never dies out. Seen from the class, what a token adds is turned by a random element of the group.
+Of errors that do not depend on the state the mean over elements is zero: no shift grows from them,
+but a walk, by the root of the tokens. Of ``A(x)`` being not quite what permutes, the mean is a
+multiple of the identity on every representation in U that is irreducible and real (Schur's lemma),
+as all are of Sn, Dn and A5: states go to their common centre, as no factor with beta in [0, 2] and
+no decay stretches. (In Zn they may also be turned, at an even pace.) Both are of the size of what
+one token does wrong, and the shift outgrows the walk. So s tokens after the reference
 
-===========  =============================  ========================================
-law          used                           where it comes from
-===========  =============================  ========================================
-walk         ``sqrt(floor^2 + rate^2 s)``   every token adds an error of its own
-contraction  ``floor + centre               U shrinks to its centre by exp(-rate)
-             (1 - exp(-rate s))``
-===========  =============================  ========================================
+    used = floor + centre (1 - exp(-rate s)).
 
-A shift comes on top of the quantile of errors that stay as they are, the floor. ``centre`` is what
-a state at the centre of all classes would have used: measured, and somewhat above 1.
+The floor is what errors use that stay as they are; a shift comes on top of their quantile.
+``centre`` is what a state at the centre of all classes would have used: measured, and 1 or
+somewhat more. Heads that go there at rates of their own have no one rate, and are slower than the
+law in the end.
 
 Dimension key: ``N`` words, ``T`` tokens, BOS first, ``P`` of them looked at, ``G`` classes.
 """
@@ -81,17 +80,15 @@ class Reading(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """A law of growth, its parameters, and how far the points were from it.
+    """How what is used grows, and how far the points were from it.
 
     Attributes:
-        law: one of ``LAWS``.
         floor: used at the reference.
-        rate: per token, or per root of a token.
-        centre: used by states at the centre of all classes; a walk does not look at it.
-        residual: root mean square of the points' distance from the law.
+        rate: at which states go to their centre, per token.
+        centre: used by states at the centre of all classes.
+        residual: root mean square of the points' distance.
     """
 
-    law: str
     floor: float
     rate: float
     centre: float
@@ -99,25 +96,19 @@ class Growth:
 
     def at(self, since: np.ndarray) -> np.ndarray:
         """The part of the margin used so many tokens after the reference."""
-        return LAWS[self.law](np.asarray(since, np.float64), self.rate, self.floor, self.centre)
+        return self.floor + _grown(np.asarray(since, np.float64), self.rate, self.centre)
 
     def reaches(self, limit: float = 1.0) -> float:
         """Tokens after the reference at which ``limit`` is used; infinite where never."""
         if self.floor >= limit:
             return 0.0
-        if not self.rate:
+        if not self.rate or self.floor + self.centre <= limit:
             return math.inf
-        if self.law == "walk":
-            return (limit**2 - self.floor**2) / self.rate**2
-        left = (limit - self.floor) / self.centre if self.centre else math.inf
-        return -math.log1p(-left) / self.rate if left < 1 else math.inf
+        return -math.log1p((self.floor - limit) / self.centre) / self.rate
 
 
-# Law -> (tokens, rate, floor, centre) -> used.
-LAWS: dict[str, Callable[..., np.ndarray]] = {
-    "walk": lambda s, rate, floor, _: np.sqrt(floor**2 + rate**2 * s),
-    "contraction": lambda s, rate, floor, centre: floor - centre * np.expm1(-rate * s),
-}
+def _grown(s: np.ndarray, rate: np.ndarray | float, centre: float) -> np.ndarray:
+    return -centre * np.expm1(-rate * s)
 
 
 def margin_of(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
@@ -302,44 +293,33 @@ def require_accuracy(accuracy: float) -> None:
         raise ConfigError(f"accuracy={accuracy} must be between 0 and 1, both left out")
 
 
-def fit_growth(
-    since: np.ndarray, used: np.ndarray, centre: float, laws: Sequence[str] = tuple(LAWS)
-) -> Growth:
-    """The law that the points are closest to, by the root mean square of their distance from it.
+def fit_growth(since: np.ndarray, used: np.ndarray, centre: float) -> Growth:
+    """The growth that the points are closest to, by the root mean square of their distance.
 
-    Every law has two parameters, so that none is favoured; of equals the first in ``LAWS`` is
-    taken. Rates are tried on a logarithmic grid, twice; the floor follows from each in closed form.
+    Rates are tried on a logarithmic grid, twice; the floor follows from each in closed form.
 
     Args:
         since: tokens after the reference, positive.
         used: at each.
         centre: as in :class:`Reading`.
-        laws: those to choose from.
 
     Raises:
         ConfigError: there are fewer than three points.
     """
     if len(since) < 3:
-        raise ConfigError(f"{len(since)} points cannot choose a law; there must be at least 3")
+        raise ConfigError(f"{len(since)} points are too few for a growth; there must be 3 or more")
     s, used = np.asarray(since, np.float64), np.asarray(used, np.float64)
 
-    def best_of(law: str, rates: np.ndarray) -> Growth:
-        added = LAWS[law](s, rates[:, None], 0.0, centre)
-        if law == "walk":
-            floors = np.sqrt(np.maximum((used**2 - added**2).mean(1), 0))
-        else:
-            floors = np.maximum((used - added).mean(1), 0)
-        off = LAWS[law](s, rates[:, None], floors[:, None], centre) - used
-        residuals = np.sqrt((off**2).mean(1))
+    def best_of(rates: np.ndarray) -> Growth:
+        grown = _grown(s, rates[:, None], centre)
+        floors = np.maximum((used - grown).mean(1), 0)
+        residuals = np.sqrt(((floors[:, None] + grown - used) ** 2).mean(1))
         best = residuals.argmin()
-        return Growth(law, float(floors[best]), float(rates[best]), centre, float(residuals[best]))
+        return Growth(float(floors[best]), float(rates[best]), centre, float(residuals[best]))
 
     rates = np.logspace(-DECADES, 2, TRIED) / s.max()
-    step, found = rates[1] / rates[0], []
-    for law in laws:
-        coarse = best_of(law, np.array([0.0, *rates]))
-        found.append(best_of(law, coarse.rate * step ** np.linspace(-1, 1, REFINED)))
-    return min(found, key=lambda growth: growth.residual)
+    coarse = best_of(np.array([0.0, *rates]))
+    return best_of(coarse.rate * (rates[1] / rates[0]) ** np.linspace(-1, 1, REFINED))
 
 
 def failing_position(correct: np.ndarray, accuracy: float) -> int | None:

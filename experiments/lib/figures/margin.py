@@ -75,7 +75,7 @@ def _draw_kind(axes: Any, kind: Sequence[tuple[Mapping[str, Any], Mapping[str, A
     for index, (model, style) in enumerate(kind):
         _draw_curve(axes, style | {"markevery": series(index)["markevery"]}, model)
     axes.axhline(1, color=GREY, linewidth=0.8)
-    used = np.concatenate([[1], *(m["used"] for m, _ in kind)])
+    used = np.concatenate([[1.0], *(_behind_reference(m) for m, _ in kind)])
     # What is measured fills the axis; a law that is far off leaves it.
     axes.set_ylim(np.maximum(used, SMALLEST).min() / ROOM, used.max() * ROOM)
     plain_log(axes.yaxis, axes.get_ylim())
@@ -83,6 +83,11 @@ def _draw_kind(axes: Any, kind: Sequence[tuple[Mapping[str, Any], Mapping[str, A
     title = f"trained on {trained} tokens" if trained else "constructed"
     axes.set(xlabel="position", ylabel="part of the margin used", title=title)
     plain_log(axes.xaxis, axes.get_xlim())
+
+
+def _behind_reference(model: Mapping[str, Any]) -> np.ndarray:
+    """What was used where states are no longer among the earliest, of which some use nothing."""
+    return np.array(model["used"])[np.array(model["positions"]) > model["reference_to"]]
 
 
 def _draw_failures(
