@@ -24,16 +24,17 @@ the derivative says nothing of where that is.
 *Growth.* If states are preserved, ``h_gx = A(x) h_g + b(x)``, so that ``A(x)`` permutes the
 differences ``h_g - h_g'``, and on their span U some power of it is the identity: an error along U
 never dies out. Seen from the class, what a token adds is turned by a random element of the group.
-Of errors that do not depend on the state the mean over elements is zero: no shift grows from them,
+Of errors that do not depend on the state the mean over elements is zero: no drift grows from them,
 but a walk, by the root of the tokens. Of ``A(x)`` being not quite what permutes, the mean is a
 multiple of the identity on every representation in U that is irreducible and real (Schur's lemma),
 as all are of Sn, Dn and A5: states go to their common centre, as no factor with beta in [0, 2] and
-no decay stretches. (In Zn they may also be turned, at an even pace.) Both are of the size of what
-one token does wrong, and the shift outgrows the walk. So s tokens after the reference
+no decay stretches. (In Zn they may also be turned, at an even pace.) The drift outgrows the walk,
+late where step sizes are right and directions are not, as a turn shrinks by its square. The law is
+that of the drift alone, s tokens after the reference:
 
     used = floor + centre (1 - exp(-rate s)).
 
-The floor is what errors use that stay as they are; a shift comes on top of their quantile.
+The floor is what errors use that stay as they are; the drift comes on top of their quantile.
 ``centre`` is what a state at the centre of all classes would have used: measured, and 1 or
 somewhat more. Heads that go there at rates of their own have no one rate, and are slower than the
 law in the end.
