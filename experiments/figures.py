@@ -41,7 +41,14 @@ from experiments.lib.figures.published import keys_fit, published_points, publis
 from experiments.lib.figures.records import MARKDOWN, show
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.tables import escape_table, scores_table
-from experiments.lib.run_records import Record, choose, grouped, left_out, read_records
+from experiments.lib.run_records import (
+    Record,
+    choose,
+    grouped,
+    left_out,
+    less_is_better,
+    read_records,
+)
 
 # The number that each kind looks at unless --metric says so.
 METRICS = {
@@ -84,7 +91,8 @@ class FigureConfig:
         "strict.scaled_accuracy (table) or strict.sequence_accuracy (escape)",
     )
     threshold: float | None = setting(
-        None, f"score from which a run has escaped; none: {THRESHOLD}"
+        None,
+        f"score that a run which has escaped reaches, of losses from above; none: {THRESHOLD}",
     )
     band: bool = setting(False, "a band from the worst run to the best instead of every run's line")
     published: bool = setting(
@@ -111,8 +119,11 @@ class FigureConfig:
                 f"kind={self.kind}, x={self.x}, by={self.by}, metric={self.metric} and "
                 f"length={self.length}"
             )
-        if self.name is not None and (not self.name or Path(self.name).name != self.name):
+        if self.name is not None and (self.name in ("", "..") or Path(self.name).name != self.name):
             raise ConfigError(f"name={self.name!r} must be the name of a file, without folders")
+        twice = {key for key in self.keys if self.keys.count(key) > 1}
+        if twice:
+            raise ConfigError(f"by={self.by!r} has {twice.pop()!r} twice; give it once")
         if self.x in self.keys:
             raise ConfigError(f"x={self.x!r} is among by={self.by!r} too; give another setting")
 
@@ -163,6 +174,7 @@ def command(argv: Sequence[str]) -> None:
     records = choose(read_records(source), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)
+    note = left_out(source)
     record = {
         "figure": config.kind,
         "command": command_line("figures", argv),
@@ -170,6 +182,7 @@ def command(argv: Sequence[str]) -> None:
         "by": config.keys,
         "metric": metric,
         "length": config.length,
+        **({} if note is None else {"left_out": note}),
         **KINDS[config.kind](records, config),
     }
     path = parsed.workdir / (config.name or config.kind)
@@ -180,7 +193,6 @@ def command(argv: Sequence[str]) -> None:
         print(f"{says(config)}:\n\n{MARKDOWN[config.kind](record)}")
     for written in show(record, path, look):
         print(f"written: {written}")
-    note = left_out(source)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
 
@@ -191,7 +203,8 @@ def says(config: FigureConfig) -> str:
         return f"{config.metric}, median and best over runs"
     threshold = THRESHOLD if config.threshold is None else config.threshold
     at = "the longest length tested" if config.length is None else f"length {config.length}"
-    return f"runs with {config.metric} of at least {threshold} at {at}"
+    bound = "at most" if less_is_better(config.metric) else "at least"
+    return f"runs with {config.metric} of {bound} {threshold} at {at}"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -94,7 +94,9 @@ class SearchConfig:
         "task, strict.scaled_accuracy, .sequence_accuracy or, of recall, .token_accuracy",
     )
     length: int | None = setting(None, "test length looked at; none: the longest of each run")
-    threshold: float = setting(0.9, "score from which a run has escaped")
+    threshold: float = setting(
+        0.9, "score that a run which has escaped reaches, of losses from above"
+    )
     max_runs: int = setting(
         MOST_RUNS, "runs that each of the two sweeps may have; more is taken for a slip", least=1
     )

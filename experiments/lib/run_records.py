@@ -20,6 +20,8 @@ from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, rea
 from experiments.lib.sweeps.records import spell
 
 MOST_NAMED = 3  # of the runs that are left out
+# Numbers of results.json of which less is better, by the end of their path.
+LESS_IS_BETTER = ("loss", "bits_per_byte")
 Group = tuple[str, ...]  # values of the grouping keys, as they are written
 
 
@@ -64,6 +66,21 @@ class Record:
                 f"{', '.join(_numbers(entry))}"
             )
         return float(found)
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a number of results.json, by its path, is better where it is less."""
+    return metric.rpartition(".")[2] in LESS_IS_BETTER
+
+
+def best_score(scores: Iterable[float], metric: str) -> float | None:
+    """The best of them; None of none."""
+    return (min if less_is_better(metric) else max)(scores, default=None)
+
+
+def reaches(score: float, metric: str, threshold: float) -> bool:
+    """Whether a score is as good as the threshold."""
+    return score <= threshold if less_is_better(metric) else score >= threshold
 
 
 def _numbers(entry: Any, path: str = "") -> list[str]:

@@ -28,7 +28,7 @@ from deltaproduct_jax.training.evaluation import scored, selection_of
 from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.together.numbers import program_of
-from experiments.lib.run_records import Record, label
+from experiments.lib.run_records import Record, best_score, label, less_is_better, reaches
 from experiments.lib.sweeps.grid import (
     LIST,
     build,
@@ -42,7 +42,7 @@ from experiments.lib.sweeps.records import RunFolder, train_seconds
 # What is tried of each field, where the mixer has it and nothing else says what it is.
 SPACE: dict[str, tuple[str, ...]] = {
     "beta_bias": ("0.0", "2.5", "5.0"),
-    "initial_gate": ("0.7", "0.9", "0.99"),
+    "initial_gate": ("none", "0.9", "0.99"),  # none: as published, which may differ by head
     "qk_activation": ("silu", "none"),
 }
 RATE, END, SEED, MIXER = "learning_rate", "end_learning_rate", "seed", "mixer"
@@ -100,9 +100,10 @@ def arms_of(
         decided = constants | arm
         for key in {RATE, SEED} & decided.keys():
             raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")
-        mixer = str(build(module, decided)["model"][MIXER])
-        takes = [name for name in fields if MIXERS[mixer].takes(name) and name not in decided]
-        own = (RATE, *takes, *(() if END in decided else (END,)))
+        config = build(module, decided)
+        mixer, constant = MIXERS[config["model"][MIXER]], config["train"]["schedule"] == "constant"
+        takes = [name for name in fields if mixer.takes(name) and name not in decided]
+        own = (RATE, *takes, *(() if constant or END in decided else (END,)))
         tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
         arms.append(Arm(arm, tried))
     for name in fields if len(fields) < len(SPACE) else ():
@@ -199,11 +200,12 @@ def best_of(medians: Sequence[Scores | None]) -> int | None:
     return -max(there)[1] if there else None
 
 
-def median_of_runs(scores: Sequence[float], runs: int) -> float | None:
+def median_of_runs(scores: Sequence[float], runs: int, metric: str) -> float | None:
     """That of so many runs, of which those without a score failed; None where one is the median."""
     if not runs:
         return None
-    median = statistics.median([*scores, *[-math.inf] * (runs - len(scores))])
+    worst = math.inf if less_is_better(metric) else -math.inf
+    median = statistics.median([*scores, *[worst] * (runs - len(scores))])
     return median if math.isfinite(median) else None
 
 
@@ -285,9 +287,9 @@ def row_of(
         **none,
         **own,
         "rate_at_an_end": chosen is not None and chosen[RATE] in (rates[0], rates[-1]),
-        "median": median_of_runs(scores, len(folders)),
-        "best": max(scores, default=None),
-        "escaped": sum(score >= reported.threshold for score in scores),
+        "median": median_of_runs(scores, len(folders), reported.metric),
+        "best": best_score(scores, reported.metric),
+        "escaped": sum(reaches(score, reported.metric, reported.threshold) for score in scores),
         "runs": len(folders),
         "scores": scores,
     }

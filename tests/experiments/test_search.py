@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import types
 
 import pytest
 
@@ -11,8 +12,9 @@ from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.training.stopping import Stopped
 from experiments import prepare_text, redraw, search
 from experiments.lib import searches
+from experiments.lib.figures import searched, style
 from experiments.lib.run_records import Record
-from experiments.lib.sweeps.grid import claim
+from experiments.lib.sweeps.grid import build, claim, load_script, parse_fixed
 from experiments.lib.sweeps.records import RunFolder
 
 TINY = "steps=4;warmup_steps=0;eval_every=4;checkpoint_every=4;curriculum=();train_length=4"
@@ -270,7 +272,34 @@ def test_an_arm_that_always_fails_is_named(tmp_path, monkeypatch, capsys):
      ([0.9], 3, None), ([0.9, 0.5], 4, None), ([0.9, 0.8, 0.6], 4, 0.7)],
 )  # fmt: skip
 def test_a_run_that_failed_is_below_all(scores, runs, median):
-    assert searches.median_of_runs(scores, runs) == pytest.approx(median)
+    of = lambda scores, metric: searches.median_of_runs(scores, runs, metric)
+    assert of(scores, "strict.token_accuracy") == pytest.approx(median)
+    losses = [1 - score for score in scores]
+    assert of(losses, "loss") == (None if median is None else pytest.approx(1 - median))
+
+
+def test_a_search_by_a_loss_takes_less_for_better():
+    arm = searches.Arm({"mixer": "gla"}, searches.tried_of(2, (1e-3, 1e-2)))
+    record = {"threshold": 2.0, "metric": "bits_per_byte", "length": None, "tried": []}
+    found = lambda score: {"test": [{"length": 4, "bits_per_byte": score}]}
+    run = lambda score: types.SimpleNamespace(
+        results=lambda: found(score) | {"parameters": {"total": 7}},
+        run=types.SimpleNamespace(name="r"),
+    )
+    reported = searches.Reported("bits_per_byte", None, 2.0)
+    row = searches.row_of(arm, arm.tried[0], [run(x) for x in (1.5, 2.0, 4.0)], reported)
+    assert (row["best"], row["median"], row["escaped"]) == (1.5, 2.0, 2)
+    axes = searched.search_figure(record | {"rows": [row]}, style.Look()).axes[0]
+    assert axes.get_xlim()[1] > 4
+
+
+def test_a_constant_rate_has_no_end():
+    given = "state_tracking", f"group=S3;schedule=constant;{TINY}", 2, (1e-3, 1e-2)
+    (arm,) = searches.arms_of(["mixer=transformer"], *given)
+    assert arm.tried == [{"learning_rate": "0.001"}, {"learning_rate": "0.01"}]
+    module = load_script(given[0])
+    for tried in arm.tried:  # which a run takes
+        build(module, parse_fixed(given[1]) | arm.settings | tried)
 
 
 def test_of_runs_right_throughout_the_one_with_less_loss_is_chosen(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from experiments.lib.figures.style import (
     positions_axis,
     series,
 )
-from experiments.lib.run_records import Record, grouped, label
+from experiments.lib.run_records import Record, grouped, label, less_is_better
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,22 +112,26 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     rows, columns = look.grid(len(panels), 3)
     figure, cells = new_panels(look, rows, columns, 2.0, sharex=True, sharey=True)
     order = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    published = record.get("published", {})
     for (title, curves), axes in zip(panels.items(), cells.flat, strict=False):
         draw_curves(axes, curves, order, band=record["band"])
-        for name, published in record.get("published", {}).get(title, {}).items():
+        for name, found in published.get(title, {}).items():
             color = series(order.index(name))["color"]
-            axes.plot(*zip(*published, strict=True), color=color, **PUBLISHED)
+            axes.plot(*zip(*found, strict=True), color=color, **PUBLISHED)
         if record["trained"][title] is not None:
             mark_trained(axes, record["trained"][title])
         axes.set_title(names.pretty(title))
     medians = [np.median(runs, axis=0) for curves in panels.values() for runs in curves.values()]
-    positions_axis(cells[0, 0], medians)
+    beside = [
+        point for curves in published.values() for found in curves.values() for point in found
+    ]
+    positions_axis(cells[0, 0], medians, max((position for position, _ in beside), default=0))
     lowest = min(runs.min() for curves in panels.values() for runs in curves.values())
-    fractions_axis(cells[0, 0], lowest)
+    fractions_axis(cells[0, 0], min([lowest, *(fraction for _, fraction in beside)]))
     if any(len(runs) > 1 for curves in panels.values() for runs in curves.values()):
         every = {"linewidth": 5, "alpha": 0.3} if record["band"] else {"linewidth": 0.6}
         cells[0, 0].plot([], [], color="0.4", label="single runs", **every)
-    if any(record.get("published", {}).values()):
+    if beside:
         cells[0, 0].plot([], [], color="0.2", label="published", **PUBLISHED)
     close_grid(cells, len(panels), "position", names.metric(record["metric"]))
     add_legend(figure)
@@ -180,7 +184,7 @@ def scores_of(record: Mapping[str, Any], look: Look) -> "Figure":
             axes.plot(scores, there, label=label_of, **style)
         axes.set_title(names.pretty(label([record["x"]], (value,))))
         rows_axis(axes, rows, record["by"])
-        axes.set_xlim(min(0, axes.get_xlim()[0]) - 0.03, 1.05)
+        axes.set_xlim(min(0, axes.get_xlim()[0]) - 0.03, 1.05 * max(1, axes.dataLim.x1))
     close_grid(cells, len(values))
     figure.suptitle(names.metric(record["metric"]) + _where(record))
     add_legend(figure)
@@ -206,11 +210,12 @@ def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
         draw_bars(axes, rows, record["by"], value)
         axes.set_title(names.pretty(label([record["x"]], (value,))))
     close_grid(cells, len(values))
-    figure.supxlabel(
-        f"fraction of runs with at least {record['threshold']:g} of the\n"
-        f"{names.metric(record['metric'])}{_where(record)}",
-        fontsize="medium",
-    )
+    what, threshold = names.metric(record["metric"]) + _where(record), f"{record['threshold']:g}"
+    if less_is_better(record["metric"]):
+        said = f"fraction of runs with at most {threshold} of\n{what}"
+    else:
+        said = f"fraction of runs with at least {threshold} of the\n{what}"
+    figure.supxlabel(said, fontsize="medium")
     return figure
 
 

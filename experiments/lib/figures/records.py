@@ -49,8 +49,8 @@ def show(record: Mapping[str, Any], path: Path, look: Look) -> Iterator[Path]:
 
 
 MARKDOWN: dict[str, Callable[[Any], str]] = {
-    "table": lambda record: scores_markdown(record["rows"], record["by"]),
-    "escape": lambda record: escape_markdown(record["rows"], record["by"]),
+    "table": lambda record: _noted(scores_markdown(record["rows"], record["by"]), record),
+    "escape": lambda record: _noted(escape_markdown(record["rows"], record["by"]), record),
     "search": search_markdown,
 }
 PICTURES = {
@@ -59,6 +59,11 @@ PICTURES = {
     "escape": bars_of,
     "search": search_figure,
 }
+
+
+def _noted(table: str, record: Mapping[str, Any]) -> str:
+    """The table, and below it which runs are not in it."""
+    return f"{table}\n\nNote: {record['left_out']}." if "left_out" in record else table
 
 
 def _written(path: Path, ending: str, text: str) -> Path:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from experiments.lib.bench.report import command_block, known_columns, shown
 from experiments.lib.figures import names
 from experiments.lib.figures.style import COLORS, Look, add_legend, mark, new_panels
+from experiments.lib.run_records import less_is_better
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,10 +40,13 @@ def _arm(row: Mapping[str, Any]) -> str:
 
 def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     where = "the longest test length" if record["length"] is None else f"{record['length']} tokens"
+    threshold = f"{record['threshold']:g}"
+    less = less_is_better(record["metric"])
+    reached = f"at {threshold} and below" if less else f"from {threshold} on"
     yield (
         f"Of each arm {len(record['tried'][0]['settings'])} settings were tried. Scores are "
-        f"{record['metric']} at {where} on the test split, of seeds that chose nothing; from "
-        f"{record['threshold']:g} on a run has escaped. {record['hours']:.2f} hours of training on "
+        f"{record['metric']} at {where} on the test split, of seeds that chose nothing; "
+        f"{reached} a run has escaped. {record['hours']:.2f} hours of training on "
         f"{', '.join(record['hardware']) or 'nothing'}, "
         f"commit {', '.join(c[:7] for c in record['commits']) or 'not known'}."
     )
@@ -71,8 +75,11 @@ def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
             axes.plot([row["median"]] * 2, [place - 0.32, place + 0.32], **MEDIAN)
     axes.axvline(record["threshold"], color="0.35", linestyle=(0, (1, 1)), linewidth=1)
     axes.set_yticks(range(len(rows)), [names.pretty(row["arm"]) for row in rows])
-    lowest = min([0, *(score for row in rows for score in row["scores"])])  # scaled ones go below
-    axes.set(xlim=(lowest - 0.03, 1.03), ylim=(len(rows) - 0.5, -0.5))
+    # Scaled accuracies go below 0, losses beyond 1.
+    shown_at = [record["threshold"], *(score for row in rows for score in row["scores"])]
+    lowest, highest = min([0, *shown_at]), max([1, *shown_at])
+    margin = 0.03 * (highest - lowest)
+    axes.set(xlim=(lowest - margin, highest + margin), ylim=(len(rows) - 0.5, -0.5))
     axes.grid(visible=False, axis="y")
     where = "" if record["length"] is None else f" at {record['length']} tokens"
     axes.set_xlabel(names.metric(record["metric"]) + where)

@@ -234,15 +234,22 @@ def mark_trained(axes: "Axes", length: int) -> None:
     axes.axvline(length, color="0.35", linestyle=(0, (1, 1)), linewidth=1, label=TRAINED)
 
 
-def positions_axis(axes: "Axes", curves: Sequence[np.ndarray]) -> None:
-    """An axis of positions for curves from 1 down: logarithmic if one falls in the first eighth."""
+def positions_axis(axes: "Axes", curves: Sequence[np.ndarray], beyond: int = 0) -> None:
+    """An axis of positions for curves from 1 down: logarithmic if one falls in the first eighth.
+
+    Args:
+        axes: the panel.
+        curves: fractions by position.
+        beyond: a position that is shown as well.
+    """
     length = max(len(curve) for curve in curves)
+    last = max(length - 1, beyond)
     if any(curve[min(len(curve) - 1, length // 8)] < 0.5 for curve in curves):
         axes.set_xscale("log", base=2)
-        axes.set_xlim(1, length - 1)
-        plain_log(axes.xaxis, (1, length - 1), base=2)
+        axes.set_xlim(1, last)
+        plain_log(axes.xaxis, (1, last), base=2)
     else:
-        axes.set_xlim(0, length - 1)
+        axes.set_xlim(0, last)
 
 
 def fractions_axis(axes: "Axes", lowest: float) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.lib.bench.report import markdown, shown
-from experiments.lib.run_records import Record, grouped
+from experiments.lib.run_records import Record, best_score, grouped, reaches
 
 Row = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def scores_table(
             for value, scores in cells.items()
             for name, entry in (
                 ("median", statistics.median(scores) if scores else None),
-                ("best", max(scores, default=None)),
+                ("best", best_score(scores, metric)),
                 ("runs", len(scores)),
             )
         }
@@ -53,14 +53,14 @@ def escape_table(
     length: int | None,
     threshold: float,
 ) -> list[dict[str, Any]]:
-    """For every cell the runs whose score is at least ``threshold``: "VALUE escaped", of "runs"."""
+    """For every cell the runs that reach the ``threshold``: "VALUE escaped", of "VALUE runs"."""
     return [
         row
         | {
             f"{value} {name}": count
             for value, scores in cells.items()
             for name, count in (
-                ("escaped", sum(score >= threshold for score in scores)),
+                ("escaped", sum(reaches(score, metric, threshold) for score in scores)),
                 ("runs", len(scores)),
             )
         }
