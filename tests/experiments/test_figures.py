@@ -100,37 +100,6 @@ def test_published_points_stand_beside_their_curve():
     assert hollow.get_color() == style.series(0)["color"]
 
 
-@pytest.mark.parametrize("last", [0.9, 0.02])
-def test_published_points_are_seen_where_no_run_comes_to(last):
-    run = np.linspace(1, last, 65).tolist()
-    panels = {"group = S5": {"n_h = 4": {"median": run, "runs": [run]}}}
-    record = {"panels": panels, "trained": dict.fromkeys(panels, 8), "band": False}
-    record |= {"metric": "strict.cumulative", "published": published.published_points(panels)}
-    axes = curves.draw_panels(record, style.Look()).axes[0]
-    (hollow,) = (x for x in axes.lines if x.get_fillstyle() == "none" and len(x.get_xdata()))
-    for values, (low, high) in (
-        (hollow.get_xdata(), axes.get_xlim()),
-        (hollow.get_ydata(), axes.get_ylim()),
-    ):
-        assert low <= min(values) <= max(values) <= high
-
-
-def test_of_losses_the_least_is_best_and_what_is_below_escapes(tmp_path):
-    for seed, loss in enumerate((2.5, 0.5, 3.0)):
-        add_run(tmp_path / "s", f"r{seed}", {"group": "S3", "n_h": 2, "seed": seed}, 0.5)
-        results = tmp_path / "s" / f"r{seed}" / "results.json"
-        content = json.loads(results.read_text())
-        content["test"][1]["loss"] = loss
-        results.write_text(json.dumps(content))
-    out, of_loss = tmp_path / "out", ["--metric=loss", "--by=num_householder"]
-    assert draw(tmp_path / "s", out, "--kind=table", *of_loss) == 0
-    assert (out / "table.md").read_text().splitlines()[2] == "| 2 | 2.500 | 0.500 |"
-    axes = curves.scores_of(json.loads((out / "table.json").read_text()), style.Look()).axes[0]
-    assert axes.get_xlim()[1] > 2.5
-    assert draw(tmp_path / "s", out, "--kind=escape", "--threshold=2.5", *of_loss) == 0
-    assert (out / "escape.md").read_text().splitlines()[2] == "| 2 | 2/3 |"
-
-
 def test_factors_left_to_the_mixer_count_as_what_they_were(tmp_path):
     mixers = {"delta_net": "1", "gated_delta_product": "2", "gla": "none"}
     for mixer in mixers:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from deltaproduct_jax.errors import ConfigError
 from experiments.lib import run_records
 from experiments.lib.bench import report
-from experiments.lib.figures import names, style, tables
+from experiments.lib.figures import curves, names, style, tables
 from experiments.lib.matched_shapes import WAYS, Shape, sizes_of
 from experiments.lib.sweeps import view
 
@@ -201,6 +201,25 @@ def test_tables_hold_every_run_once(scores, threshold):
         assert len({line.count("|") for line in lines}) == 1
     back = list(csv.DictReader(io.StringIO(tables.to_csv(rows))))
     assert [line["group"] for line in back] == [row["group"] for row in rows]
+
+
+@cases(40)
+@given(st.lists(st.floats(0, 9), min_size=1, max_size=5), st.floats(0, 9))
+def test_of_losses_the_least_is_best_and_what_is_below_escapes(losses, threshold):
+    records = [record_of(seed, "S3", 0.5) for seed in range(len(losses))]
+    for record, loss in zip(records, losses, strict=True):
+        record.results["test"][0] |= {"loss": loss, "bits_per_byte": 2 * loss}
+    arguments = records, ["num_layers"], "group", "loss", None
+    for record in records:
+        record.settings["num_layers"] = 1
+    (row,), (escaped,) = tables.scores_table(*arguments), tables.escape_table(*arguments, threshold)
+    assert (row["S3 best"], row["S3 median"]) == (min(losses), statistics.median(losses))
+    assert escaped["S3 escaped"] == sum(loss <= threshold for loss in losses)
+    (row,) = tables.scores_table(records, ["num_layers"], "group", "bits_per_byte", None)
+    assert row["S3 best"] == 2 * min(losses)
+    record = {"rows": [row], "by": ["num_layers"], "x": "group", "length": None}
+    axes = curves.scores_of(record | {"metric": "bits_per_byte"}, style.Look()).axes[0]
+    assert axes.get_xlim()[1] > row["S3 median"]
 
 
 def test_cells_without_runs_are_dashes():

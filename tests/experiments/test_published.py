@@ -1,11 +1,12 @@
-"""Our table of formal languages beside the predecessor's: which number stands beside which row."""
+"""What is published beside ours: which number stands beside which row, and points that are seen."""
 
 import json
 
+import numpy as np
 import pytest
 
 from experiments import figures, redraw
-from experiments.lib.figures import published
+from experiments.lib.figures import curves, published, style
 
 # (mixer, factors, range of eigenvalues) -> the published score of parity.
 ROWS = {
@@ -63,3 +64,18 @@ def test_published_scores_stand_in_the_row_of_their_mixer(source, tmp_path, caps
     for wrong in ("--by=seed", "--metric=strict.token_accuracy", "--length=40", "--x=seed"):
         assert figures.main([*flags, "--preset=paper_languages", wrong]) == 2
         assert "published=True needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("last", [0.9, 0.02])
+def test_published_points_are_seen_where_no_run_comes_to(last):
+    run = np.linspace(1, last, 65).tolist()
+    panels = {"group = S5": {"n_h = 4": {"median": run, "runs": [run]}}}
+    record = {"panels": panels, "trained": dict.fromkeys(panels, 8), "band": False}
+    record |= {"metric": "strict.cumulative", "published": published.published_points(panels)}
+    axes = curves.draw_panels(record, style.Look()).axes[0]
+    (hollow,) = (x for x in axes.lines if x.get_fillstyle() == "none" and len(x.get_xdata()))
+    for values, (low, high) in (
+        (hollow.get_xdata(), axes.get_xlim()),
+        (hollow.get_ydata(), axes.get_ylim()),
+    ):
+        assert low <= min(values) <= max(values) <= high
