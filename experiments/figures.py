@@ -22,7 +22,7 @@ Takes: seconds, on any machine, from the records of a sweep.
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +97,8 @@ class FigureConfig:
     band: bool = setting(False, "a band from the worst run to the best instead of every run's line")
     published: bool = setting(
         False,
-        "what is published too: points of the paper's curves (S5 by num_householder), or the "
-        "predecessor's table of languages (by mixer)",
+        "what is published too, beside runs of the published lengths: points of the paper's curves "
+        "(S5 by num_householder), or the predecessor's table of languages (by mixer)",
     )
     name: str | None = setting(None, "of the files; none: the kind")
 
@@ -136,7 +136,7 @@ class FigureConfig:
 def cumulative(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
     """The numbers of the curves."""
     panels = panels_of(records, config.x, config.keys, config.metric, config.length)
-    published = {"published": published_points(panels)} if config.published else {}
+    published = {"published": published_points(panels, records)} if config.published else {}
     return {
         "band": config.band,
         "trained": trained_lengths(records, config.x),
@@ -151,7 +151,7 @@ def table(records: Sequence[Record], config: FigureConfig) -> dict[str, Any]:
     if config.published:
         languages = [value for (value,) in grouped(records, [config.x])]
         for row, members in zip(rows, grouped(records, config.keys).values(), strict=True):
-            scores = published_scores(members)
+            scores = published_scores(members, config.length)
             row |= {f"{language} published": scores.get(language) for language in languages}
     return {"rows": rows}
 
@@ -195,6 +195,19 @@ def command(argv: Sequence[str]) -> None:
         print(f"written: {written}")
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
+    if config.published and not has_published(record):
+        print("note: nothing is published of runs with these settings", file=sys.stderr)
+
+
+def has_published(record: Mapping[str, Any]) -> bool:
+    """Whether anything that is published stands in a record."""
+    of_rows = (
+        value
+        for row in record.get("rows", ())
+        for name, value in row.items()
+        if name.endswith(" published")
+    )
+    return any(record.get("published", {}).values()) or any(x is not None for x in of_rows)
 
 
 def says(config: FigureConfig) -> str:

@@ -88,7 +88,7 @@ def test_curves_are_medians_over_seeds(source, tmp_path, capsys):
 def test_published_points_stand_beside_their_curve():
     curve = {"median": [1, 0.5], "runs": [[1, 0.5]]}
     panels = {"group = S5": {"n_h = 3": curve, "n_h = 5": curve}, "group = S3": {"n_h = 3": curve}}
-    found = published.published_points(panels)
+    found = published.published_points(panels, [])
     assert found == {"group = S5": {"n_h = 3": [(17, 0.5), (55, 0.0)]}, "group = S3": {}}
     record = {"panels": panels, "trained": dict.fromkeys(panels, 1), "band": False}
     look = style.Look()

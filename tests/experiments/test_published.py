@@ -7,6 +7,7 @@ import pytest
 
 from experiments import figures, redraw
 from experiments.lib.figures import curves, published, style
+from experiments.lib.run_records import Record
 
 # (mixer, factors, range of eigenvalues) -> the published score of parity.
 ROWS = {
@@ -71,7 +72,7 @@ def test_published_points_are_seen_where_no_run_comes_to(last):
     run = np.linspace(1, last, 65).tolist()
     panels = {"group = S5": {"n_h = 4": {"median": run, "runs": [run]}}}
     record = {"panels": panels, "trained": dict.fromkeys(panels, 8), "band": False}
-    record |= {"metric": "strict.cumulative", "published": published.published_points(panels)}
+    record |= {"metric": "strict.cumulative", "published": published.published_points(panels, [])}
     axes = curves.draw_panels(record, style.Look()).axes[0]
     (hollow,) = (x for x in axes.lines if x.get_fillstyle() == "none" and len(x.get_xdata()))
     for values, (low, high) in (
@@ -79,3 +80,34 @@ def test_published_points_are_seen_where_no_run_comes_to(last):
         (hollow.get_ydata(), axes.get_ylim()),
     ):
         assert low <= min(values) <= max(values) <= high
+
+
+def of(length, **settings):
+    return Record("r", settings, {"test": [{"length": length}]})
+
+
+def test_nothing_published_stands_beside_runs_of_another_protocol():
+    panels = {"group = S5": {"n_h = 4": None, "n_h = 3": None}}
+    long, short = (of(512, group="S5", num_householder=4, train_length=n) for n in (128, 16))
+    swaps = of(512, group="S5", num_householder=3, train_length=128, max_displaced=2)
+    points = lambda *records: list(published.published_points(panels, records)["group = S5"])
+    assert points(long) == ["n_h = 4", "n_h = 3"]
+    assert points(long, short) == ["n_h = 3"]
+    assert points(long, swaps) == ["n_h = 4"]
+    kinds = {"mixer": "slstm", "allow_neg_eigval": None, "train_length": 40}
+    parity = of(256, language="parity", **kinds)
+    brackets = {"language": "modular_arithmetic_brackets"} | kinds
+    scores = lambda *records: published.published_scores(records, None)
+    assert scores(parity, of(256, **brackets)).keys() == set(published.LANGUAGES)
+    times = of(256, **brackets, bracket_multiplication=True)
+    assert scores(parity, times).keys() == {"parity", "modular_arithmetic"}
+    assert "parity" not in scores(of(512, language="parity", **kinds))
+    assert "parity" not in scores(of(256, language="parity", **kinds | {"train_length": 64}))
+
+
+def test_where_nothing_is_published_is_said(source, tmp_path, capsys):
+    flags = [f"--workdir={tmp_path}", f"--source={source}", "--preset=paper_languages"]
+    assert figures.main([*flags, "--where=mixer=mamba2"]) == 0
+    assert "note: nothing is published of runs with these settings" in capsys.readouterr().err
+    assert figures.main([*flags, "--where=mixer=slstm"]) == 0
+    assert "nothing is published" not in capsys.readouterr().err

@@ -21,14 +21,39 @@ CUMULATIVE: dict[tuple[str, int], Points] = {
     ("S5", 3): [(17, 0.5), (55, 0.0)],
     ("S5", 4): [(165, 1.0), (200, 0.98), (330, 0.5), (400, 0.155), (512, 0.01)],
 }
+# Settings of the published runs; beside ours of other settings, which say other things, is nothing.
+OF_CURVES = {
+    "train_length": 128,
+    "num_layers": 1,
+    "max_displaced": None,
+    "merge_elements": 1,
+    "repeat_elements": 1,
+}
 
 
-def published_points(panels: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Points]]:
-    """The points of each curve that has some, by panel and name as `curves.panels_of` has them."""
-    names = {
-        (label(["group"], (group,)), label(["num_householder"], (factors,))): points
-        for (group, factors), points in CUMULATIVE.items()
-    }
+def _are_alike(members: Sequence[Record], settings: Mapping[str, Any]) -> bool:
+    """Whether all runs have these settings, as far as they have them at all."""
+    return all(
+        r.settings.get(key, value) == value for r in members for key, value in settings.items()
+    )
+
+
+def published_points(
+    panels: Mapping[str, Mapping[str, Any]], records: Sequence[Record]
+) -> dict[str, dict[str, Points]]:
+    """The points of each curve that has some, by panel and name as `curves.panels_of` has them.
+
+    Args:
+        panels: the curves.
+        records: runs that they are of.
+    """
+    names = {}
+    for (group, factors), points in CUMULATIVE.items():
+        wanted = {"group": group, "num_householder": factors}
+        members = [r for r in records if wanted.items() <= r.settings.items()]
+        if _are_alike(members, OF_CURVES):
+            title = label(["group"], (group,))
+            names[title, label(["num_householder"], (str(factors),))] = points
     return {
         title: {name: names[title, name] for name in curves if (title, name) in names}
         for title, curves in panels.items()
@@ -39,6 +64,12 @@ LANGUAGES = ("parity", "modular_arithmetic", "modular_arithmetic_brackets")
 # By the mixer and whether eigenvalues reach below 0; none: it has no such choice.
 SCALED_ACCURACY = "strict.scaled_accuracy"
 LONGEST = 256
+OF_LANGUAGES = {
+    "train_length": 40,
+    "min_train_length": 3,
+    "min_eval_length": 40,
+    "bracket_multiplication": False,
+}
 SCORES: dict[tuple[str, str], tuple[float, float, float]] = {
     ("transformer", "none"): (0.022, 0.031, 0.067),
     ("mlstm", "none"): (0.087, 0.040, 0.114),
@@ -48,8 +79,13 @@ SCORES: dict[tuple[str, str], tuple[float, float, float]] = {
 }
 
 
-def published_scores(members: Sequence[Record]) -> dict[str, float]:
-    """The published score of each language, of runs of one mixer with one range of eigenvalues."""
+def published_scores(members: Sequence[Record], length: int | None) -> dict[str, float]:
+    """The published score of each language, of runs of one mixer with one range of eigenvalues.
+
+    Args:
+        members: the runs.
+        length: at which they are looked at; None for the longest of each.
+    """
     kinds = set()
     for record in members:
         mixer, reach = record.value("mixer"), record.value("allow_neg_eigval")
@@ -57,7 +93,14 @@ def published_scores(members: Sequence[Record]) -> dict[str, float]:
             reach = str(MIXERS[mixer].default("allow_neg_eigval")).lower()
         kinds.add((mixer, reach))
     scores = SCORES.get(kinds.pop()) if len(kinds) == 1 else None
-    return {} if scores is None else dict(zip(LANGUAGES, scores, strict=True))
+    if scores is None:
+        return {}
+    found = {}
+    for language, score in zip(LANGUAGES, scores, strict=True):
+        own = [r for r in members if r.settings.get("language") == language]
+        if _are_alike(own, OF_LANGUAGES) and all(r.entry(length)["length"] == LONGEST for r in own):
+            found[language] = score
+    return found
 
 
 def keys_fit(kind: str, x: str, by: Sequence[str], metric: str | None, length: int | None) -> bool:
