@@ -238,6 +238,12 @@ def test_brackets_multiply_only_when_asked():
     assert (drawn("modular_arithmetic_brackets", 300, 100, **fields).inputs == times).any()
 
 
+def test_where_brackets_multiply_always_saying_zero_is_better_than_chance():
+    batch = drawn("modular_arithmetic_brackets", 2000, 256, bracket_multiplication=True)
+    zeros = int((batch.targets[batch.mask] == 0).sum())
+    assert abs(zeros / 2000 - 0.3) < 0.04
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_token_ids_and_chance(language):
     task = FormalLanguageTask(language)
