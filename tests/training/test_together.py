@@ -21,7 +21,7 @@ from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.together import group as together
 from deltaproduct_jax.training.together.beginning import statics_of
 from deltaproduct_jax.training.together.group import is_worth_compiling, train_together
-from deltaproduct_jax.training.together.numbers import FREE, Numbers, program_of
+from deltaproduct_jax.training.together.numbers import FREE, STARTS, Numbers, program_of
 
 COMMON = {
     "train_length": 2, "eval_lengths": (2, 3), "select_length": 2, "grow_from": 1,
@@ -169,8 +169,11 @@ def test_models_keep_no_number_in_which_runs_may_differ(mixer):
         ModelConfig(**sizes, intermediate_size=8, **dict.fromkeys(fields, start))
         for start in (0.7, 0.9)
     )
-    build = lambda config: lambda: SequenceModel(config, rngs=nnx.Rngs(0))
-    assert statics_of(nnx.eval_shape(build(first))) == statics_of(nnx.eval_shape(build(second)))
+    without = dataclasses.replace(first, **dict.fromkeys(STARTS))
+    shapes = lambda config: nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
+    models = [shapes(config) for config in (first, second, without)]
+    assert statics_of(models[0]) == statics_of(models[1]) == statics_of(models[2])
+    assert nnx.state(models[0]) == nnx.state(models[1]) == nnx.state(models[2])
 
 
 DRAWN = ("initializer_range",)
@@ -186,7 +189,9 @@ def test_numbers_are_fields_and_all_else_is_the_program():
             other[section][name] += 1
             assert program_of(other) == base, name
             other[section][name] = None
-            assert program_of(other) != base, name
+            assert (program_of(other) == base) is (name in STARTS), name
+            del other[section][name]  # as a record has it that is none
+            assert (program_of(other) == base) is (name in STARTS), name
     for section, values in config.to_dict().items():
         for name in values.keys() - FREE.get(section, ()):
             other = config.to_dict()

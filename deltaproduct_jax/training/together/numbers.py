@@ -37,6 +37,8 @@ FREE: dict[str, tuple[str, ...]] = {
     "train": (*Numbers._fields, "seed", "stop_accuracy"),
     "model": ("beta_bias", "initial_gate", "initializer_range"),
 }
+# Of these, what tells where parameters start and not which there are: none at all is the same.
+STARTS = ("initial_gate",)
 
 
 def program_of(config: Mapping[str, Mapping[str, Any]]) -> str:
@@ -49,9 +51,10 @@ def program_of(config: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _fixed(section: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    # A number that is there or not is another program.
+    # A number that is there or not is another program, but for those in which a run starts.
     free = FREE.get(section, ())
     return {
         name: "a number" if name in free and value is not None else value
         for name, value in sorted(values.items())
+        if name not in free or name not in STARTS
     }
