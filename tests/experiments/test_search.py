@@ -291,6 +291,10 @@ def test_a_search_by_a_loss_takes_less_for_better():
     assert (row["best"], row["median"], row["escaped"]) == (1.5, 2.0, 2)
     axes = searched.search_figure(record | {"rows": [row]}, style.Look()).axes[0]
     assert axes.get_xlim()[1] > 4
+    row["scores"] = [1.0] * 4  # each is seen
+    (points, *_) = searched.search_figure(record | {"rows": [row, row]}, style.Look()).axes[0].lines
+    assert len(set(points.get_ydata())) == 4
+    assert all(abs(height) < 0.5 for height in points.get_ydata())
 
 
 def test_a_constant_rate_has_no_end():

@@ -59,7 +59,7 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
-    """Every fresh seed of every arm as a point, its median as a bar across.
+    """Every fresh seed of every arm as a point, the median as a bar across.
 
     Args:
         record: its "rows", and what they show: "metric", "length" (None: the longest) and the
@@ -70,7 +70,10 @@ def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
     figure, cells = new_panels(look, 1, 1, 0.3 + 0.17 * len(rows))
     axes = cells[0, 0]
     for place, row in enumerate(rows):
-        axes.plot(row["scores"], [place] * len(row["scores"]), **POINT)
+        # One below the other, so that seeds of one score are seen to be several.
+        count = len(row["scores"])
+        heights = [place + SPREAD * (2 * number - count + 1) / count for number in range(count)]
+        axes.plot(row["scores"], heights, **POINT)
         if row["median"] is not None:
             axes.plot([row["median"]] * 2, [place - 0.32, place + 0.32], **MEDIAN)
     axes.axvline(record["threshold"], color="0.35", linestyle=(0, (1, 1)), linewidth=1)
@@ -89,5 +92,6 @@ def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
     return figure
 
 
+SPREAD = 0.3  # of a row, half of what its points take
 POINT = {"linestyle": "none", "marker": "o", "color": COLORS[0], "alpha": 0.55}
 MEDIAN = {"color": COLORS[1], "linewidth": 2}
