@@ -222,6 +222,18 @@ def test_of_losses_the_least_is_best_and_what_is_below_escapes(losses, threshold
     assert axes.get_xlim()[1] > row["S3 median"]
 
 
+def test_a_column_is_of_one_length():
+    records = [record_of(seed, "S3", 0.5) for seed in range(3)]
+    records[2].results["test"].pop(0)  # up to 4 tokens alone
+    for table in (tables.scores_table, lambda *given: tables.escape_table(*given, 0.5)):
+        with pytest.raises(ConfigError, match="lengths, run2 to 4 and run1 to 8; give --length"):
+            table(records, ["seed"], "group", METRIC, None)
+        assert len(table(records, ["seed"], "group", METRIC, 4)) == 3
+        records[2].settings["group"] = "A5"
+        assert len(table(records, ["seed"], "group", METRIC, None)) == 3
+        records[2].settings["group"] = "S3"
+
+
 def test_cells_without_runs_are_dashes():
     records = [record_of(0, "S3", 0.5), record_of(1, "A5", 0.25)]
     records[1].settings["seed"] = 0

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from deltaproduct_jax.errors import ConfigError
 from experiments.lib.bench.report import markdown, shown
 from experiments.lib.run_records import Record, best_score, grouped, reaches
 
@@ -73,11 +74,24 @@ def _cells(
 ) -> Iterator[tuple[dict[str, Any], dict[Any, list[float]]]]:
     """The keys of every group ``by``, and its scores by the values of ``x`` among all records."""
     columns = [value for (value,) in grouped(records, [x])]
+    for members in grouped(records, [x]).values():
+        _require_one_length(members, length)
     for group, members in grouped(records, by).items():
         found = grouped(members, [x])
         yield (
             dict(zip(by, group, strict=True)),
             {v: [r.score(metric, length) for r in found.get((v,), [])] for v in columns},
+        )
+
+
+def _require_one_length(records: Sequence[Record], length: int | None) -> None:
+    """Raises ConfigError where the longest lengths, which are looked at, are not the same."""
+    lengths = {record.entry(length)["length"]: record.name for record in records}
+    if len(lengths) > 1:
+        (short, one), *_, (long, other) = sorted(lengths.items())
+        raise ConfigError(
+            f"runs of one column were tested up to different lengths, {one} to {short} and {other} "
+            f"to {long}; give --length, or more of --where"
         )
 
 
