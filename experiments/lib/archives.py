@@ -1,11 +1,14 @@
 """Archives that tar reads: one line for what is none, is damaged, or ends too early."""
 
+import bz2
 import contextlib
+import gzip
 import lzma
 import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from deltaproduct_jax.errors import ConfigError
 
@@ -28,6 +31,18 @@ class _Member(tarfile.TarInfo):
             raise
 
 
+FORMATS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"]\0\0": lzma.open}
+
+
+def _decompressed(path: Path) -> IO[bytes]:
+    """What is in a file, however it is compressed; tar's own stream of gzip checks no checksum."""
+    with open(path, "rb") as file:
+        start = file.read(6)
+    return next((reader for magic, reader in FORMATS.items() if start.startswith(magic)), open)(
+        path, "rb"
+    )
+
+
 @contextlib.contextmanager
 def opened(path: Path, name: str) -> Iterator[tarfile.TarFile]:
     """An archive, of which all members are to be read, in turn; compressed in any way.
@@ -43,11 +58,16 @@ def opened(path: Path, name: str) -> Iterator[tarfile.TarFile]:
         if not path.is_file():  # a pipe may never end
             path.stat()
             raise tarfile.ReadError("it is no file")
-        with tarfile.open(path, "r|*", tarinfo=_Member) as archive:
+        with (
+            _decompressed(path) as file,
+            tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as archive,
+        ):
             archive.has_ended = False
             yield archive
             if not archive.has_ended:
                 raise tarfile.ReadError("it ends too early")
+            while file.read(1 << 20):  # the checksum of what was read stands behind it
+                pass
     except ConfigError:  # of whoever reads it
         raise
     # What a member says of itself ends in the last two: a link to what is not there, a size.

@@ -1,6 +1,7 @@
 """Text that travels, legs that go on, and what is kept of them."""
 
 import dataclasses
+import gzip
 import json
 import os
 import signal
@@ -136,6 +137,20 @@ def test_an_archive_that_is_damaged_is_one_line(kind, damage, source, tmp_path):
         with pytest.raises(ConfigError, match=r"^archive='.*' cannot be read: [a-zA-Z]"):
             paper.unpack(path, tmp_path / "text")
     assert {entry.name for entry in tmp_path.iterdir()} == {"kernel", path.name}
+
+
+def test_a_checksum_behind_all_files_is_looked_at(source, tmp_path):
+    """Of gzip, whose damaged bytes may be text as well."""
+    whole = archive_of(source, "").read_bytes()
+    path, data = tmp_path / "x.tar.gz", bytearray(gzip.compress(whole, compresslevel=0))
+    text = next(file for file in sorted(source.rglob("*.c"))).read_bytes()
+    data[data.find(text) + len(text) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"^source='.*' cannot be read: CRC check failed"):
+        packed(tmp_path / "a", path)
+    with pytest.raises(ConfigError, match=r"^archive='.*' cannot be read: CRC check failed"):
+        paper.unpack(path, tmp_path / "text")
+    assert not (tmp_path / "text").exists()
 
 
 def test_an_archive_cut_between_two_files_is_one_line(tmp_path):
