@@ -179,9 +179,18 @@ def user_path(text: str) -> Path:
     if "://" in text:
         raise ConfigError(f"{text!r} is not on a disk; it may be a path there")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{text!r} begins with a home that is not known") from error
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return path  # which whoever reads it finds, or makes
+    except (
+        OSError
+    ) as error:  # that Path.exists() raises too, or takes for a no, by Python's version
+        raise ConfigError(f"{text!r} cannot be reached: {error.strerror}") from error
+    return path
 
 
 def is_file_name(name: str) -> bool:

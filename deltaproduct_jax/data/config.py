@@ -23,7 +23,8 @@ class PrepareConfig:
 
     sources: tuple[str, ...] = setting(
         (),
-        "a file or folder of text (each file one document), .jsonl or .parquet; may be repeated",
+        "a file or folder of text (each file one document), of lines of JSON (.jsonl, .ndjson, "
+        ".json) or of .parquet; may be repeated",
         repeated=True,
     )
     pattern: tuple[str, ...] = setting(

@@ -17,7 +17,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError
@@ -56,14 +56,20 @@ class Slice:
 
 
 def list_sources(
-    paths: Sequence[str], patterns: Sequence[str], counts: Counter[str] | None = None
+    paths: Sequence[str],
+    patterns: Sequence[str],
+    counts: Counter[str] | None = None,
+    *,
+    without: Path | None = None,
 ) -> list[Source]:
     """Every file once: those named, and those in the folders named whose name matches a pattern.
 
     What matches and is no file, such as a link to nowhere, is noted in ``counts`` as ``no_file``.
+    Links to folders are not followed. The folder ``without``, where what is made of the files goes,
+    is no part of a folder that it is in.
 
     Raises:
-        ConfigError: a path is not there or compressed, or no file is left.
+        ConfigError: a path is not there or compressed, a folder cannot be read, or no file is left.
     """
     if not paths or not all(paths):
         raise ConfigError("sources is empty; give --sources=FILE_OR_FOLDER, as often as you like")
@@ -72,7 +78,7 @@ def list_sources(
     for path in map(user_path, paths):
         if not path.exists():
             raise ConfigError(f"sources={str(path)!r} is not there; it must be a file or a folder")
-        for file in _matches(path, patterns):
+        for file in _matches(path, patterns, without):
             if not file.is_file():
                 counts["no_file"] += 1
                 continue
@@ -97,16 +103,24 @@ def _is_utf8(path: Path) -> bool:
         return False
 
 
-def _matches(path: Path, patterns: Sequence[str]) -> list[Path]:
+def _matches(path: Path, patterns: Sequence[str], without: Path | None) -> list[Path]:
     if not path.is_dir():
         return [path]
-    found = [
-        Path(folder, name)
-        for folder, _, names in os.walk(path)
-        for name in names
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    ]
+    found = []
+    for folder, folders, names in os.walk(path, onerror=_refuse):
+        if without is not None and without.name in folders:
+            folders[:] = [f for f in folders if Path(folder, f).resolve() != without.resolve()]
+        found += [
+            Path(folder, name)
+            for name in names
+            if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        ]
     return sorted(found, key=Path.as_posix)
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder without its files would be a part of the text that is missing without a word."""
+    raise ConfigError(f"sources: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def plan_pieces(sources: Iterable[Source], piece_bytes: int) -> list[tuple[Slice, ...]]:

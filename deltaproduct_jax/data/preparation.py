@@ -38,6 +38,7 @@ if os.name != "nt":
     import fcntl
 
 UNDER_WAY, CONFIG = ".prepare", "config.json"
+_OTHER_TOKENIZER = "with tokenizer={!r}, a file that has changed since; give another --workdir"
 
 
 def prepare(config: PrepareConfig, directory: Path) -> Manifest:
@@ -55,7 +56,7 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         RunDirectoryError: the directory holds something else, is in use, or cannot be written.
     """
     listed: Counter[str] = Counter()
-    sources = documents.list_sources(config.sources, config.pattern, listed)
+    sources = documents.list_sources(config.sources, config.pattern, listed, without=directory)
     with _locked(directory):
         if not (directory / MANIFEST).exists():
             _prepare(config, sources, listed, directory)
@@ -64,6 +65,9 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         difference = _difference(manifest, config, now, "bytes")
         if difference is not None and _are_moved(manifest, config, sources):
             difference = None
+        now = tokenizer.file_of(config.tokenizer)  # one that is gone was read
+        if difference is None and now and digest(now) != manifest["tokenizer"]["sha256"]:
+            difference = _OTHER_TOKENIZER.format(config.tokenizer)
         if difference is not None:
             raise RunDirectoryError(f"{directory} was prepared {difference}")
         shutil.rmtree(directory / UNDER_WAY, ignore_errors=True)
@@ -114,6 +118,9 @@ def _prepare(
             config.tokenizer, config.bos, known=("bytes", "bpe", "mistral")
         )
     plan = _plan(config, sources, directory)
+    if made and _is_begun(directory) and not _is_kept(made, directory):
+        difference = _OTHER_TOKENIZER.format(config.tokenizer)
+        raise RunDirectoryError(f"{directory} was begun {difference}")
     try:
         made = _keep(made, directory) if made else _trained(config, sources, directory)
         records = _work(config, sources, made, directory)
@@ -261,6 +268,13 @@ def _trained(
     if path.exists():
         return tokenizer.HuggingFaceTokenizer(path.read_bytes(), str(path), tokenizer.BOS)
     return _keep(tokenizer.train_bpe(_sample(config, sources), config.bpe_size), directory)
+
+
+def _is_kept(made: tokenizer.Tokenizer, directory: Path) -> bool:
+    name = tokenizer.FILES[made.kind]
+    if name is None:
+        return True
+    return (directory / name).exists() and (directory / name).read_bytes() == made.data
 
 
 def _keep(made: tokenizer.Tokenizer, directory: Path) -> tokenizer.Tokenizer:

@@ -53,4 +53,5 @@ def standard_library(split: str, folder: Path | None = None) -> Corpus:
 def _sources(folder: Path) -> Iterator[Path]:
     for path, folders, files in os.walk(folder):
         folders[:] = set(folders) - LEFT_OUT  # which are not looked into
-        yield from (Path(path, name) for name in files if name.endswith(".py"))
+        found = (Path(path, name) for name in files if name.endswith(".py"))
+        yield from filter(Path.is_file, found)  # and no link to nowhere

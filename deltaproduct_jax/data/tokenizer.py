@@ -162,10 +162,15 @@ def open_tokenizer(
     Raises:
         ConfigError: there is no such file, it is neither, or its package is not installed.
     """
-    path = _mistral() if spec == "mistral" else user_path(spec)
+    path = file_of(spec)
     if spec == "bytes":
         tokenizer: Tokenizer = ByteTokenizer()
-    elif not path.is_file():
+    elif path is None and spec == "mistral":
+        raise ConfigError(
+            "tokenizer=mistral is in the package mistral-common, which is not installed; install "
+            "it with: pip install --no-deps mistral-common"
+        )
+    elif path is None:
         raise ConfigError(
             f"tokenizer={spec!r} is not known; it may be {', '.join(known)}, or the path of a "
             "tokenizer.json or of a SentencePiece model"
@@ -180,17 +185,18 @@ def open_tokenizer(
     return tokenizer
 
 
-def _mistral() -> Path:
-    """The model inside mistral-common, which is not imported: it wants an older NumPy."""
-    package, name = MISTRAL
-    spec = importlib.util.find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (path := Path(folder) / name).is_file():
-            return path
-    raise ConfigError(
-        "tokenizer=mistral is in the package mistral-common, which is not installed; install it "
-        "with: pip install --no-deps mistral-common"
-    )
+def file_of(spec: str) -> Path | None:
+    """The file that the name of a tokenizer stands for; None where it has none, or none is there.
+
+    ``mistral`` is inside mistral-common, which is not imported: it wants an older NumPy.
+    """
+    paths = [] if spec in ("bytes", "bpe", "mistral") else [user_path(spec)]
+    if spec == "mistral":
+        package, name = MISTRAL
+        found = importlib.util.find_spec(package)
+        folders = (found.submodule_search_locations or ()) if found else ()
+        paths = [Path(folder) / name for folder in folders]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:

@@ -1,5 +1,7 @@
 """Sources that change while they are prepared, and folders whose parts do not fit each other."""
 
+import contextlib
+import dataclasses
 import json
 import os
 
@@ -9,6 +11,7 @@ from deltaproduct_jax.data import preparation as module
 from deltaproduct_jax.data.config import PrepareConfig
 from deltaproduct_jax.data.corpus import open_corpus
 from deltaproduct_jax.data.preparation import prepare
+from deltaproduct_jax.data.tokenizer import train_bpe
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 
 
@@ -43,6 +46,38 @@ def test_a_source_that_changes_while_it_is_prepared_is_refused(tmp_path, monkeyp
         prepare(config_of(tmp_path), tmp_path / "grown")
     with pytest.raises(RunDirectoryError, match=r"b\.txt cannot be read: No such file"):
         late(gone)
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_tokenizer_whose_file_changes_makes_no_mixture(is_done, tmp_path, monkeypatch):
+    """Its ids mean something else, and each piece would have them by the file of its time."""
+    for number in range(3):
+        (tmp_path / f"{number}.txt").write_text(f"{number} of some words " * 9)
+    file, out = tmp_path / "tokenizer.json", tmp_path / "out"
+    first, other = (train_bpe(["some of the words"] * 9, size).data for size in (259, 261))
+    config = dataclasses.replace(config_of(tmp_path, str(file)), shard_bytes=1)
+    file.write_bytes(first)
+    with monkeypatch.context() as patch:
+        if not is_done:
+            patch.setattr(module, "_manifest", killed)
+        with contextlib.suppress(KeyboardInterrupt):
+            prepare(config, out)
+    file.write_bytes(other)
+    said = "prepared" if is_done else "begun"
+    says = rf"was {said} with tokenizer='.*\.json', a file that has changed since; give another"
+    kept = (out / "tokenizer.json").read_bytes()
+    with pytest.raises(RunDirectoryError, match=says):
+        prepare(config, out)
+    assert (out / "tokenizer.json").read_bytes() == kept == first
+    file.write_bytes(first)
+    assert prepare(config, out)["tokenizer"]["vocab_size"] == 259
+    file.unlink()
+    if is_done:  # what is done needs it no more
+        assert prepare(config, out)["counts"]["documents"] == 3
+
+
+def killed(*_):
+    raise KeyboardInterrupt
 
 
 def test_sources_that_cannot_be_read_leave_nothing_behind(tmp_path):

@@ -94,6 +94,36 @@ def test_a_folder_of_text_is_read_in_order(tmp_path):
     assert counts == {"no_file": 1}
 
 
+def test_what_is_made_of_a_folder_inside_it_is_no_part_of_it(tmp_path):
+    for name in ("a.json", "out/manifest.json", "out/.prepare/plan.json", "in/out/b.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for without in (tmp_path / "out", tmp_path / "in" / ".." / "link", tmp_path / "nowhere"):
+        found = list_sources([str(tmp_path)], ["*.json"], without=without)
+        names = [source.path.removeprefix(f"{tmp_path}/") for source in found]
+        kept = ["a.json", "in/out/b.json"]
+        assert [name for name in names if not name.startswith("out/")] == kept
+        assert (names == kept) == (without.name != "nowhere")
+    # What is named itself is taken, and so are files of a folder that is in the other.
+    assert len(list_sources([str(tmp_path / "in")], ["*"], without=tmp_path)) == 1
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out(tmp_path, monkeypatch):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    plain = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(ConfigError, match=r"^sources: .*/deep cannot be read: Permission denied$"):
+        list_sources([str(tmp_path)], ["*.txt"])
+
+
 def test_small_files_make_one_piece_and_large_ones_several(tmp_path):
     for name in "abcdef":
         (tmp_path / f"{name}.txt").write_text(name * 10)

@@ -197,7 +197,8 @@ def test_ended_from_outside_goes_on_and_leaves_no_process(number, code, says, so
     said = process.communicate(timeout=60)[1]
     done = len(list(records.glob("0*.json")))
     assert process.returncode == code
-    assert says is None or said == says
+    lines = [line for line in said.splitlines(True) if not line.startswith("tokenizing ")]
+    assert says is None or lines == [says]  # and progress, where the machine is slow
     assert 0 < done < 60
     assert not (out / "manifest.json").exists()
     assert len(children) >= 2

@@ -216,6 +216,7 @@ def test_the_standard_library_is_held_out_by_file(tmp_path):
     for number in range(200):
         (tmp_path / f"{number}.py").write_text(f"x = {number}\n" * 3)
     (tmp_path / "copy.py").write_text("x = 0\n" * 3)
+    (tmp_path / "sitecustomize.py").symlink_to(tmp_path / "nowhere")
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "left_out.py").write_text("y = 1\n")
     found = {}

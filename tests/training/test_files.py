@@ -92,6 +92,7 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
     [
         ("", "'' cannot be a path: it is empty"),
         ("a\0b", "cannot be a path: it has a NUL character"),
+        ("x" * 300, "cannot be reached: File name too long"),
         ("s3://bucket/run", "is not on a disk; it may be a path there"),
         ("~nobody_of_this_name/run", "begins with a home that is not known"),
     ],
