@@ -308,6 +308,11 @@ class ModelConfig:
             )
         if self.attention_every is not None:
             require_at_least("attention_every", self.attention_every, 2)
+            if self.attention_every > self.num_layers:
+                raise ConfigError(
+                    f"attention_every={self.attention_every} makes none of num_layers="
+                    f"{self.num_layers} blocks attention; it must be at most as many"
+                )
         places = self.attention_layers
         if "attention_every" in given and places:
             raise ConfigError(

@@ -174,6 +174,8 @@ def test_products_keep_a_number_a_row_and_round_kernels_once():
 def test_errors_name_the_field():
     for fields, words in (
         ({"attention_every": 1}, "attention_every=1 is too small"),
+        ({"attention_every": 5}, "attention_every=5 makes none of num_layers=4 blocks attention"),
+        ({"num_layers": 1, "attention_every": 2}, "makes none of num_layers=1 blocks attention"),
         (
             {"attention_every": 2, "mixer": "transformer", "implementation": None},
             "is attention itself",
