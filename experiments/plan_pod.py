@@ -226,7 +226,8 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, SECTIONS, PRESETS, exclude=_excluded())
     config, run = PlanConfig(**parsed.sections["plan"]), run_of(parsed.sections)
     mesh = DeviceConfig(**parsed.sections["devices"]).mesh
-    preset = next((a.split("=", 1)[1] for a in argv if a.startswith("--preset=")), DEFAULT)
+    named = DEFAULT if parsed.preset in (None, "default") else parsed.preset
+    preset = "config" if parsed.saved else named
     record = begun("plan_pod", argv, preset=preset, mesh=mesh)
     record |= {"topology": config.topology, "rows": config.rows, "search": config.search}
     record |= {"length": run.task.train_length, "versions": _versions(config.topology)}

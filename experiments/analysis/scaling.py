@@ -90,6 +90,12 @@ class ScalingConfig:
             raise ConfigError(
                 f"steps_of_sizes={self.steps_of_sizes} must be as many as sizes={self.sizes}"
             )
+        widths = [size.partition("x")[0] for size in self.sizes]
+        if len(set(widths)) < len(widths):
+            raise ConfigError(
+                f"sizes={','.join(self.sizes)} have a width D twice, by which models are called; "
+                "give each size a width of its own, or a --workdir"
+            )
         strange = set(self.only) - {cell.name for cell in self.cells()}
         if strange:
             known = ", ".join(cell.name for cell in self.cells())

@@ -63,6 +63,7 @@ class Parsed:
     workdir: Path
     # What the file of --config says, also of fields that have no flag; empty without one.
     saved: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    preset: str | None = None  # as the flag has it
 
 
 def parse(
@@ -111,7 +112,7 @@ def parse(
     require_directory(Path(workdir))
     path = user_path(workdir)
     (require_writable if writes else require_directory)(path)
-    return Parsed(resolved, path, saved)
+    return Parsed(resolved, path, saved, values.preset)
 
 
 def parse_fields(argv: Sequence[str], sections: Sections) -> dict[str, dict[str, Any]]:
@@ -310,9 +311,8 @@ def _help_of_fields(
         lines.append(f"{section}:")
         for field in dataclasses.fields(config):
             if field.name in values:
-                default = defaults.get(field.name, field.default)
-                text = f"{field.metadata['help']} (default {show(default)})"
-                lines.append(f"  --{field.name}: {text}")
+                default = show(defaults.get(field.name, field.default))
+                lines.append(f"  --{field.name}: {field.metadata['help']} (default {default})")
         lines.append("")
     return lines
 

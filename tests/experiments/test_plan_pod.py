@@ -98,6 +98,31 @@ def test_flags_are_those_that_a_plan_depends_on():
         plan_pod.command(argv)
 
 
+def test_a_plan_is_called_as_what_it_is_of(tmp_path, monkeypatch):
+    """However the preset is written; a name that is not its own would stand over other numbers."""
+    nothing = {"parameters_bytes": 1, "moments_bytes": 1, "batch_bytes": 1, "error": "none"}
+    nothing |= {"tokens": 1, "mesh": {}, "parameters": 1, "operations": 1.0, "peak": None}
+    compiled = []
+    monkeypatch.setattr(plan_pod, "_versions", lambda topology: "none")
+    monkeypatch.setattr(
+        plan_pod, "compile_apart", lambda run, *given: compiled.append(run.model) or nothing
+    )
+    model = {"num_layers": 3, "num_heads": 2, "head_dim": 8}
+    (tmp_path / "own.json").write_text(json.dumps({"model": model, "task": {"train_length": 64}}))
+    for written, name, layers in (
+        ([], "340m_2", 24),
+        (["--preset=default"], "340m_2", 24),
+        (["--preset", "tiny"], "tiny", 2),
+        (["-preset=tiny"], "tiny", 2),
+        ([f"--config={tmp_path / 'own.json'}", "--accumulation_steps=1"], "config", 3),
+    ):
+        out = tmp_path / str(len(compiled))
+        plan_pod.command([f"--workdir={out}", "--topology=v4:2x2x1", "--search=false", *written])
+        assert sorted(path.stem for path in out.iterdir()) == [f"{name}_v4_2x2x1"] * 2
+        assert json.loads((out / f"{name}_v4_2x2x1.json").read_text())["preset"] == name
+        assert compiled[-1].num_layers == layers
+
+
 def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
     monkeypatch.setattr(compiler.tpu, "version_of", lambda *_: None)
     for platform, package in (("tpu", "libtpu"), ("cuda", "jax-cuda13-pjrt")):
