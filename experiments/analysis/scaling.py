@@ -28,7 +28,7 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.loop import train
-from deltaproduct_jax.training.records import read_results
+from deltaproduct_jax.training.records import CONFIG, RunRecords
 from deltaproduct_jax.training.text import TextTask
 from experiments.lib import flags
 from experiments.lib.bench.report import begun, markdown, write_report
@@ -191,7 +191,9 @@ def command(argv: Sequence[str]) -> None:
         folder = parsed.workdir / RUNS / cell.name
         if not options.only or cell.name in options.only:
             train(config, folder, ["experiments.analysis.scaling", *argv], devices=devices)
-        results = read_results(folder) if folder.is_dir() else None
+        # Those that are not trained now are refused as well where they are of other settings.
+        is_there = (folder / CONFIG).is_file()
+        results = RunRecords(folder, config).results() if is_there else None
         if results is not None:
             rows.append(row_of(cell, config, results))
     if processes.is_first():

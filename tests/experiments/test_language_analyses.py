@@ -12,6 +12,7 @@ from deltaproduct_jax.data.stream import open_corpora
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.training.records import RunRecords
 from experiments.analysis import effective_rank, length_extrapolation, scaling, throughput
 from experiments.lib import flags, language_runs
 from experiments.lib.bench import training_steps
@@ -194,6 +195,28 @@ def test_a_model_reads_no_ids_of_another_tokenizer(tmp_path):
         language_runs.rows_of(str(tmp_path / "260"), **asked)
     asked["models"] = [model._replace(tokenizer=None)]  # not known, as of another project's
     assert language_runs.rows_of(str(tmp_path / "260"), **asked).rows.shape == (2, 9)
+
+
+def test_a_figure_has_no_models_of_other_settings(tmp_path, monkeypatch, capsys):
+    """As where some are there, and the others are trained with more steps."""
+    argv = [f"--workdir={tmp_path}", "--sizes=8x2x4x8,12x3x4x8", "--factors=1"]
+
+    def trains(config, folder, *_, **__):
+        records = RunRecords(folder, config)
+        score = {"length": 256, "loss": 2.0, "bits_per_byte": 2.9}
+        records.write_results(
+            {"steps": 1, "best_step": 1, "parameters": {"total": 9}, "test": [score]}
+        )
+
+    monkeypatch.setattr(scaling, "train", trains)
+    monkeypatch.setattr(scaling, "draw_losses", lambda *_: None)
+    assert flags.run(scaling.command, [*argv, "--only=8_1"]) == 0
+    assert "1 of 2 models are trained" in capsys.readouterr().out
+    for other in ("--batch_size=8", "--learning_rate=1e-4"):
+        assert flags.run(scaling.command, [*argv, "--only=12_1", other]) == 2
+        assert "8_1 holds a run with another configuration, differing in" in capsys.readouterr().err
+    assert flags.run(scaling.command, [*argv, "--only=12_1"]) == 0
+    assert "2 of 2 models are trained" in capsys.readouterr().out
 
 
 @pytest.mark.slow
