@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.evaluation.models import Opened, open_model
+from deltaproduct_jax.evaluation.models import open_model, with_room_for
 from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
 from deltaproduct_jax.settings import LARGEST_COUNT, check_fields, seed_setting, setting
@@ -73,13 +73,26 @@ class GenerateConfig:
 def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
     """What is shown, as it comes; the last line of standard error says how long it took."""
     opened = open_model(config.run, checkpoint=config.checkpoint, tokenizer=config.tokenizer)
+    rows, encode = min(config.rows, len(config.texts)), opened.tokenizer.encode
+    ids = {text: [opened.tokenizer.bos_id, *encode(text)] for text in {*config.texts}}
+    longest = max(map(len, ids.values())) + config.max_tokens - 1  # the last is drawn, not read
+    what = f"a prompt, max_tokens={config.max_tokens} and rows={rows}"
     generator = Generator(
-        opened.model,
-        rows=min(config.rows, len(config.texts)),
+        with_room_for(opened.model, longest, rows, what),
+        rows=rows,
         decode=opened.tokenizer.decode,
         vocab_size=opened.tokenizer.vocab_size,
     )
-    requests = _requests(config, sampling, opened)
+    requests = (
+        Request(
+            ids[text],
+            max_tokens=config.max_tokens,
+            sampling=sampling,
+            stop_tokens=opened.ends,
+            stop=config.stop,
+        )
+        for text in config.texts
+    )
     began = time.perf_counter()
     counted = _Counted(generator.stream(requests, seed=config.seed))
     shown = config.texts if config.echo else [""] * len(config.texts)
@@ -93,18 +106,6 @@ def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
             yield f"== {number} of {len(shown)} ==\n{prompt}{completion.text}\n"
     seconds = time.perf_counter() - began
     print(f"{counted.tokens} tokens in {seconds:.2f} s, compiling included", file=sys.stderr)
-
-
-def _requests(config: GenerateConfig, sampling: Sampling, opened: Opened) -> Iterator[Request]:
-    tokenizer = opened.tokenizer
-    for prompt in config.texts:
-        yield Request(
-            [tokenizer.bos_id, *tokenizer.encode(prompt)],
-            max_tokens=config.max_tokens,
-            sampling=sampling,
-            stop_tokens=opened.ends,
-            stop=config.stop,
-        )
 
 
 class _Counted:

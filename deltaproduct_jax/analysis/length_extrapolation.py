@@ -19,7 +19,7 @@ from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.models import SequenceModel
-from deltaproduct_jax.models.sequence_model import with_fields
+from deltaproduct_jax.models.sequence_model import with_room
 
 PIECE = 1024
 
@@ -110,13 +110,6 @@ def _pieces(rows: np.ndarray, piece: int) -> Iterator[tuple[np.ndarray, np.ndarr
     filled = np.pad(rows, [(0, 0), (0, -(rows.shape[1] - 1) % piece)])
     for start in range(0, filled.shape[1] - 1, piece):
         yield filled[:, start : start + piece], filled[:, start + 1 : start + piece + 1]
-
-
-def with_room(model: SequenceModel, length: int) -> SequenceModel:
-    """The model, its attention's state, if it has one, with room for ``length`` tokens."""
-    if not any(mixer.takes("max_length") for mixer in model.config.mixers):
-        return model
-    return with_fields(model, max_length=length)
 
 
 def by_position(losses: Losses, window: int) -> Curves:

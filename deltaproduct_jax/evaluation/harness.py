@@ -13,7 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
-from deltaproduct_jax.evaluation.models import open_model
+from deltaproduct_jax.evaluation.models import open_model, with_room_for
 from deltaproduct_jax.evaluation.requests import as_request, cut, windows
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer
 from deltaproduct_jax.models.generation import Generator, Request
@@ -72,6 +72,9 @@ class DeltaProductLM(TemplateLM):
         where = str(path or pretrained)
         model, self.text, self._ends = open_model(
             where, checkpoint=str(checkpoint), tokenizer=tokenizer, dtype=dtype
+        )
+        model = with_room_for(
+            model, max_length, rows, f"max_length={max_length} and batch_size={rows}"
         )
         self.scorer = Scorer(model, batch_size=rows, mesh=mesh)
         self.max_length, self.max_gen_toks, self.add_bos = max_length, max_gen_toks, add_bos

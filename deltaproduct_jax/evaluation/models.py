@@ -1,7 +1,10 @@
 """A model and its tokenizer, from a run directory or a folder of flash-linear-attention."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import jax
 
 from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.manifest import MANIFEST
@@ -17,8 +20,9 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import AnyPath, any_path, in_bucket, is_there, read_json, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
-from deltaproduct_jax.models.sequence_model import with_fields
+from deltaproduct_jax.models.sequence_model import most_tokens, with_fields, with_room
 from deltaproduct_jax.settings import misfit, shown, whole_number
+from deltaproduct_jax.training.measuring.memory import require_memory_of
 from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.runs import load_run, tokenizer_learnt
 
@@ -113,6 +117,26 @@ def open_model(
         )
     ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory, model.config.vocab_size))))
     return Opened(model if dtype is None else with_fields(model, dtype=dtype), found, ends)
+
+
+def with_room_for(model: SequenceModel, tokens: int, rows: int, what: str) -> SequenceModel:
+    """The model; where its attention keeps fewer tokens than are wanted, one that keeps as many.
+
+    Args:
+        model: any model.
+        tokens: that each row reads.
+        rows: read at a time.
+        what: the settings that both come from, for the error.
+
+    Raises:
+        ConfigError: the rows' states need more memory than there is.
+    """
+    most = most_tokens(model)
+    if most is None or most >= tokens:
+        return model
+    larger = with_room(model, tokens)
+    require_memory_of(what, jax.eval_shape(functools.partial(larger.init_state, rows)))
+    return larger
 
 
 def _eos_of(directory: AnyPath, vocab_size: int) -> list[int]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.models.sequence_model import most_tokens
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.parallel.names import MESH_AXES, names_of_model
@@ -75,6 +76,7 @@ class Scorer:
             raise ConfigError(f"pieces={tuple(pieces)} must descend, with one at least")
         self.batch_size, self.pieces = batch_size, tuple(pieces)
         self.programs = 0  # compiled so far
+        self._most_tokens = most_tokens(model)
         self._layout = Layout(make_mesh(DeviceConfig(mesh=mesh)), names_of_model(model))
         self._layout.require_divisible("batch", batch_size=batch_size)
         self._graph, params = nnx.split(model)
@@ -94,7 +96,8 @@ class Scorer:
             progress: called with the number of pairs, after every batch.
 
         Raises:
-            ConfigError: a context or a continuation is empty, or an id is none of the model's.
+            ConfigError: a context or a continuation is empty, an id is none of the model's, or its
+            attention does not keep as many tokens.
         """
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
         found: dict[int, Scored] = {}
@@ -130,6 +133,11 @@ class Scorer:
                 if not ids:
                     raise ConfigError(f"{name} is empty; it must hold one token at least")
         length = max(sum(map(len, pair)) for pair in pairs) - 1
+        if self._most_tokens is not None and length > self._most_tokens:
+            raise ConfigError(
+                f"a row reads {length} tokens, and max_length={self._most_tokens} is what the "
+                "model's attention keeps"
+            )
         shape = (self.batch_size, -(-length // self.pieces[-1]) * self.pieces[-1])
         inputs, targets = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         counted = np.zeros(shape, bool)

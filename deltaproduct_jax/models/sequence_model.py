@@ -348,6 +348,19 @@ def with_fields(model: SequenceModel, **fields: Any) -> SequenceModel:
     return nnx.merge(graph, nnx.to_pure_dict(nnx.state(model)))
 
 
+def with_room(model: SequenceModel, length: int) -> SequenceModel:
+    """The model, its attention's state, if it has one, with room for ``length`` tokens."""
+    if not any(mixer.takes("max_length") for mixer in model.config.mixers):
+        return model
+    return with_fields(model, max_length=length)
+
+
+def most_tokens(model: SequenceModel) -> int | None:
+    """Tokens that a row may read, where some block's attention keeps no more; None for no limit."""
+    limits = [getattr(block.attn, "max_length", None) for block in model.layers]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _unspoilt(run, x, before, resets, *, check_state):
     """`confined`, but outputs as they are and which tokens are reached."""
     y, _, reached = unspoilt(run, x, None, before, resets, check_state=check_state)

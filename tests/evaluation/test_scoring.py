@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations against probabilities of the whole row, taken by hand."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from interop.golden_models import drawn
 
 from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.evaluation.models import with_room_for
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer
 from deltaproduct_jax.models import ModelConfig
 
@@ -71,6 +73,20 @@ def test_scores_are_the_probabilities_of_the_continuations():
     assert not scores[3].is_greedy
     assert done == [3, 3, 1]
     assert scorer.programs == len(PIECES)
+
+
+def test_rows_that_attention_does_not_keep_are_refused_and_not_scored_as_nan():
+    hybrid = drawn(dataclasses.replace(CONFIG, num_layers=2, attention_every=2, max_length=6))
+    fits, is_long = Pair([1, 2, 3], [4, 5, 6, 7]), Pair([1, 2, 3, 4], [5, 6, 7, 8])
+    with pytest.raises(ConfigError, match="a row reads 7 tokens, and max_length=6 is what the mod"):
+        Scorer(hybrid, batch_size=2)([fits, is_long])
+    larger = with_room_for(hybrid, 7, 2, "max_length=7")
+    scores = Scorer(larger, batch_size=2, pieces=(4,))([fits, is_long])
+    assert all(np.isfinite(score.log_likelihood) for score in scores)
+    assert with_room_for(hybrid, 6, 2, "") is hybrid
+    assert with_room_for(model(), 10**12, 2, "") is not None  # a state of its own size
+    with pytest.raises(ConfigError, match=r"^max_length=1.* and batch_size=2 need at least \d"):
+        with_room_for(hybrid, 10**9, 2, "max_length=1000000000 and batch_size=2")
 
 
 @pytest.mark.slow

@@ -92,6 +92,19 @@ def test_the_text_is_the_generators(run, capsys):
     assert parts[3].startswith("3 of 4 ==\nx")
 
 
+def test_attention_keeps_as_much_as_is_read(tmp_path, capsys):
+    """Its room is for as many tokens as a prompt and what follows have."""
+    sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "intermediate_size": 8}
+    model = ModelConfig(257, mixer="transformer", max_length=4, **sizes)
+    save(tmp_path / "run", RunConfig(TextTask(), model, TrainConfig()))
+    found = written(capsys, tmp_path / "run", "--prompt=abcd", "--max_tokens=5", "--seed=2")
+    assert found.err.startswith("5 tokens in ")
+    argv = [f"--run={tmp_path / 'run'}", "--prompt=a", "--max_tokens=2000000000"]
+    assert flags.run(generate.command, argv) == flags.USAGE_ERROR
+    says = "error: a prompt, max_tokens=2000000000 and rows=1 need at least"
+    assert capsys.readouterr().err.startswith(says)
+
+
 def test_text_is_shown_as_it_comes(run, monkeypatch):
     shown = []
     monkeypatch.setattr("builtins.print", lambda *text, **options: shown.append((text, options)))

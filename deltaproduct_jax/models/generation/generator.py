@@ -26,7 +26,7 @@ from deltaproduct_jax.models.generation.requests import (
 from deltaproduct_jax.models.generation.rows import Rows, axes_of_state, programs_of
 from deltaproduct_jax.models.generation.sampling import PLAIN, Sampling, needs_of, rules_of
 from deltaproduct_jax.models.generation.text import Decode, StopStrings, TextStream
-from deltaproduct_jax.models.sequence_model import ModelState, SequenceModel
+from deltaproduct_jax.models.sequence_model import ModelState, SequenceModel, most_tokens
 from deltaproduct_jax.settings import LARGEST_SEED, misfit, shown
 
 PIECES = (256, 32)
@@ -358,12 +358,6 @@ def _each_checked(requests: Any) -> Iterator[Request]:
     for index, request in enumerate(requests):
         _require(f"requests[{index}]", request, Request)
         yield request
-
-
-def most_tokens(model: SequenceModel) -> int | None:
-    """Tokens that a row may read, where some block's attention keeps no more; None for no limit."""
-    limits = [getattr(block.attn, "max_length", None) for block in model.layers]
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _unread(request: Request) -> list[int]:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -40,8 +41,12 @@ def require_memory_of_config(config: RunConfig) -> None:
 
 def require_memory_of_state(state: TrainState) -> None:
     """Raises ConfigError if ``state``, of which only the shapes are looked at, does not fit."""
-    leaves = [*jax.tree.leaves(state), *jax.tree.leaves(state.params)]  # gradients too
-    _require("parameters of this size", sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    require_memory_of("parameters of this size", (state, state.params))  # gradients too
+
+
+def require_memory_of(what: str, shapes: Any) -> None:
+    """Raises ConfigError, naming ``what``, if arrays of these shapes do not fit."""
+    _require(what, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)))
 
 
 def within_memory(lowered: jax.stages.Lowered, what: str) -> jax.stages.Compiled:
