@@ -202,7 +202,7 @@ class StreamedBatches:
         self, split: str, loss: float, correct_BT: np.ndarray, mask_BT: np.ndarray
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Bits per byte of the split's own text, and how many tokens were the likeliest ones."""
-        stream = next(stream for (of, _), (_, stream) in self._held_out.items() if of == split)
+        _, stream = self._hold_out(split, mask_BT.shape[1])  # padding depends on the length
         numbers = {
             "bits_per_byte": bits_per_byte(loss, stream),
             "token_accuracy": float(correct_BT[mask_BT].mean()),

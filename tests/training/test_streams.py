@@ -19,9 +19,9 @@ from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.tasks.task import Metric
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.checkpoints import Checkpoints
-from deltaproduct_jax.training.config import RunConfig, TrainConfig
+from deltaproduct_jax.training.config import RunConfig, TrainConfig, seed_for
 from deltaproduct_jax.training.evaluation import selection_of
-from deltaproduct_jax.training.source import source_of
+from deltaproduct_jax.training.source import HELD_OUT_SEED, source_of
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
 from deltaproduct_jax.training.together import group as together
@@ -212,6 +212,27 @@ def test_bits_per_byte_stand_beside_the_loss(folder, undisturbed):
     assert entry["bits_per_byte"] == pytest.approx(entry["loss"] / np.log(2) / splits["test"])
     assert (entry["length"], entry["tokens"]) == (16, 4 * 16)
     assert 0 <= entry["token_accuracy"] < 1
+
+
+def test_bits_per_byte_of_a_mixture_are_of_each_lengths_own_padding(folder, tmp_path):
+    """Short documents fill a row of any length, others leave the more the shorter it is."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{i:034d}"}) for i in range(80)))
+    fields = {"tokenizer": "bytes", "workers": 1, "valid_fraction": 0.2, "test_fraction": 0.2}
+    prepare(PrepareConfig((str(path),), **fields), tmp_path / "long")
+    lengths = (32, 40, 70)
+    fields = {"data": (folder, str(tmp_path / "long")), "packing": "first_fit"}
+    config = config_of(None, **fields, eval_lengths=lengths)
+    make = lambda: NextToken(config.model, rngs=nnx.Rngs(0))
+    source = source_of(config, Layout.of_model(ONE, make))
+    measures, seed = [], seed_for(HELD_OUT_SEED, "data")
+    for length in lengths:
+        stream = config.task.stream("test", batch_size=1, length=length, seed=seed)
+        answers = np.ones((2, length), bool)
+        numbers, _ = source.scores("test", np.log(2), answers, answers)
+        assert numbers["bits_per_byte"] == pytest.approx(1 / stream.bytes_per_token, rel=1e-12)
+        measures.append(stream.bytes_per_token)
+    assert len(set(measures)) == len(lengths)
 
 
 def test_packed_rows_reach_the_model_with_their_segments(folder, tmp_path):
