@@ -22,6 +22,7 @@ MISTRAL = ("mistral_common", "data/tokenizer.model.v1")
 BOS = "<s>"  # of a BPE that is trained here
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
 UNKNOWN = "\U00020bb7"  # a letter that hardly any text has
+MARKS = ("\n", UNKNOWN)  # that hardly any token joins with what follows
 # Longer texts are given to a tokenizer in stretches: it then needs little memory, and its time
 # grows linearly.
 STRETCH = 2**18
@@ -270,10 +271,27 @@ def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Itera
 
     def encode(text: str) -> Iterator[Sequence[int]]:
         for index, stretch in enumerate(stretches(text, limit)):
-            has_space = index > 0 and stretch[0] == " "
-            yield tokenizer.encode(stretch[1:] if writes_space and has_space else stretch)
+            if index == 0 or not writes_space:
+                yield tokenizer.encode(stretch)
+            elif stretch[0] == " ":
+                yield tokenizer.encode(stretch[1:])
+            else:
+                yield _without_space(tokenizer, stretch)
 
     return encode
+
+
+def _without_space(tokenizer: Tokenizer, stretch: str) -> Sequence[int]:
+    """Ids of a stretch where a text without spaces was cut: the space goes before a mark instead.
+
+    A mark is of use if it has tokens of its own; where no mark is, the space stays in the text.
+    """
+    for mark in MARKS:
+        before = list(tokenizer.encode(mark))
+        ids = tokenizer.encode(mark + stretch)
+        if tokenizer.decode(before) == mark and list(ids[: len(before)]) == before:
+            return ids[len(before) :]
+    return tokenizer.encode(stretch)
 
 
 def stretches(text: str, limit: int) -> Iterator[str]:

@@ -79,6 +79,42 @@ def test_cuts_change_no_id(files, name, limit):
     assert [i for piece in pieces for i in piece] == list(tokenizer.encode(text))
 
 
+def as_llamas():
+    """A file of Hugging Face's that writes a space before a text, and knows every byte."""
+    letters = ["<unk>", "<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "ab"]
+    model = tokenizers.models.BPE(
+        {letter: number for number, letter in enumerate(letters)},
+        [("a", "b")],
+        unk_token="<unk>",
+        byte_fallback=True,
+    )
+    made, of = tokenizers.Tokenizer(model), tokenizers
+    made.normalizer = of.normalizers.Sequence(
+        [of.normalizers.Prepend("▁"), of.normalizers.Replace(" ", "▁")]
+    )
+    made.decoder = of.decoders.Sequence(
+        [
+            *(of.decoders.Replace("▁", " "), of.decoders.ByteFallback(), of.decoders.Fuse()),
+            of.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return made.to_str().encode()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "llama.json"])
+@pytest.mark.parametrize(
+    "text",
+    ["ab" * 50, "日本語täglich" * 9, "a  b" * 30, "ab\n" * 40, " " * 90],
+    ids=["letters", "words", "spaces", "lines", "blank"],
+)
+def test_cuts_of_a_text_without_single_spaces_add_nothing(files, name, text):
+    (files / "llama.json").write_bytes(as_llamas())
+    tokenizer = opened(files, name)
+    pieces = list(encoder(tokenizer, 21)(text))
+    assert len(pieces) > 4
+    assert tokenizer.decode([i for piece in pieces for i in piece]) == text
+
+
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(alphabet="ab \n", max_size=200), limit=st.integers(1, 20))
 def test_stretches_are_the_text_and_short(text, limit):
