@@ -115,7 +115,8 @@ def open_model(
         raise ConfigError(
             f"tokenizer has {found.vocab_size} ids; the model has {model.config.vocab_size}"
         )
-    ends = tuple(dict.fromkeys((found.bos_id, *_eos_of(directory, model.config.vocab_size))))
+    ends = dict.fromkeys((found.bos_id, *_eos_of(directory, model.config.vocab_size)))
+    ends = tuple(end for end in ends if end < found.vocab_size)  # no other is ever drawn
     return Opened(model if dtype is None else with_fields(model, dtype=dtype), found, ends)
 
 

@@ -43,6 +43,8 @@ def test_a_folder_has_its_tokenizer_and_its_ends(folder):
     saved = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(saved | {"eos_token_id": [3, 4]}))
     assert open_model(str(folder), tokenizer="bytes").ends == (256, 3, 4)
+    (folder / "config.json").write_text(json.dumps(saved | {"eos_token_id": [256, 258, 5]}))
+    assert open_model(str(folder), tokenizer="bytes").ends == (256, 5)  # of 257 ids
     for end, says in ((1 << 40, "be from 0 to below"), (-3, "be from 0"), (True, "be a whole num")):
         (folder / "config.json").write_text(json.dumps(saved | {"eos_token_id": [2, end]}))
         with pytest.raises(RunDirectoryError, match=rf"config\.json: eos_token_id.* must {says}"):
