@@ -1,6 +1,7 @@
 """Evaluation of a model on a split of its task, and the results of a finished run."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,17 +29,23 @@ class Evaluation:
     scores: dict[str, Any]
 
     def to_row(self) -> dict[str, float]:
-        """As the columns of a validation in metrics.jsonl."""
-        return {f"valid_{name}": x for name, x in {"loss": self.loss, **self.numbers}.items()}
+        """As the columns of a validation in metrics.jsonl, those that are finite."""
+        numbers = {"loss": self.loss, **self.numbers}
+        return {f"valid_{name}": x for name, x in numbers.items() if math.isfinite(x)}
 
     def to_dict(self, length: int) -> dict[str, Any]:
-        """As an entry of results.json."""
+        """As an entry of results.json; FloatingPointError where the loss is not finite."""
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(
+                f"the loss of the best checkpoint on the test split is {self.loss}, at length "
+                f"{length}; a lower learning_rate, a warm-up or clip_norm may help"
+            )
         return plain({"length": length, "loss": self.loss, **self.scores})
 
 
 def selection_of(row: dict[str, Any], selected_by: Sequence[Metric]) -> tuple[float, ...] | None:
-    """What ranks a row of metrics.jsonl, larger for better; None if its step was not evaluated."""
-    if selected_by[0].name not in row:
+    """What ranks a row of metrics.jsonl, larger for better; None if it has no such number."""
+    if any(metric.name not in row for metric in selected_by):
         return None
     return tuple(metric.rank(row[metric.name]) for metric in selected_by)
 

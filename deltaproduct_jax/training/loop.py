@@ -380,10 +380,10 @@ class Trainer:
         lengths = sum(config.length_at(s) for s in range(last["step"] + 1, step + 1))
         tokens = lengths * config.train.batch_size
         speed = tokens / self.stopwatch.lap()
+        numbers |= self.source.columns(numbers["loss"])
         row = {
             "step": step,
             **{name: value for name, value in numbers.items() if math.isfinite(value)},
-            **self.source.columns(numbers["loss"]),
             "length": config.counted_at(step),
             "tokens": tokens + last["tokens"],
             "tokens_per_second": speed,

@@ -105,6 +105,8 @@ class Progress:
             shown["bits/byte"] = f"{row['bits_per_byte']:.3f}"
         if "valid_bits_per_byte" in row:
             shown["valid"] = f"{row['valid_bits_per_byte']:.3f}"
+        elif "valid_token_accuracy" in row and "valid" not in shown:
+            shown["valid"] = "not finite"
         if row.get("skipped_steps"):
             shown["skipped"] = f"{row['skipped_steps']}"
         if self._bar is not None:

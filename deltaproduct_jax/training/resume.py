@@ -106,5 +106,7 @@ def best_state(checkpoints: Checkpoints, like: TrainState) -> tuple[int, TrainSt
     with remedy(checkpoints, like):
         best = checkpoints.best()
         if best is None:
-            raise RunDirectoryError(f"{checkpoints.directory} has no checkpoint that was evaluated")
+            raise RunDirectoryError(
+                f"{checkpoints.directory} has no checkpoint whose evaluation gave a finite number"
+            )
         return best, checkpoints.restore(best, like)

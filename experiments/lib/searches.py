@@ -182,7 +182,7 @@ def validation(folder: RunFolder) -> Scores | None:
     found = (row for row in rows if row["step"] == results["best_step"])
     row = dict(next(found, {}))
     scores = selection_of(row, getattr(task, "selected_by", ACCURACIES))
-    return None if scores is None else (*scores, -row["valid_loss"])
+    return None if scores is None else (*scores, -row.get("valid_loss", math.inf))
 
 
 def median_of(scores: Sequence[Scores | None]) -> Scores | None:

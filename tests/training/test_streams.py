@@ -20,7 +20,7 @@ from deltaproduct_jax.tasks.task import Metric
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig, TrainConfig, seed_for
-from deltaproduct_jax.training.evaluation import selection_of
+from deltaproduct_jax.training.evaluation import Evaluation, selection_of
 from deltaproduct_jax.training.source import HELD_OUT_SEED, source_of
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
@@ -233,6 +233,48 @@ def test_bits_per_byte_of_a_mixture_are_of_each_lengths_own_padding(folder, tmp_
         assert numbers["bits_per_byte"] == pytest.approx(1 / stream.bytes_per_token, rel=1e-12)
         measures.append(stream.bytes_per_token)
     assert len(set(measures)) == len(lengths)
+
+
+class SomeBad(NextToken):
+    """Without a number for some batches that are trained on, which have 4 rows."""
+
+    def __call__(self, tokens, *, segment_ids=None):
+        is_bad = (tokens.shape[0] == 4) & (jnp.sum(tokens) % 3 == 0)
+        return super().__call__(tokens) * jnp.where(is_bad, jnp.nan, 1)
+
+
+class AllBad(NextToken):
+    """Without a number for all that is evaluated, 2 rows at a time."""
+
+    def __call__(self, tokens, *, segment_ids=None):
+        return super().__call__(tokens) * (jnp.nan if tokens.shape[0] == 2 else 1)
+
+
+def test_steps_without_a_number_are_skipped_and_have_no_bits_either(
+    folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(loop, "SequenceModel", SomeBad)
+    results = loop.train(config_of(folder), tmp_path / "some", ["test"])
+    rows = rows_in(tmp_path / "some")
+    skipped = [row["step"] for row in rows if "loss" not in row]
+    assert 0 < len(skipped) == results["skipped_steps"] < 12
+    assert [row["step"] for row in rows if "bits_per_byte" not in row] == skipped
+    assert "loss not finite" in capsys.readouterr().err
+    monkeypatch.setattr(loop, "SequenceModel", AllBad)
+    with pytest.raises(RunDirectoryError, match="no checkpoint whose evaluation gave a finite num"):
+        loop.train(config_of(folder), tmp_path / "all", ["test"])
+    assert "valid not finite" in capsys.readouterr().err
+    assert not any("valid_loss" in row for row in rows_in(tmp_path / "all"))
+
+
+def test_an_evaluation_without_a_number_ranks_nothing_and_ends_in_one_line():
+    bad = Evaluation(float("nan"), {"bits_per_byte": float("inf"), "token_accuracy": 0.5}, {})
+    assert bad.to_row() == {"valid_token_accuracy": 0.5}
+    by = (Metric("valid_token_accuracy"), Metric("valid_loss", larger_is_better=False))
+    assert selection_of(bad.to_row(), by) is selection_of(bad.to_row(), by[1:]) is None
+    assert selection_of(bad.to_row(), by[:1]) == (0.5,)
+    with pytest.raises(FloatingPointError, match=r"on the test split is nan, at length 7; a lower"):
+        bad.to_dict(7)
 
 
 def test_packed_rows_reach_the_model_with_their_segments(folder, tmp_path):

@@ -308,10 +308,12 @@ class Group:
         for length in self.config.task.test_lengths:
             found = self._evaluate(self._state.params, "test", length, over)
             for member, evaluation in found.items():
-                tests[member].append(evaluation.to_dict(length))
+                with member.contained():
+                    tests[member].append(evaluation.to_dict(length))
             self._go_on("before the results")
         for member in over:
-            member.end(tests[member])
+            if member.outcome is None:
+                member.end(tests[member])
 
     def _show(self, step: int) -> None:
         """A line on standard error: the least and the largest of the runs."""
