@@ -16,6 +16,7 @@ from deltaproduct_jax.training.records import RunRecords
 from experiments.analysis import effective_rank, length_extrapolation, scaling, throughput
 from experiments.lib import flags, language_runs
 from experiments.lib.bench import training_steps
+from experiments.lib.bench.report import write_report
 from experiments.lib.figures import language
 from experiments.lib.figures.style import Look
 from experiments.lib.language_presets import SIZES
@@ -116,6 +117,26 @@ def test_tables_say_what_came_out():
         in text
     )
     assert "n_h = 2, 4 x 8: no memory" in text
+
+
+def test_a_model_without_a_number_beyond_some_place_is_shown_so(tmp_path):
+    """Its loss is NaN from there on, and its ranks: the answer, and no fault of who asks."""
+    nan, inf = float("nan"), float("inf")
+    worse = CURVES | {"loss": [2.0, nan], "running_loss": [2.0, inf], "error": [0.1, nan]}
+    entry = {"data": "code", "label": "n_h = 2", "trained": 4, **worse}
+    config = {"rows": 2, "length": 8, "split": "test", "data": "code"}
+    record = {"config": config, "machine": "a", "curves": [entry], "command": "python -m x.y"}
+    record["page"] = "analysis.length_extrapolation"
+    text = write_report(tmp_path, "extrapolation", record, length_extrapolation.page)
+    assert "| code | n_h = 2 | 4 | 2.000 | nan | inf | 0.500 |" in text
+    head = {"trained": 2.0, "end": nan, "kept_at_starts": None}
+    record |= {"label": "n_h = 2", "starts": [0], "heads": {"0": [head]}}
+    text = write_report(tmp_path, "ranks", record, effective_rank.page)
+    assert "| 0 | 0 | 2.00 | nan | - |" in text
+    language.draw_extrapolation([entry], tmp_path / "extrapolation", Look())
+    ranks = {0: np.array([1.0, nan, nan]).reshape(3, 1, 1)}
+    language.draw_ranks(ranks, 4, [0], 4, "a title", tmp_path / "ranks", Look())
+    assert (tmp_path / "ranks.png").stat().st_size > 5000
 
 
 def test_figures_show_what_records_hold(tmp_path, monkeypatch):

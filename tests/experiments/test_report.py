@@ -9,7 +9,7 @@ from experiments.lib.bench import report
 def test_a_report_is_made_of_what_its_file_gives_back(tmp_path):
     argv = ["--workdir=DIR"]
     record = report.begun("op.speed", argv, rows=[{"a": float("inf"), 2: (0.5,)}])
-    page = lambda record: [f"{float(record['rows'][0]['a'])}", f"{record['rows'][0]['2']}"]
+    page = lambda record: [f"{record['rows'][0]['a']:.1f}", f"{record['rows'][0]['2']}"]
     text = report.write_report(tmp_path, "x", record, page)
     assert text == "inf\n\n[0.5]\n\nCommand: `python -m experiments.op.speed --workdir=DIR`"
     assert (tmp_path / "x.md").read_text() == f"{text}\n"

@@ -134,6 +134,15 @@ def _spelled(value: Any) -> Any:
     return [_spelled(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+def _as_numbers(value: Any) -> Any:
+    """The opposite: the words of `write_json` as the numbers that they stand for."""
+    if isinstance(value, str):
+        return float(value) if value in ("inf", "-inf", "nan") else value
+    if isinstance(value, Mapping):
+        return {name: _as_numbers(entry) for name, entry in value.items()}
+    return [_as_numbers(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
 def report_of(record: Any, page: Page) -> str:
     """What the Markdown of a record holds, without a newline.
 
@@ -146,7 +155,7 @@ def report_of(record: Any, page: Page) -> str:
     if isinstance(record, Mapping):
         rest = record["command"].split(" ", 3)[3:]  # behind python -m MODULE
         closing = [command_block(" ".join([f"python -m experiments.{record[PAGE]}", *rest]))]
-    return "\n\n".join([*page(record), *closing])
+    return "\n\n".join([*page(_as_numbers(record)), *closing])
 
 
 def write_report(
