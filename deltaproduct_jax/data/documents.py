@@ -74,6 +74,7 @@ def list_sources(
     if not paths or not all(paths):
         raise ConfigError("sources is empty; give --sources=FILE_OR_FOLDER, as often as you like")
     found: dict[Path, Source] = {}
+    without = without and without.resolve()
     counts = Counter() if counts is None else counts
     for path in map(user_path, paths):
         if not path.exists():
@@ -109,7 +110,7 @@ def _matches(path: Path, patterns: Sequence[str], without: Path | None) -> list[
     found = []
     for folder, folders, names in os.walk(path, onerror=_refuse):
         if without is not None and without.name in folders:
-            folders[:] = [f for f in folders if Path(folder, f).resolve() != without.resolve()]
+            folders[:] = [f for f in folders if Path(folder, f).resolve() != without]
         found += [
             Path(folder, name)
             for name in names

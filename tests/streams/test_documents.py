@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections import Counter
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -94,17 +95,21 @@ def test_a_folder_of_text_is_read_in_order(tmp_path):
     assert counts == {"no_file": 1}
 
 
-def test_what_is_made_of_a_folder_inside_it_is_no_part_of_it(tmp_path):
+def test_what_is_made_of_a_folder_inside_it_is_no_part_of_it(
+    tmp_path, tmp_path_factory, monkeypatch
+):
     for name in ("a.json", "out/manifest.json", "out/.prepare/plan.json", "in/out/b.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    for without in (tmp_path / "out", tmp_path / "in" / ".." / "link", tmp_path / "nowhere"):
+    link = tmp_path_factory.mktemp("elsewhere") / "link"
+    link.symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    for without in (tmp_path / "out", tmp_path / "in" / ".." / "out", link, Path(), Path("no")):
         found = list_sources([str(tmp_path)], ["*.json"], without=without)
         names = [source.path.removeprefix(f"{tmp_path}/") for source in found]
         kept = ["a.json", "in/out/b.json"]
         assert [name for name in names if not name.startswith("out/")] == kept
-        assert (names == kept) == (without.name != "nowhere")
+        assert (names == kept) == (without.name != "no")
     # What is named itself is taken, and so are files of a folder that is in the other.
     assert len(list_sources([str(tmp_path / "in")], ["*"], without=tmp_path)) == 1
 
