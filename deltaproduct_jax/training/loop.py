@@ -101,6 +101,8 @@ def train(
     fresh = not is_there(home / CONFIG)
     alike = {"bucket": bucket, "resume_from": resume_from, "workdir_has_a_run": not fresh}
     require_same_run(config, devices or DeviceConfig(), **alike)
+    if fresh and resume_from:
+        raise RunDirectoryError(f"resume_from={resume_from} is of no use: {home} holds no run")
     results = None if fresh else _results_before(config, workdir, home, store)
     if results is not None:
         return _finished(results, home, resume_from)

@@ -56,10 +56,10 @@ def _begin_again(records: RunRecords, reason: str) -> None:
 def _go_on_from(records: RunRecords, step: int, steps: list[int], like: TrainState) -> None:
     directory = records.checkpoints
     if step not in steps:
-        known = "".join(f"{known}, " for known in steps)
+        known = "".join(f"{known}, " for known in steps) + ("or 0" if steps else "0")
         raise RunDirectoryError(
-            f"resume_from={step} is no checkpoint in {directory}; it may be {known}or 0, which "
-            "begins the run again beside the old records"
+            f"resume_from={step} is no checkpoint in {directory}; it may be {known}, which begins "
+            "the run again beside the old records"
         )
     with Checkpoints(directory, read_only=True) as checkpoints:
         with remedy(checkpoints, like):

@@ -224,6 +224,16 @@ def test_a_damaged_checkpoint_touches_nothing_and_a_flag_goes_on(unfinished, fin
         train(unfinished, resume_from=4)
 
 
+def test_a_run_that_is_not_there_is_not_gone_on_with(tmp_path):
+    """And nothing is left in its place, which would be taken for another run's."""
+    for step in (1, 400):
+        with pytest.raises(
+            RunDirectoryError, match=rf"resume_from={step} is of no use: .*/new hol"
+        ):
+            train(tmp_path / "new", resume_from=step)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_damaged_best_is_named_at_the_end_and_the_newest_goes_on(unfinished, capsys):
     (unfinished / "checkpoints" / "4" / "default" / "_METADATA").unlink()
     with pytest.raises(RunDirectoryError, match=r"checkpoint 4 .* --resume_from=12 goes on"):
