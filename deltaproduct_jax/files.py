@@ -186,9 +186,7 @@ def user_path(text: str) -> Path:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return path  # which whoever reads it finds, or makes
-    except (
-        OSError
-    ) as error:  # that Path.exists() raises too, or takes for a no, by Python's version
+    except OSError as error:  # which Path.exists() raises or hides, by Python's version
         raise ConfigError(f"{text!r} cannot be reached: {error.strerror}") from error
     return path
 
