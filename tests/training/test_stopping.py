@@ -64,8 +64,11 @@ def signal_after(patch, number, step):
     [("SIGINT", 2, 3, 130), ("SIGTERM", 4, 5, 143), SLOW("SIGHUP", 10, 11, 129)],
 )
 def test_a_signal_finishes_the_step_and_saves(
-    name, shown, stops_after, code, tmp_path, finished, monkeypatch
+    name, shown, stops_after, code, tmp_path, finished, request
 ):
+    if name == "SIGHUP":  # which nohup ignores, and what is ignored stays so
+        before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        request.addfinalizer(functools.partial(signal.signal, signal.SIGHUP, before))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "SequenceModel", tiny_run.TinyModel)
         signal_after(patch, getattr(signal, name), shown)
