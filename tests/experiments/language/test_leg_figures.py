@@ -62,3 +62,19 @@ def test_seeds_are_thin_and_models_stand_above_the_first_of_their_size(tmp_path,
     assert min(line.get_xdata()[0] for line in second.lines) == 10  # from the first validation on
     named = {line.get_label(): list(line.get_ydata()) for line in second.lines}
     assert named["$n_h$ = 2"] == pytest.approx([3.8, 2.8])
+
+
+@pytest.mark.parametrize(("far", "scale"), [(-0.3, "linear"), (2.5, "symlog"), (-9.0, "symlog")])
+def test_a_model_far_from_the_first_leaves_room_for_those_near(far, scale, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(legs, "save", lambda figure, path, look: figures.append(figure))
+    near = curves_of("36m_2", 0, -0.1)
+    legs.draw_positions([curves_of("36m_1", 0), near, curves_of("36m_3", 0, far)], tmp_path, Look())
+    below = figures.pop().axes[1]
+    assert below.get_yscale() == scale
+    least, most = below.get_ylim()
+    assert least < min(far, -0.1)
+    assert max(far, 0) < most
+    assert all(least <= tick <= most for tick in below.get_yticks()) or scale == "linear"
+    height = below.transData.transform([(256, 0), (256, -0.1)])[:, 1]
+    assert height[0] - height[1] > 0.08 * below.bbox.height
