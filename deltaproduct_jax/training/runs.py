@@ -9,7 +9,7 @@ from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import AnyPath, any_path, is_there, read_json
-from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
@@ -68,7 +68,9 @@ def read_config(directory: AnyPath) -> RunConfig:
     if not is_there(path):
         raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
     with errors_of(path):
-        return RunConfig.from_dict(read_json(path, ConfigFile))
+        saved = read_json(path, ConfigFile)
+        RunConfig.check_sections(saved)
+        return RunConfig.from_dict({**saved, "model": ModelConfig.as_now(saved["model"])})
 
 
 def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
