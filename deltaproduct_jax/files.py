@@ -97,10 +97,11 @@ def set_aside(path: AnyPath) -> AnyPath:
 
 
 @contextlib.contextmanager
-def errors_as_one_line(path: AnyPath, what: str) -> Iterator[None]:
+def errors_as_one_line(path: AnyPath, what: str, name: str | None = None) -> Iterator[None]:
     """Turns an OSError into a RunDirectoryError: ``path`` cannot be ``what``, and why.
 
-    Of a bucket it does so with any error: which one it is depends on the part that failed.
+    Of a bucket it does so with any error: which one it is depends on the part that failed. With the
+    ``name`` of the setting that gave the path the text begins by it.
     """
     try:
         yield
@@ -110,7 +111,12 @@ def errors_as_one_line(path: AnyPath, what: str) -> Iterator[None]:
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         if isinstance(error, FileNotFoundError):  # of which a bucket's client says its own address
             reason = os.strerror(errno.ENOENT)
-        raise RunDirectoryError(f"{path} cannot be {what}: {reason}") from error
+        raise RunDirectoryError(f"{named(path, name)} cannot be {what}: {reason}") from error
+
+
+def named(path: AnyPath, name: str | None) -> str:
+    """A path as an error says it, behind the setting or argument that gave it, if one did."""
+    return str(path) if name is None else f"{name}={path}"
 
 
 def is_there(path: AnyPath) -> bool:
@@ -125,32 +131,37 @@ def is_there(path: AnyPath) -> bool:
         return True
 
 
-def any_path(text: str) -> AnyPath:
+def any_path(text: str, name: str) -> AnyPath:
     """A path as a user writes it: in a bucket, as gs://BUCKET/FOLDER, or as `user_path` reads it.
 
     A bucket alone is one too: for Orbax, epath and gcsfs its root is a folder as any other.
+
+    Args:
+        text: the path.
+        name: of the flag, field or argument that it comes from.
 
     Raises:
         ConfigError: it can be neither, or the package that reaches buckets is not installed.
     """
     if not isinstance(text, str):
         raise ConfigError(
-            f"{shown(text)} is not known; it may be a directory, or gs://BUCKET/FOLDER"
+            f"{name}={shown(text)} is not known; it may be a directory, or gs://BUCKET/FOLDER"
         )
     # A single slash is a slip: nobody calls a folder "gs:".
     if text and "://" not in text and not text.startswith(IN_BUCKET.removesuffix("/")):
-        return user_path(text)
+        return user_path(text, name)
     names = text.removeprefix(IN_BUCKET).removesuffix("/").split("/")
     # An empty name, as of a variable that is not set, would be left out, and another place taken;
     # of "." and ".." a bucket knows nothing.
     if not text.startswith(IN_BUCKET) or "\0" in text or {"", ".", ".."} & set(names):
         raise ConfigError(
-            f"{text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER, of which no "
-            "name is empty, '.' or '..'"
+            f"{name}={text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER, of which "
+            "no name is empty, '.' or '..'"
         )
     if importlib.util.find_spec("gcsfs") is None:
         raise ConfigError(
-            f"{text} needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs it"
+            f"{name}={text} needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs "
+            "it"
         )
     import fsspec
 
@@ -171,23 +182,37 @@ def require_bucket(path: AnyPath) -> None:
             storage.Client().get_bucket(path.parts[2])
 
 
-def user_path(text: str) -> Path:
-    """A path as a user writes it, ``~`` being their home; ConfigError if it cannot be one."""
+def user_path(text: str, name: str) -> Path:
+    """A path as a user writes it, ``~`` being their home.
+
+    Args:
+        text: the path, which need not be there.
+        name: of the flag, field or argument that it comes from.
+
+    Raises:
+        ConfigError: it cannot be a path on a disk, or cannot be reached.
+    """
+    why = None
     if not text or "\0" in text:
-        why = "it has a NUL character" if text else "it is empty"  # which else is this folder
-        raise ConfigError(f"{text!r} cannot be a path: {why}")
-    if "://" in text:
-        raise ConfigError(f"{text!r} is not on a disk; it may be a path there")
+        why = "has a NUL character" if text else "is empty"  # which else is this folder
+    elif "://" in text:
+        why = "is an address"
+    if why is not None:
+        raise ConfigError(f"{name}={text!r} {why}; it may be a path on a disk")
     try:
         path = Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{text!r} begins with a home that is not known") from error
+        raise ConfigError(
+            f"{name}={text!r} begins with a home that is not known; ~ alone is yours"
+        ) from error
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return path  # which whoever reads it finds, or makes
     except OSError as error:  # which Path.exists() raises or hides, by Python's version
-        raise ConfigError(f"{text!r} cannot be reached: {error.strerror}") from error
+        raise ConfigError(
+            f"{name}={text!r} cannot be reached: {error.strerror}; it may be another path"
+        ) from error
     return path
 
 
@@ -197,33 +222,37 @@ def is_file_name(name: str) -> bool:
     return is_one and not {"\0", "\\"} & set(name)
 
 
-def require_directory(path: Path) -> None:
-    """Raises RunDirectoryError unless ``path`` is a directory or may become one."""
+def require_directory(path: Path, name: str) -> None:
+    """Raises RunDirectoryError, with the ``name`` of the setting or argument that gave the path,
+    unless it is a directory or may become one."""
     if "\0" in str(path):
-        raise RunDirectoryError(f"{str(path)!r} cannot be a directory: it has a NUL character")
+        raise RunDirectoryError(
+            f"{name}={str(path)!r} cannot be a directory: it has a NUL character"
+        )
     if path.parts[:1] in (("gs:",), ("s3:",)):
         scheme, rest = path.parts[0], "/".join(path.parts[1:])
         raise RunDirectoryError(
-            f"{scheme}//{rest} is in a bucket, which has no locks and no files to append records "
-            "to; it may be a directory on a disk; training takes a bucket by --bucket"
+            f"{name}={scheme}//{rest} is in a bucket, which has no locks and no files to append "
+            "records to; it may be a directory on a disk; training takes a bucket by --bucket"
         )
-    with errors_as_one_line(path, "a directory"):
+    with errors_as_one_line(path, "a directory", name):
         try:
             (path / ("x" * ROOM_FOR_NAMES)).stat()
         except FileNotFoundError:
             return
 
 
-def require_writable(path: AnyPath) -> None:
+def require_writable(path: AnyPath, name: str) -> None:
     """Raises RunDirectoryError unless ``path`` is a directory, or may become one, that takes files.
 
-    Nothing is left behind: a file without a name is written there, or where ``path`` is to be made.
-    A bucket is not tried.
+    The error has the ``name`` of the setting or argument that gave the path. Nothing is left
+    behind: a file without a name is written there, or where ``path`` is to be made. A bucket is not
+    tried.
     """
     if in_bucket(path):
         return
-    require_directory(path)
-    with errors_as_one_line(path, "written"):
+    require_directory(path, name)
+    with errors_as_one_line(path, "written", name):
         path = path.absolute()
         there = next(folder for folder in (path, *path.parents) if folder.exists())
         with tempfile.TemporaryFile(dir=there) as file:  # permissions do not tell of a full disk
@@ -232,13 +261,13 @@ def require_writable(path: AnyPath) -> None:
             os.fsync(file.fileno())
 
 
-def read_bytes(path: AnyPath) -> bytes:
-    """The content of a file.
+def read_bytes(path: AnyPath, name: str | None = None) -> bytes:
+    """The content of a file, which the setting ``name`` gave, if one did.
 
     Raises:
         RunDirectoryError: it cannot be read, or is a pipe or a device, which may never end.
     """
-    with errors_as_one_line(path, "read"):
+    with errors_as_one_line(path, "read", name):
         if not in_bucket(path):
             kind = path.stat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
@@ -250,14 +279,19 @@ def read_bytes(path: AnyPath) -> bytes:
         return fsspec.filesystem("gcs").cat_file(str(path))
 
 
-def read_json(path: AnyPath, schema: Any = Any) -> Any:
+def read_json(path: AnyPath, schema: Any = Any, name: str | None = None) -> Any:
     """The content of a JSON file that fits a schema: an annotation as `settings.misfit` knows it.
+
+    Args:
+        path: of the file.
+        schema: that it must fit.
+        name: of the setting that gave the path, if one did.
 
     Raises:
         RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite or a key
             twice, or does not fit; the text names the file and the place in it.
     """
-    return decode(read_bytes(path), schema, str(path))
+    return decode(read_bytes(path, name), schema, named(path, name))
 
 
 def read_lines(path: AnyPath, schema: Any = Any) -> list[Any]:

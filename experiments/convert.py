@@ -79,12 +79,12 @@ def command(argv: Sequence[str]) -> None:
     """Reads, writes, and says so."""
     parsed = flags.parse(argv, {"convert": ConvertConfig}, PRESETS)
     options = ConvertConfig(**parsed.sections["convert"])
-    source = any_path(options.source)
+    source = any_path(options.source, "source")
     model, facts = _read(source, options)
     if options.to == "fla":
         fla.save(model, parsed.workdir, facts=facts, **options.ids)
     else:
-        _write_run(model, any_path(options.like), parsed.workdir)
+        _write_run(model, any_path(options.like, "like"), parsed.workdir)
     parameters = count_parameters(model)["total"]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     print(f"{source} -> {parsed.workdir}: {parameters:,} parameters, {peak:,.0f} MiB of memory")
@@ -92,17 +92,17 @@ def command(argv: Sequence[str]) -> None:
 
 def _read(source: AnyPath, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
     """The model of either kind of directory, and what is known of it."""
-    if is_folder_of_fla(source):
+    if is_folder_of_fla(source, "source"):
         return load_folder(source, options.checkpoint, options.param_dtype), {}
     if options.param_dtype is not None:
         raise ConfigError(f"param_dtype={options.param_dtype} is for folders; {source} is a run")
-    run = load_run(source, checkpoint_of(options.checkpoint))
+    run = load_run(source, checkpoint_of(options.checkpoint), "source")
     return run.model, facts_of_run(source, run.config, run.step)
 
 
 def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:
     """A run that has made no step yet, with this model in its first checkpoint."""
-    other = read_config(like)
+    other = read_config(like, "like")
     config = RunConfig(other.task, model.config, other.train, other.plugins)
     if workdir.exists() and any(workdir.iterdir()):
         raise RunDirectoryError(f"{workdir} is not empty; give another workdir")

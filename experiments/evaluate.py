@@ -22,8 +22,9 @@ from typing import Any
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.command import NAME, register
+from deltaproduct_jax.evaluation.models import is_folder_of_fla
 from deltaproduct_jax.evaluation.tasks import PAPER
-from deltaproduct_jax.files import user_path, write_file
+from deltaproduct_jax.files import any_path, user_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
@@ -91,9 +92,13 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
     Raises:
         ConfigError: a task is not known, or fails by itself: its data are not there, or not as it
             says.
+        RunDirectoryError: the model's directory holds none.
     """
+    is_folder_of_fla(any_path(options.model, "model"), "model")  # the harness calls it path
     harness = require("lm_eval", "evaluation", extra="evaluation")
-    folder = None if options.include_path is None else user_path(options.include_path)
+    folder = (
+        None if options.include_path is None else user_path(options.include_path, "include_path")
+    )
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"include_path={options.include_path!r} is no folder")
     manager = require("lm_eval.tasks", "evaluation", extra="evaluation").TaskManager(

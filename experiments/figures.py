@@ -170,7 +170,7 @@ def command(argv: Sequence[str]) -> None:
     """Writes the record that the flags say, and draws it."""
     parsed = flags.parse(argv, {"figure": FigureConfig, **SECTION}, PRESETS)
     look, config = Look(**parsed.sections["figures"]), FigureConfig(**parsed.sections["figure"])
-    source = user_path(config.source)
+    source = user_path(config.source, "source")
     records = choose(read_records(source), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)

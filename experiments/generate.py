@@ -72,7 +72,9 @@ class GenerateConfig:
 
 def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
     """What is shown, as it comes; the last line of standard error says how long it took."""
-    opened = open_model(config.run, checkpoint=config.checkpoint, tokenizer=config.tokenizer)
+    opened = open_model(
+        config.run, checkpoint=config.checkpoint, tokenizer=config.tokenizer, name="run"
+    )
     rows, encode = min(config.rows, len(config.texts)), opened.tokenizer.encode
     ids = {text: [opened.tokenizer.bos_id, *encode(text)] for text in {*config.texts}}
     longest = max(map(len, ids.values())) + config.max_tokens - 1  # the last is drawn, not read

@@ -59,7 +59,7 @@ def command(argv: Sequence[str]) -> None:
         print(summary(verify(parsed.workdir, config.processes)))
         print(f"every file in {parsed.workdir} has the hash that its manifest says")
         return
-    require_writable(parsed.workdir)
+    require_writable(parsed.workdir, "workdir")
     manifest = prepare(config, parsed.workdir)
     print(summary(manifest))
     missing = [split for split in SPLITS if split not in manifest["splits"]]

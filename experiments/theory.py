@@ -117,11 +117,12 @@ def command(argv: Sequence[str]) -> None:
     config = TheoryConfig(**parsed.sections["theory"])
     look = Look(**parsed.sections["figures"])
     path = parsed.workdir / "results.json"
-    own = [path] if path.exists() else []
-    if config.rows_from:
-        done = reading.put_together([*own, *map(user_path, config.rows_from)])
-    else:
-        done = run_missing(config, reading.put_together(own), path, argv)
+    own = reading.rows_of(path) if path.exists() else []
+    for given in config.rows_from:
+        own += reading.rows_of(user_path(given, "rows_from"), "rows_from")
+    done = reading.put_together(own)
+    if not config.rows_from:
+        done = run_missing(config, done, path, argv)
     order = {name: index for index, name in enumerate(CATALOGUE)}
     rows = sorted(done.values(), key=lambda row: order[row["construction"]])
     write_json(path, rows)

@@ -171,7 +171,10 @@ def test_folders_that_hold_no_run_or_no_checkpoint_yet(tmp_path):
         assert says in str(error.value)
         assert "\n" not in str(error.value)
 
-    refuse(tmp_path / "absent", "absent is no run directory: it has no config.json")
+    refuse(
+        tmp_path / "absent",
+        f"directory={tmp_path}/absent is no run directory: it has no config.json",
+    )
     refuse(RUN / "checkpoints", "is no run directory")
     early = copy_of_the_run(tmp_path / "early")
     refuse(early, "early has no checkpoints yet")

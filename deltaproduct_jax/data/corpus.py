@@ -87,15 +87,15 @@ class Corpus:
         return out
 
 
-def open_corpus(directory: str | Path, split: str) -> Corpus:
-    """Opens one split of a directory that `prepare` made.
+def open_corpus(directory: str | Path, split: str, name: str = "directory") -> Corpus:
+    """Opens one split of a directory that `prepare` made, and that the setting ``name`` gave.
 
     Raises:
         ConfigError: it has no such split.
         RunDirectoryError: it was not prepared to the end, or its files are not what they were.
     """
-    directory = user_path(str(directory))
-    manifest = read_manifest(directory)
+    directory = user_path(str(directory), name)
+    manifest = read_manifest(directory, name)
     if split not in manifest["splits"]:
         more = f"a larger {split}_fraction or {split}_paths there holds out more"
         if split == "train":

@@ -76,7 +76,7 @@ def list_sources(
     found: dict[Path, Source] = {}
     without = without and without.resolve()
     counts = Counter() if counts is None else counts
-    for path in map(user_path, paths):
+    for path in (user_path(given, "sources") for given in paths):
         if not path.exists():
             raise ConfigError(f"sources={str(path)!r} is not there; it must be a file or a folder")
         for file in _matches(path, patterns, without):

@@ -79,8 +79,8 @@ class Manifest(TypedDict):
     sources: list[SourceFacts]
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a directory.
+def read_manifest(directory: Path, name: str = "directory") -> Manifest:
+    """The manifest of a directory, which the setting ``name`` gave.
 
     Raises:
         RunDirectoryError: there is none, it is damaged, or another version wrote it.
@@ -88,7 +88,8 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise RunDirectoryError(
-            f"{directory} has no {MANIFEST}; experiments.prepare_text writes it when it is done"
+            f"{name}={directory} has no {MANIFEST}; experiments.prepare_text writes it when it is "
+            "done"
         )
     version = read_json(path, dict[str, Any]).get("format")
     if version != FORMAT:

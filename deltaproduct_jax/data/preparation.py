@@ -88,7 +88,7 @@ def verify(directory: Path, processes: int) -> Manifest:
         RunDirectoryError: it is not done, or a file is not there or not the one that was written;
             the first is named.
     """
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory, "workdir")
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     files = [(s, f"{s['name']}.{what}.npy") for s in shards for what in ("tokens", "offsets")]
     said = {directory / file: shard["sha256"].get(file) for shard, file in files}

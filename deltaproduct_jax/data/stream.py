@@ -250,7 +250,7 @@ def open_corpora(config: StreamConfig, split: str) -> list[Corpus]:
 def _open(name: str, split: str) -> Corpus:
     if name == standard_library.NAME:
         return standard_library.standard_library(split)
-    return open_corpus(name, split)
+    return open_corpus(name, split, "data")
 
 
 def _check_same_tokens(corpora: list[Corpus]) -> None:

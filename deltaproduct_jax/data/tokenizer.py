@@ -177,7 +177,7 @@ def open_tokenizer(
             "tokenizer.json or of a SentencePiece model"
         )
     else:
-        data = read_bytes(path)
+        data = read_bytes(path, "tokenizer")
         if data.lstrip().startswith(b"{"):
             return HuggingFaceTokenizer(data, spec, bos)
         tokenizer = SentencePieceTokenizer(data, spec)
@@ -191,7 +191,7 @@ def file_of(spec: str) -> Path | None:
 
     ``mistral`` is inside mistral-common, which is not imported: it wants an older NumPy.
     """
-    paths = [] if spec in ("bytes", "bpe", "mistral") else [user_path(spec)]
+    paths = [] if spec in ("bytes", "bpe", "mistral") else [user_path(spec, "tokenizer")]
     if spec == "mistral":
         package, name = MISTRAL
         found = importlib.util.find_spec(package)

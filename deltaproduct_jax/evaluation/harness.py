@@ -71,7 +71,11 @@ class DeltaProductLM(TemplateLM):
         require_at_least("max_gen_toks", max_gen_toks, 1)
         where = str(path or pretrained)
         model, self.text, self._ends = open_model(
-            where, checkpoint=str(checkpoint), tokenizer=tokenizer, dtype=dtype
+            where,
+            checkpoint=str(checkpoint),
+            tokenizer=tokenizer,
+            dtype=dtype,
+            name="pretrained" if path is None else "path",
         )
         model = with_room_for(
             model, max_length, rows, f"max_length={max_length} and batch_size={rows}"

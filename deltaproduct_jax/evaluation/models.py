@@ -44,21 +44,22 @@ class Opened(NamedTuple):
     ends: tuple[int, ...]
 
 
-def is_folder_of_fla(directory: AnyPath) -> bool:
-    """Whether a directory's config.json is that of a model, not of a run.
+def is_folder_of_fla(directory: AnyPath, name: str) -> bool:
+    """Whether a directory's config.json is that of a model, not of a run; a setting gave it.
 
     Raises:
         RunDirectoryError: it is neither, cannot be read, or is such a folder in a bucket.
     """
     if not is_there(directory / CONFIG):
         raise RunDirectoryError(
-            f"{directory} has no {CONFIG}; it may be a run directory, or a folder of "
+            f"{name}={directory} has no {CONFIG}; it may be a run directory, or a folder of "
             "flash-linear-attention"
         )
     is_one = "model_type" in read_json(directory / CONFIG, dict[str, Any])
     if is_one and in_bucket(directory):
         raise RunDirectoryError(
-            f"{directory} is a folder of flash-linear-attention; copy it to a disk and name that"
+            f"{name}={directory} is a folder of flash-linear-attention; copy it to a disk and name "
+            "that"
         )
     return is_one
 
@@ -77,7 +78,12 @@ def load_folder(directory: Path, checkpoint: str, param_dtype: str | None = None
 
 
 def open_model(
-    path: str, *, checkpoint: str = "best", tokenizer: str | None = None, dtype: str | None = None
+    path: str,
+    *,
+    checkpoint: str = "best",
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    name: str = "path",
 ) -> Opened:
     """The model in a directory, and the tokenizer that reads text for it.
 
@@ -87,17 +93,18 @@ def open_model(
         tokenizer: as ``data.tokenizer.open_tokenizer`` takes it; None for the one that belongs to
             the directory: of a run that of its text, of a folder the file beside the model.
         dtype: dtype of the computation; None for the model's own.
+        name: of the setting that gave the path.
 
     Raises:
         ConfigError: there is no tokenizer, it is not the one that the run learnt, or it has ids
             that the model does not have; a folder has no checkpoints.
         RunDirectoryError: the directory cannot be read, or names an end that is no token.
     """
-    directory = any_path(path)
-    if is_folder_of_fla(directory):
+    directory = any_path(path, name)
+    if is_folder_of_fla(directory, name):
         model, own = load_folder(directory, checkpoint), _beside(directory)
     else:
-        run = load_run(directory, checkpoint_of(checkpoint))
+        run = load_run(directory, checkpoint_of(checkpoint), name)
         model, own = run.model, _of_text(run.config.task)
         learnt = tokenizer_learnt(directory, run.step)
         if None not in (own, learnt) and tokenizer is None and identity(describe(own)) != learnt:
@@ -162,5 +169,5 @@ def _of_text(task: Any) -> Tokenizer | None:
     names = getattr(task, "data", ())
     if standard_library.NAME in names:
         return ByteTokenizer()
-    folders = map(user_path, names)
+    folders = (user_path(name, "data") for name in names)
     return next((tokenizer_of(f) for f in folders if (f / MANIFEST).is_file()), None)

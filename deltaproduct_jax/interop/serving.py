@@ -51,7 +51,7 @@ def export(
         RunDirectoryError: the folder holds something of this name, or cannot be written.
     """
     require_at_least("piece", piece, 1)
-    folder = user_path(os.fspath(directory))
+    folder = user_path(os.fspath(directory), "directory")
     taken = [name for name in (SERVING, PREFILL, STEP) if (folder / name).exists()]
     if taken:
         raise RunDirectoryError(f"{folder} holds {', '.join(taken)}; give another folder")

@@ -38,7 +38,7 @@ def keep_programs(config: DeviceConfig) -> None:
         ConfigError: it cannot: JAX itself would go on without.
     """
     if config.compilation_cache is not None:
-        folder = any_path(config.compilation_cache)
+        folder = any_path(config.compilation_cache, "compilation_cache")
         try:
             require_bucket(folder)
             if isinstance(folder, Path):

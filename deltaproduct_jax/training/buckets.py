@@ -127,9 +127,9 @@ def open_bucket(text: str, workdir: Path) -> Bucket:
         ConfigError: it is no such path, is the workdir, or needs a package.
         RunDirectoryError: it is not there, or not for this account.
     """
-    path = any_path(text)
+    path = any_path(text, "bucket")
     if isinstance(path, Path):
-        require_directory(path)
+        require_directory(path, "bucket")
         if path.absolute() == workdir.absolute():
             raise ConfigError(
                 f"bucket={text} is the workdir, where all is saved without it; give another folder"

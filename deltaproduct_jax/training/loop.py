@@ -95,7 +95,7 @@ def train(
         Stopped: a signal asked for the end; all is saved.
     """
     began = time.time()
-    require_directory(workdir)
+    require_directory(workdir, "workdir")
     store = None if bucket is None else open_bucket(bucket, workdir)
     home = workdir if store is None else store.path  # where all processes see the run
     fresh = not is_there(home / CONFIG)
@@ -107,8 +107,9 @@ def train(
     if results is not None:
         return _finished(results, home, resume_from)
     with processes.first_goes_first("look for room"):  # now, not when all is compiled
-        for place in {workdir, home} if processes.is_first() else ():
-            require_writable(place)
+        places = {home: "bucket", workdir: "workdir"} if processes.is_first() else {}
+        for place, name in places.items():
+            require_writable(place, name)
     with stop_on_signals() as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind

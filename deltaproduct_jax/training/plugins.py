@@ -28,7 +28,7 @@ class PluginConfig:
 
 def absolute(plugin: str) -> str:
     """A file by its whole path, so that it is found from anywhere; a module as it is."""
-    return str(user_path(plugin).absolute()) if plugin.endswith(".py") else plugin
+    return str(user_path(plugin, "plugins").absolute()) if plugin.endswith(".py") else plugin
 
 
 def import_plugins(plugins: Iterable[str]) -> None:

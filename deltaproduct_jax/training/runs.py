@@ -31,11 +31,16 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(directory: str | os.PathLike[str], checkpoint: str | int = "best") -> Run:
-    """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called."""
+def load_run(
+    directory: str | os.PathLike[str], checkpoint: str | int = "best", name: str = "directory"
+) -> Run:
+    """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called.
+
+    Errors say the directory behind the ``name`` of the setting that gave it.
+    """
     is_path = isinstance(directory, str | os.PathLike)
-    path = any_path(os.fspath(directory) if is_path else directory)
-    return restore_run(read_config(path), path, checkpoint)
+    path = any_path(os.fspath(directory) if is_path else directory, name)
+    return restore_run(read_config(path, name), path, checkpoint)
 
 
 def restore_run(config: RunConfig, directory: AnyPath, checkpoint: str | int) -> Run:
@@ -58,15 +63,15 @@ def tokenizer_learnt(directory: AnyPath, step: int) -> str | None:
         return (checkpoints.data(step) or {}).get("tokenizer")
 
 
-def read_config(directory: AnyPath) -> RunConfig:
-    """The configuration of the run in ``directory``.
+def read_config(directory: AnyPath, name: str = "directory") -> RunConfig:
+    """The configuration of the run in ``directory``, which the setting ``name`` gave.
 
     Raises:
         RunDirectoryError: there is no run, or its configuration cannot be read or understood.
     """
     path = directory / CONFIG
     if not is_there(path):
-        raise RunDirectoryError(f"{directory} is no run directory: it has no {CONFIG}")
+        raise RunDirectoryError(f"{name}={directory} is no run directory: it has no {CONFIG}")
     with errors_of(path):
         saved = read_json(path, ConfigFile)
         RunConfig.check_sections(saved)

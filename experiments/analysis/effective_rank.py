@@ -91,7 +91,7 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"ranks": RankConfig, **SECTION}, PRESETS)
     look = Look(**parsed.sections["figures"])
     config = RankConfig(**parsed.sections["ranks"])
-    models = open_language_models((config.run,), config.checkpoint, config.dtype)
+    models = open_language_models((config.run,), config.checkpoint, config.dtype, name="run")
     ((label, model, trained, _),) = models
     wanted = {"count": 1, "length": config.length, "seed": config.seed}
     text = rows_of(config.data, config.split, **wanted, models=models)

@@ -57,7 +57,7 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"geometry": GeometryConfig, **SECTION}, {"default": {}})
     look = Look(**parsed.sections["figures"])
     options = GeometryConfig(**parsed.sections["geometry"])
-    model, config, _ = load_group_run("run", any_path(options.run))
+    model, config, _ = load_group_run("run", any_path(options.run, "run"))
     factors = factors_of_tokens(
         model, config.task.letters().tolist(), before=config.task.bos_id, layer=options.layer
     )

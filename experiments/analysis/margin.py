@@ -218,7 +218,7 @@ def read_all(options: MarginConfig) -> list[dict[str, Any]]:
     """Every model of the options, constructions last."""
     models = []
     for run in options.runs:
-        directory = any_path(run)
+        directory = any_path(run, "runs")
         model, config, _ = load_group_run("runs", directory)
         fit_length = options.fit_length or config.task.train_length
         found = look_at(_name_of(directory), model, config.task, fit_length, options)
@@ -242,8 +242,9 @@ def _name_of(run: AnyPath) -> str:
 def put_together(options: MarginConfig) -> list[dict[str, Any]]:
     """The models of other files; ConfigError if one is of another accuracy."""
     models = []
-    for path in map(user_path, options.rows_from):
-        record = read_json(path, Record)
+    for given in options.rows_from:
+        path = user_path(given, "rows_from")
+        record = read_json(path, Record, "rows_from")
         if record["accuracy"] != options.accuracy:
             raise ConfigError(
                 f"rows_from={path} is for accuracy={record['accuracy']}, not {options.accuracy}"

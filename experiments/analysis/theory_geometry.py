@@ -94,7 +94,7 @@ def command(argv: Sequence[str]) -> None:
         made = construct(name)
         models.append(describe(name, made.group, made.model(), made.letters.tolist(), made.bos))
     for run in options.runs:
-        directory = any_path(run)
+        directory = any_path(run, "runs")
         model, config, _ = load_group_run("runs", directory)
         task, name = config.task, f"trained: {directory.name}"
         models.append(describe(name, task.group, model, task.letters().tolist(), task.bos_id))

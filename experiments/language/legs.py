@@ -124,8 +124,10 @@ def command(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # an accelerator is for the legs
     end = math.inf if config.deadline_s is None else time.monotonic() + config.deadline_s
     cache = config.compilation_cache
-    programs = workdir / PROGRAMS if cache is None else user_path(cache).resolve()
-    require_directory(programs)
+    programs = (
+        workdir / PROGRAMS if cache is None else user_path(cache, "compilation_cache").resolve()
+    )
+    require_directory(programs, "compilation_cache")
     with held(Lock(workdir / LOCK)) as lock:
         place = Place(workdir, visible_gpus(), programs, config.memory_fraction, lock)
         legs = [Leg(name, seed, workdir) for name, seed in config.named]

@@ -144,7 +144,7 @@ def command(argv: Sequence[str]) -> None:
     """Reads the source twice: for what is in it, and for what is taken."""
     parsed = flags.parse(argv, {"pack": PackConfig}, {"default": {}})
     config = PackConfig(**parsed.sections["pack"])
-    source = user_path(config.source)
+    source = user_path(config.source, "source")
     around, sizes = listed(config, source)
     if not sizes:
         names = ",".join((*config.code, *config.prose))

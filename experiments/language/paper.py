@@ -67,7 +67,7 @@ def prepare(config: LegConfig, workdir: Path, lock: Lock) -> None:
     text = workdir / "text"
     with run_lock(workdir):
         if config.archive is not None:
-            unpack(user_path(config.archive), text)
+            unpack(user_path(config.archive, "archive"), text)
         if not text.exists():
             raise ConfigError(f"archive is missing; {text} is not there either")
         for command in preparations(workdir, config.tokenizer).values():

@@ -107,11 +107,11 @@ def parse(
     workdir = default_workdir if values.workdir is None else values.workdir
     if not workdir:  # empty as of a variable that is not set
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
-    saved = {} if values.config is None else _read_config(user_path(values.config), sections)
+    saved = {} if values.config is None else _read_config(values.config, sections)
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
-    require_directory(Path(workdir))
-    path = user_path(workdir)
-    (require_writable if writes else require_directory)(path)
+    require_directory(Path(workdir), "workdir")
+    path = user_path(workdir, "workdir")
+    (require_writable if writes else require_directory)(path, "workdir")
     return Parsed(resolved, path, saved, values.preset)
 
 
@@ -172,7 +172,7 @@ def chosen(argv: Sequence[str], sections: Sections, presets: Presets) -> dict[st
         )
     known = dict(presets.get(given.get("preset", "default"), {}))
     if "config" in given:
-        saved = _load(user_path(given["config"]), sections)
+        saved = _load(given["config"], sections)
         known = {name: value for content in saved.values() for name, value in content.items()}
     known |= given
     if PluginConfig in sections.values():
@@ -252,42 +252,42 @@ def _resolve(
     return resolved
 
 
-def _load(path: Path, sections: Sections) -> dict[str, dict[str, Any]]:
+def _load(config: str, sections: Sections) -> dict[str, dict[str, Any]]:
     """The sections of a config.json, as they are there."""
     try:
-        saved = read_json(path, ConfigFile)
+        saved = read_json(user_path(config, "--config"), ConfigFile, "--config")
     except RunDirectoryError as error:
-        raise ConfigError(f"--config={error}; it must hold {', '.join(sections)}") from error
-    _refuse_unknown(path, "section", saved, sections)
+        raise ConfigError(f"{error}; it must hold {', '.join(sections)}") from error
+    _refuse_unknown(config, "section", saved, sections)
     return saved
 
 
-def _read_config(path: Path, sections: Sections) -> dict[str, dict[str, Any]]:
+def _read_config(config: str, sections: Sections) -> dict[str, dict[str, Any]]:
     """The fields that a config.json gives, tuples and types as the dataclasses want them."""
-    saved = _load(path, sections)
+    saved = _load(config, sections)
     fields: dict[str, dict[str, Any]] = {}
     for section, content in saved.items():
         hints = typing.get_type_hints(sections[section])
-        _refuse_unknown(path, f"field of section {section!r}", content, hints)
+        _refuse_unknown(config, f"field of section {section!r}", content, hints)
         fields[section] = {
-            name: _from_json(path, name, value, hints[name]) for name, value in content.items()
+            name: _from_json(config, name, value, hints[name]) for name, value in content.items()
         }
     return fields
 
 
-def _refuse_unknown(path: Path, what: str, found: Iterable[str], known: Iterable[str]) -> None:
+def _refuse_unknown(config: str, what: str, found: Iterable[str], known: Iterable[str]) -> None:
     for name in found:
         if name not in known:
             raise ConfigError(
-                f"--config={path}: {name!r} is no {what}; it may be one of {', '.join(known)}"
+                f"--config={config}: {name!r} is no {what}; it may be one of {', '.join(known)}"
             )
 
 
-def _from_json(path: Path, name: str, value: Any, annotation: Any) -> Any:
+def _from_json(config: str, name: str, value: Any, annotation: Any) -> Any:
     """A JSON value as the field's type; floats may be written as whole numbers."""
     problem = misfit(value, annotation, name)
     if problem is not None:
-        raise ConfigError(f"--config={path}: {problem}")
+        raise ConfigError(f"--config={config}: {problem}")
     if isinstance(value, list):
         return tuple(value)
     is_float = type(value) is int and int not in options_of(annotation)

@@ -13,7 +13,7 @@ def load_group_run(flag: str, run: AnyPath) -> Run:
         ConfigError: the run, which ``flag`` names, is of another task.
         RunDirectoryError: it is no run, or cannot be read.
     """
-    found = load_run(run)
+    found = load_run(run, name=flag)
     if not isinstance(found.config.task, GroupTask):
         task = type(found.config.task).__name__
         raise ConfigError(f"{flag}={run} is of the task {task}; it must be of state tracking")

@@ -34,7 +34,11 @@ class LanguageModel(NamedTuple):
 
 
 def open_language_models(
-    directories: Sequence[str], checkpoint: str = "best", dtype: str | None = None
+    directories: Sequence[str],
+    checkpoint: str = "best",
+    dtype: str | None = None,
+    *,
+    name: str = "runs",
 ) -> list[LanguageModel]:
     """The models of run directories and of folders of flash-linear-attention, in their order.
 
@@ -42,15 +46,17 @@ def open_language_models(
         directories: where they are.
         checkpoint: of runs: best, newest, or a step.
         dtype: dtype of the computation; None for a model's own.
+        name: of the flag that gave the directories.
 
     Raises:
         ConfigError: no directory is given, or one is of no language model.
         RunDirectoryError: a directory cannot be read.
     """
     if not directories:
-        raise ConfigError("--runs is missing; give run directories, separated by commas")
-    places = _told_apart("runs", [any_path(name) for name in directories])
-    found = [_open(any_path(name), checkpoint) for name in directories]
+        raise ConfigError(f"--{name} is missing; give run directories, separated by commas")
+    paths = [any_path(directory, name) for directory in directories]
+    places = _told_apart(name, paths)
+    found = [_open(path, checkpoint, name) for path in paths]
     times = collections.Counter(one.label for one in found)
     labels = [
         f"{one.label} ({place})" if times[one.label] > 1 else one.label
@@ -62,14 +68,15 @@ def open_language_models(
     return [one._replace(model=with_fields(one.model, dtype=dtype)) for one in found]
 
 
-def _open(directory: AnyPath, checkpoint: str) -> LanguageModel:
-    if is_folder_of_fla(directory):
+def _open(directory: AnyPath, checkpoint: str, name: str) -> LanguageModel:
+    if is_folder_of_fla(directory, name):
         model = fla.load(directory)
         return LanguageModel(model.config.label, model, None, None)
-    run = load_run(directory, checkpoint_of(checkpoint))
+    run = load_run(directory, checkpoint_of(checkpoint), name)
     task = run.config.task
     if not hasattr(task, "stream"):
-        raise ConfigError(f"runs={directory} learnt {type(task).__name__}; it may be a run of text")
+        learnt = type(task).__name__
+        raise ConfigError(f"{name}={directory} learnt {learnt}; it may be a run of text")
     learnt = tokenizer_learnt(directory, run.step)
     return LanguageModel(run.model.config.label, run.model, task.train_length, learnt)
 
@@ -148,4 +155,4 @@ def rows_of(
 
 def names_of_texts(data: Sequence[str]) -> list[str]:
     """Folders of text as a figure calls them; ConfigError where one is there twice."""
-    return _told_apart("data", list(map(user_path, data)))
+    return _told_apart("data", [user_path(name, "data") for name in data])

@@ -40,7 +40,7 @@ def _texts(config: RunConfig) -> dict[str, Mapping[str, Any]]:
     """A table for each prepared folder that the run read and that is still there."""
     tables = {}
     for name in getattr(config.task, "data", ()):
-        folder = user_path(name)
+        folder = user_path(name, "data")
         if (folder / MANIFEST).is_file():
             manifest = read_manifest(folder)
             tokenizer = manifest["tokenizer"]

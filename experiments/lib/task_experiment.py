@@ -119,7 +119,7 @@ class TaskExperiment:
         start = StartConfig(**parsed.sections["start"])
         look = parsed.sections.get("figures", {})
         Look(**look)  # an error now, not after the run
-        home = workdir if start.bucket is None else any_path(start.bucket)
+        home = workdir if start.bucket is None else any_path(start.bucket, "bucket")
         was_finished = is_there(home / RESULTS)
         argv = [f"experiments.{self.name}", *argv]
         results = train(

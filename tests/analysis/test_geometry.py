@@ -195,7 +195,7 @@ def test_the_script_draws_a_trained_run_and_leaves_it_alone(trained, tmp_path, c
 @pytest.mark.parametrize(
     ("argument", "says"),
     [
-        ("--run=absent", r"absent is no run directory: it has no config\.json"),
+        ("--run=absent", r"run=absent is no run directory: it has no config\.json"),
         ("--run=", "--run is missing"),
         ("--layer=3", "layer=3 is not there; it may be 0 to 0"),
         ("--tolerance=3", r"tolerance=3\.0 must be in \[0, 2\]"),

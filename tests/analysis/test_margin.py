@@ -213,7 +213,7 @@ def test_the_script_reads_runs_and_constructions_and_draws_them_again(trained, t
     ("arguments", "says"),
     [
         ([], "runs and constructions are both empty"),
-        (["--runs=absent"], r"absent is no run directory: it has no config\.json"),
+        (["--runs=absent"], r"runs=absent is no run directory: it has no config\.json"),
         (["--constructions=gated_turns"], "constructions='gated_turns' is not known"),
         (["--constructions=plane_Z5", "--dtypes="], "dtypes is empty; it may be some of float32"),
         (["--constructions=plane_Z5", "--dtypes=int8"], "dtypes='int8' is not known"),

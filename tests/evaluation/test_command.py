@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from interop.golden_models import FOLDERS
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
 from deltaproduct_jax.evaluation import command
 from deltaproduct_jax.interop import fla
 from experiments import evaluate
@@ -43,7 +43,8 @@ def test_a_task_that_fails_by_itself_is_one_line_and_a_fault_of_ours_is_none(mon
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    options = evaluate.EvaluateConfig(model="x", tasks=("arc_*",), include_path=str(tmp_path))
+    folder = str(FOLDERS / "a_gated")
+    options = evaluate.EvaluateConfig(model=folder, tasks=("arc_*",), include_path=str(tmp_path))
 
     with pytest.raises(
         ConfigError, match=r"^tasks=arc_\*: the harness fails: IndexError: pop from empty list$"
@@ -54,11 +55,13 @@ def test_a_task_that_fails_by_itself_is_one_line_and_a_fault_of_ours_is_none(mon
     with pytest.raises(TypeError):
         evaluate.evaluate(options)
     (tmp_path / "file").write_text("")
-    for path, says in (("file", "is no folder"), ("gone", "is no folder"), ("", "it is empty")):
+    for path, says in (("file", "is no folder"), ("gone", "is no folder"), ("", "is empty")):
         with pytest.raises(ConfigError, match=says):
             evaluate.evaluate(
                 dataclasses.replace(options, include_path=path and str(tmp_path / path))
             )
+    with pytest.raises(RunDirectoryError, match=r"^model=nowhere has no config\.json"):
+        evaluate.evaluate(dataclasses.replace(options, model="nowhere"))
 
 
 def test_without_safetensors_there_is_one_line(monkeypatch):

@@ -199,7 +199,7 @@ def test_a_bad_flag_is_explained(argument, message):
         (["--workdir="], "--workdir is missing"),
         (["--workdir=w", "--undefok=lerning_rate", "--lerning_rate=1"], "flag 'undefok'"),
         (["--workdir=w", "--flagfile", "flags.txt"], "flag 'flagfile'"),
-        (["--workdir=w", "--config="], "'' cannot be a path: it is empty"),
+        (["--workdir=w", "--config="], "--config='' is empty; it may be a path"),
         (["--workdir=w", "runs"], "argument 'runs' is no flag; a flag is written --name=value"),
         (["--workdir=w", "--preset=feast", "--config=c"], "exclude each other"),
         (["--workdir=w", "--config=absent.json"], "absent.json cannot be read: No such file"),
@@ -333,15 +333,15 @@ def test_other_errors_keep_their_traceback():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--workdir=file", "file cannot be a directory: Not a directory"),
-        ("--workdir=file/run", "file/run cannot be a directory: Not a directory"),
+        ("--workdir=file", "workdir=file cannot be a directory: Not a directory"),
+        ("--workdir=file/run", "workdir=file/run cannot be a directory: Not a directory"),
         (f"--workdir={'x' * 300}", "cannot be a directory: File name too long"),
         (f"--workdir={'x/' * 2100}", "cannot be a directory: File name too long"),
         ("--workdir=a\0b", r"argument '--workdir=a\\x00b' must be UTF-8 without a NUL"),
         ("--name=\udcff", r"argument '--name=\\udcff' must be UTF-8 without a NUL"),
         ("--workdir=~nobody-of-this-name/x", "begins with a home that is not known"),
         ("--workdir=gs://bucket/run", "gs://bucket/run is in a bucket, which has no locks"),
-        ("--config=gs://bucket/run", "'gs://bucket/run' is not on a disk; it may be a path there"),
+        ("--config=gs://bucket/run", "--config='gs://bucket/run' is an address; it may be a path"),
         ("--config=.", r"--config=\. cannot be read: Is a directory"),
     ],
 )

@@ -189,7 +189,7 @@ def test_copies_of_the_constructions(group):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--runs=absent"], r"absent is no run directory: it has no config\.json"),
+        (["--runs=absent"], r"runs=absent is no run directory: it has no config\.json"),
         (["--constructions="], "constructions and runs are both empty"),
         (["--constructions=gated_turns"], "constructions='gated_turns' is not known"),
     ],

@@ -117,7 +117,9 @@ def test_text_is_shown_as_it_comes(run, monkeypatch):
 def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
     for argv, text in {
         (): "--run is missing; give the directory of a language model's run",
-        (f"--run={tmp_path}",): "has no config.json; it may be a run directory, or a folder of",
+        (
+            f"--run={tmp_path}",
+        ): f"run={tmp_path} has no config.json; it may be a run directory, or a folder of",
         (f"--run={run}", "--samples=1000000000"): "samples=1000000000 makes 1000000000 texts",
         (f"--run={run}", "--tokenizer=bpe"): "tokenizer='bpe' is not known; it may be bytes, mis",
         (f"--run={run}", "--max_tokens=0"): "max_tokens=0 is too small",

@@ -101,7 +101,7 @@ def test_the_fork_is_written_in_todays_format(tmp_path):
         (["--source=RUN", "--to=torch"], "to='torch' is not known"),
         (["--source=RUN", "--param_dtype=bfloat16"], "param_dtype=bfloat16 is for folders"),
         ([f"--source={FOLDERS / 'a_gated'}", "--checkpoint=4"], "checkpoint=4 is for runs"),
-        (["--source=RUN/nowhere"], "has no config.json; it may be a run directory"),
+        (["--source=RUN/nowhere"], "nowhere has no config.json; it may be a run directory"),
         (
             [f"--source={FOLDERS / 'a_gated'}", "--to=run", "--like=RUN"],
             "vocab_size=97 must be the task's",

@@ -236,6 +236,6 @@ def test_what_reads_models_reads_them_from_there(tmp_path, variables):
         code, _, errors = run(variables, script, f"--{flag}=gs://bucket/none", *more)
         assert (code, errors.strip().splitlines()[-1]) == (
             2,
-            "error: gs://bucket/none has no config.json; it may be a run directory, or a folder of "
-            "flash-linear-attention",
+            f"error: {flag}=gs://bucket/none has no config.json; it may be a run directory, or a "
+            "folder of flash-linear-attention",
         )

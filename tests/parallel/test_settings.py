@@ -260,9 +260,9 @@ def test_where_no_programs_can_be_kept_is_named(tmp_path):
 def test_a_bucket_is_no_directory():
     for bucket in ("gs://bucket/run", "s3://bucket/run"):
         with pytest.raises(
-            RunDirectoryError, match=f"^{bucket} is in a bucket, which has no locks"
+            RunDirectoryError, match=f"^workdir={bucket} is in a bucket, which has no locks"
         ):
-            require_directory(Path(bucket))
+            require_directory(Path(bucket), "workdir")
 
 
 class FakeDevice(SimpleNamespace):

@@ -228,7 +228,8 @@ def test_the_workdir_is_no_bucket(tmp_path):
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
-        files.any_path("gs://bucket/run")
+        files.any_path("gs://bucket/run", "bucket")
     assert str(error.value) == (
-        "gs://bucket/run needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs it"
+        "bucket=gs://bucket/run needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' "
+        "installs it"
     )

@@ -90,37 +90,37 @@ def test_another_process_writes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", "'' cannot be a path: it is empty"),
-        ("a\0b", "cannot be a path: it has a NUL character"),
-        ("x" * 300, "cannot be reached: File name too long"),
-        ("s3://bucket/run", "is not on a disk; it may be a path there"),
-        ("~nobody_of_this_name/run", "begins with a home that is not known"),
+        ("", "run='' is empty; it may be a path on a disk"),
+        ("a\0b", r"run='a\\x00b' has a NUL character; it may be"),
+        ("x" * 300, "run='x+' cannot be reached: File name too long; it may be another path"),
+        ("s3://bucket/run", "run='s3://bucket/run' is an address; it may be a path on a disk"),
+        ("~nobody_of_this_name/run", "run='~nobody_of_this_name/run' begins with a home that is"),
     ],
 )
 def test_paths_that_are_none(text, says):
-    with pytest.raises(ConfigError, match=says):
-        files.user_path(text)
+    with pytest.raises(ConfigError, match=f"^{says}"):
+        files.user_path(text, "run")
 
 
 @pytest.mark.parametrize(
     ("path", "says"),
     [
-        ("a\0b", r"'a\\x00b' cannot be a directory: it has a NUL character"),
-        ("gs:/bucket/run", "^gs://bucket/run is in a bucket, which has no locks"),
-        ("x" * 300, "cannot be a directory: File name too long"),
+        ("a\0b", r"workdir='a\\x00b' cannot be a directory: it has a NUL character"),
+        ("gs:/bucket/run", "workdir=gs://bucket/run is in a bucket, which has no locks"),
+        ("x" * 300, "workdir=x+ cannot be a directory: File name too long"),
     ],
 )
 def test_directories_that_cannot_be(path, says):
-    with pytest.raises(RunDirectoryError, match=says):
-        files.require_directory(Path(path))
+    with pytest.raises(RunDirectoryError, match=f"^{says}"):
+        files.require_directory(Path(path), "workdir")
 
 
 def test_a_directory_may_become_one_where_no_file_is(tmp_path):
-    files.require_directory(tmp_path / "new" / "er")
+    files.require_directory(tmp_path / "new" / "er", "workdir")
     assert not (tmp_path / "new").exists()
     (tmp_path / "file").touch()
-    with pytest.raises(RunDirectoryError, match="file cannot be a directory: Not a directory"):
-        files.require_directory(tmp_path / "file")
+    with pytest.raises(RunDirectoryError, match=r"^workdir=.*file cannot be a directory: Not"):
+        files.require_directory(tmp_path / "file", "workdir")
 
 
 def test_only_errors_of_the_disk_become_one_line():

@@ -73,9 +73,9 @@ def load(
         RunDirectoryError: a file is missing, damaged or outside of the folder, or tensors are
             missing, superfluous or of another shape; one text lists them all.
     """
-    folder = user_path(os.fspath(directory))
+    folder = user_path(os.fspath(directory), "directory")
     if not folder.is_dir():
-        raise RunDirectoryError(f"{folder} is no folder")
+        raise RunDirectoryError(f"directory={folder} is no folder")
     file = inside(folder, CONFIG)
     said = read_json(file, dict[str, Any])
     with errors_of(file):

@@ -61,7 +61,7 @@ def save(
         ConfigError: the model has something that theirs has not; the text names the field.
         RunDirectoryError: the folder holds a model, or cannot be written.
     """
-    folder = user_path(os.fspath(directory))
+    folder = user_path(os.fspath(directory), "directory")
     ids = {
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,

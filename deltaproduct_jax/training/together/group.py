@@ -71,7 +71,7 @@ def train_together(
     """
     _require_one_program(configs)
     for workdir in workdirs:
-        require_writable(workdir)
+        require_writable(workdir, "workdir")
     require_memory_of_config(configs[0])
     with stop_on_signals() as request:
         mesh = mesh_of_runs()

@@ -1,9 +1,8 @@
 """Constructions read random words until they fail: how long they hold, and how far off."""
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
-from deltaproduct_jax.files import read_json
+from deltaproduct_jax.files import named, read_json
 from deltaproduct_jax.theory import CATALOGUE, Construction
 
 POINTS_A_DECADE = 4
@@ -187,15 +186,19 @@ class Row(TypedDict):
     made_by: str
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a results.json; ConfigError if it is no list of them."""
+def rows_of(path: Path, name: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a results.json, which the flag ``name`` gave, if one did.
+
+    Raises:
+        ConfigError: it is no list of them.
+    """
     try:
         rows = read_json(path, list[Row])
         for index, row in enumerate(rows):
             require_one_of(f"[{index}].construction", row["construction"], CATALOGUE)
         return rows
     except (RunDirectoryError, ConfigError) as error:
-        raise ConfigError(f"{path} is not a list of results: {error}") from error
+        raise ConfigError(f"{named(path, name)} is not a list of results: {error}") from error
 
 
 def case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -203,10 +206,10 @@ def case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(row[name] for name in CASE)
 
 
-def put_together(paths: Sequence[Path]) -> dict[tuple[str, ...], dict[str, Any]]:
+def put_together(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, ...], dict[str, Any]]:
     """Of each case the row that read furthest, the later one if they are even."""
     kept: dict[tuple[str, ...], dict[str, Any]] = {}
-    for row in itertools.chain.from_iterable(rows_of(path) for path in paths):
+    for row in rows:
         before = kept.get(case_of(row))
         if before is None or row["length_read"] >= before["length_read"]:
             kept[case_of(row)] = row
