@@ -15,9 +15,11 @@ from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.measuring.memory import within_memory
 from deltaproduct_jax.training.progress import Stopwatch, compiling
 from deltaproduct_jax.training.source import Source
+from deltaproduct_jax.training.stopping import StopRequest
 
 LEAST_WIDTH_BY_CUBLAS = 1024  # channels; with 128 XLA's own kernels win some products
 SPLITS = ("valid", "test")  # that a run is evaluated on, in their order
+ENDING = "the run ends once what compiles now has compiled, and what was saved stays"
 MOST_UNDER_WAY = 2  # one that runs, and one that begins as soon as it has ended
 
 
@@ -88,13 +90,17 @@ class Wanted(NamedTuple):
 
 
 def prepare(
-    wanted: Iterable[Wanted], stopwatch: Stopwatch, implementation: str | None = None
+    wanted: Iterable[Wanted],
+    stopwatch: Stopwatch,
+    implementation: str | None = None,
+    request: StopRequest | None = None,
 ) -> None:
     """Makes those programs that are not there, several side by side (`compiled_at_once`).
 
     Lowering is Python's, so one program is lowered after another, while those before it compile.
     No step may be under way: it would be slowed down, and compilers for GPUs, which time kernels,
-    would want memory beside its own.
+    would want memory beside its own. Once a ``request`` for the end is set, no further one is
+    begun; the caller then ends before it calls any.
 
     Raises:
         ConfigError: one needs more memory than there is, or ``implementation``, which the user has
@@ -104,18 +110,27 @@ def prepare(
     wanted = list({each[:2]: each for each in missing}.values())
     if not wanted:
         return
+    request = StopRequest() if request is None else request
+
+    def make(function: CompiledByLength, length: int, lowered: jax.stages.Lowered) -> None:
+        if not request.is_set():
+            function.compile(length, lowered)
+
     names = " and ".join(dict.fromkeys(each.function.name for each in wanted))
     lengths = ", ".join(map(str, sorted({each.length for each in wanted})))
     with (
         stopwatch.paused(),
+        request.answering(ENDING),
         compiling(f"{names}, sequences of {lengths} tokens"),
         ThreadPoolExecutor(compiled_at_once()) as pool,
     ):
         under_way: list[Future] = []
         try:
             for function, length, arrays in wanted:
+                if request.is_set():
+                    break
                 lowered = function.lower(length, arrays)
-                under_way.append(pool.submit(function.compile, length, lowered))
+                under_way.append(pool.submit(make, function, length, lowered))
             for each in under_way:
                 each.result()
         except ValueError as error:

@@ -53,7 +53,7 @@ from deltaproduct_jax.training.step import (
     loss_and_correct,
     step_of_run,
 )
-from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.stopping import SAVING, Stopped, StopRequest, stop_on_signals
 
 
 def train(
@@ -110,10 +110,10 @@ def train(
         places = {home: "bucket", workdir: "workdir"} if processes.is_first() else {}
         for place, name in places.items():
             require_writable(place, name)
-    with stop_on_signals() as request:
+    with stop_on_signals(SAVING) as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind
-            trainer.prepare(state, trainer.source.training(0))
+            trainer.prepare(state, trainer.source.training(0), request)
         _go_on(request, "before the first step", home)
         with contextlib.ExitStack() as held:
             with processes.first_goes_first("claim the run directory"):
@@ -265,14 +265,14 @@ class Trainer:
             eval_step, "the evaluation", evaluation_sizes(config), self.stopwatch
         )
 
-    def prepare(self, state: TrainState, given: Any) -> None:
+    def prepare(self, state: TrainState, given: Any, request: StopRequest) -> None:
         """Makes all programs from ``state`` on; ConfigError if this machine has none or no room."""
         config, of_evaluation = self.config, lambda first: (state.params, first)
         wanted = [
             *compiled.trained_after(int(state.step), config, self._train_step, (state, given)),
             *compiled.evaluated_with(config, self.source, self._eval_step, of_evaluation),
         ]
-        compiled.prepare(wanted, self.stopwatch, config.model.implementation)
+        compiled.prepare(wanted, self.stopwatch, config.model.implementation, request)
 
     def evaluate(self, params: Params, split: str, length: int):
         """The evaluation of ``params`` on a split at one length."""
@@ -314,7 +314,9 @@ class Trainer:
             given = self.source.training(step)
             step += 1
             if not self._train_step.has(config.length_at(step)):
-                self.prepare(state, given)
+                self.prepare(state, given, request)
+                if request.is_set():  # before the first step from here on: nothing is to be saved
+                    break
             self.profiler.before(step, state)
             state, metrics = self._train_step(config.length_at(step), state, given)
             under_way.add(metrics)

@@ -10,10 +10,10 @@ from typing import Any
 from tqdm import tqdm
 
 from deltaproduct_jax.parallel import processes
+from deltaproduct_jax.training.stopping import CLEAR_LINE
 
 # Of a compilation that goes on: the first notice and those after it, on a terminal and elsewhere.
 NOTICES_S = {True: (2.0, 1.0), False: (10.0, 30.0)}
-CLEAR_LINE = "\r\x1b[2K"
 
 
 class Stopwatch:

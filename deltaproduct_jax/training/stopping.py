@@ -1,8 +1,8 @@
 """Signals that ask a process to end: it finishes what it is at, and a second one ends it at once.
 
 A loop asks a `StopRequest` between its steps and raises `Stopped` once everything is saved. The
-request is one object, so that whatever else may end a run early can set it too. What has no steps
-is interrupted where it is.
+request is one object, so that whatever else may end a run early can set it too. A run answers a
+signal at once, by a line on standard error. What has no steps is interrupted where it is.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ from deltaproduct_jax.parallel import processes
 
 # Ctrl-C, what schedulers and `kill` send, and a terminal that is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+CLEAR_LINE = "\r\x1b[2K"  # of a terminal, which may show a bar or a notice
+SAVING = "the run ends behind what it is at, saved"
 GRACE_S = 5.0  # for what is interrupted to clear up, or to come back from a compiler to Python
 
 
@@ -39,12 +41,23 @@ def exit_code(signal_number: int) -> int:
     return 128 + signal_number
 
 
-class StopRequest:
-    """Whether, and by which signal, this process was asked to end."""
+def spoken(signal_number: int) -> str:
+    """A signal as one speaks of it."""
+    is_key = signal_number == signal.SIGINT
+    return "Ctrl-C" if is_key else signal.Signals(signal_number).name
 
-    def __init__(self):
+
+class StopRequest:
+    """Whether, and by which signal, this process was asked to end.
+
+    Attributes:
+        answer: what a signal is answered by, on standard error; None for no word.
+    """
+
+    def __init__(self, answer: str | None = None):
         self._event = threading.Event()
         self.signal_number = 0
+        self.answer = answer
 
     def set(self, signal_number: int) -> None:
         """Asks for the end."""
@@ -63,6 +76,15 @@ class StopRequest:
         """Whether to end behind ``step``; a loop asks at every step."""
         return self.is_set()
 
+    @contextlib.contextmanager
+    def answering(self, answer: str) -> Iterator[None]:
+        """Inside, a signal is answered by something else."""
+        before, self.answer = self.answer, answer
+        try:
+            yield
+        finally:
+            self.answer = before
+
     def wait(self, seconds: float) -> bool:
         """Sleeps, not beyond the request; whether there is one."""
         return self._event.wait(seconds)
@@ -73,15 +95,14 @@ class StopRequest:
     @property
     def name(self) -> str:
         """The signal as one speaks of it."""
-        number = self.signal_number
-        return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        return spoken(self.signal_number)
 
 
 class SharedStopRequest(StopRequest):
     """The same for the processes of one run: it is set in all of them behind the same step."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, answer: str | None = None):
+        super().__init__(answer)
         self._asked = threading.Event()
         self._agreement = processes.Agreement()
 
@@ -93,6 +114,11 @@ class SharedStopRequest(StopRequest):
     def was_asked(self) -> bool:
         """Whether this very process was asked."""
         return self._asked.is_set()
+
+    @contextlib.contextmanager
+    def answering(self, answer: str) -> Iterator[None]:
+        """Nothing else: what one process has heard ends nothing before the others know of it."""
+        yield
 
     def reached(self, step: int) -> bool:
         """Whether all are to end behind ``step``."""
@@ -106,18 +132,24 @@ class SharedStopRequest(StopRequest):
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(answer: str | None = None) -> Iterator[StopRequest]:
     """Inside, signals set the request instead of raising or killing; a second one ends the process.
 
     Only a process's main thread can take signals; in another the request is never set by them.
+
+    Args:
+        answer: what the first is answered by at once, while the main thread may be in a compiler;
+            None for no word.
     """
-    request = SharedStopRequest() if processes.are_joined() else StopRequest()
+    request = (SharedStopRequest if processes.are_joined() else StopRequest)(answer)
 
     def watch(receiving: int, numbers: list[int]) -> None:
         while number := _next(receiving, numbers):
             if request.was_asked():
                 os._exit(exit_code(number))
             request.set(number)
+            if request.answer is not None:
+                _say(f"{spoken(number)}: {request.answer}; a second one ends it at once")
 
     with contextlib.closing(request), _heard(lambda *_: None, watch):
         yield request
@@ -144,8 +176,7 @@ def interrupted_by_signals(request: StopRequest, says: Callable[[], str]) -> Ite
             raise KeyboardInterrupt
 
     def end(number: int) -> None:
-        with contextlib.suppress(OSError):  # a terminal that is closed
-            os.write(2, f"{says()}\n".encode())
+        _say(says())
         os._exit(exit_code(number))
 
     def watch(receiving: int, numbers: list[int]) -> None:
@@ -165,6 +196,12 @@ def interrupted_by_signals(request: StopRequest, says: Callable[[], str]) -> Ite
             yield
         finally:
             is_over.set()
+
+
+def _say(text: str) -> None:
+    """A line on standard error, whatever the main thread is at; on a terminal a line of its own."""
+    with contextlib.suppress(OSError):  # a terminal that is closed
+        os.write(2, f"{CLEAR_LINE if os.isatty(2) else ''}{text}\n".encode())
 
 
 @contextlib.contextmanager

@@ -64,7 +64,7 @@ def signal_after(patch, number, step):
     [("SIGINT", 2, 3, 130), ("SIGTERM", 4, 5, 143), SLOW("SIGHUP", 10, 11, 129)],
 )
 def test_a_signal_finishes_the_step_and_saves(
-    name, shown, stops_after, code, tmp_path, finished, request
+    name, shown, stops_after, code, tmp_path, finished, request, capfd
 ):
     if name == "SIGHUP":  # which nohup ignores, and what is ignored stays so
         before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -81,6 +81,8 @@ def test_a_signal_finishes_the_step_and_saves(
     assert (tmp_path / "checkpoints" / str(stops_after)).is_dir()
     assert [row["step"] for row in rows_in(tmp_path)][-1] <= stops_after
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    answer = f"{spoken}: the run ends behind what it is at, saved; a second one ends it at once"
+    assert answer in capfd.readouterr().err.splitlines()
     train(tmp_path)
     assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
     assert outcome(tmp_path) == outcome(finished)
@@ -127,6 +129,47 @@ def test_a_signal_before_the_first_step_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(Stopped, match="stopped by Ctrl-C before the first step"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def stopped_at_3(tmp_path_factory, compiled_once, tiny_model):
+    workdir = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        signal_after(patch, signal.SIGINT, 2)
+        with pytest.raises(Stopped):
+            train(workdir)
+    return workdir
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+@pytest.mark.parametrize("is_together", [False, True])
+def test_a_signal_while_programs_compile_is_answered_and_no_further_one_begun(
+    is_together, is_begun, stopped_at_3, tmp_path, capfd
+):
+    workdir = tmp_path / "run"
+    if is_begun:
+        shutil.copytree(stopped_at_3, workdir)
+    before, compiled, answers = snapshot(workdir), [], []
+    capfd.readouterr()
+
+    def interrupted(self, length, lowered):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+        answers.append(capfd.readouterr().err)  # while it compiles
+        compiled.append(length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CompiledByLength, "compile", interrupted)
+        where = "after step 3 of 12" if is_begun and not is_together else "before the first step"
+        with pytest.raises(Stopped, match=f"stopped by Ctrl-C {where}"):
+            train_together([run_config()], [workdir], ["t"]) if is_together else train(workdir)
+    assert len(compiled) == 1
+    answer = "Ctrl-C: the run ends once what compiles now has compiled, and what was saved stays"
+    assert answers == [f"{answer}; a second one ends it at once\n"]
+    left = snapshot(workdir)
+    assert left.keys() == before.keys()  # of a run that had not begun there is nothing
+    kept = [name for name in before if "checkpoints" in name or name == "metrics.jsonl"]
+    assert [left[name] for name in kept] == [before[name] for name in kept]
 
 
 TWICE = """

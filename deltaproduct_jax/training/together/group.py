@@ -36,7 +36,7 @@ from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.provenance import describe_start
 from deltaproduct_jax.training.records import CONFIG
 from deltaproduct_jax.training.step import Metrics, Params
-from deltaproduct_jax.training.stopping import Stopped, StopRequest, stop_on_signals
+from deltaproduct_jax.training.stopping import SAVING, Stopped, StopRequest, stop_on_signals
 from deltaproduct_jax.training.together.beginning import beginnings_of
 from deltaproduct_jax.training.together.given import given_to, share_streams
 from deltaproduct_jax.training.together.mapped import (
@@ -73,7 +73,7 @@ def train_together(
     for workdir in workdirs:
         require_writable(workdir, "workdir")
     require_memory_of_config(configs[0])
-    with stop_on_signals() as request:
+    with stop_on_signals(SAVING) as request:
         mesh = mesh_of_runs()
         runs = zip(configs, workdirs, beginnings_of(configs), strict=True)
         members = [Member(*run, mesh.size) for run in runs]
@@ -171,7 +171,9 @@ class Group:
             *trained_after(step, config, program.train_step, of_step),
             *evaluated_with(config, first.source, program.eval_step, of_evaluation, splits),
         ]
-        prepare(wanted, self._compiling, config.model.implementation)
+        # Behind a step there is something to be saved, which takes all that is wanted.
+        request = None if self._steps_made else self._request
+        prepare(wanted, self._compiling, config.model.implementation, request)
 
     def _seat(self, members: Sequence[Member]) -> None:
         """Moves the states of these members into slots of a program that is no larger than needed.
@@ -234,6 +236,8 @@ class Group:
         length = self.config.length_at(step)
         if not self.program.train_step.has(length):
             self._prepare(len(self._takes_part), step - 1, *arguments)
+            if not self._steps_made:
+                self._go_on("before the first step")
         self._state, metrics = self.program.train_step(length, *arguments)
         for member in self._training:
             member.step = step
