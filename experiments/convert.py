@@ -35,6 +35,7 @@ from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG
 from deltaproduct_jax.training.runs import load_run, read_config
 from deltaproduct_jax.training.step import init_state, split_model
 from experiments.lib import flags
+from experiments.lib.folders import MODEL, RUN, refuse_other
 from experiments.lib.model_facts import facts_of_run
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}}
@@ -79,6 +80,7 @@ def command(argv: Sequence[str]) -> None:
     """Reads, writes, and says so."""
     parsed = flags.parse(argv, {"convert": ConvertConfig}, PRESETS)
     options = ConvertConfig(**parsed.sections["convert"])
+    refuse_other(parsed.workdir, MODEL if options.to == "fla" else RUN)
     source = any_path(options.source, "source")
     model, facts = _read(source, options)
     if options.to == "fla":

@@ -28,6 +28,7 @@ from deltaproduct_jax.files import any_path, user_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
+from experiments.lib.folders import refuse_other
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "paper": PAPER}
 
@@ -77,6 +78,7 @@ def command(argv: Sequence[str]) -> None:
     """Evaluates, writes results.json, prints the harness's table."""
     parsed = flags.parse(argv, {"evaluate": EvaluateConfig}, PRESETS)
     options = EvaluateConfig(**parsed.sections["evaluate"])
+    refuse_other(parsed.workdir, "an evaluation")
     register()
     results = evaluate(options)
     utils = require("lm_eval.utils", "evaluation", extra="evaluation")

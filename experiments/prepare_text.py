@@ -25,6 +25,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import require_writable
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
+from experiments.lib.folders import TEXT, refuse_other
 
 PRESETS = {"default": {}}
 
@@ -60,6 +61,7 @@ def command(argv: Sequence[str]) -> None:
         print(f"every file in {parsed.workdir} has the hash that its manifest says")
         return
     require_writable(parsed.workdir, "workdir")
+    refuse_other(parsed.workdir, TEXT)
     manifest = prepare(config, parsed.workdir)
     print(summary(manifest))
     missing = [split for split in SPLITS if split not in manifest["splits"]]

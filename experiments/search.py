@@ -37,6 +37,7 @@ from experiments.lib import flags
 from experiments.lib.bench.report import command_line, write_json
 from experiments.lib.figures.records import show
 from experiments.lib.figures.style import SECTION, Look
+from experiments.lib.folders import CHOSEN, SEARCH, TRIED, refuse_other
 from experiments.lib.searches import (
     FIRST_FRESH,
     SEED,
@@ -62,8 +63,6 @@ from experiments.lib.searches import (
 from experiments.lib.sweeps.grid import MOST_RUNS
 from experiments.lib.sweeps.records import CSV, RunFolder
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
-
-TRIED, CHOSEN = "tried", "chosen"  # folders of the two sweeps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +132,7 @@ def command(argv: Sequence[str]) -> None:
         for name, kind in (("search", SearchConfig), ("figures", Look))
     )
     launch, workdir = LaunchConfig(**parsed.sections["launch"]), parsed.workdir.absolute()
+    refuse_other(workdir, SEARCH)
     # The search itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
     rates = (config.lowest_rate, config.highest_rate)

@@ -30,6 +30,7 @@ import jax
 from deltaproduct_jax.errors import require_at_least
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
+from experiments.lib.folders import SWEEP, refuse_other
 from experiments.lib.sweeps.grid import MOST_RUNS
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
@@ -61,6 +62,7 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, sections, {"default": {}})
     config = SweepConfig(**parsed.sections["sweep"])
     launch = LaunchConfig(**parsed.sections["launch"])
+    refuse_other(parsed.workdir, SWEEP)
     # The sweep itself computes nothing; an accelerator is for its runs.
     jax.config.update("jax_platforms", "cpu")
     wanted = Sweep(config.script, config.grid, config.fixed, config.max_runs)

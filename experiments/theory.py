@@ -46,6 +46,7 @@ from experiments.lib.bench.report import command_line, listed, markdown, report_
 from experiments.lib.bench.timing import machine
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.theory import draw_deviations
+from experiments.lib.folders import refuse_other
 from experiments.lib.theory import reading
 
 PRESETS = {
@@ -116,6 +117,7 @@ def command(argv: Sequence[str]) -> None:
     parsed = flags.parse(argv, {"theory": TheoryConfig, **SECTION}, PRESETS)
     config = TheoryConfig(**parsed.sections["theory"])
     look = Look(**parsed.sections["figures"])
+    refuse_other(parsed.workdir, "constructions")
     path = parsed.workdir / "results.json"
     own = reading.rows_of(path) if path.exists() else []
     for given in config.rows_from:

@@ -40,6 +40,8 @@ from deltaproduct_jax.settings import LARGEST_SEED, check_fields, setting
 from deltaproduct_jax.training.locks import Lock, held
 from experiments.lib import children, flags
 from experiments.lib.figures.style import SECTION, Look
+from experiments.lib.folders import LEGS as OF_LEGS
+from experiments.lib.folders import refuse_other
 from experiments.lib.language_legs import LEGS, LOCK, TRAINING, Leg
 from experiments.lib.leg_config import PRESETS as OF_A_LEG
 from experiments.lib.leg_config import LegConfig
@@ -115,6 +117,7 @@ def command(argv: Sequence[str]) -> None:
     """Prepares, trains, measures, draws; SystemExit with 1 if a leg failed."""
     sections = {"legs": LegsConfig, "paper": LegConfig, **SECTION}
     parsed = flags.parse(argv, sections, PRESETS, exclude=DECIDED)
+    refuse_other(parsed.workdir, OF_LEGS)
     look = Look(**parsed.sections["figures"])
     config, workdir = LegsConfig(**parsed.sections["legs"]), parsed.workdir.resolve()
     of_each = [

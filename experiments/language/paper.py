@@ -43,6 +43,7 @@ from experiments.lib.children import held_or_inherited, run
 from experiments.lib.figures.legs import draw_all
 from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
+from experiments.lib.folders import LEGS, refuse_other
 from experiments.lib.language_legs import (
     DOMAINS,
     LOCK,
@@ -216,6 +217,7 @@ def command(argv: Sequence[str]) -> None:
     """Runs the stages in turn."""
     parsed = flags.parse(argv, {"paper": LegConfig, **SECTION}, PRESETS)
     config, workdir = LegConfig(**parsed.sections["paper"]), parsed.workdir.resolve()
+    refuse_other(workdir, LEGS)
     look = Look(**parsed.sections["figures"])
     # This process computes nothing; an accelerator is for what it runs.
     jax.config.update("jax_platforms", "cpu")

@@ -16,6 +16,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import is_there
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.training.records import CONFIG, RESULTS, read_results, saved_config
+from experiments.lib.folders import SWEEP, held_by
 from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, read_list
 from experiments.lib.sweeps.records import spell
 
@@ -109,9 +110,11 @@ def read_records(source: Path) -> list[Record]:
             settings |= _factors(settings)
             records.append(Record(folder.name, settings, results))
     if not records:
+        held = [what for what in held_by(source) if what != SWEEP]
         raise ConfigError(
-            f"source={str(source)!r} holds no finished run; it may be the folder of a sweep, its "
-            "results.csv, or a folder of run directories"
+            f"source={str(source)!r} holds {' and '.join(held) or 'no finished run'}; it may be "
+            "the folder of a sweep, as tried and chosen of a search are, its results.csv, or a "
+            "folder of run directories"
         )
     return records
 

@@ -17,6 +17,7 @@ from deltaproduct_jax.training.plugins import PluginConfig
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
 from experiments.lib.figures.style import SECTION, Look
+from experiments.lib.folders import RUN, refuse_other
 
 Row = Mapping[str, Any]  # column of a table -> text, whole number or accuracy
 NOT_FLAGS = ("vocab_size",)  # of the model: the task's
@@ -120,6 +121,9 @@ class TaskExperiment:
         look = parsed.sections.get("figures", {})
         Look(**look)  # an error now, not after the run
         home = workdir if start.bucket is None else any_path(start.bucket, "bucket")
+        for place, name in {home: "bucket", workdir: "workdir"}.items():
+            if isinstance(place, Path):  # a bucket is the run's that names it
+                refuse_other(place, RUN, name)
         was_finished = is_there(home / RESULTS)
         argv = [f"experiments.{self.name}", *argv]
         results = train(

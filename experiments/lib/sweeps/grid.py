@@ -289,7 +289,7 @@ def read_list(folder: Path) -> tuple[str, list[Run]]:
     """Script and runs of a saved list; RunDirectoryError if it is not one."""
     path = folder / LIST
     if not path.exists():
-        raise RunDirectoryError(f"{folder} has no {LIST}; it may be the folder of a sweep")
+        raise RunDirectoryError(f"workdir={folder} has no {LIST}; it may be the folder of a sweep")
     saved = read_json(path, _SavedList)
     runs = []
     for index, run in enumerate(saved["runs"]):
