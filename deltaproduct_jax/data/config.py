@@ -1,12 +1,12 @@
 """What is prepared and what is drawn: the fields that are flags."""
 
 import dataclasses
-import fnmatch
+from collections.abc import Sequence
 from typing import Any
 
 from deltaproduct_jax.data import standard_library, workers
 from deltaproduct_jax.data.packing import PACKINGS
-from deltaproduct_jax.data.splits import split_of
+from deltaproduct_jax.data.splits import matches, names_inside, split_of
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 
@@ -48,7 +48,9 @@ class PrepareConfig:
         None, f"documents for the test; none: {HELD_OUT}, or 0 with test_paths"
     )
     valid_paths: tuple[str, ...] = setting(
-        (), "files for validation, as in */drivers/*; before any fraction"
+        (),
+        "files for validation by their paths in the folder given, as in */drivers/*; before any "
+        "fraction",
     )
     test_paths: tuple[str, ...] = setting((), "files for the test, written alike")
     shard_bytes: int = setting(2**26, "of sources, about, that a shard is made of")
@@ -108,12 +110,30 @@ class PrepareConfig:
         """How many work at once."""
         return workers.cores() if self.workers is None else self.workers
 
-    def split_of(self, path: str, text: str) -> str:
-        """The split of a document, by its file or by what it says."""
+    def split_of(self, inside: str, text: str) -> str:
+        """The split of a document, by its file's path inside its source or by what it says."""
+        return self.split_of_path(inside) or split_of(text.encode(), *self.fractions)
+
+    def split_of_path(self, inside: str) -> str | None:
+        """The split that the path of a file inside its source decides, if it does."""
+        return self.split_of_names(*names_inside(inside))
+
+    def split_of_names(self, *names: str) -> str | None:
+        """That of a file which has these names."""
         for split, patterns in (("valid", self.valid_paths), ("test", self.test_paths)):
-            if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns):
+            if matches(names, patterns):
                 return split
-        return split_of(text.encode(), *self.fractions)
+        return None
+
+    def require_held_out(self, insides: Sequence[str]) -> None:
+        """Raises ConfigError where a flag for files of a split has none of these paths."""
+        for name in ("valid_paths", "test_paths"):
+            patterns = getattr(self, name)
+            if patterns and not any(matches(names_inside(path), patterns) for path in insides):
+                raise ConfigError(
+                    f"{name}={','.join(patterns)!r} matches no file; they are matched by their "
+                    f"paths in a folder of sources, such as {names_inside(insides[0])[-1]!r}"
+                )
 
     def identity(self) -> dict[str, Any]:
         """The fields that what is written depends on, as JSON has them."""

@@ -32,11 +32,13 @@ ROWS_AT_ONCE = 64  # of a Parquet file: few, since a single one may be gigantic
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file: its name as the user wrote it, its size, and when it was last written."""
+    """A file: its name as the user wrote it, its size, when it was last written, and its path in
+    the folder that was given, which is its name where it was given itself."""
 
     path: str
     bytes: int
     modified_ns: int
+    inside: str
 
     @property
     def kind(self) -> str:
@@ -49,6 +51,7 @@ class Slice:
     """A part of a file: bytes of text or JSON lines, row groups of Parquet."""
 
     path: str
+    inside: str
     kind: str
     start: int
     stop: int
@@ -88,7 +91,8 @@ def list_sources(
             if not _is_utf8(file):
                 raise ConfigError(f"sources: the name of {str(file)!r} is no UTF-8; rename it")
             stat = file.stat()
-            source = Source(file.as_posix(), stat.st_size, stat.st_mtime_ns)
+            inside = file.relative_to(path) if file != path else Path(file.name)
+            source = Source(file.as_posix(), stat.st_size, stat.st_mtime_ns, inside.as_posix())
             found.setdefault(file.resolve(), source)
     if not found:
         raise ConfigError(
@@ -149,24 +153,25 @@ def plan_pieces(sources: Iterable[Source], piece_bytes: int) -> list[tuple[Slice
 
 
 def _slices(source: Source, piece_bytes: int) -> Iterator[Slice]:
-    path, kind, size = source.path, source.kind, source.bytes
+    kind, size = source.kind, source.bytes
+    at = source.path, source.inside, kind
     if kind == "text":
-        yield Slice(path, kind, 0, size, size)
+        yield Slice(*at, 0, size, size)
     elif kind == "jsonl":
         for start in range(0, size, piece_bytes):
             stop = min(start + piece_bytes, size)
-            yield Slice(path, kind, start, stop, stop - start)
+            yield Slice(*at, start, stop, stop - start)
     else:
-        yield from _row_groups(path, piece_bytes)
+        yield from _row_groups(source, piece_bytes)
 
 
-def _row_groups(path: str, piece_bytes: int) -> Iterator[Slice]:
-    metadata = _parquet(path).metadata
+def _row_groups(source: Source, piece_bytes: int) -> Iterator[Slice]:
+    metadata = _parquet(source.path).metadata
     start = weight = 0
     for group in range(metadata.num_row_groups):
         weight += metadata.row_group(group).total_byte_size
         if weight >= piece_bytes or group + 1 == metadata.num_row_groups:
-            yield Slice(path, "parquet", start, group + 1, weight)
+            yield Slice(source.path, source.inside, "parquet", start, group + 1, weight)
             start, weight = group + 1, 0
 
 

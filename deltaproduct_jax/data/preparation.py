@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.data import documents, tokenizer, workers
+from deltaproduct_jax.data import documents, resuming, tokenizer, workers
 from deltaproduct_jax.data.config import PrepareConfig
 from deltaproduct_jax.data.documents import Slice, Source
 from deltaproduct_jax.data.manifest import (
@@ -61,9 +61,8 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
         if not (directory / MANIFEST).exists():
             _prepare(config, sources, listed, directory)
         manifest = read_manifest(directory)
-        now = [(source.path, source.bytes) for source in sources]
-        difference = _difference(manifest, config, now, "bytes")
-        if difference is not None and _are_moved(manifest, config, sources):
+        difference = resuming.difference(manifest, config, sources, "bytes")
+        if difference is not None and resuming.are_moved(manifest, config, sources):
             difference = None
         now = tokenizer.file_of(config.tokenizer)  # one that is gone was read
         if difference is None and now and digest(now) != manifest["tokenizer"]["sha256"]:
@@ -165,56 +164,13 @@ def _locked(directory: Path) -> Iterator[None]:
                 directory.rmdir()
 
 
-def _difference(
-    found: Plan | Manifest,
-    config: PrepareConfig,
-    sources: Sequence[tuple[str, int]],
-    measure: str,
-) -> str | None:
-    """What keeps one preparation from being another; two are not mixed in one directory."""
-    for name, value in config.identity().items():
-        if found["config"].get(name) != value:
-            return (
-                f"with {name}={found['config'].get(name)!r}, not {value!r}; give another --workdir"
-            )
-    if [(source["path"], source[measure]) for source in found["sources"]] != list(sources):
-        return "from other sources, or they have changed since; give another --workdir"
-    return None
-
-
-def _are_moved(found: Plan | Manifest, config: PrepareConfig, sources: Sequence[Source]) -> bool:
-    """Whether the sources are those of another preparation, at other paths: the same hashes.
-
-    All that a path says to a preparation, the kind of the file and its split, must be the same too.
-    """
-    if {**found["config"], "sources": None} != {**config.identity(), "sources": None}:
-        return False
-    then = found["sources"]
-    if [source["bytes"] for source in then] != [source.bytes for source in sources]:
-        return False
-    for said, source in zip(then, sources, strict=True):
-        before = Source(said["path"], source.bytes, source.modified_ns)
-        if before.kind != source.kind:
-            return False
-        if config.split_of(before.path, "") != config.split_of(source.path, ""):
-            return False
-    hashes = _hashes(config, sources)
-    return hashes == [source["sha256"] for source in then]
-
-
-def _hashes(config: PrepareConfig, sources: Sequence[Source]) -> list[str]:
-    names, sizes = [Path(s.path) for s in sources], [s.bytes for s in sources]
-    return workers.run(digest, names, sizes, config.processes, "hashing", in_threads=True)
-
-
 def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> Plan:
     """What this directory is being made of, noted before anything else; hashes files once."""
     path = directory / UNDER_WAY / "plan.json"
     if path.exists():
         plan = read_json(path, Plan)
-        now = [(source.path, source.modified_ns) for source in sources]
-        difference = _difference(plan, config, now, "modified_ns")
-        if difference is None or _are_moved(plan, config, sources):
+        difference = resuming.difference(plan, config, sources, "modified_ns")
+        if difference is None or resuming.are_moved(plan, config, sources):
             return plan
         if _is_begun(directory):
             raise RunDirectoryError(f"{directory} was begun {difference}")
@@ -224,9 +180,10 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> 
             f"{directory} holds {strangers[0].name}, which no preparation under way wrote; "
             "give another --workdir"
         )
+    config.require_held_out([source.inside for source in sources])
     entries: list[PlannedSource] = [
         {**dataclasses.asdict(source), "sha256": sha256}
-        for source, sha256 in zip(sources, _hashes(config, sources), strict=True)
+        for source, sha256 in zip(sources, resuming.hashes_of(config, sources), strict=True)
     ]
     plan = {"config": config.identity(), "sources": entries}
     write_whole(path, lambda file: file.write(to_json(plan)))
@@ -304,7 +261,7 @@ def _documents(
 ) -> Iterator[tuple[str, str]]:
     for part in piece:
         for text in documents.read(part, config.text_field, counts):
-            yield config.split_of(part.path, text), text
+            yield config.split_of(part.inside, text), text
 
 
 def _work(
@@ -376,7 +333,10 @@ def _manifest(
         "dtype": dtype_for(made.vocab_size).name,
         "counts": counts,
         "splits": splits,
-        "sources": [{key: s[key] for key in ("path", "bytes", "sha256")} for s in plan["sources"]],
+        "sources": [
+            {key: value for key, value in source.items() if key != "modified_ns"}
+            for source in plan["sources"]
+        ],
     }
 
 

@@ -24,6 +24,7 @@ import tarfile
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from deltaproduct_jax.data.splits import matches, names_inside
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.files import errors_as_one_line, user_path
 from deltaproduct_jax.settings import check_fields, setting
@@ -137,7 +138,7 @@ def chosen(config: PackConfig, sizes: dict[str, int]) -> set[str]:
 
 def is_held_out(path: str) -> bool:
     """Whether a file of code is not for training."""
-    return any(fnmatch.fnmatchcase(f"/{path}", p) for p in (*VALID_PATHS, *TEST_PATHS))
+    return matches(names_inside(path), (*VALID_PATHS, *TEST_PATHS))
 
 
 def command(argv: Sequence[str]) -> None:

@@ -157,12 +157,12 @@ def test_a_parquet_file_whose_pages_are_damaged_is_one_line(compression, tmp_pat
 
 
 def test_pieces_of_many_files_are_planned_at_once_and_too_many_are_refused():
-    sources = [Source(f"{number}.txt", 1, 0) for number in range(50_000)]
+    sources = [Source(f"{number}.txt", 1, 0, f"{number}.txt") for number in range(50_000)]
     begun = time.process_time()
     assert len(plan_pieces(sources, 30_000)) == 2
     assert time.process_time() - begun < 2  # of a sum anew for each it was 6
     with pytest.raises(ConfigError, match="shard_bytes=1 makes more than 100,000 shards"):
-        plan_pieces([Source("a.jsonl", 10**12, 0)], 1)
+        plan_pieces([Source("a.jsonl", 10**12, 0, "a.jsonl")], 1)
 
 
 def test_errors_name_the_flag(tmp_path):
