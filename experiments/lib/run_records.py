@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -177,7 +178,9 @@ def choose(records: Sequence[Record], where: str) -> list[Record]:
 def grouped(records: Iterable[Record], keys: Sequence[str]) -> dict[Group, list[Record]]:
     """The runs by their values of the keys: numbers by size, then texts in the grid's order.
 
-    That is the order in which the records have them, and a setting that is none comes last.
+    That is the order in which the records have them, which for a folder of runs is that of their
+    names; permutation groups come by size all the same, as papers have them: S3, S4, A5, S5. A
+    setting that is none comes last.
     """
     records, seen = list(records), {}
     for record in records:
@@ -186,17 +189,19 @@ def grouped(records: Iterable[Record], keys: Sequence[str]) -> dict[Group, list[
     groups: dict[Group, list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record.value(key) for key in keys), []).append(record)
-    ordered = sorted(groups, key=lambda group: [_order(value, seen[value]) for value in group])
-    return {group: groups[group] for group in ordered}
+    order = lambda group: [_order(value, seen[value]) for value in group]
+    return {group: groups[group] for group in sorted(groups, key=order)}
 
 
-def _order(value: str, place: int) -> tuple[int, float]:
+def _order(value: str, place: int) -> tuple[int, float, float]:
     if value == "none":
-        return 2, 0.0
+        return 3, 0, 0
+    if permutations := re.fullmatch("([AS])([0-9]+)", value):
+        return 1, int(permutations[2]), permutations[1] == "S"  # An is half of Sn
     try:
-        return 0, float(value)
+        return 0, float(value), 0
     except ValueError:
-        return 1, float(place)
+        return 2, place, 0
 
 
 def label(keys: Sequence[str], group: Group) -> str:

@@ -269,16 +269,17 @@ def test_settings_of_a_run_are_written_as_flags_are():
 
 
 @cases(60)
-@given(st.lists(st.sampled_from(["10", "9", "-1", "0.5", "S4", "S10", "none", "S3"])))
+@given(st.lists(st.sampled_from(["10", "9", "-1", "0.5", "Z4", "S10", "none", "S3", "D3", "A5"])))
 def test_groups_hold_every_run_in_a_sensible_order(values):
     records = [run_records.Record(str(n), {"key": v}, {}) for n, v in enumerate(values)]
     groups = run_records.grouped(records, ["key"])
     assert sorted(itertools.chain(*groups.values()), key=lambda r: int(r.name)) == records
     shown = [value for (value,) in groups]
-    sizes = [float(value) for value in shown if value not in ("none", "S3", "S4", "S10")]
-    texts = [value for value in values if value.startswith("S")]
+    sizes = [float(value) for value in shown if value[0] in "-019"]
+    texts = [value for value in values if value[0] in "ZD"]
     assert shown == [
         *(f"{size:g}" for size in sorted(sizes)),
+        *(group for group in ("S3", "A5", "S10") if group in values),
         *dict.fromkeys(texts),
         *["none"] * ("none" in values),
     ]
