@@ -23,6 +23,7 @@ BOS = "<s>"  # of a BPE that is trained here
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
 UNKNOWN = "\U00020bb7"  # a letter that hardly any text has
 MARKS = ("\n", UNKNOWN)  # that hardly any token joins with what follows
+ENDS = " x \n"  # what a tokenizer that normalises text takes from its ends
 # Longer texts are given to a tokenizer in stretches: it then needs little memory, and its time
 # grows linearly.
 STRETCH = 2**18
@@ -261,7 +262,9 @@ def _without_long_runs(text: str) -> Iterator[str]:
 def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Iterator[Sequence[int]]]:
     """A function from a text to its ids, a stretch of at most ``limit`` characters at a time.
 
-    The cuts change no id where a tokenizer splits text at single spaces, as all known ones do.
+    The cuts change no id where a tokenizer splits text at single spaces, as all known ones do. One
+    that adds or removes spaces at a cut elsewhere, as those that normalise do, is given longer
+    stretches where single spaces are rare.
     """
     # SentencePiece writes a space before a text: after a cut it stands for the one that was there.
     writes_space = list(tokenizer.encode("x y")) == [
@@ -269,39 +272,53 @@ def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Itera
         *tokenizer.encode("y"),
     ]
 
+    keeps_ends = tokenizer.decode(list(tokenizer.encode(ENDS))) == ENDS
+    marks = [mark for mark in MARKS if tokenizer.decode(list(tokenizer.encode(mark))) == mark]
+    anywhere = not writes_space or (keeps_ends and bool(marks))
+
     def encode(text: str) -> Iterator[Sequence[int]]:
-        for index, stretch in enumerate(stretches(text, limit)):
+        for index, stretch in enumerate(stretches(text, limit, anywhere=anywhere)):
             if index == 0 or not writes_space:
                 yield tokenizer.encode(stretch)
             elif stretch[0] == " ":
                 yield tokenizer.encode(stretch[1:])
             else:
-                yield _without_space(tokenizer, stretch)
+                yield _without_space(tokenizer, marks, stretch)
 
     return encode
 
 
-def _without_space(tokenizer: Tokenizer, stretch: str) -> Sequence[int]:
+def _without_space(tokenizer: Tokenizer, marks: Sequence[str], stretch: str) -> Sequence[int]:
     """Ids of a stretch where a text without spaces was cut: the space goes before a mark instead.
 
-    A mark is of use if it has tokens of its own; where no mark is, the space stays in the text.
+    A mark is of use if it has tokens of its own; where none is, the space stays in the text.
     """
-    for mark in MARKS:
+    for mark in marks:
         before = list(tokenizer.encode(mark))
         ids = tokenizer.encode(mark + stretch)
-        if tokenizer.decode(before) == mark and list(ids[: len(before)]) == before:
+        if list(ids[: len(before)]) == before:
             return ids[len(before) :]
     return tokenizer.encode(stretch)
 
 
-def stretches(text: str, limit: int) -> Iterator[str]:
-    """Cuts a text before single spaces between words, or anywhere if there is none for long."""
+def stretches(text: str, limit: int, *, anywhere: bool = True) -> Iterator[str]:
+    """Cuts a text before single spaces between words.
+
+    Args:
+        text: the whole.
+        limit: characters of a stretch.
+        anywhere: whether it is cut anywhere where there is no such space for long, or else at the
+            next one, behind more characters than the limit.
+    """
     start = 0
     while len(text) - start > limit:
-        stop = _last_space(text, start + 1 + limit // 2, start + limit) or start + limit
+        stop = _last_space(text, start + 1 + limit // 2, start + limit)
+        if stop is None:
+            stop = start + limit if anywhere else _next_space(text, start + limit)
         yield text[start:stop]
         start = stop
-    yield text[start:]
+    if start < len(text) or not text:
+        yield text[start:]
 
 
 def _last_space(text: str, low: int, high: int) -> int | None:
@@ -311,6 +328,16 @@ def _last_space(text: str, low: int, high: int) -> int | None:
             return at
         at = text.rfind(" ", low, at)
     return None
+
+
+def _next_space(text: str, low: int) -> int:
+    """The place of the first single space between words from ``low`` on, or else the end."""
+    at = text.find(" ", low, -1)
+    while at >= 0:
+        if not text[at - 1].isspace() and not text[at + 1].isspace():
+            return at
+        at = text.find(" ", at + 1, -1)
+    return len(text)
 
 
 FILES = {"bytes": None, "huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}

@@ -115,12 +115,49 @@ def test_cuts_of_a_text_without_single_spaces_add_nothing(files, name, text):
     assert tokenizer.decode([i for piece in pieces for i in piece]) == text
 
 
+MODELS = {
+    "unigram, normalising": {"vocab_size": 60},
+    "normalising, of bytes": {"vocab_size": 320, "byte_fallback": True},
+    "as they are, without bytes": {"normalization_rule_name": "identity"},
+}
+MODELS["as they are, without bytes"] |= {"remove_extra_whitespaces": False, "vocab_size": 60}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cuts_of_what_no_mark_is_kept_by_add_and_lose_nothing(name):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat sat on ab, ba 日本語 täglich"] * 20),
+        model_writer=model,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **MODELS[name],
+    )
+    tokenizer = module.SentencePieceTokenizer(model.getvalue(), name)
+    texts = [
+        "ab" * 50,
+        "日本語täglich" * 9,
+        "a  b" * 30,
+        "ab\n" * 40,
+        " " * 90,
+        "a" + " " * 90 + "b",
+    ]
+    for text in [*texts, "ab\nba the" * 20, "the cat sat " * 30]:
+        pieces = list(encoder(tokenizer, 21)(text))
+        assert [i for piece in pieces for i in piece] == list(tokenizer.encode(text))
+    assert len(pieces) > 15  # where it has single spaces
+
+
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(alphabet="ab \n", max_size=200), limit=st.integers(1, 20))
 def test_stretches_are_the_text_and_short(text, limit):
     parts = list(stretches(text, limit))
     assert "".join(parts) == text
     assert all(0 < len(part) <= limit for part in parts) or parts == [""]
+    parts = list(stretches(text, limit, anywhere=False))
+    assert "".join(parts) == text
+    assert all(part[0] == " " and not part[1].isspace() for part in parts[1:])
+    assert "" not in parts or parts == [""]
 
 
 @pytest.mark.parametrize("name", NAMES)
