@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, require_one_of
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import read_json, user_path
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import command_line, write_json
@@ -38,7 +38,7 @@ from experiments.lib.figures.curves import (
     trained_lengths,
 )
 from experiments.lib.figures.published import keys_fit, published_points, published_scores
-from experiments.lib.figures.records import MARKDOWN, show
+from experiments.lib.figures.records import FIGURE, MARKDOWN, show
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.figures.tables import escape_table, scores_table
 from experiments.lib.run_records import (
@@ -186,6 +186,7 @@ def command(argv: Sequence[str]) -> None:
         **KINDS[config.kind](records, config),
     }
     path = parsed.workdir / (config.name or config.kind)
+    refuse_taken(path)
     file = path.with_name(f"{path.name}.json")
     write_json(file, record, indent=None)
     print(f"written: {file}")
@@ -197,6 +198,20 @@ def command(argv: Sequence[str]) -> None:
         print(f"note: {note}", file=sys.stderr)
     if config.published and not has_published(record):
         print("note: nothing is published of runs with these settings", file=sys.stderr)
+
+
+def refuse_taken(path: Path) -> None:
+    """Raises ConfigError where files of this name are not those of an earlier figure."""
+    record, *tables = (path.with_name(f"{path.name}{end}") for end in (".json", ".csv", ".md"))
+    said = read_json(record) if record.exists() else None
+    if isinstance(said, dict) and said.get(FIGURE) in KINDS:
+        return
+    taken = [file.name for file in (record, *tables) if file.exists()]
+    if taken:
+        raise ConfigError(
+            f"name={path.name!r} is taken: {' and '.join(taken)} in workdir={path.parent} are not "
+            "those of a figure; give another name"
+        )
 
 
 def has_published(record: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from experiments import figures
 from experiments.lib import folders
 
 # The files by which each is known, as the commands that make it write them.
@@ -83,6 +84,22 @@ def test_what_figures_cannot_be_of_is_named(what, tmp_path):
     folder = made(tmp_path / "here", what)
     says = refusal("figures", [f"--workdir={tmp_path / 'out'}", f"--source={folder}"])
     assert says.startswith(f"source={str(folder)!r} holds {what}; it may be the folder of a sweep")
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [(folders.RUN, "config"), (folders.SWEEP, "runs"), (folders.SEARCH, "search")]
+)
+def test_a_figure_is_not_written_over_what_is_none(what, name, tmp_path):
+    folder = made(tmp_path / "here", what)
+    (folder / "taken.csv").touch()
+    (folder / "mine.json").write_text('{"figure": "escape"}')
+    before = listing(folder)
+    for taken, file in ((name, f"{name}.json"), ("taken", "taken.csv")):
+        with pytest.raises(ConfigError, match=f"^name='{taken}' is taken: {file} in workdir="):
+            figures.refuse_taken(folder / taken)
+    figures.refuse_taken(folder / "mine")
+    figures.refuse_taken(folder / "new")
+    assert listing(folder) == before
 
 
 @pytest.mark.parametrize("what", [folders.SWEEP, folders.SEARCH, folders.LEGS, folders.TEXT])
