@@ -170,13 +170,14 @@ def any_path(text: str, name: str) -> AnyPath:
     return epath.Path(text.removesuffix("/"))
 
 
-def require_bucket(path: AnyPath) -> None:
+def require_bucket(path: AnyPath, name: str | None = None) -> None:
     """Raises RunDirectoryError unless the bucket is there for this account; a disk passes.
 
-    What is asked is also what Orbax asks before it deletes a checkpoint.
+    The error has the ``name`` of the setting that gave the path, if it is given. What is asked is
+    also what Orbax asks before it deletes a checkpoint.
     """
     if in_bucket(path):
-        with errors_as_one_line(path, "used"):
+        with errors_as_one_line(path, "used", name):
             from google.cloud import storage
 
             storage.Client().get_bucket(path.parts[2])

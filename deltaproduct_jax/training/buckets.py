@@ -134,7 +134,7 @@ def open_bucket(text: str, workdir: Path) -> Bucket:
             raise ConfigError(
                 f"bucket={text} is the workdir, where all is saved without it; give another folder"
             )
-    require_bucket(path)
+    require_bucket(path, "bucket")
     return Bucket(path)
 
 

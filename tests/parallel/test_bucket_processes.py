@@ -126,7 +126,7 @@ def test_sigterm_saves_there_and_one_process_ends_the_run(tmp_path, variables):
 @pytest.mark.parametrize(
     ("bucket", "flags", "named"),
     [
-        ("gs://missing/run", [], "gs://missing/run cannot be used: 404 "),
+        ("gs://missing/run", [], "bucket=gs://missing/run cannot be used: 404 "),
         ("gs://bucket/run", ["--compilation_cache=gs://missing"], "compilation_cache='gs://missin"),
     ],
 )
