@@ -174,7 +174,7 @@ def command(argv: Sequence[str]) -> None:
     records = choose(read_records(source), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)
-    note = left_out(source)
+    note = left_out(source, config.where, [config.x, *config.keys])
     record = {
         "figure": config.kind,
         "command": command_line("figures", argv),

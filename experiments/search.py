@@ -48,12 +48,10 @@ from experiments.lib.searches import (
     Settings,
     arms_of,
     best_of,
-    commits_of,
     counted,
     finished,
     grid_of,
     grids_there,
-    hardware_of,
     hours_of,
     median_of,
     reported_of,
@@ -61,7 +59,7 @@ from experiments.lib.searches import (
     validation,
 )
 from experiments.lib.sweeps.grid import MOST_RUNS
-from experiments.lib.sweeps.records import CSV, RunFolder
+from experiments.lib.sweeps.records import CSV, RunFolder, commits_of, hardware_of
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
 
@@ -222,6 +220,7 @@ def what_came_of_it(
     """
     folders, scores, chosen = tried
     everything = [f for of_arm in (*folders, *ended) for group in of_arm for f in group]
+    starts = [start for folder in everything for start in folder.starts()]
     rows = [
         row_of(
             arm,
@@ -232,8 +231,8 @@ def what_came_of_it(
         for arm, place, groups in zip(arms, chosen, ended, strict=True)
     ]
     return {
-        "hardware": hardware_of(everything),
-        "commits": commits_of(everything),
+        "hardware": hardware_of(starts),
+        "commits": commits_of(starts),
         "hours": hours_of(everything),
         "missing": len(everything) - len(finished(everything)),
         **reported._asdict(),

@@ -9,19 +9,25 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import is_there
+from deltaproduct_jax.files import is_there, read_lines
 from deltaproduct_jax.layers.registry import MIXERS
-from deltaproduct_jax.training.records import CONFIG, RESULTS, read_results, saved_config
+from deltaproduct_jax.training.records import (
+    CONFIG,
+    METRICS,
+    MetricsLine,
+    read_results,
+    saved_config,
+)
 from experiments.lib.folders import SWEEP, held_by
 from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, read_list
-from experiments.lib.sweeps.records import spell
+from experiments.lib.sweeps.records import RunFolder, spell
 
-MOST_NAMED = 3  # of the runs that are left out
+MOST_NAMED = 16  # groups of runs that are left out
 # Numbers of results.json of which less is better, by the end of their path.
 LESS_IS_BETTER = ("loss", "bits_per_byte")
 Group = tuple[str, ...]  # values of the grouping keys, as they are written
@@ -29,11 +35,12 @@ Group = tuple[str, ...]  # values of the grouping keys, as they are written
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A finished run: its name, its settings by field, and what its results.json holds."""
+    """A run: its name, its settings by field, what its results.json holds, and its last step."""
 
     name: str
     settings: dict[str, Any]
     results: dict[str, Any]
+    step: int = 0
 
     def value(self, key: str) -> str:
         """A setting as it is written; ConfigError, naming the closest, if there is none."""
@@ -100,16 +107,10 @@ def read_records(source: Path) -> list[Record]:
 
     Raises:
         ConfigError: there is no such place, or no finished run in it.
-        RunDirectoryError: a record cannot be read.
+        RunDirectoryError: a record cannot be read, or a run is not the one that the sweep's list
+            has by its name.
     """
-    records = []
-    for folder in _folders(source):
-        results = read_results(folder)
-        if results is not None:
-            sections = saved_config(folder).values()
-            settings = {name: value for section in sections for name, value in section.items()}
-            settings |= _factors(settings)
-            records.append(Record(folder.name, settings, results))
+    records = [run for run in read_runs(source) if run.results]
     if not records:
         held = [what for what in held_by(source) if what != SWEEP]
         raise ConfigError(
@@ -120,22 +121,80 @@ def read_records(source: Path) -> list[Record]:
     return records
 
 
-def left_out(source: Path) -> str | None:
-    """Which runs `read_records` leaves out, as a note; None where there are none."""
-    folders = _folders(source)
-    missing = [folder.name for folder in folders if not is_there(folder / RESULTS)]
+def read_runs(source: Path) -> list[Record]:
+    """The same with those that are not finished, whose results are empty; raises as that."""
+    runs = []
+    for folder, listed in _folders(source):
+        results = read_results(folder)
+        settings = dict(listed)
+        if is_there(folder / CONFIG):
+            sections = saved_config(folder).values()
+            settings = {name: value for section in sections for name, value in section.items()}
+        settings |= _factors(settings)
+        runs.append(Record(folder.name, settings, results or {}, _last_step(folder, results)))
+    return runs
+
+
+def _last_step(folder: Path, results: Mapping[str, Any] | None) -> int:
+    if results is not None:
+        return results["steps"]
+    rows = read_lines(folder / METRICS, MetricsLine)
+    return int(rows[-1]["step"]) if rows else 0
+
+
+def left_out(source: Path, where: str = "", keys: Sequence[str] = ()) -> str | None:
+    """Which runs `read_records` leaves out, as a note; None where there are none.
+
+    Args:
+        source: as there.
+        where: as of `choose`; others are not looked at.
+        keys: settings by which the runs are counted.
+    """
+    wanted = parse_grid("--where", where) if where else {}
+    runs = [r for r in read_runs(source) if all(_value(r, key) in wanted[key] for key in wanted)]
+    missing = [run for run in runs if not run.results]
     if not missing:
         return None
-    named = ", ".join(missing[:MOST_NAMED]) + (", ..." if len(missing) > MOST_NAMED else "")
-    return f"{len(missing)} of {len(folders)} runs have no results and are left out: {named}"
+    cells = grouped(runs, keys, _value)
+    parts = [_missing_of(label(keys, cell), members) for cell, members in cells.items()]
+    parts = [part for part in parts if part]
+    said = "; ".join(parts[:MOST_NAMED]) + ("; ..." if len(parts) > MOST_NAMED else "")
+    return f"{len(missing)} of {len(runs)} runs have no results and are left out: {said}"
 
 
-def _folders(source: Path) -> list[Path]:
+def _missing_of(cell: str, members: Sequence[Record]) -> str:
+    """How many of a cell's runs are missing, and how far they came; nothing where all are there."""
+    missing = [run for run in members if not run.results]
+    begun = sorted(run.step for run in missing if run.step)
+    last = "" if not begun else f"{begun[0]:,}"
+    if begun and begun[-1] != begun[0]:
+        last = f"{last} to {begun[-1]:,}"
+    steps = {run.settings.get("steps") for run in missing if run.step}
+    whole = f" of {int(steps.pop()):,}" if len(steps) == 1 and None not in steps else ""
+    some = f"{len(begun)} of them at" if len(begun) < len(missing) else "at"
+    came = f", {some} step {last}{whole}" if begun else ""
+    return f"{cell}: {len(missing)} of {len(members)}{came}" if missing else ""
+
+
+def _value(record: Record, key: str) -> str:
+    """A setting as it is written, "none" where a run has none of that name."""
+    return record.value(key) if key in record.settings else "none"
+
+
+def _folders(source: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The runs' folders, each with the settings that the list of them says, if there is one."""
     if source.suffix == ".csv":
-        return [source.parent / RUNS / name for name in _names(source)]
-    if is_there(source / LIST):
-        return [source / RUNS / run.name for run in read_list(source)[1]]
-    return sorted(path.parent for path in source.glob(f"*/{CONFIG}"))
+        return [(source.parent / RUNS / row["run"], row) for row in _lines(source)]
+    if not is_there(source / LIST):
+        return [(path.parent, {}) for path in sorted(source.glob(f"*/{CONFIG}"))]
+    found = []
+    for run in read_list(source)[1]:
+        folder = RunFolder(source, run)
+        folder.require_own()
+        sections = run.config.values()
+        settings = {name: value for section in sections for name, value in section.items()}
+        found.append((folder.path, settings))
+    return found
 
 
 def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
@@ -147,20 +206,21 @@ def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
     return {} if factors is None else {"num_householder": factors}
 
 
-def _names(path: Path) -> list[str]:
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results.csv, settings as they are written."""
     try:
         with open(path, newline="") as file:
-            names = [row["run"] or "" for row in csv.DictReader(file)]
+            rows = [{**row, "run": row["run"] or ""} for row in csv.DictReader(file)]
     except OSError as error:
         raise ConfigError(f"source={str(path)!r} cannot be read: {error.strerror}") from error
     except (ValueError, csv.Error) as error:  # bytes that are no text, a field without an end
         raise ConfigError(f"source={str(path)!r} is no table: {error}") from error
     except KeyError as error:
         raise ConfigError(f"source={str(path)!r} has no column 'run'") from error
-    wrong = [name for name in names if not is_run_name(name)]
+    wrong = [row["run"] for row in rows if not is_run_name(row["run"])]
     if wrong:
         raise ConfigError(f"source={str(path)!r}: run={wrong[0]!r} is no name of a run's folder")
-    return names
+    return rows
 
 
 def choose(records: Sequence[Record], where: str) -> list[Record]:
@@ -175,7 +235,11 @@ def choose(records: Sequence[Record], where: str) -> list[Record]:
     return chosen
 
 
-def grouped(records: Iterable[Record], keys: Sequence[str]) -> dict[Group, list[Record]]:
+def grouped(
+    records: Iterable[Record],
+    keys: Sequence[str],
+    value: Callable[[Record, str], str] = Record.value,
+) -> dict[Group, list[Record]]:
     """The runs by their values of the keys: numbers by size, then texts in the grid's order.
 
     That is the order in which the records have them, which for a folder of runs is that of their
@@ -185,10 +249,10 @@ def grouped(records: Iterable[Record], keys: Sequence[str]) -> dict[Group, list[
     records, seen = list(records), {}
     for record in records:
         for key in keys:
-            seen.setdefault(record.value(key), len(seen))
+            seen.setdefault(value(record, key), len(seen))
     groups: dict[Group, list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(record.value(key) for key in keys), []).append(record)
+        groups.setdefault(tuple(value(record, key) for key in keys), []).append(record)
     order = lambda group: [_order(value, seen[value]) for value in group]
     return {group: groups[group] for group in sorted(groups, key=order)}
 

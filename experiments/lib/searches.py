@@ -7,6 +7,7 @@ queries and keys (a Latin hypercube). The best of them by the validation split, 
 reported, then trains from seeds that nothing was chosen by; what these score on the test split is.
 """
 
+import datetime
 import math
 import random
 import statistics
@@ -18,14 +19,14 @@ import jax
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import read_json, read_lines
+from deltaproduct_jax.files import read_lines
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.task import ACCURACIES
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import scored, selection_of
-from deltaproduct_jax.training.records import METRICS, RUN, MetricsLine
+from deltaproduct_jax.training.records import METRICS, MetricsLine
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.together.numbers import program_of
 from experiments.lib.run_records import Record, best_score, label, less_is_better, reaches
@@ -37,7 +38,7 @@ from experiments.lib.sweeps.grid import (
     parse_fixed,
     read_list,
 )
-from experiments.lib.sweeps.records import RunFolder, train_seconds
+from experiments.lib.sweeps.records import RunFolder, spans
 
 # What is tried of each field, where the mixer has it and nothing else says what it is.
 SPACE: dict[str, tuple[str, ...]] = {
@@ -296,26 +297,22 @@ def row_of(
 
 
 def hours_of(folders: Sequence[RunFolder]) -> float:
-    """Hours of training, without compiling and evaluating; of runs trained together their share."""
+    """Hours of training, without compiling and evaluating; of runs trained together their share.
+
+    A run may have gone on with others, or alone: the start before a line says how many they were.
+    """
     seconds = 0.0
     for folder in folders:
-        path = folder.path / RUN
-        last = read_json(path)["starts"][-1] if path.exists() else {}
-        spent = train_seconds(folder.path / METRICS) or 0.0
-        seconds += spent / last.get("runs_together", 1)
+        starts = [
+            (time_of(start["time"]) if "time" in start else -math.inf, start)
+            for start in folder.starts()
+        ]
+        for written, spent in spans(folder.path / METRICS):
+            before = [start for began, start in starts if began <= written]
+            seconds += spent / (before[-1] if before else {}).get("runs_together", 1)
     return seconds / 3600
 
 
-def hardware_of(folders: Sequence[RunFolder]) -> list[str]:
-    """The devices that runs were started on, each kind once."""
-    return sorted({f"{s['device_count']} x {s['device_kind']}" for s in _starts(folders)})
-
-
-def commits_of(folders: Sequence[RunFolder]) -> list[str]:
-    """The commits of the code that runs were started by, as far as it was known."""
-    return sorted({start["commit"] for start in _starts(folders) if start["commit"]})
-
-
-def _starts(folders: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    paths = [folder.path / RUN for folder in folders]
-    return [start for path in paths if path.exists() for start in read_json(path)["starts"]]
+def time_of(text: str) -> float:
+    """Seconds since 1970 of a time as run.json has it."""
+    return datetime.datetime.fromisoformat(text).timestamp()

@@ -143,7 +143,7 @@ def test_the_table_has_median_and_best(source, tmp_path, capsys):
         "| 1 | 0.025 | 0.050 | 3 | - | - | 0 |",
         "| 2 | 0.200 | 0.250 | 3 | 0.125 | 0.225 | 2 |",
         "",
-        "Note: 1 of 9 runs have no results and are left out: unfinished.",
+        "Note: 1 of 9 runs have no results and are left out: group = A5, n_h = 2: 1 of 3.",
     ]
     assert text in capsys.readouterr().out
 
@@ -155,7 +155,7 @@ def test_escapes_are_counted(source, tmp_path, capsys):
         "| 1 | 0/3 | - |",
         "| 2 | 2/3 | 1/2 |",
         "",
-        "Note: 1 of 9 runs have no results and are left out: unfinished.",
+        "Note: 1 of 9 runs have no results and are left out: group = A5, n_h = 2: 1 of 3.",
     ]
     assert (out / "escape.png").read_bytes().startswith(b"\x89PNG")
     assert (
@@ -217,14 +217,6 @@ def test_sources(source, tmp_path):
     assert [record.name for record in some] == ["S3-1-0", "A5-2-1"]
     assert some[0].value("eval_lengths") == "4,8"
     assert some[0].value("chunk_size") == "none"
-    note = "1 of 3 runs have no results and are left out: unfinished"
-    assert run_records.left_out(source / "some.csv") == note
-    assert run_records.left_out(source) == note.replace("3", str(len(ACCURACY) + 1))
-    for number in range(5):
-        settings = {"group": "A5", "n_h": 1, "seed": number}
-        add_run(source / "few", f"x{number}", settings, None if number else 0.5)
-    says = "4 of 5 runs have no results and are left out: x1, x2, x3, ..."
-    assert run_records.left_out(source / "few") == says
 
 
 def test_groups_are_in_the_order_of_numbers_and_of_the_grid():

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltaproduct_jax.errors import RunDirectoryError
+from experiments.lib import searches
 from experiments.lib.sweeps import grid, records
 
 
@@ -101,6 +102,46 @@ def test_a_run_is_what_its_records_tell(tmp_path):
     assert "results.test.8.strict.cumulative" not in row
 
 
+def test_a_run_from_elsewhere_says_where_it_was_made(tmp_path):
+    starts = [
+        {"commit": "0123456789", "dirty": False, "device_kind": "H", "device_count": 1},
+        {"commit": "0123456789", "dirty": True, "device_kind": "H", "device_count": 2},
+        {"commit": None, "dirty": None},
+    ]
+    folder = folder_of(tmp_path, run_json=json.dumps({"starts": starts}), config_json="{}")
+    row = folder.row()
+    assert row["commits"] == ["0123456", "0123456-dirty"]
+    assert (row["hardware"], row["attempts"]) == (["1 x H", "2 x H"], 3)
+    # Another version's configuration may say less or more, and text may lie elsewhere since.
+    run = run_of(config={"train": {"seed": 0, "new": 1}, "task": {"data": "here"}})
+    folder = records.RunFolder(tmp_path, run)
+    (folder.path / "config.json").write_text(
+        '{"train": {"seed": 0, "old": 2}, "task": {"data": "there"}}'
+    )
+    assert folder.row()["state"] == "started"
+    (folder.path / "config.json").write_text('{"train": {"seed": 1}}')
+    row = folder.row()
+    assert row["state"] == "damaged"
+    assert row["error"].endswith("holds another run, differing in seed (1 there, 0 in runs.json)")
+
+
+def test_hours_are_shared_by_those_that_trained_together_at_the_time(tmp_path):
+    starts = [
+        {"time": "1970-01-01T00:00:10Z", "runs_together": 4},
+        {"time": "1970-01-01T00:01:40Z"},
+    ]
+    line = '{{"tokens": {}, "tokens_per_second": 1, "time": {}}}\n'
+    folder = folder_of(
+        tmp_path,
+        run_json=json.dumps({"starts": starts}),
+        metrics_jsonl=line.format(3600, 50) + line.format(7200, 100) + line.format(10800, 200),
+    )
+    assert searches.hours_of([folder]) == pytest.approx(1 / 4 + 1 + 1)
+    (folder.path / "run.json").unlink()
+    assert searches.hours_of([folder]) == pytest.approx(3)
+    assert records.train_seconds(folder.path / "metrics.jsonl") == pytest.approx(3 * 3600)
+
+
 def test_numbers_of_results_go_by_their_path():
     results = {
         "steps": 3, "mfu": None, "name": "x", "curve": [1.0, 2.0], "none": [],
@@ -122,7 +163,8 @@ VALUES = st.none() | st.booleans() | st.integers() | st.text('a",\n', max_size=4
 def test_a_table_has_every_value_in_its_column(rows):
     columns = records.columns_of(rows)
     assert columns[:2] == ["run", "state"]
-    assert columns[-3:] == ["train_seconds", "attempts", "error"]
+    last = ["train_seconds", "hardware", "commits", "attempts", "error"]
+    assert columns[-len(last) :] == last
     if {"seed", "results.a"} <= set(columns):
         assert columns.index("seed") < columns.index("results.a")
     read = list(csv.DictReader(io.StringIO(records.to_csv(rows, columns).decode(), newline="")))

@@ -16,10 +16,12 @@ from experiments.lib.figures.style import (
     fractions_axis,
     mark_trained,
     new_panels,
+    noted,
     points,
     positions_axis,
     series,
 )
+from experiments.lib.figures.texts import LINE
 from experiments.lib.run_records import Record, grouped, label, less_is_better
 
 if TYPE_CHECKING:
@@ -134,7 +136,7 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     if beside:
         cells[0, 0].plot([], [], color="0.2", label="published", **PUBLISHED)
     close_grid(cells, len(panels), "position", names.metric(record["metric"]))
-    add_legend(figure)
+    add_legend(figure, note=_note(record))
     return figure
 
 
@@ -187,7 +189,7 @@ def scores_of(record: Mapping[str, Any], look: Look) -> "Figure":
         axes.set_xlim(min(0, axes.get_xlim()[0]) - 0.03, 1.05 * max(1, axes.dataLim.x1))
     close_grid(cells, len(values))
     figure.suptitle(names.metric(record["metric"]) + _where(record))
-    add_legend(figure)
+    add_legend(figure, note=_note(record))
     return figure
 
 
@@ -215,8 +217,19 @@ def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
         said = f"fraction of runs with at most {threshold} of\n{what}"
     else:
         said = f"fraction of runs with at least {threshold} of the\n{what}"
+    note = _note(record)
+    if note is not None:
+        lines = noted(figure, note)
+        said = "\n".join([said, *lines])
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width, height + LINE * len(lines))
     figure.supxlabel(said, fontsize="medium")
     return figure
+
+
+def _note(record: Mapping[str, Any]) -> str | None:
+    """Which runs a figure does not show; None where it shows all."""
+    return names.note(record["left_out"]) if "left_out" in record else None
 
 
 def _where(record: Mapping[str, Any]) -> str:

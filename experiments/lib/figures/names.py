@@ -68,6 +68,12 @@ def _part(part: str) -> str:
     return f"{setting(key)} = {value(rest)}"
 
 
+def note(text: str) -> str:
+    """A sentence with settings in it, as "1 of 3 runs is left out: group = S5, n_h = 4"."""
+    together = "\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}"  # no line ends within
+    return _FACTORS.sub("$n_h$", text.replace("group = ", "").replace(" = ", together))
+
+
 def setting(key: str) -> str:
     """A setting's name; one that is in a figure's letters stays as it is."""
     return key if "$" in key else SETTINGS.get(key, key.replace("_", " "))

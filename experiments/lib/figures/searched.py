@@ -48,7 +48,7 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
         f"{record['metric']} at {where} on the test split, of seeds that chose nothing; "
         f"{reached} a run has escaped. {record['hours']:.2f} hours of training on "
         f"{', '.join(record['hardware']) or 'nothing'}, "
-        f"commit {', '.join(c[:7] for c in record['commits']) or 'not known'}."
+        f"commit {', '.join(record['commits']) or 'not known'}."
     )
     ends = "; ".join(_arm(row) for row in record["rows"] if row["rate_at_an_end"])
     if ends:

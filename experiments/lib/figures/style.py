@@ -8,6 +8,7 @@ import functools
 import io
 import math
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import numpy as np
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import check_fields, setting
-from experiments.lib.figures.texts import fit_texts, letters
+from experiments.lib.figures.texts import LINE, fit_texts, letters
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -195,12 +196,15 @@ def bars(index: int) -> dict[str, Any]:
     return {"facecolor": face, "hatch": HATCHES[index % len(HATCHES)], "edgecolor": "white"}
 
 
-def add_legend(figure: "Figure", named: Mapping[str, Any] | None = None) -> None:
+def add_legend(
+    figure: "Figure", named: Mapping[str, Any] | None = None, note: str | None = None
+) -> None:
     """One legend for all panels, below them: every label once, in as many columns as fit.
 
     Args:
         figure: with panels.
         named: what stands for each label; None for what the panels have drawn under labels.
+        note: what is to be said of all panels, between them and the legend.
     """
     if named is None:
         named = {}
@@ -214,8 +218,21 @@ def add_legend(figure: "Figure", named: Mapping[str, Any] | None = None) -> None
     rows = math.ceil(len(named) / columns)
     columns = math.ceil(len(named) / rows)  # as full as the others
     width, height = figure.get_size_inches()
-    figure.set_size_inches(width, height + 0.15 * rows)
-    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=columns)
+    said = [] if note is None else noted(figure, note)
+    figure.set_size_inches(width, height + 0.15 * rows + LINE * len(said))
+    figure.legend(
+        list(named.values()),
+        list(named),
+        loc="outside lower center",
+        ncols=columns,
+        title="\n".join(said) or None,
+        title_fontsize="small",
+    )
+
+
+def noted(figure: "Figure", note: str) -> list[str]:
+    """A note in lines that the figure has room for."""
+    return textwrap.wrap(note, int(figure.get_size_inches()[0] / LETTER))
 
 
 def close_grid(panels: np.ndarray, used: int, xlabel: str = "", ylabel: str | None = None) -> None:

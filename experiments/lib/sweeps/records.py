@@ -10,16 +10,25 @@ import csv
 import importlib.util
 import io
 import json
+import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import decode, read_lines, write_file
-from deltaproduct_jax.training.records import CONFIG, METRICS, read_results
-from experiments.lib.sweeps.grid import RUNS, Run, folder_lock, read_list
+from deltaproduct_jax.files import decode, read_json, read_lines, write_file
+from deltaproduct_jax.training.extending import ABSENT, differences
+from deltaproduct_jax.training.records import (
+    CONFIG,
+    METRICS,
+    MOVED,
+    RUN,
+    read_results,
+    saved_config,
+)
+from experiments.lib.sweeps.grid import LIST, RUNS, Run, folder_lock, read_list
 
 LOG, ATTEMPTS = "log.txt", "attempts.jsonl"
 CSV, PARQUET = "results.csv", "results.parquet"
@@ -36,12 +45,28 @@ class Ended(TypedDict):
     error: str
 
 
+class Start(TypedDict):
+    """How and where a run was started or gone on with, an entry of run.json."""
+
+    time: NotRequired[str]
+    commit: NotRequired[str | None]
+    dirty: NotRequired[bool | None]
+    device_kind: NotRequired[str]
+    device_count: NotRequired[int]
+    runs_together: NotRequired[int]
+
+
+class _Starts(TypedDict):
+    starts: list[Start]
+
+
 class _Columns(TypedDict, total=False):
     """What is looked at of metrics.jsonl, where a script of somebody else's may have less."""
 
     step: int
     tokens: float
     tokens_per_second: float
+    time: float
 
 
 _MetricsLine = Annotated[dict[str, float], _Columns]
@@ -78,6 +103,11 @@ class RunFolder:
             return {}
         return decode(lines[-1], _MetricsLine, f"{self.path / METRICS}, last line")
 
+    def starts(self) -> list[Start]:
+        """How and where the run was started, in whosever sight; RunDirectoryError if damaged."""
+        path = self.path / RUN
+        return read_json(path, _Starts)["starts"] if path.exists() else []
+
     def attempts(self) -> list[Ended]:
         """The attempts that ended in the sight of a sweep; RunDirectoryError if damaged."""
         return read_lines(self.path / ATTEMPTS, Ended)
@@ -112,18 +142,39 @@ class RunFolder:
         except RunDirectoryError as error:
             return row | {"error": str(error)}
 
+    def require_own(self) -> None:
+        """Raises RunDirectoryError where the folder holds another run than the sweep's list says.
+
+        Folders that were trained elsewhere are put into a sweep by hand. What one of both does not
+        say, as another version or script may, is no difference.
+        """
+        if not (self.path / CONFIG).exists():
+            return
+        found = differences(saved_config(self.path), self.run.config)
+        found = {name: pair for name, pair in found.items() if ABSENT not in pair}
+        shown = ", ".join(
+            f"{name.rpartition('.')[2]} ({json.dumps(there)} there, {json.dumps(listed)} in {LIST})"
+            for name, (there, listed) in found.items()
+            if name not in MOVED
+        )
+        if shown:
+            raise RunDirectoryError(f"{self.path} holds another run, differing in {shown}")
+
     def _outcome(self) -> Row:
         """State, outcome and what went wrong; RunDirectoryError if a record is damaged."""
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is no directory")
+        self.require_own()
         results = read_results(self.path)
-        state, attempts = self.state(), self.attempts()
+        state, attempts, starts = self.state(), self.attempts(), self.starts()
         return {
             "state": state,
             **outcomes("results", results or {}),
             "train_seconds": train_seconds(self.path / METRICS),
-            # One that came to its end out of every sweep's sight took one nevertheless.
-            "attempts": max(len(attempts), int(state == "done")),
+            "hardware": hardware_of(starts) or None,
+            "commits": commits_of(starts) or None,
+            # Some may have been out of every sweep's sight, on another machine.
+            "attempts": max(len(attempts), len(starts), int(state == "done")),
             "error": attempts[-1]["error"] if state == "failed" else None,
         }
 
@@ -172,22 +223,45 @@ def outcomes(name: str, value: Any) -> dict[str, float | int | str]:
     return {k: v for part, entry in parts.items() for k, v in outcomes(part, entry).items()}
 
 
+def hardware_of(starts: Iterable[Start]) -> list[str]:
+    """The devices that runs were started on, each kind once, as far as it is known."""
+    known = (s for s in starts if "device_kind" in s and "device_count" in s)
+    return sorted({f"{start['device_count']} x {start['device_kind']}" for start in known})
+
+
+def commits_of(starts: Iterable[Start]) -> list[str]:
+    """The commits of the code that runs were started by, in their order, as far as it is known.
+
+    One whose files had been changed ends in "-dirty", as git itself says it.
+    """
+    known = [(start.get("commit"), start.get("dirty")) for start in starts]
+    named = [f"{commit[:7]}{'-dirty' if dirty else ''}" for commit, dirty in known if commit]
+    return list(dict.fromkeys(named))
+
+
 def train_seconds(path: Path) -> float | None:
     """Seconds spent training, compiling and evaluating left out, over all attempts.
 
     Raises:
         RunDirectoryError: the metrics are damaged.
     """
-    total, before = 0.0, 0.0
-    rows = read_lines(path, _MetricsLine)
+    spent = list(spans(path))
+    return sum(seconds for _, seconds in spent) if spent else None
+
+
+def spans(path: Path) -> Iterator[tuple[float, float]]:
+    """When each line of the metrics was written, and the seconds of training since the one before.
+
+    None at all where a line does not say how fast its steps were. Raises as `train_seconds` does.
+    """
+    rows, before = read_lines(path, _MetricsLine), 0.0
+    if not all({"tokens", "tokens_per_second"} <= row.keys() for row in rows):
+        return
     for number, row in enumerate(rows, start=1):
-        if not {"tokens", "tokens_per_second"} <= row.keys():
-            return None
         if not row["tokens_per_second"] > 0:
             raise RunDirectoryError(f"{path}, line {number}: tokens_per_second must be above 0")
-        total += (row["tokens"] - before) / row["tokens_per_second"]
+        yield row.get("time", math.inf), (row["tokens"] - before) / row["tokens_per_second"]
         before = row["tokens"]
-    return total if rows else None
 
 
 def write_tables(folder: Path, finished: dict[str, Row] | None = None) -> list[Row]:
@@ -219,7 +293,7 @@ def write_tables(folder: Path, finished: dict[str, Row] | None = None) -> list[R
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
     """All columns: what was swept first, then the settings, the outcomes, and how it went."""
-    first, last = ["run", "state"], ["train_seconds", "attempts", "error"]
+    first, last = ["run", "state"], ["train_seconds", "hardware", "commits", "attempts", "error"]
     between = [name for row in rows for name in row if name not in first + last]
     settings = [name for name in between if not name.startswith("results.")]
     found = [name for name in between if name.startswith("results.")]
