@@ -169,8 +169,8 @@ def command(argv: Sequence[str]) -> None:
     if failed and launch.launcher != "none":
         settings = ";".join(f"{key}={value}" for key, value in failed[0].items())
         raise ConfigError(
-            f"--arm={settings!r}: of every setting most runs have failed; {workdir / TRIED / CSV} "
-            "says why"
+            f"--arm={settings!r}: of every setting half of the runs or more have failed; "
+            f"{workdir / TRIED / CSV} says why"
         )
 
 

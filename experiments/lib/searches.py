@@ -8,25 +8,26 @@ reported, then trains from seeds that nothing was chosen by; what these score on
 """
 
 import datetime
+import json
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import read_lines
-from deltaproduct_jax.layers.registry import MIXERS
+from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.task import ACCURACIES
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.evaluation import scored, selection_of
-from deltaproduct_jax.training.records import METRICS, MetricsLine
+from deltaproduct_jax.training.records import METRICS, MetricsLine, read_results
 from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.together.numbers import program_of
 from experiments.lib.run_records import Record, best_score, label, less_is_better, reaches
@@ -34,9 +35,11 @@ from experiments.lib.sweeps.grid import (
     LIST,
     build,
     identity,
+    import_plugins_of,
     load_script,
     parse_fixed,
     read_list,
+    refuse_unknown,
 )
 from experiments.lib.sweeps.records import RunFolder, spans
 
@@ -90,19 +93,32 @@ def arms_of(
 
     Raises:
         ConfigError: an arm or what is fixed cannot be read, or decides what the search is to; two
-            arms are the same; no arm tries a field that was chosen among `SPACE`.
+            arms are the same; no arm tries a field that was chosen among `SPACE`; there are fewer
+            rates than settings.
     """
     module, constants = load_script(script), parse_fixed(fixed)
     given = [parse_fixed(text, "--arm") for text in texts] or [{MIXER: name} for name in MIXERS]
-    arms = []
-    for place, arm in enumerate(given):
-        if not arm or arm in given[:place]:
-            raise ConfigError(f"--arm={texts[place]!r} is empty, or there before; each is one row")
+    import_plugins_of(constants, [{key: [value] for key, value in arm.items()} for arm in given])
+    refuse_unknown(module, script, "--fixed", constants)
+    arms: list[Arm] = []
+    models: dict[str, str] = {}
+    for arm in given:
+        text = written(arm)
+        if not arm:
+            raise ConfigError("--arm='' is empty; it may be mixer=delta_product;num_householder=3")
+        refuse_unknown(module, script, "--arm", arm)
         decided = constants | arm
+        for key in constants.keys() & arm.keys():
+            raise ConfigError(
+                f"{key!r} is in --fixed, and in --arm={text!r} too; give it in one of them"
+            )
         for key in {RATE, SEED} & decided.keys():
             raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")
         config = build(module, decided)
         mixer, constant = MIXERS[config["model"][MIXER]], config["train"]["schedule"] == "constant"
+        same = models.setdefault(resolved(config, mixer), text)
+        if len(models) == len(arms):  # none was added
+            raise ConfigError(f"--arm={text!r} is the same as --arm={same!r}; each is one row")
         takes = [name for name in fields if mixer.takes(name) and name not in decided]
         own = (RATE, *takes, *(() if constant or END in decided else (END,)))
         tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
@@ -113,11 +129,34 @@ def arms_of(
     return arms
 
 
+def written(settings: Settings) -> str:
+    """Settings as the flags have them."""
+    return ";".join(f"{key}={value}" for key, value in settings.items())
+
+
+def resolved(config: Mapping[str, Any], mixer: RegisteredMixer) -> str:
+    """The same for the same configuration, what a mixer decides by itself included."""
+    own = {
+        name: mixer.default(name) if value is None and mixer.takes(name) else value
+        for name, value in config["model"].items()
+    }
+    return json.dumps({**config, "model": own}, sort_keys=True, default=repr)
+
+
 def tried_of(count: int, rates: tuple[float, float]) -> list[Settings]:
-    """So many settings, those of mixers that have every field; the same for the same arguments."""
+    """So many settings, those of mixers that have every field; the same for the same arguments.
+
+    Raises:
+        ConfigError: as many rates do not differ.
+    """
     low, high = rates
     steps = [low * (high / low) ** (index / max(1, count - 1)) for index in range(count)]
     columns = {RATE: [f"{rate:.3g}" for rate in steps]}
+    if len(set(columns[RATE])) < count:  # arms of more fields would have more tries
+        raise ConfigError(
+            f"settings={count} learning rates of three digits do not fit between "
+            f"lowest_rate={low:g} and highest_rate={high:g}; give fewer, or rates further apart"
+        )
     columns[END] = [f"{FINAL * rate:.3g}" for rate in steps]
     for name, values in SPACE.items():
         column = [values[index % len(values)] for index in range(count)]
@@ -162,18 +201,30 @@ class Folders:
         script, runs = read_list(workdir)
         self._workdir, self._module = workdir, load_script(script)
         self._fixed = parse_fixed(fixed)
-        self._runs = {identity(run.config): run for run in runs}
+        # An older version's list may not have every field.
+        self._runs = {identity(build(self._module, run.settings)): run for run in runs}
 
     def of(self, settings: Sequence[Settings]) -> list[RunFolder]:
-        """The folder of each; several may be one, where settings come to the same."""
+        """The folder of each; several may be one, where settings come to the same.
+
+        Raises:
+            RunDirectoryError: what one holds is damaged, or another run.
+        """
         configs = [build(self._module, self._fixed | each) for each in settings]
-        return [RunFolder(self._workdir, self._runs[identity(config)]) for config in configs]
+        found = [RunFolder(self._workdir, self._runs[identity(config)]) for config in configs]
+        for folder in found:  # else a damaged one would count as one that failed
+            folder.require_own()
+            read_results(folder.path)
+        return found
 
 
 def validation(folder: RunFolder) -> Scores | None:
     """What selected a run's checkpoint, larger for what is better; None of a run that failed.
 
     Behind it stands the loss, below zero: on an easy task many settings are right throughout.
+
+    Raises:
+        RunDirectoryError: the metrics are damaged.
     """
     results = folder.results()
     if results is None:
@@ -183,7 +234,12 @@ def validation(folder: RunFolder) -> Scores | None:
     found = (row for row in rows if row["step"] == results["best_step"])
     row = dict(next(found, {}))
     scores = selection_of(row, getattr(task, "selected_by", ACCURACIES))
-    return None if scores is None else (*scores, -row.get("valid_loss", math.inf))
+    if scores is None:
+        raise RunDirectoryError(
+            f"{folder.path / METRICS} has no scores of step {results['best_step']}, the best by "
+            "results.json"
+        )
+    return *scores, -row.get("valid_loss", math.inf)
 
 
 def median_of(scores: Sequence[Scores | None]) -> Scores | None:

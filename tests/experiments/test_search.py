@@ -6,6 +6,7 @@ import signal
 import types
 
 import pytest
+from search_stand_in import TINY, argv, ends
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
@@ -14,49 +15,7 @@ from experiments import prepare_text, redraw, search
 from experiments.lib import searches
 from experiments.lib.figures import searched, style
 from experiments.lib.run_records import Record
-from experiments.lib.sweeps.grid import build, claim, load_script, parse_fixed
-from experiments.lib.sweeps.records import RunFolder
-
-TINY = "steps=4;warmup_steps=0;eval_every=4;checkpoint_every=4;curriculum=();train_length=4"
-TINY += ";eval_lengths=4,6"
-ARMS = ["mixer=delta_product;num_householder=3", "mixer=gla"]
-
-
-def argv(workdir, *more):
-    arms = [f"--arm={arm}" for arm in ARMS]
-    return [f"--workdir={workdir}", *arms, f"--fixed=group=S3;{TINY}", *more]
-
-
-def ends(valid, test):
-    """Stands in for a sweep: runs end at once; ``valid`` and ``test`` score a run's settings."""
-
-    def run_sweep(workdir, sweep, launch):
-        for run in claim(workdir, *sweep):
-            folder = RunFolder(workdir, run)
-            score = valid(run.settings)
-            if score is None or folder.path.exists():
-                continue
-            folder.path.mkdir(parents=True)
-            row = {
-                "step": 4,
-                "loss": 1.0,
-                "accuracy": 0.5,
-                "learning_rate": 0.1,
-                "tokens": 8,
-                "time": 0.0,
-            }
-            row |= {"tokens_per_second": 8.0, "valid_sequence_accuracy": score}
-            row["valid_loss"] = 1e-4 / float(run.settings["learning_rate"])
-            other = row | {"step": 2, "valid_sequence_accuracy": 1.0, "valid_token_accuracy": 1.0}
-            lines = [json.dumps(r | {"valid_token_accuracy": score}) for r in (other, row)]
-            (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-            entries = [{"length": 4, "strict": {"sequence_accuracy": 0.0}}]
-            entries += [{"length": 6, "strict": {"sequence_accuracy": test(run.settings)}}]
-            results = {"steps": 4, "best_step": 4, "parameters": {"total": 7000}, "test": entries}
-            (folder.path / "results.json").write_text(json.dumps(results))
-        return True
-
-    return run_sweep
+from experiments.lib.sweeps.grid import build, load_script, parse_fixed
 
 
 def test_the_best_on_the_validation_split_is_trained_anew(tmp_path, monkeypatch, capsys):
@@ -196,8 +155,24 @@ def test_every_mixer_tries_as_much():
     [
         ("--arm=mixer=gla;seed=3", "seed=3 is in --arm or --fixed; the search decides it"),
         ("--arm=mixer=nothing", "mixer='nothing' is not known"),
-        ("--arm=", "--arm='' is empty, or there before; each is one row"),
-        ("--arm=mixer=gla", "--arm='mixer=gla' is empty, or there before"),
+        ("--arm=", "--arm='' is empty; it may be mixer=delta_product;num_householder=3"),
+        ("--arm=mixer=gla", "--arm='mixer=gla' is the same as --arm='mixer=gla'; each is one row"),
+        ("--arm=num_layers=1;mixer=gla", "gla' is the same as --arm='mixer=gla'; each is one row"),
+        (  # by what its mixer decides by itself
+            "--arm=mixer=gated_delta_product --arm=mixer=gated_delta_product;num_householder=2",
+            "num_householder=2' is the same as --arm='mixer=gated_delta_product'; each is one row",
+        ),
+        ("--arm=mixer=gla;group=S4", "'group' is in --fixed, and in --arm='mixer=gla;group=S4' to"),
+        (
+            "--arm=mixer=gla;num_heds=2",
+            "--arm: 'num_heds' is no setting of state_tracking; did you mean 'num_heads'?",
+        ),
+        ("--fixed=stepz=2", "--fixed: 'stepz' is no setting of state_tracking; did you mean 'ste"),
+        (  # arms of more fields would have more tries than others
+            "--highest_rate=1e-4",
+            "settings=12 learning rates of three digits do not fit between lowest_rate=0.0001 and "
+            "highest_rate=0.0001; give fewer",
+        ),
         ("--settings=0", "settings=0 is too small"),
         ("--fields=beta_bias,steps", "fields='steps' is not known; it may be one of"),
         ("--fields=beta_bias,beta_bias", "fields='beta_bias,beta_bias' has 'beta_bias' twice"),
@@ -224,8 +199,9 @@ def test_every_mixer_tries_as_much():
         ("--script=absent", "script='absent' is not known"),
     ],
 )
-def test_refusals_are_one_line_and_start_nothing(tmp_path, capsys, flag, says):
-    assert search.main(argv(tmp_path / "s", flag)) == 2
+def test_refusals_are_one_line_and_start_nothing(tmp_path, monkeypatch, capsys, flag, says):
+    monkeypatch.setattr(search, "run_sweep", lambda *given: pytest.fail("something is started"))
+    assert search.main(argv(tmp_path / "s", *flag.split(" "))) == 2
     error = capsys.readouterr().err
     assert re.search(re.escape(says), error)
     assert error.count("\n") == 1
@@ -260,7 +236,7 @@ def test_an_arm_that_always_fails_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(search, "run_sweep", ends(valid, lambda settings: 0.5))
     assert search.main(argv(tmp_path, "--settings=2", "--seeds=1", "--fresh=1")) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: --arm='mixer=gla': of every setting most runs have failed; "
+        "error: --arm='mixer=gla': of every setting half of the runs or more have failed; "
         f"{tmp_path}/tried/results.csv says why"
     )
     assert "| delta_product, n_h = 3 |" in (tmp_path / "search.md").read_text()

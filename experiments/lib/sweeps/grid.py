@@ -181,7 +181,7 @@ def expand(script: str, grids: Sequence[str], fixed: str, most: int = MOST_RUNS)
     parsed = [parse_grid("--grid", text, most) for text in grids]
     count = sum(math.prod(map(len, grid.values())) for grid in parsed)
     _require_fewer("--grid", "what is given", count, most)
-    _import_plugins(constants, parsed)
+    import_plugins_of(constants, parsed)
     refuse_unknown(module, script, "--fixed", constants)
     runs: list[Run] = []
     taken: set[str] = set()
@@ -202,7 +202,7 @@ def expand(script: str, grids: Sequence[str], fixed: str, most: int = MOST_RUNS)
     return runs
 
 
-def _import_plugins(constants: dict[str, str], grids: Iterable[dict[str, list[str]]]) -> None:
+def import_plugins_of(constants: dict[str, str], grids: Iterable[dict[str, list[str]]]) -> None:
     """Imports what the settings name; files get whole paths, since runs may start elsewhere."""
     whole = lambda text: ",".join(map(absolute, text.split(",")))
     if "plugins" in constants:

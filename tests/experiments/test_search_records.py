@@ -1,0 +1,65 @@
+"""A search that goes on from records: older ones, damaged ones, those of another run."""
+
+import json
+
+import pytest
+from search_stand_in import argv, ends
+
+from experiments import search
+
+MORE = ["--settings=2", "--seeds=1", "--fresh=2"]
+
+
+@pytest.fixture
+def searched(tmp_path, monkeypatch):
+    """A search that has ended; its runs may be made again."""
+    rate = lambda settings: float(settings["learning_rate"]) * 50
+    monkeypatch.setattr(search, "run_sweep", ends(rate, rate))
+    assert search.main(argv(tmp_path, *MORE)) == 0
+    return tmp_path
+
+
+def test_a_list_of_an_older_version_lacks_fields(searched):
+    before = (searched / "search.json").read_text()
+    for part in ("tried", "chosen"):
+        path = searched / part / "runs.json"
+        saved = json.loads(path.read_text())
+        for run in saved["runs"]:
+            del run["config"]["train"]["max_skipped_steps"]
+        path.write_text(json.dumps(saved))
+    assert search.main(argv(searched, *MORE)) == 0
+    assert (searched / "search.json").read_text() == before
+
+
+def break_results(run):
+    (run / "results.json").write_bytes((run / "results.json").read_bytes()[:40])
+
+
+def break_metrics(run):
+    (run / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes()[:-40])
+
+
+def swap(run):
+    config = json.loads((run.parents[1] / "runs.json").read_text())["runs"][0]["config"]
+    config["train"]["learning_rate"] = 0.5
+    (run / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("part", "harm", "says"),
+    [
+        ("tried", break_results, "results.json is not valid JSON"),
+        ("chosen", break_results, "results.json is not valid JSON"),
+        ("tried", break_metrics, "metrics.jsonl has no scores of step 4, the best by results.json"),
+        ("tried", swap, "holds another run, differing in learning_rate (0.5 there, "),
+        ("chosen", swap, "holds another run, differing in learning_rate (0.5 there, "),
+    ],
+)
+def test_a_damaged_record_is_no_run_that_failed(part, harm, says, searched, capsys):
+    before = (searched / "search.json").read_text()
+    harm(min((searched / part / "runs").iterdir()))
+    assert search.main(argv(searched, *MORE)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert says in error
+    assert (searched / "search.json").read_text() == before
