@@ -173,7 +173,8 @@ def grid_of(settings: Settings) -> str:
 def grids_there(workdir: Path) -> list[str]:
     """Grids of the runs that a sweep has, so that others may be added; of none where there is none.
 
-    What is chosen changes where a run that failed has come to its end since.
+    What is chosen changes where a run that failed has come to its end since, or what was looked at
+    before all had ended. What is no choice any more is kept, and not run to its end.
     """
     runs = read_list(workdir)[1] if (workdir / LIST).exists() else []
     return [grid_of({key: run.settings[key] for key in run.keys}) for run in runs]

@@ -4,8 +4,10 @@ import json
 
 import pytest
 from search_stand_in import argv, ends
+from sweeps.helpers import names, starts
 
 from experiments import search
+from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 
 MORE = ["--settings=2", "--seeds=1", "--fresh=2"]
 
@@ -63,3 +65,29 @@ def test_a_damaged_record_is_no_run_that_failed(part, harm, says, searched, caps
     assert error.startswith("error: ")
     assert says in error
     assert (searched / "search.json").read_text() == before
+
+
+def test_what_is_no_choice_any_more_is_not_run(tmp_path, monkeypatch):
+    """A look at the table half-way chooses the lower rate, the end of the search the higher one."""
+    half = lambda settings: 0.5 if settings["learning_rate"] == "0.0001" else None
+    nothing, half_way = ends(lambda s: None, half), ends(half, half)
+    sweeps = iter([half_way, nothing])
+    monkeypatch.setattr(search, "run_sweep", lambda *given: next(sweeps)(*given))
+    assert search.main(argv(tmp_path, *MORE, "--launcher=none")) == 0
+    rate = lambda settings: float(settings["learning_rate"]) * 50
+    monkeypatch.setattr(search, "run_sweep", ends(rate, rate))
+    assert search.main(argv(tmp_path, *MORE)) == 0
+    made = [path.name for path in (tmp_path / "chosen" / "runs").iterdir()]
+    assert len(made) == 4
+    assert all("learning_rate=0.01," in name for name in made)
+    names = [r["name"] for r in json.loads((tmp_path / "chosen" / "runs.json").read_text())["runs"]]
+    assert len(names) == 8
+    assert json.loads((tmp_path / "search.json").read_text())["missing"] == 0
+
+
+def test_kept_runs_of_a_sweep_are_in_its_list_and_not_begun(tmp_path, capsys):
+    sweep = Sweep("tests.stand_in", ["seed=0"], "", kept=["seed=0:3"])
+    assert run_sweep(tmp_path, sweep, LaunchConfig())
+    assert names(tmp_path) == ["seed=0", "seed=1", "seed=2"]
+    assert starts(tmp_path) == {"seed=0": 1}
+    assert "1 runs: 1 done" in capsys.readouterr().out

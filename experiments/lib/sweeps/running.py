@@ -9,7 +9,14 @@ from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_o
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib.sweeps.devices import device_flags
-from experiments.lib.sweeps.grid import MOST_RUNS, Run, claim, parse_fixed
+from experiments.lib.sweeps.grid import (
+    MOST_RUNS,
+    Run,
+    claim,
+    expand,
+    identity,
+    parse_fixed,
+)
 from experiments.lib.sweeps.launchers import (
     LocalLauncher,
     SubmititLauncher,
@@ -25,12 +32,23 @@ POLL_S = 0.1
 
 
 class Sweep(NamedTuple):
-    """What is run, as `grid.claim` takes it."""
+    """What is run, as `grid.claim` takes it; of the ``kept`` grids nothing is begun any more."""
 
     script: str | None
     grids: Sequence[str]
     fixed: str
     most: int = MOST_RUNS
+    kept: Sequence[str] = ()
+
+    def idle(self) -> set[str]:
+        """The `grid.identity` of the runs that are in the kept grids alone."""
+        if not self.kept:
+            return set()
+        kept, wanted = (
+            {identity(run.config) for run in expand(self.script, grids, self.fixed, self.most)}
+            for grids in (self.kept, self.grids)
+        )
+        return kept - wanted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,13 +127,16 @@ def run_sweep(workdir: Path, sweep: Sweep, launch: LaunchConfig) -> bool:
         nonlocal launcher  # which is known to work before anything is written
         launcher = make_launcher(launch, workdir, script, wanted)
 
-    runs = claim(workdir, *sweep, accept, to_run=launch.launcher != "none")
+    script, grids, fixed, most, kept = sweep
+    to_run = launch.launcher != "none"
+    runs = claim(workdir, script, [*grids, *kept], fixed, most, accept, to_run=to_run)
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if launcher is None:
         summarize(workdir)
         return True
-    entries = [Entry(RunFolder(workdir, run)) for run in runs]
+    idle = sweep.idle()
+    entries = [Entry(RunFolder(workdir, r)) for r in runs if identity(r.config) not in idle]
     units = launcher.units([entry for entry in entries if not entry.is_done()])
 
     finished: dict[str, Row] = {}
