@@ -192,11 +192,13 @@ def run(
     """
     each = [settings for of_arm in groups for group in of_arm for settings in group]
     grids, stopped = [grid_of(settings) for settings in each], None
-    kept = grids_there(workdir) if workdir.name == CHOSEN else []
+    there = grids_there(workdir) if workdir.name == CHOSEN else []
+    kept = [grid for grid in there if grid not in grids]
+    most = config.max_runs + len(kept)
     said = counted(config.script, config.fixed, each, together=launch.launcher == "vmap")
     print(f"{workdir.name}: {said}", file=sys.stderr, flush=True)
     try:
-        run_sweep(workdir, Sweep(config.script, grids, config.fixed, config.max_runs, kept), launch)
+        run_sweep(workdir, Sweep(config.script, grids, config.fixed, most, kept), launch)
     except Stopped as error:
         stopped = error
     found = Folders(workdir, config.fixed)

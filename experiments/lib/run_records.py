@@ -183,7 +183,7 @@ def _value(record: Record, key: str) -> str:
 
 def _folders(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     """The runs' folders, each with the settings that the list of them says, if there is one."""
-    if source.suffix == ".csv":
+    if source.suffix == ".csv" and not source.is_dir():
         return [(source.parent / RUNS / row["run"], row) for row in _lines(source)]
     if not is_there(source / LIST):
         return [(path.parent, {}) for path in sorted(source.glob(f"*/{CONFIG}"))]

@@ -65,6 +65,8 @@ def test_what_is_left_out_is_counted_by_cell(source):
     assert run_records.left_out(source, keys=["nothing", "group"]).startswith("4 of 6 runs")
     # Of a folder of runs nobody knows what else there was to be.
     assert run_records.left_out(source / "runs").startswith("3 of 5 runs")
+    (source.parent / "some.csv").symlink_to(source)  # a folder of such a name
+    assert run_records.left_out(source.parent / "some.csv", keys=keys) == SAYS
     lines = "run,group,num_householder\na,S5,4\nb,S5,4\ngone,S5,3\n"
     (source / "some.csv").write_text(lines)
     assert run_records.left_out(source / "some.csv", keys=keys) == (

@@ -83,6 +83,8 @@ def test_what_is_no_choice_any_more_is_not_run(tmp_path, monkeypatch):
     names = [r["name"] for r in json.loads((tmp_path / "chosen" / "runs.json").read_text())["runs"]]
     assert len(names) == 8
     assert json.loads((tmp_path / "search.json").read_text())["missing"] == 0
+    # Those that were there before are not taken for more than there may be.
+    assert search.main(argv(tmp_path, *MORE, "--max_runs=4")) == 0
 
 
 def test_kept_runs_of_a_sweep_are_in_its_list_and_not_begun(tmp_path, capsys):
