@@ -24,7 +24,7 @@ from deltaproduct_jax.training.records import (
     saved_config,
 )
 from experiments.lib.folders import SWEEP, held_by
-from experiments.lib.sweeps.grid import LIST, RUNS, is_run_name, parse_grid, read_list
+from experiments.lib.sweeps.grid import LIST, RUNS, identity, is_run_name, parse_grid, read_list
 from experiments.lib.sweeps.records import RunFolder, spell
 
 MOST_NAMED = 16  # groups of runs that are left out
@@ -186,7 +186,7 @@ def _folders(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     if source.suffix == ".csv" and not source.is_dir():
         return [(source.parent / RUNS / row["run"], row) for row in _lines(source)]
     if not is_there(source / LIST):
-        return [(path.parent, {}) for path in sorted(source.glob(f"*/{CONFIG}"))]
+        return [(folder, {}) for folder in _different(source)]
     found = []
     for run in read_list(source)[1]:
         folder = RunFolder(source, run)
@@ -206,6 +206,19 @@ def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
     return {} if factors is None else {"num_householder": factors}
 
 
+def _different(source: Path) -> list[Path]:
+    """The run directories in a folder; ConfigError where a run is there twice, as after copying."""
+    found: dict[str, Path] = {}
+    for path in sorted(source.glob(f"*/{CONFIG}")):
+        same = found.setdefault(identity(saved_config(path.parent)), path.parent)
+        if same != path.parent:
+            raise ConfigError(
+                f"source={str(source)!r} has one run twice, {same.name} and {path.parent.name}, "
+                "which would count as two; leave one of them"
+            )
+    return list(found.values())
+
+
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a results.csv, settings as they are written."""
     try:
@@ -217,9 +230,15 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"source={str(path)!r} is no table: {error}") from error
     except KeyError as error:
         raise ConfigError(f"source={str(path)!r} has no column 'run'") from error
-    wrong = [row["run"] for row in rows if not is_run_name(row["run"])]
-    if wrong:
-        raise ConfigError(f"source={str(path)!r}: run={wrong[0]!r} is no name of a run's folder")
+    seen: set[str] = set()
+    for name in (row["run"] for row in rows):
+        if not is_run_name(name):
+            raise ConfigError(f"source={str(path)!r}: run={name!r} is no name of a run's folder")
+        if name in seen:
+            raise ConfigError(
+                f"source={str(path)!r} has run={name!r} twice, which would count twice"
+            )
+        seen.add(name)
     return rows
 
 

@@ -1,6 +1,7 @@
 """Runs without results: what tables and pictures say of them, cell by cell."""
 
 import json
+import shutil
 
 import pytest
 
@@ -119,3 +120,18 @@ def test_a_run_in_the_place_of_another_is_not_shown_as_that(source, tmp_path, ca
     assert figures.main([f"--workdir={tmp_path}", f"--source={source}"]) == 2
     says = "holds another run, differing in num_householder (3 there, 4 in runs.json)"
     assert says in capsys.readouterr().err
+
+
+def test_a_run_that_is_there_twice_does_not_count_twice(source, tmp_path, capsys):
+    flags = [f"--workdir={tmp_path}", "--where=group=S5"]
+    shutil.copytree(source / "runs" / "a", source / "runs" / "copy")
+    assert figures.main([*flags, f"--source={source / 'runs'}"]) == 2
+    assert "has one run twice, a and copy, which would count as two" in capsys.readouterr().err
+    (source / "some.csv").write_text("run\na\nb\na\n")
+    assert figures.main([*flags, f"--source={source / 'some.csv'}"]) == 2
+    assert "some.csv' has run='a' twice" in capsys.readouterr().err
+    saved = json.loads((source / "runs.json").read_text())
+    saved["runs"].append(saved["runs"][1])
+    (source / "runs.json").write_text(json.dumps(saved))
+    assert figures.main([*flags, f"--source={source}"]) == 2
+    assert "runs.json: runs[6].name='a' is there twice" in capsys.readouterr().err

@@ -291,11 +291,14 @@ def read_list(folder: Path) -> tuple[str, list[Run]]:
     if not path.exists():
         raise RunDirectoryError(f"workdir={folder} has no {LIST}; it may be the folder of a sweep")
     saved = read_json(path, _SavedList)
-    runs = []
+    runs, taken = [], set()
     for index, run in enumerate(saved["runs"]):
         place, name, keys = f"{path}: runs[{index}]", run["name"], tuple(run["keys"])
         if not is_run_name(name):
             raise RunDirectoryError(f"{place}.name={name!r} is no name of a run's folder")
+        if name in taken:
+            raise RunDirectoryError(f"{place}.name={name!r} is there twice")
+        taken.add(name)
         unset = [key for key in keys if key not in run["settings"]]
         if unset:
             raise RunDirectoryError(f"{place}.keys has {unset[0]!r}, which is not in its settings")
