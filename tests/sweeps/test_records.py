@@ -123,6 +123,11 @@ def test_a_run_from_elsewhere_says_where_it_was_made(tmp_path):
     row = folder.row()
     assert row["state"] == "damaged"
     assert row["error"].endswith("holds another run, differing in seed (1 there, 0 in runs.json)")
+    results = {"steps": 3, "best_step": 2, "parameters": {"total": 7}, "test": []}
+    (folder.path / "results.json").write_text(json.dumps(results))
+    assert folder.results() is None  # so that the run is begun, and says why it is not
+    (folder.path / "config.json").write_text('{"train": {"seed": 0}}')
+    assert folder.results() == results
 
 
 def test_hours_are_shared_by_those_that_trained_together_at_the_time(tmp_path):

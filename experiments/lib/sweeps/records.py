@@ -86,10 +86,16 @@ class RunFolder:
         self._results: dict[str, Any] | None = None
 
     def results(self) -> dict[str, Any] | None:
-        """The outcome, None before the end; a damaged one is left to the run to complain of."""
+        """The outcome, None before the end.
+
+        A damaged one, or another run's, is left to the run to complain of.
+        """
         if self._results is None:
             with contextlib.suppress(RunDirectoryError):
-                self._results = read_results(self.path)
+                found = read_results(self.path)
+                if found is not None:
+                    self.require_own()
+                self._results = found
         return self._results
 
     def last_row(self) -> dict[str, float]:
