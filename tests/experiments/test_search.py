@@ -6,7 +6,7 @@ import signal
 import types
 
 import pytest
-from search_stand_in import TINY, argv, ends
+from sweeps.search_stand_in import TINY, argv, ends
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
@@ -90,6 +90,9 @@ def test_what_has_ended_when_a_search_is_stopped_is_told(tmp_path, monkeypatch, 
     assert [(row["scores"], row["runs"], row["median"]) for row in record["rows"]] == [
         ([0.75], 2, None)
     ] * 2
+    (legend,) = searched.search_figure(record, style.Look()).legends
+    said = " ".join(legend.get_title().get_text().split())
+    assert said == "Runs without results: 2. They count as the worst; the search was stopped."
     text = table.read_text()
     assert "tried, so that others may do better: delta_product, n_h = 3; gla." in text
     assert capsys.readouterr().err.startswith("tried: 4 runs\nchosen: 4 runs\n")
@@ -257,6 +260,7 @@ def test_a_run_that_failed_is_below_all(scores, runs, median):
 def test_a_search_by_a_loss_takes_less_for_better():
     arm = searches.Arm({"mixer": "gla"}, searches.tried_of(2, (1e-3, 1e-2)))
     record = {"threshold": 2.0, "metric": "bits_per_byte", "length": None, "tried": []}
+    record |= {"missing": 0, "stopped": False}
     found = lambda score: {"test": [{"length": 4, "bits_per_byte": score}]}
     run = lambda score: types.SimpleNamespace(
         results=lambda: found(score) | {"parameters": {"total": 7}},

@@ -53,17 +53,25 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
     ends = "; ".join(_arm(row) for row in record["rows"] if row["rate_at_an_end"])
     if ends:
         yield f"Chosen at an end of the rates tried, so that others may do better: {ends}."
-    if record["missing"]:
-        text = f"Runs without results: {record['missing']}. They count as the worst"
-        yield f"{text}; the search was stopped." if record["stopped"] else f"{text}."
+    missing = _missing(record)
+    if missing is not None:
+        yield missing
+
+
+def _missing(record: Mapping[str, Any]) -> str | None:
+    """How many runs have no results, which the picture says too; None where all have."""
+    if not record["missing"]:
+        return None
+    text = f"Runs without results: {record['missing']}. They count as the worst"
+    return f"{text}; the search was stopped." if record["stopped"] else f"{text}."
 
 
 def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
     """Every fresh seed of every arm as a point, the median as a bar across.
 
     Args:
-        record: its "rows", and what they show: "metric", "length" (None: the longest) and the
-            "threshold" of escaping.
+        record: its "rows", and what they show: "metric", "length" (None: the longest), the
+            "threshold" of escaping, how many runs are "missing" and whether it was "stopped".
         look: the figure's width.
     """
     rows = record["rows"]
@@ -88,7 +96,7 @@ def search_figure(record: Mapping[str, Any], look: Look) -> "Figure":
     axes.set_xlabel(names.metric(record["metric"]) + where)
     threshold = mark(color="0.35", linestyle=(0, (1, 1)), linewidth=1)
     named = {"a seed": mark(**POINT), "median": mark(**MEDIAN), "escaped from here": threshold}
-    add_legend(figure, named)
+    add_legend(figure, named, _missing(record))
     return figure
 
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from search_stand_in import argv, ends
 from sweeps.helpers import names, starts
+from sweeps.search_stand_in import argv, ends
 
 from experiments import search
 from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
