@@ -1,5 +1,6 @@
 """The (Gated) DeltaProduct layer as a cell of Flax's recurrent family."""
 
+import math
 from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
@@ -106,8 +107,9 @@ class DeltaProductCell(nnx.RNNCellBase):
         check_width("inputs", inputs, self.in_features)
         batch = inputs.shape[:-1]
         carry = as_like("carry", carry, jax.eval_shape(lambda: self.initialize_carry(inputs.shape)))
-        flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), carry)
-        y, flat = self.mixer.step(flat, inputs.reshape(-1, inputs.shape[-1]))
+        rows = math.prod(batch)  # counted, as the inputs of no convolution have size 0
+        flat = jax.tree.map(lambda a: a.reshape(rows, *a.shape[len(batch) :]), carry)
+        y, flat = self.mixer.step(flat, inputs.reshape(rows, inputs.shape[-1]))
         carry = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)
         return carry, y.reshape(*batch, self.in_features)
 

@@ -141,8 +141,10 @@ def test_several_blocks_over_explicit_axes(mixer, devices, axes):
     assert logits.sharding.spec[0] == axes[0]
 
 
-def test_a_cell_takes_no_rows():
-    make = lambda: DeltaProductCell(8, num_heads=2, head_dim=4, rngs=nnx.Rngs(0))
+@pytest.mark.parametrize("options", [{}, {"use_short_conv": False}, {"conv_size": 1}])
+def test_a_cell_takes_rows_of_any_axes_and_none(options):
+    """Whatever it keeps of a convolution, which is nothing without one."""
+    make = lambda: DeltaProductCell(8, **SIZES, **options, rngs=nnx.Rngs(0))
     graph, params = nnx.split(nnx.eval_shape(make))
 
     def run(params, x):
@@ -150,7 +152,7 @@ def test_a_cell_takes_no_rows():
         carry = cell.initialize_carry(x.shape)
         return carry, *cell(carry, x)
 
-    for batch in ((0,), (2, 0), (0, 3)):
+    for batch in ((), (3,), (2, 3), (0,), (2, 0), (0, 3)):
         before, after, y = jax.eval_shape(run, params, jax.ShapeDtypeStruct((*batch, 8), "f4"))
         assert y.shape == (*batch, 8)
         assert after == before
