@@ -165,11 +165,11 @@ def as_dtype(name: str, value: Any) -> np.dtype:
     return dtype
 
 
-def check_segment_dtype(dtype: np.dtype) -> None:
+def check_segment_dtype(dtype: np.dtype, name: str = "segment_ids") -> None:
     """ValueError unless ids of segments may have this dtype."""
     if not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"segment_ids must have an integer dtype, got {dtype.name}; "
+            f"{name} must have an integer dtype, got {dtype.name}; "
             "one id per token, a new segment wherever the id changes"
         )
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
-from deltaproduct_jax.ops.checks import check_shape, check_size
+from deltaproduct_jax.ops.checks import as_array, check_segment_dtype, check_shape, check_size
 from deltaproduct_jax.ops.parts import on_each_row
 
 # Tokens of a segment that are read at once, where the state after every segment is wanted.
@@ -30,11 +30,13 @@ def segment_ids_from_cu_seqlens(
     """Segment ids of one packed row from cumulative lengths ``[0, l_1, l_1 + l_2, ...]``.
 
     Args:
-      cu_seqlens: bounds in tokens, not decreasing; may be traced.
+      cu_seqlens: bounds in tokens from 0 to at most T, not decreasing; may be traced, and then no
+        value is looked at.
       num_tokens: T, the length of the row; tokens past the last bound get an id of their own.
 
     Raises:
-      ValueError: the bounds are no integers in one dimension, or ``num_tokens`` is no size.
+      ValueError: the bounds are no integers in one dimension, or not as said, or ``num_tokens`` is
+        no size.
 
     Returns:
       ids [1, T], int32: the index of the sequence that each token belongs to.
@@ -46,9 +48,22 @@ def segment_ids_from_cu_seqlens(
             f"{cu_seqlens.dtype.name} of shape {cu_seqlens.shape}"
         )
     check_size("num_tokens", num_tokens, 0)
+    is_known = not isinstance(cu_seqlens, jax.core.Tracer) and cu_seqlens.is_fully_addressable
+    if is_known and isinstance(num_tokens, int | np.integer):
+        _check_bounds(jax.device_get(cu_seqlens), num_tokens)
     positions = jnp.arange(num_tokens)
     ids = jnp.searchsorted(cu_seqlens, positions, side="right") - 1
     return ids.astype(jnp.int32)[None]
+
+
+def _check_bounds(bounds: np.ndarray, num_tokens: int) -> None:
+    """ValueError unless these are bounds of sequences in a row of so many tokens."""
+    wide = bounds.astype(np.int64)
+    if not len(wide) or wide[0] or np.any(wide[1:] < wide[:-1]) or wide[-1] > num_tokens:
+        raise ValueError(
+            f"cu_seqlens must begin with 0, never decrease, and end at num_tokens={num_tokens} at "
+            f"most, got {np.array2string(bounds, separator=', ', threshold=8)}"
+        )
 
 
 def cu_seqlens_from_segment_ids(
@@ -59,7 +74,7 @@ def cu_seqlens_from_segment_ids(
     Runs on the host: how many segments there are depends on the values.
 
     Raises:
-      ValueError: the ids are being traced, or are not those of one row.
+      ValueError: the ids are being traced, or are not those of one row, or no integers.
     """
     if isinstance(segment_ids, jax.core.Tracer):
         raise ValueError(
@@ -69,6 +84,7 @@ def cu_seqlens_from_segment_ids(
     ids = np.asarray(segment_ids)
     if ids.ndim != 2 or ids.shape[0] != 1:
         raise ValueError(f"segment_ids must be those of one row, [1, T], got shape {ids.shape}")
+    check_segment_dtype(ids.dtype)
     if ids.size == 0:
         return np.zeros(1, np.int32)
     starts = np.flatnonzero(ids[0, 1:] != ids[0, :-1]) + 1
@@ -91,13 +107,16 @@ def carry_state(
       next_ids: id of each row's first token after it.
 
     Raises:
-      ValueError: there is not one id a row.
+      ValueError: an argument is no array of its shape, or an id no integer.
     """
     sizes: dict[str, int] = {}
+    state = as_array("state", state)
     check_shape("state", state.shape, ("B", "Hv", "K", "V"), sizes)
-    for name, ids in (("last_ids", last_ids), ("next_ids", next_ids)):
-        check_shape(name, ids.shape, ("B",), sizes)
-    same = jnp.asarray(last_ids) == jnp.asarray(next_ids)
+    ids = [as_array("last_ids", last_ids), as_array("next_ids", next_ids)]
+    for name, array in zip(("last_ids", "next_ids"), ids, strict=True):
+        check_shape(name, array.shape, ("B",), sizes)
+        check_segment_dtype(array.dtype, name)
+    same = ids[0] == ids[1]
     return jnp.where(same[:, None, None, None], state, 0)
 
 

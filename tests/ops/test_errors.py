@@ -225,6 +225,17 @@ def test_packing():
         segment_ids_from_cu_seqlens(jnp.array([0.0, 3.0]), 3)
     with pytest.raises(ValueError, match="num_tokens must be a whole number of at least 0, got -3"):
         segment_ids_from_cu_seqlens(jnp.array([0, 3]), -3)
+    # Values that are known: such bounds would give other segments, without a word.
+    for bounds in ([0, 3, 2], [1, 3], [0, 5], []):
+        text = f"and end at num_tokens=4 at most, got {bounds}"
+        with pytest.raises(ValueError, match=re.escape(text)):
+            segment_ids_from_cu_seqlens(np.array(bounds, np.int32), 4)
+    with pytest.raises(ValueError, match="last_ids must have an integer dtype, got float32"):
+        carry_state(state, ids.astype(jnp.float32), ids)
+    with pytest.raises(ValueError, match="next_ids must be a JAX or NumPy array, got list"):
+        carry_state(state, ids, [0] * B)
+    with pytest.raises(ValueError, match="segment_ids must have an integer dtype, got float32"):
+        cu_seqlens_from_segment_ids(np.zeros((1, 4), np.float32))
 
 
 def test_segment_ids_of_unknown_values():
