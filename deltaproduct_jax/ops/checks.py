@@ -33,14 +33,32 @@ LAYOUT = {
 
 
 def as_array(name: str, value: Any) -> jax.Array:
-    """``value`` as a JAX array; ValueError unless it is an array already (NumPy's count)."""
+    """``value`` as a JAX array; ValueError unless it is an array already (NumPy's count).
+
+    Integers of NumPy's must fit the dtype that JAX makes of them: it would cut off what does not,
+    so that an id became another.
+    """
     if not isinstance(value, jax.Array | np.ndarray | np.generic):
         raise ValueError(f"{name} must be a JAX or NumPy array, got {type(value).__name__}")
     if isinstance(value, np.ma.MaskedArray):
         raise ValueError(f"{name} must be an array without a mask of NumPy's; fill it")
     if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
         raise ValueError(f"{name} must be an array of numbers or of bool, got {value.dtype}")
-    return jnp.asarray(value)
+    array = jnp.asarray(value)
+    if array.dtype != value.dtype and jnp.issubdtype(value.dtype, jnp.integer) and value.size:
+        _check_held(name, value, array.dtype)
+    return array
+
+
+def _check_held(name: str, value: np.ndarray | np.generic, dtype: np.dtype) -> None:
+    """ValueError unless integers, of which there is one at least, are the same in ``dtype``."""
+    least, most, held = int(np.min(value)), int(np.max(value)), np.iinfo(dtype)
+    if least < held.min or most > held.max:
+        raise ValueError(
+            f"{name} must hold integers from {held.min} to {held.max}, which {dtype.name} can, got "
+            f"some from {least} to {most}; jax.config.update('jax_enable_x64', True) keeps "
+            f"{value.dtype.name}"
+        )
 
 
 def check_inputs(

@@ -41,7 +41,8 @@ def segment_ids_from_cu_seqlens(
     Returns:
       ids [1, T], int32: the index of the sequence that each token belongs to.
     """
-    cu_seqlens = jnp.asarray(cu_seqlens)
+    is_array = isinstance(cu_seqlens, jax.Array)
+    cu_seqlens = as_array("cu_seqlens", cu_seqlens if is_array else np.asarray(cu_seqlens))
     if cu_seqlens.ndim != 1 or not jnp.issubdtype(cu_seqlens.dtype, jnp.integer):
         raise ValueError(
             "cu_seqlens must be integers in one dimension, [0, l_1, l_1 + l_2, ...], got "

@@ -90,6 +90,11 @@ CASES = {
         inputs(segment_ids=jnp.zeros((B, T))),
         "segment_ids must have an integer dtype, got float32",
     ),
+    "segment_ids that JAX would cut off": (
+        inputs(segment_ids=np.arange(B * T).reshape(B, T) << 32),
+        "segment_ids must hold integers from -2147483648 to 2147483647, which int32 can, got some "
+        f"from 0 to {(B * T - 1) << 32}; jax.config.update('jax_enable_x64', True) keeps int64",
+    ),
     "segment_ids shape": (
         inputs(segment_ids=jnp.zeros((T,), int)),
         "segment_ids must have 2 dimensions [B, T] with B=2, T=5, got 1: shape (5,)",
@@ -230,6 +235,8 @@ def test_packing():
         text = f"and end at num_tokens=4 at most, got {bounds}"
         with pytest.raises(ValueError, match=re.escape(text)):
             segment_ids_from_cu_seqlens(np.array(bounds, np.int32), 4)
+    with pytest.raises(ValueError, match="cu_seqlens must hold integers from -2147483648"):
+        segment_ids_from_cu_seqlens(np.array([0, 1 << 32]), 4)
     with pytest.raises(ValueError, match="last_ids must have an integer dtype, got float32"):
         carry_state(state, ids.astype(jnp.float32), ids)
     with pytest.raises(ValueError, match="next_ids must be a JAX or NumPy array, got list"):
