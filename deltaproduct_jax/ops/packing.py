@@ -52,7 +52,9 @@ def segment_ids_from_cu_seqlens(
     is_known = not isinstance(cu_seqlens, jax.core.Tracer) and cu_seqlens.is_fully_addressable
     if is_known and isinstance(num_tokens, int | np.integer):
         _check_bounds(jax.device_get(cu_seqlens), num_tokens)
-    positions = jnp.arange(num_tokens)
+    if cu_seqlens.dtype.itemsize < 4:  # which may not hold the positions
+        cu_seqlens = cu_seqlens.astype(jnp.int32)
+    positions = jnp.arange(num_tokens, dtype=cu_seqlens.dtype)
     ids = jnp.searchsorted(cu_seqlens, positions, side="right") - 1
     return ids.astype(jnp.int32)[None]
 
@@ -196,7 +198,8 @@ def by_segment(
     def in_rows(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)
         x = _along(x.reshape(B, N * P, *x.shape[3:]), cut.place)
-        return jnp.where(_like(cut.segment_of_token < S, x), x, jnp.full((), jnp.nan, x.dtype))
+        # No array of its own, in which `jax.debug_nans` would find a NaN whatever the inputs are.
+        return jnp.where(_like(cut.segment_of_token < S, x), x, jnp.nan)
 
     return jax.tree.map(in_rows, outputs), states
 

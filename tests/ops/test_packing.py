@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,13 @@ def test_round_trip(lengths):
 def test_padding_behind_the_last_bound_is_a_segment_of_its_own():
     ids = jax.jit(segment_ids_from_cu_seqlens, static_argnums=1)(jnp.array([0, 2, 3]), 5)
     np.testing.assert_array_equal(ids, [[0, 0, 1, 2, 2]])
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", "uint32"])
+def test_bounds_of_any_integers(dtype):
+    """A row may be longer than the bounds' dtype could count."""
+    ids = segment_ids_from_cu_seqlens(jnp.array([0, 2, 3], dtype), 300)
+    np.testing.assert_array_equal(ids[0], [0, 0, 1] + 297 * [2])
 
 
 def test_an_empty_sequence_takes_no_token():

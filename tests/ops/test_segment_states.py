@@ -186,3 +186,11 @@ def test_rows_over_an_explicit_axis(packed):
     got, want = run(*jax.device_put((arrays, ids), lie)), run(arrays, ids)
     assert got[1].sharding.spec[0] == "data"
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), got, want)
+
+
+def test_finite_rows_make_no_nan():
+    """Not even one that nobody sees, which `jax.debug_nans` would take for the fault."""
+    tokens, states = jnp.ones((1, 3)), jnp.ones((1, 1, 2))
+    with jax.debug_nans(True):
+        outputs, _ = by_segment(lambda x, s, _: (x, s), tokens, states, jnp.zeros((1, 3), int))
+    np.testing.assert_array_equal(outputs, tokens)
