@@ -217,6 +217,14 @@ def user_path(text: str, name: str) -> Path:
     return path
 
 
+def path_argument(name: str, value: Any) -> Path:
+    """`user_path` of an argument ``name`` of a function; ConfigError if it cannot be a path."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str):
+        raise ConfigError(f"{name}={shown(value)} must be a path, in a text or as of pathlib")
+    return user_path(text, name)
+
+
 def is_file_name(name: str) -> bool:
     """Whether a text is the name of one file in a folder, on any system."""
     is_one = Path(name).name == name and name not in ("", "..")

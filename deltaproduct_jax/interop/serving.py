@@ -22,10 +22,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from deltaproduct_jax.errors import RunDirectoryError, require_at_least
-from deltaproduct_jax.files import to_json, user_path, write_file
-from deltaproduct_jax.interop.tensor_files import Writing, write_tensors
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
+from deltaproduct_jax.files import errors_as_one_line, path_argument, to_json, write_file
+from deltaproduct_jax.interop.tensor_files import INDEX, SINGLE, Writing, write_tensors
 from deltaproduct_jax.models import SequenceModel
+from deltaproduct_jax.ops.selection import PLATFORMS
+from deltaproduct_jax.settings import require_kinds, shown
 
 PREFILL, STEP, SERVING = "prefill.bin", "step.bin", "serving.json"
 Arrays = dict[str, jax.Array]
@@ -42,17 +44,22 @@ def export(
 
     Args:
         model: any model; for several platforms one that names its ``implementation``.
-        directory: a folder that holds no such model yet; it is made if need be.
+        directory: a folder that holds no model yet; it is made if need be.
         piece: tokens P that ``prefill`` reads at once.
-        platforms: as ``jax.export`` takes them, such as ``("cuda",)``; None for this machine's.
+        platforms: some of ``"cpu"``, ``"cuda"``, ``"rocm"`` and ``"tpu"``, such as ``("cuda",)``;
+            None for this machine's.
 
     Raises:
-        ConfigError: ``piece`` is out of range.
+        ConfigError: an argument cannot be honoured; the text names it.
         RunDirectoryError: the folder holds something of this name, or cannot be written.
     """
+    require_kinds(model=(model, SequenceModel), piece=(piece, int))
     require_at_least("piece", piece, 1)
-    folder = user_path(os.fspath(directory), "directory")
-    taken = [name for name in (SERVING, PREFILL, STEP) if (folder / name).exists()]
+    _check_platforms(platforms)
+    folder = path_argument("directory", directory)
+    with errors_as_one_line(folder, "read"):
+        names = (SERVING, PREFILL, STEP, SINGLE, INDEX)
+        taken = [name for name in names if (folder / name).exists()]
     if taken:
         raise RunDirectoryError(f"{folder} holds {', '.join(taken)}; give another folder")
     graph, variables = nnx.split(model, nnx.Param)
@@ -76,6 +83,18 @@ def export(
         "state": {name: _described(x, rows) for name, x in state.items()},
     }
     write_file(folder / SERVING, to_json(described))  # last, with it the folder is whole
+
+
+def _check_platforms(platforms: Any) -> None:
+    """ConfigError unless these are names of platforms; of a text JAX would take the letters."""
+    if platforms is None:
+        return
+    is_list = isinstance(platforms, Sequence) and not isinstance(platforms, str)
+    if not (is_list and platforms and all(name in PLATFORMS for name in platforms)):
+        raise ConfigError(
+            f"platforms={shown(platforms)} must be a list of {', '.join(map(repr, PLATFORMS))}, "
+            "or None for this machine's"
+        )
 
 
 def _flat(tree: Any) -> Arrays:
