@@ -1,6 +1,7 @@
 """The baselines' ops: against float64 loops, chunked against recurrent, cuts, packing, extremes."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -327,3 +328,40 @@ def test_other_ops_check_their_inputs(unchecked):
         baselines.slstm(x=np.zeros((B, T, 3, H, V)), recurrent=np.zeros((3, H, V, V)))
     with pytest.raises(ValueError, match="recurrent must be float32 when x is float32, got int8"):
         baselines.slstm(**draw("slstm"), recurrent=np.zeros((4, H, V, V), np.int8))
+
+
+KEYS, GATE = (B, T, H, K), (B, T, H)
+SHAPES = dict.fromkeys("qkabg", KEYS) | dict.fromkeys(("beta", "i", "log_f"), GATE)
+SHAPES |= {"v": (B, T, H, V), "x": (B, T, 4, H, V)}
+OF_NO_TOKEN = {"recurrent": (4, H, V, V), "state": (B, H, K, V)}
+FUNCTIONS = [name for name in dir(baselines) if inspect.isfunction(getattr(baselines, name))]
+
+
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "extended_gate"])
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_array_or_not_there_is_named(name):
+    op = getattr(baselines, name)
+    parameters = inspect.signature(op).parameters.values()
+    needed = [p.name for p in parameters if p.default is p.empty]
+    of_token = lambda shape: (shape[0], *shape[2:]) if name.endswith("_step") else shape
+    shapes = {n: of_token(shape) for n, shape in SHAPES.items()} | OF_NO_TOKEN
+    given = {n: np.zeros(shapes[n], np.float32) for n in needed}
+    if name == "mlstm_step":
+        given["state"] = baselines.MLSTMState(*(given["state"][..., 0],) * 3)
+    if name == "slstm_step":
+        given["state"] = baselines.SLSTMState(*(given["state"][:, :, 0],) * 4)
+    for argument in needed:
+        for wrong in (None, [0.0]):
+            with pytest.raises(ValueError, match=rf"^{argument} must be a "):
+                op(**given | {argument: wrong})
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_no_width_and_no_axis_are_named():
+    empty = {name: x[..., :0] for name, x in draw("scalar").items() if name in ("q", "k")}
+    with pytest.raises(ValueError, match=r"q must have K of at least 1, got shape \(2, 41, 2, 0\)"):
+        baselines.gated_linear_attention(**draw("scalar") | empty)
+    with pytest.raises(ValueError, match=r"q must have shape \[B, T, H, K\], got \(2,\)"):
+        baselines.mlstm(**draw("mlstm") | {"q": np.zeros(2)})
+    with pytest.raises(ValueError, match="initial_state must be a MLSTMState, got ndarray"):
+        baselines.mlstm(**draw("mlstm"), initial_state=np.zeros((B, H, K, V)))

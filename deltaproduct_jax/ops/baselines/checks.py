@@ -10,6 +10,8 @@ import jax
 
 from deltaproduct_jax.ops import checks
 
+# Arrays that need not be there; of a step the state must.
+OPTIONAL = ("negative", "e", "gamma", "initial_state", "segment_ids", "mask")
 IMPLEMENTATIONS: tuple[str, ...] = ("recurrent", "chunked")
 
 
@@ -31,15 +33,19 @@ def check_arrays(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: 
     accumulator's; a state has the latter.
 
     Args:
-        arrays: name -> (array or None, layout such as ``"B T H K"``).
+        arrays: name -> (array, or None for some of `OPTIONAL`; layout such as ``"B T H K"``).
         one_token: the layouts stand without their axis T.
 
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
     sizes: dict[str, int] = {}
-    given = {name: entry for name, entry in arrays.items() if entry[0] is not None}
-    _check_dtypes({name: checks.as_array(name, array) for name, (array, _) in given.items()})
+    given = {
+        name: (checks.as_array(name, array), layout)
+        for name, (array, layout) in arrays.items()
+        if array is not None or name not in OPTIONAL
+    }
+    _check_dtypes({name: array for name, (array, _) in given.items()})
     for name, (array, layout) in given.items():
         letters = [d for d in layout.split() if not (one_token and d == "T")]
         known = ", ".join(f"{d}={sizes[d]}" for d in letters if d in sizes)
@@ -49,6 +55,18 @@ def check_arrays(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: 
         if not fits:
             wanted = f"[{', '.join(letters)}]" + (f" with {known}" if known else "")
             raise ValueError(f"{name} must have shape {wanted}, got {tuple(array.shape)}")
+        for letter, size in zip(letters, array.shape, strict=True):
+            if letter not in ("B", "T") and size == 0:
+                raise ValueError(
+                    f"{name} must have {letter} of at least 1, got shape {tuple(array.shape)}"
+                )
+
+
+def fields_of(name: str, state: Any, kind: type) -> dict[str, jax.Array]:
+    """Arrays of a state by ``name.field``; ValueError unless it is of the class ``kind``."""
+    if not isinstance(state, kind):
+        raise ValueError(f"{name} must be a {kind.__name__}, got {type(state).__name__}")
+    return {f"{name}.{field}": array for field, array in state._asdict().items()}
 
 
 def _check_dtypes(arrays: Mapping[str, jax.Array]) -> None:

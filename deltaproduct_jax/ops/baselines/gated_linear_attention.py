@@ -9,6 +9,7 @@ negative gates are the extended range of Grazzi et al. (ICLR 2025).
 import functools
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
@@ -105,7 +106,7 @@ def gated_linear_attention_step(
 def _arrays(q, k, v, g, negative) -> tuple[dict, dict]:
     """All by name, and their layouts along T."""
     keys = ("B", "T", "H", "K")
-    gate = keys if g.ndim == q.ndim else keys[:3]
+    gate = keys if np.ndim(g) == np.ndim(q) else keys[:3]  # which may be no arrays yet
     arrays = {"q": q, "k": k, "v": v, "g": g, "negative": negative}
     return arrays, {"q": keys, "k": keys, "v": (*keys[:3], "V"), "g": gate, "negative": gate}
 

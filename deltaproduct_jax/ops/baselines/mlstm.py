@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options
+from deltaproduct_jax.ops.baselines.checks import check_arrays, check_options, fields_of
 from deltaproduct_jax.ops.baselines.gated_linear_attention import attend_in_chunks
 from deltaproduct_jax.ops.containment import contained, only_finite
 from deltaproduct_jax.ops.decays import forgets
@@ -83,8 +83,8 @@ def mlstm(
     Raises:
         ValueError: naming the argument, what it got and what it may be.
     """
-    check_options(implementation, chunk_size, q.shape[1])
     _check(q, k, v, i, log_f, initial_state, "initial_state", segment_ids)
+    check_options(implementation, chunk_size, q.shape[1])
     arrays = {"q": q, "k": k, "v": v, "i": i, "log_f": log_f}
     if initial_state is not None:
         arrays |= initial_state._asdict()
@@ -150,19 +150,18 @@ def mlstm_step(
 
 
 def _check(q, k, v, i, log_f, state, state_name, segment_ids, one_token=False) -> None:
-    memory, normalizer, stabilizer = (None,) * 3 if state is None else state
     arrays = {
         "q": (q, "B T H K"),
         "k": (k, "B T H K"),
         "v": (v, "B T H V"),
         "i": (i, "B T H"),
         "log_f": (log_f, "B T H"),
-        f"{state_name}.memory": (memory, "B H K V"),
-        f"{state_name}.normalizer": (normalizer, "B H K"),
-        f"{state_name}.stabilizer": (stabilizer, "B H"),
-        "segment_ids": (segment_ids, "B T"),
     }
-    check_arrays(arrays, one_token)
+    if state is not None or one_token:
+        fields = fields_of(state_name, state, MLSTMState).items()
+        layouts = ("B H K V", "B H K", "B H")
+        arrays |= {n: (x, layout) for (n, x), layout in zip(fields, layouts, strict=True)}
+    check_arrays(arrays | {"segment_ids": (segment_ids, "B T")}, one_token)
 
 
 def _step(state: MLSTMState, q, k, v, i, log_f):

@@ -28,7 +28,7 @@ def check_together(
     Args:
         arrays: by name, or None.
         layouts: of them.
-        state: of every head, or None; ``state`` with one token, else ``initial_state``.
+        state: of every head: ``state`` with one token, else ``initial_state``, which may be None.
         segment_ids: of sequences, or None.
         one_token: the layouts stand without their axis T.
     """
@@ -58,9 +58,9 @@ def run_checked(
         initial_state, segment_ids, scale, implementation, chunk_size: as
             :func:`gated_linear_attention` takes them.
     """
+    check_together(arrays, layouts, initial_state, segment_ids=segment_ids)
     q = arrays["q"]
     check_options(implementation, chunk_size, q.shape[1])
-    check_together(arrays, layouts, initial_state, segment_ids=segment_ids)
     options = {"implementation": implementation, "chunk_size": chunk_size}
     return on_each_part(
         functools.partial(run, scale=check_scale(scale, q.shape[-1]), **options),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.baselines import chunks
-from deltaproduct_jax.ops.baselines.checks import check_arrays
+from deltaproduct_jax.ops.baselines.checks import check_arrays, fields_of
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.parts import on_each_part
 from deltaproduct_jax.ops.precision import Matmul, accumulator_dtype
@@ -111,8 +111,9 @@ def slstm_step(
 
 def _check(x, recurrent, state, state_name, segment_ids, mask, one_token=False) -> None:
     arrays = {"x": (x, "B T gates H V"), "recurrent": (recurrent, "gates H V V")}
-    if state is not None:
-        arrays |= {f"{state_name}.{n}": (a, "B H V") for n, a in state._asdict().items()}
+    if state is not None or one_token:
+        fields = fields_of(state_name, state, SLSTMState)
+        arrays |= {name: (array, "B H V") for name, array in fields.items()}
     arrays |= {"segment_ids": (segment_ids, "B T"), "mask": (mask, "B T")}
     check_arrays(arrays, one_token)
     if recurrent.shape[0] != 4:
