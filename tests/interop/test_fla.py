@@ -2,7 +2,6 @@
 
 import json
 import re
-import types
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ from safetensors.numpy import load_file
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.interop import fla
-from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import make_mesh
 
@@ -279,8 +278,9 @@ def test_options_without_a_counterpart_are_refused_by_name(changed, says, tmp_pa
 )
 def test_what_they_lack_is_not_written(mixer, fields, says, tmp_path):
     config = ModelConfig(mixer=mixer, vocab_size=11, **fields)
+    model = nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
     with pytest.raises(ConfigError, match=says):
-        fla.save(types.SimpleNamespace(config=config), tmp_path)
+        fla.save(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
