@@ -243,8 +243,7 @@ def delta_product_step(
 
 
 def _arrays(**arguments) -> dict[str, jax.Array | None]:
-    optional = ("g", "initial_state", "segment_ids")
     return {
-        name: None if value is None and name in optional else checks.as_array(name, value)
+        name: None if value is None and name in checks.OPTIONAL else checks.as_array(name, value)
         for name, value in arguments.items()
     }

@@ -31,6 +31,9 @@ LAYOUT = {
     "o": ("B", "T", "Hv", "V"),
 }
 
+# Arguments that need not be there.
+OPTIONAL = ("g", "initial_state", "segment_ids")
+
 
 def as_array(name: str, value: Any) -> jax.Array:
     """``value`` as a JAX array; ValueError unless it is an array already (NumPy's count).

@@ -112,7 +112,11 @@ def sharded_delta_product(
     """
     arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
     arrays |= {"initial_state": initial_state, "segment_ids": segment_ids}
-    arrays = {n: checks.as_array(n, x) for n, x in arrays.items() if x is not None}
+    arrays = {
+        n: checks.as_array(n, x)
+        for n, x in arrays.items()
+        if x is not None or n not in checks.OPTIONAL
+    }
     checks.check_inputs(arrays)
     checks.check_implementation(implementation, AVAILABLE)
     checks.check_chunk_size(chunk_size, implementation)
@@ -284,6 +288,11 @@ def _check_axes(mesh, **axes: Axis) -> dict[str, tuple[str, ...]]:
         )
     named, role_of = {}, {}
     for role, axis in axes.items():
+        if not isinstance(axis, str | tuple | list | None):
+            raise ValueError(
+                f"{role}_axis={axis!r} must be the name of an axis of the mesh, a tuple of them or "
+                "None"
+            )
         names = () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
         for name in names:
             if name not in mesh.axis_names:

@@ -196,6 +196,8 @@ def test_vmap_and_scan_over_layers():
         ({"batch_axis": "fsdp"}, "batch_axis='fsdp' is not an axis of the mesh, which has 'data'"),
         ({"head_axis": "data"}, "head_axis='data' is taken: batch_axis names 'data' already"),
         ({"sequence_axis": ("sequence", "data")}, "is taken: batch_axis names 'data'"),
+        ({"sequence_axis": 1}, "sequence_axis=1 must be the name of an axis of the mesh, a tuple"),
+        ({"q": None}, "q must be a JAX or NumPy array, got NoneType"),
         ({"mesh": 8}, "mesh must be a jax.sharding.Mesh or AbstractMesh, got int"),
         ({"T": 15}, "T=15 must be a multiple of the 2 devices of sequence_axis='sequence'"),
         ({"B": 3}, "B=3 must be a multiple of the 2 devices of batch_axis='data'"),
