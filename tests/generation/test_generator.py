@@ -23,6 +23,7 @@ from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.generation import Generator, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
+from deltaproduct_jax.models.generation.requests import fingerprint
 from deltaproduct_jax.models.generation.sampling import draw, row_keys, rules_of
 
 VOCAB, ROOM = 11, 24
@@ -318,6 +319,20 @@ def test_what_does_not_fit_is_named(generator, unchecked):
         generator.generate(np.ones((1, 2), int), mask=np.ones((1, 3), bool))
     with pytest.raises(ConfigError, match=r"keys=.* must be as many as the prompts, 1"):
         generator.generate([[1]], keys=[1, 2])
+
+
+def test_a_fingerprint_is_of_every_bit():
+    """Of every dtype and place: a model with one bit turned is another."""
+    trees = [{"a": np.arange(3, dtype=np.uint8), "b": np.ones(2, jnp.bfloat16)}]
+    for name, kind in (("a", np.uint8), ("b", np.uint16)):
+        for place, bit in itertools.product(range(trees[0][name].size), range(8)):
+            changed = trees[0][name].copy()
+            changed.view(kind)[place] ^= 1 << bit
+            trees.append(trees[0] | {name: changed})
+    trees += [{"a": trees[0]["b"], "b": trees[0]["a"]}, {"b": trees[0]["b"]}]
+    found = [fingerprint(jax.tree.map(jnp.asarray, tree)) for tree in trees]
+    assert len(set(found)) == len(trees) == 43
+    assert 2**40 < max(found) < 2**64
 
 
 def test_what_a_stream_cannot_go_on_with_is_refused():

@@ -45,6 +45,7 @@ BY_HAND = {
 
 
 jitted = jax.jit(draw, static_argnames="needs")
+jitted_probabilities = jax.jit(probabilities)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,17 @@ def rows():
 
 
 def test_probabilities_are_those_computed_by_hand(rows):
-    got = jax.jit(probabilities)(*rows)
+    got = jitted_probabilities(*rows)
     for row, (sampling, want) in zip(got, BY_HAND.items(), strict=True):
         np.testing.assert_allclose(row, want, atol=1e-6, err_msg=str(sampling))
+
+
+def test_all_of_the_probability_is_every_token_however_unlikely(rows):
+    """In float32 the first has it all: the sum before each other is 1 already."""
+    logits = jnp.array([0.0, -20.0, -30.0, -40.0, -50.0])
+    got = jitted_probabilities(jnp.broadcast_to(logits, rows[0].shape), rows[1])
+    assert next(iter(BY_HAND)) == Sampling()
+    np.testing.assert_allclose(got[0], np.exp(logits), rtol=1e-5)
 
 
 def test_tokens_are_drawn_with_these_probabilities(rows):

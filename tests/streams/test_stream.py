@@ -5,6 +5,7 @@ import json
 import random
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,18 @@ def test_reading_ahead_and_jumping_change_nothing(folders):
     for step in (0, 1, 2, 3, 50, 51, 2, 3, 10**9, 0):
         same(ahead.batch(step), plain.batch(step))
         assert ahead.step == step + 1
+
+
+def test_only_what_may_be_is_read_ahead(folders):
+    for ahead in (0, 2):
+        stream, rows = stream_of(folders, ("upper",), read_ahead=ahead), []
+        row = stream._packings[0].row
+        stream._packings[0].row = lambda index, row=row, rows=rows: rows.append(index) or row(index)
+        stream.batch(0)
+        wanted, until = (1 + ahead) * BATCH, time.monotonic() + 20
+        while len(rows) < wanted and time.monotonic() < until:  # reading goes on beside
+            time.sleep(0.01)
+        assert sorted(rows) == list(range(wanted))
 
 
 def test_another_seed_is_another_order_and_another_epoch_too(folders):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from deltaproduct_jax import files
+from deltaproduct_jax.data import shards
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 
 
@@ -78,6 +80,47 @@ def test_a_file_is_whole_and_lines_are_added(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunDirectoryError, match=r"a\.txt cannot be written: (Not a|File exists)"):
         files.write_file(tmp_path / "file" / "a.txt", b"")
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """What reaches the disk, in order: a file by its size, the list of a folder; and renames."""
+    seen, sync, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        found = os.fstat(descriptor)
+        seen.append("folder" if stat.S_ISDIR(found.st_mode) else found.st_size)
+        sync(descriptor)
+
+    def replaced(*paths):
+        seen.append("renamed")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replaced)
+    return seen
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, reached):
+    """Or a machine that dies would leave a name without its content, or a removed file."""
+    for write in (
+        lambda path: files.write_file(path, b"12345"),
+        lambda path: shards.write_whole(path, lambda file: file.write(b"12345")),
+    ):
+        write(tmp_path / "a")
+        assert reached == [5, "renamed", "folder"]
+        reached.clear()
+    files.set_aside(tmp_path / "a")
+    assert reached == ["folder"]
+    reached.clear()
+    files.require_writable(tmp_path)  # a disk may tell only then that it is full
+    assert reached == [files.PROBE_BYTES]
+
+
+def test_an_added_line_waits_for_no_disk(tmp_path, reached):
+    files.write_file(tmp_path / "a", b"line\n", append=True)
+    assert (tmp_path / "a").read_bytes() == b"line\n"
+    assert reached == []
 
 
 def test_another_process_writes_nothing(tmp_path, monkeypatch):
