@@ -66,6 +66,23 @@ def test_a_character_waits_for_its_last_byte():
     assert pieces(BYTES.decode, ids[2:], ids[:2]) == ["", "日", "b", ""]
 
 
+def test_what_is_certain_does_not_wait_for_what_is_not():
+    """Tokens of several bytes, which end within a character or begin within one."""
+    parts = [b"a\xe6", b"\x97", b"\xa5b"]
+    decode = lambda ids: b"".join(parts[i] for i in ids).decode(errors="replace")
+    assert pieces(decode, range(3)) == ["a", "", "日b", ""]
+
+
+def test_a_decoder_may_mark_a_whole_run_until_it_is_complete():
+    def decode(ids):
+        try:
+            return bytes(ids).decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(ids)
+
+    assert pieces(decode, "日本".encode()) == ["", "", "日", "", "", "本", ""]
+
+
 def test_words_keep_their_spaces(tokenizers):
     tokenizer = tokenizers[2]
     ids = list(tokenizer.encode("the cat sat"))

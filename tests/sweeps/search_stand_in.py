@@ -38,7 +38,7 @@ def ends(valid, test):
             row |= {"tokens_per_second": 8.0, "valid_sequence_accuracy": score}
             row["valid_loss"] = 1e-4 / float(run.settings["learning_rate"])
             other = row | {"step": 2, "valid_sequence_accuracy": 1.0, "valid_token_accuracy": 1.0}
-            lines = [json.dumps(r | {"valid_token_accuracy": score}) for r in (other, row)]
+            lines = [json.dumps({"valid_token_accuracy": score} | r) for r in (other, row)]
             (folder.path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
             entries = [{"length": 4, "strict": {"sequence_accuracy": 0.0}}]
             entries += [{"length": 6, "strict": {"sequence_accuracy": test(run.settings)}}]
