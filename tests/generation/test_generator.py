@@ -245,6 +245,9 @@ def test_text_is_the_tokens_and_ends_at_a_stop_string(writer):
     assert (found.text, found.reason) == (whole.text[:at], "stop_string")
     assert letters(found.tokens) == whole.text[:at] + stop
     assert len(pieces) > 1
+    # What had only begun to be one at the end is text.
+    begun = Request(prompt, stop=(whole.text[-2:] + "z",), **options)
+    assert collect(writer.stream([begun]), 1)[0][:3] == whole[:3]
     # Gone on with, it is as if it had never stopped.
     count = len(found.tokens)
     assert found.prefix.length == len(prompt) + count

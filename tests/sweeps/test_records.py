@@ -9,6 +9,7 @@ import pytest
 from campaign.damage import cases
 from hypothesis import given
 from hypothesis import strategies as st
+from sweeps.helpers import SCRIPT
 
 from deltaproduct_jax.errors import RunDirectoryError
 from experiments.lib import searches
@@ -145,6 +146,23 @@ def test_hours_are_shared_by_those_that_trained_together_at_the_time(tmp_path):
     (folder.path / "run.json").unlink()
     assert searches.hours_of([folder]) == pytest.approx(3)
     assert records.train_seconds(folder.path / "metrics.jsonl") == pytest.approx(3 * 3600)
+
+
+def test_tables_are_of_what_has_come_of_runs_by_now(tmp_path):
+    """Of those that are done alone nothing new is read."""
+    first, _ = grid.claim(tmp_path, SCRIPT, ["seed=0:2"], "")
+    folder, finished = records.RunFolder(tmp_path, first), {}
+    states = lambda: [row["state"] for row in records.write_tables(tmp_path, finished)]
+    assert states() == ["pending", "pending"]
+    folder.add_attempt(1, 2.0, "error: out of memory")
+    assert states() == ["failed", "pending"]
+    score = {"length": 8, "strict": {"sequence_accuracy": 1.0}}
+    results = {"steps": 3, "best_step": 2, "parameters": {"total": 7}, "test": [score]}
+    (folder.path / "results.json").write_text(json.dumps(results))
+    assert states() == ["done", "pending"]
+    (folder.path / "results.json").unlink()
+    assert states() == ["done", "pending"]
+    assert "done" in (tmp_path / records.CSV).read_text()
 
 
 def test_numbers_of_results_go_by_their_path():

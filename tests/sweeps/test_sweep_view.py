@@ -105,7 +105,7 @@ def test_who_has_no_step_yet_compiles_and_before_that_waits_in_a_queue(tmp_path)
     record(entry, {"step": 2, "loss": 1.0, "time": time.time()})
     assert entry.cells()["state"] == "running"
     entry.begin(time.time() + 10)  # once more
-    assert entry.cells()["state"] != "running"
+    assert entry.cells()["state"] == "queued"
 
 
 def test_a_line_a_change_where_there_is_no_terminal(tmp_path):
