@@ -24,6 +24,7 @@ from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.generation import Generator, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
 from deltaproduct_jax.models.generation.requests import fingerprint
+from deltaproduct_jax.models.generation.rows import Rows
 from deltaproduct_jax.models.generation.sampling import draw, row_keys, rules_of
 
 VOCAB, ROOM = 11, 24
@@ -273,6 +274,25 @@ def test_memory_stays_what_it_was(generator):
         held.append(sum(x.nbytes for x in jax.live_arrays()))
     assert held[-1] == held[1]
     pieces.close()
+
+
+def test_rows_that_go_on_are_changed_in_place(generator, monkeypatch):
+    """Or there would be two states of every row, which may be most of what a device holds."""
+    programs, given = vars(generator._programs), []
+
+    def watched(name):
+        def call(*arguments, **options):
+            rows = next(x for x in arguments if isinstance(x, Rows))
+            given.append((name, jax.tree.leaves(rows)))
+            return programs[name](*arguments, **options)
+
+        return call
+
+    ours = programs | {name: watched(name) for name in ("put", "decode")}
+    monkeypatch.setattr(generator, "_programs", types.SimpleNamespace(**ours))
+    generator.generate([[1, 2, 3]] * 3, max_tokens=3)
+    assert {name for name, _ in given} == {"put", "decode"}
+    assert all(x.is_deleted() for _, leaves in given for x in leaves)
 
 
 def test_ids_beyond_the_tokenizers_are_never_drawn():
