@@ -219,20 +219,38 @@ def test_what_is_no_name_of_a_run(name):
     assert not grid.is_run_name(name)
 
 
+def test_a_folder_that_stays_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "LOCK_WAIT_S", 0.0)
+    with (
+        grid.folder_lock(tmp_path),
+        pytest.raises(RunDirectoryError, match="is in use by process .* for too long"),
+        grid.folder_lock(tmp_path),
+    ):
+        pass
+    with grid.folder_lock(tmp_path):  # and is free again
+        pass
+
+
 @cases(60)
 @given(st.lists(st.integers(0, 6), max_size=6), st.lists(st.integers(0, 9), max_size=8))
 def test_a_sweep_grows_and_never_forgets(saved, wanted):
+    """Names of saved runs, of other settings, are those that new ones would have."""
+
     def runs(numbers):
-        return [run_of("same", {"seed": n}, seed=str(n)) for n in dict.fromkeys(numbers)]
+        return [run_of(f"seed={n}", {"seed": n}, seed=str(n)) for n in dict.fromkeys(numbers)]
 
     named = [
-        run_of(f"old{number}", run.config, **run.settings) for number, run in enumerate(runs(saved))
+        run_of(f"seed={place}", run.config, **run.settings) for place, run in enumerate(runs(saved))
     ]
     if set(saved) - set(wanted):
-        with pytest.raises(RunDirectoryError, match=r"holds another sweep: .* such as old"):
+        with pytest.raises(RunDirectoryError, match=r"holds another sweep: .* such as seed="):
             grid.merge("folder", named, runs(wanted))
         return
     merged = grid.merge("folder", named, runs(wanted))
     assert merged[: len(named)] == named
     assert {run.config["seed"] for run in merged} == set(wanted)
     assert len({run.name for run in merged}) == len(merged) == len(set(wanted))
+    taken = {run.name for run in named}
+    for run in merged[len(named) :]:
+        usual = f"seed={run.config['seed']}"
+        assert run.name == (f"{usual}~2" if usual in taken else usual)

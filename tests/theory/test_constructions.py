@@ -1,6 +1,7 @@
 """Constructions: the weights answer every word as the group or automaton does."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from deltaproduct_jax.theory import (
 from deltaproduct_jax.theory import reflections as refl
 from deltaproduct_jax.theory import representations as reps
 from deltaproduct_jax.theory.clock import make_clock
-from deltaproduct_jax.theory.layered import key_cases, query_cases
+from deltaproduct_jax.theory.layered import block_length, key_cases, query_cases
 
 LAYERS_AND_FACTORS = {
     "permutations_S3": (1, 2), "permutations_S4": (1, 3), "permutations_S5": (1, 4),
@@ -197,6 +198,16 @@ def test_completions_reach_powers_of_4():
             total = squares + sum(pad**2 for pad in pads)
             assert total >= least
             assert total in 4 ** np.arange(8)
+
+
+def test_blocks_are_as_short_as_their_product_and_an_exact_clock_allow():
+    """One layer with several factors cannot count modulo 4 without drift."""
+    for needed, R in itertools.product(range(1, 9), range(1, 5)):
+        m = block_length(needed, R)
+        shorter = [n for n in range(1, m) if n * R >= needed and (R == 1 or n != 2)]
+        assert m * R >= needed
+        assert not shorter
+        assert R == 1 or m != 2
 
 
 def test_clocks_return_after_their_period_only():
