@@ -223,7 +223,7 @@ def test_a_folder_that_stays_in_use_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "LOCK_WAIT_S", 0.0)
     with (
         grid.folder_lock(tmp_path),
-        pytest.raises(RunDirectoryError, match="is in use by process .* for too long"),
+        pytest.raises(RunDirectoryError, match=r"is in use by process .* for too long"),
         grid.folder_lock(tmp_path),
     ):
         pass

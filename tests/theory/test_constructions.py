@@ -70,7 +70,7 @@ def answers(construction, tokens, dtype="float32", implementation="recurrent"):
     "name",
     quick(
         CATALOGUE,
-        ["two_layers_S3", "three_layers_S4", "gated_swaps"],
+        ["two_layers_D5", "three_layers_S4", "four_layers_S4", "gated_swaps"],
     ),
 )
 def test_every_answer_is_right(name):
