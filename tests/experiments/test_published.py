@@ -89,11 +89,15 @@ def of(length, **settings):
 def test_nothing_published_stands_beside_runs_of_another_protocol():
     panels = {"group = S5": {"n_h = 4": None, "n_h = 3": None}}
     long, short = (of(512, group="S5", num_householder=4, train_length=n) for n in (128, 16))
-    swaps = of(512, group="S5", num_householder=3, train_length=128, max_displaced=2)
     points = lambda *records: list(published.published_points(panels, records)["group = S5"])
     assert points(long) == ["n_h = 4", "n_h = 3"]
     assert points(long, short) == ["n_h = 3"]
-    assert points(long, swaps) == ["n_h = 4"]
+    as_published = {"train_length": 128, "num_layers": 1, "max_displaced": None}
+    as_published |= {"merge_elements": 1, "repeat_elements": 1}
+    three = lambda **other: of(512, group="S5", num_householder=3, **as_published | other)
+    assert points(long, three()) == ["n_h = 4", "n_h = 3"]
+    for name in as_published:
+        assert points(long, three(**{name: 2})) == ["n_h = 4"]
     kinds = {"mixer": "slstm", "allow_neg_eigval": None, "train_length": 40}
     parity = of(256, language="parity", **kinds)
     brackets = {"language": "modular_arithmetic_brackets"} | kinds
@@ -102,7 +106,10 @@ def test_nothing_published_stands_beside_runs_of_another_protocol():
     times = of(256, **brackets, bracket_multiplication=True)
     assert scores(parity, times).keys() == {"parity", "modular_arithmetic"}
     assert "parity" not in scores(of(512, language="parity", **kinds))
-    assert "parity" not in scores(of(256, language="parity", **kinds | {"train_length": 64}))
+    as_published = {"train_length": 40, "min_train_length": 3, "min_eval_length": 40}
+    assert "parity" in scores(of(256, language="parity", **kinds | as_published))
+    for name in as_published:
+        assert "parity" not in scores(of(256, language="parity", **kinds | {name: 64}))
 
 
 def test_where_nothing_is_published_is_said(source, tmp_path, capsys):

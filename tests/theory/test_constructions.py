@@ -219,6 +219,16 @@ def test_clocks_return_after_their_period_only():
         assert (np.abs(at) == 1).all()
         others = (at[:period] @ at[:period].T)[~np.eye(period, dtype=bool)]
         assert others.max() == clock.num_heads - 2
+        for hand in clock.hands:
+            found = [hand.start]
+            for t in range(1, period):
+                found.append(hand.turns[t % layers] @ found[-1])
+            distance = np.abs(np.array(found) @ hand.lines.T).min()
+            if period == 8:  # as far from 0, where a sign turns, as eight directions can be
+                assert distance == pytest.approx(np.sin(np.pi / 8))
+            else:
+                assert distance == 1
+                assert all(np.array_equal(turn, np.rint(turn)) for turn in hand.turns)
 
 
 @pytest.mark.parametrize(
