@@ -65,6 +65,8 @@ def test_published_scores_stand_in_the_row_of_their_mixer(source, tmp_path, caps
     for wrong in ("--by=seed", "--metric=strict.token_accuracy", "--length=40", "--x=seed"):
         assert figures.main([*flags, "--preset=paper_languages", wrong]) == 2
         assert "published=True needs" in capsys.readouterr().err
+    asked = {"x": "language", "by": ["mixer"], "metric": None, "length": None}
+    assert [published.keys_fit(kind, **asked) for kind in ("table", "escape")] == [True, False]
 
 
 @pytest.mark.parametrize("last", [0.9, 0.02])
