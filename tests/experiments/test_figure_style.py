@@ -83,6 +83,15 @@ def test_bad_values_are_refused_in_one_line(flag, says, tmp_path, capsys):
     assert says in line
 
 
+@pytest.mark.parametrize("content", [7, [], [1], [{"construction": "S3"}], {"rows": []}])
+def test_what_only_has_the_name_of_a_record_is_passed_over(content, tmp_path, capsys):
+    for name in ("results", "speed", "margin"):
+        write(tmp_path, content, name)
+    assert flags.run(redraw.command, [f"--workdir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "holds no record that can be drawn" in line
+
+
 @pytest.mark.parametrize("content", [b"", b"\n", b'{"a"', b"7\n", b"\xff\n"])
 def test_damaged_records_of_runs_are_one_line(content, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_bytes(content)
