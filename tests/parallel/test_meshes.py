@@ -22,13 +22,13 @@ from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.tasks.task import batch_key
+from deltaproduct_jax.tasks.task import Batch, batch_key
 from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress
 from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
-from deltaproduct_jax.training.step import make_train_step
+from deltaproduct_jax.training.step import accumulated, make_train_step
 
 pytestmark = pytest.mark.usefixtures("all_devices")
 
@@ -121,6 +121,16 @@ def test_the_first_50_steps_of_every_mixer_are_the_same(mixer):
     config = config_of(mixer, num_layers=2, **fields)
     meshes = ["data:8", "fsdp:8", "tensor:2", "sequence:2", MIXED, LONG]
     check_same_numbers(config, meshes, steps=50)
+
+
+def test_each_part_of_an_accumulated_batch_lies_as_a_batch_does():
+    """Or devices would have whole parts, and send them around for every one of them."""
+    layout = Layout(make_mesh(DeviceConfig(mesh="data:2,sequence:4")), {})
+    batch = Batch(*[jnp.arange(4 * 8).reshape(4, 8)] * 2, jnp.ones((4, 8), bool))
+    inputs = lambda params, part, count: (part.inputs, {})
+    summed, _ = jax.jit(accumulated(inputs, 2, layout))(None, batch, jnp.float32(1))
+    np.testing.assert_array_equal(summed, batch.inputs[:2] + batch.inputs[2:])
+    assert summed.sharding.shard_shape(summed.shape) == (1, 2)
 
 
 @pytest.mark.slow
