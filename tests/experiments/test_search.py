@@ -51,6 +51,8 @@ def test_the_best_on_the_validation_split_is_trained_anew(tmp_path, monkeypatch,
     picture, table = (tmp_path / "search.png").read_bytes(), (tmp_path / "search.md").read_text()
     assert "| delta_product, n_h = 3 | 7,000 | 0.01 |" in table
     assert "Runs without results: 1. They count as the worst.\n" in table
+    assert "Scores are strict.sequence_accuracy at the longest test length on the test s" in table
+    assert "; from 0.999 on a run has escaped." in table
     assert "at an end of the rates" not in table
     assert "scores" not in (tmp_path / "search.csv").read_text()
     for commit in ("0123456789abcdef", "0123456"):
@@ -86,7 +88,7 @@ def test_what_has_ended_when_a_search_is_stopped_is_told(tmp_path, monkeypatch, 
 
         return run_sweep
 
-    table, more = tmp_path / "search.md", ["--settings=2", "--seeds=1", "--fresh=2"]
+    table, more = tmp_path / "search.md", ["--settings=2", "--seeds=1", "--fresh=2", "--length=6"]
     monkeypatch.setattr(search, "run_sweep", stopped_after(("0.0001",), ("0",)))
     assert search.main(argv(tmp_path, *more)) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
@@ -106,6 +108,7 @@ def test_what_has_ended_when_a_search_is_stopped_is_told(tmp_path, monkeypatch, 
     said = " ".join(legend.get_title().get_text().split())
     assert said == "Runs without results: 2. They count as the worst; the search was stopped."
     text = table.read_text()
+    assert "Of each arm 2 settings were tried. Scores are strict.sequence_accuracy at 6 tok" in text
     assert "tried, so that others may do better: delta_product, n_h = 3; gla." in text
     assert capsys.readouterr().err.startswith("tried: 4 runs\nchosen: 4 runs\n")
 
