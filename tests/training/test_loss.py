@@ -116,8 +116,10 @@ def test_what_does_not_count_is_nowhere():
 
 
 @pytest.mark.usefixtures("all_devices")
-@pytest.mark.parametrize("mesh", ["data:2,sequence:2", "fsdp:2,tensor:2"])
-def test_chunks_over_a_mesh_are_the_whole(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "parts"), [("data:2,sequence:2", (2, 2)), ("fsdp:2,tensor:2", (2, 1))]
+)
+def test_chunks_over_a_mesh_are_the_whole(mesh, parts, monkeypatch):
     model, batch = Head(True), random_batch()
     want, gradients = with_gradients(model, batch, PLAIN)
     layout = Layout.of_model(DeviceConfig(mesh=mesh), lambda: Head(True))
@@ -127,6 +129,12 @@ def test_chunks_over_a_mesh_are_the_whole(mesh):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradients, spread
     )
+    # Every device has a part of every chunk.
+    met, attend = [], nnx.Embed.attend
+    watched = lambda self, x: met.append(x.shape) or attend(self, x)
+    monkeypatch.setattr(nnx.Embed, "attend", watched)
+    jax.eval_shape(lambda: losses_of(model, batch, LossSettings(12), layout))
+    assert {shape[:2] for shape in met} == {parts}
 
 
 @pytest.mark.slow
