@@ -21,6 +21,14 @@ def test_proposition_1_on_random_products():
     assert max(worst.values()) < 1e-13
 
 
+def test_products_of_which_no_statement_holds_are_noticed(monkeypatch):
+    rng = np.random.default_rng(1)
+    spoilt = lambda A: A + rng.normal(scale=0.5, size=A.shape)
+    monkeypatch.setattr(limits, "product", lambda *of: spoilt(reflections.product(*of)))
+    worst = limits.worst_violations(50, seed=0)
+    assert min(worst.values()) > 0.1, worst
+
+
 @pytest.mark.parametrize(
     ("beta", "cosine", "turns"),
     [((2, 2), 0.5, True), ((2, 2), 0, False), ((2, 2), 1, False), ((0.9, 0.9), 0.5, False),
