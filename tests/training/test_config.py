@@ -86,6 +86,24 @@ def test_senseless_fields_are_refused(fields, message):
         run_config(**fields)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"steps": 10, "warmup_steps": 10},
+        {"schedule": "wsd", "steps": 10, "warmup_steps": 4, "decay_fraction": 0.6},
+        {"schedule": "wsd", "decay_fraction": 1.0, "warmup_steps": 0},
+        {"learning_rate": 1e-3, "end_learning_rate": 1e-3},
+        {"adam_b1": 0.0, "adam_b2": 0.0},
+        {"curriculum": (4, 32), "curriculum_fraction": 0.0},
+        {"grow_from": 32},
+        {"stop_accuracy": 1.0},
+    ],
+)
+def test_bounds_themselves_are_allowed(fields):
+    made = run_config(**fields).train
+    assert {name: getattr(made, name) for name in fields} == fields
+
+
 def test_the_model_must_speak_the_task():
     with pytest.raises(ConfigError, match="vocab_size=5 must be the task's, 13"):
         RunConfig(GroupTask("S3"), ModelConfig(vocab_size=5), TrainConfig())
