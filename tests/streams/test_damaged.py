@@ -89,6 +89,26 @@ def test_sizes_are_compared_whenever_a_folder_is_opened(name, tokens):
             open_corpus(tokens, "train")
 
 
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda at: at[:-1],
+        lambda at: [*at, at[-1]],
+        lambda at: [1, *at[1:]],
+        lambda at: [*at[:-1], at[-1] + 1],
+        lambda at: [at[0], at[2], at[1], *at[3:]],
+        lambda at: [at[0], at[2], *at[2:]],
+    ],
+    ids=["fewer", "more", "begins late", "ends late", "descends", "a document of nothing"],
+)
+def test_documents_that_cannot_be_are_seen_when_a_folder_is_opened(damaged, tokens):
+    offsets = np.load(tokens / OFFSETS)
+    assert len(offsets) > 4
+    np.save(tokens / OFFSETS, np.asarray(damaged(offsets.tolist()), offsets.dtype))
+    with pytest.raises(RunDirectoryError, match=r"valid-00000 is not what manifest\.json says"):
+        open_corpus(tokens, "valid")
+
+
 @pytest.mark.parametrize("packing", ["concatenate", "first_fit"])
 def test_an_id_that_is_no_token_ends_the_batch_that_has_it(packing, tokens):
     ids = np.load(tokens / TOKENS)

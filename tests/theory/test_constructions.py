@@ -187,6 +187,7 @@ def test_reflections_are_as_few_as_can_be():
         assert len(refl.reflections(matrix)) == needed
         k, beta = refl.factors(matrix, 6)
         np.testing.assert_allclose(refl.product(k, beta), matrix, atol=1e-12)
+        assert beta.tolist() == [2.0] * needed + [0.0] * (6 - needed)
     with pytest.raises(ValueError, match="must be orthogonal"):
         refl.reflections(2 * np.eye(2))
 
