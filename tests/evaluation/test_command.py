@@ -35,22 +35,35 @@ def test_a_task_that_fails_by_itself_is_one_line_and_a_fault_of_ours_is_none(mon
     manager = types.SimpleNamespace(
         match_tasks=lambda names: [k for k in sorted(known) for n in names if fnmatch(k, n)]
     )
-    given, ways = [], iter([lambda: [].pop(), lambda: require_at_least("x", "y", 1)])
+    given, asked, ways = [], [], iter([lambda: [].pop(), lambda: require_at_least("x", "y", 1)])
     for name, members in (
         ("lm_eval", {"simple_evaluate": lambda **options: given.append(options) or next(ways)()}),
-        ("lm_eval.tasks", {"TaskManager": lambda include_path: manager}),
+        (
+            "lm_eval.tasks",
+            {"TaskManager": lambda include_path: asked.append(include_path) or manager},
+        ),
     ):
         module = types.ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
     folder = str(FOLDERS / "a_gated")
-    options = evaluate.EvaluateConfig(model=folder, tasks=("arc_*",), include_path=str(tmp_path))
+    fields = {"num_fewshot": 3, "batch_size": 5, "limit": 7}
+    for_model = {"checkpoint": "newest", "tokenizer": "bytes", "dtype": "bfloat16", "seed": 11}
+    for_model |= {"max_length": 99, "add_bos": False, "mesh": "data:2"}
+    options = evaluate.EvaluateConfig(
+        model=folder, tasks=("arc_*",), include_path=str(tmp_path), **fields, **for_model
+    )
 
     with pytest.raises(
         ConfigError, match=r"^tasks=arc_\*: the harness fails: IndexError: pop from empty list$"
     ):
         evaluate.evaluate(options)
     assert given[0]["tasks"] == ["arc_challenge", "arc_easy"]
+    assert given[0]["model_args"] == {"path": folder} | for_model
+    assert {name: given[0][name] for name in fields} == fields
+    seeds = [given[0][f"{name}_seed"] for name in ("random", "numpy_random", "torch_random")]
+    assert [*seeds, given[0]["fewshot_random_seed"]] == [11] * 4
+    assert asked == [str(tmp_path)]
 
     with pytest.raises(TypeError):
         evaluate.evaluate(options)
@@ -62,6 +75,23 @@ def test_a_task_that_fails_by_itself_is_one_line_and_a_fault_of_ours_is_none(mon
             )
     with pytest.raises(RunDirectoryError, match=r"^model=nowhere has no config\.json"):
         evaluate.evaluate(dataclasses.replace(options, model="nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"model": ""}, "--model is missing; give a run directory"),
+        ({"tasks": ()}, "--tasks is missing; give names of tasks"),
+        ({"batch_size": 0}, "batch_size=0 is too small; it must be at least 1"),
+        ({"max_length": 1}, "max_length=1 is too small; it must be at least 2"),
+        ({"num_fewshot": -1}, "num_fewshot=-1 is too small; it must be at least 0"),
+        ({"limit": 0}, "limit=0 is too small; it must be at least 1"),
+        ({"seed": 2**32}, "seed=4294967296 is too large; it may be up to 4294967295"),
+    ],
+)
+def test_settings_are_checked(fields, says):
+    with pytest.raises(ConfigError, match=says):
+        evaluate.EvaluateConfig(**({"model": "x", "tasks": ("piqa",)} | fields))
 
 
 def test_without_safetensors_there_is_one_line(monkeypatch):

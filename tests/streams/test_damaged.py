@@ -92,8 +92,8 @@ def test_sizes_are_compared_whenever_a_folder_is_opened(name, tokens):
 @pytest.mark.parametrize(
     "damaged",
     [
-        lambda at: at[:-1],
-        lambda at: [*at, at[-1]],
+        lambda at: [at[0], *at[2:]],
+        lambda at: [at[0], at[0] + 1, *at[1:]],
         lambda at: [1, *at[1:]],
         lambda at: [*at[:-1], at[-1] + 1],
         lambda at: [at[0], at[2], at[1], *at[3:]],
