@@ -103,8 +103,17 @@ def test_the_checksum_changes_with_any_bit_and_the_selection():
         words[3, 7] ^= np.uint32(1 << bit)
         changed = state._replace(params=state.params | {"kernel": jnp.asarray(words.view("f4"))})
         sums.add(checksum(changed, (0.5,)))
-    assert len(sums) == 35
+    sums |= {checksum(state, (0.5,), {"step": step, "seed": 0}) for step in (1, 2)}
+    assert len(sums) == 37
+    assert checksum(state, (0.5,), {"seed": 0, "step": 2}) in sums  # as JSON has it
     assert checksum(jax.tree.map(jnp.array, state), [0.5]) == checksum(state, (0.5,))
+
+
+def test_a_checksum_is_what_it_was():
+    """The number was computed once; by another no checkpoint that anybody has would be whole."""
+    params = {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones((4,), jnp.bfloat16)}
+    state = init_state(params, make_optimizer(TrainConfig()))._replace(step=jnp.int32(7))
+    assert checksum(state, (0.5, 0.25), {"step": 7}) == 3481087369
 
 
 @pytest.mark.parametrize(
