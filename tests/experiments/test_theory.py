@@ -45,6 +45,20 @@ def test_results_and_going_on(tmp_path, capsys, monkeypatch):
     text = " ".join((tmp_path / "theory.md").read_text().split())  # long commands are wrapped
     assert f" 2. {rows[1]['made_by']}" in text
 
+    # Rows of another length are made anew, and each is kept though the next be broken off.
+    def shorter(made, dtype, implementation, config):
+        if dtype == "bfloat16":
+            raise KeyboardInterrupt
+        return row | {"length_wanted": config.length}
+
+    monkeypatch.setattr(reading, "run", shorter)
+    with pytest.raises(KeyboardInterrupt):
+        theory.command([*argv, "--length=30"])
+    kept = json.loads((tmp_path / "results.json").read_text())
+    assert [(row["dtype"], row["length_wanted"]) for row in kept] == [
+        ("float32", 30), ("bfloat16", 40),
+    ]  # fmt: skip
+
 
 def test_wrong_answers_are_counted():
     logits = np.array([[[1.0, 3, 2], [1, 1, 0], [np.nan, 0, 0], [-4, 2, 1]]])
@@ -156,6 +170,7 @@ def test_eigenvalues_like_the_constructions():
     values = np.array([[1, 1, 1, 1], *(half if orders[x] == 0 else third for x in range(1, 6))])
     share = lambda values: geometry.share_as_constructed(values, "S3", range(6))
     assert share(values) == 1
+    assert share(values[:, :2]) == 1  # narrower, and as if the rest stood still
     values[1] = np.exp(0.2j) * values[1]
     assert share(values) == pytest.approx(0.8)
     assert share(np.ones((6, 4))) == 0  # no head that does nothing

@@ -244,6 +244,8 @@ def test_the_standard_library_is_held_out_by_file(tmp_path):
     assert not any("y" in text for text in everything)
     assert 2 <= len(found["valid"]) <= 25
     assert 2 <= len(found["test"]) <= 25
+    with pytest.raises(ConfigError, match="split='all' is not known"):
+        standard_library.standard_library("all", tmp_path)
 
 
 def test_this_pythons_sources_are_millions_of_bytes():

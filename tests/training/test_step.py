@@ -16,6 +16,7 @@ from deltaproduct_jax.parallel.layout import Layout, make_mesh
 from deltaproduct_jax.tasks.task import Batch
 from deltaproduct_jax.training.compiled import compiler_options
 from deltaproduct_jax.training.config import TrainConfig
+from deltaproduct_jax.training.evaluation import scored
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.step import (
     global_norm,
@@ -241,3 +242,11 @@ def test_training_lowers_the_loss_and_never_compiles_twice():
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.7 * losses[0]
     assert step._cache_size() == 1
+
+
+def test_the_loss_of_an_evaluation_is_summed_in_float64():
+    """In float32 a batch's loss is lost beside the sum of very many."""
+    source = types.SimpleNamespace(scores=lambda split, loss, correct_BT, mask_BT: ({}, {}))
+    mask_BT = np.ones((1, 4), bool)
+    outputs = [(np.float32(loss), mask_BT, mask_BT) for loss in (2.0**24, 1, 1, 1)]
+    assert scored(source, "test", outputs).loss == (2.0**24 + 3) / 16
