@@ -15,7 +15,7 @@ SIZES = {"vocab_size": 9, "hidden_size": 16, "num_heads": 2, "head_dim": 8}
 GATED = [m for m in MIXERS if MIXERS[m].takes("initial_gate")]
 
 
-@pytest.mark.parametrize("mixer", quick(GATED, ["erase_then_delta", "gla"]))
+@pytest.mark.parametrize("mixer", quick(GATED, ["erase_then_delta", "gated_delta_net", "gla"]))
 def test_gates_start_where_one_says(mixer):
     """A token of zeros writes nothing: what is left of a state is what its gates keep."""
     magnitudes = {"allow_neg_eigval": False} if MIXERS[mixer].takes("allow_neg_eigval") else {}

@@ -53,9 +53,9 @@ def test_goodput_counts_steps_and_all_the_time_since_the_first_start():
     goodput.add(ROWS[1])
     assert goodput.until(1120.0) == pytest.approx(20 / 120)
     assert goodput.until(1200.0) == pytest.approx(20 / 200)
-    # One of the four steps of the second row changed nothing.
-    skipping = [ROWS[0] | {"skipped_steps": 0}, ROWS[1] | {"skipped_steps": 1}]
-    assert Goodput(skipping, STARTS).until(1200.0) == pytest.approx(17.5 / 200)
+    # One of the two steps of the first row changed nothing, and one of the four of the second.
+    skipping = [ROWS[0] | {"skipped_steps": 1}, ROWS[1] | {"skipped_steps": 2}]
+    assert Goodput(skipping, STARTS).until(1200.0) == pytest.approx((5 + 7.5) / 200)
 
 
 @pytest.mark.parametrize("starts", [[], [{}], [{"time": "yesterday"}]])
