@@ -27,7 +27,7 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 TEXTS = ["the cat sat on the mat, and the dog <s> sat\n\n  on\tthe log.  ", "täglich 日本 " * 20]
 
 
-def sentencepiece_model():
+def sentencepiece_model(**options):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 5),
@@ -39,6 +39,7 @@ def sentencepiece_model():
         remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
+        **options,
     )
     return model.getvalue()
 
@@ -56,6 +57,15 @@ NAMES = ["bytes", "tokenizer.json", "tokenizer.model"]
 
 def opened(files, name):
     return open_tokenizer(name if name == "bytes" else str(files / name))
+
+
+def test_a_sentencepiece_model_needs_bos_whichever_id_it_has(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_model(bos_id=0, unk_id=1))
+    assert open_tokenizer(str(path)).bos_id == 0
+    path.write_bytes(sentencepiece_model(bos_id=-1, unk_id=0, eos_id=1))
+    with pytest.raises(ConfigError, match="has no BOS, the token that begins a document"):
+        open_tokenizer(str(path))
 
 
 @pytest.mark.parametrize("name", NAMES)
