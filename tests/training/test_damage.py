@@ -269,7 +269,7 @@ def test_checkpoints_on_a_disk_that_is_away_begin_nothing_again(unfinished):
     assert train(unfinished)["steps"] == 12
 
 
-@pytest.mark.parametrize("what", [SLOW("missing"), "a file", "emptied", SLOW("resume_from=0")])
+@pytest.mark.parametrize("what", ["missing", SLOW("a file"), "emptied", SLOW("resume_from=0")])
 def test_without_checkpoints_a_run_begins_again_beside_its_records(
     what, unfinished, finished, capsys
 ):
