@@ -66,7 +66,7 @@ def _go_on_from(records: RunRecords, step: int, steps: list[int], like: TrainSta
             checkpoints.restore(step, like)
         whole = checkpoints.whole(like, up_to=step)
     for other in steps:
-        if other > step or other not in whole:
+        if other not in whole:
             kept = set_aside(directory / str(other))
             _say(f"{directory}: checkpoint {other} is kept as {kept.name}")
 
