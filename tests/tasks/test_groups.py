@@ -11,7 +11,13 @@ import pytest
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.tasks.finite_groups import finite_group
 from deltaproduct_jax.tasks.groups import GroupTask
-from deltaproduct_jax.tasks.task import SPLITS, Batch, batch_key, score_positions
+from deltaproduct_jax.tasks.task import (
+    MAX_BATCH_INDEX,
+    SPLITS,
+    Batch,
+    batch_key,
+    score_positions,
+)
 
 ORDERS = {
     "S2": 2, "S3": 6, "S4": 24, "S5": 120, "A3": 3, "A4": 12, "A5": 60, "Z2": 2, "Z60": 60,
@@ -218,7 +224,8 @@ def test_keys_of_batches_never_coincide():
     keys = [np.asarray(jax.random.key_data(draw(data_key, split, indices))) for split in SPLITS]
     assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * 200
     # The largest index of one split must not wrap around into another.
-    assert (2**32 // len(SPLITS) - 1) * len(SPLITS) + len(SPLITS) - 1 < 2**32
+    last = MAX_BATCH_INDEX * len(SPLITS) + len(SPLITS) - 1
+    assert last < 2**32 <= last + len(SPLITS)
 
 
 def test_batch_depends_on_its_key_alone():

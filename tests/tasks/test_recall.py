@@ -162,3 +162,9 @@ def test_defaults_are_the_published_smallest_setting():
 def test_senseless_fields_are_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         RecallTask(**fields)
+
+
+def test_as_many_pairs_as_an_error_says_are_taken():
+    RecallTask(vocabulary=10)
+    RecallTask(vocabulary=20, eval_lengths=(128,), eval_pairs=(9,))
+    RecallTask(train_length=68, num_pairs=17)
