@@ -66,6 +66,14 @@ def test_a_run_leaves_its_records(finished):
     assert start["resumed_from"] is None
 
 
+def test_checkpoints_are_saved_as_often_as_said(tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    noted = lambda self, state, step, *of: saved.append(step) or save(self, state, step, *of)
+    monkeypatch.setattr(Checkpoints, "save", noted)
+    train(tmp_path, steps=10, checkpoint_every=3, eval_every=10)
+    assert saved == [3, 6, 9, 10]
+
+
 def test_the_final_step_and_the_best_have_checkpoints(finished):
     results = json.loads((finished / "results.json").read_text())
     evaluated = {
