@@ -42,8 +42,8 @@ def test_draws_are_uniform_as_in_the_paper_or_normal(what):
 
 
 def test_gates_begin_within_their_ranges():
-    for least in (1.0, 4.0):
-        rates = np.exp(inits.decay_rate_init(KEY, (4096,), least))
+    for least, given in ((1.0, ()), (4.0, (4.0,))):
+        rates = np.exp(inits.decay_rate_init(KEY, (4096,), *given))
         assert least <= rates.min() * 1.0001 < least + 0.1
         assert 15.9 < rates.max() <= 16.001
     steps = np.asarray(jax.nn.softplus(inits.decay_step_init(KEY, (4096,))))
