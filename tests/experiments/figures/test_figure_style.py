@@ -23,7 +23,7 @@ from experiments.lib import flags
 from experiments.lib.figures import curves, margin, names, records, style
 from experiments.lib.figures.style import Look
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 RESULTS = ROOT / "experiments" / "results"
 BEGIN = {"png": b"\x89PNG", "pdf": b"%PDF", "svg": b"<?xml"}
 

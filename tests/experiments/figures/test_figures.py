@@ -18,7 +18,7 @@ from experiments.lib import flags, run_records
 from experiments.lib.bench import report
 from experiments.lib.figures import curves, published, style
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # (group, n_h, seed) -> sequence accuracy at 8, of which that at 4 is twice.
 ACCURACY = {
     ("S3", 1, 0): 0.0, ("S3", 1, 1): 0.1, ("S3", 1, 2): 0.05,
