@@ -113,7 +113,7 @@ def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, reached):
     files.set_aside(tmp_path / "a")
     assert reached == ["folder"]
     reached.clear()
-    files.require_writable(tmp_path)  # a disk may tell only then that it is full
+    files.require_writable(tmp_path, "workdir")  # a disk may tell only then that it is full
     assert reached == [files.PROBE_BYTES]
 
 
