@@ -131,21 +131,22 @@ def is_there(path: AnyPath) -> bool:
         return True
 
 
-def any_path(text: str, name: str) -> AnyPath:
+def any_path(path: str | os.PathLike[str], name: str) -> AnyPath:
     """A path as a user writes it: in a bucket, as gs://BUCKET/FOLDER, or as `user_path` reads it.
 
     A bucket alone is one too: for Orbax, epath and gcsfs its root is a folder as any other.
 
     Args:
-        text: the path.
-        name: of the flag, field or argument that it comes from.
+        path: what was given, which need not be there.
+        name: of the flag, field or argument that gave it.
 
     Raises:
         ConfigError: it can be neither, or the package that reaches buckets is not installed.
     """
-    if not isinstance(text, str):
+    text = _text_of(path)
+    if text is None:
         raise ConfigError(
-            f"{name}={shown(text)} is not known; it may be a directory, or gs://BUCKET/FOLDER"
+            f"{name}={shown(path)} is not known; it may be a directory, or gs://BUCKET/FOLDER"
         )
     # A single slash is a slip: nobody calls a folder "gs:".
     if text and "://" not in text and not text.startswith(IN_BUCKET.removesuffix("/")):
@@ -183,17 +184,19 @@ def require_bucket(path: AnyPath, name: str | None = None) -> None:
             storage.Client().get_bucket(path.parts[2])
 
 
-def user_path(text: str, name: str) -> Path:
+def user_path(path: str | os.PathLike[str], name: str) -> Path:
     """A path as a user writes it, ``~`` being their home.
 
     Args:
-        text: the path, which need not be there.
-        name: of the flag, field or argument that it comes from.
+        path: what was given, which need not be there.
+        name: of the flag, field or argument that gave it.
 
     Raises:
         ConfigError: it cannot be a path on a disk, or cannot be reached.
     """
-    why = None
+    text, why = _text_of(path), None
+    if text is None:
+        raise ConfigError(f"{name}={shown(path)} must be a path, in a text or as of pathlib")
     if not text or "\0" in text:
         why = "has a NUL character" if text else "is empty"  # which else is this folder
     elif "://" in text:
@@ -201,28 +204,26 @@ def user_path(text: str, name: str) -> Path:
     if why is not None:
         raise ConfigError(f"{name}={text!r} {why}; it may be a path on a disk")
     try:
-        path = Path(text).expanduser()
+        found = Path(text).expanduser()
     except RuntimeError as error:
         raise ConfigError(
             f"{name}={text!r} begins with a home that is not known; ~ alone is yours"
         ) from error
     try:
-        path.stat()
+        found.stat()
     except (FileNotFoundError, NotADirectoryError):
-        return path  # which whoever reads it finds, or makes
+        return found  # which whoever reads it finds, or makes
     except OSError as error:  # which Path.exists() raises or hides, by Python's version
         raise ConfigError(
             f"{name}={text!r} cannot be reached: {error.strerror}; it may be another path"
         ) from error
-    return path
+    return found
 
 
-def path_argument(name: str, value: Any) -> Path:
-    """`user_path` of an argument ``name`` of a function; ConfigError if it cannot be a path."""
-    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
-    if not isinstance(text, str):
-        raise ConfigError(f"{name}={shown(value)} must be a path, in a text or as of pathlib")
-    return user_path(text, name)
+def _text_of(path: Any) -> str | None:
+    """A path as a text; None of what is none, as bytes are."""
+    text = os.fspath(path) if isinstance(path, str | os.PathLike) else None
+    return text if isinstance(text, str) else None
 
 
 def is_file_name(name: str) -> bool:

@@ -188,16 +188,11 @@ def misfit(value: Any, annotation: Any, name: str) -> str | None:
     return None if _is(value, annotation) else _must_be(name, value, annotation)
 
 
-def require_kinds(**given: tuple[Any, Any]) -> None:
-    """Raises ConfigError unless every argument fits its annotation, as `misfit` has it.
-
-    Args:
-        **given: by the name of an argument, its value and what that may be.
-    """
-    for name, (value, annotation) in given.items():
-        problem = misfit(value, annotation, name)
-        if problem is not None:
-            raise ConfigError(problem)
+def require_kind(name: str, value: Any, annotation: Any) -> None:
+    """Raises ConfigError unless ``value`` fits the annotation, as `misfit` has it."""
+    problem = misfit(value, annotation, name)
+    if problem is not None:
+        raise ConfigError(problem)
 
 
 def _misfit_of_items(value: Any, annotation: Any, item: Any, name: str) -> str | None:

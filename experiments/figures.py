@@ -44,10 +44,11 @@ from experiments.lib.figures.tables import escape_table, scores_table
 from experiments.lib.run_records import (
     Record,
     choose,
+    finished,
     grouped,
     left_out,
     less_is_better,
-    read_records,
+    read_runs,
 )
 
 # The number that each kind looks at unless --metric says so.
@@ -170,11 +171,11 @@ def command(argv: Sequence[str]) -> None:
     """Writes the record that the flags say, and draws it."""
     parsed = flags.parse(argv, {"figure": FigureConfig, **SECTION}, PRESETS)
     look, config = Look(**parsed.sections["figures"]), FigureConfig(**parsed.sections["figure"])
-    source = user_path(config.source, "source")
-    records = choose(read_records(source), config.where)
+    runs = read_runs(user_path(config.source, "source"))
+    records = choose(finished(runs), config.where)
     metric = METRICS[config.kind] if config.metric is None else config.metric
     config = dataclasses.replace(config, metric=metric)
-    note = left_out(source, config.where, [config.x, *config.keys])
+    note = left_out(runs, config.where, [config.x, *config.keys])
     record = {
         "figure": config.kind,
         "command": command_line("figures", argv),

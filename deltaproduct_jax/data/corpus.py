@@ -94,7 +94,7 @@ def open_corpus(directory: str | Path, split: str, name: str = "directory") -> C
         ConfigError: it has no such split.
         RunDirectoryError: it was not prepared to the end, or its files are not what they were.
     """
-    directory = user_path(str(directory), name)
+    directory = user_path(directory, name)
     manifest = read_manifest(directory, name)
     if split not in manifest["splits"]:
         more = f"a larger {split}_fraction or {split}_paths there holds out more"

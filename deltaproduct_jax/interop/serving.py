@@ -23,11 +23,11 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
-from deltaproduct_jax.files import errors_as_one_line, path_argument, to_json, write_file
+from deltaproduct_jax.files import errors_as_one_line, to_json, user_path, write_file
 from deltaproduct_jax.interop.tensor_files import INDEX, SINGLE, Writing, write_tensors
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.selection import PLATFORMS
-from deltaproduct_jax.settings import require_kinds, shown
+from deltaproduct_jax.settings import require_kind, shown
 
 PREFILL, STEP, SERVING = "prefill.bin", "step.bin", "serving.json"
 Arrays = dict[str, jax.Array]
@@ -53,10 +53,11 @@ def export(
         ConfigError: an argument cannot be honoured; the text names it.
         RunDirectoryError: the folder holds something of this name, or cannot be written.
     """
-    require_kinds(model=(model, SequenceModel), piece=(piece, int))
+    require_kind("model", model, SequenceModel)
+    require_kind("piece", piece, int)
     require_at_least("piece", piece, 1)
     _check_platforms(platforms)
-    folder = path_argument("directory", directory)
+    folder = user_path(directory, "directory")
     with errors_as_one_line(folder, "read"):
         names = (SERVING, PREFILL, STEP, SINGLE, INDEX)
         taken = [name for name in names if (folder / name).exists()]

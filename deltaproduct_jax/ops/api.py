@@ -134,7 +134,7 @@ def _whole(arguments, options):
     checks.check_chunk_size(options["chunk_size"], implementation)
     precision = checks.check_precision(options["precision"])
     checks.check_flag("use_qk_l2norm", use_qk_l2norm)
-    arrays = _arrays(**arguments)
+    arrays = checks.as_arrays(**arguments)
     checks.check_inputs(arrays)
     values = (arrays[name] for name in ("k", "beta", "g"))
     check_op_values(*values, use_qk_l2norm=use_qk_l2norm)
@@ -157,9 +157,9 @@ def _by_segment(tokens, initial_states, segment_ids, num_segments, options):
             "row to every segment"
         )
     names = ("q", "k", "v", "beta", "g")
-    arrays = _arrays(**dict(zip(names, tokens, strict=True)), segment_ids=segment_ids)
+    arrays = checks.as_arrays(**dict(zip(names, tokens, strict=True)), segment_ids=segment_ids)
     sizes, dtype = checks.check_inputs(arrays), arrays["q"].dtype
-    states = _arrays(initial_state=initial_states)["initial_state"]
+    states = checks.as_arrays(initial_state=initial_states)["initial_state"]
     shape = checks.check_states(states, num_segments, sizes, dtype)
     states = jnp.zeros(shape, accumulator_dtype(dtype)) if states is None else states
 
@@ -227,7 +227,7 @@ def delta_product_step(
       ValueError: an argument has the wrong shape or dtype.
     """
     checks.check_flag("use_qk_l2norm", use_qk_l2norm)
-    arrays = _arrays(q=q, k=k, v=v, beta=beta, g=g, state=state)
+    arrays = checks.as_arrays(q=q, k=k, v=v, beta=beta, g=g, state=state)
     checks.check_inputs(arrays, one_token=True)
     values = (arrays[name] for name in ("k", "beta", "g"))
     check_op_values(*values, use_qk_l2norm=use_qk_l2norm)
@@ -240,10 +240,3 @@ def delta_product_step(
         return step(state, q, k, v, beta, g, scale=checks.check_scale(scale, q.shape[-1]))
 
     return on_each_part(run, arrays, layouts, (("B", "Hv", "V"), layouts["state"]))
-
-
-def _arrays(**arguments) -> dict[str, jax.Array | None]:
-    return {
-        name: None if value is None and name in checks.OPTIONAL else checks.as_array(name, value)
-        for name, value in arguments.items()
-    }

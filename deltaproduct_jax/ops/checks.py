@@ -31,8 +31,15 @@ LAYOUT = {
     "o": ("B", "T", "Hv", "V"),
 }
 
-# Arguments that need not be there.
 OPTIONAL = ("g", "initial_state", "segment_ids")
+
+
+def as_arrays(**arguments: Any) -> dict[str, jax.Array | None]:
+    """Each by `as_array`; of `OPTIONAL` some may be None, and stay so."""
+    return {
+        name: None if value is None and name in OPTIONAL else as_array(name, value)
+        for name, value in arguments.items()
+    }
 
 
 def as_array(name: str, value: Any) -> jax.Array:
@@ -125,7 +132,7 @@ def check_shape(
     known = f" with {known}" if known else ""
     if len(shape) != len(layout):
         hint = ""
-        if name in ("k", "v", "beta") and len(shape) == len(layout) - 1 and "T" in layout:
+        if {"T", "R"} <= set(layout) and len(shape) == len(layout) - 1:
             hint = f"; an array [B, T*R, ...] becomes {wanted} by a reshape"
         raise ValueError(
             f"{name} must have {_dimensions(len(layout))} {wanted}{known}, "

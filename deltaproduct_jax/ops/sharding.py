@@ -110,13 +110,9 @@ def sharded_delta_product(
       Yang, Wang, Zhang, Shen, Kim. Parallelizing Linear Transformers with the Delta Rule over
       Sequence Length. 2024. https://arxiv.org/abs/2406.06484
     """
-    arrays = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
-    arrays |= {"initial_state": initial_state, "segment_ids": segment_ids}
-    arrays = {
-        n: checks.as_array(n, x)
-        for n, x in arrays.items()
-        if x is not None or n not in checks.OPTIONAL
-    }
+    given = {"q": q, "k": k, "v": v, "beta": beta, "g": g}
+    given |= {"initial_state": initial_state, "segment_ids": segment_ids}
+    arrays = {name: x for name, x in checks.as_arrays(**given).items() if x is not None}
     checks.check_inputs(arrays)
     checks.check_implementation(implementation, AVAILABLE)
     checks.check_chunk_size(chunk_size, implementation)

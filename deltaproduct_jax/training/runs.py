@@ -38,8 +38,7 @@ def load_run(
 
     Errors say the directory behind the ``name`` of the setting that gave it.
     """
-    is_path = isinstance(directory, str | os.PathLike)
-    path = any_path(os.fspath(directory) if is_path else directory, name)
+    path = any_path(directory, name)
     return restore_run(read_config(path, name), path, checkpoint)
 
 

@@ -102,37 +102,40 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def read_records(source: Path) -> list[Record]:
-    """The finished runs of a sweep's folder, of its results.csv, or of a folder of runs.
+def read_runs(source: Path) -> list[Record]:
+    """The runs of a sweep's folder, of its results.csv, or of a folder of runs.
+
+    Those that are not finished have no results; a run at least is finished.
 
     Raises:
         ConfigError: there is no such place, or no finished run in it.
         RunDirectoryError: a record cannot be read, or a run is not the one that the sweep's list
             has by its name.
     """
-    records = [run for run in read_runs(source) if run.results]
-    if not records:
+    runs = []
+    for folder, listed in _folders(source):
+        results = read_results(folder)
+        settings = _flat(saved_config(folder)) if is_there(folder / CONFIG) else dict(listed)
+        settings |= _factors(settings)
+        runs.append(Record(folder.name, settings, results or {}, _last_step(folder, results)))
+    if not finished(runs):
         held = [what for what in held_by(source) if what != SWEEP]
         raise ConfigError(
             f"source={str(source)!r} holds {' and '.join(held) or 'no finished run'}; it may be "
             "the folder of a sweep, as tried and chosen of a search are, its results.csv, or a "
             "folder of run directories"
         )
-    return records
-
-
-def read_runs(source: Path) -> list[Record]:
-    """The same with those that are not finished, whose results are empty; raises as that."""
-    runs = []
-    for folder, listed in _folders(source):
-        results = read_results(folder)
-        settings = dict(listed)
-        if is_there(folder / CONFIG):
-            sections = saved_config(folder).values()
-            settings = {name: value for section in sections for name, value in section.items()}
-        settings |= _factors(settings)
-        runs.append(Record(folder.name, settings, results or {}, _last_step(folder, results)))
     return runs
+
+
+def finished(runs: Iterable[Record]) -> list[Record]:
+    """Those that have results."""
+    return [run for run in runs if run.results]
+
+
+def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of all sections."""
+    return {name: value for section in config.values() for name, value in section.items()}
 
 
 def _last_step(folder: Path, results: Mapping[str, Any] | None) -> int:
@@ -142,38 +145,41 @@ def _last_step(folder: Path, results: Mapping[str, Any] | None) -> int:
     return int(rows[-1]["step"]) if rows else 0
 
 
-def left_out(source: Path, where: str = "", keys: Sequence[str] = ()) -> str | None:
-    """Which runs `read_records` leaves out, as a note; None where there are none.
+def left_out(runs: Iterable[Record], where: str = "", keys: Sequence[str] = ()) -> str | None:
+    """Which runs are not `finished`, as a note; None where all are.
 
     Args:
-        source: as there.
+        runs: with those that are.
         where: as of `choose`; others are not looked at.
         keys: settings by which the runs are counted.
     """
     wanted = parse_grid("--where", where) if where else {}
-    runs = [r for r in read_runs(source) if all(_value(r, key) in wanted[key] for key in wanted)]
-    missing = [run for run in runs if not run.results]
-    if not missing:
+    runs = [run for run in runs if all(_value(run, key) in wanted[key] for key in wanted)]
+    count = len(runs) - len(finished(runs))
+    if not count:
         return None
-    cells = grouped(runs, keys, _value)
-    parts = [_missing_of(label(keys, cell), members) for cell, members in cells.items()]
-    parts = [part for part in parts if part]
+    cells = grouped(runs, keys, _value).items()
+    parts = [
+        _missing_of(label(keys, cell), members)
+        for cell, members in cells
+        if len(finished(members)) < len(members)
+    ]
     said = "; ".join(parts[:MOST_NAMED]) + ("; ..." if len(parts) > MOST_NAMED else "")
-    return f"{len(missing)} of {len(runs)} runs have no results and are left out: {said}"
+    return f"{count} of {len(runs)} runs have no results and are left out: {said}"
 
 
 def _missing_of(cell: str, members: Sequence[Record]) -> str:
-    """How many of a cell's runs are missing, and how far they came; nothing where all are there."""
+    """How many of a cell's runs are missing, and how far those came that were begun."""
     missing = [run for run in members if not run.results]
-    begun = sorted(run.step for run in missing if run.step)
-    last = "" if not begun else f"{begun[0]:,}"
-    if begun and begun[-1] != begun[0]:
-        last = f"{last} to {begun[-1]:,}"
-    steps = {run.settings.get("steps") for run in missing if run.step}
+    begun = sorted((run for run in missing if run.step), key=lambda run: run.step)
+    said = f"{cell}: {len(missing)} of {len(members)}"
+    if not begun:
+        return said
+    some = "" if len(begun) == len(missing) else f"{len(begun)} of them "
+    came = " to ".join(dict.fromkeys(f"{run.step:,}" for run in (begun[0], begun[-1])))
+    steps = {run.settings.get("steps") for run in begun}
     whole = f" of {int(steps.pop()):,}" if len(steps) == 1 and None not in steps else ""
-    some = f"{len(begun)} of them at" if len(begun) < len(missing) else "at"
-    came = f", {some} step {last}{whole}" if begun else ""
-    return f"{cell}: {len(missing)} of {len(members)}{came}" if missing else ""
+    return f"{said}, {some}at step {came}{whole}"
 
 
 def _value(record: Record, key: str) -> str:
@@ -186,14 +192,12 @@ def _folders(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     if source.suffix == ".csv" and not source.is_dir():
         return [(source.parent / RUNS / row["run"], row) for row in _lines(source)]
     if not is_there(source / LIST):
-        return [(folder, {}) for folder in _different(source)]
+        return [(folder, {}) for folder in _run_directories(source)]
     found = []
     for run in read_list(source)[1]:
         folder = RunFolder(source, run)
         folder.require_own()
-        sections = run.config.values()
-        settings = {name: value for section in sections for name, value in section.items()}
-        found.append((folder.path, settings))
+        found.append((folder.path, _flat(run.config)))
     return found
 
 
@@ -206,7 +210,7 @@ def _factors(settings: Mapping[str, Any]) -> dict[str, int]:
     return {} if factors is None else {"num_householder": factors}
 
 
-def _different(source: Path) -> list[Path]:
+def _run_directories(source: Path) -> list[Path]:
     """The run directories in a folder; ConfigError where a run is there twice, as after copying."""
     found: dict[str, Path] = {}
     for path in sorted(source.glob(f"*/{CONFIG}")):
@@ -272,7 +276,7 @@ def grouped(
     groups: dict[Group, list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(value(record, key) for key in keys), []).append(record)
-    order = lambda group: [_order(value, seen[value]) for value in group]
+    order = lambda group: [_order(text, seen[text]) for text in group]
     return {group: groups[group] for group in sorted(groups, key=order)}
 
 

@@ -9,7 +9,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.models.config import ATTENTION
-from deltaproduct_jax.settings import misfit, shown
+from deltaproduct_jax.settings import require_kind, shown
 
 OPTION = "attn"
 LENGTH = "max_position_embeddings"  # tokens that a cache of ours holds; theirs grows
@@ -42,9 +42,7 @@ def to_fields(attn: Any, hidden_size: int, num_layers: int, length: Any) -> dict
     Raises:
         ConfigError: naming the entry, what it is and what it may be.
     """
-    problem = misfit(attn, Attn, OPTION)
-    if problem is not None:
-        raise ConfigError(problem)
+    require_kind(OPTION, attn, Attn)
     unknown = sorted(set(attn) - set(Attn.__annotations__))
     if unknown:
         raise ConfigError(
@@ -61,9 +59,7 @@ def to_fields(attn: Any, hidden_size: int, num_layers: int, length: Any) -> dict
         )
     if heads < 1 or hidden_size % heads:
         raise ConfigError(f"{OPTION}.num_heads={heads} must divide hidden_size={hidden_size}")
-    problem = misfit(length, int, LENGTH)
-    if problem is not None:
-        raise ConfigError(problem)
+    require_kind(LENGTH, length, int)
     same = {name: attn[name] for name in _SAME if attn.get(name) is not None}
     sizes = {"attention_layers": tuple(layers), "attention_heads": heads, "max_length": length}
     return {**sizes, **same}

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
-from deltaproduct_jax.files import path_argument, read_json
+from deltaproduct_jax.files import read_json, user_path
 from deltaproduct_jax.interop.fla import hybrids, options
 from deltaproduct_jax.interop.fla.tensors import (
     Path as ParameterPath,
@@ -30,7 +30,7 @@ from deltaproduct_jax.models import config as model_config
 from deltaproduct_jax.parallel.config import AXES
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import names_of_model
-from deltaproduct_jax.settings import require_kinds
+from deltaproduct_jax.settings import require_kind
 
 CONFIG = "config.json"
 EMBEDDINGS, HEAD = "model.embeddings.weight", "lm_head.weight"
@@ -74,9 +74,9 @@ def load(
         RunDirectoryError: a file is missing, damaged or outside of the folder, or tensors are
             missing, superfluous or of another shape; one text lists them all.
     """
-    folder = path_argument("directory", directory)
-    kinds = {"param_dtype": (param_dtype, str | None), "mesh": (mesh, jax.sharding.Mesh | None)}
-    require_kinds(**kinds)
+    folder = user_path(directory, "directory")
+    require_kind("param_dtype", param_dtype, str | None)
+    require_kind("mesh", mesh, jax.sharding.Mesh | None)
     if not folder.is_dir():
         raise RunDirectoryError(f"directory={folder} is no folder")
     file = inside(folder, CONFIG)

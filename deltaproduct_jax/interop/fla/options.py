@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.interop.fla import hybrids
 from deltaproduct_jax.models import ModelConfig
-from deltaproduct_jax.settings import misfit, shown
+from deltaproduct_jax.settings import require_kind, shown
 
 
 class Option(NamedTuple):
@@ -154,9 +154,7 @@ def _checked(kind: str, saved: Mapping[str, Any]) -> dict[str, Any]:
         )
     values = {name: saved.get(name, option.default) for name, option in options.items()}
     for name, option in options.items():
-        problem = misfit(values[name], option.kind, name)
-        if problem is not None:
-            raise ConfigError(problem)
+        require_kind(name, values[name], option.kind)
         if option.only is not None and values[name] not in option.only:
             may = " or ".join(map(repr, option.only))
             raise ConfigError(

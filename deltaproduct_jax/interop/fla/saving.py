@@ -10,14 +10,14 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
-from deltaproduct_jax.files import errors_as_one_line, path_argument, to_json, write_file
+from deltaproduct_jax.files import errors_as_one_line, to_json, user_path, write_file
 from deltaproduct_jax.interop.card import CARD, model_card
 from deltaproduct_jax.interop.fla import options
 from deltaproduct_jax.interop.fla.loading import CONFIG
 from deltaproduct_jax.interop.fla.tensors import key_and_turn
 from deltaproduct_jax.interop.tensor_files import Writing, write_tensors
 from deltaproduct_jax.models import SequenceModel, count_parameters
-from deltaproduct_jax.settings import require_kinds
+from deltaproduct_jax.settings import require_kind
 
 MOST_BYTES = 5 * 10**9  # of one file
 
@@ -63,17 +63,20 @@ def save(
             honoured; the text names the field or the argument.
         RunDirectoryError: the folder holds a model, or cannot be written.
     """
-    require_kinds(model=(model, SequenceModel), most_bytes=(most_bytes, int))
+    require_kind("model", model, SequenceModel)
+    require_kind("most_bytes", most_bytes, int)
     require_at_least("most_bytes", most_bytes, 1)
-    _check_facts(facts)
-    folder = path_argument("directory", directory)
+    require_kind("facts", facts, Mapping | None)
+    for title, rows in (facts or {}).items():
+        require_kind(f"facts[{title!r}]", rows, Mapping)
+    folder = user_path(directory, "directory")
     ids = {
         "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }
     for name, number in ids.items():
-        require_kinds(**{name: (number, int | None)})
+        require_kind(name, number, int | None)
         if number is not None and not 0 <= number < model.config.vocab_size:
             raise ConfigError(f"{name}={number} must be from 0 to {model.config.vocab_size - 1}")
     saved = options.to_options(model.config)
@@ -93,13 +96,6 @@ def save(
     write_file(folder / CARD, card.encode())
     # Last: a folder without it holds no model.
     write_file(folder / CONFIG, to_json(saved | ids | {"dtype": dtype}))
-
-
-def _check_facts(facts: Any) -> None:
-    """ConfigError unless these are tables by title, or None."""
-    require_kinds(facts=(facts, Mapping | None))
-    for title, rows in (facts or {}).items():
-        require_kinds(**{f"facts[{title!r}]": (rows, Mapping)})
 
 
 def _writing(path: tuple[str | int, ...], leaf: Any) -> tuple[str, Writing]:

@@ -27,7 +27,7 @@ from deltaproduct_jax.models.generation.rows import Rows, axes_of_state, program
 from deltaproduct_jax.models.generation.sampling import PLAIN, Sampling, needs_of, rules_of
 from deltaproduct_jax.models.generation.text import Decode, StopStrings, TextStream
 from deltaproduct_jax.models.sequence_model import ModelState, SequenceModel, most_tokens
-from deltaproduct_jax.settings import LARGEST_SEED, misfit, shown
+from deltaproduct_jax.settings import LARGEST_SEED, require_kind, shown
 
 PIECES = (256, 32)
 STRIDE = 16
@@ -124,7 +124,7 @@ class Generator:
             ConfigError: a request does not fit this generator.
             FloatingPointError: a model's logits are not finite.
         """
-        _require("seed", seed, int)
+        require_kind("seed", seed, int)
         if not 0 <= seed <= LARGEST_SEED:
             raise ConfigError(f"seed={seed} must be from 0 to {LARGEST_SEED}")
         waiting = enumerate(_each_checked(requests))
@@ -193,8 +193,8 @@ class Generator:
         before = ()
         if request.prefix is not None:
             before = (request.prefix.token,)
-            _require("prefix.token", request.prefix.token, int)
-            _require("prefix.length", request.prefix.length, int)
+            require_kind("prefix.token", request.prefix.token, int)
+            require_kind("prefix.length", request.prefix.length, int)
             require_at_least("prefix.length", request.prefix.length, 1)
             as_like("prefix.state", request.prefix.state, self._fresh)
             if request.prefix.model not in (None, self._model):
@@ -345,18 +345,12 @@ def collect(pieces: Iterable[Piece], count: int) -> list[Completion]:
     return found
 
 
-def _require(name: str, value: Any, kind: type) -> None:
-    problem = misfit(value, kind, name)
-    if problem is not None:
-        raise ConfigError(problem)
-
-
 def _each_checked(requests: Any) -> Iterator[Request]:
     """Each as it is asked for; ConfigError for what is none, or for one that stands alone."""
     if not isinstance(requests, Iterable):
         raise ConfigError(f"requests={shown(requests)} must be several, as in a list")
     for index, request in enumerate(requests):
-        _require(f"requests[{index}]", request, Request)
+        require_kind(f"requests[{index}]", request, Request)
         yield request
 
 

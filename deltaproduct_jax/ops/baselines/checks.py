@@ -47,19 +47,8 @@ def check_arrays(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: 
     }
     _check_dtypes({name: array for name, (array, _) in given.items()})
     for name, (array, layout) in given.items():
-        letters = [d for d in layout.split() if not (one_token and d == "T")]
-        known = ", ".join(f"{d}={sizes[d]}" for d in letters if d in sizes)
-        fits = len(array.shape) == len(letters) and all(
-            sizes.setdefault(d, size) == size for d, size in zip(letters, array.shape, strict=True)
-        )
-        if not fits:
-            wanted = f"[{', '.join(letters)}]" + (f" with {known}" if known else "")
-            raise ValueError(f"{name} must have shape {wanted}, got {tuple(array.shape)}")
-        for letter, size in zip(letters, array.shape, strict=True):
-            if letter not in ("B", "T") and size == 0:
-                raise ValueError(
-                    f"{name} must have {letter} of at least 1, got shape {tuple(array.shape)}"
-                )
+        letters = tuple(d for d in layout.split() if not (one_token and d == "T"))
+        checks.check_shape(name, array.shape, letters, sizes)
 
 
 def fields_of(name: str, state: Any, kind: type) -> dict[str, jax.Array]:

@@ -52,6 +52,10 @@ def add_run(folder, name, settings, accuracy):
     (run / "results.json").write_text(json.dumps(results))
 
 
+def finished(source):
+    return run_records.finished(run_records.read_runs(source))
+
+
 @pytest.fixture
 def source(tmp_path):
     for (group, n_h, seed), accuracy in ACCURACY.items():
@@ -105,7 +109,7 @@ def test_factors_left_to_the_mixer_count_as_what_they_were(tmp_path):
     for mixer in mixers:
         settings = {"group": "S3", "n_h": None, "seed": 0, "mixer": mixer}
         add_run(tmp_path, mixer, settings, 0.5)
-    records = run_records.read_records(tmp_path)
+    records = finished(tmp_path)
     assert {r.value("mixer"): r.value("num_householder") for r in records} == mixers
 
 
@@ -209,11 +213,11 @@ def test_bars_are_as_long_as_their_fraction():
 
 
 def test_sources(source, tmp_path):
-    whole = run_records.read_records(source)
+    whole = finished(source)
     assert len(whole) == len(ACCURACY)
-    assert {r.name for r in run_records.read_records(source / "runs")} == {r.name for r in whole}
+    assert {r.name for r in finished(source / "runs")} == {r.name for r in whole}
     (source / "some.csv").write_text("run,state\nS3-1-0,done\nunfinished,started\nA5-2-1,done\n")
-    some = run_records.read_records(source / "some.csv")
+    some = finished(source / "some.csv")
     assert [record.name for record in some] == ["S3-1-0", "A5-2-1"]
     assert some[0].value("eval_lengths") == "4,8"
     assert some[0].value("chunk_size") == "none"
@@ -231,7 +235,7 @@ def test_groups_are_in_the_order_of_numbers_and_of_the_grid():
 
 
 def test_where_leaves_what_it_says(source):
-    records = run_records.read_records(source)
+    records = finished(source)
     chosen = run_records.choose(records, "group=S3;seed=0:2;num_householder=2")
     assert [record.name for record in chosen] == ["S3-2-0", "S3-2-1"]
     with pytest.raises(ConfigError, match=r"where='group=S9' leaves no run; there are .*A5.*S3"):

@@ -49,6 +49,10 @@ def source(tmp_path):
     return folder.parent
 
 
+def note_of(source, *wanted, **keys):
+    return run_records.left_out(run_records.read_runs(source), *wanted, **keys)
+
+
 SAYS = (
     "4 of 6 runs have no results and are left out: group = S5, n_h = 1: 1 of 1; "
     "group = S5, n_h = 4: 3 of 4, 2 of them at step 20 to 1,200 of 4,000"
@@ -57,20 +61,20 @@ SAYS = (
 
 def test_what_is_left_out_is_counted_by_cell(source):
     keys = ["group", "num_householder"]
-    assert run_records.left_out(source, keys=keys) == SAYS
-    assert run_records.left_out(source, "group=S3", keys) is None  # of what is shown, all is there
-    assert run_records.left_out(source, "seed=2", keys) == (
+    assert note_of(source, keys=keys) == SAYS
+    assert note_of(source, "group=S3", keys) is None  # of what is shown, all is there
+    assert note_of(source, "seed=2", keys) == (
         "1 of 1 runs have no results and are left out: group = S5, n_h = 4: 1 of 1, at step 20 of "
         "4,000"
     )
-    assert run_records.left_out(source, keys=["nothing", "group"]).startswith("4 of 6 runs")
+    assert note_of(source, keys=["nothing", "group"]).startswith("4 of 6 runs")
     # Of a folder of runs nobody knows what else there was to be.
-    assert run_records.left_out(source / "runs").startswith("3 of 5 runs")
+    assert note_of(source / "runs").startswith("3 of 5 runs")
     (source.parent / "some.csv").symlink_to(source)  # a folder of such a name
-    assert run_records.left_out(source.parent / "some.csv", keys=keys) == SAYS
+    assert note_of(source.parent / "some.csv", keys=keys) == SAYS
     lines = "run,group,num_householder\na,S5,4\nb,S5,4\ngone,S5,3\n"
     (source / "some.csv").write_text(lines)
-    assert run_records.left_out(source / "some.csv", keys=keys) == (
+    assert note_of(source / "some.csv", keys=keys) == (
         "2 of 3 runs have no results and are left out: group = S5, n_h = 3: 1 of 1; "
         "group = S5, n_h = 4: 1 of 2, at step 1,200 of 4,000"
     )
@@ -79,7 +83,7 @@ def test_what_is_left_out_is_counted_by_cell(source):
 def test_there_are_no_more_cells_than_a_figure_has_room_for(tmp_path):
     for seed in range(run_records.MOST_NAMED + 2):
         add_run(tmp_path, f"x{seed}", {"group": "S3", "n_h": 1, "seed": seed}, results=not seed)
-    note = run_records.left_out(tmp_path, keys=["seed"])
+    note = note_of(tmp_path, keys=["seed"])
     assert note.count("1 of 1") == run_records.MOST_NAMED
     assert note.endswith("; ...")
 
