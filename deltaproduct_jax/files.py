@@ -233,8 +233,10 @@ def is_file_name(name: str) -> bool:
 
 
 def require_directory(path: Path, name: str) -> None:
-    """Raises RunDirectoryError, with the ``name`` of the setting or argument that gave the path,
-    unless it is a directory or may become one."""
+    """Raises RunDirectoryError unless ``path`` is a directory or may become one.
+
+    The error has the ``name`` of the setting or argument that gave the path.
+    """
     if "\0" in str(path):
         raise RunDirectoryError(
             f"{name}={str(path)!r} cannot be a directory: it has a NUL character"

@@ -56,6 +56,7 @@ from experiments.lib.searches import (
     median_of,
     reported_of,
     row_of,
+    text_of,
     validation,
 )
 from experiments.lib.sweeps.grid import MOST_RUNS
@@ -167,9 +168,8 @@ def command(argv: Sequence[str]) -> None:
         raise stopped
     failed = [arm.settings for arm, place in zip(arms, chosen, strict=True) if place is None]
     if failed and launch.launcher != "none":
-        settings = ";".join(f"{key}={value}" for key, value in failed[0].items())
         raise ConfigError(
-            f"--arm={settings!r}: of every setting half of the runs or more have failed; "
+            f"--arm={text_of(failed[0])!r}: of every setting half of the runs or more have failed; "
             f"{workdir / TRIED / CSV} says why"
         )
 

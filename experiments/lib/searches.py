@@ -103,22 +103,16 @@ def arms_of(
     arms: list[Arm] = []
     models: dict[str, str] = {}
     for arm in given:
-        text = written(arm)
-        if not arm:
-            raise ConfigError("--arm='' is empty; it may be mixer=delta_product;num_householder=3")
         refuse_unknown(module, script, "--arm", arm)
+        require_apart(arm, constants)
         decided = constants | arm
-        for key in constants.keys() & arm.keys():
-            raise ConfigError(
-                f"{key!r} is in --fixed, and in --arm={text!r} too; give it in one of them"
-            )
-        for key in {RATE, SEED} & decided.keys():
-            raise ConfigError(f"{key}={decided[key]} is in --arm or --fixed; the search decides it")
         config = build(module, decided)
         mixer, constant = MIXERS[config["model"][MIXER]], config["train"]["schedule"] == "constant"
-        same = models.setdefault(resolved(config, mixer), text)
-        if len(models) == len(arms):  # none was added
+        text, model = text_of(arm), resolved(config, mixer)
+        if model in models:
+            same = models[model]
             raise ConfigError(f"--arm={text!r} is the same as --arm={same!r}; each is one row")
+        models[model] = text
         takes = [name for name in fields if mixer.takes(name) and name not in decided]
         own = (RATE, *takes, *(() if constant or END in decided else (END,)))
         tried = [{name: every[name] for name in own} for every in tried_of(count, rates)]
@@ -129,7 +123,19 @@ def arms_of(
     return arms
 
 
-def written(settings: Settings) -> str:
+def require_apart(arm: Settings, fixed: Settings) -> None:
+    """Raises ConfigError where an arm sets nothing, what all share, or what a search decides."""
+    if not arm:
+        raise ConfigError("--arm='' is empty; it may be mixer=delta_product;num_householder=3")
+    for key in fixed.keys() & arm.keys():
+        text = text_of(arm)
+        raise ConfigError(f"{key!r} is in --fixed, and in --arm={text!r} too; give it in one")
+    for key, value in (fixed | arm).items():
+        if key in (RATE, SEED):
+            raise ConfigError(f"{key}={value} is in --arm or --fixed; the search decides it")
+
+
+def text_of(settings: Settings) -> str:
     """Settings as the flags have them."""
     return ";".join(f"{key}={value}" for key, value in settings.items())
 

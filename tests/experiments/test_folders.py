@@ -1,9 +1,9 @@
 """No command makes another thing where one is, or reads one thing for another."""
 
-import importlib
 import json
 
 import pytest
+from refusals import refusal
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from experiments import figures
@@ -42,14 +42,6 @@ def made(folder, what):
 
 def listing(folder):
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
-def refusal(script, argv, errors=(RunDirectoryError, ConfigError)):
-    module = importlib.import_module(f"experiments.{script}")
-    command = getattr(module, "command", None) or module.EXPERIMENT.command
-    with pytest.raises(errors) as caught:
-        command(argv)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("command", MAKERS)

@@ -1,10 +1,7 @@
 """A path that cannot be what a flag asks for: the error begins with the flag and what it got."""
 
-import importlib
-
 import pytest
-
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from refusals import refusal
 
 # Of each command the flags that are paths, and what else it needs to look at them.
 FLAGS = {
@@ -30,14 +27,6 @@ FLAGS = {
 TAKE_A_FOLDER = ("compilation_cache", "bucket")  # which is made
 
 
-def error_of(script, argv):
-    module = importlib.import_module(f"experiments.{script}")
-    command = getattr(module, "command", None) or module.EXPERIMENT.command
-    with pytest.raises((ConfigError, RunDirectoryError)) as caught:
-        command(argv)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(("script", "flag"), FLAGS)
 def test_an_error_of_a_path_begins_with_its_flag(script, flag, tmp_path):
     more = FLAGS[script, flag]
@@ -49,7 +38,7 @@ def test_an_error_of_a_path_begins_with_its_flag(script, flag, tmp_path):
     # A file is what some of them want.
     paths += [] if flag == "sources" else [str(file)]
     for path in paths:
-        says = error_of(script, [f"--{flag}={path}", *more])
+        says = refusal(script, [f"--{flag}={path}", *more])
         assert says.startswith((f"{flag}={path}", f"{flag}={path!r}")), says
         assert len(says.replace(path, "")) > len(flag) + 10, says  # and why
     assert not (tmp_path / "w").exists() or not any((tmp_path / "w").glob("*.json"))
@@ -60,5 +49,5 @@ def test_an_error_of_the_workdir_begins_with_it(script, tmp_path):
     (file := tmp_path / "file").touch()
     more = {"prepare_text": [f"--sources={file}"], "train": []}.get(script, [])
     for path in ("~nobody-of-this-name/x", "x" * 300, str(file), f"{file}/below", "gs://bucket/x"):
-        says = error_of(script, [f"--workdir={path}", *more])
+        says = refusal(script, [f"--workdir={path}", *more])
         assert says.startswith((f"workdir={path}", f"workdir={path!r}")), says

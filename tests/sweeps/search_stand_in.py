@@ -2,7 +2,7 @@
 
 import json
 
-from experiments.lib.sweeps.grid import claim, identity
+from experiments.lib.sweeps.grid import identity
 from experiments.lib.sweeps.records import RunFolder
 
 TINY = "steps=4;warmup_steps=0;eval_every=4;checkpoint_every=4;curriculum=();train_length=4"
@@ -19,9 +19,8 @@ def ends(valid, test):
     """Stands in for a sweep: runs end at once; ``valid`` and ``test`` score a run's settings."""
 
     def run_sweep(workdir, sweep, launch):
-        script, grids, fixed, most, kept = sweep
         idle = sweep.idle()
-        for run in claim(workdir, script, [*grids, *kept], fixed, most):
+        for run in sweep.claim(workdir, lambda *_: None):
             folder = RunFolder(workdir, run)
             score = valid(run.settings)
             if score is None or folder.path.exists() or identity(run.config) in idle:

@@ -1,6 +1,7 @@
 """A search that goes on from records: older ones, damaged ones, those of another run."""
 
 import json
+import shutil
 
 import pytest
 from sweeps.helpers import names, starts
@@ -12,17 +13,34 @@ from experiments.lib.sweeps.running import LaunchConfig, Sweep, run_sweep
 MORE = ["--settings=2", "--seeds=1", "--fresh=2"]
 
 
+def rate(settings):
+    return float(settings["learning_rate"]) * 50
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("search")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "run_sweep", ends(rate, rate))
+        assert search.main(argv(workdir, *MORE)) == 0
+    return workdir
+
+
 @pytest.fixture
-def searched(tmp_path, monkeypatch):
+def searched(ended, tmp_path, monkeypatch):
     """A search that has ended; its runs may be made again."""
-    rate = lambda settings: float(settings["learning_rate"]) * 50
     monkeypatch.setattr(search, "run_sweep", ends(rate, rate))
-    assert search.main(argv(tmp_path, *MORE)) == 0
-    return tmp_path
+    return shutil.copytree(ended, tmp_path / "search")
+
+
+def found(workdir):
+    """What came of a search, wherever it lies."""
+    record = json.loads((workdir / "search.json").read_text())
+    return {name: value for name, value in record.items() if name != "command"}
 
 
 def test_a_list_of_an_older_version_lacks_fields(searched):
-    before = (searched / "search.json").read_text()
+    before = found(searched)
     for part in ("tried", "chosen"):
         path = searched / part / "runs.json"
         saved = json.loads(path.read_text())
@@ -30,7 +48,7 @@ def test_a_list_of_an_older_version_lacks_fields(searched):
             del run["config"]["train"]["max_skipped_steps"]
         path.write_text(json.dumps(saved))
     assert search.main(argv(searched, *MORE)) == 0
-    assert (searched / "search.json").read_text() == before
+    assert found(searched) == before
 
 
 def break_results(run):
@@ -58,13 +76,13 @@ def swap(run):
     ],
 )
 def test_a_damaged_record_is_no_run_that_failed(part, harm, says, searched, capsys):
-    before = (searched / "search.json").read_text()
+    before = found(searched)
     harm(min((searched / part / "runs").iterdir()))
     assert search.main(argv(searched, *MORE)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert says in error
-    assert (searched / "search.json").read_text() == before
+    assert found(searched) == before
 
 
 def test_what_is_no_choice_any_more_is_not_run(tmp_path, monkeypatch):
@@ -74,15 +92,13 @@ def test_what_is_no_choice_any_more_is_not_run(tmp_path, monkeypatch):
     sweeps = iter([half_way, nothing])
     monkeypatch.setattr(search, "run_sweep", lambda *given: next(sweeps)(*given))
     assert search.main(argv(tmp_path, *MORE, "--launcher=none")) == 0
-    rate = lambda settings: float(settings["learning_rate"]) * 50
     monkeypatch.setattr(search, "run_sweep", ends(rate, rate))
     assert search.main(argv(tmp_path, *MORE)) == 0
     made = [path.name for path in (tmp_path / "chosen" / "runs").iterdir()]
     assert len(made) == 4
     assert all("learning_rate=0.01," in name for name in made)
-    names = [r["name"] for r in json.loads((tmp_path / "chosen" / "runs.json").read_text())["runs"]]
-    assert len(names) == 8
-    assert json.loads((tmp_path / "search.json").read_text())["missing"] == 0
+    assert len(names(tmp_path / "chosen")) == 8
+    assert found(tmp_path)["missing"] == 0
     # Those that were there before are not taken for more than there may be.
     assert search.main(argv(tmp_path, *MORE, "--max_runs=4")) == 0
 

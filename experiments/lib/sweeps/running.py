@@ -1,7 +1,7 @@
 """The runs of a sweep, run here or on a cluster until all of them are done."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,13 +32,20 @@ POLL_S = 0.1
 
 
 class Sweep(NamedTuple):
-    """What is run, as `grid.claim` takes it; of the ``kept`` grids nothing is begun any more."""
+    """What is run; of the ``kept`` grids nothing is begun any more."""
 
     script: str | None
     grids: Sequence[str]
     fixed: str
     most: int = MOST_RUNS
     kept: Sequence[str] = ()
+
+    def claim(
+        self, folder: Path, accept: Callable[[str, Sequence[Run]], None], *, to_run: bool = True
+    ) -> list[Run]:
+        """Its runs, the kept ones too, as `grid.claim` saves them, which raises."""
+        grids = [*self.grids, *self.kept]
+        return claim(folder, self.script, grids, self.fixed, self.most, accept, to_run=to_run)
 
     def idle(self) -> set[str]:
         """The `grid.identity` of the runs that are in the kept grids alone."""
@@ -127,9 +134,7 @@ def run_sweep(workdir: Path, sweep: Sweep, launch: LaunchConfig) -> bool:
         nonlocal launcher  # which is known to work before anything is written
         launcher = make_launcher(launch, workdir, script, wanted)
 
-    script, grids, fixed, most, kept = sweep
-    to_run = launch.launcher != "none"
-    runs = claim(workdir, script, [*grids, *kept], fixed, most, accept, to_run=to_run)
+    runs = sweep.claim(workdir, accept, to_run=launch.launcher != "none")
     if not has_parquet():
         print("results.parquet needs the package pyarrow; only results.csv is written")
     if launcher is None:
