@@ -1,8 +1,9 @@
-"""What several test files share: inputs, one way to run the op, errors and the table of them."""
+"""What several test files share: inputs, ways to run the op, its errors, a script's refusals."""
 
 import collections
 import dataclasses
 import functools
+import importlib
 import os
 
 import jax
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import oracle
+import pytest
 
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.ops import delta_product
 
 IMPLEMENTATIONS = ("recurrent", "associative", "chunked")
@@ -234,3 +237,12 @@ def plain_bfloat16_error(case: Case) -> float:
             S = S + k[:, t, r, :, :, None] * write[..., None, :]
         o[:, t] = case.K**-0.5 * np.einsum("bhkv,bhk->bhv", rounded(S), q[:, t])
     return relative_error(o, reference)
+
+
+def refusal(script, argv, errors=(ConfigError, RunDirectoryError)):
+    """The text of the error in which a script of `experiments` ends."""
+    module = importlib.import_module(f"experiments.{script}")
+    command = getattr(module, "command", None) or module.EXPERIMENT.command
+    with pytest.raises(errors) as caught:
+        command(argv)
+    return str(caught.value)

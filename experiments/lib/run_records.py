@@ -25,7 +25,7 @@ from deltaproduct_jax.training.records import (
 )
 from experiments.lib.folders import SWEEP, held_by
 from experiments.lib.sweeps.grid import LIST, RUNS, identity, is_run_name, parse_grid, read_list
-from experiments.lib.sweeps.records import RunFolder, spell
+from experiments.lib.sweeps.records import RunFolder, fields_of, spell
 
 MOST_NAMED = 16  # groups of runs that are left out
 # Numbers of results.json of which less is better, by the end of their path.
@@ -115,7 +115,7 @@ def read_runs(source: Path) -> list[Record]:
     runs = []
     for folder, listed in _folders(source):
         results = read_results(folder)
-        settings = _flat(saved_config(folder)) if is_there(folder / CONFIG) else dict(listed)
+        settings = fields_of(saved_config(folder)) if is_there(folder / CONFIG) else dict(listed)
         settings |= _factors(settings)
         runs.append(Record(folder.name, settings, results or {}, _last_step(folder, results)))
     if not finished(runs):
@@ -131,11 +131,6 @@ def read_runs(source: Path) -> list[Record]:
 def finished(runs: Iterable[Record]) -> list[Record]:
     """Those that have results."""
     return [run for run in runs if run.results]
-
-
-def _flat(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of all sections."""
-    return {name: value for section in config.values() for name, value in section.items()}
 
 
 def _last_step(folder: Path, results: Mapping[str, Any] | None) -> int:
@@ -197,7 +192,7 @@ def _folders(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     for run in read_list(source)[1]:
         folder = RunFolder(source, run)
         folder.require_own()
-        found.append((folder.path, _flat(run.config)))
+        found.append((folder.path, fields_of(run.config)))
     return found
 
 

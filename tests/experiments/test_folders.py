@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from refusals import refusal
+from helpers import refusal
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from experiments import figures

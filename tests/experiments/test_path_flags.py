@@ -1,7 +1,7 @@
 """A path that cannot be what a flag asks for: the error begins with the flag and what it got."""
 
 import pytest
-from refusals import refusal
+from helpers import refusal
 
 # Of each command the flags that are paths, and what else it needs to look at them.
 FLAGS = {

@@ -16,12 +16,11 @@ from experiments.lib.figures.style import (
     fractions_axis,
     mark_trained,
     new_panels,
-    noted,
     points,
     positions_axis,
+    room_for,
     series,
 )
-from experiments.lib.figures.texts import LINE
 from experiments.lib.run_records import Record, grouped, label, less_is_better
 
 if TYPE_CHECKING:
@@ -217,13 +216,7 @@ def bars_of(record: Mapping[str, Any], look: Look) -> "Figure":
         said = f"fraction of runs with at most {threshold} of\n{what}"
     else:
         said = f"fraction of runs with at least {threshold} of the\n{what}"
-    note = _note(record)
-    if note is not None:
-        lines = noted(figure, note)
-        said = "\n".join([said, *lines])
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(width, height + LINE * len(lines))
-    figure.supxlabel(said, fontsize="medium")
+    figure.supxlabel("\n".join([said, *room_for(figure, _note(record))]), fontsize="medium")
     return figure
 
 

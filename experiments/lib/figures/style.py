@@ -218,21 +218,23 @@ def add_legend(
     rows = math.ceil(len(named) / columns)
     columns = math.ceil(len(named) / rows)  # as full as the others
     width, height = figure.get_size_inches()
-    said = [] if note is None else noted(figure, note)
-    figure.set_size_inches(width, height + 0.15 * rows + LINE * len(said))
+    figure.set_size_inches(width, height + 0.15 * rows)
     figure.legend(
         list(named.values()),
         list(named),
         loc="outside lower center",
         ncols=columns,
-        title="\n".join(said) or None,
+        title="\n".join(room_for(figure, note)) or None,
         title_fontsize="small",
     )
 
 
-def noted(figure: "Figure", note: str) -> list[str]:
-    """A note in lines that the figure has room for."""
-    return textwrap.wrap(note, int(figure.get_size_inches()[0] / LETTER))
+def room_for(figure: "Figure", note: str | None) -> list[str]:
+    """A note in lines that are no wider than the figure, which becomes higher by them."""
+    width, height = figure.get_size_inches()
+    lines = textwrap.wrap(note or "", int(width / LETTER))
+    figure.set_size_inches(width, height + LINE * len(lines))
+    return lines
 
 
 def close_grid(panels: np.ndarray, used: int, xlabel: str = "", ylabel: str | None = None) -> None:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -70,6 +70,11 @@ class _Columns(TypedDict, total=False):
 
 
 _MetricsLine = Annotated[dict[str, float], _Columns]
+
+
+def fields_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The fields of all sections of a configuration."""
+    return {name: value for section in config.values() for name, value in section.items()}
 
 
 def has_parquet() -> bool:
@@ -140,7 +145,7 @@ class RunFolder:
 
     def row(self) -> Row:
         """The run as a row of the tables: name, state, settings, outcome, what went wrong."""
-        settings = {k: v for section in self.run.config.values() for k, v in section.items()}
+        settings = fields_of(self.run.config)
         swept = {key: settings.get(key, self.run.settings[key]) for key in self.run.keys}
         row = {"run": self.run.name, "state": "damaged", **(swept | settings)}
         try:
