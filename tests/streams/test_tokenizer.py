@@ -27,21 +27,20 @@ from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 TEXTS = ["the cat sat on the mat, and the dog <s> sat\n\n  on\tthe log.  ", "täglich 日本 " * 20]
 
 
-def sentencepiece_model(**options):
-    model = io.BytesIO()
+AS_THEY_ARE = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+
+
+def trained(texts, **options):
+    model, common = io.BytesIO(), {"hard_vocab_limit": False, "minloglevel": 2}
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 5),
-        model_writer=model,
-        vocab_size=320,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **options,
+        sentence_iterator=iter(texts), model_writer=model, **common, **options
     )
     return model.getvalue()
+
+
+def sentencepiece_model(**options):
+    kind = {"vocab_size": 320, "model_type": "bpe", "byte_fallback": True}
+    return trained(TEXTS * 5, **kind, **AS_THEY_ARE, **options)
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +110,17 @@ def as_llamas():
     return made.to_str().encode()
 
 
+WITHOUT_SINGLE_SPACES = {
+    "letters": "ab" * 50,
+    "words": "日本語täglich" * 9,
+    "spaces": "a  b" * 30,
+    "lines": "ab\n" * 40,
+    "blank": " " * 90,
+}
+
+
 @pytest.mark.parametrize("name", [*NAMES, "llama.json"])
-@pytest.mark.parametrize(
-    "text",
-    ["ab" * 50, "日本語täglich" * 9, "a  b" * 30, "ab\n" * 40, " " * 90],
-    ids=["letters", "words", "spaces", "lines", "blank"],
-)
+@pytest.mark.parametrize("text", WITHOUT_SINGLE_SPACES.values(), ids=[*WITHOUT_SINGLE_SPACES])
 def test_cuts_of_a_text_without_single_spaces_add_nothing(files, name, text):
     (files / "llama.json").write_bytes(as_llamas())
     tokenizer = opened(files, name)
@@ -128,31 +132,16 @@ def test_cuts_of_a_text_without_single_spaces_add_nothing(files, name, text):
 MODELS = {
     "unigram, normalising": {"vocab_size": 60},
     "normalising, of bytes": {"vocab_size": 320, "byte_fallback": True},
-    "as they are, without bytes": {"normalization_rule_name": "identity"},
+    "as they are, without bytes": {"vocab_size": 60} | AS_THEY_ARE,
 }
-MODELS["as they are, without bytes"] |= {"remove_extra_whitespaces": False, "vocab_size": 60}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_cuts_of_what_no_mark_is_kept_by_add_and_lose_nothing(name):
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the cat sat on ab, ba 日本語 täglich"] * 20),
-        model_writer=model,
-        hard_vocab_limit=False,
-        minloglevel=2,
-        **MODELS[name],
-    )
-    tokenizer = module.SentencePieceTokenizer(model.getvalue(), name)
-    texts = [
-        "ab" * 50,
-        "日本語täglich" * 9,
-        "a  b" * 30,
-        "ab\n" * 40,
-        " " * 90,
-        "a" + " " * 90 + "b",
-    ]
-    for text in [*texts, "ab\nba the" * 20, "the cat sat " * 30]:
+    model = trained(["the cat sat on ab, ba 日本語 täglich"] * 20, **MODELS[name])
+    tokenizer = module.SentencePieceTokenizer(model, name)
+    texts = [*WITHOUT_SINGLE_SPACES.values(), "a" + " " * 90 + "b", "ab\nba the" * 20]
+    for text in [*texts, "the cat sat " * 30]:
         pieces = list(encoder(tokenizer, 21)(text))
         assert [i for piece in pieces for i in piece] == list(tokenizer.encode(text))
     assert len(pieces) > 15  # where it has single spaces

@@ -93,14 +93,13 @@ def test_what_is_no_choice_any_more_is_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(search, "run_sweep", lambda *given: next(sweeps)(*given))
     assert search.main(argv(tmp_path, *MORE, "--launcher=none")) == 0
     monkeypatch.setattr(search, "run_sweep", ends(rate, rate))
-    assert search.main(argv(tmp_path, *MORE)) == 0
+    # Those that are there already are not taken for more than there may be.
+    assert search.main(argv(tmp_path, *MORE, "--max_runs=4")) == 0
     made = [path.name for path in (tmp_path / "chosen" / "runs").iterdir()]
     assert len(made) == 4
     assert all("learning_rate=0.01," in name for name in made)
     assert len(names(tmp_path / "chosen")) == 8
     assert found(tmp_path)["missing"] == 0
-    # Those that were there before are not taken for more than there may be.
-    assert search.main(argv(tmp_path, *MORE, "--max_runs=4")) == 0
 
 
 def test_kept_runs_of_a_sweep_are_in_its_list_and_not_begun(tmp_path, capsys):

@@ -109,10 +109,14 @@ def test_a_picture_says_what_it_leaves_out(kind, source, tmp_path, capsys):
         assert "S5, $n_h$ = 4: 3 of 4, 2 of them at step 20 to 1,200 of 4,000" in said
     if kind != "cumulative":
         assert (tmp_path / "x.md").read_text().endswith(f"Note: {SAYS}.\n")
+
+
+def test_it_is_said_again_when_drawn_again_and_not_where_all_have_ended(source, tmp_path):
+    flags = [f"--workdir={tmp_path}", f"--source={source}", "--name=x"]
+    assert figures.main(flags) == 0
     picture = (tmp_path / "x.png").read_bytes()
     redraw.command([f"--workdir={tmp_path}"])
     assert (tmp_path / "x.png").read_bytes() == picture
-    # Where all that is shown has ended, nothing is said.
     assert figures.main([*flags, "--where=group=S3"]) == 0
     assert "left_out" not in json.loads((tmp_path / "x.json").read_text())
 
