@@ -96,13 +96,12 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
             says.
         RunDirectoryError: the model's directory holds none.
     """
-    is_folder_of_fla(any_path(options.model, "model"), "model")  # the harness calls it path
+    is_folder_of_fla(any_path(options.model, "model"), "model")  # which the harness calls path
     harness = require("lm_eval", "evaluation", extra="evaluation")
-    folder = (
-        None if options.include_path is None else user_path(options.include_path, "include_path")
-    )
+    given = options.include_path
+    folder = None if given is None else user_path(given, "include_path")
     if folder is not None and not folder.is_dir():
-        raise ConfigError(f"include_path={options.include_path!r} is no folder")
+        raise ConfigError(f"include_path={given!r} is no folder; it may be one of tasks")
     manager = require("lm_eval.tasks", "evaluation", extra="evaluation").TaskManager(
         include_path=None if folder is None else str(folder)
     )

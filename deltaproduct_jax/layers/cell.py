@@ -107,7 +107,7 @@ class DeltaProductCell(nnx.RNNCellBase):
         check_width("inputs", inputs, self.in_features)
         batch = inputs.shape[:-1]
         carry = as_like("carry", carry, jax.eval_shape(lambda: self.initialize_carry(inputs.shape)))
-        rows = math.prod(batch)  # counted, as the inputs of no convolution have size 0
+        rows = math.prod(batch)  # -1 is unknown where a carry has size 0, as without convolutions
         flat = jax.tree.map(lambda a: a.reshape(rows, *a.shape[len(batch) :]), carry)
         y, flat = self.mixer.step(flat, inputs.reshape(rows, inputs.shape[-1]))
         carry = jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), flat)

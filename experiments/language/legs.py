@@ -38,10 +38,8 @@ from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.files import require_directory, user_path
 from deltaproduct_jax.settings import LARGEST_SEED, check_fields, setting
 from deltaproduct_jax.training.locks import Lock, held
-from experiments.lib import children, flags
+from experiments.lib import children, flags, folders
 from experiments.lib.figures.style import SECTION, Look
-from experiments.lib.folders import LEGS as OF_LEGS
-from experiments.lib.folders import refuse_other
 from experiments.lib.language_legs import LEGS, LOCK, TRAINING, Leg
 from experiments.lib.leg_config import PRESETS as OF_A_LEG
 from experiments.lib.leg_config import LegConfig
@@ -117,7 +115,7 @@ def command(argv: Sequence[str]) -> None:
     """Prepares, trains, measures, draws; SystemExit with 1 if a leg failed."""
     sections = {"legs": LegsConfig, "paper": LegConfig, **SECTION}
     parsed = flags.parse(argv, sections, PRESETS, exclude=DECIDED)
-    refuse_other(parsed.workdir, OF_LEGS)
+    folders.refuse_other(parsed.workdir, folders.LEGS)
     look = Look(**parsed.sections["figures"])
     config, workdir = LegsConfig(**parsed.sections["legs"]), parsed.workdir.resolve()
     of_each = [

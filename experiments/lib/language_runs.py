@@ -75,8 +75,9 @@ def _open(directory: AnyPath, checkpoint: str, name: str) -> LanguageModel:
     run = load_run(directory, checkpoint_of(checkpoint), name)
     task = run.config.task
     if not hasattr(task, "stream"):
-        learnt = type(task).__name__
-        raise ConfigError(f"{name}={directory} learnt {learnt}; it may be a run of text")
+        raise ConfigError(
+            f"{name}={directory} learnt {type(task).__name__}; it may be a run of text"
+        )
     learnt = tokenizer_learnt(directory, run.step)
     return LanguageModel(run.model.config.label, run.model, task.train_length, learnt)
 

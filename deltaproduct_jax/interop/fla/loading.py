@@ -78,7 +78,9 @@ def load(
     require_kind("param_dtype", param_dtype, str | None)
     require_kind("mesh", mesh, jax.sharding.Mesh | None)
     if not folder.is_dir():
-        raise RunDirectoryError(f"directory={folder} is no folder")
+        raise RunDirectoryError(
+            f"directory={folder} is no folder; it may be one of flash-linear-attention"
+        )
     file = inside(folder, CONFIG)
     said = read_json(file, dict[str, Any])
     with errors_of(file):
