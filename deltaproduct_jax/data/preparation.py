@@ -62,8 +62,6 @@ def prepare(config: PrepareConfig, directory: Path) -> Manifest:
             _prepare(config, sources, listed, directory)
         manifest = read_manifest(directory)
         difference = resuming.difference(manifest, config, sources, "bytes")
-        if difference is not None and resuming.are_moved(manifest, config, sources):
-            difference = None
         now = tokenizer.file_of(config.tokenizer)  # one that is gone was read
         if difference is None and now and digest(now) != manifest["tokenizer"]["sha256"]:
             difference = _OTHER_TOKENIZER.format(config.tokenizer)
@@ -170,7 +168,7 @@ def _plan(config: PrepareConfig, sources: Sequence[Source], directory: Path) -> 
     if path.exists():
         plan = read_json(path, Plan)
         difference = resuming.difference(plan, config, sources, "modified_ns")
-        if difference is None or resuming.are_moved(plan, config, sources):
+        if difference is None:
             return plan
         if _is_begun(directory):
             raise RunDirectoryError(f"{directory} was begun {difference}")

@@ -15,12 +15,21 @@ def difference(
 ) -> str | None:
     """What keeps one preparation from being another; two are not mixed in one directory.
 
+    Sources may have been moved: the same files, by their hashes, are the same at other paths.
+
     Args:
         found: what a directory holds.
         config: what is to be prepared.
         sources: its files.
         measure: the field of a source, beside its path, by which it is known.
     """
+    text = _difference(found, config, sources, measure)
+    return None if text is None or _are_moved(found, config, sources) else text
+
+
+def _difference(
+    found: Plan | Manifest, config: PrepareConfig, sources: Sequence[Source], measure: str
+) -> str | None:
     for name, value in config.identity().items():
         if found["config"].get(name) != value:
             return (
@@ -39,7 +48,7 @@ def difference(
     return None
 
 
-def are_moved(found: Plan | Manifest, config: PrepareConfig, sources: Sequence[Source]) -> bool:
+def _are_moved(found: Plan | Manifest, config: PrepareConfig, sources: Sequence[Source]) -> bool:
     """Whether the sources are those of another preparation, at other paths: the same hashes.
 
     All that a path says to a preparation, the kind of the file and its split, must be the same too.
