@@ -25,7 +25,7 @@ from deltaproduct_jax.training.records import (
 )
 from experiments.lib.folders import SWEEP, held_by
 from experiments.lib.sweeps.grid import LIST, RUNS, identity, is_run_name, parse_grid, read_list
-from experiments.lib.sweeps.records import RunFolder, fields_of, spell
+from experiments.lib.sweeps.records import RunFolder, settings_of, spell
 
 MOST_NAMED = 16  # groups of runs that are left out
 # Numbers of results.json of which less is better, by the end of their path.
@@ -115,7 +115,7 @@ def read_runs(source: Path) -> list[Record]:
     runs = []
     for folder, listed in _folders(source):
         results = read_results(folder)
-        settings = fields_of(saved_config(folder)) if is_there(folder / CONFIG) else dict(listed)
+        settings = settings_of(saved_config(folder)) if is_there(folder / CONFIG) else dict(listed)
         settings |= _factors(settings)
         runs.append(Record(folder.name, settings, results or {}, _last_step(folder, results)))
     if not finished(runs):
@@ -192,7 +192,7 @@ def _folders(source: Path) -> list[tuple[Path, dict[str, Any]]]:
     for run in read_list(source)[1]:
         folder = RunFolder(source, run)
         folder.require_own()
-        found.append((folder.path, fields_of(run.config)))
+        found.append((folder.path, settings_of(run.config)))
     return found
 
 

@@ -72,7 +72,7 @@ class _Columns(TypedDict, total=False):
 _MetricsLine = Annotated[dict[str, float], _Columns]
 
 
-def fields_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The fields of all sections of a configuration."""
     return {name: value for section in config.values() for name, value in section.items()}
 
@@ -145,7 +145,7 @@ class RunFolder:
 
     def row(self) -> Row:
         """The run as a row of the tables: name, state, settings, outcome, what went wrong."""
-        settings = fields_of(self.run.config)
+        settings = settings_of(self.run.config)
         swept = {key: settings.get(key, self.run.settings[key]) for key in self.run.keys}
         row = {"run": self.run.name, "state": "damaged", **(swept | settings)}
         try:
