@@ -97,13 +97,14 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 50, 100)
 
 
-@pytest.fixture(autouse=True)
+# Where every dtype must be so on purpose; elsewhere there is code of others, which mixes them.
+STRICT = {"generation", "models", "ops", "tasks"}
+
+
+@pytest.fixture(scope="module", autouse=True)
 def strict_promotion_of_dtypes(request):
-    """For the op, whose float32 parts must be so on purpose; Flax and Optax rely on promotion."""
-    if request.path.parent.name != "ops":
-        yield
-        return
-    with jax.numpy_dtype_promotion("strict"):
+    """As users may ask of JAX, also for what the tests of a module share."""
+    with jax.numpy_dtype_promotion("strict" if request.path.parent.name in STRICT else "standard"):
         yield
 
 

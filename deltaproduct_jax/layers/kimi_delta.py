@@ -156,7 +156,7 @@ class ComplexKimiDeltaAttention(KimiDeltaAttention):
         if make.initial_gate is not None:
             alpha = jnp.full_like(alpha, make.initial_gate)
         start = 2 * jnp.arctanh((alpha - LEAST_GATE) / (1 - LEAST_GATE))
-        sign = 1.0 - 2.0 * (jnp.arange(start.shape[0]) % 2)
+        sign = 1 - 2 * (jnp.arange(start.shape[0], dtype=start.dtype) % 2)
         self.dt_bias = nnx.Param(sign * start)
 
     def _gates(self, x):

@@ -58,8 +58,7 @@ class RWKV7State(NamedTuple):
 
 def _orthogonal(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     # No platform factorises matrices of bfloat16.
-    wide = jnp.promote_types(dtype, jnp.float32)
-    return nnx.initializers.orthogonal(0.1)(key, shape, wide).astype(dtype)
+    return nnx.initializers.orthogonal(0.1)(key, shape, accumulator_dtype(dtype)).astype(dtype)
 
 
 class LoRA(nnx.Module):

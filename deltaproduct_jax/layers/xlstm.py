@@ -35,7 +35,7 @@ from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.baselines.mlstm import mlstm_init
 from deltaproduct_jax.ops.baselines.slstm import slstm_init
 from deltaproduct_jax.ops.exported import exported
-from deltaproduct_jax.ops.precision import accumulator_dtype
+from deltaproduct_jax.ops.precision import accumulator_dtype, common_dtype
 
 BLOCK = 4  # channels of a block of the block-diagonal projections
 # Log of an input gate that lets nothing in.
@@ -207,7 +207,7 @@ class SLSTM(DrawnMixer[SLSTMState], RecurrentMixer[SLSTMState]):
 
     def _weights(self) -> jax.Array:
         weights = self.recurrent[...]  # the op takes none that are narrower than its inputs
-        return weights.astype(jnp.promote_types(weights.dtype, self.dtype))
+        return weights.astype(common_dtype(weights.dtype, self.dtype))
 
     def _inputs(self, x: jax.Array) -> jax.Array:
         x = self.x_proj(x).reshape(*x.shape[:2], 4, self.num_heads, self.head_dim)

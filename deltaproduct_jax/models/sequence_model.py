@@ -32,6 +32,7 @@ from deltaproduct_jax.ops.containment import confined, unspoilt
 from deltaproduct_jax.ops.debug import check_range, is_checking
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import gathered_along
+from deltaproduct_jax.ops.precision import common_dtype
 
 ModelState = list[MixerState]
 
@@ -324,7 +325,7 @@ class SequenceModel(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         # No id counts from the end: below 0 it is out of range, and its embedding NaN.
-        tokens = tokens.astype(jnp.promote_types(tokens.dtype, jnp.int32))
+        tokens = tokens.astype(common_dtype(tokens.dtype, jnp.int32))
         tokens = jnp.where(tokens < 0, jnp.iinfo(tokens.dtype).max, tokens)
         return self.embeddings(tokens, out_sharding=gathered_along(tokens))
 

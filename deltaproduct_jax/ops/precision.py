@@ -23,6 +23,12 @@ def accumulator_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32)
 
 
+def common_dtype(*dtypes: jax.typing.DTypeLike) -> jnp.dtype:
+    """What JAX promotes these dtypes to, also where it is told to be strict and to promote none."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*dtypes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Matmul:
     """An einsum of two operands with the operand dtype and the precision fixed.

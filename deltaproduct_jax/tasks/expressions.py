@@ -54,13 +54,16 @@ def draw_flat(
     """
     digit_key, operator_key = jax.random.split(key)
     shape = (operands_B.size, max_operands)
-    digits_BN = jax.random.randint(digit_key, shape, 0, MODULUS)
-    operators_BN = jax.random.randint(operator_key, shape, 0, 3)  # the one after each digit
+    digits_BN = jax.random.randint(digit_key, shape, 0, MODULUS, jnp.int32)
+    # The one after each digit.
+    operators_BN = jax.random.randint(operator_key, shape, 0, 3, jnp.int32)
     tokens = jnp.stack(
         [digits_BN + FlatTokens.DIGITS, operators_BN + FlatTokens.OPERATORS], axis=-1
     )
     tokens_BE = tokens.reshape(operands_B.size, -1)[:, :-1]
-    inside_BE = jnp.arange(2 * max_operands - 1)[None, :] < 2 * operands_B[:, None] - 1
+    inside_BE = (
+        jnp.arange(2 * max_operands - 1, dtype=jnp.int32)[None, :] < 2 * operands_B[:, None] - 1
+    )
     values_BN = flat_values(digits_BN, operators_BN)
     values_B = jnp.take_along_axis(values_BN, operands_B[:, None] - 1, axis=1)[:, 0]
     return jnp.where(inside_BE, tokens_BE, FlatTokens.PAD), values_B
@@ -106,9 +109,10 @@ def draw_bracketed(
     """
     digit_key, operator_key, left_key = jax.random.split(key, 3)
     shape = (lengths_B.size, max_length)
-    digits_BE = jax.random.randint(digit_key, shape, 0, MODULUS)
-    operators_BE = jax.random.randint(operator_key, shape, 0, 3 if multiplication else 2)
-    left_bits_BE = jax.random.bits(left_key, shape)
+    digits_BE = jax.random.randint(digit_key, shape, 0, MODULUS, jnp.int32)
+    kinds = 3 if multiplication else 2
+    operators_BE = jax.random.randint(operator_key, shape, 0, kinds, jnp.int32)
+    left_bits_BE = jax.random.bits(left_key, shape, jnp.uint32)
     begins_BE, lefts_BE = jax.vmap(_plan)(lengths_B, left_bits_BE, operators_BE)
     tokens_BE = jnp.select(
         [
@@ -134,7 +138,7 @@ def _plan(
     length: jax.Array, left_bits_E: jax.Array, operators_E: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """What begins at each position, and the length of what an expression there holds first."""
-    positions_E = jnp.arange(left_bits_E.size)
+    positions_E = jnp.arange(left_bits_E.size, dtype=jnp.int32)
 
     def place(begins_E: jax.Array, entry: tuple[jax.Array, ...]):
         position, left_bits, operator = entry
@@ -172,5 +176,5 @@ def _bracketed_value(begins_E: jax.Array, lefts_E: jax.Array, digits_E: jax.Arra
         )
         return values_E.at[position].set(value % MODULUS), None
 
-    positions_E = jnp.arange(last, -1, -1)
+    positions_E = jnp.arange(last, -1, -1, dtype=jnp.int32)
     return jax.lax.scan(find, jnp.zeros_like(digits_E), positions_E)[0][0]

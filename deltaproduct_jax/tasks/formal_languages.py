@@ -57,10 +57,10 @@ def _parity(
     key: jax.Array, lengths_B: jax.Array, num_positions: int, multiplication: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Symbols 1 and 2; the answer is 2 after an odd number of 2s, else 1; 0 is PAD."""
-    twos_BT = jax.random.bernoulli(key, shape=(lengths_B.size, num_positions)).astype(jnp.int32)
-    inside_BT = jnp.arange(num_positions)[None, :] < lengths_B[:, None] - 1
-    answers_B = jnp.sum(twos_BT * inside_BT, axis=1) % 2 + 1
-    return jnp.where(inside_BT, twos_BT + 1, 0), answers_B
+    is_two_BT = jax.random.bernoulli(key, jnp.float32(0.5), (lengths_B.size, num_positions))
+    inside_BT = jnp.arange(num_positions, dtype=jnp.int32)[None, :] < lengths_B[:, None] - 1
+    answers_B = jnp.sum(is_two_BT & inside_BT, axis=1, dtype=jnp.int32) % 2 + 1
+    return jnp.where(inside_BT, is_two_BT.astype(jnp.int32) + 1, 0), answers_B
 
 
 def _modular_arithmetic(
@@ -94,7 +94,11 @@ def _close(
     """The expressions with ``=`` after each, padded to ``[B, T]``."""
     room = num_positions - tokens_BE.shape[1]
     tokens_BT = jnp.pad(tokens_BE, ((0, 0), (0, room)), constant_values=ids.PAD)
-    return jnp.where(jnp.arange(num_positions)[None, :] == ends_B[:, None], ids.EQUALS, tokens_BT)
+    return jnp.where(
+        jnp.arange(num_positions, dtype=jnp.int32)[None, :] == ends_B[:, None],
+        ids.EQUALS,
+        tokens_BT,
+    )
 
 
 LANGUAGES = {
@@ -216,13 +220,13 @@ class FormalLanguageTask:
         """
         language, lengths = LANGUAGES[self.language], self.lengths(length)
         length_key, draw_key = jax.random.split(key)
-        drawn_B = jax.random.randint(length_key, (batch_size,), 0, len(lengths))
+        drawn_B = jax.random.randint(length_key, (batch_size,), 0, len(lengths), jnp.int32)
         lengths_B = jnp.maximum(lengths.start + drawn_B * lengths.step, language.shortest)
         inputs_BT, answers_B = language.draw(
             draw_key, lengths_B, length - 1, self.bracket_multiplication
         )
         asked_B1 = lengths_B[:, None] - language.asked_before_end
-        mask_BT = jnp.arange(length - 1)[None, :] == asked_B1
+        mask_BT = jnp.arange(length - 1, dtype=jnp.int32)[None, :] == asked_B1
         return Batch(
             inputs=inputs_BT, targets=jnp.where(mask_BT, answers_B[:, None], 0), mask=mask_BT
         )

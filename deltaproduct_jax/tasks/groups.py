@@ -146,7 +146,9 @@ class GroupTask:
             length: L, static; ``T = L + 1``.
         """
         letters = jnp.asarray(self.letters(), dtype=jnp.int32)
-        drawn_BL = letters[jax.random.randint(key, (batch_size, length), 0, letters.size)]
+        drawn_BL = letters[
+            jax.random.randint(key, (batch_size, length), 0, letters.size, jnp.int32)
+        ]
         inputs_BL, targets_BL = self.word_problem(drawn_BL)
         bos_B1 = jnp.full((batch_size, 1), self.bos_id, dtype=jnp.int32)
         return Batch(

@@ -139,21 +139,23 @@ class RecallTask:
         num_pairs = self.pairs_at(length)
         num_places = length // 2 - num_pairs
         key_key, value_key, place_key, filler_key = jax.random.split(key, 4)
-        keys_BN = 1 + _distinct(key_key, jnp.zeros(self.num_keys), batch_size, num_pairs)
+        keys_BN = 1 + _distinct(
+            key_key, jnp.zeros(self.num_keys, jnp.float32), batch_size, num_pairs
+        )
         num_values = self.vocabulary - self.vocabulary // 2
         values_BN = self.vocabulary // 2 + _distinct(
-            value_key, jnp.zeros(num_values), batch_size, num_pairs
+            value_key, jnp.zeros(num_values, jnp.float32), batch_size, num_pairs
         )
-        logits = (self.power - 1) * jnp.log(jnp.arange(1, num_places + 1))
+        logits = (self.power - 1) * jnp.log(jnp.arange(1, num_places + 1, dtype=jnp.float32))
         places_BN = 2 * num_pairs + 2 * _distinct(place_key, logits, batch_size, num_pairs)
 
         pairs = jnp.stack([keys_BN, values_BN], axis=-1).reshape(batch_size, 2 * num_pairs)
         shape = (batch_size, length)
         if self.filler == "random":
-            inputs_BT = jax.random.randint(filler_key, shape, 0, self.vocabulary)
+            inputs_BT = jax.random.randint(filler_key, shape, 0, self.vocabulary, jnp.int32)
         else:
             inputs_BT = jnp.zeros(shape, dtype=jnp.int32)
-        rows_B1 = jnp.arange(batch_size)[:, None]
+        rows_B1 = jnp.arange(batch_size, dtype=jnp.int32)[:, None]
         return Batch(
             inputs=inputs_BT.at[:, : 2 * num_pairs].set(pairs).at[rows_B1, places_BN].set(keys_BN),
             targets=jnp.zeros(shape, dtype=jnp.int32).at[rows_B1, places_BN].set(values_BN),
@@ -176,7 +178,7 @@ def _distinct(key: jax.Array, logits: jax.Array, batch_size: int, count: int) ->
     The largest of Gumbel-perturbed logits, in order, are distributed so (Kool et al., "Stochastic
     Beams and Where to Find Them", https://arxiv.org/abs/1903.06059).
     """
-    gumbels = jax.random.gumbel(key, (batch_size, logits.size))
+    gumbels = jax.random.gumbel(key, (batch_size, logits.size), jnp.float32)
     return jax.lax.top_k(gumbels + logits[None, :], count)[1]
 
 

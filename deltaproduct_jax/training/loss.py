@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.blocks import rows
 from deltaproduct_jax.ops.parts import explicit_names
+from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
 from deltaproduct_jax.tasks.task import Batch
@@ -200,8 +201,8 @@ def _chunks_forward(graphdef, settings, params, x, targets, mask):
         dparams = jax.tree.map(lambda a, b: a + b.astype(a.dtype), dparams, of_params)
         return (sums, dparams), (losses.correct, dx)
 
-    at_least_float32 = lambda a: jnp.promote_types(a.dtype, jnp.float32)
-    zeros = jax.tree.map(lambda a: jnp.zeros((X, Y, *a.shape), at_least_float32(a)), params)
+    wide = lambda a: accumulator_dtype(a.dtype)
+    zeros = jax.tree.map(lambda a: jnp.zeros((X, Y, *a.shape), wide(a)), params)
     carry = (jnp.zeros(()),) * 3, zeros
     (sums, dparams), (correct, dx) = jax.lax.scan(of_chunk, carry, (x, targets, mask))
     dparams = jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), dparams)

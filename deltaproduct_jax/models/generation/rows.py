@@ -107,7 +107,7 @@ class Programs:
             after = rows._replace(
                 state=self._where(goes_on, state, rows.state) if keeps else state,
                 token=jnp.where(goes_on, drawn, rows.token),
-                length=rows.length + goes_on,
+                length=jnp.where(goes_on, rows.length + 1, rows.length),
                 left=jnp.where(goes_on & ~ends, rows.left - 1, 0),
             )
             return after, jnp.where(goes_on, jnp.where(drawn < 0, -2, drawn), -1)

@@ -63,7 +63,7 @@ class Shape:
             arrays["g"] = jax.nn.log_sigmoid(2 + jax.random.normal(keys[4], (B, T, Hv)))
         dtype = jnp.dtype(self.dtype)
         return {
-            name: x.astype(dtype if name in "qkv" else jnp.promote_types(dtype, jnp.float32))
+            name: x.astype(dtype if name in "qkv" else accumulator_dtype(dtype))
             for name, x in arrays.items()
         }
 
