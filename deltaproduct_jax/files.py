@@ -6,9 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -112,6 +113,24 @@ def errors_as_one_line(path: AnyPath, what: str, name: str | None = None) -> Ite
         if isinstance(error, FileNotFoundError):  # of which a bucket's client says its own address
             reason = os.strerror(errno.ENOENT)
         raise RunDirectoryError(f"{named(path, name)} cannot be {what}: {reason}") from error
+
+
+@contextlib.contextmanager
+def whole_or_absent(written: Callable[[], Iterable[Path]]) -> Iterator[None]:
+    """Takes away what was written inside, if that is stopped or fails; the next try begins anew.
+
+    Args:
+        written: files and folders that may be there then, none of which was before.
+    """
+    try:
+        yield
+    except BaseException:
+        for path in written():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def named(path: AnyPath, name: str | None) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
-from deltaproduct_jax.files import AnyPath, any_path, to_json, write_file
+from deltaproduct_jax.files import AnyPath, any_path, to_json, whole_or_absent, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
@@ -109,10 +109,11 @@ def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:
     if workdir.exists() and any(workdir.iterdir()):
         raise RunDirectoryError(f"{workdir} is not empty; give another workdir")
     _, params = split_model(model)
-    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
-        checkpoints.save(init_state(params, make_optimizer(config.train)), 0, None)
-    # Last: without it the directory is no run, and none begins in it.
-    write_file(workdir / CONFIG, to_json(config.to_dict()))
+    with whole_or_absent(lambda: [workdir / CHECKPOINTS]):
+        with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+            checkpoints.save(init_state(params, make_optimizer(config.train)), 0, None)
+        # Last: without it the directory is no run, and none begins in it.
+        write_file(workdir / CONFIG, to_json(config.to_dict()))
 
 
 if __name__ == "__main__":

@@ -170,9 +170,9 @@ def batch_table(compiled: Mapping[int, Mapping[str, Any]], limit: int) -> str:
 def verdict(compiled: Mapping[int, Mapping[str, Any]], line: int | None, limit: int) -> str:
     """The largest batch in words."""
     fitting = [rows for rows, found in compiled.items() if fits(found, limit)]
-    text = f"Largest batch that was compiled and fits: {max(fitting)} sequences a device"
-    if not fitting:
-        text = "None of these fits"
+    text = "None of these fits"
+    if fitting:
+        text = f"Largest batch that was compiled and fits: {max(fitting)} sequences a device"
     return f"{text}. By the line through what was compiled: {shown(line)}."
 
 

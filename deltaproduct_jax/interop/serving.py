@@ -23,7 +23,13 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
-from deltaproduct_jax.files import errors_as_one_line, to_json, user_path, write_file
+from deltaproduct_jax.files import (
+    errors_as_one_line,
+    to_json,
+    user_path,
+    whole_or_absent,
+    write_file,
+)
 from deltaproduct_jax.interop.tensor_files import INDEX, SINGLE, Writing, write_tensors
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.selection import PLATFORMS
@@ -70,20 +76,21 @@ def export(
     tokens = jax.ShapeDtypeStruct((rows, piece), jnp.int32)
     mask = jax.ShapeDtypeStruct((rows, piece), bool)
     prefill, step = _programs(graph, structure, tuple(state))
-    for name, program, arguments in (
-        (PREFILL, prefill, (tokens, mask)),
-        (STEP, step, (jax.ShapeDtypeStruct((rows,), jnp.int32),)),
-    ):
-        made = jax.export.export(jax.jit(program), platforms=platforms)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        write_file(folder / name, bytes(made(shapes, state, *arguments).serialize()))
-    write_tensors(folder, {name: _writing(x) for name, x in params.items()}, 2**63)
     described = {
         "piece": piece,
         "vocab_size": model.config.vocab_size,
         "state": {name: _described(x, rows) for name, x in state.items()},
     }
-    write_file(folder / SERVING, to_json(described))  # last, with it the folder is whole
+    with whole_or_absent(lambda: [folder / name for name in names]):
+        for name, program, arguments in (
+            (PREFILL, prefill, (tokens, mask)),
+            (STEP, step, (jax.ShapeDtypeStruct((rows,), jnp.int32),)),
+        ):
+            made = jax.export.export(jax.jit(program), platforms=platforms)
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+            write_file(folder / name, bytes(made(shapes, state, *arguments).serialize()))
+        write_tensors(folder, {name: _writing(x) for name, x in params.items()}, 2**63)
+        write_file(folder / SERVING, to_json(described))  # last, with it the folder is whole
 
 
 def _check_platforms(platforms: Any) -> None:

@@ -168,7 +168,7 @@ def _chunks(graphdef, settings, params, x, targets, mask) -> Losses:
         losses = _of_chunk(graphdef, settings, params, *chunk)
         return jax.tree.map(jnp.add, sums, losses[:3]), losses.correct
 
-    zeros = (jnp.zeros(()),) * 3
+    zeros = (jnp.zeros((), accumulator_dtype(x.dtype)),) * 3
     sums, correct = jax.lax.scan(of_chunk, zeros, (x, targets, mask))
     return Losses(*sums, correct)
 
@@ -203,7 +203,7 @@ def _chunks_forward(graphdef, settings, params, x, targets, mask):
 
     wide = lambda a: accumulator_dtype(a.dtype)
     zeros = jax.tree.map(lambda a: jnp.zeros((X, Y, *a.shape), wide(a)), params)
-    carry = (jnp.zeros(()),) * 3, zeros
+    carry = (jnp.zeros((), accumulator_dtype(x.dtype)),) * 3, zeros
     (sums, dparams), (correct, dx) = jax.lax.scan(of_chunk, carry, (x, targets, mask))
     dparams = jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), dparams)
     dtypes = jax.tree.map(lambda a: jnp.zeros(0, a.dtype), params)
@@ -212,7 +212,11 @@ def _chunks_forward(graphdef, settings, params, x, targets, mask):
 
 def _chunks_backward(graphdef, settings, residuals, cotangents):
     dparams, dx, dtypes = residuals
-    scaled = lambda a, like: (cotangents.objective * a).astype(like.dtype)
+
+    def scaled(a, like):
+        wide = accumulator_dtype(a.dtype)
+        return (cotangents.objective.astype(wide) * a.astype(wide)).astype(like.dtype)
+
     return jax.tree.map(scaled, dparams, dtypes), scaled(dx, dx), None, None
 
 

@@ -43,6 +43,7 @@ def test_the_largest_batch_is_found_by_three_programs(first, said, limit):
 def test_nothing_fits_and_nothing_is_known():
     found, line = largest_rows(lambda n: compiled(n, limit=12), 2, 12)
     assert (line, any(fits(entry, 12) for entry in found.values())) == (0, False)
+    assert plan_pod.verdict(found, line, 12).startswith("None of these fits. By the line")
     silent = {"parameters_bytes": 4, "moments_bytes": 8, "error": "the compiler aborted"}
     assert largest_rows(lambda n: silent, 2, 12) == ({2: silent}, None)
     assert (memory_of_step(silent), fits(silent, 12)) == (None, None)
@@ -54,6 +55,11 @@ def test_what_a_failure_says():
         "hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G."
     )
     assert found == {"needed_bytes": int(20.5 * GIB), "limit_bytes": int(15.75 * GIB)}
+    found = compiler._of_failure(
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (19.50G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
+    assert found == {"needed_bytes": int(19.5 * GIB), "limit_bytes": int(15.75 * GIB)}
     assert compiler._of_failure("INTERNAL: no\nmore") == {"error": "INTERNAL: no"}
 
 

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from deltaproduct_jax import load_run
 from deltaproduct_jax.files import to_json
+from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.checkpoints import Checkpoints
@@ -121,3 +122,25 @@ def test_nothing_is_written_into_a_directory_in_use(run, folder, capsys):
     argv = [f"--source={folder}", "--to=run", f"--like={run}", f"--workdir={run}"]
     assert convert.flags.run(convert.command, argv) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["fla", "run"])
+def test_a_command_that_was_interrupted_begins_anew(to, run, folder, tmp_path, monkeypatch):
+    """Right before the file by which a folder is a model, or a run."""
+    write = convert.write_file
+
+    def interrupted(path, data):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    argv = ["--to=run", f"--like={run}"] if to == "run" else []
+    argv += [f"--source={folder}", f"--workdir={tmp_path / 'w'}"]
+    with monkeypatch.context() as patch:
+        for module in (convert, fla.saving):
+            patch.setattr(module, "write_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            convert.command(argv)
+    assert not [path for path in (tmp_path / "w").rglob("*") if path.is_file()]
+    convert.command(argv)
+    assert (tmp_path / "w" / "config.json").exists()

@@ -73,3 +73,16 @@ def test_what_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "serving.json").write_text("{}")
     with pytest.raises(RunDirectoryError, match=r"holds serving.json; give another folder"):
         serving.export(model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_what_was_stopped_leaves_nothing(tmp_path, monkeypatch):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    model = drawn(ModelConfig(**SIZES))
+    monkeypatch.setattr(serving, "write_tensors", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        serving.export(model, tmp_path, piece=4)
+    assert not list(tmp_path.iterdir())

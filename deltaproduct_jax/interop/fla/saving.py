@@ -10,7 +10,13 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
-from deltaproduct_jax.files import errors_as_one_line, to_json, user_path, write_file
+from deltaproduct_jax.files import (
+    errors_as_one_line,
+    to_json,
+    user_path,
+    whole_or_absent,
+    write_file,
+)
 from deltaproduct_jax.interop.card import CARD, model_card
 from deltaproduct_jax.interop.fla import options
 from deltaproduct_jax.interop.fla.loading import CONFIG
@@ -85,7 +91,6 @@ def save(
     tensors = dict(sorted(_writing(path, leaf) for path, leaf in params.items()))
     _refuse_taken(folder)
     dtype = tensors["model.embeddings.weight"].dtype.name
-    write_tensors(folder, tensors, most_bytes)
     card = model_card(
         folder.name,
         model.config,
@@ -93,9 +98,11 @@ def save(
         facts or {},
         {"In JAX": OURS, "In PyTorch": THEIRS},
     )
-    write_file(folder / CARD, card.encode())
-    # Last: a folder without it holds no model.
-    write_file(folder / CONFIG, to_json(saved | ids | {"dtype": dtype}))
+    with whole_or_absent(lambda: [folder / name for name in _of_a_model(folder)]):
+        write_tensors(folder, tensors, most_bytes)
+        write_file(folder / CARD, card.encode())
+        # Last: a folder without it holds no model.
+        write_file(folder / CONFIG, to_json(saved | ids | {"dtype": dtype}))
 
 
 def _writing(path: tuple[str | int, ...], leaf: Any) -> tuple[str, Writing]:
@@ -122,7 +129,12 @@ def _refuse_other_blocks(model: SequenceModel) -> None:
 
 def _refuse_taken(folder: Path) -> None:
     with errors_as_one_line(folder, "read"):
-        there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
-    taken = [n for n in there if n in (CONFIG, CARD) or n.endswith((".safetensors", ".index.json"))]
+        taken = _of_a_model(folder)
     if taken:
         raise RunDirectoryError(f"{folder} holds {', '.join(taken)}; give another folder")
+
+
+def _of_a_model(folder: Path) -> list[str]:
+    """Files of a folder that are parts of a model."""
+    there = sorted(path.name for path in folder.glob("*")) if folder.is_dir() else []
+    return [n for n in there if n in (CONFIG, CARD) or n.endswith((".safetensors", ".index.json"))]

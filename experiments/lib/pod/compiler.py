@@ -29,7 +29,14 @@ from experiments.lib.pod.step_program import StepProgram, bytes_on_a_device, ste
 EXTRAS = {"tpu": "tpu", "cuda": "cuda"}  # platform -> extra that holds its compiler
 PLUGIN = "jax-cuda13-pjrt"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_USED = re.compile(r"Used (?P<used>[\d.]+)(?P<unit>[KMGT]) of (?P<limit>[\d.]+)(?P<of>[KMGT]) hbm")
+# As the compiler for TPUs says it where all, or temporaries alone, are too much.
+_USED = (
+    re.compile(r"Used (?P<used>[\d.]+)(?P<unit>[KMGT]) of (?P<limit>[\d.]+)(?P<of>[KMGT]) hbm"),
+    re.compile(
+        r"\((?P<used>[\d.]+)(?P<unit>[KMGT])\) exceeds available HBM "
+        r"\((?P<limit>[\d.]+)(?P<of>[KMGT])\)"
+    ),
+)
 
 
 def compile_apart(
@@ -148,8 +155,8 @@ def _of_program(program: StepProgram, platform: str) -> dict[str, Any]:
 
 
 def _of_failure(message: str) -> dict[str, Any]:
-    """Of a program that was refused: how much memory it would take, if that was why."""
-    match = _USED.search(message)
+    """Of a program that was refused: how much memory it would take at least, if that was why."""
+    match = next(filter(None, (form.search(message) for form in _USED)), None)
     if match is None:
         return {"error": message.splitlines()[0][:300]}
     size = lambda number, unit: int(float(match[number]) * _UNITS[match[unit]])
