@@ -1,13 +1,14 @@
 """Checkpoints of flash-linear-attention to ours and back, from and to folders and run directories.
 
-    python -m experiments.convert --source=runs/s3 --workdir=models/s3
+    python -m experiments.convert --source=runs/text --workdir=models/text
 
 writes the best checkpoint of a run as a folder that flash-linear-attention loads, with a model
 card. ``--source`` may also be such a folder: it is written anew in today's format, that of the
 paper's fork included. With ``--to=run`` it becomes a run directory that training goes on from:
 
-    python -m experiments.convert --source=models/s3 --to=run --like=runs/s3 --workdir=runs/more
-    python -m experiments.state_tracking --config=runs/more/config.json --workdir=runs/more
+    python -m experiments.convert --source=models/text --to=run --like=runs/text \\
+        --workdir=runs/more
+    python -m experiments.language_modeling --config=runs/more/config.json --workdir=runs/more
 
 Source: https://github.com/fla-org/flash-linear-attention, its models' config.json and tensors.
 Expect: one line that says what was written and the most memory that it took: that of the model,

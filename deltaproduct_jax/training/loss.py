@@ -126,7 +126,7 @@ def _of_logits(
 def _of_found(found: cross_entropy.OfTokens, mask: jax.Array, settings: LossSettings) -> Losses:
     summed = jnp.sum(found.cross_entropy, where=mask)
     if not settings.z_loss:
-        return Losses(summed, summed, jnp.zeros(()), found.correct)
+        return Losses(summed, summed, jnp.zeros_like(summed), found.correct)
     z = settings.z_loss * jnp.sum(jnp.square(found.log_sum), where=mask)
     return Losses(summed + z, summed, z, found.correct)
 
@@ -168,7 +168,7 @@ def _chunks(graphdef, settings, params, x, targets, mask) -> Losses:
         losses = _of_chunk(graphdef, settings, params, *chunk)
         return jax.tree.map(jnp.add, sums, losses[:3]), losses.correct
 
-    zeros = (jnp.zeros((), accumulator_dtype(x.dtype)),) * 3
+    zeros = (jnp.zeros((), jnp.float32),) * 3
     sums, correct = jax.lax.scan(of_chunk, zeros, (x, targets, mask))
     return Losses(*sums, correct)
 
@@ -203,7 +203,7 @@ def _chunks_forward(graphdef, settings, params, x, targets, mask):
 
     wide = lambda a: accumulator_dtype(a.dtype)
     zeros = jax.tree.map(lambda a: jnp.zeros((X, Y, *a.shape), wide(a)), params)
-    carry = (jnp.zeros((), accumulator_dtype(x.dtype)),) * 3, zeros
+    carry = (jnp.zeros((), jnp.float32),) * 3, zeros
     (sums, dparams), (correct, dx) = jax.lax.scan(of_chunk, carry, (x, targets, mask))
     dparams = jax.tree.map(lambda a: jnp.sum(a, axis=(0, 1)), dparams)
     dtypes = jax.tree.map(lambda a: jnp.zeros(0, a.dtype), params)
