@@ -74,7 +74,11 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
     """The state before the first step; it holds the parameters in float32 at least."""
     params = at_least_float32(params)
     step = jnp.zeros((), dtype=jnp.int32)
-    return TrainState(step, params, optimizer.init(params), none_skipped())
+    # Of 64 bits under jax_enable_x64, a number of Muon's would be none that others can read.
+    wide = any(x.dtype == jnp.float64 for x in jax.tree.leaves(params))
+    narrow = lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 and not wide else x
+    opt_state = jax.tree.map(narrow, optimizer.init(params))
+    return TrainState(step, params, opt_state, none_skipped())
 
 
 def counting_first(batch: Batch, counted: jax.Array, length: int) -> Batch:

@@ -9,6 +9,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.training.config import TrainConfig
 from deltaproduct_jax.training.extending import spread_over_steps
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.step import init_state
 
 RATE = 0.1
 
@@ -91,3 +92,12 @@ def test_settings_are_checked():
     ):
         with pytest.raises(ConfigError, match=words):
             TrainConfig(**fields)
+
+
+def test_no_state_is_of_64_bits_unless_parameters_are():
+    """Else a process without `jax_enable_x64` could not read a checkpoint of one with it."""
+    params = {"kernel": jnp.ones((4, 4), jnp.float32), "scale": jnp.ones(4, jnp.float32)}
+    with jax.enable_x64(True):
+        optimizer = make_optimizer(TrainConfig(optimizer="muon"))
+        state = jax.eval_shape(lambda: init_state(params, optimizer))
+    assert {x.dtype.itemsize for x in jax.tree.leaves(state)} == {4}

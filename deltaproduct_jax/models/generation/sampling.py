@@ -115,7 +115,7 @@ def _largest(scaled_BV: jax.Array, rules: Rules) -> jax.Array:
     """Whether a token is among the likeliest that ``top_k`` and ``top_p`` leave."""
     # Values alone are sorted, not their ids: that takes a third of the time.
     ordered_BV = -jnp.sort(-scaled_BV, axis=1)
-    in_k_BV = jnp.arange(scaled_BV.shape[1])[None] < rules.top_k[:, None]
+    in_k_BV = jnp.arange(scaled_BV.shape[1], dtype=jnp.int32)[None] < rules.top_k[:, None]
     p_BV = jax.nn.softmax(jnp.where(in_k_BV, ordered_BV, -jnp.inf), axis=1)
     before_BV = jnp.cumsum(p_BV, axis=1) - p_BV
     # Rounded, the sum may reach 1 before the last token: 1 has to mean all.
