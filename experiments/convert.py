@@ -25,10 +25,11 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
-from deltaproduct_jax.files import AnyPath, any_path, to_json, whole_or_absent, write_file
+from deltaproduct_jax.files import AnyPath, any_path, whole_or_absent, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
+from deltaproduct_jax.strict_json import to_json
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer

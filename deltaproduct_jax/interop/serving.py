@@ -23,17 +23,12 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
-from deltaproduct_jax.files import (
-    errors_as_one_line,
-    to_json,
-    user_path,
-    whole_or_absent,
-    write_file,
-)
+from deltaproduct_jax.files import errors_as_one_line, user_path, whole_or_absent, write_file
 from deltaproduct_jax.interop.tensor_files import INDEX, SINGLE, Writing, write_tensors
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.selection import PLATFORMS
 from deltaproduct_jax.settings import require_kind, shown
+from deltaproduct_jax.strict_json import to_json
 
 PREFILL, STEP, SERVING = "prefill.bin", "step.bin", "serving.json"
 Arrays = dict[str, jax.Array]

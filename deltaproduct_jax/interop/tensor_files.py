@@ -16,14 +16,8 @@ import numpy as np
 
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import (
-    errors_as_one_line,
-    is_file_name,
-    read_json,
-    sync,
-    to_json,
-    write_file,
-)
+from deltaproduct_jax.files import errors_as_one_line, is_file_name, read_json, sync, write_file
+from deltaproduct_jax.strict_json import to_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Files of torch's own, which are programs.

@@ -30,9 +30,9 @@ from deltaproduct_jax.files import (
     read_json,
     require_bucket,
     require_directory,
-    to_json,
     write_file,
 )
+from deltaproduct_jax.strict_json import to_json
 
 OWNER = "owner.json"
 COPIED = (".json", ".jsonl")

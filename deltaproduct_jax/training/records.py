@@ -32,9 +32,9 @@ from deltaproduct_jax.files import (
     read_lines,
     set_aside,
     sync,
-    to_json,
     write_file,
 )
+from deltaproduct_jax.strict_json import to_json
 from deltaproduct_jax.training import events
 from deltaproduct_jax.training.buckets import Bucket
 from deltaproduct_jax.training.config import RunConfig

@@ -16,7 +16,7 @@ from campaign.damage import JUNK, NUMBERS, RAW, TEXTS, cases, changed, places
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltaproduct_jax import files
+from deltaproduct_jax import files, strict_json
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.settings import misfit
 from deltaproduct_jax.training.records import ConfigFile
@@ -60,7 +60,7 @@ def refused(read, *, names=()):
 def test_what_is_written_comes_back(value):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "value.json"
-        files.write_file(path, files.to_json(value))
+        files.write_file(path, strict_json.to_json(value))
         back = files.read_json(path)
         assert back == value
         assert json.dumps(back) == json.dumps(value)  # True is no 1, 1.0 no 1
@@ -71,10 +71,10 @@ def test_what_is_written_comes_back(value):
 @given(data=st.one_of(st.binary(max_size=40), st.sampled_from(RAW), WORDS.map(str.encode)))
 def test_any_bytes_are_json_or_are_refused(data):
     """What is read is what Python's reader says, but for numbers and nesting that are refused."""
-    value = refused(lambda: [files.decode(data, typing.Any, "here")], names=["here"])
+    value = refused(lambda: [strict_json.decode(data, typing.Any, "here")], names=["here"])
     if value is not None:
         assert value == [json.loads(data)]
-        assert depth(value[0]) <= files.DEEPEST
+        assert depth(value[0]) <= strict_json.DEEPEST
 
 
 @cases(200)
@@ -89,7 +89,9 @@ def test_a_schema_is_kept_or_the_place_is_named(value, data):
         text = json.dumps(spoilt).encode()
     except UnicodeEncodeError:
         return
-    read = refused(lambda: files.decode(text, ConfigFile, "config.json"), names=["config.json"])
+    read = refused(
+        lambda: strict_json.decode(text, ConfigFile, "config.json"), names=["config.json"]
+    )
     if read is not None:
         assert misfit(read, ConfigFile, "") is None
         assert read == json.loads(text)
@@ -223,7 +225,7 @@ def test_a_configuration_that_is_saved_is_given_again(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.json"
         saved = {section: dict(values) for section, values in first.items()}
-        path.write_bytes(files.to_json(saved))
+        path.write_bytes(strict_json.to_json(saved))
         second = parse(f"--config={path}").sections
     assert json.dumps(first, sort_keys=True) == json.dumps(second, sort_keys=True)
     for name, value in chosen.items():

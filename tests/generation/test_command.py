@@ -16,10 +16,10 @@ from flax import nnx
 from deltaproduct_jax import load_run
 from deltaproduct_jax.data.tokenizer import ByteTokenizer
 from deltaproduct_jax.evaluation import models
-from deltaproduct_jax.files import to_json
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.models.generation import Generator, Sampling
+from deltaproduct_jax.strict_json import to_json
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer

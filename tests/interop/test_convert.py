@@ -10,9 +10,9 @@ from interop.golden_models import FOLDERS, as_fork, drawn, parameters, tensors, 
 from safetensors.numpy import load_file
 
 from deltaproduct_jax import load_run
-from deltaproduct_jax.files import to_json
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig
+from deltaproduct_jax.strict_json import to_json
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig, TrainConfig

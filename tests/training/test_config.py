@@ -12,9 +12,9 @@ import pytest
 
 from deltaproduct_jax.data.config import PrepareConfig, StreamConfig
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import to_json
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.models.generation.sampling import Sampling
+from deltaproduct_jax.strict_json import to_json
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.tasks.recall import RecallTask
 from deltaproduct_jax.training.config import RunConfig, TrainConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deltaproduct_jax import files
+from deltaproduct_jax import files, strict_json
 from deltaproduct_jax.data import shards
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 
@@ -41,7 +41,7 @@ def test_what_is_no_json_of_ours(content, says, tmp_path):
     b"[" + b"[]," * 99 + b"[]]",
 ])  # fmt: skip
 def test_what_only_looks_odd_is_read(content):
-    assert files.decode(content, list | float, "here") == json.loads(content)
+    assert strict_json.decode(content, list | float, "here") == json.loads(content)
 
 
 def test_lines_are_read_up_to_the_last_break(tmp_path):

@@ -10,13 +10,7 @@ import numpy as np
 from flax import nnx, traverse_util
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
-from deltaproduct_jax.files import (
-    errors_as_one_line,
-    to_json,
-    user_path,
-    whole_or_absent,
-    write_file,
-)
+from deltaproduct_jax.files import errors_as_one_line, user_path, whole_or_absent, write_file
 from deltaproduct_jax.interop.card import CARD, model_card
 from deltaproduct_jax.interop.fla import options
 from deltaproduct_jax.interop.fla.loading import CONFIG
@@ -24,6 +18,7 @@ from deltaproduct_jax.interop.fla.tensors import key_and_turn
 from deltaproduct_jax.interop.tensor_files import Writing, write_tensors
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import require_kind
+from deltaproduct_jax.strict_json import to_json
 
 MOST_BYTES = 5 * 10**9  # of one file
 

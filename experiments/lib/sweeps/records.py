@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import decode, read_json, read_lines, write_file
+from deltaproduct_jax.files import read_json, read_lines, write_file
+from deltaproduct_jax.strict_json import decode
 from deltaproduct_jax.training.extending import ABSENT, differences
 from deltaproduct_jax.training.records import (
     CONFIG,
