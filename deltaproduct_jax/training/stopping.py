@@ -16,7 +16,7 @@ from deltaproduct_jax.parallel import processes
 # Ctrl-C, what schedulers and `kill` send, and a terminal that is closed.
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 CLEAR_LINE = "\r\x1b[2K"  # of a terminal, which may show a bar or a notice
-SAVING = "the run ends behind what it is at, saved"
+SAVING = "the run ends after what it is doing now, and is saved"
 GRACE_S = 5.0  # for what is interrupted to clear up, or to come back from a compiler to Python
 
 

@@ -81,7 +81,8 @@ def test_a_signal_finishes_the_step_and_saves(
     assert (tmp_path / "checkpoints" / str(stops_after)).is_dir()
     assert [row["step"] for row in rows_in(tmp_path)][-1] <= stops_after
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    answer = f"{spoken}: the run ends behind what it is at, saved; a second one ends it at once"
+    answer = f"{spoken}: the run ends after what it is doing now, and is saved"
+    answer += "; a second one ends it at once"
     assert answer in capfd.readouterr().err.splitlines()
     train(tmp_path)
     assert curve(rows_in(tmp_path)) == curve(rows_in(finished))
