@@ -187,7 +187,7 @@ def command(argv: Sequence[str]) -> None:
         **KINDS[config.kind](records, config),
     }
     path = parsed.workdir / (config.name or config.kind)
-    refuse_taken(path)
+    refuse_foreign(path)
     file = path.with_name(f"{path.name}.json")
     write_json(file, record, indent=None)
     print(f"written: {file}")
@@ -201,7 +201,7 @@ def command(argv: Sequence[str]) -> None:
         print("note: nothing is published of runs with these settings", file=sys.stderr)
 
 
-def refuse_taken(path: Path) -> None:
+def refuse_foreign(path: Path) -> None:
     """Raises ConfigError where files of this name are not those of an earlier figure."""
     record, *tables = (path.with_name(f"{path.name}{end}") for end in (".json", ".csv", ".md"))
     said = read_json(record) if record.exists() else None

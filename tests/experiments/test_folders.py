@@ -88,9 +88,9 @@ def test_a_figure_is_not_written_over_what_is_none(what, name, tmp_path):
     before = listing(folder)
     for taken, file in ((name, f"{name}.json"), ("taken", "taken.csv")):
         with pytest.raises(ConfigError, match=f"^name='{taken}' is taken: {file} in workdir="):
-            figures.refuse_taken(folder / taken)
-    figures.refuse_taken(folder / "mine")
-    figures.refuse_taken(folder / "new")
+            figures.refuse_foreign(folder / taken)
+    figures.refuse_foreign(folder / "mine")
+    figures.refuse_foreign(folder / "new")
     assert listing(folder) == before
 
 

@@ -61,7 +61,7 @@ def test_the_published_split_is_that_of_the_archive_wherever_it_is_unpacked(
         paper.unpack(tmp_path / "packed" / pack_text.ARCHIVE, text)
         assert split_by_path(text / "code") == PUBLISHED
     # As whole paths were matched, at a place that has no such name.
-    whole = {f"/root/legs/text/code/{name}": name for name in FILES}
+    whole = {f"/data/legs/text/code/{name}": name for name in FILES}
     for split, patterns in (("valid", VALID_PATHS), ("test", TEST_PATHS)):
         matched = {path for p in patterns for path in fnmatch.filter(whole, p)}
         assert {whole[path] for path in matched} == PUBLISHED[split]
