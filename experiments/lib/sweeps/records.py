@@ -116,7 +116,7 @@ class RunFolder:
         return decode(lines[-1], _MetricsLine, f"{self.path / METRICS}, last line")
 
     def starts(self) -> list[Start]:
-        """How and where the run was started, in whosever sight; RunDirectoryError if damaged."""
+        """How and where the run was started, by any command; RunDirectoryError if damaged."""
         path = self.path / RUN
         return read_json(path, _Starts)["starts"] if path.exists() else []
 
