@@ -7,7 +7,7 @@ K key width, V value width.
 import contextlib
 import contextvars
 import numbers
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ LAYOUT = {
 }
 
 OPTIONAL = ("g", "initial_state", "segment_ids")
+MASKS = ("mask", "negative")
 
 
 def as_arrays(**arguments: Any) -> dict[str, jax.Array | None]:
@@ -98,7 +99,7 @@ def check_inputs(
             f"v has Hv={sizes['Hv']} value heads and k has H={sizes['H']} key heads; "
             "Hv must be a multiple of H (each key head serves a group of Hv/H value heads)"
         )
-    _check_dtypes(arrays)
+    check_dtypes(arrays, same=("k", "v"))
     return sizes
 
 
@@ -119,7 +120,7 @@ def check_states(
     sizes = sizes | {"S": num_segments}
     if states is not None:
         check_shape("initial_state", states.shape, layout, sizes)
-        _check_dtypes({"q": jnp.zeros((), dtype), "initial_state": states})
+        check_dtypes({"q": jnp.zeros((), dtype), "initial_state": states})
     return tuple(sizes[d] for d in layout)
 
 
@@ -152,28 +153,37 @@ def _dimensions(count: int) -> str:
     return f"{count} dimension{'' if count == 1 else 's'}"
 
 
-def _check_dtypes(arrays: dict[str, jax.Array | None]) -> None:
-    dtype = arrays["q"].dtype
-    check_floating("q", dtype)
+def check_dtypes(arrays: Mapping[str, jax.Array | None], same: Iterable[str] = ()) -> None:
+    """Compares the dtypes of arrays with that of the first, which the op must compute in.
+
+    Args:
+      arrays: by argument name, of states ``name.field`` too; None passes.
+      same: names of those that have its very dtype. States have the accumulator's, ids integers,
+        masks bool, and all others either the first's or the accumulator's.
+
+    Raises:
+      ValueError: names the argument, what it got and what it may be.
+    """
+    first, dtype = next((name, array.dtype) for name, array in arrays.items())
+    check_floating(first, dtype)
     wide = accumulator_dtype(dtype)
-    allowed_by_name = {
-        "k": {dtype},
-        "v": {dtype},
-        "beta": {dtype, wide},
-        "g": {dtype, wide},
-        "initial_state": {wide},
-        "state": {wide},
-    }
-    for name, allowed in allowed_by_name.items():
-        array = arrays.get(name)
-        if array is not None and array.dtype not in allowed:
-            names = " or ".join(sorted(d.name for d in allowed))
-            raise ValueError(
-                f"{name} must be {names} when q is {dtype.name}, got {array.dtype.name}; "
-                f"cast it with {name}.astype(...)"
-            )
-    if arrays.get("segment_ids") is not None:
-        check_segment_dtype(arrays["segment_ids"].dtype)
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if name == "segment_ids":
+            check_segment_dtype(array.dtype)
+        elif name in MASKS:
+            if array.dtype != bool:
+                raise ValueError(f"{name} must have dtype bool, got {array.dtype.name}")
+        else:
+            is_state = name.partition(".")[0] in ("state", "initial_state")
+            allowed = {wide} if is_state else {dtype} if name in same else {dtype, wide}
+            if array.dtype not in allowed:
+                names = " or ".join(sorted(d.name for d in allowed))
+                raise ValueError(
+                    f"{name} must be {names} when {first} is {dtype.name}, got {array.dtype.name}; "
+                    f"cast it with {name}.astype(...)"
+                )
 
 
 def check_floating(name: str, dtype: np.dtype) -> None:

@@ -45,7 +45,7 @@ def check_arrays(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: 
         for name, (array, layout) in arrays.items()
         if array is not None or name not in OPTIONAL
     }
-    _check_dtypes({name: array for name, (array, _) in given.items()})
+    checks.check_dtypes({name: array for name, (array, _) in given.items()})
     for name, (array, layout) in given.items():
         letters = tuple(d for d in layout.split() if not (one_token and d == "T"))
         checks.check_shape(name, array.shape, letters, sizes)
@@ -56,23 +56,3 @@ def fields_of(name: str, state: Any, kind: type) -> dict[str, jax.Array]:
     if not isinstance(state, kind):
         raise ValueError(f"{name} must be a {kind.__name__}, got {type(state).__name__}")
     return {f"{name}.{field}": array for field, array in state._asdict().items()}
-
-
-def _check_dtypes(arrays: Mapping[str, jax.Array]) -> None:
-    first, dtype = next((name, array.dtype) for name, array in arrays.items())
-    checks.check_floating(first, dtype)
-    wide = checks.accumulator_dtype(dtype)
-    for name, array in arrays.items():
-        if name == "segment_ids":
-            checks.check_segment_dtype(array.dtype)
-        elif name in ("mask", "negative"):
-            if array.dtype != bool:
-                raise ValueError(f"{name} must have dtype bool, got {array.dtype.name}")
-        else:
-            is_state = name.partition(".")[0] in ("state", "initial_state")
-            allowed = {wide} if is_state else {dtype, wide}
-            if array.dtype not in allowed:
-                names = " or ".join(sorted(d.name for d in allowed))
-                raise ValueError(
-                    f"{name} must be {names} when {first} is {dtype.name}, got {array.dtype.name}"
-                )
