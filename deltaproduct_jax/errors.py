@@ -36,14 +36,6 @@ def require_at_least(name: str, value: float, minimum: float) -> None:
         raise ConfigError(f"{name}={value!r} is too small; it must be at least {minimum}")
 
 
-def require_each_at_least(name: str, values: tuple[int, ...], minimum: int) -> None:
-    """Raises ConfigError unless there are ``values``, each at least ``minimum``."""
-    if not values:
-        raise ConfigError(f"{name} is empty; it may be numbers from {minimum} on, a comma list")
-    for value in values:
-        require_at_least(name, value, minimum)
-
-
 def require_ascending(name: str, values: tuple[int, ...]) -> None:
     """Raises ConfigError unless there are ``values``, each larger than the one before it."""
     if not values or sorted(set(values)) != list(values):

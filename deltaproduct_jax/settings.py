@@ -11,7 +11,7 @@ import numbers
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
 import numpy as np
@@ -36,6 +36,7 @@ def setting(
     least: float | None = None,
     above: float | None = None,
     most: float | None = None,
+    one_of: Collection[Any] | None = None,
 ) -> Any:
     """A dataclass field whose ``help`` becomes the text of its flag.
 
@@ -46,12 +47,13 @@ def setting(
         recorded_if_set: a record leaves the field out where it has its default, as records do that
             are older than the field.
         filled: `check_fields` refuses a list without entries.
-        least: `check_fields` refuses a value below it.
-        above: `check_fields` refuses a value that is not above it.
-        most: `check_fields` refuses a value beyond it.
+        least: `check_fields` refuses a value, or an entry of a list, below it.
+        above: the same of one that is not above it.
+        most: the same of one beyond it.
+        one_of: the same of one that is not among these, which plug-ins may add to; None passes.
     """
     metadata = {"help": help, "repeated": repeated, "recorded_if_set": recorded_if_set}
-    metadata |= {"filled": filled, "least": least, "above": above, "most": most}
+    metadata |= {"filled": filled, "least": least, "above": above, "most": most, "one_of": one_of}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -126,23 +128,28 @@ def _kept(value: Any, annotation: Any) -> Any:
 
 
 def _outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
-    """Which bound of its `setting` a value does not keep, or None."""
+    """Which bound of its `setting` a value, or an entry of it, does not keep, or None."""
+    if metadata.get("filled") and not value:
+        return f"{name} is empty; give one entry at least ({metadata['help']})"
+    entries = value if type(value) is tuple else () if value is None else (value,)
+    found = (_entry_outside(entry, metadata, name) for entry in entries)
+    return next(filter(None, found), None)
+
+
+def _entry_outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | None:
     least, above, most = (metadata.get(bound) for bound in ("least", "above", "most"))
     if most is None and isinstance(value, int):
         most = LARGEST_SEED  # no array has more entries, and none holds a larger number
-    if metadata.get("filled") and not value:
-        return f"{name} is empty; give one entry at least ({metadata['help']})"
-    for entry in value if isinstance(value, list | tuple) else (value,):
-        if isinstance(entry, float) and (problem := unheld(name, entry)):
-            return problem
-    if value is None:
-        return None
+    if isinstance(value, float) and (problem := unheld(name, value)):
+        return problem
     if least is not None and value < least:
         return f"{name}={shown(value)} is too small; it must be at least {least}"
     if above is not None and value <= above:
         return f"{name}={shown(value)} must be greater than {above}"
     if most is not None and value > most:
         return f"{name}={shown(value)} is too large; it may be up to {most}"
+    if metadata.get("one_of") is not None and value not in metadata["one_of"]:
+        return f"{name}={shown(value)} is not known; it may be one of {list(metadata['one_of'])}"
     return None
 
 

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_one_of
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
 from deltaproduct_jax.files import AnyPath, any_path, whole_or_absent, write_file
 from deltaproduct_jax.interop import fla
@@ -49,7 +49,9 @@ class ConvertConfig:
     """What is read and what is written; raises ConfigError where the fields make no sense."""
 
     source: str = setting("", "run directory, or folder of flash-linear-attention")
-    to: str = setting("fla", "fla: a folder of flash-linear-attention; run: a run directory")
+    to: str = setting(
+        "fla", "fla: a folder of flash-linear-attention; run: a run directory", one_of=TARGETS
+    )
     checkpoint: str = setting("best", "of a run directory: best, newest, or a step")
     like: str | None = setting(
         None, "run directory whose task and training a new run takes; for to=run"
@@ -65,7 +67,6 @@ class ConvertConfig:
         check_fields(self)
         if not self.source:
             raise ConfigError("--source is missing; give a run directory or a folder")
-        require_one_of("to", self.to, TARGETS)
         if (self.to == "run") != (self.like is not None):
             raise ConfigError(
                 f"to={self.to} and like={self.like} do not fit; like is for to=run, which needs it"

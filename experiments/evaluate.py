@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.data.optional import require
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.command import NAME, register
 from deltaproduct_jax.evaluation.models import is_folder_of_fla
 from deltaproduct_jax.evaluation.tasks import PAPER
@@ -44,11 +44,15 @@ class EvaluateConfig:
     )
     tasks: tuple[str, ...] = setting((), "the harness's names of tasks")
     include_path: str | None = setting(None, "folder with more tasks, in the harness's format")
-    num_fewshot: int | None = setting(None, "examples in each prompt; none: as the task says")
-    limit: int | None = setting(None, "documents of a task at most; none: all")
-    batch_size: int = setting(16, "rows at a time")
+    num_fewshot: int | None = setting(
+        None, "examples in each prompt; none: as the task says", least=0
+    )
+    limit: int | None = setting(None, "documents of a task at most; none: all", least=1)
+    batch_size: int = setting(16, "rows at a time", least=1)
     dtype: str | None = setting(None, "dtype of the computation; none: the model's own")
-    max_length: int = setting(2048, "tokens of a prompt and what follows; longer ones are cut left")
+    max_length: int = setting(
+        2048, "tokens of a prompt and what follows; longer ones are cut left", least=2
+    )
     add_bos: bool = setting(True, "BOS, the token that begins a document, stands before every text")
     seed: int = setting(
         0,
@@ -64,9 +68,6 @@ class EvaluateConfig:
             raise ConfigError("--model is missing; give a run directory or a folder")
         if not self.tasks:
             raise ConfigError("--tasks is missing; give names of tasks, or --preset=paper")
-        for name, least in (("batch_size", 1), ("max_length", 2), ("num_fewshot", 0), ("limit", 1)):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), least)
 
     def model_args(self) -> dict[str, Any]:
         """Keywords of the harness's class."""

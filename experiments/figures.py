@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import read_json, user_path
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -81,7 +81,7 @@ class FigureConfig:
     """What is drawn from which runs; raises ConfigError where the fields make no sense."""
 
     source: str = setting("", "folder of a sweep, its results.csv, or a folder of run directories")
-    kind: str = setting("cumulative", f"one of {', '.join(METRICS)}")
+    kind: str = setting("cumulative", f"one of {', '.join(METRICS)}", one_of=METRICS)
     x: str = setting("group", "setting of the panels, of the columns, of the bars' places")
     by: str = setting("num_householder", "settings, a comma list: of the curves, rows, bars")
     where: str = setting("", "only runs with these settings, as num_layers=1;group=S3,S4")
@@ -107,7 +107,6 @@ class FigureConfig:
         check_fields(self)
         if not self.source:
             raise ConfigError("--source is missing; give the folder of a sweep or of runs")
-        require_one_of("kind", self.kind, METRICS)
         if self.threshold is not None and self.kind != "escape":
             raise ConfigError(f"threshold={self.threshold} needs kind=escape, got {self.kind!r}")
         if self.band and self.kind != "cumulative":

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.models import open_model, with_room_for
 from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
@@ -41,11 +41,11 @@ class GenerateConfig:
     prompt: tuple[str, ...] = setting(
         (), "text that is gone on with; may be repeated; none: a document's start", repeated=True
     )
-    samples: int = setting(1, "texts for each prompt")
-    max_tokens: int = setting(100, "tokens of a text at most", most=LARGEST_COUNT)
+    samples: int = setting(1, "texts for each prompt", least=1)
+    max_tokens: int = setting(100, "tokens of a text at most", most=LARGEST_COUNT, least=1)
     stop: tuple[str, ...] = setting((), "a string that ends a text; may be repeated", repeated=True)
     seed: int = seed_setting("of all draws")
-    rows: int = setting(16, "texts that are written at the same time")
+    rows: int = setting(16, "texts that are written at the same time", least=1)
     echo: bool = setting(True, "show the prompt before what follows it")
 
     def __post_init__(self) -> None:
@@ -53,8 +53,6 @@ class GenerateConfig:
         check_fields(self)
         if not self.run:
             raise ConfigError("--run is missing; give the directory of a language model's run")
-        for name in ("samples", "max_tokens", "rows"):
-            require_at_least(name, getattr(self, name), 1)
         texts = self.samples * max(len(self.prompt), 1)
         if texts > MOST_TEXTS:
             raise ConfigError(

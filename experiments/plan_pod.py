@@ -60,14 +60,13 @@ class PlanConfig:
     """For what is compiled."""
 
     topology: str = setting("v5e:16x16", "chips and how they are joined, as v5e:16x16 or h100:8")
-    rows: int = setting(1, "sequences that each device of data and fsdp has at once")
+    rows: int = setting(1, "sequences that each device of data and fsdp has at once", least=1)
     search: bool = setting(True, "look for the most of them that fit, by three programs at most")
     timeout_s: float = setting(3600.0, "seconds after which a compilation is given up", above=0)
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_at_least("rows", self.rows, 1)
         kind_of(self.topology)
 
 

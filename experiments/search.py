@@ -29,7 +29,7 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped
@@ -85,6 +85,7 @@ class SearchConfig:
         tuple(SPACE),
         f"what is tried beside it, of {', '.join(SPACE)}, where a mixer has it; a number adds no "
         "program, qk_activation one for each mixer that has it",
+        one_of=SPACE,
     )
     metric: str | None = setting(
         None,
@@ -103,7 +104,6 @@ class SearchConfig:
         check_fields(self)
         require_at_least("highest_rate", self.highest_rate, self.lowest_rate)
         for place, name in enumerate(self.fields):
-            require_one_of("fields", name, SPACE)
             if name in self.fields[:place]:
                 raise ConfigError(f"fields={','.join(self.fields)!r} has {name!r} twice")
         if self.seeds > FIRST_FRESH:

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 
 import jax
 
-from deltaproduct_jax.errors import require_at_least
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.folders import SWEEP, refuse_other
@@ -49,11 +48,12 @@ class SweepConfig:
         repeated=True,
     )
     fixed: str = setting("", "settings that all runs share, as steps=2000;batch_size=64")
-    max_runs: int = setting(MOST_RUNS, "runs that the grids may make; more is taken for a slip")
+    max_runs: int = setting(
+        MOST_RUNS, "runs that the grids may make; more is taken for a slip", least=1
+    )
 
     def __post_init__(self):
         check_fields(self)
-        require_at_least("max_runs", self.max_runs, 1)
 
 
 def command(argv: Sequence[str]) -> None:

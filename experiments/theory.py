@@ -35,7 +35,6 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.files import user_path, write_file
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.ops.selection import AVAILABLE
@@ -59,12 +58,18 @@ PRESETS = {
 class TheoryConfig:
     """What is run; raises ConfigError where the fields make no sense."""
 
-    constructions: tuple[str, ...] = setting(tuple(CATALOGUE), f"some of {', '.join(CATALOGUE)}")
-    dtypes: tuple[str, ...] = setting(DTYPES, f"some of {', '.join(DTYPES)}")
-    implementations: tuple[str, ...] = setting(("chunked",), f"some of {', '.join(AVAILABLE)}")
-    length: int = setting(1_000_000, "tokens of a word after BOS")
-    words: int = setting(8, "words read side by side")
-    piece: int = setting(1000, "tokens read at once; the state is passed on")
+    constructions: tuple[str, ...] = setting(
+        tuple(CATALOGUE), f"some of {', '.join(CATALOGUE)}", filled=True, one_of=CATALOGUE
+    )
+    dtypes: tuple[str, ...] = setting(
+        DTYPES, f"some of {', '.join(DTYPES)}", filled=True, one_of=DTYPES
+    )
+    implementations: tuple[str, ...] = setting(
+        ("chunked",), f"some of {', '.join(AVAILABLE)}", filled=True, one_of=AVAILABLE
+    )
+    length: int = setting(1_000_000, "tokens of a word after BOS", least=1)
+    words: int = setting(8, "words read side by side", least=1)
+    piece: int = setting(1000, "tokens read at once; the state is passed on", least=1)
     budget_s: float = setting(
         300.0, "seconds after which no further piece of a run begins", above=0
     )
@@ -76,17 +81,6 @@ class TheoryConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name, allowed in (
-            ("constructions", CATALOGUE),
-            ("dtypes", DTYPES),
-            ("implementations", AVAILABLE),
-        ):
-            if not getattr(self, name):
-                raise ConfigError(f"{name} is empty; it may be some of {', '.join(allowed)}")
-            for entry in getattr(self, name):
-                require_one_of(name, entry, allowed)
-        for name in ("length", "words", "piece"):
-            require_at_least(name, getattr(self, name), 1)
 
     @property
     def as_reading(self) -> reading.Reading:

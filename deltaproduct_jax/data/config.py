@@ -7,7 +7,7 @@ from typing import Any
 from deltaproduct_jax.data import standard_library, workers
 from deltaproduct_jax.data.packing import PACKINGS
 from deltaproduct_jax.data.splits import matches, names_inside, split_of
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, setting
 
 HELD_OUT = 0.005
@@ -39,8 +39,12 @@ class PrepareConfig:
     bos: str | None = setting(
         None, "of a tokenizer.json, the token that begins a document; none: the usual names"
     )
-    vocab_size: int | None = setting(None, f"of bpe; none: {VOCAB_SIZE}")
-    train_bytes: int | None = setting(None, f"of text that bpe is trained on; none: {TRAIN_BYTES}")
+    vocab_size: int | None = setting(
+        None, f"of bpe; none: {VOCAB_SIZE}", least=FEWEST_OF_BPE, most=MOST_OF_BPE
+    )
+    train_bytes: int | None = setting(
+        None, f"of text that bpe is trained on; none: {TRAIN_BYTES}", least=1
+    )
     valid_fraction: float | None = setting(
         None, f"documents for validation; none: {HELD_OUT}, or 0 with valid_paths"
     )
@@ -53,8 +57,8 @@ class PrepareConfig:
         "fraction",
     )
     test_paths: tuple[str, ...] = setting((), "files for the test, written alike")
-    shard_bytes: int = setting(2**26, "of sources, about, that a shard is made of")
-    workers: int | None = setting(None, "processes; none: one for every core")
+    shard_bytes: int = setting(2**26, "of sources, about, that a shard is made of", least=1)
+    workers: int | None = setting(None, "processes; none: one for every core", least=1)
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -68,14 +72,6 @@ class PrepareConfig:
                     )
         elif self.bos is not None:
             raise ConfigError(f"bos={self.bos!r} is only for a tokenizer.json, got tokenizer=bpe")
-        require_at_least("vocab_size", self.bpe_size, FEWEST_OF_BPE)
-        if self.bpe_size > MOST_OF_BPE:
-            raise ConfigError(
-                f"vocab_size={self.bpe_size} is too large; it must be at most {MOST_OF_BPE}"
-            )
-        for name, least in (("shard_bytes", 1), ("train_bytes", 1), ("workers", 1)):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), least)
         for name, value in zip(("valid_fraction", "test_fraction"), self.fractions, strict=True):
             if not 0 <= value < 1:
                 raise ConfigError(f"{name}={value} must be at least 0 and below 1")
@@ -152,21 +148,17 @@ class StreamConfig:
     data: tuple[str, ...] = setting(
         (standard_library.NAME,),
         f"folders of experiments.prepare_text, or {standard_library.NAME}: Python's own sources",
+        filled=True,
     )
     data_weights: tuple[float, ...] = setting(
-        (), "shares of the folders in every stretch of rows; none: alike"
+        (), "shares of the folders in every stretch of rows; none: alike", above=0
     )
-    packing: str = setting("concatenate", f"one of {', '.join(PACKINGS)}")
+    packing: str = setting("concatenate", f"one of {', '.join(PACKINGS)}", one_of=PACKINGS)
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("packing", self.packing, PACKINGS)
-        if not self.data:
-            raise ConfigError("data is empty; it must name a folder at least")
         if self.data_weights and len(self.data_weights) != len(self.data):
             raise ConfigError(
                 f"data_weights={self.data_weights} must be as many as data={self.data}"
             )
-        if not all(weight > 0 for weight in self.data_weights):
-            raise ConfigError(f"data_weights={self.data_weights} must be greater than 0")

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import check_options
 from deltaproduct_jax.layers.delta_rule import QK_ACTIVATIONS
 from deltaproduct_jax.layers.heads import check_gate
@@ -32,11 +32,6 @@ ATTENTION = "transformer"  # the mixer of a hybrid's other blocks
 # Blocks are made one by one, in a time that grows with the square of their number: of more than
 # these it would be hours, without a word.
 MOST_LAYERS = 1000
-_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "head_dim")
-_OPTIONAL_SIZES = (
-    "num_v_heads", "num_householder", "conv_size", "max_length", "intermediate_size",
-    "attention_heads", "num_kv_heads", "window_size",
-)  # fmt: skip
 # Fields that not every mixer has: its layer's keywords tell. Elsewhere they must not be given.
 MIXER_FIELDS: tuple[str, ...] = (
     "num_heads", "head_dim", "num_v_heads", "expand_v", "num_householder", "allow_neg_eigval",
@@ -76,27 +71,36 @@ class ModelConfig:
         ConfigError: naming the field, when a value is out of range or does not fit another.
     """
 
-    vocab_size: int = setting(32000, "number of token ids; an experiment takes it from its task")
+    vocab_size: int = setting(
+        32000, "number of token ids; an experiment takes it from its task", least=1
+    )
     mixer: str = setting(
         "delta_product",
         f"sequence mixer, one of {', '.join(MIXERS)}, or a plug-in's; gated_ adds a forget gate, "
         "the delta_nets have one Householder factor per token; a field that a mixer lacks is an "
         "error",
+        one_of=MIXERS,
     )
-    hidden_size: int = setting(128, "width D of the residual stream")
-    num_layers: int = setting(1, "number of blocks", most=MOST_LAYERS)
-    num_heads: int = setting(4, "heads H of queries and keys")
-    num_v_heads: int | None = setting(None, "value heads, a multiple of num_heads; none: num_heads")
-    head_dim: int = setting(32, "key width K of a head")
+    hidden_size: int = setting(128, "width D of the residual stream", least=1)
+    num_layers: int = setting(1, "number of blocks", most=MOST_LAYERS, least=1)
+    num_heads: int = setting(4, "heads H of queries and keys", least=1)
+    num_v_heads: int | None = setting(
+        None, "value heads, a multiple of num_heads; none: num_heads", least=1
+    )
+    head_dim: int = setting(32, "key width K of a head", least=1)
     expand_v: float | None = setting(None, "value width over key width; none: 1")
     num_householder: int | None = setting(
-        None, "Householder factors per token (the paper's n_h); none: 2, or the 1 of the delta_nets"
+        None,
+        "Householder factors per token (the paper's n_h); none: 2, or the 1 of the delta_nets",
+        least=1,
     )
     allow_neg_eigval: bool | None = setting(
         None, "eigenvalues in (-1, 1), not (0, 1); none: wherever the mixer can"
     )
     qk_activation: str = setting(
-        AUTO, "activation of a delta mixer's q and k: silu (the paper's) or none; auto: silu"
+        AUTO,
+        "activation of a delta mixer's q and k: silu (the paper's) or none; auto: silu",
+        one_of=(*QK_ACTIVATIONS, AUTO),
     )
     beta_bias: float | None = setting(
         None, "start of a learnt bias before beta's sigmoid; none: no bias, as in the paper"
@@ -111,41 +115,55 @@ class ModelConfig:
     use_short_conv: bool | None = setting(
         None, "causal convolution on q, k and v of a delta mixer; none: no"
     )
-    conv_size: int | None = setting(None, "taps of the short convolution; none: 4")
+    conv_size: int | None = setting(None, "taps of the short convolution; none: 4", least=1)
     conv_implementation: str | None = setting(
         None,
         "how short convolutions of a delta mixer, and the SiLU and length of its q and k, are "
         "computed, plain, triton or pallas_tpu; none: by platform and shape",
         recorded_if_set=True,
+        one_of=CONVOLUTIONS,
     )
     max_length: int | None = setting(
-        None, "tokens that the transformer's state holds for decoding; none: 2048"
+        None, "tokens that the transformer's state holds for decoding; none: 2048", least=1
     )
     intermediate_size: int | None = setting(
-        512, "width of the SwiGLU's hidden layer; none: two thirds of hidden_ratio, up to next 256"
+        512,
+        "width of the SwiGLU's hidden layer; none: two thirds of hidden_ratio, up to next 256",
+        least=1,
     )
-    hidden_ratio: float = setting(4.0, "nominal SwiGLU width over hidden_size, if none is given")
-    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm")
+    hidden_ratio: float = setting(
+        4.0, "nominal SwiGLU width over hidden_size, if none is given", above=0
+    )
+    norm_eps: float = setting(1e-6, "epsilon of every RMSNorm", above=0)
     tie_embeddings: bool = setting(False, "the head uses the embedding's weights")
-    initializer: str = setting("paper", "paper: the official code's draws; fla: N(0, range)")
-    initializer_range: float = setting(0.02, "standard deviation of normal draws")
-    dtype: str = setting("float32", f"dtype of the computation, one of {', '.join(DTYPES)}")
+    initializer: str = setting(
+        "paper", "paper: the official code's draws; fla: N(0, range)", one_of=INITIALIZERS
+    )
+    initializer_range: float = setting(0.02, "standard deviation of normal draws", above=0)
+    dtype: str = setting(
+        "float32", f"dtype of the computation, one of {', '.join(DTYPES)}", one_of=DTYPES
+    )
     param_dtype: str = setting(
         "float32",
         f"dtype of the parameters, one of {', '.join(DTYPES)}; training keeps float32 copies",
+        one_of=DTYPES,
     )
     remat: str = setting(
         "none",
         "what a block computes anew for its gradient: none; all but its matrix products, the op's "
         "results and those of convolutions by a kernel (products), in a fraction of the memory; "
         "all (blocks), in the least; or all but saved_points (named)",
+        one_of=REMAT,
     )
     implementation: str | None = setting(
         None, "how the op is computed; none: by platform and shape, see delta_product"
     )
     chunk_size: int | None = setting(None, "tokens in a chunk of the op; none: the op chooses")
     saved_points: tuple[str, ...] = setting(
-        (), f"what remat=named keeps, among {', '.join(POINTS)}", recorded_if_set=True
+        (),
+        f"what remat=named keeps, among {', '.join(POINTS)}",
+        recorded_if_set=True,
+        one_of=POINTS,
     )
     scan_layers: bool = setting(
         False,
@@ -158,6 +176,7 @@ class ModelConfig:
         "a hybrid: of so many blocks the last is softmax attention in the mixer's place; none: no "
         "block is",
         recorded_if_set=True,
+        least=2,
     )
     attention_layers: tuple[int, ...] = setting(
         (),
@@ -169,11 +188,13 @@ class ModelConfig:
         "heads of a hybrid's attention, hidden_size / attention_heads wide; none: num_heads, "
         "head_dim and expand_v, as the mixer's",
         recorded_if_set=True,
+        least=1,
     )
     num_kv_heads: int | None = setting(
         None,
         "heads of attention's keys and values, each for a group of queries'; none: one a head",
         recorded_if_set=True,
+        least=1,
     )
     qkv_bias: bool | None = setting(
         None, "biases of attention's q, k and v; none: no", recorded_if_set=True
@@ -182,38 +203,29 @@ class ModelConfig:
         None,
         "tokens that attention sees, the one that looks among them; none: all before it",
         recorded_if_set=True,
+        least=1,
     )
     rope_theta: float | None = setting(
-        None, "base of attention's rotary positions; none: 10000", recorded_if_set=True
+        None, "base of attention's rotary positions; none: 10000", recorded_if_set=True, above=0
     )
 
     def __post_init__(self) -> None:
         """Checks every field against its range and against the others."""
         check_fields(self)
-        require_one_of("mixer", self.mixer, MIXERS)
         self._check_class()
         self._check_fields_of_mixer()
-        require_one_of("qk_activation", self.qk_activation, (*QK_ACTIVATIONS, AUTO))
-        require_one_of("conv_implementation", self.conv_implementation, (None, *CONVOLUTIONS))
-        require_one_of("initializer", self.initializer, INITIALIZERS)
-        require_one_of("dtype", self.dtype, DTYPES)
-        require_one_of("param_dtype", self.param_dtype, DTYPES)
-        require_one_of("remat", self.remat, REMAT)
         implementations = self.registered.layer.implementations
         check_options(self.implementation, self.chunk_size, implementations)
-        for name in (*_SIZES, *_OPTIONAL_SIZES):
-            if name not in _OPTIONAL_SIZES or getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
-        for name in ("hidden_ratio", "norm_eps", "initializer_range", "rope_theta"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be greater than 0")
         expand_v = self.value_of("expand_v") if self.registered.takes("expand_v") else 1.0
         value_width(self.num_heads, self.head_dim, num_v_heads=self.num_v_heads, expand_v=expand_v)
         check_gate(self.initial_gate, self.registered.layer)
         self._check_hybrid()
         for mixer in self.mixers:
             mixer.check(self)
-        self._check_saved_points()
+        if self.saved_points and self.remat != "named":
+            raise ConfigError(
+                f"saved_points={self.saved_points} needs remat=named, got remat={self.remat}"
+            )
 
     @property
     def registered(self) -> RegisteredMixer:
@@ -319,13 +331,11 @@ class ModelConfig:
                 f"{name}={value} puts attention between blocks of another mixer; "
                 f"mixer={self.mixer!r} is attention itself"
             )
-        if self.attention_every is not None:
-            require_at_least("attention_every", self.attention_every, 2)
-            if self.attention_every > self.num_layers:
-                raise ConfigError(
-                    f"attention_every={self.attention_every} makes none of num_layers="
-                    f"{self.num_layers} blocks attention; it must be at most as many"
-                )
+        if (self.attention_every or 0) > self.num_layers:
+            raise ConfigError(
+                f"attention_every={self.attention_every} makes none of num_layers="
+                f"{self.num_layers} blocks attention; it must be at most as many"
+            )
         places = self.attention_layers
         if "attention_every" in given and places:
             raise ConfigError(
@@ -349,14 +359,6 @@ class ModelConfig:
             raise ConfigError(
                 f"attention_heads={self.attention_heads} must divide hidden_size={self.hidden_size}"
             )
-
-    def _check_saved_points(self) -> None:
-        if self.saved_points and self.remat != "named":
-            raise ConfigError(
-                f"saved_points={self.saved_points} needs remat=named, got remat={self.remat}"
-            )
-        for point in self.saved_points:
-            require_one_of("saved_points", point, POINTS)
 
     def value_of(self, name: str, mixer: RegisteredMixer | None = None) -> Any:
         """A field as a mixer takes it: what it means where none, or "auto", is given."""

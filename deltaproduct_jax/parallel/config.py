@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, setting, whole_number
 
 # In the order in which neighbouring devices are given out, the last one's the closest.
@@ -37,7 +37,9 @@ class DeviceConfig:
     coordinator_address: str | None = setting(
         None, "host:port of process 0, where no cluster is found; with the two flags below"
     )
-    num_processes: int | None = setting(None, "processes of the run, with coordinator_address")
+    num_processes: int | None = setting(
+        None, "processes of the run, with coordinator_address", least=1
+    )
     process_id: int | None = setting(None, "number of this process, from 0")
     profile_steps: str | None = setting(
         None, "first and last step of a trace that is written to the run directory, as 10:13"
@@ -70,7 +72,6 @@ class DeviceConfig:
                 f"coordinator_address={self.coordinator_address!r} is not known; it may be "
                 "host:port, the port from 1 to 65535"
             )
-        require_at_least("num_processes", self.num_processes, 1)
         if not 0 <= self.process_id < self.num_processes:
             raise ConfigError(
                 f"process_id={self.process_id} must be from 0 to {self.num_processes - 1}, one "

@@ -22,8 +22,6 @@ import numpy as np
 from deltaproduct_jax.errors import (
     ConfigError,
     require_ascending,
-    require_at_least,
-    require_one_of,
 )
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks import expressions
@@ -134,16 +132,16 @@ class FormalLanguageTask:
     ``min_train_length`` on where L is at most ``train_length``, else from ``min_eval_length`` on.
     """
 
-    language: str = setting("parity", f"what is learnt: {', '.join(LANGUAGES)}")
+    language: str = setting("parity", f"what is learnt: {', '.join(LANGUAGES)}", one_of=LANGUAGES)
     train_length: int = setting(40, "longest training sequence, the answer included")
     min_train_length: int = setting(
-        3, "shortest training sequence, the answer included; brackets have 5 at least"
+        3, "shortest training sequence, the answer included; brackets have 5 at least", least=2
     )
     eval_lengths: tuple[int, ...] = setting(
         (40, 256), "longest sequences of the evaluations; up to train_length: drawn as in training"
     )
     min_eval_length: int = setting(
-        40, "shortest sequence of the evaluations at more than train_length"
+        40, "shortest sequence of the evaluations at more than train_length", least=2
     )
     bracket_multiplication: bool = setting(
         False,
@@ -153,9 +151,6 @@ class FormalLanguageTask:
 
     def __post_init__(self):
         check_fields(self)
-        require_one_of("language", self.language, LANGUAGES)
-        require_at_least("min_train_length", self.min_train_length, 2)
-        require_at_least("min_eval_length", self.min_eval_length, 2)
         self.check_length("train_length", self.train_length)
         require_ascending("eval_lengths", self.eval_lengths)
         for length in self.eval_lengths:

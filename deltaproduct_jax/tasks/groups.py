@@ -20,7 +20,6 @@ from deltaproduct_jax.errors import (
     ConfigError,
     require_ascending,
     require_at_least,
-    require_one_of,
 )
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.finite_groups import FiniteGroup, finite_group
@@ -37,9 +36,11 @@ class GroupTask:
     """The word problem of one group; raises ConfigError where the fields make no sense."""
 
     group: str = setting("S3", "group: Sn, An, Zn, Dn (2n elements), or a product such as A5_x_Z9")
-    train_length: int = setting(32, "elements per training sequence; BOS comes on top")
+    train_length: int = setting(32, "elements per training sequence; BOS comes on top", least=1)
     eval_lengths: tuple[int, ...] | None = setting(
-        None, "elements per sequence in evaluations; none: 1, 2, 4 and 8 times train_length"
+        None,
+        "elements per sequence in evaluations; none: 1, 2, 4 and 8 times train_length",
+        least=1,
     )
     max_displaced: int | None = setting(
         None, "draw only permutations that move at most so many points; 2: the identity and swaps"
@@ -49,26 +50,23 @@ class GroupTask:
         "multiply so many drawn elements into one token, followed by identities in their places; "
         "targets come as many tokens late as identities follow (with max_displaced=2 and 4: "
         "the paper's hard swaps)",
+        least=1,
     )
     repeat_elements: int = setting(
-        1, "tokens that every element takes; targets come repeat_elements - 1 tokens late"
+        1, "tokens that every element takes; targets come repeat_elements - 1 tokens late", least=1
     )
     filler: str = setting(
         "element",
         "what a repeated element's further tokens are: element (itself), symbol (one more token, "
         "in inputs and targets), input_symbol (the same, in inputs only)",
+        one_of=FILLERS,
     )
 
     def __post_init__(self):
         check_fields(self)
         group = finite_group(self.group)
-        require_at_least("train_length", self.train_length, 1)
         if self.eval_lengths is not None:
             require_ascending("eval_lengths", self.eval_lengths)
-            require_at_least("eval_lengths", self.eval_lengths[0], 1)
-        require_at_least("merge_elements", self.merge_elements, 1)
-        require_at_least("repeat_elements", self.repeat_elements, 1)
-        require_one_of("filler", self.filler, FILLERS)
         self._check_combinations(group)
 
     def _check_combinations(self, group: FiniteGroup) -> None:

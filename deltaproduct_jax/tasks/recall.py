@@ -19,8 +19,6 @@ import numpy as np
 from deltaproduct_jax.errors import (
     ConfigError,
     require_ascending,
-    require_at_least,
-    require_one_of,
 )
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.registry import register_task
@@ -43,28 +41,25 @@ class RecallTask:
     reported = "token_accuracy"  # of a score, the number that is published: queries answered
 
     train_length: int = setting(64, "tokens T of a training sequence, an even number")
-    num_pairs: int = setting(4, "pairs N of a key and a value in a training sequence")
+    num_pairs: int = setting(4, "pairs N of a key and a value in a training sequence", least=1)
     eval_lengths: tuple[int, ...] | None = setting(
         None, "tokens of the sequences in evaluations; none: train_length"
     )
     eval_pairs: tuple[int, ...] | None = setting(
-        None, "pairs at each of eval_lengths; none: num_pairs"
+        None, "pairs at each of eval_lengths; none: num_pairs", least=1
     )
     vocabulary: int = setting(
-        8192, "token ids; the lower half but 0 are keys, the upper half are values"
+        8192, "token ids; the lower half but 0 are keys, the upper half are values", least=4
     )
-    power: float = setting(0.01, "exponent of how far away queries are; 1: anywhere alike")
+    power: float = setting(0.01, "exponent of how far away queries are; 1: anywhere alike", above=0)
     filler: str = setting(
-        "random", "tokens that are neither pairs nor queries: random (any token) or zero"
+        "random",
+        "tokens that are neither pairs nor queries: random (any token) or zero",
+        one_of=FILLERS,
     )
 
     def __post_init__(self):
         check_fields(self)
-        require_at_least("num_pairs", self.num_pairs, 1)
-        require_at_least("vocabulary", self.vocabulary, 4)
-        require_one_of("filler", self.filler, FILLERS)
-        if not self.power > 0:
-            raise ConfigError(f"power={self.power!r} must be greater than 0")
         self._check_evaluations()
         most = max((self.num_pairs, *(self.eval_pairs or ())))
         if most > self.num_keys:
@@ -86,7 +81,6 @@ class RecallTask:
                 f"eval_pairs={self.eval_pairs!r} must have one number for each of "
                 f"eval_lengths={self.eval_lengths!r}"
             )
-        require_at_least("eval_pairs", min(self.eval_pairs), 1)
         if self.pairs_at(self.train_length) != self.num_pairs:
             raise ConfigError(
                 f"eval_pairs={self.eval_pairs!r} has {self.pairs_at(self.train_length)} pairs at "

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import (
     LARGEST_COUNT,
@@ -35,59 +35,74 @@ SEED_PURPOSES = ("init", "data")
 class TrainConfig:
     """How a model is trained and watched; raises ConfigError where the fields make no sense."""
 
-    steps: int = setting(500, "updates of the parameters")
-    batch_size: int = setting(64, "sequences per update")
-    accumulation_steps: int = setting(1, "parts of a batch whose gradients are added in turn")
+    steps: int = setting(500, "updates of the parameters", least=1, most=MAX_BATCH_INDEX)
+    batch_size: int = setting(64, "sequences per update", least=1)
+    accumulation_steps: int = setting(
+        1, "parts of a batch whose gradients are added in turn", least=1
+    )
     optimizer: str = setting(
         "adamw",
         "adamw; or muon, for the matrices between hidden channels, and AdamW for the rest",
         recorded_if_set=True,
+        one_of=OPTIMIZERS,
     )
-    learning_rate: float = setting(1e-3, "peak learning rate")
+    learning_rate: float = setting(1e-3, "peak learning rate", above=0)
     schedule: str = setting(
         "cosine",
         "learning rate after the warm-up: cosine; constant; or wsd (warm-up, stable, decay): "
         "constant, then linear",
+        one_of=SCHEDULES,
     )
-    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0")
-    end_learning_rate: float = setting(0.0, "learning rate that cosine and wsd fall to")
+    warmup_steps: int = setting(0, "steps over which the learning rate rises from 0", least=0)
+    end_learning_rate: float = setting(0.0, "learning rate that cosine and wsd fall to", least=0)
     decay_fraction: float = setting(
-        0.2, "part of the steps, at their end, in which wsd falls", recorded_if_set=True
+        0.2,
+        "part of the steps, at their end, in which wsd falls",
+        recorded_if_set=True,
+        above=0,
+        most=1,
     )
-    weight_decay: float = setting(0.01, "decay of the parameters, times the learning rate")
+    weight_decay: float = setting(0.01, "decay of the parameters, times the learning rate", least=0)
     decayed: str = setting(
         "all",
         "parameters that decay: all, as in the paper; or matrices, which spares norms, biases and "
         "convolutions",
         recorded_if_set=True,
+        one_of=DECAYED,
     )
     muon_momentum: float = setting(0.95, "decay of Muon's moment", recorded_if_set=True)
     adam_b1: float = setting(0.9, "decay of AdamW's first moment")
     adam_b2: float = setting(0.999, "decay of AdamW's second moment")
-    adam_eps: float = setting(1e-8, "epsilon of AdamW")
-    clip_norm: float | None = setting(None, "largest global norm of the gradient; none: no limit")
+    adam_eps: float = setting(1e-8, "epsilon of AdamW", above=0)
+    clip_norm: float | None = setting(
+        None, "largest global norm of the gradient; none: no limit", above=0
+    )
     loss_chunk_size: int | None = setting(
         None,
         "tokens of a batch whose logits exist at once; none: all",
         recorded_if_set=True,
+        least=1,
     )
     z_loss: float = setting(
         0.0,
         "weight of the squared logarithm of the softmax's denominator in what is minimised",
         recorded_if_set=True,
+        least=0,
     )
     max_skipped_steps: int = setting(
         10,
         "steps skipped in a row, as their loss or gradient is not finite, that end the run",
         most=LARGEST_COUNT,
+        least=1,
     )
     spike_deviations: float | None = setting(
         None,
         "skip a step whose loss or gradient norm is so many standard deviations above the mean of "
         "the last 100; none: however high",
+        above=0,
     )
     curriculum: tuple[int, ...] = setting(
-        (), "lengths trained one after another before the full one"
+        (), "lengths trained one after another before the full one", least=1
     )
     curriculum_fraction: float = setting(
         0.5, "part of the steps that the curriculum's lengths share evenly, or that growth takes"
@@ -96,23 +111,28 @@ class TrainConfig:
         None,
         "tokens whose answers count at first, of sequences of the full length; one more at a time "
         "until all do; none: all from the start",
+        least=1,
     )
     growth: str = setting(
         "linear",
         "what takes equally long while grow_from grows: linear, every token more; geometric, every "
         "doubling",
+        one_of=GROWTHS,
     )
     seed: int = seed_setting("the seed that every other seed is derived from")
-    log_every: int = setting(10, "steps between records")
-    eval_every: int = setting(100, "steps between evaluations on the validation split")
-    checkpoint_every: int = setting(100, "steps between checkpoints")
-    eval_sequences: int = setting(512, "sequences per evaluation, at each length")
-    eval_batch_size: int = setting(128, "sequences evaluated at a time")
+    log_every: int = setting(10, "steps between records", least=1)
+    eval_every: int = setting(100, "steps between evaluations on the validation split", least=1)
+    checkpoint_every: int = setting(100, "steps between checkpoints", least=1)
+    eval_sequences: int = setting(512, "sequences per evaluation, at each length", least=1)
+    eval_batch_size: int = setting(128, "sequences evaluated at a time", least=1)
     select_length: int | None = setting(
-        None, "length whose evaluation selects the best checkpoint; none: the longest"
+        None, "length whose evaluation selects the best checkpoint; none: the longest", least=1
     )
     stop_accuracy: float | None = setting(
-        None, "stop once the validation sequence accuracy reaches this; none: never"
+        None,
+        "stop once the validation sequence accuracy reaches this; none: never",
+        above=0,
+        most=1,
     )
 
     @classmethod
@@ -125,36 +145,13 @@ class TrainConfig:
 
     def __post_init__(self):
         check_fields(self)
-        for name in ("steps", "batch_size", "accumulation_steps", "log_every", "eval_every"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("max_skipped_steps", "checkpoint_every", "eval_sequences", "eval_batch_size"):
-            require_at_least(name, getattr(self, name), 1)
-        if self.loss_chunk_size is not None:
-            require_at_least("loss_chunk_size", self.loss_chunk_size, 1)
-        for name in ("warmup_steps", "weight_decay", "end_learning_rate", "z_loss"):
-            require_at_least(name, getattr(self, name), 0)
-        require_one_of("schedule", self.schedule, SCHEDULES)
-        require_one_of("optimizer", self.optimizer, OPTIMIZERS)
-        require_one_of("decayed", self.decayed, DECAYED)
-        for name in ("learning_rate", "adam_eps", "clip_norm", "spike_deviations"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}={value!r} must be greater than 0")
         for name in ("adam_b1", "adam_b2", "muon_momentum", "curriculum_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be in [0, 1)")
-        if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
-            raise ConfigError(f"stop_accuracy={self.stop_accuracy!r} must be in (0, 1]")
-        for length in self.curriculum:
-            require_at_least("curriculum", length, 1)
-        for name in ("select_length", "grow_from"):
-            if getattr(self, name) is not None:
-                require_at_least(name, getattr(self, name), 1)
         if self.grow_from is not None and self.curriculum:
             raise ConfigError(
                 f"grow_from={self.grow_from} and curriculum={self.curriculum} exclude each other"
             )
-        require_one_of("growth", self.growth, GROWTHS)
         if self.growth != "linear" and self.grow_from is None:
             raise ConfigError(
                 f"growth={self.growth!r} means nothing without grow_from; set that too"
@@ -164,8 +161,6 @@ class TrainConfig:
         _require_divisible(self, "eval_sequences", "eval_batch_size")
 
     def _check_decay(self) -> None:
-        if not 0 < self.decay_fraction <= 1:
-            raise ConfigError(f"decay_fraction={self.decay_fraction!r} must be in (0, 1]")
         for name, used in (("decay_fraction", "schedule=wsd"), ("muon_momentum", "optimizer=muon")):
             field, value = used.split("=")
             default = type(self).__dataclass_fields__[name].default
@@ -190,8 +185,6 @@ class TrainConfig:
         return LossSettings(self.loss_chunk_size, self.z_loss)
 
     def _check_steps(self) -> None:
-        if self.steps > MAX_BATCH_INDEX:
-            raise ConfigError(f"steps={self.steps} is too large; it may be up to {MAX_BATCH_INDEX}")
         if self.warmup_steps > self.steps:
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps} must not exceed steps={self.steps}"

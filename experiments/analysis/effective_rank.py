@@ -26,7 +26,7 @@ import numpy as np
 from deltaproduct_jax.analysis.effective_rank import over_heads, ranks_of_model, summary
 from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.splits import SPLITS
-from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
@@ -49,7 +49,7 @@ class RankConfig:
     run: str = setting("", "run directory, or folder of flash-linear-attention")
     checkpoint: str = setting("best", "of a run directory: best, newest, or a step")
     data: str = setting(standard_library.NAME, "folder of experiments.prepare_text")
-    split: str = setting("test", f"one of {', '.join(SPLITS)}")
+    split: str = setting("test", f"one of {', '.join(SPLITS)}", one_of=SPLITS)
     length: int = setting(16384, "tokens of the row", least=1)
     every: int = setting(16, "ranks are taken at the updates of one of so many tokens", least=1)
     dtype: str | None = setting(None, "dtype of the computation; none: the model's own")
@@ -58,7 +58,6 @@ class RankConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("split", self.split, SPLITS)
         if not self.run:
             raise ConfigError("--run is missing; give the directory of a language model")
         if self.length % self.every:

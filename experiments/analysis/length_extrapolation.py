@@ -20,7 +20,7 @@ from typing import Any
 from deltaproduct_jax.analysis.length_extrapolation import PIECE, by_position, token_losses
 from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.splits import SPLITS
-from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import begun, markdown, write_report
@@ -44,7 +44,7 @@ class ExtrapolationConfig:
     data: tuple[str, ...] = setting(
         (standard_library.NAME,), "folders of experiments.prepare_text, a column of the figure each"
     )
-    split: str = setting("test", f"one of {', '.join(SPLITS)}")
+    split: str = setting("test", f"one of {', '.join(SPLITS)}", one_of=SPLITS)
     length: int = setting(32768, "tokens of a row", least=1)
     rows: int = setting(16, "rows of each text", least=1)
     batch_size: int = setting(2, "rows read at a time", least=1)
@@ -56,7 +56,6 @@ class ExtrapolationConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("split", self.split, SPLITS)
         if self.rows % self.batch_size:
             raise ConfigError(
                 f"rows={self.rows} must be a multiple of batch_size={self.batch_size}"

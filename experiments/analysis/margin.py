@@ -36,7 +36,7 @@ import jax
 import numpy as np
 
 from deltaproduct_jax.analysis import margin
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import AnyPath, any_path, read_json, user_path
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
@@ -61,14 +61,20 @@ class MarginConfig:
     """What is looked at; raises ConfigError where the fields make no sense."""
 
     runs: tuple[str, ...] = setting((), "directories of experiments.state_tracking")
-    constructions: tuple[str, ...] = setting((), f"some of {', '.join(ONE_LAYER)}")
+    constructions: tuple[str, ...] = setting(
+        (), f"some of {', '.join(ONE_LAYER)}", one_of=ONE_LAYER
+    )
     dtypes: tuple[str, ...] = setting(
-        ("float32",), f"constructions are read in each of these; some of {', '.join(DTYPES)}"
+        ("float32",),
+        f"constructions are read in each of these; some of {', '.join(DTYPES)}",
+        one_of=DTYPES,
     )
     words: int = setting(512, "random words of each group", least=1)
     length: int = setting(1024, "letters of a word, behind BOS", least=1)
     fit_length: int | None = setting(
-        None, "positions that the law is fitted to; none: the length trained, 32 of constructions"
+        None,
+        "positions that the law is fitted to; none: the length trained, 32 of constructions",
+        least=8,
     )
     accuracy: float = setting(0.9, "fewer words right at a position: the model has failed")
     layer: int = setting(0, "which block, from 0")
@@ -80,17 +86,12 @@ class MarginConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name, allowed in (("constructions", ONE_LAYER), ("dtypes", DTYPES)):
-            for entry in getattr(self, name):
-                require_one_of(name, entry, allowed)
         if self.rows_from and (self.runs or self.constructions):
             raise ConfigError("rows_from reads no runs and no constructions; give one or the other")
         if not (self.runs or self.constructions or self.rows_from):
             raise ConfigError("runs and constructions are both empty; give some of either")
         if self.constructions and not self.dtypes:
             raise ConfigError(f"dtypes is empty; it may be some of {', '.join(DTYPES)}")
-        if self.fit_length is not None:
-            require_at_least("fit_length", self.fit_length, 8)
         margin.require_accuracy(self.accuracy)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, require_each_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
@@ -72,20 +72,17 @@ class ScalingConfig:
         (), "D x H x K x MLP of each model with a single factor", filled=True
     )
     factors: tuple[int, ...] = setting(
-        (1, 2, 3), "Householder factors per token (n_h)", filled=True
+        (1, 2, 3), "Householder factors per token (n_h)", filled=True, least=1
     )
-    matched_by: tuple[str, ...] = setting(WAYS, "what becomes less with more: heads, head_dim")
-    steps_of_sizes: tuple[int, ...] = setting((), "steps of each size; none: --steps")
+    matched_by: tuple[str, ...] = setting(
+        WAYS, "what becomes less with more: heads, head_dim", filled=True, one_of=WAYS
+    )
+    steps_of_sizes: tuple[int, ...] = setting((), "steps of each size; none: --steps", least=1)
     only: tuple[str, ...] = setting((), "names of the models trained now; none: all")
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_each_at_least("factors", self.factors, 1)
-        if self.steps_of_sizes:
-            require_each_at_least("steps_of_sizes", self.steps_of_sizes, 1)
-        if not set(self.matched_by) <= set(WAYS) or not self.matched_by:
-            raise ConfigError(f"matched_by={self.matched_by} may be {' and '.join(WAYS)}")
         if self.steps_of_sizes and len(self.steps_of_sizes) != len(self.sizes):
             raise ConfigError(
                 f"steps_of_sizes={self.steps_of_sizes} must be as many as sizes={self.sizes}"

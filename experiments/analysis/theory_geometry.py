@@ -36,7 +36,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import any_path
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.theory import construct
@@ -53,15 +53,13 @@ class ComparisonConfig:
     """What is compared; raises ConfigError where nothing is left."""
 
     constructions: tuple[str, ...] = setting(
-        ("permutations_S3", "plane_Z5"), f"some of {', '.join(ONE_LAYER)}"
+        ("permutations_S3", "plane_Z5"), f"some of {', '.join(ONE_LAYER)}", one_of=ONE_LAYER
     )
     runs: tuple[str, ...] = setting((), "directories of experiments.state_tracking")
 
     def __post_init__(self) -> None:
         """Checks the names."""
         check_fields(self)
-        for name in self.constructions:
-            require_one_of("constructions", name, ONE_LAYER)
         if not self.constructions + self.runs:
             raise ConfigError("constructions and runs are both empty; give some of either")
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.errors import require_at_least
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from deltaproduct_jax.theory import limits
 from deltaproduct_jax.theory.representations import solid_matrices
@@ -37,19 +36,18 @@ class LimitsConfig:
     """How much is drawn."""
 
     products: int = setting(
-        2000, "random products for Proposition 1, and letters that are repeated"
+        2000, "random products for Proposition 1, and letters that are repeated", least=1
     )
     lengths: tuple[int, ...] = setting(
-        (10, 100, 1000, 10_000, 100_000, 1_000_000), "tokens after which modulo 3 is to be counted"
+        (10, 100, 1000, 10_000, 100_000, 1_000_000),
+        "tokens after which modulo 3 is to be counted",
+        least=0,
     )
     seed: int = seed_setting("draws the products")
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_at_least("products", self.products, 1)
-        for length in self.lengths:
-            require_at_least("lengths", length, 0)
 
 
 def repeated_letters(config: LimitsConfig) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_each_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import TrainConfig
@@ -68,13 +68,14 @@ class ThroughputConfig:
     steps: int = setting(4, "steps per timed round", least=1)
     repeats: int = setting(6, "timed rounds, after one that warms up", least=1)
     budget_s: float = setting(30.0, "seconds after which no further round begins", above=0)
-    decode_rows: tuple[int, ...] = setting((1, 32), "texts written at the same time, in turn")
+    decode_rows: tuple[int, ...] = setting(
+        (1, 32), "texts written at the same time, in turn", filled=True, least=1
+    )
     decode_tokens: int = setting(64, "tokens of each", least=1)
 
     def __post_init__(self) -> None:
         """Checks every field; the model's are the model's to check."""
         check_fields(self)
-        require_each_at_least("decode_rows", self.decode_rows, 1)
         for shape in self.parsed:
             self.model(shape)
 

@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltaproduct_jax.errors import require_each_at_least
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -46,12 +45,13 @@ ERRORS = ("ours_there", "theirs_here")
 class CheckConfig:
     """Which models; raises ConfigError where the fields make no sense."""
 
-    num_householder: tuple[int, ...] = setting((1, 2, 3, 4), "factors per token of the models")
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3, 4), "factors per token of the models", filled=True, least=1
+    )
     seed: int = seed_setting("of parameters and tokens")
 
     def __post_init__(self):
         check_fields(self)
-        require_each_at_least("num_householder", self.num_householder, 1)
 
 
 def command(argv: Sequence[str]) -> None:

@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.ops import delta_product, kernels
 from deltaproduct_jax.ops.kernels.gluon import cut
 from deltaproduct_jax.ops.kernels.gluon import passes as gluon
@@ -77,16 +76,15 @@ CASES = {
 class CheckConfig:
     """What is held against float64."""
 
-    peer: str | None = setting(None, "flashqla, or none")
-    cases: tuple[str, ...] = setting(tuple(CASES), f"some of {', '.join(CASES)}", filled=True)
+    peer: str | None = setting(None, "flashqla, or none", one_of=("flashqla",))
+    cases: tuple[str, ...] = setting(
+        tuple(CASES), f"some of {', '.join(CASES)}", filled=True, one_of=CASES
+    )
     gradients: bool = setting(False, "those of every input too")
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("peer", self.peer, [None, "flashqla"])
-        for name in self.cases:
-            require_one_of("cases", name, CASES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.ops import delta_product
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -69,18 +68,16 @@ HEADINGS = ("case", "runs", "NaN", "NaN too many or few", "other bits", "error",
 class GpuContainmentConfig:
     """What is looked at."""
 
-    cases: tuple[str, ...] = setting(tuple(CASES), f"some of {', '.join(CASES)}", filled=True)
+    cases: tuple[str, ...] = setting(
+        tuple(CASES), f"some of {', '.join(CASES)}", filled=True, one_of=CASES
+    )
     rows: tuple[str, ...] = setting(
-        ROWS, "packed, whole, and, packed too, mapped by jax.vmap", filled=True
+        ROWS, "packed, whole, and, packed too, mapped by jax.vmap", filled=True, one_of=ROWS
     )
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in self.cases:
-            require_one_of("cases", name, CASES)
-        for name in self.rows:
-            require_one_of("rows", name, ROWS)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "mapped"))

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.settings import setting
 from experiments.lib import flags
 from experiments.lib.bench.gpu_kernels import PassConfig, as_launch, call_of, floors, time_call
@@ -33,21 +32,24 @@ KERNELS = ("prepare", "walk", "errors", "walk_back", "gradients")
 class LaunchesConfig(PassConfig):
     """What is timed."""
 
-    head_dim: tuple[int, ...] = setting((128,), "key width K and value width V, in turn")
-    kernels: tuple[str, ...] = setting(KERNELS, f"some of {', '.join(KERNELS)}", filled=True)
+    head_dim: tuple[int, ...] = setting(
+        (128,), "key width K and value width V, in turn", filled=True, least=1
+    )
+    kernels: tuple[str, ...] = setting(
+        KERNELS, f"some of {', '.join(KERNELS)}", filled=True, one_of=KERNELS
+    )
     variants: tuple[str, ...] = setting(
         (), "warps:stages:columns[:keys], beside what the tiling says"
     )
-    repeats: int = setting(10, "calls a measurement; the least and the most of three are shown")
+    repeats: int = setting(
+        10, "calls a measurement; the least and the most of three are shown", least=1
+    )
 
     def __post_init__(self) -> None:
         """Checks every field."""
         super().__post_init__()
-        for name in self.kernels:
-            require_one_of("kernels", name, KERNELS)
         for text in self.variants:
             as_launch(text)
-        require_at_least("repeats", self.repeats, 1)
 
 
 def rows_of(config: LaunchesConfig, R: int, K: int, kernel: str) -> list[dict[str, Any]]:

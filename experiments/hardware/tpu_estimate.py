@@ -42,7 +42,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
-from deltaproduct_jax.errors import require_each_at_least, require_one_of
+from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
 from experiments.lib.bench.report import begun, known_columns, write_report
@@ -65,9 +65,13 @@ class EstimateConfig:
     length: int = setting(1024, "tokens T", least=1)
     num_heads: int = setting(4, "heads H", least=1)
     head_dim: int = setting(128, "key width K and value width V", least=1)
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3), "Householder factors per token, in turn", filled=True, least=1
+    )
     gated: bool = setting(True, "with a decay g")
-    dtype: str = setting("bfloat16", "of q, k and v: float32 or bfloat16")
+    dtype: str = setting(
+        "bfloat16", "of q, k and v: float32 or bfloat16", one_of=("float32", "bfloat16")
+    )
     generations: str = setting("v5e,v6e", f"comma list of {', '.join(GENERATIONS)}")
     implementations: str = setting(
         "interleaved,chunked,scan", "comma list; ratios are to the first"
@@ -81,8 +85,6 @@ class EstimateConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_each_at_least("num_householder", self.num_householder, 1)
-        require_one_of("dtype", self.dtype, ["float32", "bfloat16"])
         for name, allowed in (
             ("generations", GENERATIONS),
             ("implementations", set(IMPLEMENTATIONS) - set(PEERS)),

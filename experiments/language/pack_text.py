@@ -25,7 +25,7 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from deltaproduct_jax.data.splits import matches, names_inside
-from deltaproduct_jax.errors import ConfigError, require_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import errors_as_one_line, user_path
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import archives, flags
@@ -42,19 +42,15 @@ class PackConfig:
     source: str = setting("", "folder of sources, or an archive of one that tar reads")
     code: tuple[str, ...] = setting(("*.c", "*.h"), "names of files of code")
     prose: tuple[str, ...] = setting(("*.rst",), "names of files of prose")
-    code_bytes: int = setting(420_000_000, "of code that is trained on, at most")
-    prose_bytes: int = setting(20_000_000, "of prose, at most")
-    level: int = setting(9, "of compression, from 0 to 9")
+    code_bytes: int = setting(420_000_000, "of code that is trained on, at most", least=1)
+    prose_bytes: int = setting(20_000_000, "of prose, at most", least=1)
+    level: int = setting(9, "of compression, from 0 to 9", least=0, most=9)
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
         if not self.source:
             raise ConfigError("--source is missing; give a folder of sources or an archive of one")
-        for name in ("code_bytes", "prose_bytes"):
-            require_at_least(name, getattr(self, name), 1)
-        if not 0 <= self.level <= 9:
-            raise ConfigError(f"level={self.level} must be from 0 to 9")
 
     def place_of(self, path: str) -> str | None:
         """The folder of the archive for a file of this path; None for one that is not taken."""

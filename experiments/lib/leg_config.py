@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
 from experiments.lib.language_legs import LEGS, Leg, parts_of_leg, share_of_leg
 
@@ -29,13 +29,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 class LegConfig:
     """Which leg, how far, and what of it; raises ConfigError where the fields make no sense."""
 
-    leg: str = setting("213m_2", f"one of {', '.join(LEGS)}")
-    stages: tuple[str, ...] = setting(STAGES, f"in turn, among {', '.join(STAGES)}", filled=True)
+    leg: str = setting("213m_2", f"one of {', '.join(LEGS)}", one_of=LEGS)
+    stages: tuple[str, ...] = setting(
+        STAGES, f"in turn, among {', '.join(STAGES)}", filled=True, one_of=STAGES
+    )
     archive: str | None = setting(None, "of experiments.language.pack_text; none: already unpacked")
     tokenizer: str = setting("mistral", "as of experiments.prepare_text")
-    tokens: int = setting(200_000_000, "trained on")
-    train_length: int = setting(4096, "tokens of a row")
-    batch_size: int = setting(32, "rows of an update")
+    tokens: int = setting(200_000_000, "trained on", least=1)
+    train_length: int = setting(4096, "tokens of a row", least=1)
+    batch_size: int = setting(32, "rows of an update", least=1)
     accumulation_steps: int | None = setting(
         None,
         "parts of a batch whose gradients are added in turn; none: 4 of legs of 213M parameters, "
@@ -46,19 +48,14 @@ class LegConfig:
     train_s: float | None = setting(
         None, "seconds of this start's training; none: to its end", above=0
     )
-    length: int = setting(32768, "tokens of the rows measured")
-    rank_length: int = setting(16384, "tokens of the row whose ranks are taken")
-    rows: int = setting(16, "rows measured, of each text")
+    length: int = setting(32768, "tokens of the rows measured", least=1)
+    rank_length: int = setting(16384, "tokens of the row whose ranks are taken", least=1)
+    rows: int = setting(16, "rows measured, of each text", least=1)
     seed: int = seed_setting("of parameters and data")
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("leg", self.leg, LEGS)
-        for stage in self.stages:
-            require_one_of("stages", stage, STAGES)
-        for name in ("tokens", "train_length", "batch_size", "length", "rank_length", "rows"):
-            require_at_least(name, getattr(self, name), 1)
         if self.batch_size % self.parts:
             raise ConfigError(
                 f"batch_size={self.batch_size} must be a multiple of accumulation_steps="

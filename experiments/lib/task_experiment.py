@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_at_least
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import any_path, is_there
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel import processes
@@ -45,6 +45,7 @@ class StartConfig:
         None,
         "step of the checkpoint to go on from, once: later and damaged ones are renamed; 0 begins "
         "the run again beside its old records; none: the newest",
+        least=0,
     )
     bucket: str | None = setting(
         None,
@@ -54,8 +55,6 @@ class StartConfig:
 
     def __post_init__(self):
         check_fields(self)
-        if self.resume_from is not None:
-            require_at_least("resume_from", self.resume_from, 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -77,14 +77,15 @@ class AccuracyConfig:
         None, "tokens in a chunk of chunked; none: the op's choice", least=1
     )
     precision: str | None = setting(
-        None, f"of our products: {', '.join(PRECISIONS)}; none: what the op does by itself"
+        None,
+        f"of our products: {', '.join(PRECISIONS)}; none: what the op does by itself",
+        one_of=PRECISIONS,
     )
     seed: int = seed_setting("of the inputs")
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("precision", self.precision, [None, *PRECISIONS])
         for name in self.implementations.split(","):
             require_one_of("implementations", name, [*AVAILABLE, *ELSEWHERE])
         if "recurrent" not in self.implementations.split(","):

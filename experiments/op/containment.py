@@ -32,7 +32,6 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.compilers.tpu import GENERATIONS
-from deltaproduct_jax.errors import require_at_least, require_one_of
 from deltaproduct_jax.ops import delta_product
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
@@ -71,36 +70,35 @@ class ContainmentConfig:
     """What is timed."""
 
     implementations: tuple[str, ...] = setting(
-        ("recurrent", "chunked"), f"any of {', '.join(AVAILABLE)}", filled=True
+        ("recurrent", "chunked"), f"any of {', '.join(AVAILABLE)}", filled=True, one_of=AVAILABLE
     )
     directions: tuple[str, ...] = setting(
-        (FORWARD, BACKWARD), f"any of {FORWARD}, {BACKWARD}", filled=True
+        (FORWARD, BACKWARD),
+        f"any of {FORWARD}, {BACKWARD}",
+        filled=True,
+        one_of=(FORWARD, BACKWARD),
     )
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors", filled=True)
-    batch_size: int = setting(1, "sequences B")
-    length: int = setting(2048, "tokens T")
-    num_heads: int = setting(4, "heads H")
-    head_dim: int = setting(64, "key width K and value width V")
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3), "Householder factors", filled=True, least=1
+    )
+    batch_size: int = setting(1, "sequences B", least=1)
+    length: int = setting(2048, "tokens T", least=1)
+    num_heads: int = setting(4, "heads H", least=1)
+    head_dim: int = setting(64, "key width K and value width V", least=1)
     gated: bool = setting(True, "with a decay g")
-    dtype: str = setting("float32", "of q, k and v: float32 or bfloat16")
+    dtype: str = setting(
+        "float32", "of q, k and v: float32 or bfloat16", one_of=("float32", "bfloat16")
+    )
     packed: bool = setting(False, "rows of two segments")
-    repeats: int = setting(25, "timed rounds; medians count")
+    repeats: int = setting(25, "timed rounds; medians count", least=1)
     budget_s: float = setting(30.0, "seconds after which no further round of a row begins", above=0)
     estimate: str | None = setting(
-        None, f"compile for one of {', '.join(GENERATIONS)} instead; none: time"
+        None, f"compile for one of {', '.join(GENERATIONS)} instead; none: time", one_of=GENERATIONS
     )
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("batch_size", "length", "num_heads", "head_dim", "repeats"):
-            require_at_least(name, getattr(self, name), 1)
-        require_at_least("num_householder", min(self.num_householder), 1)
-        require_one_of("dtype", self.dtype, ("float32", "bfloat16"))
-        for name, known in (("implementations", AVAILABLE), ("directions", (FORWARD, BACKWARD))):
-            for entry in getattr(self, name):
-                require_one_of(name, entry, known)
-        require_one_of("estimate", self.estimate, [None, *GENERATIONS])
         if self.estimate is not None:
             require_libtpu()
 

@@ -96,30 +96,28 @@ class ConvolutionConfig:
     num_householder: int = setting(2, "Householder factors per token", least=1)
     conv_size: int = setting(4, "taps", least=1)
     packed: bool = setting(False, "rows hold four sequences each")
-    dtype: str = setting("float32", "of inputs: float32 or bfloat16")
+    dtype: str = setting("float32", "of inputs: float32 or bfloat16", one_of=ERROR_LIMIT)
     implementations: tuple[str, ...] = setting(
         (LAYER, FUSED), f"any of {', '.join(IMPLEMENTATIONS)}", filled=True
     )
     directions: tuple[str, ...] = setting(
-        DIRECTIONS, f"any of {', '.join(DIRECTIONS)}", filled=True
+        DIRECTIONS, f"any of {', '.join(DIRECTIONS)}", filled=True, one_of=DIRECTIONS
     )
     repeats: int = setting(9, "timed rounds", least=1)
     budget_s: float = setting(30.0, "seconds after which no further round begins", above=0)
-    peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU")
+    peer: str | None = setting(None, "fla: flash-linear-attention too, on a GPU", one_of=("fla",))
     estimate: str | None = setting(
-        None, f"compile for a TPU among {', '.join(GENERATIONS)}; nothing is run"
+        None,
+        f"compile for a TPU among {', '.join(GENERATIONS)}; nothing is run",
+        one_of=GENERATIONS,
     )
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_one_of("dtype", self.dtype, ERROR_LIMIT)
-        require_one_of("peer", self.peer, [None, "fla"])
-        require_one_of("estimate", self.estimate, [None, *GENERATIONS])
         runs = IMPLEMENTATIONS if self.estimate is None else ESTIMATES
-        for name, known in (("implementations", runs), ("directions", DIRECTIONS)):
-            for entry in getattr(self, name):
-                require_one_of(name, entry, known)
+        for entry in self.implementations:
+            require_one_of("implementations", entry, runs)
 
     def sizes(self, length: int | None = None) -> Convolutions:
         """Those of the convolutions, or of shorter rows."""

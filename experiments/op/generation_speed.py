@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_each_at_least
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import ModelConfig, SequenceModel, count_parameters
 from deltaproduct_jax.models.generation import Generator, Sampling
 from deltaproduct_jax.models.generation.sampling import draw, needs_of, row_keys, rules_of
@@ -56,20 +56,20 @@ Row = dict[str, Any]
 class SpeedConfig:
     """What is timed."""
 
-    rows: tuple[int, ...] = setting((1, 8, 32), "texts written at the same time, in turn")
-    max_tokens: int = setting(128, "tokens of each")
-    stride: int = setting(32, "tokens of one program")
-    prompt_tokens: int = setting(512, "tokens of the prompt whose reading is timed")
-    pieces: tuple[int, ...] = setting((256, 32), "tokens read at once, descending")
-    repeats: int = setting(7, "timed rounds, after one that warms up")
+    rows: tuple[int, ...] = setting(
+        (1, 8, 32), "texts written at the same time, in turn", filled=True, least=1
+    )
+    max_tokens: int = setting(128, "tokens of each", least=1)
+    stride: int = setting(32, "tokens of one program", least=1)
+    prompt_tokens: int = setting(512, "tokens of the prompt whose reading is timed", least=1)
+    pieces: tuple[int, ...] = setting(
+        (256, 32), "tokens read at once, descending", filled=True, least=1
+    )
+    repeats: int = setting(7, "timed rounds, after one that warms up", least=1)
 
     def __post_init__(self) -> None:
         """Checks every field; the generator's are the generator's to check."""
         check_fields(self)
-        for name in ("max_tokens", "stride", "prompt_tokens", "repeats"):
-            require_at_least(name, getattr(self, name), 1)
-        require_each_at_least("rows", self.rows, 1)
-        require_each_at_least("pieces", self.pieces, 1)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="state")

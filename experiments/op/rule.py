@@ -26,9 +26,6 @@ import jax
 
 from deltaproduct_jax.errors import (
     ConfigError,
-    require_at_least,
-    require_each_at_least,
-    require_one_of,
 )
 from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import check_fields, setting
@@ -53,25 +50,26 @@ NOISE = 1.05
 class RuleConfig:
     """The sizes that are timed: every combination."""
 
-    states: tuple[int, ...] = setting((1, 4, 32, 128), "states, B times Hv, in turn")
-    head_dim: tuple[int, ...] = setting((16, 32, 64, 128), "key width K and value width V, in turn")
-    num_householder: tuple[int, ...] = setting(
-        (1, 2, 3, 4), "Householder factors per token, in turn"
+    states: tuple[int, ...] = setting(
+        (1, 4, 32, 128), "states, B times Hv, in turn", filled=True, least=1
     )
-    length: int = setting(1024, "tokens T with up to 4 states; with more, fewer in proportion")
-    direction: str = setting(FORWARD, f"{FORWARD} or {BACKWARD}")
+    head_dim: tuple[int, ...] = setting(
+        (16, 32, 64, 128), "key width K and value width V, in turn", filled=True, least=1
+    )
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3, 4), "Householder factors per token, in turn", filled=True, least=1
+    )
+    length: int = setting(
+        1024, "tokens T with up to 4 states; with more, fewer in proportion", least=2
+    )
+    direction: str = setting(FORWARD, f"{FORWARD} or {BACKWARD}", one_of=(FORWARD, BACKWARD))
     gated: bool = setting(True, "with a decay g")
-    repeats: int = setting(15, "timed rounds")
+    repeats: int = setting(15, "timed rounds", least=1)
     budget_s: float = setting(3.0, "seconds after which no further round of a case begins", above=0)
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("states", "head_dim", "num_householder"):
-            require_each_at_least(name, getattr(self, name), 1)
-        require_one_of("direction", self.direction, (FORWARD, BACKWARD))
-        require_at_least("length", self.length, 2)
-        require_at_least("repeats", self.repeats, 1)
 
     def shapes(self) -> list[Shape]:
         """One shape per combination; states are heads, up to 4 per sequence."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.errors import require_at_least, require_one_of
+from deltaproduct_jax.errors import require_at_least
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags
@@ -41,16 +41,18 @@ class ScalingConfig:
     """What is timed."""
 
     lengths: tuple[int, ...] = setting(
-        tuple(2**n for n in range(10, 21)), "tokens T, each with the first of num_householder"
+        tuple(2**n for n in range(10, 21)),
+        "tokens T, each with the first of num_householder",
+        least=1,
     )
     num_householder: tuple[int, ...] = setting(
-        (2, 1, 3, 4, 5, 6, 7, 8), "Householder factors, each at base_length"
+        (2, 1, 3, 4, 5, 6, 7, 8), "Householder factors, each at base_length", least=1
     )
-    base_length: int = setting(8192, "tokens T while the factors vary")
-    num_heads: int = setting(2, "heads H")
-    head_dim: int = setting(16, "key width K and value width V")
-    implementation: str = setting("chunked", f"one of {', '.join(AVAILABLE)}")
-    repeats: int = setting(7, "timed calls per point; the median counts")
+    base_length: int = setting(8192, "tokens T while the factors vary", least=1)
+    num_heads: int = setting(2, "heads H", least=1)
+    head_dim: int = setting(16, "key width K and value width V", least=1)
+    implementation: str = setting("chunked", f"one of {', '.join(AVAILABLE)}", one_of=AVAILABLE)
+    repeats: int = setting(7, "timed calls per point; the median counts", least=1)
     budget_s: float = setting(
         30.0, "seconds after which no further call of a point begins", above=0
     )
@@ -58,12 +60,8 @@ class ScalingConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("base_length", "num_heads", "head_dim", "repeats"):
-            require_at_least(name, getattr(self, name), 1)
         for name in ("lengths", "num_householder"):
             require_at_least(f"entries of {name}", len(getattr(self, name)), 2)
-            require_at_least(name, min(getattr(self, name)), 1)
-        require_one_of("implementation", self.implementation, AVAILABLE)
 
 
 def measure(config: ScalingConfig, T: int, R: int) -> dict[str, Any]:

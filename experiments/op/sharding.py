@@ -29,7 +29,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deltaproduct_jax.errors import (
     ConfigError,
-    require_each_at_least,
     require_one_of,
 )
 from deltaproduct_jax.ops import sharded_delta_product
@@ -72,12 +71,16 @@ class ShardingConfig:
     length: int = setting(1024, "tokens T", least=1)
     num_heads: int = setting(4, "heads H", least=1)
     head_dim: int = setting(32, "key width K and value width V", least=1)
-    num_householder: tuple[int, ...] = setting((2,), "Householder factors per token, in turn")
+    num_householder: tuple[int, ...] = setting(
+        (2,), "Householder factors per token, in turn", filled=True, least=1
+    )
     gated: bool = setting(True, "with a decay g")
-    dtype: str = setting("float32", "float32 or bfloat16")
-    implementation: str | None = setting(None, "of the op; none: by platform and shape")
+    dtype: str = setting("float32", "float32 or bfloat16", one_of=ERROR_LIMIT)
+    implementation: str | None = setting(
+        None, "of the op; none: by platform and shape", one_of=AVAILABLE
+    )
     axes: tuple[str, ...] = setting(
-        AXES, "what is spread: batch, head or sequence, in turn", filled=True
+        AXES, "what is spread: batch, head or sequence, in turn", filled=True, one_of=AXES
     )
     directions: str = setting(f"{FORWARD},{BACKWARD}", "comma list of what is timed")
     repeats: int = setting(9, "timed rounds", least=1)
@@ -88,14 +91,10 @@ class ShardingConfig:
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        require_each_at_least("num_householder", self.num_householder, 1)
-        require_one_of("dtype", self.dtype, ERROR_LIMIT)
-        require_one_of("implementation", self.implementation, [None, *AVAILABLE])
         for direction in self.directions.split(","):
             require_one_of("directions", direction, [FORWARD, BACKWARD])
         sizes = {"batch": "batch_size", "head": "num_heads", "sequence": "length"}
         for axis in self.axes:
-            require_one_of("axes", axis, AXES)
             if getattr(self, sizes[axis]) % self.devices:
                 raise ConfigError(
                     f"{sizes[axis]}={getattr(self, sizes[axis])} must be a multiple of "

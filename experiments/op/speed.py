@@ -35,7 +35,6 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import (
     ConfigError,
-    require_each_at_least,
     require_one_of,
 )
 from deltaproduct_jax.ops.selection import AVAILABLE
@@ -92,15 +91,19 @@ PRESETS = {
 class SpeedConfig:
     """What is timed."""
 
-    batch_size: tuple[int, ...] = setting((1,), "sequences B, in turn")
-    length: tuple[int, ...] = setting((2048,), "tokens T, one for each batch size")
+    batch_size: tuple[int, ...] = setting((1,), "sequences B, in turn", filled=True, least=1)
+    length: tuple[int, ...] = setting(
+        (2048,), "tokens T, one for each batch size", filled=True, least=1
+    )
     num_heads: int = setting(4, "heads H", least=1)
     num_v_heads: int | None = setting(None, "value heads Hv, a multiple of H; none: H", least=1)
     head_dim: int = setting(64, "key width K", least=1)
     value_dim: int | None = setting(None, "value width V; none: head_dim", least=1)
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3), "Householder factors per token, in turn", filled=True, least=1
+    )
     gated: bool | None = setting(True, "with a decay g; none: with, then without")
-    dtype: str = setting("float32", "float32 or bfloat16")
+    dtype: str = setting("float32", "float32 or bfloat16", one_of=ERROR_LIMIT)
     implementations: str = setting(
         "recurrent,chunked,auto", "comma list; auto is implementation=None, ratios are to the first"
     )
@@ -125,13 +128,10 @@ class SpeedConfig:
             raise ConfigError(
                 f"num_v_heads={self.num_v_heads} must be a multiple of num_heads={self.num_heads}"
             )
-        for name in ("num_householder", "batch_size", "length"):
-            require_each_at_least(name, getattr(self, name), 1)
         if len(self.length) != len(self.batch_size):
             raise ConfigError(
                 f"length={show(self.length)} must be as many as batch_size={show(self.batch_size)}"
             )
-        require_one_of("dtype", self.dtype, ERROR_LIMIT)
         for name in self.names:
             require_one_of("implementations", name, [*AVAILABLE, "auto"])
         for direction in self.directions.split(","):

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltaproduct_jax.compilers.memory import memory_of
-from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
@@ -39,26 +38,22 @@ HEAD = ("blocks", "tokens with logits at once", "compile s", "process s", "tempo
 class CompileConfig:
     """What is compiled; the model's sizes are the preset's."""
 
-    model: str = setting("340m_1", "a preset of experiments.language_modeling")
-    num_layers: int = setting(24, "number of blocks")
-    rows: int = setting(8, "sequences B")
-    length: int = setting(4096, "tokens T")
-    vocab_size: int = setting(32000, "number of token ids")
-    chunks: tuple[int, ...] = setting((0, 4096), "values of loss_chunk_size in turn; 0: none")
-    scans: tuple[int, ...] = setting((1, 0), "blocks as a scan: 1 yes, 0 no, in turn")
+    model: str = setting("340m_1", "a preset of experiments.language_modeling", one_of=PRESETS)
+    num_layers: int = setting(24, "number of blocks", least=1)
+    rows: int = setting(8, "sequences B", least=1)
+    length: int = setting(4096, "tokens T", least=1)
+    vocab_size: int = setting(32000, "number of token ids", least=1)
+    chunks: tuple[int, ...] = setting(
+        (0, 4096), "values of loss_chunk_size in turn; 0: none", filled=True, least=0
+    )
+    scans: tuple[int, ...] = setting(
+        (1, 0), "blocks as a scan: 1 yes, 0 no, in turn", one_of=(0, 1)
+    )
     remat: str = setting("products", "what a block computes anew")
 
     def __post_init__(self) -> None:
         """Checks every field; the model's are the model's to check."""
         check_fields(self)
-        if self.model not in PRESETS:
-            raise ConfigError(f"model={self.model!r} is no preset; it may be {', '.join(PRESETS)}")
-        for name in ("num_layers", "rows", "length", "vocab_size"):
-            require_at_least(name, getattr(self, name), 1)
-        if not self.chunks or min(self.chunks) < 0 or not set(self.scans) <= {0, 1}:
-            raise ConfigError(
-                f"chunks={self.chunks} must be numbers from 0 on, and scans={self.scans} 0 or 1"
-            )
 
     def run(self, scanned: bool, chunk: int | None) -> RunConfig:
         """A run of the preset's model."""

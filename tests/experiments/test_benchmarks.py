@@ -177,7 +177,7 @@ def test_errors_of_the_speed_benchmark(argument, text, tmp_path, capsys):
     ],
 )
 def test_nothing_to_measure_is_refused(config, name):
-    with pytest.raises(ConfigError, match=f"^{name} is empty; it may be numbers from 1 on"):
+    with pytest.raises(ConfigError, match=f"^{name} is empty; give one entry at least"):
         config(**{name: ()})
     with pytest.raises(ConfigError, match=f"^{name}=0 is too small"):
         config(**{name: (2, 0)})

@@ -86,7 +86,11 @@ def test_the_presets_describe_their_runs():
         (scaling, ["--only=7_1"], "only=7_1 is no model; there are 48_1, "),
         (scaling, ["--sizes=8x2x4"], "sizes='8x2x4' must be 4 whole numbers"),
         (scaling, ["--sizes=8x2x4x8,9x2x4x8,8x1x4x8"], "8x1x4x8 have a width D twice, by which"),
-        (scaling, ["--matched_by=width"], r"matched_by=('width',) may be heads and head_dim"),
+        (
+            scaling,
+            ["--matched_by=width"],
+            r"matched_by='width' is not known; it may be one of ['heads', 'head_dim']",
+        ),
         (scaling, ["--steps_of_sizes=1,2"], "must be as many as sizes="),
     ],
 )

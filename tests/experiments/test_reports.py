@@ -255,10 +255,13 @@ def test_compiling_is_timed_of_every_form(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model": "340m"}, "model='340m' is no preset; it may be default, tiny, 213m_1"),
-        ({"chunks": ()}, r"chunks=\(\) must be numbers from 0 on"),
-        ({"chunks": (-1,)}, r"chunks=\(-1,\) must be numbers from 0 on"),
-        ({"scans": (2,)}, r"scans=\(2,\) 0 or 1"),
+        (
+            {"model": "340m"},
+            "model='340m' is not known; it may be one of .'default', 'tiny', '213m_1'",
+        ),
+        ({"chunks": ()}, "chunks is empty; give one entry at least"),
+        ({"chunks": (-1,)}, "chunks=-1 is too small; it must be at least 0"),
+        ({"scans": (2,)}, r"scans=2 is not known; it may be one of \[0, 1\]"),
         ({"rows": 0}, "rows=0 is too small"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_curve_keeps_its_worst_and_its_end():
     ("argument", "says"),
     [
         ("--constructions=S9", r"constructions='S9' is not known; it may be one of \['perm"),
-        ("--dtypes=", "dtypes is empty; it may be some of float32, bfloat16"),
+        ("--dtypes=", "dtypes is empty; give one entry at least .some of float32, bfloat16"),
         ("--length=0", "length=0 is too small; it must be at least 1"),
         ("--budget_s=0", r"budget_s=0\.0 must be greater than 0"),
     ],

@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_one_line(run, tmp_path, capsys):
         (f"--run={run}", "--samples=1000000000"): "samples=1000000000 makes 1000000000 texts",
         (f"--run={run}", "--tokenizer=bpe"): "tokenizer='bpe' is not known; it may be bytes, mis",
         (f"--run={run}", "--max_tokens=0"): "max_tokens=0 is too small",
-        (f"--run={run}", "--top_p=2"): "top_p=2.0 must be in (0, 1]",
+        (f"--run={run}", "--top_p=2"): "top_p=2.0 is too large; it may be up to 1",
         (f"--run={run}", "--checkpoint=7"): "checkpoint=7 is not in",
         (f"--run={run}", "--workdir=x"): "Unknown command line flag 'workdir'",
         (f"--run={run}", "text"): "argument 'text' is no flag",

@@ -121,8 +121,8 @@ def test_logits_that_are_not_finite_give_no_token(rows):
     [
         ({"temperature": -1.0}, "temperature=-1.0 is too small; it must be at least 0"),
         ({"top_k": 0}, "top_k=0 is too small; it must be at least 1"),
-        ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
-        ({"min_p": 1.5}, r"min_p=1.5 must be in \[0, 1\]"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be greater than 0"),
+        ({"min_p": 1.5}, r"min_p=1\.5 is too large; it may be up to 1"),
         ({"top_p": float("nan")}, "top_p=nan must be a finite number"),
     ],
 )

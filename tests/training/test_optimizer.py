@@ -85,7 +85,7 @@ def test_settings_are_checked():
     for fields, words in (
         ({"optimizer": "sgd"}, "optimizer='sgd' is not known"),
         ({"decayed": "none"}, "decayed='none' is not known"),
-        ({"schedule": "wsd", "decay_fraction": 0.0}, r"decay_fraction=0\.0 must be in \(0, 1\]"),
+        ({"schedule": "wsd", "decay_fraction": 0.0}, r"decay_fraction=0\.0 must be greater than 0"),
         ({"schedule": "wsd", "decay_fraction": 0.9, "warmup_steps": 100}, "must not overlap"),
         ({"muon_momentum": 0.9}, r"muon_momentum=0\.9 needs optimizer=muon"),
         ({"decay_fraction": 0.5}, r"decay_fraction=0\.5 needs schedule=wsd"),

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.settings import check_fields, setting
 
 
@@ -24,23 +23,21 @@ class Sampling:
         ConfigError: naming the field, when a value is out of range.
     """
 
-    temperature: float = setting(1.0, "divides the logits; 0 takes the likeliest token")
-    top_k: int | None = setting(None, "only so many of the likeliest tokens; none: all")
+    temperature: float = setting(1.0, "divides the logits; 0 takes the likeliest token", least=0)
+    top_k: int | None = setting(None, "only so many of the likeliest tokens; none: all", least=1)
     top_p: float = setting(
-        1.0, "only the fewest of the likeliest tokens whose probabilities reach this sum"
+        1.0,
+        "only the fewest of the likeliest tokens whose probabilities reach this sum",
+        above=0,
+        most=1,
     )
-    min_p: float = setting(0.0, "only tokens that have this share of the likeliest's probability")
+    min_p: float = setting(
+        0.0, "only tokens that have this share of the likeliest's probability", least=0, most=1
+    )
 
     def __post_init__(self) -> None:
         """Checks every field against its range."""
         check_fields(self)
-        require_at_least("temperature", self.temperature, 0)
-        if self.top_k is not None:
-            require_at_least("top_k", self.top_k, 1)
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p={self.top_p!r} must be in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise ConfigError(f"min_p={self.min_p!r} must be in [0, 1]")
 
 
 PLAIN = Sampling()

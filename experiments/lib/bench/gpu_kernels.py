@@ -10,9 +10,6 @@ import jax.numpy as jnp
 
 from deltaproduct_jax.errors import (
     ConfigError,
-    require_at_least,
-    require_each_at_least,
-    require_one_of,
 )
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.cut import default_span
@@ -31,22 +28,25 @@ BANDWIDTH, PEAK = 3.35e12, 989e12
 class PassConfig:
     """Shapes of a forward and a backward pass."""
 
-    batch_size: int = setting(8, "sequences B")
-    length: int = setting(4096, "tokens T")
-    num_heads: int = setting(16, "heads H")
-    head_dim: tuple[int, ...] = setting((64, 128, 256), "key width K and value width V, in turn")
-    num_householder: tuple[int, ...] = setting((1, 2, 3), "Householder factors per token, in turn")
-    dtype: str = setting("bfloat16", "of q, k and v: float32, float16 or bfloat16")
+    batch_size: int = setting(8, "sequences B", least=1)
+    length: int = setting(4096, "tokens T", least=1)
+    num_heads: int = setting(16, "heads H", least=1)
+    head_dim: tuple[int, ...] = setting(
+        (64, 128, 256), "key width K and value width V, in turn", filled=True, least=1
+    )
+    num_householder: tuple[int, ...] = setting(
+        (1, 2, 3), "Householder factors per token, in turn", filled=True, least=1
+    )
+    dtype: str = setting(
+        "bfloat16",
+        "of q, k and v: float32, float16 or bfloat16",
+        one_of=("bfloat16", "float16", "float32"),
+    )
     gated: bool = setting(True, "with a decay g")
 
     def __post_init__(self) -> None:
         """Checks every field."""
         check_fields(self)
-        for name in ("batch_size", "length", "num_heads"):
-            require_at_least(name, getattr(self, name), 1)
-        for name in ("head_dim", "num_householder"):
-            require_each_at_least(name, getattr(self, name), 1)
-        require_one_of("dtype", self.dtype, ["bfloat16", "float16", "float32"])
 
     def described(self) -> str:
         """The shape in words, but for what is taken in turn."""

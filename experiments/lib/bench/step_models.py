@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
@@ -74,16 +74,20 @@ FOR_EACH = ("batch_size", "length", "hidden_size", "intermediate_size", "gated",
 class StepConfig:
     """What is timed."""
 
-    batch_size: tuple[int, ...] = setting((8,), "sequences B, of each device along data and fsdp")
-    length: tuple[int, ...] = setting((4096,), "tokens T")
+    batch_size: tuple[int, ...] = setting(
+        (8,), "sequences B, of each device along data and fsdp", least=1
+    )
+    length: tuple[int, ...] = setting((4096,), "tokens T", least=1)
     vocab_size: int = setting(32000, "number of token ids")
-    hidden_size: tuple[int, ...] = setting((1024,), "width D of the residual stream")
+    hidden_size: tuple[int, ...] = setting((1024,), "width D of the residual stream", least=1)
     num_layers: int = setting(24, "number of blocks")
     num_householder: tuple[int, ...] = setting((1, 2), "Householder factors per token, in turn")
     num_heads: tuple[int, ...] = setting((8, 4), "heads H, a number for each num_householder")
     head_dim: int = setting(128, "key width K and value width V")
-    intermediate_size: tuple[int, ...] = setting((2816,), "width of the SwiGLU's hidden layer")
-    gated: tuple[int, ...] = setting((0,), "1: with a forget gate; 0: without")
+    intermediate_size: tuple[int, ...] = setting(
+        (2816,), "width of the SwiGLU's hidden layer", least=1
+    )
+    gated: tuple[int, ...] = setting((0,), "1: with a forget gate; 0: without", one_of=(0, 1))
     use_short_conv: bool = setting(True, "convolutions over 4 tokens on q, k and v")
     tie_embeddings: bool = setting(True, "one matrix for embedding and head")
     dtype: str = setting("bfloat16", "dtype of our computation; parameters are float32")
@@ -99,8 +103,8 @@ class StepConfig:
         "devices of our model as --mesh of training has them, in turn, a semicolon between; where "
         "they are others for each model, | between lists",
     )
-    steps: int = setting(4, "steps per timed round")
-    repeats: int = setting(6, "timed rounds, after one that warms up")
+    steps: int = setting(4, "steps per timed round", least=1)
+    repeats: int = setting(6, "timed rounds, after one that warms up", least=1)
     budget_s: float = setting(
         30.0, "seconds after which no further round of a model begins", above=0
     )
@@ -108,7 +112,9 @@ class StepConfig:
     at_once: int = setting(
         1, "our models under way on a GPU, of which one is compiled and timed", least=1
     )
-    peer: str | None = setting(None, "fla: flash-linear-attention's model too, on a GPU")
+    peer: str | None = setting(
+        None, "fla: flash-linear-attention's model too, on a GPU", one_of=("fla",)
+    )
     peer_precisions: str = setting(
         ",".join(PRECISIONS),
         "comma list for the peer: masters (bfloat16 parameters and float32 copies that AdamW "
@@ -118,8 +124,6 @@ class StepConfig:
     def __post_init__(self) -> None:
         """Checks every field; the model's are the model's to check."""
         check_fields(self)
-        for name in ("steps", "repeats"):
-            require_at_least(name, getattr(self, name), 1)
         number = len(self.num_householder)
         if len(self.num_heads) != number or not number:
             raise ConfigError(
@@ -133,11 +137,6 @@ class StepConfig:
                     f"{name}={values} must have one number, or one for each of "
                     f"num_householder={self.num_householder}"
                 )
-            for value in values if name not in ("gated", "remat") else ():
-                require_at_least(name, value, 1)
-        for value in self.gated:
-            require_one_of("gated", value, (0, 1))
-        require_one_of("peer", self.peer, [None, "fla"])
         for precision in self.peer_precisions.split(","):
             require_one_of("peer_precisions", precision, PRECISIONS)
         if len(self.meshes.split("|")) not in (1, number):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib.figures.texts import LINE, fit_texts, letters
@@ -69,19 +69,20 @@ class Look:
     """How a figure is written; its fields are flags of every command that draws."""
 
     format: tuple[str, ...] = setting(
-        ("png",), f"files of each figure, a comma list of {', '.join(FORMATS)}", filled=True
+        ("png",),
+        f"files of each figure, a comma list of {', '.join(FORMATS)}",
+        filled=True,
+        one_of=FORMATS,
     )
     width: str | None = setting(
-        None, "column (3.3 inches) or page (6.9); none: column for one panel, page for several"
+        None,
+        "column (3.3 inches) or page (6.9); none: column for one panel, page for several",
+        one_of=WIDTHS,
     )
 
     def __post_init__(self) -> None:
         """Checks both."""
         check_fields(self)
-        for name in self.format:
-            require_one_of("format", name, FORMATS)
-        if self.width is not None:
-            require_one_of("width", self.width, WIDTHS)
 
     def is_narrow(self, panels: int) -> bool:
         """Whether a figure of so many panels is to be a column wide."""

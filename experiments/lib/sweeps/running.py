@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib.sweeps.devices import device_flags
@@ -66,14 +66,19 @@ class LaunchConfig:
         "local",
         "local: a process here for each run; vmap: one for all runs that differ only in numbers, "
         "which train in one program; slurm: jobs through submitit; none: only the tables",
+        one_of=LAUNCHERS,
     )
     workers: int = setting(
-        1, "processes at a time (slurm: jobs queued or running), each with a GPU of its own"
+        1,
+        "processes at a time (slurm: jobs queued or running), each with a GPU of its own",
+        least=1,
     )
-    together: int = setting(64, "runs that train in one program at most (launcher=vmap)")
-    retries: int = setting(1, "times that a run which died is tried again")
+    together: int = setting(64, "runs that train in one program at most (launcher=vmap)", least=1)
+    retries: int = setting(1, "times that a run which died is tried again", least=0)
     gpus: tuple[int, ...] = setting(
-        (), "numbers of GPUs handed round to workers here; empty: all, or all to a single worker"
+        (),
+        "numbers of GPUs handed round to workers here; empty: all, or all to a single worker",
+        least=0,
     )
     slurm: str = setting(
         "",
@@ -88,12 +93,6 @@ class LaunchConfig:
 
     def __post_init__(self):
         check_fields(self)
-        require_one_of("launcher", self.launcher, LAUNCHERS)
-        require_at_least("workers", self.workers, 1)
-        require_at_least("together", self.together, 1)
-        require_at_least("retries", self.retries, 0)
-        for number in self.gpus:
-            require_at_least("gpus", number, 0)
         if self.slurm and self.launcher != "slurm":
             raise ConfigError(f"slurm={self.slurm!r} needs launcher=slurm, got {self.launcher!r}")
         if self.devices and self.launcher not in ("local", "slurm"):
