@@ -112,12 +112,8 @@ class PrepareConfig:
 
     def split_of_path(self, inside: str) -> str | None:
         """The split that the path of a file inside its source decides, if it does."""
-        return self.split_of_names(*names_inside(inside))
-
-    def split_of_names(self, *names: str) -> str | None:
-        """That of a file which has these names."""
         for split, patterns in (("valid", self.valid_paths), ("test", self.test_paths)):
-            if matches(names, patterns):
+            if matches(names_inside(inside), patterns):
                 return split
         return None
 

@@ -1,7 +1,7 @@
 """What stands in a prepared directory's JSON files, and how they are read back."""
 
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import is_file_name, read_json
@@ -43,7 +43,7 @@ class SourceFacts(TypedDict):
     """One file that was read."""
 
     path: str
-    inside: NotRequired[str]  # its path in the folder that was given; once none was kept
+    inside: str  # its path in the folder that was given
     bytes: int
     sha256: str
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from deltaproduct_jax.data import workers
 from deltaproduct_jax.data.config import PrepareConfig
 from deltaproduct_jax.data.documents import Source
-from deltaproduct_jax.data.manifest import Manifest, Plan, SourceFacts
+from deltaproduct_jax.data.manifest import Manifest, Plan
 from deltaproduct_jax.data.shards import digest
 
 
@@ -38,13 +38,6 @@ def _difference(
     now = [(source.path, getattr(source, measure)) for source in sources]
     if [(source["path"], source[measure]) for source in found["sources"]] != now:
         return "from other sources, or they have changed since; give another --workdir"
-    for said, source in zip(found["sources"], sources, strict=True):
-        before, after = _split_said(said, config), config.split_of_path(source.inside)
-        if before != after:
-            return (
-                f"by a version that held {said['path']} out by the names of folders around its "
-                f"source: for {before or 'train'}, not {after or 'train'}; give another --workdir"
-            )
     return None
 
 
@@ -62,7 +55,7 @@ def _are_moved(found: Plan | Manifest, config: PrepareConfig, sources: Sequence[
         before = Source(said["path"], source.bytes, source.modified_ns, "")
         if before.kind != source.kind:
             return False
-        if _split_said(said, config) != config.split_of_path(source.inside):
+        if config.split_of_path(said["inside"]) != config.split_of_path(source.inside):
             return False
     return hashes_of(config, sources) == [source["sha256"] for source in then]
 
@@ -71,10 +64,3 @@ def hashes_of(config: PrepareConfig, sources: Sequence[Source]) -> list[str]:
     """The SHA-256 of every file."""
     names, sizes = [Path(s.path) for s in sources], [s.bytes for s in sources]
     return workers.run(digest, names, sizes, config.processes, "hashing", in_threads=True)
-
-
-def _split_said(said: SourceFacts, config: PrepareConfig) -> str | None:
-    """The split by its path of a file that was read; earlier versions matched whole paths."""
-    if "inside" in said:
-        return config.split_of_path(said["inside"])
-    return config.split_of_names(said["path"])

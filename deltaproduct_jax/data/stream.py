@@ -5,7 +5,7 @@ Dimension key: ``B`` rows of the whole batch, ``T`` positions.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class StreamState(TypedDict):
     seed: int
     step: int  # the one that comes next
     fingerprints: list[str]  # of the folders' tokens
-    tokenizer: NotRequired[str]  # what made them; once it was not kept
+    tokenizer: str  # what made them
 
 
 class TokenStream:

@@ -274,19 +274,6 @@ class ModelConfig:
         )
         return [*mixer.idle(values), *_fields_absent(*_mixers(mixer.name, is_hybrid))]
 
-    @classmethod
-    def as_now(cls, saved: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Values that an older version saved, by fields that are taken now, of the same model.
-
-        ``attention_every`` beyond the blocks made none of them attention, and is refused now.
-        """
-        every = saved.get("attention_every")
-        if not isinstance(every, int) or every <= saved.get("num_layers", cls.num_layers):
-            return saved
-        kept = {k: v for k, v in saved.items() if k not in ("attention_every", "attention_heads")}
-        idle = cls.without_use(kept)
-        return {name: value for name, value in kept.items() if name not in idle}
-
     def _check_class(self) -> None:
         """ConfigError unless the fields are the mixer's, and all that its layer needs."""
         wanted = self.registered.config

@@ -9,7 +9,7 @@ from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.files import AnyPath, any_path, is_there, read_json
-from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
@@ -54,10 +54,7 @@ def restore_run(config: RunConfig, directory: AnyPath, checkpoint: str | int) ->
 
 
 def tokenizer_learnt(directory: AnyPath, step: int) -> str | None:
-    """`data.tokenizer.identity` of what made the ids that a checkpoint's run of text had read.
-
-    None of other runs, and of those from before it was kept.
-    """
+    """`data.tokenizer.identity` of what made the ids of a checkpoint's text; None without one."""
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
         return (checkpoints.data(step) or {}).get("tokenizer")
 
@@ -72,9 +69,7 @@ def read_config(directory: AnyPath, name: str = "directory") -> RunConfig:
     if not is_there(path):
         raise RunDirectoryError(f"{name}={directory} is no run directory: it has no {CONFIG}")
     with errors_of(path):
-        saved = read_json(path, ConfigFile)
-        RunConfig.check_sections(saved)
-        return RunConfig.from_dict({**saved, "model": ModelConfig.as_now(saved["model"])})
+        return RunConfig.from_dict(read_json(path, ConfigFile))
 
 
 def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:

@@ -182,7 +182,7 @@ def _ranks(ranks: Mapping[str, Any]) -> dict[str, float | None]:
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as Markdown."""
     texts = sorted({text for row in rows for text in row["last_eighth"]})
-    ranked = RANK_COLUMNS if any(row.get("ranks") for row in rows) else {}
+    ranked = RANK_COLUMNS if any(row["ranks"] for row in rows) else {}
     lines = [
         [
             *(row["leg"], row["seed"]),
@@ -190,7 +190,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             shown(row["tokens_per_second"], ",.0f"),
             *(shown(row[name], ".4f") for name in ("valid_loss", "loss", "bits_per_byte")),
             *(shown(row[of].get(text), ".4f") for text in texts for of in PLACES),
-            *(shown((row.get("ranks") or {}).get(name), ".2f") for name in ranked),
+            *(shown((row["ranks"] or {}).get(name), ".2f") for name in ranked),
         ]
         for row in rows
     ]

@@ -59,7 +59,7 @@ def held_by(folder: Path) -> list[str]:
 def refuse_other(folder: Path, wanted: str, name: str = "workdir") -> None:
     """Raises RunDirectoryError where a folder holds something, and not what is ``wanted`` there.
 
-    What both are in, as older versions let them, is gone on with.
+    What holds both is gone on with.
 
     Args:
         folder: of the setting ``name``.

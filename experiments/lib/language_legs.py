@@ -313,9 +313,7 @@ class Ranks(TypedDict):
     trained: int | None
     starts: list[int]
     heads: dict[str, list[_Head]]
-    # Records before 0.2.0 have neither.
-    num_householder: NotRequired[int]
-    along: NotRequired[Along]
+    along: Along
 
 
 def keep(leg: Leg) -> None:

@@ -1,16 +1,14 @@
 """Files held out by their paths: those inside the folder that was given, wherever it lies."""
 
 import fnmatch
-import json
 import tarfile
 
 import pytest
 
-from deltaproduct_jax.data import preparation
 from deltaproduct_jax.data.config import PrepareConfig
 from deltaproduct_jax.data.documents import list_sources
 from deltaproduct_jax.data.preparation import prepare
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import ConfigError
 from experiments.language import pack_text, paper
 from experiments.lib.language_legs import TEST_PATHS, VALID_PATHS
 
@@ -84,50 +82,3 @@ def test_patterns_that_match_nothing_are_refused_and_leave_nothing(tmp_path):
             prepare(config, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     assert config_for(folder, valid_paths=("mm/*",)).split_of_path("mm/d.c") == "valid"
-
-
-def as_before(path):
-    """Makes a record of sources what an earlier version wrote: without their paths inside."""
-    saved = json.loads(path.read_text())
-    for source in saved["sources"]:
-        del source["inside"]
-    path.write_text(json.dumps(saved))
-
-
-class Killed(BaseException):
-    """As a signal that nothing can catch."""
-
-
-def killed(*_):
-    raise Killed
-
-
-@pytest.mark.parametrize("is_done", [True, False])
-def test_what_earlier_versions_prepared_is_gone_on_with_where_the_split_is_the_same(
-    is_done, tmp_path, monkeypatch
-):
-    def prepared(folder, out):
-        config = config_for(folder, shard_bytes=300)
-        with monkeypatch.context() as patch:
-            if not is_done:
-                patch.setattr(preparation, "_manifest", killed)
-            try:
-                prepare(config, out)
-            except Killed:
-                as_before(out / preparation.UNDER_WAY / "plan.json")
-            else:
-                as_before(out / "manifest.json")
-        return config, {path: path.read_bytes() for path in out.glob("*.npy")}
-
-    config, tokens = prepared(made(tmp_path / "linux"), tmp_path / "out")
-    manifest = prepare(config, tmp_path / "out")
-    assert manifest["splits"].keys() == {"train", "valid", "test"}
-    assert {path: path.read_bytes() for path in tokens} == tokens
-    (tmp_path / "linux").rename(tmp_path / "moved")
-    assert prepare(config_for(tmp_path / "moved", shard_bytes=300), tmp_path / "out") == manifest
-
-    config, tokens = prepared(made(tmp_path / "mm" / "linux"), tmp_path / "other")
-    says = r"by a version that held .*drivers/k\.h out by the names of .*: for valid, not train"
-    with pytest.raises(RunDirectoryError, match=says):
-        prepare(config, tmp_path / "other")
-    assert {path: path.read_bytes() for path in tokens} == tokens

@@ -197,15 +197,15 @@ def _above(curve: Curve, first: Curve) -> Curve:
 def draw_ranks_of_legs(found: Sequence[Record], path: Path, look: Look) -> list[Path]:
     """Draws the mean effective rank over all heads along a row, a panel for each model.
 
-    Bands go from the 10th to the 90th percentile of the heads. Legs whose records have no ranks
-    along the row are left out; without any nothing is drawn.
+    Bands go from the 10th to the 90th percentile of the heads. Legs without ranks are left out;
+    without any nothing is drawn.
 
     Args:
         found: entries with "leg", "seed" and "ranks", as `language_legs.Ranks`, or None.
         path: where the picture goes, without an ending.
         look: width and formats.
     """
-    models = _Models([record for record in found if "along" in (record["ranks"] or {})])
+    models = _Models([record for record in found if record["ranks"] is not None])
     number = sum(map(len, models.by_size.values()))
     if not number:
         return []

@@ -34,12 +34,6 @@ def search_markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join([table, *_notes(record), command_block(record["command"])])
 
 
-def _short(commit: str) -> str:
-    """A commit as tables have it; older records have all its letters."""
-    name, dash, changed = commit.partition("-")
-    return name[:7] + dash + changed
-
-
 def _arm(row: Mapping[str, Any]) -> str:
     return row["arm"].removeprefix("mixer = ")
 
@@ -54,7 +48,7 @@ def _notes(record: Mapping[str, Any]) -> Iterator[str]:
         f"{record['metric']} at {where} on the test split, of seeds that chose nothing; "
         f"{reached} a run has escaped. {record['hours']:.2f} hours of training on "
         f"{', '.join(record['hardware']) or 'nothing'}, "
-        f"commit {', '.join(map(_short, record['commits'])) or 'not known'}."
+        f"commit {', '.join(record['commits']) or 'not known'}."
     )
     ends = "; ".join(_arm(row) for row in record["rows"] if row["rate_at_an_end"])
     if ends:

@@ -311,7 +311,8 @@ def test_records_of_legs_are_drawn_together(tmp_path, capsys):
         (folder / TRAINING).write_text(json.dumps(record))
     heads = [{"trained": None, "end": end, "kept_at_starts": kept} for end, kept in KEPT]
     ranks = {"trained": None, "starts": [], "heads": {"0": heads[:1], "3": heads[1:]}}
-    (folder / RANKS).write_text(json.dumps(ranks))  # of a record without what a figure needs
+    ranks["along"] = {name: [1, 2] for name in ("position", "mean", "low", "high")}
+    (folder / RANKS).write_text(json.dumps(ranks))
     paper.command([f"--workdir={tmp_path}", "--stages=draw"])
     text = capsys.readouterr().out
     assert "| 213m_1 | 0 | 200 | - | - | 1.5000 | - | - | - | - | - |" in text
@@ -320,8 +321,8 @@ def test_records_of_legs_are_drawn_together(tmp_path, capsys):
     assert [path.name for path in drawn(tmp_path, paper.Look(), pytest.fail)] == [
         "legs.md",
         "losses.png",
+        "ranks.png",
     ]
-    assert not (tmp_path / "ranks.png").exists()
 
 
 KEPT = [(2.0, 0.5), (4.0, 0.25), (3.0, None)]
