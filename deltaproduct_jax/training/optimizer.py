@@ -1,7 +1,7 @@
 """The optimiser: AdamW or Muon, its learning rate over time, and clipping of the gradient."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +9,31 @@ import optax
 
 from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.training.config import TrainConfig
-from deltaproduct_jax.training.together.numbers import Numbers
 
 RMS_OF_ADAMW = 0.2  # root mean square of its updates over the learning rate
 # Parameters with several axes that are no matrices, by the end of their paths: norms, biases,
 # convolutions, RWKV-7's blends and bonus.
 SPARED = ("scale", "bias", "weight", "k_k", "k_a", "r_k")
+
+
+class Numbers(NamedTuple):
+    """Fields of `TrainConfig`, by their names, that a compiled step may take as arguments.
+
+    Attributes:
+        learning_rate, end_learning_rate, weight_decay, adam_eps, clip_norm: of one run floats, of
+            several float32 ``[runs]``; the last may be None.
+    """
+
+    learning_rate: Any
+    end_learning_rate: Any
+    weight_decay: Any
+    adam_eps: Any
+    clip_norm: Any
+
+    @classmethod
+    def of(cls, train: TrainConfig) -> "Numbers":
+        """Those of a run."""
+        return cls(*(getattr(train, name) for name in cls._fields))
 
 
 def make_schedule(config: TrainConfig, numbers: Numbers | None = None) -> optax.Schedule:

@@ -40,12 +40,12 @@ from deltaproduct_jax.settings import LARGEST_SEED, check_fields, setting
 from deltaproduct_jax.training.locks import Lock, held
 from experiments.lib import children, flags, folders
 from experiments.lib.figures.style import SECTION, Look
-from experiments.lib.language_legs import LEGS, LOCK, TRAINING, Leg
-from experiments.lib.leg_config import PRESETS as OF_A_LEG
-from experiments.lib.leg_config import LegConfig
-from experiments.lib.leg_jobs import Place, paper, refuse_other_settings, run_legs
-from experiments.lib.leg_schedule import Terms
-from experiments.lib.leg_warming import warmed
+from experiments.lib.legs.config import PRESETS as OF_A_LEG
+from experiments.lib.legs.config import LegConfig
+from experiments.lib.legs.jobs import Place, paper, refuse_other_settings, run_legs
+from experiments.lib.legs.leg import LEGS, LOCK, TRAINING, Leg
+from experiments.lib.legs.schedule import Terms
+from experiments.lib.legs.warming import warmed
 from experiments.lib.sweeps.gpus import visible_gpus
 
 PROGRAMS = "programs"

@@ -30,7 +30,7 @@ from deltaproduct_jax.files import errors_as_one_line, user_path
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import archives, flags
 from experiments.lib.bench.report import command_line, write_json
-from experiments.lib.language_legs import DOMAINS, TEST_PATHS, VALID_PATHS
+from experiments.lib.legs.leg import DOMAINS, TEST_PATHS, VALID_PATHS
 
 ARCHIVE = "text.tar.xz"
 

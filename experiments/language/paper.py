@@ -13,7 +13,7 @@ table and three figures, wherever they were made: it needs no checkpoint. All le
 machine: ``experiments.language.legs``; in one folder only that stage runs beside it.
 
 Legs are the paper's 213M with n_h = 1, 2 and 3, a gated one, and models of 36M parameters beside
-attention, Mamba-2 and a hybrid (``experiments/lib/language_legs.py``).
+attention, Mamba-2 and a hybrid (``experiments/lib/legs/leg.py``).
 
 Source: https://arxiv.org/abs/2502.10297, language modelling, length extrapolation, effective rank.
 Expect: in the paper n_h = 3 is best within 4,096 tokens and keeps its loss beyond; what came out
@@ -44,7 +44,8 @@ from experiments.lib.figures.legs import draw_all
 from experiments.lib.figures.records import from_record
 from experiments.lib.figures.style import SECTION, Look
 from experiments.lib.folders import LEGS, refuse_other
-from experiments.lib.language_legs import (
+from experiments.lib.legs.config import PRESETS, LegConfig
+from experiments.lib.legs.leg import (
     DOMAINS,
     LOCK,
     Leg,
@@ -53,7 +54,6 @@ from experiments.lib.language_legs import (
     preparations,
     records_of,
 )
-from experiments.lib.leg_config import PRESETS, LegConfig
 
 PLACES = {"length_trained": "length trained", "last_eighth": "last eighth"}
 RANK_COLUMNS = {

@@ -16,8 +16,8 @@ from deltaproduct_jax.files import errors_as_one_line
 from deltaproduct_jax.training.locks import Lock, held
 from deltaproduct_jax.training.stopping import Stopped, exit_code, stop_on_signals
 from experiments.lib import flags
+from experiments.lib.parent import marked
 from experiments.lib.sweeps.attempts import wait_or_kill
-from experiments.lib.sweeps.parent import marked
 from experiments.lib.sweeps.records import last_line, size_of
 
 # What computes nothing leaves GPUs to others.

@@ -45,7 +45,7 @@ from experiments.lib.field_flags import (
     show,
     value_of,
 )
-from experiments.lib.sweeps.parent import end_with_parent
+from experiments.lib.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value

@@ -9,7 +9,7 @@ from deltaproduct_jax.data.preparation import UNDER_WAY
 from deltaproduct_jax.errors import RunDirectoryError
 from deltaproduct_jax.files import errors_as_one_line, read_json
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, METRICS
-from experiments.lib.language_legs import TRAINING
+from experiments.lib.legs.leg import TRAINING
 from experiments.lib.sweeps.grid import LIST
 
 RUN, SWEEP, SEARCH, TEXT = "a run", "a sweep", "a search", "prepared text"

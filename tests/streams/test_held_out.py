@@ -10,7 +10,7 @@ from deltaproduct_jax.data.documents import list_sources
 from deltaproduct_jax.data.preparation import prepare
 from deltaproduct_jax.errors import ConfigError
 from experiments.language import pack_text, paper
-from experiments.lib.language_legs import TEST_PATHS, VALID_PATHS
+from experiments.lib.legs.leg import TEST_PATHS, VALID_PATHS
 
 FILES = ("fs/xfs/a.c", "fs/xfs/libxfs/b.h", "fs/btrfs/c.c", "mm/d.c", "tools/mm/e.c", "net/f.c")
 FILES += ("net/ipv4/g.c", "fs/h.c", "arch/x/mm/i.c", "net/ipv6/j.c", "mm.c", "drivers/k.h")

@@ -18,7 +18,8 @@ from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training import loop, stopping
 from deltaproduct_jax.training.locks import Lock
 from experiments import sweep, together
-from experiments.lib.sweeps import gpus, grid, launchers, parent, records, view
+from experiments.lib import parent
+from experiments.lib.sweeps import gpus, grid, launchers, records, view
 from experiments.lib.sweeps.scheduler import Scheduler
 
 TINY = {"train_length": 2, "eval_lengths": (2, 3), "steps": 8}
@@ -176,7 +177,7 @@ def test_each_worker_has_a_gpu_of_its_own(tmp_path, monkeypatch):
 
 CHILD = """
 import pathlib, signal, sys, time
-from experiments.lib.sweeps.parent import end_with_parent
+from experiments.lib.parent import end_with_parent
 told = []
 signal.signal(signal.SIGTERM, lambda *_: told.append("told"))
 end_with_parent()
@@ -192,7 +193,7 @@ written.rename(written.with_name("told"))  # there is no moment at which it is e
 # Its threads do not die at the same moment.
 SWEEP = """
 import os, subprocess, sys, threading, time
-from experiments.lib.sweeps.parent import marked
+from experiments.lib.parent import marked
 for _ in range(64):
     threading.Thread(target=time.sleep, args=(60,)).start()
 command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]

@@ -16,12 +16,12 @@ from deltaproduct_jax.layers.registry import MIXERS
 from deltaproduct_jax.models import ModelConfig, SequenceModel
 from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.training import loop
-from deltaproduct_jax.training.optimizer import make_optimizer
+from deltaproduct_jax.training.optimizer import Numbers, make_optimizer
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.together import group as together
 from deltaproduct_jax.training.together.beginning import statics_of
 from deltaproduct_jax.training.together.group import is_worth_compiling, train_together
-from deltaproduct_jax.training.together.numbers import FREE, STARTS, Numbers, program_of
+from deltaproduct_jax.training.together.numbers import FREE, STARTS, program_of
 
 COMMON = {
     "train_length": 2, "eval_lengths": (2, 3), "select_length": 2, "grow_from": 1,

@@ -17,7 +17,7 @@ from deltaproduct_jax.parallel import layout
 from deltaproduct_jax.training.compiled import CompiledByLength
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.measuring.memory import evaluation_sizes, training_sizes
-from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
+from deltaproduct_jax.training.optimizer import Numbers, make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Stopwatch
 from deltaproduct_jax.training.skipping import Skipping
 from deltaproduct_jax.training.source import Source
@@ -30,7 +30,6 @@ from deltaproduct_jax.training.step import (
     loss_and_correct,
     make_train_step,
 )
-from deltaproduct_jax.training.together.numbers import Numbers
 
 RUNS = "runs"  # the mesh's only axis
 

@@ -6,30 +6,9 @@ and AdamW's two decays, whose distance from 1 a traced float32 would not hold.
 
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-from deltaproduct_jax.training.config import TrainConfig
-
-
-class Numbers(NamedTuple):
-    """What the program of a step takes as arguments; fields of `TrainConfig` by their names.
-
-    Attributes:
-        learning_rate, end_learning_rate, weight_decay, adam_eps, clip_norm: of one run floats, of
-            several float32 ``[runs]``; the last may be None.
-    """
-
-    learning_rate: Any
-    end_learning_rate: Any
-    weight_decay: Any
-    adam_eps: Any
-    clip_norm: Any
-
-    @classmethod
-    def of(cls, train: TrainConfig) -> "Numbers":
-        """Those of a run."""
-        return cls(*(getattr(train, name) for name in cls._fields))
-
+from deltaproduct_jax.training.optimizer import Numbers
 
 # By section of a configuration. What no program sees: the keys and the parameters that a run starts
 # from follow from the first three, and when it ends is decided outside.

@@ -147,7 +147,7 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
     left out, and without any nothing is drawn.
 
     Args:
-        found: entries with "leg", "seed" and "positions", as `language_legs.Positions`.
+        found: entries with "leg", "seed" and "positions", as `legs.leg.Positions`.
         path: where the picture goes, without an ending.
         look: width and formats.
     """
@@ -201,7 +201,7 @@ def draw_ranks_of_legs(found: Sequence[Record], path: Path, look: Look) -> list[
     without any nothing is drawn.
 
     Args:
-        found: entries with "leg", "seed" and "ranks", as `language_legs.Ranks`, or None.
+        found: entries with "leg", "seed" and "ranks", as `legs.leg.Ranks`, or None.
         path: where the picture goes, without an ending.
         look: width and formats.
     """

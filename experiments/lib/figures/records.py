@@ -21,7 +21,7 @@ from experiments.lib.figures.tables import (
     scores_markdown,
     to_csv,
 )
-from experiments.lib.language_legs import EXTRAPOLATION, RANKS, TRAINING, records_of
+from experiments.lib.legs.leg import EXTRAPOLATION, RANKS, TRAINING, records_of
 
 FIGURE = "figure"  # key of records that say themselves which figure they are
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.training.locks import RUN_LOCK, Lock
+from experiments.lib.parent import marked
 from experiments.lib.sweeps.grid import module_name
-from experiments.lib.sweeps.parent import marked
 from experiments.lib.sweeps.records import LOG, RunFolder, last_line, size_of
 
 CLAIM = ".claim"

@@ -17,7 +17,9 @@ from experiments.language import legs, pack_text
 from experiments.language import paper as one_leg
 from experiments.lib import children, flags
 from experiments.lib.children import Child
-from experiments.lib.language_legs import (
+from experiments.lib.legs.config import LegConfig
+from experiments.lib.legs.jobs import Parts, Place, missing, paper, progress_of
+from experiments.lib.legs.leg import (
     EXTRAPOLATION,
     RANKS,
     SAMPLES,
@@ -25,9 +27,7 @@ from experiments.lib.language_legs import (
     Leg,
     Part,
 )
-from experiments.lib.leg_config import LegConfig
-from experiments.lib.leg_jobs import Parts, Place, missing, paper, progress_of
-from experiments.lib.leg_schedule import Progress
+from experiments.lib.legs.schedule import Progress
 
 
 def test_settings_of_legs():

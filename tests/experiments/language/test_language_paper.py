@@ -20,7 +20,8 @@ from experiments import language_modeling
 from experiments.language import pack_text, paper
 from experiments.lib import children, flags
 from experiments.lib.figures.records import drawn
-from experiments.lib.language_legs import (
+from experiments.lib.legs.config import LegConfig
+from experiments.lib.legs.leg import (
     LEGS,
     RANKS,
     TRAINING,
@@ -30,7 +31,6 @@ from experiments.lib.language_legs import (
     preparations,
     records_of,
 )
-from experiments.lib.leg_config import LegConfig
 
 FILES = {
     "fs/xfs/a.c": 50,

@@ -6,7 +6,7 @@ import pytest
 
 from deltaproduct_jax.errors import RunDirectoryError
 from experiments.language import paper
-from experiments.lib.language_legs import EXTRAPOLATION, RANKS, TRAINING, records_of
+from experiments.lib.legs.leg import EXTRAPOLATION, RANKS, TRAINING, records_of
 
 RESULTS = {"steps": 1, "best_step": 1, "parameters": {"total": 3}, "test": [{"length": 4}]}
 WHOLE = {"leg": "213m_1", "seed": 0, "curve": [{"tokens": 1, "loss": 1.0}], "results": None}

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.lib.language_legs import SECONDS, Leg
-from experiments.lib.leg_schedule import Progress, Schedule, Terms
+from experiments.lib.legs.leg import SECONDS, Leg
+from experiments.lib.legs.schedule import Progress, Schedule, Terms
 
 TOKENS = 1000
 

@@ -10,9 +10,9 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 
 from experiments.lib.children import ON_CPU, Child
-from experiments.lib.language_legs import TEST_PATHS, VALID_PATHS, Leg, preparations
-from experiments.lib.leg_config import LegConfig
-from experiments.lib.leg_jobs import Place, progress_of
+from experiments.lib.legs.config import LegConfig
+from experiments.lib.legs.jobs import Place, progress_of
+from experiments.lib.legs.leg import TEST_PATHS, VALID_PATHS, Leg, preparations
 
 FOLDER = "warming"
 ROWS = 80  # of each split, more than are validated on

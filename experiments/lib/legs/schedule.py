@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from experiments.lib.language_legs import SECONDS, Leg
+from experiments.lib.legs.leg import SECONDS, Leg
 
 AT_ONCE = 2  # legs that train on a GPU: one ends, one starts
 

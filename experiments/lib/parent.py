@@ -1,4 +1,4 @@
-"""A run does not outlive the sweep that began it: it saves and ends, however the sweep ended."""
+"""A run does not outlive the process that began it: it saves and ends, however that ended."""
 
 import os
 import signal

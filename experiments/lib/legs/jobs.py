@@ -20,9 +20,9 @@ from deltaproduct_jax.training.records import (
 )
 from deltaproduct_jax.training.stopping import Stopped, stop_on_signals
 from experiments.lib.children import Child
-from experiments.lib.language_legs import TRAINED_BY, Leg, Part, keep, measurements, module
-from experiments.lib.leg_config import LegConfig
-from experiments.lib.leg_schedule import Progress, Schedule, Terms
+from experiments.lib.legs.config import LegConfig
+from experiments.lib.legs.leg import TRAINED_BY, Leg, Part, keep, measurements, module
+from experiments.lib.legs.schedule import Progress, Schedule, Terms
 from experiments.lib.sweeps.attempts import environment
 from experiments.lib.sweeps.grid import build, load_script
 from experiments.lib.sweeps.view import clock

@@ -6,7 +6,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
-from experiments.lib.language_legs import LEGS, Leg, parts_of_leg, share_of_leg
+from experiments.lib.legs.leg import LEGS, Leg, parts_of_leg, share_of_leg
 
 STAGES = ("prepare", "train", "measure", "draw")
 PRESETS: dict[str, dict[str, Any]] = {
