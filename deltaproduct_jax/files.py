@@ -1,14 +1,16 @@
 """Files that appear at once or not at all, are read by a schema, and errors that name the file."""
 
 import contextlib
+import contextvars
 import errno
 import importlib.util
 import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -94,12 +96,34 @@ def set_aside(path: AnyPath) -> AnyPath:
     return there
 
 
+_NOBODY: Mapping[str, str] = MappingProxyType({})
+_GIVEN = contextvars.ContextVar("given", default=_NOBODY)  # who gave a path, as errors spell it
+
+
 @contextlib.contextmanager
-def errors_as_one_line(path: AnyPath, what: str, name: str | None = None) -> Iterator[None]:
+def given_by(name: str, path: AnyPath) -> Iterator[None]:
+    """Inside, errors say ``path`` behind the ``name`` of the setting or argument that gave it.
+
+    Of several names the outermost counts, which is the one that a user wrote.
+    """
+    token = _GIVEN.set({str(path): name, **_GIVEN.get()})
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+def named(path: AnyPath) -> str:
+    """A path as an error says it, behind the setting or argument that gave it, if one did."""
+    name = _GIVEN.get().get(str(path))
+    return str(path) if name is None else f"{name}={path}"
+
+
+@contextlib.contextmanager
+def errors_as_one_line(path: AnyPath, what: str) -> Iterator[None]:
     """Turns an OSError into a RunDirectoryError: ``path`` cannot be ``what``, and why.
 
-    Of a bucket it does so with any error: which one it is depends on the part that failed. With the
-    ``name`` of the setting that gave the path the text begins by it.
+    Of a bucket it does so with any error: which one it is depends on the part that failed.
     """
     try:
         yield
@@ -109,7 +133,7 @@ def errors_as_one_line(path: AnyPath, what: str, name: str | None = None) -> Ite
         reason = getattr(error, "strerror", None) or str(error) or repr(error)
         if isinstance(error, FileNotFoundError):  # of which a bucket's client says its own address
             reason = os.strerror(errno.ENOENT)
-        raise RunDirectoryError(f"{named(path, name)} cannot be {what}: {reason}") from error
+        raise RunDirectoryError(f"{named(path)} cannot be {what}: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -128,11 +152,6 @@ def whole_or_absent(written: Callable[[], Iterable[Path]]) -> Iterator[None]:
             else:
                 path.unlink(missing_ok=True)
         raise
-
-
-def named(path: AnyPath, name: str | None) -> str:
-    """A path as an error says it, behind the setting or argument that gave it, if one did."""
-    return str(path) if name is None else f"{name}={path}"
 
 
 def is_there(path: AnyPath) -> bool:
@@ -187,14 +206,13 @@ def any_path(path: str | os.PathLike[str], name: str) -> AnyPath:
     return epath.Path(text.removesuffix("/"))
 
 
-def require_bucket(path: AnyPath, name: str | None = None) -> None:
+def require_bucket(path: AnyPath) -> None:
     """Raises RunDirectoryError unless the bucket is there for this account; a disk passes.
 
-    The error has the ``name`` of the setting that gave the path, if it is given. What is asked is
-    also what Orbax asks before it deletes a checkpoint.
+    What is asked is also what Orbax asks before it deletes a checkpoint.
     """
     if in_bucket(path):
-        with errors_as_one_line(path, "used", name):
+        with errors_as_one_line(path, "used"):
             from google.cloud import storage
 
             storage.Client().get_bucket(path.parts[2])
@@ -263,7 +281,7 @@ def require_directory(path: Path, name: str) -> None:
             f"{name}={scheme}//{rest} is in a bucket, which has no locks and no files to append "
             "records to; it may be a directory on a disk; training takes a bucket by --bucket"
         )
-    with errors_as_one_line(path, "a directory", name):
+    with given_by(name, path), errors_as_one_line(path, "a directory"):
         try:
             (path / ("x" * ROOM_FOR_NAMES)).stat()
         except FileNotFoundError:
@@ -280,22 +298,22 @@ def require_writable(path: AnyPath, name: str) -> None:
     if in_bucket(path):
         return
     require_directory(path, name)
-    with errors_as_one_line(path, "written", name):
-        path = path.absolute()
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
+    with given_by(name, path), errors_as_one_line(path, "written"):
+        whole = path.absolute()
+        there = next(folder for folder in (whole, *whole.parents) if folder.exists())
         with tempfile.TemporaryFile(dir=there) as file:  # permissions do not tell of a full disk
             file.write(bytes(PROBE_BYTES))
             file.flush()
             os.fsync(file.fileno())
 
 
-def read_bytes(path: AnyPath, name: str | None = None) -> bytes:
-    """The content of a file, which the setting ``name`` gave, if one did.
+def read_bytes(path: AnyPath) -> bytes:
+    """The content of a file.
 
     Raises:
         RunDirectoryError: it cannot be read, or is a pipe or a device, which may never end.
     """
-    with errors_as_one_line(path, "read", name):
+    with errors_as_one_line(path, "read"):
         if not in_bucket(path):
             kind = path.stat().st_mode
             if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
@@ -307,19 +325,14 @@ def read_bytes(path: AnyPath, name: str | None = None) -> bytes:
         return fsspec.filesystem("gcs").cat_file(str(path))
 
 
-def read_json(path: AnyPath, schema: Any = Any, name: str | None = None) -> Any:
+def read_json(path: AnyPath, schema: Any = Any) -> Any:
     """The content of a JSON file that fits a schema: an annotation as `settings.misfit` knows it.
-
-    Args:
-        path: of the file.
-        schema: that it must fit.
-        name: of the setting that gave the path, if one did.
 
     Raises:
         RunDirectoryError: it cannot be read, is not JSON, has a number that is not finite or a key
             twice, or does not fit; the text names the file and the place in it.
     """
-    return decode(read_bytes(path, name), schema, named(path, name))
+    return decode(read_bytes(path), schema, named(path))
 
 
 def read_lines(path: AnyPath, schema: Any = Any) -> list[Any]:

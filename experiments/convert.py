@@ -25,7 +25,13 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
-from deltaproduct_jax.files import AnyPath, any_path, whole_or_absent, write_file
+from deltaproduct_jax.files import (
+    AnyPath,
+    any_path,
+    given_by,
+    whole_or_absent,
+    write_file,
+)
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting
@@ -85,7 +91,8 @@ def command(argv: Sequence[str]) -> None:
     options = ConvertConfig(**parsed.sections["convert"])
     refuse_other(parsed.workdir, MODEL if options.to == "fla" else RUN)
     source = any_path(options.source, "source")
-    model, facts = _read(source, options)
+    with given_by("source", source):
+        model, facts = _read(source, options)
     if options.to == "fla":
         fla.save(model, parsed.workdir, facts=facts, **options.ids)
     else:
@@ -97,17 +104,18 @@ def command(argv: Sequence[str]) -> None:
 
 def _read(source: AnyPath, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
     """The model of either kind of directory, and what is known of it."""
-    if is_folder_of_fla(source, "source"):
+    if is_folder_of_fla(source):
         return load_folder(source, options.checkpoint, options.param_dtype), {}
     if options.param_dtype is not None:
         raise ConfigError(f"param_dtype={options.param_dtype} is for folders; {source} is a run")
-    run = load_run(source, checkpoint_of(options.checkpoint), "source")
+    run = load_run(source, checkpoint_of(options.checkpoint))
     return run.model, facts_of_run(source, run.config, run.step)
 
 
 def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:
     """A run that has made no step yet, with this model in its first checkpoint."""
-    other = read_config(like, "like")
+    with given_by("like", like):
+        other = read_config(like)
     config = RunConfig(other.task, model.config, other.train, other.plugins)
     if workdir.exists() and any(workdir.iterdir()):
         raise RunDirectoryError(f"{workdir} is not empty; give another workdir")

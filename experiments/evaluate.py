@@ -24,7 +24,12 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.command import NAME, register
 from deltaproduct_jax.evaluation.models import is_folder_of_fla
 from deltaproduct_jax.evaluation.tasks import PAPER
-from deltaproduct_jax.files import any_path, user_path, write_file
+from deltaproduct_jax.files import (
+    any_path,
+    given_by,
+    user_path,
+    write_file,
+)
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
@@ -97,7 +102,9 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
             says.
         RunDirectoryError: the model's directory holds none.
     """
-    is_folder_of_fla(any_path(options.model, "model"), "model")  # which the harness calls path
+    model = any_path(options.model, "model")
+    with given_by("model", model):  # which the harness calls path
+        is_folder_of_fla(model)
     harness = require("lm_eval", "evaluation", extra="evaluation")
     given = options.include_path
     folder = None if given is None else user_path(given, "include_path")

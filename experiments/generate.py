@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.models import open_model, with_room_for
+from deltaproduct_jax.files import any_path, given_by
 from deltaproduct_jax.models.generation import Generator, Piece, Request, Sampling
 from deltaproduct_jax.models.generation.generator import collect
 from deltaproduct_jax.settings import LARGEST_COUNT, check_fields, seed_setting, setting
@@ -70,9 +71,9 @@ class GenerateConfig:
 
 def write(config: GenerateConfig, sampling: Sampling) -> Iterator[str]:
     """What is shown, as it comes; the last line of standard error says how long it took."""
-    opened = open_model(
-        config.run, checkpoint=config.checkpoint, tokenizer=config.tokenizer, name="run"
-    )
+    run = any_path(config.run, "run")
+    with given_by("run", run):
+        opened = open_model(run, checkpoint=config.checkpoint, tokenizer=config.tokenizer)
     rows, encode = min(config.rows, len(config.texts)), opened.tokenizer.encode
     ids = {text: [opened.tokenizer.bos_id, *encode(text)] for text in {*config.texts}}
     longest = max(map(len, ids.values())) + config.max_tokens - 1  # the last is drawn, not read

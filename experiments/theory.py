@@ -35,7 +35,11 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.files import user_path, write_file
+from deltaproduct_jax.files import (
+    given_by,
+    user_path,
+    write_file,
+)
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -115,7 +119,9 @@ def command(argv: Sequence[str]) -> None:
     path = parsed.workdir / "results.json"
     own = reading.rows_of(path) if path.exists() else []
     for given in config.rows_from:
-        own += reading.rows_of(user_path(given, "rows_from"), "rows_from")
+        other = user_path(given, "rows_from")
+        with given_by("rows_from", other):
+            own += reading.rows_of(other)
     done = reading.put_together(own)
     if not config.rows_from:
         done = run_missing(config, done, path, argv)

@@ -11,7 +11,7 @@ import numpy as np
 from deltaproduct_jax.data.manifest import MANIFEST, ShardFacts, read_manifest
 from deltaproduct_jax.data.tokenizer import identity
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import user_path
+from deltaproduct_jax.files import given_by, user_path
 
 # Every map keeps a file open, of which a process may often have 1,024.
 MAPS_OPEN = 512
@@ -87,15 +87,16 @@ class Corpus:
         return out
 
 
-def open_corpus(directory: str | Path, split: str, name: str = "directory") -> Corpus:
-    """Opens one split of a directory that `prepare` made, and that the setting ``name`` gave.
+def open_corpus(directory: str | Path, split: str) -> Corpus:
+    """Opens one split of a directory that `prepare` made.
 
     Raises:
         ConfigError: it has no such split.
         RunDirectoryError: it was not prepared to the end, or its files are not what they were.
     """
-    directory = user_path(directory, name)
-    manifest = read_manifest(directory, name)
+    directory = user_path(directory, "directory")
+    with given_by("directory", directory):
+        manifest = read_manifest(directory)
     if split not in manifest["splits"]:
         more = f"a larger {split}_fraction or {split}_paths there holds out more"
         if split == "train":

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import is_file_name, read_json
+from deltaproduct_jax.files import is_file_name, named, read_json
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -80,8 +80,8 @@ class Manifest(TypedDict):
     sources: list[SourceFacts]
 
 
-def read_manifest(directory: Path, name: str = "directory") -> Manifest:
-    """The manifest of a directory, which the setting ``name`` gave.
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a directory.
 
     Raises:
         RunDirectoryError: there is none, it is damaged, or another version wrote it.
@@ -89,7 +89,7 @@ def read_manifest(directory: Path, name: str = "directory") -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise RunDirectoryError(
-            f"{name}={directory} has no {MANIFEST}; experiments.prepare_text writes it when it is "
+            f"{named(directory)} has no {MANIFEST}; experiments.prepare_text writes it when it is "
             "done"
         )
     version = read_json(path, dict[str, Any]).get("format")

@@ -32,7 +32,11 @@ from deltaproduct_jax.data.manifest import (
 from deltaproduct_jax.data.shards import ShardWriter, digest, dtype_for, write_whole
 from deltaproduct_jax.data.splits import SPLITS
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import errors_as_one_line, read_json
+from deltaproduct_jax.files import (
+    errors_as_one_line,
+    given_by,
+    read_json,
+)
 from deltaproduct_jax.strict_json import to_json
 
 if os.name != "nt":
@@ -86,7 +90,8 @@ def verify(directory: Path, processes: int) -> Manifest:
         RunDirectoryError: it is not done, or a file is not there or not the one that was written;
             the first is named.
     """
-    manifest = read_manifest(directory, "workdir")
+    with given_by("workdir", directory):
+        manifest = read_manifest(directory)
     shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
     files = [(s, f"{s['name']}.{what}.npy") for s in shards for what in ("tokens", "offsets")]
     said = {directory / file: shard["sha256"].get(file) for shard, file in files}

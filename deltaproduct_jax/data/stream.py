@@ -16,6 +16,7 @@ from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.data.packing import PACKINGS, Rows
 from deltaproduct_jax.data.splits import SPLITS
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.files import given_by, user_path
 from deltaproduct_jax.settings import misfit
 
 ENDLESS = 2**48  # rows of a corpus, and steps: more than anyone will ask for
@@ -250,7 +251,9 @@ def open_corpora(config: StreamConfig, split: str) -> list[Corpus]:
 def _open(name: str, split: str) -> Corpus:
     if name == standard_library.NAME:
         return standard_library.standard_library(split)
-    return open_corpus(name, split, "data")
+    folder = user_path(name, "data")
+    with given_by("data", folder):
+        return open_corpus(folder, split)
 
 
 def _check_same_tokens(corpora: list[Corpus]) -> None:

@@ -16,7 +16,11 @@ from typing import Protocol
 from deltaproduct_jax.data.manifest import TokenizerFacts, read_manifest
 from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_bytes, user_path
+from deltaproduct_jax.files import (
+    given_by,
+    read_bytes,
+    user_path,
+)
 
 MISTRAL = ("mistral_common", "data/tokenizer.model.v1")
 BOS = "<s>"  # of a BPE that is trained here
@@ -178,7 +182,8 @@ def open_tokenizer(
             "tokenizer.json or of a SentencePiece model"
         )
     else:
-        data = read_bytes(path, "tokenizer")
+        with given_by("tokenizer", path):
+            data = read_bytes(path)
         if data.lstrip().startswith(b"{"):
             return HuggingFaceTokenizer(data, spec, bos)
         tokenizer = SentencePieceTokenizer(data, spec)

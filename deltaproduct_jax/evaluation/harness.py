@@ -16,6 +16,7 @@ from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.evaluation.models import open_model, with_room_for
 from deltaproduct_jax.evaluation.requests import as_request, cut, windows
 from deltaproduct_jax.evaluation.scoring import Pair, Scorer
+from deltaproduct_jax.files import any_path, given_by
 from deltaproduct_jax.models.generation import Generator, Request
 from deltaproduct_jax.settings import whole_number
 
@@ -69,21 +70,19 @@ class DeltaProductLM(TemplateLM):
             raise ConfigError(f"batch_size={batch_size!r} must be a whole number")
         require_at_least("max_length", max_length, 2)
         require_at_least("max_gen_toks", max_gen_toks, 1)
-        where = str(path or pretrained)
-        model, self.text, self._ends = open_model(
-            where,
-            checkpoint=str(checkpoint),
-            tokenizer=tokenizer,
-            dtype=dtype,
-            name="pretrained" if path is None else "path",
-        )
+        name, where = ("pretrained", pretrained) if path is None else ("path", path)
+        directory = any_path(where, name)
+        with given_by(name, directory):
+            model, self.text, self._ends = open_model(
+                directory, checkpoint=str(checkpoint), tokenizer=tokenizer, dtype=dtype
+            )
         model = with_room_for(
             model, max_length, rows, f"max_length={max_length} and batch_size={rows}"
         )
         self.scorer = Scorer(model, batch_size=rows, mesh=mesh)
         self.max_length, self.max_gen_toks, self.add_bos = max_length, max_gen_toks, add_bos
         self.batch_size, self.seed = rows, seed
-        self._name = where
+        self._name = str(where)
 
     @property
     def eot_token_id(self) -> int:

@@ -1,6 +1,7 @@
 """A model and its tokenizer, from a run directory or a folder of flash-linear-attention."""
 
 import functools
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,16 @@ from deltaproduct_jax.data.tokenizer import (
     tokenizer_of,
 )
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import AnyPath, any_path, in_bucket, is_there, read_json, user_path
+from deltaproduct_jax.files import (
+    AnyPath,
+    any_path,
+    given_by,
+    in_bucket,
+    is_there,
+    named,
+    read_json,
+    user_path,
+)
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import most_tokens, with_fields, with_room
@@ -44,21 +54,21 @@ class Opened(NamedTuple):
     ends: tuple[int, ...]
 
 
-def is_folder_of_fla(directory: AnyPath, name: str) -> bool:
-    """Whether a directory's config.json is that of a model, not of a run; a setting gave it.
+def is_folder_of_fla(directory: AnyPath) -> bool:
+    """Whether a directory's config.json is that of a model, not of a run.
 
     Raises:
         RunDirectoryError: it is neither, cannot be read, or is such a folder in a bucket.
     """
     if not is_there(directory / CONFIG):
         raise RunDirectoryError(
-            f"{name}={directory} has no {CONFIG}; it may be a run directory, or a folder of "
+            f"{named(directory)} has no {CONFIG}; it may be a run directory, or a folder of "
             "flash-linear-attention"
         )
     is_one = "model_type" in read_json(directory / CONFIG, dict[str, Any])
     if is_one and in_bucket(directory):
         raise RunDirectoryError(
-            f"{name}={directory} is a folder of flash-linear-attention; copy it to a disk and name "
+            f"{named(directory)} is a folder of flash-linear-attention; copy it to a disk and name "
             "that"
         )
     return is_one
@@ -78,12 +88,11 @@ def load_folder(directory: Path, checkpoint: str, param_dtype: str | None = None
 
 
 def open_model(
-    path: str,
+    path: str | os.PathLike[str],
     *,
     checkpoint: str = "best",
     tokenizer: str | None = None,
     dtype: str | None = None,
-    name: str = "path",
 ) -> Opened:
     """The model in a directory, and the tokenizer that reads text for it.
 
@@ -93,18 +102,19 @@ def open_model(
         tokenizer: as ``data.tokenizer.open_tokenizer`` takes it; None for the one that belongs to
             the directory: of a run that of its text, of a folder the file beside the model.
         dtype: dtype of the computation; None for the model's own.
-        name: of the setting that gave the path.
 
     Raises:
         ConfigError: there is no tokenizer, it is not the one that the run learnt, or it has ids
             that the model does not have; a folder has no checkpoints.
         RunDirectoryError: the directory cannot be read, or names an end that is no token.
     """
-    directory = any_path(path, name)
-    if is_folder_of_fla(directory, name):
+    directory = any_path(path, "path")
+    with given_by("path", directory):
+        is_folder = is_folder_of_fla(directory)
+        run = None if is_folder else load_run(directory, checkpoint_of(checkpoint))
+    if run is None:
         model, own = load_folder(directory, checkpoint), _beside(directory)
     else:
-        run = load_run(directory, checkpoint_of(checkpoint), name)
         model, own = run.model, _of_text(run.config.task)
         learnt = tokenizer_learnt(directory, run.step)
         if None not in (own, learnt) and tokenizer is None and identity(describe(own)) != learnt:

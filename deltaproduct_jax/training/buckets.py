@@ -25,6 +25,7 @@ from deltaproduct_jax.files import (
     AnyPath,
     any_path,
     errors_as_one_line,
+    given_by,
     is_there,
     read_bytes,
     read_json,
@@ -134,7 +135,8 @@ def open_bucket(text: str, workdir: Path) -> Bucket:
             raise ConfigError(
                 f"bucket={text} is the workdir, where all is saved without it; give another folder"
             )
-    require_bucket(path, "bucket")
+    with given_by("bucket", path):
+        require_bucket(path)
     return Bucket(path)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import AnyPath, any_path, is_there, read_json
+from deltaproduct_jax.files import AnyPath, any_path, given_by, is_there, named, read_json
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
@@ -31,21 +31,17 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(
-    directory: str | os.PathLike[str], checkpoint: str | int = "best", name: str = "directory"
-) -> Run:
-    """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called.
-
-    Errors say the directory behind the ``name`` of the setting that gave it.
-    """
-    path = any_path(directory, name)
-    return restore_run(read_config(path, name), path, checkpoint)
+def load_run(directory: str | os.PathLike[str], checkpoint: str | int = "best") -> Run:
+    """As :func:`deltaproduct_jax.load_run`, which imports this module when it is called."""
+    path = any_path(directory, "directory")
+    with given_by("directory", path):
+        return restore_run(read_config(path), path, checkpoint)
 
 
 def restore_run(config: RunConfig, directory: AnyPath, checkpoint: str | int) -> Run:
     """The run in ``directory``, whose configuration is known; see :func:`load_run`."""
     if not is_there(directory / CHECKPOINTS):
-        raise RunDirectoryError(f"{directory} has no {CHECKPOINTS} yet")
+        raise RunDirectoryError(f"{named(directory)} has no {CHECKPOINTS} yet")
     definition, like = _shapes_of(config)
     with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
         step = _step_of(checkpoint, checkpoints, directory)
@@ -59,15 +55,15 @@ def tokenizer_learnt(directory: AnyPath, step: int) -> str | None:
         return (checkpoints.data(step) or {}).get("tokenizer")
 
 
-def read_config(directory: AnyPath, name: str = "directory") -> RunConfig:
-    """The configuration of the run in ``directory``, which the setting ``name`` gave.
+def read_config(directory: AnyPath) -> RunConfig:
+    """The configuration of the run in ``directory``.
 
     Raises:
         RunDirectoryError: there is no run, or its configuration cannot be read or understood.
     """
     path = directory / CONFIG
     if not is_there(path):
-        raise RunDirectoryError(f"{name}={directory} is no run directory: it has no {CONFIG}")
+        raise RunDirectoryError(f"{named(directory)} is no run directory: it has no {CONFIG}")
     with errors_of(path):
         return RunConfig.from_dict(read_json(path, ConfigFile))
 
@@ -87,13 +83,15 @@ def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
 def _step_of(checkpoint: str | int, checkpoints: Checkpoints, directory: AnyPath) -> int:
     steps = checkpoints.steps()
     if not steps:
-        raise RunDirectoryError(f"{directory} has no checkpoint yet that was written to its end")
+        raise RunDirectoryError(
+            f"{named(directory)} has no checkpoint yet that was written to its end"
+        )
     if checkpoint == "best":
         best = checkpoints.best()
         if best is None:
             raise RunDirectoryError(
-                f"{directory} has no checkpoint that was evaluated yet, so none is the best; give "
-                "checkpoint='newest'"
+                f"{named(directory)} has no checkpoint that was evaluated yet, so none is the "
+                "best; give checkpoint='newest'"
             )
         return best
     if checkpoint == "newest":

@@ -37,7 +37,13 @@ import numpy as np
 
 from deltaproduct_jax.analysis import margin
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import AnyPath, any_path, read_json, user_path
+from deltaproduct_jax.files import (
+    AnyPath,
+    any_path,
+    given_by,
+    read_json,
+    user_path,
+)
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -245,7 +251,8 @@ def put_together(options: MarginConfig) -> list[dict[str, Any]]:
     models = []
     for given in options.rows_from:
         path = user_path(given, "rows_from")
-        record = read_json(path, Record, "rows_from")
+        with given_by("rows_from", path):
+            record = read_json(path, Record)
         if record["accuracy"] != options.accuracy:
             raise ConfigError(
                 f"rows_from={path} is for accuracy={record['accuracy']}, not {options.accuracy}"

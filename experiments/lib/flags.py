@@ -21,8 +21,8 @@ import jax
 from absl import flags
 from absl import logging as absl_logging
 
+from deltaproduct_jax import files
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import read_json, require_directory, require_writable, user_path
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.settings import misfit
 from deltaproduct_jax.training.measuring.memory import first_line, is_exhausted
@@ -99,7 +99,11 @@ def parse(
     sections = chosen(argv, sections, presets)
     values = flags.FlagValues()
     fields = _define(values, sections, set(exclude))
-    _define_common(values, presets)
+    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
+    one_of = f"one of {', '.join(presets)}"
+    flags.DEFINE_enum("preset", None, list(presets), one_of, flag_values=values)
+    flags.DEFINE_string("config", None, "a saved config.json to run again", flag_values=values)
+    _define_help(values)
     _read(values, argv)
     if values.help:
         print(_help(values, sections, presets, default_workdir), flush=True)
@@ -109,9 +113,9 @@ def parse(
         raise ConfigError("--workdir is missing; give the directory that the run is to live in")
     saved = {} if values.config is None else _read_config(values.config, sections)
     resolved = _resolve(values, sections, fields, presets, set(exclude), saved)
-    require_directory(Path(workdir), "workdir")
-    path = user_path(workdir, "workdir")
-    (require_writable if writes else require_directory)(path, "workdir")
+    files.require_directory(Path(workdir), "workdir")
+    path = files.user_path(workdir, "workdir")
+    (files.require_writable if writes else files.require_directory)(path, "workdir")
     return Parsed(resolved, path, saved, values.preset)
 
 
@@ -214,14 +218,6 @@ def _define(values: flags.FlagValues, sections: Sections, exclude: set[str]) -> 
     return owner
 
 
-def _define_common(values: flags.FlagValues, presets: Presets) -> None:
-    names = ", ".join(presets)
-    flags.DEFINE_string("workdir", None, "the run directory", flag_values=values)
-    flags.DEFINE_enum("preset", None, list(presets), f"one of {names}", flag_values=values)
-    flags.DEFINE_string("config", None, "a saved config.json to run again", flag_values=values)
-    _define_help(values)
-
-
 def _define_help(values: flags.FlagValues) -> None:
     flags.DEFINE_flag(Boolean("help", False, "show this help", "h"), flag_values=values)
 
@@ -254,8 +250,10 @@ def _resolve(
 
 def _load(config: str, sections: Sections) -> dict[str, dict[str, Any]]:
     """The sections of a config.json, as they are there."""
+    path = files.user_path(config, "--config")
     try:
-        saved = read_json(user_path(config, "--config"), ConfigFile, "--config")
+        with files.given_by("--config", path):
+            saved = files.read_json(path, ConfigFile)
     except RunDirectoryError as error:
         raise ConfigError(f"{error}; it must hold {', '.join(sections)}") from error
     _refuse_unknown(config, "section", saved, sections)

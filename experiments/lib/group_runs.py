@@ -1,7 +1,10 @@
 """Runs of state tracking, read back by those who look at what was trained."""
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import AnyPath
+from deltaproduct_jax.files import (
+    AnyPath,
+    given_by,
+)
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.runs import Run, load_run
 
@@ -13,7 +16,8 @@ def load_group_run(flag: str, run: AnyPath) -> Run:
         ConfigError: the run, which ``flag`` names, is of another task.
         RunDirectoryError: it is no run, or cannot be read.
     """
-    found = load_run(run, name=flag)
+    with given_by(flag, run):
+        found = load_run(run)
     if not isinstance(found.config.task, GroupTask):
         task = type(found.config.task).__name__
         raise ConfigError(f"{flag}={run} is of the task {task}; it must be of state tracking")

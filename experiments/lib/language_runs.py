@@ -10,7 +10,13 @@ from deltaproduct_jax.data.config import StreamConfig
 from deltaproduct_jax.data.stream import TokenStream
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import AnyPath, any_path, user_path
+from deltaproduct_jax.files import (
+    AnyPath,
+    any_path,
+    given_by,
+    named,
+    user_path,
+)
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields
@@ -56,7 +62,10 @@ def open_language_models(
         raise ConfigError(f"--{name} is missing; give run directories, separated by commas")
     paths = [any_path(directory, name) for directory in directories]
     places = _told_apart(name, paths)
-    found = [_open(path, checkpoint, name) for path in paths]
+    found = []
+    for path in paths:
+        with given_by(name, path):
+            found.append(_open(path, checkpoint))
     times = collections.Counter(one.label for one in found)
     labels = [
         f"{one.label} ({place})" if times[one.label] > 1 else one.label
@@ -68,15 +77,15 @@ def open_language_models(
     return [one._replace(model=with_fields(one.model, dtype=dtype)) for one in found]
 
 
-def _open(directory: AnyPath, checkpoint: str, name: str) -> LanguageModel:
-    if is_folder_of_fla(directory, name):
+def _open(directory: AnyPath, checkpoint: str) -> LanguageModel:
+    if is_folder_of_fla(directory):
         model = fla.load(directory)
         return LanguageModel(model.config.label, model, None, None)
-    run = load_run(directory, checkpoint_of(checkpoint), name)
+    run = load_run(directory, checkpoint_of(checkpoint))
     task = run.config.task
     if not hasattr(task, "stream"):
         raise ConfigError(
-            f"{name}={directory} learnt {type(task).__name__}; it may be a run of text"
+            f"{named(directory)} learnt {type(task).__name__}; it may be a run of text"
         )
     learnt = tokenizer_learnt(directory, run.step)
     return LanguageModel(run.model.config.label, run.model, task.train_length, learnt)

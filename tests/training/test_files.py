@@ -166,6 +166,17 @@ def test_a_directory_may_become_one_where_no_file_is(tmp_path):
         files.require_directory(tmp_path / "file", "workdir")
 
 
+def test_a_path_is_said_behind_the_outermost_setting_that_gave_it(tmp_path):
+    path = tmp_path / "absent"
+    with files.given_by("run", path), files.given_by("directory", path):
+        assert files.named(path) == f"run={path}"
+        assert files.named(path / "a") == str(path / "a")
+        with pytest.raises(RunDirectoryError, match=f"^run={path} cannot be read: No such"):
+            files.read_json(path)
+    with pytest.raises(RunDirectoryError, match=f"^{path} cannot be read: No such"):
+        files.read_json(path)
+
+
 def test_only_errors_of_the_disk_become_one_line():
     with (
         pytest.raises(RunDirectoryError, match=r"^a cannot be read: No such file or directory$"),

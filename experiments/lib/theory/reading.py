@@ -186,8 +186,8 @@ class Row(TypedDict):
     made_by: str
 
 
-def rows_of(path: Path, name: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a results.json, which the flag ``name`` gave, if one did.
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a results.json.
 
     Raises:
         ConfigError: it is no list of them.
@@ -198,7 +198,7 @@ def rows_of(path: Path, name: str | None = None) -> list[dict[str, Any]]:
             require_one_of(f"[{index}].construction", row["construction"], CATALOGUE)
         return rows
     except (RunDirectoryError, ConfigError) as error:
-        raise ConfigError(f"{named(path, name)} is not a list of results: {error}") from error
+        raise ConfigError(f"{named(path)} is not a list of results: {error}") from error
 
 
 def case_of(row: Mapping[str, Any]) -> tuple[str, ...]:
