@@ -202,17 +202,21 @@ WRONG = {
         (", rngs: nnx.Rngs", "", "must have a keyword rngs of its constructor$"),
         ("state=AverageState,", "state=None,", "state=None of mixer 'average' must be a class$"),
         ("(ModelConfig)", "", "must have mixer, vocab_size$"),
-        ('= setting(8.0, "tokens over which the average forgets")', "= 8.0", "for horizon$"),
+        ('= setting(8.0, "tokens over which the average forgets", least=1)', "= 8.0", "horizon$"),
         ("    horizon: float =", "    horizons: float =", "fields horizons of the config of"),
-        ("check=lambda", "idle=3, check=lambda", "idle=3 of mixer 'average' must be a function"),
-        ('    "average",', '    " ",', "name of a mixer must be a text of its own, got ' '"),
+        (
+            "state=AverageState,",
+            "state=AverageState, idle=3,",
+            "idle=3 of mixer 'average' must be a function",
+        ),
+        ('("average",', '(" ",', "name of a mixer must be a text of its own, got ' '"),
     ],
     "first.py": [
         ("frozen=True", "frozen=False", "must be a frozen dataclass$"),
         ("def score", "def scores", "must have score$"),
         ("def batch", "def draw", "must have batch$"),
         ("    vocab_size =", "    size =", "must have vocab_size$"),
-        ("letters: int = setting(4, ", "letters: int = int('4') or (4, ", "setting for letters$"),
+        ('= setting(4, "number of letters", least=2)', "= 4", "setting for letters$"),
         ('register_task("first"', "register_task(1", "name of a task must be a text of its own"),
     ],
 }
@@ -234,10 +238,9 @@ def test_what_is_registered_is_looked_at_then(name, piece, instead, said, tmp_pa
 @pytest.mark.parametrize("value", ["nan", "1e400", "1e-300"])
 def test_fields_of_a_plugin_are_checked_for_it(value, files, tmp_path, capsys):
     path = tmp_path / "first.py"
-    more = (
-        '    letters: int = setting(4, "number of letters")\n    rate: float = setting(0.5, "any")'
-    )
-    path.write_text(path.read_text().replace(more.splitlines()[0], more))
+    letters = '    letters: int = setting(4, "number of letters", least=2)\n'
+    more = letters + '    rate: float = setting(0.5, "any")\n'
+    path.write_text(path.read_text().replace(letters, more))
     workdir = tmp_path / "run"
     assert train.main(flags_of(workdir, files, task="first", mixer="gla", rate=value)) == 2
     assert "rate=" in capsys.readouterr().err
