@@ -74,7 +74,7 @@ def export(
     described = {
         "piece": piece,
         "vocab_size": model.config.vocab_size,
-        "state": {name: _described(x, rows) for name, x in state.items()},
+        "state": {name: _described(x) for name, x in state.items()},
     }
     with whole_or_absent(lambda: [folder / name for name in names]):
         for name, program, arguments in (
@@ -144,7 +144,7 @@ def _programs(graph: Any, structure: Any, names: tuple[str, ...]) -> tuple[Calla
     return prefill, step
 
 
-def _described(shape: jax.ShapeDtypeStruct, rows: Any) -> dict[str, Any]:
+def _described(shape: jax.ShapeDtypeStruct) -> dict[str, Any]:
     """As JSON has it; "b" is the number of rows."""
     return {"shape": ["b", *shape.shape[1:]], "dtype": jnp.dtype(shape.dtype).name}
 

@@ -21,7 +21,7 @@ from deltaproduct_jax.theory.reflections import factors, product
 Word = tuple[int, ...]
 
 
-def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> Construction:
+def two_layers(name: str, group: str) -> Construction:
     """Dm or Zm, or S3, with n_h = 1, in two layers.
 
     The first counts rotations modulo 2, p. The second keeps ``S^p y^T`` for one of the group's
@@ -31,13 +31,12 @@ def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> C
     Args:
         name: of the construction.
         group: Dm, Zm or S3.
-        letters: elements that are read; None for all.
 
     Raises:
         ConfigError: the group is no other.
     """
     kind = "permutations" if group == "S3" else "plane"
-    matrices, start, copies, letters, pads = represented(group, kind, letters)
+    matrices, start, copies, letters, pads = represented(group, kind)
     task, d = GroupTask(group=group), matrices.shape[-1]
     program = Program(
         vocab_size=task.vocab_size,
@@ -72,7 +71,7 @@ def two_layers(name: str, group: str, letters: Sequence[int] | None = None) -> C
     program.lookup(0, Table({"token": token, "parity": parity}, 2, 1, outputs))
 
     program.factors_of_feature(1, heads, "key", None, copies)
-    program.read_by_feature(1, heads, "query", d, copies)
+    program.read_by_query(1, heads, d, copies)
     program.orbit(1, heads, "image", start, pads, copies)
     return finished(program, name, group, matrices, start, letters)
 
@@ -134,7 +133,7 @@ def by_blocks(
     program.lookup(last - 1, *(table._replace(outputs=flat(table.outputs)) for table in tables))
     heads = slice(0, d)
     program.factors_of_feature(last, heads, "key", "beta", copies)
-    program.read_by_feature(last, heads, "query", d, copies)
+    program.read_by_query(last, heads, d, copies)
     program.orbit(last, heads, "image", start, pads, copies)
     return finished(program, name, group, matrices, start, letters)
 

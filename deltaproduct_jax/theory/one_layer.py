@@ -52,7 +52,7 @@ def representation(group: str, kind: str) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def represented(
-    group: str, kind: str, letters: Sequence[int] | None
+    group: str, kind: str, letters: Sequence[int] | None = None
 ) -> tuple[np.ndarray, np.ndarray, int, np.ndarray, list[int]]:
     """What `representation` returns, the letters that are read, and the pads of a key.
 
@@ -77,13 +77,7 @@ def answers_of(images: np.ndarray) -> np.ndarray:
     return images / np.linalg.norm(images, axis=-1, keepdims=True)
 
 
-def group_in_one_layer(
-    name: str,
-    group: str,
-    kind: str,
-    num_householder: int,
-    letters: Sequence[int] | None = None,
-) -> Construction:
+def group_in_one_layer(name: str, group: str, kind: str, num_householder: int) -> Construction:
     """A group of orthogonal matrices, each letter's factors read from its token.
 
     Args:
@@ -91,13 +85,12 @@ def group_in_one_layer(
         group: as ``tasks.finite_groups`` names it.
         kind: representation, see `representation`.
         num_householder: factors for every token, the paper's n_h.
-        letters: elements that are read; None for all.
 
     Raises:
         ValueError: a letter takes more factors than ``num_householder``.
         ConfigError: the group has no such representation.
     """
-    matrices, start, copies, letters, pads = represented(group, kind, letters)
+    matrices, start, copies, letters, pads = represented(group, kind)
     task, d = GroupTask(group=group), matrices.shape[-1]
     program = Program(
         vocab_size=task.vocab_size,

@@ -245,12 +245,12 @@ class Program:
             b[:, :, heads] = SURE * np.eye(self.R)[:, :, None]
         self.put(layer, "b", beta or "token", b)
 
-    def read_by_feature(self, layer: int, heads: slice, feature: str, d: int, copies: int) -> None:
-        """Queries ``[d * d]``, head by head, that a feature holds; BOS reads what it wrote."""
+    def read_by_query(self, layer: int, heads: slice, d: int, copies: int) -> None:
+        """Queries ``[d * d]``, head by head, of the feature "query"; BOS reads what it wrote."""
         rows = np.eye(d * d).reshape(d * d, d, d)
         q = np.zeros((d * d, self.H, self.K))
         q[:, heads, : copies * d] = LARGE * np.tile(rows, copies)
-        self.put(layer, "q", feature, q)
+        self.put(layer, "q", "query", q)
         self.read(layer, heads, "token", np.eye(d)[None], copies, rows=[self.bos])
 
     def buffer(
