@@ -1,6 +1,8 @@
 """The two errors that a command turns into one line; any other is a bug and keeps its traceback."""
 
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 
@@ -12,9 +14,39 @@ class RunDirectoryError(OSError):
     """A run directory that cannot be written or read, or holds another run."""
 
 
-def is_module_name(text: str) -> bool:
-    """Whether a text can be the dotted name of a module."""
-    return all(part.isidentifier() for part in text.split("."))
+def found_module(name: str) -> ModuleType | None:
+    """The module of a dotted name; None where there is none.
+
+    Raises:
+        ImportError: it is there, and something that it needs is not.
+    """
+    try:
+        is_name = all(part.isidentifier() for part in name.split("."))
+        return importlib.import_module(name) if is_name else None
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise
+        return None
+
+
+def require_package(name: str, what: str, extra: str) -> ModuleType:
+    """A module of a package that only some work needs, imported where it is used.
+
+    Args:
+        name: of the module.
+        what: the work, for the error.
+        extra: of this package, that brings it.
+
+    Raises:
+        ConfigError: it is not installed; the text says how to.
+    """
+    module = found_module(name)
+    if module is None:
+        root = name.partition(".")[0]
+        raise ConfigError(
+            f"{what} needs the package {root}; pip install 'deltaproduct_jax[{extra}]' installs it"
+        )
+    return module
 
 
 def require_one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import contextvars
 import errno
-import importlib.util
 import os
 import shutil
 import stat
@@ -16,7 +15,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_package
 from deltaproduct_jax.settings import shown
 from deltaproduct_jax.strict_json import decode
 
@@ -194,11 +193,7 @@ def any_path(path: str | os.PathLike[str], name: str) -> AnyPath:
             f"{name}={text!r} is not known; it may be a directory, or gs://BUCKET/FOLDER, of which "
             "no name is empty, '.' or '..'"
         )
-    if importlib.util.find_spec("gcsfs") is None:
-        raise ConfigError(
-            f"{name}={text} needs the package gcsfs; pip install 'deltaproduct_jax[gcs]' installs "
-            "it"
-        )
+    require_package("gcsfs", f"{name}={text}", "gcs")
     import fsspec
 
     # What a process remembers of a folder would not show what others have written since.

@@ -25,13 +25,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
-from deltaproduct_jax.files import (
-    AnyPath,
-    any_path,
-    given_by,
-    whole_or_absent,
-    write_file,
-)
+from deltaproduct_jax.files import AnyPath, any_path, given_by, whole_or_absent, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.settings import check_fields, setting

@@ -19,17 +19,11 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deltaproduct_jax.data.optional import require
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_package
 from deltaproduct_jax.evaluation.command import NAME, register
 from deltaproduct_jax.evaluation.models import is_folder_of_fla
 from deltaproduct_jax.evaluation.tasks import PAPER
-from deltaproduct_jax.files import (
-    any_path,
-    given_by,
-    user_path,
-    write_file,
-)
+from deltaproduct_jax.files import any_path, given_by, user_path, write_file
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.records import RESULTS
 from experiments.lib import flags
@@ -87,7 +81,7 @@ def command(argv: Sequence[str]) -> None:
     refuse_other(parsed.workdir, "an evaluation")
     register()
     results = evaluate(options)
-    utils = require("lm_eval.utils", "evaluation", extra="evaluation")
+    utils = require_package("lm_eval.utils", "evaluation", "evaluation")
     # Among them are functions of the tasks, which the harness writes by their names.
     text = json.dumps(results, indent=2, default=utils.handle_non_serializable)
     write_file(parsed.workdir / RESULTS, text.encode() + b"\n")
@@ -105,12 +99,12 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
     model = any_path(options.model, "model")
     with given_by("model", model):  # which the harness calls path
         is_folder_of_fla(model)
-    harness = require("lm_eval", "evaluation", extra="evaluation")
+    harness = require_package("lm_eval", "evaluation", "evaluation")
     given = options.include_path
     folder = None if given is None else user_path(given, "include_path")
     if folder is not None and not folder.is_dir():
         raise ConfigError(f"include_path={given!r} is no folder; it may be one of tasks")
-    manager = require("lm_eval.tasks", "evaluation", extra="evaluation").TaskManager(
+    manager = require_package("lm_eval.tasks", "evaluation", "evaluation").TaskManager(
         include_path=None if folder is None else str(folder)
     )
     unknown = [name for name in options.tasks if not manager.match_tasks([name])]

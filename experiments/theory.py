@@ -35,11 +35,7 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.files import (
-    given_by,
-    user_path,
-    write_file,
-)
+from deltaproduct_jax.files import given_by, user_path, write_file
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, seed_setting, setting

@@ -191,8 +191,14 @@ def test_a_name_is_given_once_but_to_a_class_that_is_loaded_again():
         errors.refuse_taken("mixer", "own", made("X"), made("Own"))
 
 
-@pytest.mark.parametrize(("text", "is_name"), [
-    ("a", True), ("a.b_2", True), ("", False), ("a..b", False), ("a-b", False), (".a", False),
-])  # fmt: skip
-def test_names_of_modules(text, is_name):
-    assert errors.is_module_name(text) == is_name
+@pytest.mark.parametrize("name", ["", "a..b", "a-b", ".json", "json.no", "no_module_of_this_name"])
+def test_what_is_no_module_is_not_found(name):
+    assert errors.found_module("json.decoder").__name__ == "json.decoder"
+    assert errors.found_module(name) is None
+
+
+def test_a_module_that_lacks_another_says_so(tmp_path, monkeypatch):
+    (tmp_path / "lacking_one.py").write_text("import no_module_of_this_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_module_of_this_name"):
+        errors.found_module("lacking_one")

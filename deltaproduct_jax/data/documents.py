@@ -19,8 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from deltaproduct_jax.data.optional import require
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_package
 from deltaproduct_jax.files import errors_as_one_line, user_path
 
 KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
@@ -176,14 +175,14 @@ def _row_groups(source: Source, piece_bytes: int) -> Iterator[Slice]:
 
 
 def _parquet(path: str) -> Any:
-    parquet = require("pyarrow.parquet", f"sources: {path}")
+    parquet = require_package("pyarrow.parquet", f"sources: {path}", "data")
     with _errors_of_parquet(path):
         return parquet.ParquetFile(path, memory_map=True, page_checksum_verification=True)
 
 
 @contextlib.contextmanager
 def _errors_of_parquet(path: str) -> Iterator[None]:
-    arrow = require("pyarrow", f"sources: {path}")
+    arrow = require_package("pyarrow", f"sources: {path}", "data")
     try:
         yield
     except (arrow.ArrowException, OSError) as error:
@@ -245,7 +244,7 @@ def _field_of(line: str, text_field: str, counts: Counter[str]) -> str | None:
 
 
 def _read_rows(part: Slice, text_field: str, counts: Counter[str]) -> Iterator[str]:
-    arrow = require("pyarrow", f"sources: {part.path}")
+    arrow = require_package("pyarrow", f"sources: {part.path}", "data")
     file = _parquet(part.path)
     columns = file.schema_arrow.names
     if text_field not in columns:

@@ -32,11 +32,7 @@ from deltaproduct_jax.data.manifest import (
 from deltaproduct_jax.data.shards import ShardWriter, digest, dtype_for, write_whole
 from deltaproduct_jax.data.splits import SPLITS
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import (
-    errors_as_one_line,
-    given_by,
-    read_json,
-)
+from deltaproduct_jax.files import errors_as_one_line, given_by, read_json
 from deltaproduct_jax.strict_json import to_json
 
 if os.name != "nt":

@@ -12,10 +12,9 @@ import numpy as np
 from deltaproduct_jax.data import standard_library
 from deltaproduct_jax.data.config import StreamConfig
 from deltaproduct_jax.data.corpus import Corpus, open_corpus
-from deltaproduct_jax.data.optional import require
 from deltaproduct_jax.data.packing import PACKINGS, Rows
 from deltaproduct_jax.data.splits import SPLITS
-from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
+from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of, require_package
 from deltaproduct_jax.files import given_by, user_path
 from deltaproduct_jax.settings import misfit
 
@@ -101,7 +100,7 @@ class TokenStream:
                     f"{length_name}={length} is too long: {corpus.name} has {corpus.num_tokens} "
                     f"tokens in split {split!r}, and a row takes one more than its length"
                 )
-        self._grain = require("grain", f"data={','.join(config.data)}")
+        self._grain = require_package("grain", f"data={','.join(config.data)}", "data")
         self._numbers, self._batches = self._datasets()
         self._ahead: Iterator[Rows] | None = None
 

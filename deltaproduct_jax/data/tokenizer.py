@@ -14,13 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from deltaproduct_jax.data.manifest import TokenizerFacts, read_manifest
-from deltaproduct_jax.data.optional import require
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.files import (
-    given_by,
-    read_bytes,
-    user_path,
-)
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_package
+from deltaproduct_jax.files import given_by, read_bytes, user_path
 
 MISTRAL = ("mistral_common", "data/tokenizer.model.v1")
 BOS = "<s>"  # of a BPE that is trained here
@@ -73,7 +68,7 @@ class HuggingFaceTokenizer:
     kind = "huggingface"
 
     def __init__(self, data: bytes, name: str, bos: str | None = None):
-        package = require("tokenizers", f"tokenizer={name}")
+        package = require_package("tokenizers", f"tokenizer={name}", "data")
         try:
             self._tokenizer = package.Tokenizer.from_buffer(data)
         except Exception as error:  # the package raises nothing narrower
@@ -134,7 +129,7 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
 
     def __init__(self, data: bytes, name: str):
-        package = require("sentencepiece", f"tokenizer={name}")
+        package = require_package("sentencepiece", f"tokenizer={name}", "data")
         try:
             self._model = package.SentencePieceProcessor(model_proto=data)
         except RuntimeError as error:
@@ -212,7 +207,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
     Raises:
         ConfigError: the package tokenizers is not installed.
     """
-    package = require("tokenizers", "tokenizer=bpe")
+    package = require_package("tokenizers", "tokenizer=bpe", "data")
     level = package.pre_tokenizers.ByteLevel
     tokenizer = package.Tokenizer(package.models.BPE())
     tokenizer.pre_tokenizer = level(add_prefix_space=False)
@@ -388,5 +383,5 @@ def load_tokenizer(directory: Path, said: TokenizerFacts) -> Tokenizer:
 
 
 def _name_of(data: bytes, token_id: int) -> str:
-    tokenizer = require("tokenizers", "tokenizer.json").Tokenizer.from_buffer(data)
+    tokenizer = require_package("tokenizers", "tokenizer.json", "data").Tokenizer.from_buffer(data)
     return tokenizer.id_to_token(token_id)

@@ -5,8 +5,7 @@ deltaproduct-lm-eval run --model deltaproduct --model_args path=runs/text --task
 
 import sys
 
-from deltaproduct_jax.data.optional import require
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, require_package
 
 NAME = "deltaproduct"
 CLASS = "deltaproduct_jax.evaluation.harness:DeltaProductLM"
@@ -18,8 +17,8 @@ def register() -> None:
     Raises:
         ConfigError: the harness is not installed.
     """
-    require("lm_eval", "evaluation", extra="evaluation")
-    registry = require("lm_eval.api.registry", "evaluation", extra="evaluation").model_registry
+    require_package("lm_eval", "evaluation", "evaluation")
+    registry = require_package("lm_eval.api.registry", "evaluation", "evaluation").model_registry
     if NAME not in registry:
         registry.register(NAME, target=CLASS)
 
@@ -28,7 +27,7 @@ def main() -> int:
     """Hands the command line over; errors of the user's are one line."""
     try:
         register()
-        require("lm_eval.__main__", "evaluation", extra="evaluation").cli_evaluate()
+        require_package("lm_eval.__main__", "evaluation", "evaluation").cli_evaluate()
     except (ConfigError, RunDirectoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple, TypedDict
 import ml_dtypes
 import numpy as np
 
-from deltaproduct_jax.data.optional import require
-from deltaproduct_jax.errors import RunDirectoryError
+from deltaproduct_jax.errors import RunDirectoryError, require_package
 from deltaproduct_jax.files import errors_as_one_line, is_file_name, read_json, sync, write_file
 from deltaproduct_jax.strict_json import to_json
 
@@ -45,7 +44,7 @@ class _Index(TypedDict):
 
 
 def _package() -> ModuleType:
-    return require("safetensors", "a folder of safetensors", extra="interop")
+    return require_package("safetensors", "a folder of safetensors", "interop")
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -19,10 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-    require_ascending,
-)
+from deltaproduct_jax.errors import ConfigError, require_ascending
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks import expressions
 from deltaproduct_jax.tasks.expressions import MODULUS, BracketTokens, FlatTokens

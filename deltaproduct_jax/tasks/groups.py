@@ -16,11 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-    require_ascending,
-    require_at_least,
-)
+from deltaproduct_jax.errors import ConfigError, require_ascending, require_at_least
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.finite_groups import FiniteGroup, finite_group
 from deltaproduct_jax.tasks.registry import register_task

@@ -16,10 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-    require_ascending,
-)
+from deltaproduct_jax.errors import ConfigError, require_ascending
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.tasks.registry import register_task
 from deltaproduct_jax.tasks.task import Batch, Score, score_positions

@@ -2,13 +2,12 @@
 
 import dataclasses
 import hashlib
-import importlib
 import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from deltaproduct_jax.errors import ConfigError, is_module_name
+from deltaproduct_jax.errors import ConfigError, found_module
 from deltaproduct_jax.files import user_path
 from deltaproduct_jax.settings import check_fields, setting
 
@@ -51,17 +50,11 @@ def import_plugins(plugins: Iterable[str]) -> None:
 
 
 def _import_module(name: str) -> None:
-    try:
-        if not is_module_name(name):
-            raise ModuleNotFoundError(name=name)
-        importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the plug-in is there, and something it needs is not
+    if found_module(name) is None:
         raise ConfigError(
             f"plugins={name!r} is no module that can be imported; it may be one, or the path "
             "of a file that ends in .py"
-        ) from error
+        )
 
 
 def _import_file(path: Path) -> None:

@@ -37,13 +37,7 @@ import numpy as np
 
 from deltaproduct_jax.analysis import margin
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import (
-    AnyPath,
-    any_path,
-    given_by,
-    read_json,
-    user_path,
-)
+from deltaproduct_jax.files import AnyPath, any_path, given_by, read_json, user_path
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.settings import check_fields, seed_setting, setting

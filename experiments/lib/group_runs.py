@@ -1,10 +1,7 @@
 """Runs of state tracking, read back by those who look at what was trained."""
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import (
-    AnyPath,
-    given_by,
-)
+from deltaproduct_jax.files import AnyPath, given_by
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.training.runs import Run, load_run
 

@@ -10,13 +10,7 @@ from deltaproduct_jax.data.config import StreamConfig
 from deltaproduct_jax.data.stream import TokenStream
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla
-from deltaproduct_jax.files import (
-    AnyPath,
-    any_path,
-    given_by,
-    named,
-    user_path,
-)
+from deltaproduct_jax.files import AnyPath, any_path, given_by, named, user_path
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_fields

@@ -24,9 +24,7 @@ from typing import Any
 
 import jax
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-)
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.selection import select_implementation
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags

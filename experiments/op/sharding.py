@@ -27,10 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-    require_one_of,
-)
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.ops import sharded_delta_product
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting

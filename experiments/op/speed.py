@@ -33,10 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-    require_one_of,
-)
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.ops.selection import AVAILABLE
 from deltaproduct_jax.settings import check_fields, setting
 from experiments.lib import flags

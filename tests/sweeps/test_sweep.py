@@ -364,7 +364,7 @@ def test_bad_parameters_of_jobs_are_one_line(parameters, says, tmp_path, capsys,
 def test_without_submitit_the_error_names_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert run(tmp_path, "seed=0", launcher="slurm") == 2
-    assert "needs the package submitit; install it with: pip" in capsys.readouterr().err
+    assert "needs the package submitit; pip install" in capsys.readouterr().err
 
 
 def test_without_pyarrow_the_csv_is_written_alone(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,7 @@
 """Runs with --bucket, for which a folder does as well: what is there, and who goes on from it."""
 
-import importlib.util
 import json
+import sys
 
 import pytest
 import tiny_run
@@ -226,7 +226,7 @@ def test_the_workdir_is_no_bucket(tmp_path):
 
 
 def test_a_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ConfigError) as error:
         files.any_path("gs://bucket/run", "bucket")
     assert str(error.value) == (

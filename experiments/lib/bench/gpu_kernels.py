@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deltaproduct_jax.errors import (
-    ConfigError,
-)
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops import kernels
 from deltaproduct_jax.ops.cut import default_span
 from deltaproduct_jax.ops.kernels.triton import passes, tiling

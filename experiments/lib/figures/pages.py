@@ -7,9 +7,8 @@ name: nothing here knows what any of them measures.
 
 from typing import Any
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, found_module
 from experiments.lib.bench.report import PAGE, Page, report_of
-from experiments.lib.modules import found_module
 
 
 def page_of(script: str) -> Page:

@@ -21,13 +21,12 @@ from typing import Any, TypedDict
 
 from absl import flags as absl_flags
 
-from deltaproduct_jax.errors import ConfigError, RunDirectoryError
+from deltaproduct_jax.errors import ConfigError, RunDirectoryError, found_module
 from deltaproduct_jax.files import is_there, read_json, write_file
 from deltaproduct_jax.training.locks import Lock
 from deltaproduct_jax.training.plugins import absolute, import_plugins
 from deltaproduct_jax.training.records import ConfigFile, refuse_other_config
 from experiments.lib import flags
-from experiments.lib.modules import found_module
 from experiments.lib.sweeps.devices import SETTINGS
 
 LIST = "runs.json"

@@ -1,7 +1,6 @@
 """Where the runs of a sweep are run: in processes of this machine, or as jobs through submitit."""
 
 import contextlib
-import importlib
 import itertools
 import json
 import os
@@ -11,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_package
 from deltaproduct_jax.files import read_json, write_file
 from deltaproduct_jax.settings import whole_number
 from deltaproduct_jax.training.config import RunConfig
@@ -162,12 +161,7 @@ class SubmititLauncher:
     def __init__(self, script: str, parameters: str, folder: Path, devices: Sequence[str]):
         # Else it configures logging for the whole process, and closes others' streams as it does.
         os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
-        try:
-            submitit = importlib.import_module("submitit")
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                "launcher=slurm needs the package submitit; install it with: pip install submitit"
-            ) from error
+        submitit = require_package("submitit", "launcher=slurm", "sweeps")
         self._script, self._parameters, self._devices = script, parameters, devices
         given = {"timeout_min": "1440"} | parse_fixed(parameters, "--slurm")
         for name in PROCESSES & given.keys():
