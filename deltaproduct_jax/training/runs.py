@@ -12,9 +12,9 @@ from deltaproduct_jax.files import AnyPath, any_path, given_by, is_there, named,
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig
-from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.records import CHECKPOINTS, CONFIG, ConfigFile, errors_of
-from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
+from deltaproduct_jax.training.start import shapes_of
+from deltaproduct_jax.training.step import ModelDefinition, TrainState
 
 
 class Run(NamedTuple):
@@ -70,9 +70,8 @@ def read_config(directory: AnyPath) -> RunConfig:
 
 def _shapes_of(config: RunConfig) -> tuple[ModelDefinition, TrainState]:
     """The model's description and the shapes of a checkpoint, without drawing parameters."""
-    model = nnx.eval_shape(lambda: SequenceModel(config.model, rngs=nnx.Rngs(0)))
-    definition, params = split_model(model)
-    state = jax.eval_shape(lambda params: init_state(params, make_optimizer(config.train)), params)
+    make_model = lambda: SequenceModel(config.model, rngs=nnx.Rngs(0))
+    definition, state = shapes_of(config, make_model)
     # A checkpoint names the devices that it was written on; here it is to lie where arrays do.
     here = jnp.zeros(()).sharding
     return definition, jax.tree.map(

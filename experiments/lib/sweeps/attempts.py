@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from deltaproduct_jax.data.workers import cores
 from deltaproduct_jax.files import write_file
 from deltaproduct_jax.training.locks import RUN_LOCK, Lock
 from experiments.lib.parent import marked
@@ -24,13 +25,6 @@ CLAIM = ".claim"
 ROOT = Path(__file__).resolve().parents[3]
 SAVING_S = 120.0  # for a step, an evaluation and a checkpoint, or for compiling them
 NO_RESULTS = "ended without results.json"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def environment(workers: int = 1, gpus: Sequence[str] = ()) -> dict[str, str]:
