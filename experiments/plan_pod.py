@@ -30,8 +30,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-import jax
-
 from deltaproduct_jax.compilers import tpu
 from deltaproduct_jax.compilers.topologies import CHIPS, GIB, kind_of, platform_of
 from deltaproduct_jax.errors import require_at_least
@@ -40,10 +38,11 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.settings import check_fields, setting
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.text import TextTask
-from experiments.lib import environment, flags, language_presets
+from experiments.lib import flags, language_presets
 from experiments.lib.bench.report import begun, markdown, shown, write_report
+from experiments.lib.compilers import versions
 from experiments.lib.pod.batches import fits, largest_rows, memory_of_step
-from experiments.lib.pod.compiler import EXTRAS, PLUGIN, compile_apart
+from experiments.lib.pod.compiler import compile_apart
 
 DEFAULT = "340m_2"
 _NAMED = language_presets.PRESETS | {"default": language_presets.PRESETS[DEFAULT]}
@@ -229,17 +228,10 @@ def command(argv: Sequence[str]) -> None:
     preset = "config" if parsed.saved else named
     record = begun("plan_pod", argv, preset=preset, mesh=mesh)
     record |= {"topology": config.topology, "rows": config.rows, "search": config.search}
-    record |= {"length": run.task.train_length, "versions": _versions(config.topology)}
+    record |= {"length": run.task.train_length, "versions": versions(platform_of(config.topology))}
     record |= plan(config, run, mesh)
     name = f"{preset}_{config.topology.replace(':', '_')}"
     print(write_report(parsed.workdir, name, record, page))
-
-
-def _versions(topology: str) -> str:
-    platform = platform_of(topology)
-    package = {"tpu": tpu.PACKAGE, "cuda": PLUGIN}[platform]
-    version = tpu.version_of(package, environment.extra_folder(EXTRAS[platform]))
-    return f"jax {jax.__version__}, {package} {version}"
 
 
 if __name__ == "__main__":

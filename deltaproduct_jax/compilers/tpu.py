@@ -7,9 +7,7 @@ nothing on any device.
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,9 +16,6 @@ import numpy as np
 from jax.experimental import topologies
 
 from deltaproduct_jax.compilers import kernel_bundles
-from deltaproduct_jax.errors import ConfigError
-
-PACKAGE = "libtpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,30 +51,6 @@ def lowering_for(mesh: jax.sharding.Mesh) -> Iterator[None]:
     """Inside, Pallas kernels are lowered for the chips of a mesh: they ask the mesh around them."""
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         yield
-
-
-def version_of(package: str, extra: Path) -> str | None:
-    """Of a package on the path or in folder ``extra``; None where it is missing."""
-    found = importlib.metadata.distributions(name=package, path=[*sys.path, str(extra)])
-    return next((distribution.version for distribution in found), None)
-
-
-def libtpu_version(extra: Path) -> str | None:
-    """Of package libtpu, as `version_of` finds it."""
-    return version_of(PACKAGE, extra)
-
-
-def require_libtpu(extra: Path, remedy: str) -> None:
-    """Raises ConfigError where libtpu is neither on the path nor in ``extra``.
-
-    Args:
-      extra: folder of packages that stands beside the environment.
-      remedy: how to install it, for the error.
-    """
-    if libtpu_version(extra) is None:
-        raise ConfigError(
-            f"package {PACKAGE}, which holds the compiler for TPUs, is not installed; {remedy}"
-        )
 
 
 def child_environment(

@@ -52,9 +52,8 @@ from experiments.lib.bench.tpu_compiler import (
     PEERS,
     Compilation,
     compile_apart,
-    require_libtpu,
-    versions,
 )
+from experiments.lib.compilers import require_compiler, versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,14 +180,14 @@ def command(argv: Sequence[str]) -> None:
     """Compiles, prints the table, writes estimate.json and estimate.md."""
     parsed = flags.parse(argv, {"estimate": EstimateConfig}, {"default": {}})
     config = EstimateConfig(**parsed.sections["estimate"])
-    require_libtpu()
+    require_compiler("tpu")
     rows = []
     for generation in config.generations.split(","):
         for n_h in config.num_householder:
             for direction in config.directions.split(","):
                 rows += estimate(config, generation, n_h, direction)
                 print(table(rows[-len(config.programs) :]), file=sys.stderr)
-    installed = ", ".join([versions(), *(PEERS[name].require() for name in config.peers)])
+    installed = ", ".join([versions("tpu"), *(PEERS[name].require() for name in config.peers)])
     title = (
         f"B={config.batch_size} T={config.length} H={config.num_heads} K=V={config.head_dim}, "
         f"{config.dtype}, {'gated' if config.gated else 'ungated'}; estimates of the compiler, "

@@ -52,10 +52,9 @@ from experiments.lib.bench.timing import (
 from experiments.lib.bench.tpu_compiler import (
     Compilation,
     compile_apart,
-    require_libtpu,
-    versions,
 )
 from experiments.lib.bench.uncontained import bare
+from experiments.lib.compilers import require_compiler, versions
 
 NAMES = ("implementation", "direction", "R")
 HEADINGS = (*NAMES, "contained, ms", "without, ms", "ratio")
@@ -100,7 +99,7 @@ class ContainmentConfig:
         """Checks every field."""
         check_fields(self)
         if self.estimate is not None:
-            require_libtpu()
+            require_compiler("tpu")
 
     def shape(self, R: int) -> Shape:
         """With so many factors."""
@@ -185,7 +184,7 @@ def command(argv: Sequence[str]) -> None:
                 print(json.dumps(rows[-1]), file=sys.stderr)
     headings, title = HEADINGS, machine()
     if config.estimate is not None:
-        headings, title = ESTIMATED, f"{config.estimate}, nothing was run; {versions()}"
+        headings, title = ESTIMATED, f"{config.estimate}, nothing was run; {versions('tpu')}"
     elif len(rows[0]) > len(HEADINGS):
         headings += ON_DEVICE
     record = begun(

@@ -1,6 +1,5 @@
 """What is read of compiled programs: what they send and take, and how children compile them."""
 
-import sys
 from pathlib import Path
 
 import jax
@@ -129,18 +128,6 @@ def test_the_environment_of_a_child(monkeypatch):
     assert code.startswith("--a=1 --xla_jf_dump_to=code ")
     assert (found["JAX_PLATFORMS"], found["XLA_FLAGS"]) == ("cpu", "")
     assert tpu.child_environment(Path("extra"))["LIBTPU_INIT_ARGS"] == "--a=1"
-
-
-def test_libtpu_is_found_in_the_folder_of_an_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [])
-    assert tpu.libtpu_version(tmp_path) is None
-    with pytest.raises(ConfigError, match=r"package libtpu, .* is not installed; get it"):
-        tpu.require_libtpu(tmp_path, "get it")
-    information = tmp_path / "libtpu-1.2.dist-info" / "METADATA"
-    information.parent.mkdir()
-    information.write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 1.2\n")
-    assert tpu.libtpu_version(tmp_path) == "1.2"
-    tpu.require_libtpu(tmp_path, "get it")
 
 
 def test_clocks_follow_from_published_peaks():

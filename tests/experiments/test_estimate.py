@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deltaproduct_jax.compilers import child, hlo_cost, tpu
+from deltaproduct_jax.compilers import child, hlo_cost
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops import delta_product
 from experiments.hardware import tpu_estimate
-from experiments.lib import flags
+from experiments.lib import compilers, flags
 from experiments.lib.bench import tpu_compiler
 from experiments.lib.bench.peers import tokamax
 from experiments.lib.bench.timing import FORWARD, Shape
@@ -140,7 +140,7 @@ WANTED = [Compilation("v5e", "chunked", FORWARD, Shape(1, 4, 1, 2, 2, 2))] * 3
     ],
 )
 def test_what_was_compiled_before_the_child_died_is_kept(body, profile, ending, monkeypatch):
-    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: "1")
+    monkeypatch.setattr(compilers, "compiler_version", lambda platform: "1")
     program = f"import json, os, sys, time; json.load(sys.stdin); {body}"
     monkeypatch.setattr(child, "COMMAND", [sys.executable, "-c", program])
     found = tpu_compiler.compile_apart(WANTED, profile=profile, timeout_s=4)
@@ -148,7 +148,7 @@ def test_what_was_compiled_before_the_child_died_is_kept(body, profile, ending, 
 
 
 def test_a_mistake_of_ours_in_the_child_is_no_abort(monkeypatch):
-    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: "1")
+    monkeypatch.setattr(compilers, "compiler_version", lambda platform: "1")
     monkeypatch.setattr(child, "COMMAND", [sys.executable, "-c", "raise KeyError('here')"])
     with pytest.raises(RuntimeError, match="KeyError: 'here'"):
         tpu_compiler.compile_apart(WANTED, profile=True, timeout_s=20)
@@ -230,8 +230,8 @@ def figures(wanted, profile):
 
 
 def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tpu_estimate, "require_libtpu", lambda: None)
-    monkeypatch.setattr(tpu_estimate, "versions", lambda: "jax 1, libtpu 2")
+    monkeypatch.setattr(tpu_estimate, "require_compiler", lambda platform: None)
+    monkeypatch.setattr(tpu_estimate, "versions", lambda platform: "jax 1, libtpu 2")
     monkeypatch.setattr(
         tpu_estimate,
         "compile_apart",
@@ -275,7 +275,7 @@ def test_the_table_says_where_the_profiler_aborted(tmp_path, monkeypatch, capsys
     ],
 )
 def test_errors_of_the_estimate(argument, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: None)
+    monkeypatch.setattr(compilers, "compiler_version", lambda platform: None)
     assert flags.run(tpu_estimate.command, [f"--workdir={tmp_path}", argument]) != 0
     error = capsys.readouterr().err
     assert text in error
@@ -283,7 +283,18 @@ def test_errors_of_the_estimate(argument, text, tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_compiler_is_found_in_the_folder_of_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(compilers.environment, "extra_folder", lambda extra: tmp_path / extra)
+    assert compilers.compiler_version("tpu") is None
+    information = tmp_path / "tpu" / "libtpu-1.2.dist-info" / "METADATA"
+    information.parent.mkdir(parents=True)
+    information.write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 1.2\n")
+    assert compilers.compiler_version("tpu") == "1.2"
+    assert compilers.compiler_version("cuda") is None
+
+
 def test_the_missing_compiler_is_named_with_its_version(monkeypatch):
-    monkeypatch.setattr(tpu, "libtpu_version", lambda extra: None)
+    monkeypatch.setattr(compilers, "compiler_version", lambda platform: None)
     with pytest.raises(ConfigError, match=r"pip install libtpu==\d+\.\d+\.\d+"):
         tpu_compiler.compile_apart([], profile=False, timeout_s=1)

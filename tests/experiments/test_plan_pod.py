@@ -12,6 +12,7 @@ from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.text import TextTask
 from experiments import plan_pod
+from experiments.lib import compilers
 from experiments.lib.pod import compiler
 from experiments.lib.pod.batches import MOST_COMPILES, fits, largest_rows, memory_of_step
 from experiments.lib.pod.step_program import bytes_on_a_device, step_program
@@ -109,7 +110,7 @@ def test_a_plan_is_called_as_what_it_is_of(tmp_path, monkeypatch):
     nothing = {"parameters_bytes": 1, "moments_bytes": 1, "batch_bytes": 1, "error": "none"}
     nothing |= {"tokens": 1, "mesh": {}, "parameters": 1, "operations": 1.0, "peak": None}
     compiled = []
-    monkeypatch.setattr(plan_pod, "_versions", lambda topology: "none")
+    monkeypatch.setattr(plan_pod, "versions", lambda platform: "none")
     monkeypatch.setattr(
         plan_pod, "compile_apart", lambda run, *given: compiled.append(run.model) or nothing
     )
@@ -130,10 +131,10 @@ def test_a_plan_is_called_as_what_it_is_of(tmp_path, monkeypatch):
 
 
 def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
-    monkeypatch.setattr(compiler.tpu, "version_of", lambda *_: None)
+    monkeypatch.setattr(compilers, "compiler_version", lambda platform: None)
     for platform, package in (("tpu", "libtpu"), ("cuda", "jax-cuda13-pjrt")):
         with pytest.raises(ConfigError, match=rf"^package {package}, .*--extra={platform}$"):
-            compiler.require_compiler(platform)
+            compilers.require_compiler(platform)
 
 
 @pytest.mark.slow
@@ -141,7 +142,7 @@ def test_a_missing_compiler_is_said_in_one_line(monkeypatch):
 def test_a_whole_plan(topology, tmp_path, capsys):
     platform = "cuda" if topology.startswith("h") else "tpu"
     try:
-        compiler.require_compiler(platform)
+        compilers.require_compiler(platform)
     except ConfigError as error:
         pytest.skip(str(error))
     flags = [f"--{name}={value}" for name, value in (TINY | {"num_layers": 3}).items()]

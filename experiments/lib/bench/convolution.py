@@ -22,6 +22,7 @@ from experiments.lib import environment
 from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch
 from experiments.lib.bench.timing import FORWARD, Compiled
 from experiments.lib.bench.tpu_compiler import EXTRA, bundles_issued
+from experiments.lib.compilers import require_compiler
 
 # As layers compute without a kernel: the convolution is rounded, then divided by lengths.
 LAYER, FUSED, GPU_KERNEL, TPU_KERNEL = "plain", "fused", "triton", "pallas_tpu"
@@ -233,7 +234,7 @@ def estimates(
     Raises:
         ConfigError: libtpu is missing, or the compiler ends without a program.
     """
-    tpu.require_libtpu(EXTRA, f"pip install {environment.extra_requirement('tpu')} has it")
+    require_compiler("tpu")
     fixed = dataclasses.asdict(sizes) | {"generation": generation}
     for direction, implementation in itertools.product(directions, implementations):
         names = {"generation": generation, "direction": direction, "implementation": implementation}

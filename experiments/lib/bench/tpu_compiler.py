@@ -17,6 +17,7 @@ from experiments.lib import environment
 from experiments.lib.bench.peers import tokamax
 from experiments.lib.bench.timing import FORWARD, Shape
 from experiments.lib.bench.uncontained import bare
+from experiments.lib.compilers import require_compiler
 
 EXTRA = environment.extra_folder("tpu")
 
@@ -159,20 +160,6 @@ def bundles_issued(code: Path, kernels: Mapping[str, int]) -> int | None:
     return sum(each) if each else None
 
 
-def is_available() -> bool:
-    """Whether package libtpu is there, in this environment or as the extra of ``.venv``."""
-    return tpu.libtpu_version(EXTRA) is not None
-
-
-def require_libtpu() -> None:
-    """Raises ConfigError, saying how to get it, where package libtpu is missing."""
-    tpu.require_libtpu(
-        EXTRA,
-        f"install it with pip install {environment.extra_requirement('tpu')}, or as an extra of "
-        ".venv with python3 tests/run.py --extra=tpu",
-    )
-
-
 def compile_apart(
     wanted: Sequence[Compilation], *, profile: bool, timeout_s: float
 ) -> list[dict[str, Any]]:
@@ -192,7 +179,7 @@ def compile_apart(
       ConfigError: libtpu is missing.
       RuntimeError: the child failed in its own code.
     """
-    require_libtpu()
+    require_compiler("tpu")
     with (
         tempfile.TemporaryDirectory(prefix="tpu_profile_") as folder,
         tempfile.TemporaryDirectory(prefix="tpu_code_") as code,
@@ -207,8 +194,3 @@ def compile_apart(
     if ending == "aborted":
         ending = "profiler aborted" if profile else "compiler aborted"
     return results + [{"error": ending}] * (len(wanted) - len(results))
-
-
-def versions() -> str:
-    """Of JAX and of the compiler, for the record."""
-    return f"jax {jax.__version__}, libtpu {tpu.libtpu_version(EXTRA)}"

@@ -23,11 +23,9 @@ from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.measuring.throughput import peak_of
 from deltaproduct_jax.training.progress import compiling
 from experiments.lib import environment
-from experiments.lib.bench.tpu_compiler import require_libtpu
+from experiments.lib.compilers import require_compiler
 from experiments.lib.pod.step_program import StepProgram, bytes_on_a_device, step_program
 
-EXTRAS = {"tpu": "tpu", "cuda": "cuda"}  # platform -> extra that holds its compiler
-PLUGIN = "jax-cuda13-pjrt"
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 # As the compiler for TPUs says it where all, or temporaries alone, are too much.
 _USED = (
@@ -59,7 +57,7 @@ def compile_apart(
     """
     platform = topologies.platform_of(topology)
     require_compiler(platform)
-    variables = tpu.child_environment(environment.extra_folder(EXTRAS[platform]))
+    variables = tpu.child_environment(environment.extra_folder(platform))
     if platform == "cuda":
         path = [variables["PYTHONPATH"], str(environment.extra_folder("gpu"))]
         variables |= {"PYTHONPATH": os.pathsep.join(path), "DELTAPRODUCT_COMPUTE_CAPABILITY": "90"}
@@ -78,18 +76,6 @@ def compile_apart(
     if "refused" in found[0]:
         raise ConfigError(found[0]["refused"])
     return found[0]
-
-
-def require_compiler(platform: str) -> None:
-    """Raises ConfigError, saying how to get it, where the compiler is not installed."""
-    if platform == "tpu":
-        require_libtpu()
-    elif tpu.version_of(PLUGIN, environment.extra_folder("cuda")) is None:
-        raise ConfigError(
-            f"package {PLUGIN}, which holds the compiler for GPUs, is not installed; install it "
-            f"with pip install {environment.extra_requirement('cuda')}, or as an extra of .venv "
-            "with python3 tests/run.py --extra=cuda"
-        )
 
 
 def compile_here(entry: Mapping[str, Any]) -> dict[str, Any]:

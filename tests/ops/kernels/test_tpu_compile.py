@@ -14,8 +14,9 @@ from experiments.lib import environment
 from experiments.lib.bench import tpu_compiler
 from experiments.lib.bench.timing import BACKWARD, FORWARD, Shape
 from experiments.lib.bench.tpu_compiler import Compilation
+from experiments.lib.compilers import compiler_version
 
-if not tpu_compiler.is_available():
+if compiler_version("tpu") is None:
     pytest.skip("needs libtpu (tests/run.py --extra=tpu)", allow_module_level=True)
 
 SHAPE = Shape(B=1, T=256, H=2, K=64, V=64, R=2)
