@@ -325,7 +325,7 @@ class Trainer:
                 record(self._row(*pending, records.rows))
                 pending = None
             stopping = request.reached(step)
-            if not (self._stops_at(step) or stopping):
+            if not (self.stops_at(step) or stopping):
                 if config.is_logged(step):
                     pending = step, metrics
                 continue
@@ -343,7 +343,7 @@ class Trainer:
         checkpoints.wait()
         return state
 
-    def _stops_at(self, step: int) -> bool:
+    def stops_at(self, step: int) -> bool:
         """Whether the loop looks at the state after ``step`` before it goes on."""
         return self.config.is_evaluated(step) or step % self.config.train.checkpoint_every == 0
 

@@ -108,10 +108,6 @@ class Member(Trainer):
             return True
         return self._suffices(self.records.rows)
 
-    def stops_at(self, step: int) -> bool:
-        """Whether there is anything to do behind ``step`` but to note its numbers."""
-        return self._stops_at(step)
-
     def note(self, step: int, metrics: Metrics) -> None:
         """Records a step behind which nothing else is done."""
         if self.outcome is not None:

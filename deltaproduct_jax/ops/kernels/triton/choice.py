@@ -22,8 +22,8 @@ from deltaproduct_jax.ops.layout import Tokens
 
 
 def takes_raw(tokens: Tokens, options: Options) -> bool:
-    """Whether what runs a gradient of these can have ``options.raw``."""
-    return narrow.takes_raw(tokens, options)
+    """Whether what runs a gradient of these makes SiLU, and lengths of q and k, itself."""
+    return narrow.takes(tokens, options)
 
 
 def kept_more(tokens: Tokens, options: Options) -> tuple[jax.ShapeDtypeStruct, ...]:

@@ -44,11 +44,6 @@ def takes_gradients(tokens: Tokens, options: Options) -> bool:
     return options.more and takes(tokens, options)
 
 
-def takes_raw(tokens: Tokens, options: Options) -> bool:
-    """Whether the kernels of a gradient make SiLU, and lengths of q and k, themselves."""
-    return takes(tokens, options)
-
-
 class _Call:
     """Sizes of one call, and its launches."""
 
