@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.compilers import child, hlo_cost, kernel_traffic, tpu
-from deltaproduct_jax.compilers.memory import memory_of
+from deltaproduct_jax.compilers import child, tpu
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.ops.convolution.dispatch import short_convolution
 from deltaproduct_jax.ops.convolution.plain import Form, unit
@@ -21,7 +20,7 @@ from deltaproduct_jax.ops.precision import accumulator_dtype
 from experiments.lib import environment
 from experiments.lib.bench.peers.fla import as_compiled, load_torch, to_numpy, to_torch
 from experiments.lib.bench.timing import FORWARD, Compiled
-from experiments.lib.bench.tpu_compiler import EXTRA, bundles_issued
+from experiments.lib.bench.tpu_compiler import EXTRA, figures_of
 from experiments.lib.compilers import require_compiler
 
 # As layers compute without a kernel: the convolution is rounded, then divided by lengths.
@@ -207,20 +206,10 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
         fields.pop(name) for name in ("generation", "implementation", "direction", "code")
     )
     sizes = Convolutions(**fields)
-    mesh = tpu.mesh_of(tpu.GENERATIONS[generation].topology, (1,), ("device",))
-    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arrays = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here),
-        jax.eval_shape(sizes.inputs),
-    )
-    with tpu.lowering_for(mesh):
-        traced = jax.jit(layer_program(sizes, implementation, direction)).trace(arrays)
-        kernels = kernel_traffic.kernel_bytes(traced.jaxpr.jaxpr)
-        compiled = traced.lower().compile()
-    cost = hlo_cost.cost(compiled.as_text(), kernels)
-    found = {"hbm_bytes": cost.hbm_bytes, "model_cycles": cost.model_cycles}
-    found["kernel_cycles"] = bundles_issued(Path(code), cost.kernels)
-    return found | memory_of(compiled)
+    run = layer_program(sizes, implementation, direction)
+    found = figures_of(generation, lambda: (run, (jax.eval_shape(sizes.inputs),)), Path(code))
+    kept = ("model_cycles", "kernel_cycles")
+    return {name: found[name] for name in found if name in kept or name.endswith("_bytes")}
 
 
 def estimates(

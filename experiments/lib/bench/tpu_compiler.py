@@ -126,21 +126,33 @@ def compile_here(fields: Mapping[str, Any]) -> dict[str, Any]:
     for path in code.iterdir():  # of the program before, whose kernels have the same labels
         path.unlink()
     wanted = Compilation(**{**fields, "shape": Shape(**fields["shape"])})
-    mesh = tpu.mesh_of(tpu.GENERATIONS[wanted.generation].topology, (1,), ("device",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    as_is = contextlib.nullcontext() if wanted.contained else bare()
-    with as_is, tpu.lowering_for(mesh):
-        function, arguments = function_and_arguments(wanted)
+    with contextlib.nullcontext() if wanted.contained else bare():
+        try:
+            return figures_of(wanted.generation, lambda: function_and_arguments(wanted), code)
+        except jax.errors.JaxRuntimeError as error:
+            return {"error": str(error).splitlines()[0]}
+
+
+def figures_of(
+    generation: str, make: Callable[[], tuple[Callable, tuple[Any, ...]]], code: Path
+) -> dict[str, Any]:
+    """Compiles a program for one TPU, and reads what `compile_here` gives.
+
+    Args:
+      generation: of `tpu.GENERATIONS`.
+      make: gives a function and its abstract arguments, for these chips.
+      code: where the compiler of this process writes the code of kernels.
+    """
+    mesh = tpu.mesh_of(tpu.GENERATIONS[generation].topology, (1,), ("device",))
+    here = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    with tpu.lowering_for(mesh):
+        function, arguments = make()
         arguments = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments
         )
         traced = jax.jit(function).trace(*arguments)
         kernels = kernel_traffic.kernel_bytes(traced.jaxpr.jaxpr)
-        lowered = traced.lower()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        return {"error": str(error).splitlines()[0]}
+        compiled = traced.lower().compile()
     cost = hlo_cost.cost(compiled.as_text(), kernels)
     issued = {"kernel_cycles": bundles_issued(code, cost.kernels)}
     return {**dataclasses.asdict(cost), **issued, **memory_of(compiled)}
