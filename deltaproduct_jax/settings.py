@@ -14,6 +14,7 @@ import typing
 from collections.abc import Collection, Iterable, Mapping
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
@@ -60,6 +61,16 @@ def setting(
 def seed_setting(help: str) -> Any:
     """The field of a seed: a whole number that every generator takes."""
     return setting(0, help, least=0, most=LARGEST_SEED)
+
+
+def make_key(seed: int) -> jax.Array:
+    """A key of a seed, of the same generator whatever JAX's default is.
+
+    Others draw other numbers, and mapped over keys not those that each key draws by itself. Whoever
+    draws with it does so inside ``jax.threefry_partitionable(True)``, the other flag that numbers
+    depend on.
+    """
+    return jax.random.key(seed, impl="threefry2x32")
 
 
 def require_settings(name: str, kind: Any, needed: Iterable[str] = ()) -> None:

@@ -19,6 +19,7 @@ from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.settings import make_key
 from deltaproduct_jax.training import compiled, resume
 from deltaproduct_jax.training.buckets import Bucket, open_bucket
 from deltaproduct_jax.training.checkpoints import Checkpoints
@@ -41,7 +42,6 @@ from deltaproduct_jax.training.source import source_of
 from deltaproduct_jax.training.start import (
     first_state,
     layout_of,
-    make_key,
     require_same_run,
     shapes_of,
 )
@@ -110,7 +110,7 @@ def train(
         places = {home: "bucket", workdir: "workdir"} if processes.is_first() else {}
         for place, name in places.items():
             require_writable(place, name)
-    with stop_on_signals(SAVING) as request:
+    with jax.threefry_partitionable(True), stop_on_signals(SAVING) as request:
         trainer, state = _first(config, devices or DeviceConfig(), workdir, began)
         if fresh:  # what this machine cannot run leaves nothing behind
             trainer.prepare(state, trainer.source.training(0), request)

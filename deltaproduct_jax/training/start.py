@@ -11,6 +11,7 @@ from deltaproduct_jax.parallel import processes
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.drawing import laid_out
 from deltaproduct_jax.parallel.layout import Layout
+from deltaproduct_jax.settings import make_key
 from deltaproduct_jax.training.config import RunConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import ModelDefinition, TrainState, init_state, split_model
@@ -96,9 +97,3 @@ def data_key(config: RunConfig, layout: Layout) -> jax.Array:
     if layout.is_one:
         return make_key(config.seeds()["data"])
     return jax.jit(lambda: make_key(config.seeds()["data"]), out_shardings=layout.whole)()
-
-
-def make_key(seed: int) -> jax.Array:
-    """A key of a seed."""
-    # The implementation is named so that no default of JAX's can change the curve.
-    return jax.random.key(seed, impl="threefry2x32")

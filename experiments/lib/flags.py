@@ -49,6 +49,7 @@ from experiments.lib.parent import end_with_parent
 
 Sections = Mapping[str, type]  # section of config.json -> dataclass
 Presets = Mapping[str, Mapping[str, Any]]  # preset -> field -> value
+Command = Callable[[Sequence[str]], None]
 USAGE_ERROR = 2
 # Flags that absl has itself: of a file of flags, and of what shall be passed over without a word.
 OF_ABSL = ("flagfile", "undefok")
@@ -315,9 +316,7 @@ def _help_of_fields(
     return lines
 
 
-def run(
-    command: Callable[[Sequence[str]], None], argv: Sequence[str], *, goes_on: bool = False
-) -> int:
+def run(command: Command, argv: Sequence[str], *, goes_on: bool = False) -> int:
     """Runs a command; its exit code. Errors of the user's become one line, others propagate.
 
     So does the end that a signal asked for, wherever the command is: 130 after Ctrl-C, 143 after
@@ -354,11 +353,10 @@ def run(
         leave_no_more()
 
 
-def _run(
-    command: Callable[[Sequence[str]], None],
-    argv: Sequence[str],
-    watched: Mapping[str, outputs.Output],
-) -> int:
+# Whatever the user's own defaults are, a seed stands for the same numbers.
+@jax.default_prng_impl("threefry2x32")
+@jax.threefry_partitionable(True)
+def _run(command: Command, argv: Sequence[str], watched: Mapping[str, outputs.Output]) -> int:
     try:
         command(argv)
         sys.stdout.flush()

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 from absl import flags as absl_flags
@@ -320,6 +321,15 @@ def test_a_signal_as_a_command_begins_is_one_line(capsys, monkeypatch):
     assert flags.run(lambda argv: None, []) == 143
     assert capsys.readouterr().err == "stopped by SIGTERM; the same command begins anew\n"
     assert registered == [(flags.outputs.end_at_once, 143)]
+
+
+def test_a_seed_stands_for_the_same_numbers_whatever_the_modes_of_jax():
+    drawn = []
+    draw = lambda argv: drawn.append(jax.random.uniform(jax.random.key(3)))
+    for mode in (jax.threefry_partitionable(False), jax.default_prng_impl("rbg")):
+        with mode:
+            assert flags.run(draw, []) == 0
+    assert drawn == [jax.random.uniform(jax.random.key(3))] * 2
 
 
 def test_other_errors_keep_their_traceback():

@@ -4,9 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from quick import quick
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.models.generation import Sampling
+from deltaproduct_jax.models import ModelConfig, SequenceModel
+from deltaproduct_jax.models.generation import Generator, Sampling
 from deltaproduct_jax.models.generation.sampling import (
     Needs,
     draw,
@@ -129,3 +132,29 @@ def test_logits_that_are_not_finite_give_no_token(rows):
 def test_a_setting_out_of_range_is_named(field, text, unchecked):
     with pytest.raises(ConfigError, match=text):
         Sampling(**field)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    quick(
+        [
+            (jax.default_prng_impl, "rbg"),
+            (jax.default_prng_impl, "unsafe_rbg"),
+            (jax.threefry_partitionable, False),
+        ],
+        [(jax.default_prng_impl, "rbg")],
+        unpack=True,
+    ),
+)
+def test_what_is_written_hangs_on_no_mode_of_jax(flag, value):
+    """Mapped over rows, keys of "rbg" would not draw what each draws by itself."""
+    sizes = {"hidden_size": 8, "num_heads": 1, "head_dim": 8, "num_layers": 1}
+    model = SequenceModel(ModelConfig(vocab_size=50, **sizes), rngs=nnx.Rngs(0))
+
+    def write():
+        generator = Generator(model, rows=2, pieces=(2,), stride=8)
+        return [each.tokens for each in generator.generate([[1, 2], [3]], max_tokens=8, seed=5)]
+
+    expected = write()
+    with flag(value):
+        assert write() == expected

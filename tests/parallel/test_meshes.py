@@ -27,7 +27,7 @@ from deltaproduct_jax.training import loop
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer, make_schedule
 from deltaproduct_jax.training.progress import Progress
-from deltaproduct_jax.training.start import first_state, layout_of, make_key, shapes_of
+from deltaproduct_jax.training.start import first_state, layout_of, shapes_of
 from deltaproduct_jax.training.step import accumulated, make_train_step
 
 pytestmark = pytest.mark.usefixtures("all_devices")
@@ -151,7 +151,7 @@ def test_a_convolution_over_pieces_reads_what_stands_before_them(T):
     layout = Layout(make_mesh(DeviceConfig(mesh="sequence:4,data:2")), {})
     cut = NamedSharding(layout.mesh, PartitionSpec("data", "sequence"))
     normal = nnx.initializers.normal(1.0)
-    conv = ShortConv(6, activation=jnp.tanh, kernel_init=normal, rngs=nnx.Rngs(0))
+    conv = ShortConv(6, activation="tanh", kernel_init=normal, rngs=nnx.Rngs(0))
     u, state = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, T, 2, 3), (2, 3, 6)))
     run = jnp.asarray(np.cumsum(rng.random((2, T)) < 0.2, axis=1), jnp.int32)
 

@@ -27,7 +27,7 @@ from deltaproduct_jax.models.generation.rows import Rows, axes_of_state, program
 from deltaproduct_jax.models.generation.sampling import PLAIN, Sampling, needs_of, rules_of
 from deltaproduct_jax.models.generation.text import Decode, StopStrings, TextStream
 from deltaproduct_jax.models.sequence_model import ModelState, SequenceModel, most_tokens
-from deltaproduct_jax.settings import LARGEST_SEED, require_kind, shown
+from deltaproduct_jax.settings import LARGEST_SEED, make_key, require_kind, shown
 
 PIECES = (256, 32)
 STRIDE = 16
@@ -129,21 +129,22 @@ class Generator:
             raise ConfigError(f"seed={seed} must be from 0 to {LARGEST_SEED}")
         waiting = enumerate(_each_checked(requests))
         seats: list[_Seat | None] = [None] * self.rows
-        rows, key = self._empty(), jax.random.key(seed)
+        rows, key = self._empty(), make_key(seed)
         while True:
             rows = self._fill(rows, seats, waiting)
             taken = [seat for seat in seats if seat is not None]
             if not taken:
                 return
-            rows, drawn = self._programs.decode(
-                self._params,
-                rows,
-                key,
-                stride=self.stride,
-                needs=needs_of([seat.request.sampling for seat in taken]),
-                vocab_size=self.vocab_size,
-                keeps=any(seat.request.keep for seat in taken),
-            )
+            with jax.threefry_partitionable(True):
+                rows, drawn = self._programs.decode(
+                    self._params,
+                    rows,
+                    key,
+                    stride=self.stride,
+                    needs=needs_of([seat.request.sampling for seat in taken]),
+                    vocab_size=self.vocab_size,
+                    keeps=any(seat.request.keep for seat in taken),
+                )
             drawn_B = np.asarray(drawn).T
             for place, seat in enumerate(seats):
                 if seat is None:

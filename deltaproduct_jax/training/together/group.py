@@ -73,7 +73,7 @@ def train_together(
     for workdir in workdirs:
         require_writable(workdir, "workdir")
     require_memory_of_config(configs[0])
-    with stop_on_signals(SAVING) as request:
+    with jax.threefry_partitionable(True), stop_on_signals(SAVING) as request:
         mesh = mesh_of_runs()
         runs = zip(configs, workdirs, beginnings_of(configs), strict=True)
         members = [Member(*run, mesh.size) for run in runs]
