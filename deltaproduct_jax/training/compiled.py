@@ -63,13 +63,15 @@ class CompiledByLength:
 
     def __call__(self, length: int, *arrays: Any) -> Any:
         """Calls the function; ``arrays`` keep their shapes from call to call."""
+        if jax.config.jax_disable_jit:  # JAX then calls nothing that was compiled before
+            return self._function(length, *arrays)
         if not self.has(length):
             prepare([Wanted(self, length, arrays)], self._stopwatch)
         return self._compiled[length](*arrays)
 
     def has(self, length: int) -> bool:
-        """Whether the program for ``length`` is there."""
-        return length in self._compiled
+        """Whether the program for ``length`` is there, or none is wanted."""
+        return jax.config.jax_disable_jit or length in self._compiled
 
     def lower(self, length: int, arrays: Iterable[Any]) -> jax.stages.Lowered:
         """The program for ``length`` before it is compiled."""

@@ -2,6 +2,7 @@
 
 import threading
 
+import jax
 import jax.numpy as jnp
 import pytest
 from tiny_run import run_config
@@ -32,6 +33,17 @@ def test_programs_compile_side_by_side_and_once(monkeypatch):
     assert sorted(made) == [f"a power, sequences of {n} tokens, x=3" for n in (2, 3)]
     assert [float(power(length, x)) for length in (2, 3)] == [9, 27]
     assert len(made) == 2
+
+
+def test_without_jit_a_function_is_called_as_it_is(monkeypatch):
+    monkeypatch.setattr(compiled, "within_memory", None)
+    power, seen = powers(watch := Stopwatch()), []
+    power._function = lambda length, x: seen.append(float(x)) or x**length  # no tracer
+    with jax.disable_jit():
+        compiled.prepare([compiled.Wanted(power, 2, (jnp.float32(3),))], watch)
+        assert power(2, jnp.float32(3)) == 9
+    assert seen == [3]
+    assert not power.has(2)
 
 
 def test_a_single_process_with_an_accelerator_compiles_as_many_as_it_has_cores(monkeypatch):

@@ -104,6 +104,25 @@ def train_and_check_losses(workdir, fields, batch_of):
     return rows
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    quick(
+        [
+            (jax.threefry_partitionable, False),
+            (jax.default_prng_impl, "rbg"),
+            (jax.disable_jit, True),
+        ],
+        [(jax.threefry_partitionable, False)],
+        unpack=True,
+    ),
+)
+def test_the_curve_hangs_on_no_mode_of_jax(flag, value, tmp_path, finished):
+    with flag(value):
+        train(tmp_path)
+    expected = [row["loss"] for row in rows_in(finished)]
+    assert [row["loss"] for row in rows_in(tmp_path)] == pytest.approx(expected, rel=1e-4)
+
+
 def test_losses_by_hand(tmp_path):
     """Step n trains on the batch of index n - 1, of the length that the curriculum says."""
     fields = {"steps": 4, "log_every": 1, "curriculum": (2,), "curriculum_fraction": 0.5}
