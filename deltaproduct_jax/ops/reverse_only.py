@@ -57,8 +57,10 @@ def _identity(x):
 
 @_identity.defjvp
 def _identity_jvp(primals, tangents):
-    # The primal passes by, so that the gradient itself may be differentiated in either mode.
-    return primals[0], _tangent_p.bind(tangents[0])
+    # The primal passes by, so that the gradient itself may be differentiated in either mode; but
+    # by an empty part of it a gradient of a tangent meets the error below, not one of JAX's own.
+    (x,), (tangent,) = primals, tangents
+    return x, _tangent_p.bind(tangent, x[..., :0])
 
 
 def _refuse(*_, **__):
@@ -67,8 +69,8 @@ def _refuse(*_, **__):
 
 _tangent_p = jax.extend.core.Primitive("delta_product_tangent")
 _tangent_p.def_impl(_refuse)
-_tangent_p.def_abstract_eval(lambda x: x)
-ad.deflinear2(_tangent_p, lambda cotangent, _: [cotangent])
+_tangent_p.def_abstract_eval(lambda x, _: x)
+ad.deflinear2(_tangent_p, lambda cotangent, *_: [cotangent, None])
 # A tangent of this tangent comes of forward mode alone, and JAX would name a primitive of its own.
 ad.primitive_jvps[_tangent_p] = _refuse
 batching.primitive_batchers[_tangent_p] = lambda operands, axes: (

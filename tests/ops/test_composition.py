@@ -135,6 +135,15 @@ def test_forward_mode(implementation):
     np.testing.assert_allclose(forward, inner(pulled, tangents), rtol=1e-4)
 
 
+def test_a_gradient_of_a_tangent_is_refused_by_name():
+    """Its tangents are constants, so that JAX meets the op's own rule for gradients first."""
+    arrays = inputs()
+    slope = lambda arrays: jax.jvp(loss, (arrays,), (inputs(),))[1]
+    for gradient in (jax.grad(slope), jax.jit(jax.grad(slope))):
+        with pytest.raises(TypeError, match='name implementation="recurrent" or "associative"'):
+            gradient(arrays)
+
+
 @pytest.mark.slow
 def test_second_derivatives_over_reverse_mode():
     """Hessian-vector products work in both modes: the backward pass itself is plain JAX."""
