@@ -55,6 +55,11 @@ def as_array(name: str, value: Any) -> jax.Array:
         raise ValueError(f"{name} must be an array without a mask of NumPy's; fill it")
     if not jnp.issubdtype(value.dtype, jnp.number) and value.dtype != bool:
         raise ValueError(f"{name} must be an array of numbers or of bool, got {value.dtype}")
+    if not value.dtype.isnative:
+        raise ValueError(
+            f"{name} must have this machine's order of bytes, got {value.dtype.str}; "
+            "x.astype(x.dtype.newbyteorder('=')) has it"
+        )
     array = jnp.asarray(value)
     if array.dtype != value.dtype and jnp.issubdtype(value.dtype, jnp.integer) and value.size:
         _check_held(name, value, array.dtype)

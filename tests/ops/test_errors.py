@@ -35,6 +35,10 @@ CASES = {
         inputs(q=[1.0]),
         "q must be a JAX or NumPy array, got list",
     ),
+    "q of another machine": (
+        inputs(q=np.zeros((B, T, H, K), ">f4")),
+        "q must have this machine's order of bytes, got >f4; x.astype(x.dtype.newbyteorder('='))",
+    ),
     "k is missing its factors": (
         inputs(k=jnp.zeros((B, T * R, H, K))),
         "k must have 5 dimensions [B, T, R, H, K] with B=2, T=5, H=2, K=8, got 4: shape "
