@@ -25,7 +25,7 @@ from deltaproduct_jax.layers.registry import register_mixer
 from deltaproduct_jax.layers.short_conv import segment_runs
 from deltaproduct_jax.layers.softmax import Places, attend
 from deltaproduct_jax.ops.containment import contained, only_finite
-from deltaproduct_jax.ops.debug import check_range
+from deltaproduct_jax.ops.debug import check_range, nan_if
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, on_each_row
@@ -237,7 +237,7 @@ class SoftmaxAttention(SequenceMixer[AttentionState]):
     def _output(self, o: jax.Array, length: jax.Array) -> jax.Array:
         """Output projection; NaN in rows whose state had no room for ``length`` tokens."""
         y = self.o_proj(o.reshape(*o.shape[:2], -1))
-        return jnp.where((length > self.max_length)[:, None, None], jnp.nan, y)
+        return nan_if((length > self.max_length)[:, None, None], y)
 
 
 def check_heads(num_heads: int, head_dim: int, num_kv_heads: int | None) -> None:

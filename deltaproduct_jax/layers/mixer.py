@@ -17,6 +17,7 @@ from deltaproduct_jax.layers import checks
 from deltaproduct_jax.layers.laid_out import takes_any_layout
 from deltaproduct_jax.layers.padding import without_padding
 from deltaproduct_jax.ops.containment import unspoilt
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of
 
@@ -161,7 +162,7 @@ class RecurrentMixer(SequenceMixer[State]):
             The outputs, tokens whose outputs shall be NaN, and the state.
         """
         if mask is not None:
-            x = jnp.where(bad[..., None], jnp.nan, x)
+            x = nan_if(bad[..., None], x)
             y, state = self(x, state=state, segment_ids=segment_ids, mask=mask)
             return y, jnp.zeros_like(bad), state
         given = state is not None

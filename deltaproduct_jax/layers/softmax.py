@@ -220,7 +220,9 @@ def _plain(q, k, v, places: Places, *, window: int | None):
     distance_BTS = places.position[:, :, None] - places.position_of_keys[:, None]
     seen_BTS = (places.run[:, :, None] == places.run_of_keys[:, None]) & (distance_BTS >= 0)
     seen_BTS = seen_BTS if window is None else seen_BTS & (distance_BTS < window)
-    weights_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BHTS, -jnp.inf), axis=-1)
+    # Not -inf, at which `jax.debug_infs` would stop: a token sees itself at least.
+    unseen = jnp.finfo(scores_BHTS.dtype).min
+    weights_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], scores_BHTS, unseen), axis=-1)
     return matmul("bhts,bshv->bthv", weights_BHTS, v).astype(v.dtype)
 
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from deltaproduct_jax.ops.checks import known_finite
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.unavailable import by_case
 from deltaproduct_jax.ops.varying import mark_varying_as
@@ -119,7 +120,7 @@ class Watched(NamedTuple):
 
     def spoil(self, o: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """NaN for results that are reached."""
-        return _map_reached(_nan_if, self._fixed, o, state)
+        return _map_reached(nan_if, self._fixed, o, state)
 
     def finite_cotangents(self, do: jax.Array, dstate: Any) -> tuple[tuple[Any, Any], jax.Array]:
         """Cotangents of the results for the pass to take, and what `spoil_gradients` is told."""
@@ -330,12 +331,12 @@ def _spoil_gradients(_, cotangents, *, head_axes, axis_name):
     def spoil_tokens(x, axis):
         spoiled = spoiled_BTH.reshape(*spoiled_BTH.shape[:2], x.shape[axis], -1).any(axis=-1)
         shape = [x.shape[a] if a in (0, 1, axis) else 1 for a in range(x.ndim)]
-        return jnp.where(spoiled.reshape(shape), jnp.nan, x)
+        return nan_if(spoiled.reshape(shape), x)
 
     tokens = jax.tree.map(spoil_tokens, tokens, head_axes)
     # A state enters where the first token's segment began.
     first_BH = spoiled_BTH[:, 0] & _is_first(axis_name)
-    state = jax.tree.map(lambda x: _nan_if(_like(first_BH, x), x), state)
+    state = jax.tree.map(lambda x: nan_if(_like(first_BH, x), x), state)
     return (tokens, state), jnp.zeros_like(spoiled_BTH, jnp.float32)
 
 
@@ -357,7 +358,7 @@ def _spoil_jvp(pull, axis_name, primals, tangents):
 
 def _spoil_results(fixed, results):
     ((o, state), link_BTH) = results
-    return _map_reached(_nan_if, fixed, o, state), link_BTH
+    return _map_reached(nan_if, fixed, o, state), link_BTH
 
 
 def _finite_cotangents(fixed, cotangents, *, axis_name):
@@ -371,20 +372,16 @@ def _finite_cotangents(fixed, cotangents, *, axis_name):
 @jax.custom_jvp
 def nan_where(reached: jax.Array, x: jax.Array) -> jax.Array:
     """``x`` with NaN where it is reached, flags [..., 1] alike; so is what is not 0 backwards."""
-    return _nan_if(reached, x)
+    return nan_if(reached, x)
 
 
 @nan_where.defjvp
 def _nan_where_jvp(primals, tangents):
-    return nan_where(*primals), linear(_nan_if, _nan_unless_zero, primals[0], tangents[1])
-
-
-def _nan_if(reached, x):
-    return jnp.where(reached, jnp.nan, x)
+    return nan_where(*primals), linear(nan_if, _nan_unless_zero, primals[0], tangents[1])
 
 
 def _nan_unless_zero(reached, x):
-    return jnp.where(reached & (x != 0), jnp.nan, x)
+    return nan_if(reached & (x != 0), x)
 
 
 def _map_reached(function, fixed, o, state):

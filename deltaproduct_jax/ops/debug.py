@@ -90,6 +90,16 @@ def is_checking() -> bool:
     return _checking.value
 
 
+def nan_if(flags: jax.Array, x: jax.Array) -> jax.Array:
+    """``x`` with NaN where ``flags``, bool of its rank and wherever 1 may stand, are up.
+
+    Under `jax.debug_nans` there is no NaN where no flag is up, in no operation: it would be taken
+    for the fault.
+    """
+    nan = jnp.sqrt(-flags.astype(x.dtype)) if jax.config.jax_debug_nans else jnp.nan
+    return jnp.where(flags, nan, x)
+
+
 def require(holds: jax.Array, text: str, **numbers: jax.Array) -> None:
     """An error of :func:`checked` unless all of ``holds``; ``text`` has places for ``numbers``."""
     checkify.check(jnp.all(holds), text, **numbers)

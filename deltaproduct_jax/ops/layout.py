@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deltaproduct_jax.ops.containment import only_finite
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.precision import accumulator_dtype
 from deltaproduct_jax.ops.unavailable import if_cheap
 
@@ -90,7 +91,7 @@ def put(whole, part, n):
 
 def mark_bad(tokens: Tokens, bad_BTHv: jax.Array) -> Tokens:
     """Tokens whose beta is NaN where anything is not finite: few numbers, quickly looked at."""
-    return tokens._replace(beta=jnp.where(bad_BTHv[:, :, None], jnp.nan, tokens.beta))
+    return tokens._replace(beta=nan_if(bad_BTHv[:, :, None], tokens.beta))
 
 
 def to_chunks(tokens: MergedTokens, n, C: int, N: int, H: int, *, by_case: bool) -> ChunkedTokens:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Integer
 
 from deltaproduct_jax.ops.checks import as_array, check_segment_dtype, check_shape, check_size
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.parts import on_each_row
 
 # Tokens of a segment that are read at once, where the state after every segment is wanted.
@@ -198,8 +199,7 @@ def by_segment(
     def in_rows(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 1)
         x = _along(x.reshape(B, N * P, *x.shape[3:]), cut.place)
-        # No array of its own, in which `jax.debug_nans` would find a NaN whatever the inputs are.
-        return jnp.where(_like(cut.segment_of_token < S, x), x, jnp.nan)
+        return nan_if(_like(cut.segment_of_token >= S, x), x)
 
     return jax.tree.map(in_rows, outputs), states
 

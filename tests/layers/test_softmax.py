@@ -261,3 +261,9 @@ def test_what_cudnn_is_asked_for(window, cudnn, monkeypatch):
     monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
     run = lambda *x: softmax._cudnn(*x, window=window)
     close(jax.jit(lambda *x: both(run, *x))(*narrow), want, 1e-2)
+
+
+def test_no_operation_finds_an_infinity_where_there_is_none():
+    q, k, v, _ = (jnp.asarray(x, jnp.float32) for x in drawn(0, keys=T))
+    with jax.debug_infs(True):
+        assert np.all(np.isfinite(softmax._plain(q, k, v, places_of(B, T), window=3)))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from quick import quick
 
 from deltaproduct_jax.layers import SoftmaxAttention
 from deltaproduct_jax.models import ModelConfig, SequenceModel
@@ -116,3 +117,30 @@ def test_room_of_a_transformer():
 def test_its_example():
     failed, tried = doctest.testmod(debug, optionflags=doctest.ELLIPSIS)
     assert (failed, tried) == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "function", quick(["op", "segments", "delta_product", "transformer", "rwkv7"], ["op"])
+)
+def test_no_operation_finds_a_nan_where_there_is_none(function):
+    """`jax.debug_nans` goes through operations one by one once it has seen a NaN, whoever's."""
+    ids = jnp.zeros((B, T), jnp.int32)
+    if function == "op":
+        total = lambda arrays: sum(map(jnp.sum, delta_product(**arrays, segment_ids=ids)))
+        arguments = inputs()
+    elif function == "segments":
+        by_segment = {"segment_ids": ids, "num_segments": 2}
+        total = lambda arrays: sum(map(jnp.sum, delta_product(**arrays, **by_segment)))
+        arguments = inputs()
+    else:
+        sizes = {"hidden_size": 8, "num_heads": 2, "head_dim": 4, "num_layers": 2}
+        config = ModelConfig(vocab_size=5, mixer=function, **sizes)
+        graph, arguments = nnx.split(
+            nnx.eval_shape(lambda: SequenceModel(config, rngs=nnx.Rngs(0)))
+        )
+        total = lambda params: jnp.sum(nnx.merge(graph, params)(ids, segment_ids=ids))
+    jax.clear_caches()  # what was traced before
+    with jax.debug_nans(True), jax.numpy_dtype_promotion("standard"):
+        assert "nan:" not in str(jax.make_jaxpr(jax.grad(total))(arguments))
+    jax.clear_caches()
+    assert "nan:" in str(jax.make_jaxpr(jax.grad(total))(arguments))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.linear import inner, scaled
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
@@ -50,7 +51,7 @@ def norm_back(eps, again, x, mean_square, scale, dy, dx_after=None, reached=None
     dx = inverse * (dunit - unit * along)
     dx = (dx if dx_after is None else dx_after.astype(wide) + dx).astype(x.dtype)
     if reached is not None:
-        dx = jnp.where(reached[..., None] & (dx != 0), jnp.nan, dx)
+        dx = nan_if(reached[..., None] & (dx != 0), dx)
     return dx, dscale, *((normed(x, mean_square, scale, eps, x.dtype),) if again else ())
 
 

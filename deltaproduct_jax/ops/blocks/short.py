@@ -28,6 +28,7 @@ from deltaproduct_jax.ops.blocks.plain import (
     norm_back,
     normed,
 )
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.kernels.triton.short import passes as of_triton
 from deltaproduct_jax.ops.linear import linear
 from deltaproduct_jax.ops.parts import placement
@@ -92,7 +93,7 @@ def _mlp(eps: float) -> Callable:
         return z.reshape(x.shape), mean_square.reshape(*x.shape[:-1], 1), out.reshape(x.shape)
 
     def plain(x, more, reached, scale, first, down):
-        z = x + jnp.where(reached[..., None], jnp.nan, more)
+        z = x + nan_if(reached[..., None], more)
         y, mean_square = norm_and_square(z, scale, eps, x.dtype)
         return z, mean_square, z + activated(jnp.tensordot(y, first, 1)) @ down
 

@@ -26,6 +26,7 @@ from deltaproduct_jax.ops.blocks.plain import (
     norm_and_square,
     norm_back,
 )
+from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.kernels.triton import row_passes as of_triton
 from deltaproduct_jax.ops.parts import OnTokens, placement
 from deltaproduct_jax.ops.varying import mark_all_varying
@@ -194,7 +195,7 @@ def _norm_of_sum(eps: float) -> Callable:
         return z.reshape(x.shape), y.reshape(x.shape), mean_square.reshape(*x.shape[:-1], 1)
 
     def plain(x, more, reached, scale):
-        z = x + jnp.where(reached[..., None], jnp.nan, more)
+        z = x + nan_if(reached[..., None], more)
         return z, *norm_and_square(z, scale, eps, x.dtype)
 
     layouts = ("BTD", "BTD", "BT", "D")
