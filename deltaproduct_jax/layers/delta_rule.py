@@ -12,18 +12,15 @@ from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.layers.heads import HeadMixer, HeadOptions
 from deltaproduct_jax.layers.mixer import RecurrentMixer, State
 from deltaproduct_jax.layers.projection import Parts
-from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.layers.short_conv import ACTIVATIONS, segment_runs
 from deltaproduct_jax.ops.convolution.dispatch import activated
-from deltaproduct_jax.ops.convolution.plain import Form, identity
+from deltaproduct_jax.ops.convolution.plain import Form
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
 Activation = Callable[[jax.Array], jax.Array]
 
-QK_ACTIVATIONS: dict[str, Activation] = {
-    "silu": nnx.silu,
-    "none": identity,
-}
+QK_ACTIVATIONS = ("silu", "none")
 
 
 class TokenFactors(NamedTuple):
@@ -90,12 +87,15 @@ class DeltaRuleMixer(HeadMixer[State], RecurrentMixer[State]):
 
     def _activation(self, name: str) -> Activation:
         """That of q, k or v."""
-        return nnx.silu if name == "v" else QK_ACTIVATIONS[self.qk_activation]
+        return ACTIVATIONS[self._activation_name(name)]
+
+    def _activation_name(self, name: str) -> str:
+        return "silu" if name == "v" else self.qk_activation
 
     def _make_convolution(self, make: Parts, name: str, channels: int) -> None:
         """The convolution of q, k or v, if there is one."""
         if self.use_short_conv:
-            conv = make.convolve(channels, self.conv_size, self._activation(name))
+            conv = make.convolve(channels, self.conv_size, self._activation_name(name))
             setattr(self, f"{name}_conv1d", conv)
 
     def _no_inputs(self, batch_size: int) -> list[jax.Array]:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -70,12 +70,7 @@ class Parts:
             rngs=self.rngs,
         )
 
-    def convolve(
-        self,
-        channels: int,
-        conv_size: int,
-        activation: Callable[[jax.Array], jax.Array] = nnx.silu,
-    ) -> ShortConv:
+    def convolve(self, channels: int, conv_size: int, activation: str = "silu") -> ShortConv:
         """A short convolution of ``conv_size`` taps."""
         return ShortConv(
             channels,

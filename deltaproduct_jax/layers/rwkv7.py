@@ -11,7 +11,6 @@ v_first is the value of the model's first block; there, v' is v.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -26,11 +25,10 @@ from deltaproduct_jax.layers.initializers import log_sigmoid_inverse
 from deltaproduct_jax.layers.padding import along_rows, compact, only_counted, without_padding
 from deltaproduct_jax.layers.projection import over_tokens
 from deltaproduct_jax.layers.registry import register_mixer
-from deltaproduct_jax.layers.short_conv import segment_runs
+from deltaproduct_jax.layers.short_conv import ACTIVATIONS, segment_runs
 from deltaproduct_jax.ops.baselines import diagonal_plus_low_rank, diagonal_plus_low_rank_step
 from deltaproduct_jax.ops.baselines.checks import IMPLEMENTATIONS
 from deltaproduct_jax.ops.checks import as_array, check_shape
-from deltaproduct_jax.ops.convolution.plain import identity
 from deltaproduct_jax.ops.exported import exported
 from deltaproduct_jax.ops.linear import scaled, unit_vectors
 from deltaproduct_jax.ops.parts import along_rows_of
@@ -70,7 +68,7 @@ class LoRA(nnx.Module):
         rank: int,
         out_features: int,
         *,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: str,
         bias: jax.Array | None,
         dtype: DTypeLike,
         param_dtype: DTypeLike,
@@ -86,7 +84,7 @@ class LoRA(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T out"]:
         """Applies the map to every token."""
-        y = self.up(self.activation(self.down(x)))
+        y = self.up(ACTIVATIONS[self.activation](self.down(x)))
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
@@ -134,11 +132,11 @@ class RWKV7(HeadMixer[RWKV7State]):
         if make.initial_gate is not None:
             decay = jnp.full((keys,), math.log(make.initial_gate) / DECAY_RATE)
             decay = log_sigmoid_inverse(jnp.log(decay))
-        self.w_lora = lora(keys, jnp.tanh, 1.8, 0.5, decay, wide)
-        self.a_lora = lora(keys, identity, 1.8, 0.5, jnp.zeros(keys), wide)
-        self.g_lora = lora(values, jax.nn.sigmoid, 0.6, 0.8, None, self.dtype)
+        self.w_lora = lora(keys, "tanh", 1.8, 0.5, decay, wide)
+        self.a_lora = lora(keys, "none", 1.8, 0.5, jnp.zeros(keys), wide)
+        self.g_lora = lora(values, "sigmoid", 0.6, 0.8, None, self.dtype)
         if self.value_residual:
-            self.v_lora = lora(values, identity, 1.3, 0.5, jnp.ones(values), wide)
+            self.v_lora = lora(values, "none", 1.3, 0.5, jnp.ones(values), wide)
         H, K = self.num_heads, self.head_dim
         per_key = lambda value: nnx.Param(jnp.full((H, K), value, param_dtype))
         self.k_k, self.k_a, self.r_k = per_key(0.85), per_key(1.0), per_key(0.0)

@@ -15,7 +15,7 @@ from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, short_convolution
-from deltaproduct_jax.ops.convolution.plain import Form, beside
+from deltaproduct_jax.ops.convolution.plain import Form, beside, identity
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
 from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, with_past
@@ -23,6 +23,13 @@ from deltaproduct_jax.ops.precision import accumulator_dtype
 
 # Fields that mean nothing without convolutions.
 OF_CONVOLUTIONS = ("conv_size",)
+# Modules hold their names: functions of JAX's cannot be pickled, nor could what holds one.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": nnx.silu,
+    "tanh": jnp.tanh,
+    "sigmoid": nnx.sigmoid,
+    "none": identity,
+}
 
 
 class ShortConv(nnx.Module):
@@ -34,7 +41,8 @@ class ShortConv(nnx.Module):
     Args:
         channels: number of channels.
         conv_size: number of taps ``W``, at least 1.
-        activation: applied to the convolution before it is rounded to the dtype of the input.
+        activation: of `ACTIVATIONS`, applied to the convolution before it is rounded to the dtype
+            of the input.
         kernel_init: initialiser of the taps ``[W, channels]``.
         param_dtype: dtype of the taps.
         rngs: source of the parameter key.
@@ -46,7 +54,7 @@ class ShortConv(nnx.Module):
         channels: int,
         conv_size: int = 4,
         *,
-        activation: Callable[[jax.Array], jax.Array],
+        activation: str,
         kernel_init: nnx.Initializer,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -92,7 +100,7 @@ class ShortConv(nnx.Module):
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
         past = None if run is None else along_rows_of(run, jnp.zeros((B, tail), run.dtype))
-        form = Form(self.activation, unit_width)
+        form = Form(ACTIVATIONS[self.activation], unit_width)
         y = with_past(
             lambda new, old, taps: short_convolution(
                 choice, form, new[0], old[0], taps, new[1], old[1]

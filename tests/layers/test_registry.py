@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pickle
 
 import jax
 import oracle_mixers
@@ -50,6 +51,16 @@ def test_states_are_of_the_registered_class(name):
     state = nnx.eval_shape(lambda: make_mixer(config, 0, nnx.Rngs(0)).init_state(3))
     assert type(state) is MIXERS[name].state
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_can_be_pickled(name):
+    config = ModelConfig(mixer=name, hidden_size=8, num_heads=2, head_dim=4)
+    if MIXERS[name].takes("use_short_conv"):
+        config = dataclasses.replace(config, use_short_conv=True)
+    mixer = nnx.eval_shape(lambda: make_mixer(config, 0, nnx.Rngs(0)))
+    again = pickle.loads(pickle.dumps(mixer))
+    assert nnx.split(again)[0] == nnx.split(mixer)[0]
 
 
 def test_fields_that_a_layer_passes_on_to_its_parent_reach_it(monkeypatch):

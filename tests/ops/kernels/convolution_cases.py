@@ -101,7 +101,7 @@ def meshed(mesh, name, C=32):
     Over four devices along the sequence a piece has fewer tokens than are read before one.
     """
     layout = Layout(make_mesh(DeviceConfig(mesh=mesh), jax.devices()[:4]), {})
-    conv = ShortConv(C, activation=silu, kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
+    conv = ShortConv(C, activation="silu", kernel_init=nnx.initializers.normal(), rngs=nnx.Rngs(0))
     graph, params = nnx.split(conv)
     case = Case(Form(silu, 8), C=C, packed=True, T=8)
     u, before, _, run, _, dy = case.arrays()
