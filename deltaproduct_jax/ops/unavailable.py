@@ -142,7 +142,9 @@ def by_case(
 
     def ask(*arrays):
         wide = [jnp.ravel(x).astype(accumulator_dtype(x.dtype)) for x in arrays]
-        seems_bad = if_cheap(~jnp.isfinite(sum(jnp.vdot(x, x) for x in wide)))
+        # A default of the user's for products may be one that no CPU has.
+        squares = [jnp.vdot(x, x, precision=jax.lax.Precision.HIGHEST) for x in wide]
+        seems_bad = if_cheap(~jnp.isfinite(sum(squares)))
         # Of the type that the flags have, over whatever mesh axes they vary.
         nothing = lambda arrays: look(arrays) & False
         return jax.lax.cond(seems_bad, look, nothing, arrays)

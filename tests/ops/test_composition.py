@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from helpers import Case, cast, relative_error
+from quick import quick
 
 from deltaproduct_jax.ops import (
     RESIDUAL_NAMES,
@@ -333,6 +334,15 @@ def test_precision_of_the_products_as_lowered_for_tpu(dtype, precision, highest,
     assert len(dots) > inverse + gates
     for marker, expected in ((r"\bHIGHEST\b", highest), (r"\bHIGH\b", high), ("bf16", bfloat16)):
         assert sum(re.search(marker, line) is not None for line in dots) == counts[expected], marker
+
+
+@pytest.mark.parametrize("implementation", quick(["chunked", "recurrent"], ["chunked"]))
+def test_no_product_is_by_a_default_of_jax(implementation):
+    with jax.default_matmul_precision("BF16_BF16_F32"):  # which a CPU refuses
+        of = functools.partial(loss, op=delta_product, implementation=implementation)
+        text = str(jax.make_jaxpr(jax.grad(of))(inputs()))
+    assert "dot_general" in text
+    assert "BF16_BF16_F32" not in text
 
 
 def test_the_example_in_the_docstring_runs():
