@@ -21,6 +21,7 @@ from deltaproduct_jax.models.sequence_model import Block
 from deltaproduct_jax.ops.parts import placement
 from deltaproduct_jax.parallel.config import DeviceConfig
 from deltaproduct_jax.parallel.layout import Layout, make_mesh
+from deltaproduct_jax.settings import make_key
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.tasks.task import Batch, batch_key
 from deltaproduct_jax.training import loop
