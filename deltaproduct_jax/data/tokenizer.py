@@ -22,7 +22,7 @@ BOS = "<s>"  # of a BPE that is trained here
 BOS_NAMES = (BOS, "<|begin_of_text|>", "<bos>", "<|startoftext|>", "<|endoftext|>", "[BOS]")
 UNKNOWN = "\U00020bb7"  # a letter that hardly any text has
 MARKS = ("\n", UNKNOWN)  # that hardly any token joins with what follows
-ENDS = " x \n"  # what a tokenizer that normalises text takes from its ends
+SPACES = " x  x \n"  # of which a tokenizer that normalises text leaves some out
 # Longer texts are given to a tokenizer in stretches: it then needs little memory, and its time
 # grows linearly.
 STRETCH = 2**18
@@ -263,7 +263,7 @@ def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Itera
     """A function from a text to its ids, a stretch of at most ``limit`` characters at a time.
 
     The cuts change no id where a tokenizer splits text at single spaces, as all known ones do. One
-    that adds or removes spaces at a cut elsewhere, as those that normalise do, is given longer
+    that adds or removes spaces, as those that normalise do, is cut there alone, and is given longer
     stretches where single spaces are rare.
     """
     # SentencePiece writes a space before a text: after a cut it stands for the one that was there.
@@ -272,26 +272,28 @@ def encoder(tokenizer: Tokenizer, limit: int = STRETCH) -> Callable[[str], Itera
         *tokenizer.encode("y"),
     ]
 
-    keeps_ends = tokenizer.decode(list(tokenizer.encode(ENDS))) == ENDS
+    keeps_spaces = tokenizer.decode(list(tokenizer.encode(SPACES))) == SPACES
     marks = [mark for mark in MARKS if tokenizer.decode(list(tokenizer.encode(mark))) == mark]
-    anywhere = not writes_space or (keeps_ends and bool(marks))
+    anywhere = keeps_spaces and (not writes_space or bool(marks))
 
     def encode(text: str) -> Iterator[Sequence[int]]:
         for index, stretch in enumerate(stretches(text, limit, anywhere=anywhere)):
-            if index == 0 or not writes_space:
+            if index == 0 or (keeps_spaces and not writes_space):
                 yield tokenizer.encode(stretch)
+            elif not writes_space:  # its first space, a single one, is not to be stripped
+                yield _behind_mark(tokenizer, [UNKNOWN], stretch)
             elif stretch[0] == " ":
                 yield tokenizer.encode(stretch[1:])
-            else:
-                yield _without_space(tokenizer, marks, stretch)
+            else:  # no space was here: the one that is written goes before a mark instead
+                yield _behind_mark(tokenizer, marks, stretch)
 
     return encode
 
 
-def _without_space(tokenizer: Tokenizer, marks: Sequence[str], stretch: str) -> Sequence[int]:
-    """Ids of a stretch where a text without spaces was cut: the space goes before a mark instead.
+def _behind_mark(tokenizer: Tokenizer, marks: Sequence[str], stretch: str) -> Sequence[int]:
+    """Ids of a stretch that does not begin its text.
 
-    A mark is of use if it has tokens of its own; where none is, the space stays in the text.
+    A mark is of use if it has tokens of its own; where none is, the stretch is a text by itself.
     """
     for mark in marks:
         before = list(tokenizer.encode(mark))

@@ -133,13 +133,29 @@ MODELS = {
     "unigram, normalising": {"vocab_size": 60},
     "normalising, of bytes": {"vocab_size": 320, "byte_fallback": True},
     "as they are, without bytes": {"vocab_size": 60} | AS_THEY_ARE,
+    "normalising, without a space before": {"vocab_size": 60, "add_dummy_prefix": False},
+}
+NORMALISERS = {  # of a tokenizer.json that writes no space before a text
+    "both ends": tokenizers.normalizers.Strip(),
+    "the left end": tokenizers.normalizers.Strip(right=False),
+    "the right end": tokenizers.normalizers.Strip(left=False),
+    "runs": tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+def normalising(normaliser):
+    made = tokenizers.Tokenizer.from_buffer(train_bpe(TEXTS, 300).data)
+    made.normalizer = normaliser
+    return module.HuggingFaceTokenizer(made.to_str().encode(), "odd.json")
+
+
+@pytest.mark.parametrize("name", [*MODELS, *NORMALISERS])
 def test_cuts_of_what_no_mark_is_kept_by_add_and_lose_nothing(name):
-    model = trained(["the cat sat on ab, ba 日本語 täglich"] * 20, **MODELS[name])
-    tokenizer = module.SentencePieceTokenizer(model, name)
+    if name in MODELS:
+        model = trained(["the cat sat on ab, ba 日本語 täglich"] * 20, **MODELS[name])
+        tokenizer = module.SentencePieceTokenizer(model, name)
+    else:
+        tokenizer = normalising(NORMALISERS[name])
     texts = [*WITHOUT_SINGLE_SPACES.values(), "a" + " " * 90 + "b", "ab\nba the" * 20]
     for text in [*texts, "the cat sat " * 30]:
         pieces = list(encoder(tokenizer, 21)(text))
