@@ -184,11 +184,18 @@ class StreamedBatches:
         return given
 
     def evaluation(self, split: str, length: int) -> Iterable[Batch]:
-        """The first rows of a split, always the same ones."""
-        train = self._config.train
+        """The first rows of a split, always the same ones; where there are fewer, each once.
+
+        Those of a mixture come again, or its shares would not be kept.
+        """
         reader, stream = self._hold_out(split, length)
-        for step in range(train.eval_sequences // train.eval_batch_size):
-            yield reader.place(stream.batch(step))
+        rows = self._config.train.eval_sequences
+        if len(stream.corpora) == 1:
+            rows = min(rows, stream.rows_per_epoch)
+        for step in range(-(-rows // reader.batch_size)):
+            batch = stream.batch(step)
+            is_first = reader.numbers(batch) + step * reader.batch_size < rows
+            yield reader.place(batch._replace(mask=batch.mask & is_first[:, None]))
 
     def eval_batch(self, given: Batch, length: int) -> Batch:
         """The rows as they are."""
@@ -245,6 +252,10 @@ class _Reader:
         is_share = (first, last) == (index * each, (index + 1) * each)
         self.share = {"process_index": index, "process_count": count} if is_share else {}
         self._first = first if is_share else 0
+
+    def numbers(self, rows: Rows) -> np.ndarray:
+        """[rows] int64, which of the whole batch's B rows those are that this process read."""
+        return self._first + np.arange(len(rows.mask))
 
     def place(self, rows: Rows) -> Batch:
         """The batch [B, T] of all processes, of the rows that this one read."""

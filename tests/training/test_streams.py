@@ -317,6 +317,30 @@ def test_seeds_part_in_what_is_trained_on_and_are_evaluated_on_the_same(folder):
             np.testing.assert_array_equal(batch.inputs, other.inputs)
 
 
+@pytest.mark.usefixtures("all_devices")
+@pytest.mark.parametrize("packing", ["concatenate", "first_fit"])
+def test_held_out_rows_that_are_fewer_than_asked_count_once(folder, packing):
+    fields = {"eval_sequences": 64, "eval_batch_size": 8, "packing": packing}
+    config, both = (config_of(None, data=data, **fields) for data in ((folder,), (folder,) * 2))
+    make = lambda: NextToken(config.model, rngs=nnx.Rngs(0))
+    layouts = [Layout.of_model(DeviceConfig(mesh=f"data:{count}"), make) for count in (1, 4)]
+    stream = config.task.stream(
+        "valid", batch_size=1, length=16, seed=seed_for(HELD_OUT_SEED, "data")
+    )
+    rows = [stream.batch(step) for step in range(stream.rows_per_epoch)]
+    assert len(rows) < 64
+    assert len(rows) % 8
+    for layout in layouts:
+        found = list(source_of(config, layout).evaluation("valid", 16))
+        assert len(found) == -(-len(rows) // 8)
+        masks = np.concatenate([np.asarray(batch.mask) for batch in found])
+        np.testing.assert_array_equal(masks[: len(rows)], np.concatenate([of.mask for of in rows]))
+        assert not masks[len(rows) :].any()
+    shared = list(source_of(both, layouts[0]).evaluation("valid", 16))
+    assert len(shared) == 8
+    assert all(np.asarray(batch.mask).any(axis=1).all() for batch in shared)
+
+
 def test_other_text_is_not_gone_on_with(folder, undisturbed, tmp_path):
     """A folder that was prepared anew under the same name."""
     with Checkpoints(undisturbed / "checkpoints", read_only=True) as checkpoints:
