@@ -65,7 +65,7 @@ class ShardWriter:
         sha256 = {}
         for what, array in zip(("tokens", "offsets"), self.arrays(), strict=True):
             file = f"{name}.{what}.npy"
-            write_whole(directory / file, lambda out, array=array: np.save(out, array))
+            write_whole(directory / file, lambda out, array=array: _save(out, array))
             sha256[file] = digest(directory / file)
         return {
             "name": name,
@@ -74,6 +74,12 @@ class ShardWriter:
             "bytes": self.num_bytes,
             "sha256": sha256,
         }
+
+
+def _save(out: BinaryIO, array: np.ndarray) -> None:
+    """As np.save, which says of a disk that is full how much it has written, and not why."""
+    np.lib.format.write_array_header_1_0(out, np.lib.format.header_data_from_array_1_0(array))
+    out.write(array.data)
 
 
 def _as_array(ids: Sequence[int], dtype: np.dtype) -> np.ndarray:

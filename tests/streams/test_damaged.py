@@ -119,3 +119,17 @@ def test_an_id_that_is_no_token_ends_the_batch_that_has_it(packing, tokens):
     steps = stream.rows_per_epoch // 4 + 1
     with pytest.raises(RunDirectoryError, match=r"token 257, and its tokenizer 257 .* --verify"):
         list(map(stream.batch, range(steps)))
+
+
+def test_a_write_that_ends_early_says_why(tmp_path):
+    """As a full disk makes it, of which not all is full yet when a file is begun."""
+    resource = pytest.importorskip("resource")
+    (tmp_path / "text.jsonl").write_text('{"text": "a b"}\n' * 9999)
+    config = PrepareConfig((str(tmp_path / "text.jsonl"),), tokenizer="bytes", workers=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+    try:
+        with pytest.raises(RunDirectoryError, match="cannot be written: File too large"):
+            prepare(config, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
