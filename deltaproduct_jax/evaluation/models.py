@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,9 +114,10 @@ def open_model(
         is_folder = is_folder_of_fla(directory)
         run = None if is_folder else load_run(directory, checkpoint_of(checkpoint))
     if run is None:
-        model, own = load_folder(directory, checkpoint), _beside(directory)
+        model, own, text = load_folder(directory, checkpoint), _beside(directory), ""
     else:
-        model, own = run.model, _of_text(run.config.task)
+        model, names = run.model, getattr(run.config.task, "data", ())
+        own, text = _of_text(names), f" (data={','.join(names)})" if names else ""
         learnt = tokenizer_learnt(directory, run.step)
         if None not in (own, learnt) and tokenizer is None and identity(describe(own)) != learnt:
             raise ConfigError(
@@ -125,8 +127,8 @@ def open_model(
     found = own if tokenizer is None else open_tokenizer(tokenizer)
     if found is None:
         raise ConfigError(
-            f"tokenizer is missing, and {directory} names none that is here; it may be bytes, "
-            "mistral, or the path of a tokenizer.json or of a SentencePiece model"
+            f"tokenizer is missing, and {directory} names none that is here{text}; it may be "
+            "bytes, mistral, or the path of a tokenizer.json or of a SentencePiece model"
         )
     if found.vocab_size > model.config.vocab_size:
         raise ConfigError(
@@ -174,9 +176,8 @@ def _beside(directory: Path) -> Tokenizer | None:
     return next((open_tokenizer(str(path)) for path in paths if path.is_file()), None)
 
 
-def _of_text(task: Any) -> Tokenizer | None:
+def _of_text(names: Sequence[str]) -> Tokenizer | None:
     """The tokenizer of the first folder that is there of those that a run reads; all have one."""
-    names = getattr(task, "data", ())
     if standard_library.NAME in names:
         return ByteTokenizer()
     folders = (user_path(name, "data") for name in names)

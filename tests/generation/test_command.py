@@ -150,8 +150,13 @@ def test_a_text_that_was_prepared_anew_is_not_read_by_its_new_tokenizer(tmp_path
     assert [model.tokenizer for model in found] == list(learnt.values())
 
 
-def test_a_run_without_text_needs_a_tokenizer(run, monkeypatch, capsys):
-    monkeypatch.setattr(models, "_of_text", lambda task: None)
+def test_a_run_without_text_needs_a_tokenizer(run, monkeypatch, capsys, tmp_path):
+    away = TextTask(data=("elsewhere", "tokens"))
+    config = RunConfig(away, ModelConfig(257, hidden_size=4, num_heads=1), TrainConfig())
+    save(tmp_path / "away", config, {})
+    assert flags.run(generate.command, [f"--run={tmp_path / 'away'}"]) == flags.USAGE_ERROR
+    assert "names none that is here (data=elsewhere,tokens); it may" in capsys.readouterr().err
+    monkeypatch.setattr(models, "_of_text", lambda names: None)
     argv = [f"--run={run}", "--prompt=a", "--max_tokens=2"]
     assert flags.run(generate.command, argv) == flags.USAGE_ERROR
     assert "tokenizer is missing, and" in capsys.readouterr().err
