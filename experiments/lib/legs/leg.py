@@ -6,6 +6,7 @@ A leg is: text to tokens, a training run, its measurements. Every command goes o
 import contextlib
 import dataclasses
 import itertools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -217,7 +218,7 @@ def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[Par
         runs=leg.run,
         data=texts,
         batch_size=rows,
-        window=min(256, length),
+        window=math.gcd(256, length),
     )
     ranked = {"length": rank_length}
     ranks = module(
@@ -227,7 +228,7 @@ def measurements(leg: Leg, length: int, rank_length: int, rows: int) -> list[Par
         dtype="float32",
         run=leg.run,
         data=leg.tokens("prose"),
-        every=min(16, rank_length),
+        every=math.gcd(16, rank_length),
     )
     written = leg.records / SAMPLES
     parts = [

@@ -17,6 +17,7 @@ from deltaproduct_jax.models import SequenceModel, count_parameters
 from deltaproduct_jax.training.stopping import Stopped
 from deltaproduct_jax.training.text import TextTask
 from experiments import language_modeling
+from experiments.analysis import effective_rank, length_extrapolation
 from experiments.language import pack_text, paper
 from experiments.lib import children, flags
 from experiments.lib.figures.records import drawn
@@ -269,6 +270,16 @@ def test_commands_of_a_leg_know_each_other(tmp_path):
     assert f"--workdir={leg.tokens('prose')}" in written
     assert f"--data={leg.tokens('prose')}" in read
     assert f"--run={leg.run}" in read
+
+
+@pytest.mark.parametrize(("length", "rank_length"), [(300, 100), (7, 1), (32_768, 16_384)])
+def test_a_trained_leg_is_measured_by_rows_of_any_length(length, rank_length, tmp_path):
+    _, losses, ranks = measurements(Leg("tiny", 0, tmp_path), length, rank_length, 2)
+    read = (losses, length_extrapolation, length_extrapolation.ExtrapolationConfig)
+    for part, script, kind in (read, (ranks, effective_rank, effective_rank.RankConfig)):
+        asked = flags.parse(part.command[3:], {"asked": kind}, script.PRESETS)
+        kind(**asked.sections["asked"])
+    assert length < 512 or {"--window=256", "--every=16"} <= {*losses.command, *ranks.command}
 
 
 CHILD = """
