@@ -184,11 +184,16 @@ def command(argv: Sequence[str]) -> None:
     processes.join(devices)
     options = ScalingConfig(**parsed.sections["scaling"])
     look, rows = Look(**parsed.sections["figures"]), []
-    for cell, config in runs_of(parsed.sections):
-        folder = parsed.workdir / RUNS / cell.name
+    runs = [
+        (cell, config, parsed.workdir / RUNS / cell.name)
+        for cell, config in runs_of(parsed.sections)
+    ]
+    for _, config, folder in runs:  # what cannot be is said before any of them is trained
+        if (folder / CONFIG).is_file():
+            RunRecords(folder, config)
+    for cell, config, folder in runs:
         if not options.only or cell.name in options.only:
             train(config, folder, ["experiments.analysis.scaling", *argv], devices=devices)
-        # Those that are not trained now are refused as well where they are of other settings.
         is_there = (folder / CONFIG).is_file()
         results = RunRecords(folder, config).results() if is_there else None
         if results is not None:

@@ -1,6 +1,7 @@
 """The paper's analyses of language models: shapes that match, tables, figures, whole commands."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -242,6 +243,14 @@ def test_a_figure_has_no_models_of_other_settings(tmp_path, monkeypatch, capsys)
         assert "8_1 holds a run with another configuration, differing in" in capsys.readouterr().err
     assert flags.run(scaling.command, [*argv, "--only=12_1"]) == 0
     assert "2 of 2 models are trained" in capsys.readouterr().out
+    # What is wrong with a later model is said before one is trained.
+    monkeypatch.setattr(scaling, "train", lambda *_, **__: pytest.fail("a model was trained"))
+    shutil.rmtree(tmp_path / "runs/8_1")
+    assert flags.run(scaling.command, [*argv, "--only=8_1", "--batch_size=8"]) == 2
+    assert "12_1 holds a run with another configuration" in capsys.readouterr().err
+    steps = ["--steps_of_sizes=90,9", "--warmup_steps=10", f"--workdir={tmp_path / 'new'}"]
+    assert flags.run(scaling.command, [*argv[1:], *steps]) == 2
+    assert "warmup_steps=10 must not exceed steps=9" in capsys.readouterr().err
 
 
 @pytest.mark.slow
