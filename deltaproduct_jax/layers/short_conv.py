@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
 from deltaproduct_jax.ops.convolution.dispatch import POINT, short_convolution
@@ -21,10 +21,11 @@ from deltaproduct_jax.ops.packing import starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of, with_past
 from deltaproduct_jax.ops.precision import accumulator_dtype
 
+Activation = Callable[[jax.Array], jax.Array]
 # Fields that mean nothing without convolutions.
 OF_CONVOLUTIONS = ("conv_size",)
 # Modules hold their names: functions of JAX's cannot be pickled, nor could what holds one.
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": nnx.silu,
     "tanh": jnp.tanh,
     "sigmoid": nnx.sigmoid,
@@ -41,11 +42,14 @@ class ShortConv(nnx.Module):
     Args:
         channels: number of channels.
         conv_size: number of taps ``W``, at least 1.
-        activation: of `ACTIVATIONS`, applied to the convolution before it is rounded to the dtype
-            of the input.
+        activation: a name of `ACTIVATIONS`, or a function, applied to the convolution before it is
+            rounded to the dtype of the input.
         kernel_init: initialiser of the taps ``[W, channels]``.
         param_dtype: dtype of the taps.
         rngs: source of the parameter key.
+
+    Raises:
+        ConfigError: there is no activation of that name.
     """
 
     @checks_arguments
@@ -54,13 +58,15 @@ class ShortConv(nnx.Module):
         channels: int,
         conv_size: int = 4,
         *,
-        activation: str,
+        activation: str | Activation,
         kernel_init: nnx.Initializer,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
         self.conv_size = conv_size
         self.channels = channels
+        if isinstance(activation, str):
+            require_one_of("activation", activation, ACTIVATIONS)
         self.activation = activation
         self.weight = nnx.Param(kernel_init(rngs.params(), (conv_size, channels), param_dtype))
 
@@ -100,7 +106,8 @@ class ShortConv(nnx.Module):
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
         past = None if run is None else along_rows_of(run, jnp.zeros((B, tail), run.dtype))
-        form = Form(ACTIVATIONS[self.activation], unit_width)
+        name = self.activation
+        form = Form(ACTIVATIONS[name] if isinstance(name, str) else name, unit_width)
         y = with_past(
             lambda new, old, taps: short_convolution(
                 choice, form, new[0], old[0], taps, new[1], old[1]

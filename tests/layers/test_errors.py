@@ -273,6 +273,8 @@ def test_widths_of_other_layers():
     refused("x must have a last axis of size 8, got shape (2, 5, 1)", RMSNorm(D), x[..., :1])
     refused("x must have a last axis of size 8", shape_of(SwiGLU, D, 4), x[..., :3])
     conv = shape_of(ShortConv, D, 3, activation=nnx.silu, kernel_init=init)
+    given = {"activation": "relu", "kernel_init": init, "rngs": nnx.Rngs(0)}
+    refused("activation='relu' is not known", ShortConv, D, kind=ConfigError, **given)
     refused("u must have a last axis of size 8", conv, x[..., :1], conv.init_state(B, x.dtype))
     cell = shape_of(DeltaProductCell, D, num_heads=2, head_dim=4)
     for shape in ((3, 7), (), 3, None, "ab", {2: 8}, np.array([2, 8])):
