@@ -140,9 +140,56 @@ def checks_token(step: Function) -> Function:
     def checked(self: Any, state: Any, x: Any, **more: Any) -> Any:
         refuse_swapped(state, x)
         x = as_inputs(x, ("B", "D"), self)
-        return step(self, as_state("state", state, self, x.shape[0]), x, **more)
+        state = as_state("state", state, self, x.shape[0])
+        return _returned(step, step(self, state, x, **more), self, x, state)
 
     return typing.cast(Function, checked)
+
+
+def checks_outputs(call: Function) -> Function:
+    """A method as `checks_sequences` has it, of which what it returns is checked."""
+
+    @functools.wraps(call)
+    def checked(self: Any, x: jax.Array, *, state: Any = None, **read: Any) -> Any:
+        found = call(self, x, state=state, **read)
+        if state is None:
+            rows = (x.shape[0], read.get("num_segments"))
+            state = jax.eval_shape(lambda: states_of(self, *rows))
+        return _returned(call, found, self, x, state)
+
+    return typing.cast(Function, checked)
+
+
+def checks_mixed(mix: Function) -> Function:
+    """A method ``(x, state, ...)`` of a `RecurrentMixer`, of which what it returns is checked."""
+
+    @functools.wraps(mix)
+    def checked(self: Any, x: jax.Array, state: Any, *more: Any) -> Any:
+        return _returned(mix, mix(self, x, state, *more), self, x, state)
+
+    return typing.cast(Function, checked)
+
+
+def _returned(
+    method: Callable[..., Any], found: Any, mixer: Any, x: jax.Array, state: Any
+) -> tuple[jax.Array, Any]:
+    """The outputs and state that a mixer returns; ConfigError unless they are as what came in.
+
+    Outputs of another shape would be broadcast when they are added to the model's, and an array of
+    two rows would be taken apart into two results.
+    """
+    place = f"{type(mixer).__name__}.{method.__name__}"
+    if type(found) is not tuple or len(found) != 2:
+        raise ConfigError(f"{place} must return outputs and a state, got {_describe(found)}")
+    y, after = found
+    if not isinstance(y, jax.Array) or y.shape != x.shape:
+        raise ConfigError(
+            f"{place} must return outputs of the shape of x, {x.shape}, got {_describe(y)}"
+        )
+    try:
+        return y, as_like(f"the state after {place}", after, state)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def checks_batch_size(init_state: Function) -> Function:

@@ -21,10 +21,12 @@ from deltaproduct_jax.ops.debug import nan_if
 from deltaproduct_jax.ops.packing import by_segment, starts_of_segments
 from deltaproduct_jax.ops.parts import along_rows_of
 
-# What stands before a method of a subclass, the last of several first.
-_BEFORE: dict[str, tuple[Callable[..., Any], ...]] = {
+# What stands around a method of a subclass, the last of several outermost.
+_AROUND: dict[str, tuple[Callable[..., Any], ...]] = {
     "__init__": (checks.checks_arguments,),
-    "__call__": (takes_any_layout, checks.checks_sequences),
+    "__call__": (takes_any_layout, checks.checks_outputs, checks.checks_sequences),
+    "_mix": (checks.checks_mixed,),
+    "_token": (checks.checks_mixed,),
     "for_later_blocks": (takes_any_layout, checks.checks_sequences),
     "init_state": (checks.checks_batch_size,),
     "step": (takes_any_layout, checks.checks_token),
@@ -46,7 +48,8 @@ class SequenceMixer(nnx.Module, Generic[State]):
     beside theirs, in calls and in steps (there T is 1). None, as here, passes nothing on.
 
     What a subclass defines of these, and its constructor, refuses arguments that do not fit before
-    it begins, see ``layers/checks.py``; its own code meets JAX arrays of the right shapes.
+    it begins, see ``layers/checks.py``; its own code meets JAX arrays of the right shapes. Outputs
+    and states that it returns are refused if they do not fit what it was given.
 
     Attributes:
         implementations: what the keyword ``implementation`` may be, if the layer takes it.
@@ -57,9 +60,9 @@ class SequenceMixer(nnx.Module, Generic[State]):
     for_later_blocks: ClassVar[Callable[..., dict[str, Any]] | None] = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Puts the checks before the methods that the class defines."""
+        """Puts the checks around the methods that the class defines."""
         super().__init_subclass__(**kwargs)
-        for name, wrappers in _BEFORE.items():
+        for name, wrappers in _AROUND.items():
             if callable(vars(cls).get(name)):
                 for wrap in wrappers:
                     setattr(cls, name, wrap(vars(cls)[name]))

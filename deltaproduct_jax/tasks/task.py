@@ -9,6 +9,9 @@ from typing import NamedTuple, Protocol
 import jax
 import numpy as np
 
+from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.settings import make_key, shown
+
 SPLITS = ("train", "valid", "test")
 MAX_BATCH_INDEX = 2**32 // len(SPLITS) - 1
 
@@ -80,6 +83,49 @@ class Task(Protocol):
 
     def score(self, correct_BT: np.ndarray, mask_BT: np.ndarray) -> dict[str, Score]:
         """Protocol name -> score; one is called "strict", the one that selects checkpoints."""
+
+
+def require_promised(task: Task, batch_size: int) -> None:
+    """Draws a batch of a task from outside and scores it.
+
+    A program would broadcast rows that are too few without a word, and make NaN of ids that are no
+    tokens.
+
+    Raises:
+        ConfigError: the batch or its scores are not as :class:`Task` has them.
+    """
+    place = f"{type(task).__name__}.batch"
+    batch = jax.jit(lambda key: task.batch(key, batch_size, task.train_length))(make_key(0))
+    if not isinstance(batch, Batch):
+        raise ConfigError(f"{place} must return a Batch, got a {type(batch).__name__}")
+    shape = np.shape(batch.inputs)
+    if len(shape) != 2 or shape[0] != batch_size:
+        raise ConfigError(
+            f"{place} must return inputs [B, T] with B={batch_size}, got shape {shape}"
+        )
+    arrays = {name: np.asarray(x) for name, x in batch._asdict().items() if x is not None}
+    for name, array in arrays.items():
+        kind = "bool" if name == "mask" else "int"
+        if array.shape != shape or not array.dtype.name.startswith(kind):
+            raise ConfigError(
+                f"{place} must return {name} of dtype {kind} and the shape of inputs, {shape}, got "
+                f"{array.dtype} of shape {array.shape}"
+            )
+    if not batch.mask.any():
+        raise ConfigError(f"{place} must return a mask that is true somewhere")
+    for name, ids in (("inputs", arrays["inputs"]), ("targets", arrays["targets"][arrays["mask"]])):
+        if ids.min() < 0 or ids.max() >= task.vocab_size:
+            raise ConfigError(
+                f"{place} must return {name} from 0 to below vocab_size={task.vocab_size}, got "
+                f"some from {ids.min()} to {ids.max()}"
+            )
+    scores = task.score(np.ones(shape, bool), arrays["mask"])
+    found = scores.values() if isinstance(scores, dict) and "strict" in scores else [None]
+    if not all(isinstance(score, Score) for score in found):
+        raise ConfigError(
+            f"{type(task).__name__}.score must return a dict of Score by name, one of them called "
+            f"'strict', got {shown(scores)}"
+        )
 
 
 def batch_key(data_key: jax.Array, split: str, index: int | jax.Array) -> jax.Array:

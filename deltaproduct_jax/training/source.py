@@ -21,7 +21,7 @@ from deltaproduct_jax.data.stream import TokenStream
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.parallel.layout import Layout
 from deltaproduct_jax.parallel.names import MESH_AXES
-from deltaproduct_jax.tasks.task import ACCURACIES, Batch, Metric, batch_key
+from deltaproduct_jax.tasks.task import ACCURACIES, Batch, Metric, batch_key, require_promised
 from deltaproduct_jax.training.config import RunConfig, seed_for
 from deltaproduct_jax.training.start import data_key
 
@@ -75,6 +75,8 @@ class DrawnBatches:
 
     def __init__(self, config: RunConfig, layout: Layout):
         self._config = config
+        if not type(config.task).__module__.startswith("deltaproduct_jax."):
+            require_promised(config.task, config.train.batch_size)  # ours have tests of it
         self._key = data_key(config, layout)
         self.selected_by = getattr(config.task, "selected_by", ACCURACIES)
 
