@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, RunDirectoryError
-from deltaproduct_jax.evaluation.models import checkpoint_of, is_folder_of_fla, load_folder
+from deltaproduct_jax.evaluation.models import (
+    IDS,
+    checkpoint_of,
+    ids_of_folder,
+    ids_of_run,
+    is_folder_of_fla,
+    load_folder,
+)
 from deltaproduct_jax.files import AnyPath, any_path, given_by, whole_or_absent, write_file
 from deltaproduct_jax.interop import fla
 from deltaproduct_jax.models import SequenceModel, count_parameters
@@ -59,9 +66,13 @@ class ConvertConfig:
     param_dtype: str | None = setting(
         None, "dtype to convert a folder's parameters to; none: as they are there"
     )
-    bos_token_id: int | None = setting(1, "for config.json: id of the token that begins a document")
-    eos_token_id: int | None = setting(2, "for config.json: id of the token that ends one")
-    pad_token_id: int | None = setting(None, "for config.json: id of padding")
+    bos_token_id: int | None = setting(
+        None, "for config.json: id of the token that begins a document; if not given, the source's"
+    )
+    eos_token_id: int | None = setting(
+        None, "the same of the token that ends one; of a run's text it is the one that begins one"
+    )
+    pad_token_id: int | None = setting(None, "the same of padding")
 
     def __post_init__(self):
         check_fields(self)
@@ -72,12 +83,6 @@ class ConvertConfig:
                 f"to={self.to} and like={self.like} do not fit; like is for to=run, which needs it"
             )
 
-    @property
-    def ids(self) -> dict[str, int | None]:
-        """Ids of special tokens."""
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return {name: getattr(self, name) for name in names}
-
 
 def command(argv: Sequence[str]) -> None:
     """Reads, writes, and says so."""
@@ -86,9 +91,10 @@ def command(argv: Sequence[str]) -> None:
     refuse_other(parsed.workdir, MODEL if options.to == "fla" else RUN)
     source = any_path(options.source, "source")
     with given_by("source", source):
-        model, facts = _read(source, options)
+        model, facts, ids = _read(source, options)
     if options.to == "fla":
-        fla.save(model, parsed.workdir, facts=facts, **options.ids)
+        given = {name: x for name, x in parsed.sections["convert"].items() if name in IDS}
+        fla.save(model, parsed.workdir, facts=facts, **ids | given)
     else:
         _write_run(model, any_path(options.like, "like"), parsed.workdir)
     parameters = count_parameters(model)["total"]
@@ -96,14 +102,17 @@ def command(argv: Sequence[str]) -> None:
     print(f"{source} -> {parsed.workdir}: {parameters:,} parameters, {peak:,.0f} MiB of memory")
 
 
-def _read(source: AnyPath, options: ConvertConfig) -> tuple[SequenceModel, dict[str, Any]]:
-    """The model of either kind of directory, and what is known of it."""
+def _read(
+    source: AnyPath, options: ConvertConfig
+) -> tuple[SequenceModel, dict[str, Any], dict[str, Any]]:
+    """The model of either kind of directory, what is known of it, and ids of special tokens."""
     if is_folder_of_fla(source):
-        return load_folder(source, options.checkpoint, options.param_dtype), {}
+        model = load_folder(source, options.checkpoint, options.param_dtype)
+        return model, {}, ids_of_folder(source)
     if options.param_dtype is not None:
         raise ConfigError(f"param_dtype={options.param_dtype} is for folders; {source} is a run")
     run = load_run(source, checkpoint_of(options.checkpoint))
-    return run.model, facts_of_run(source, run.config, run.step)
+    return run.model, facts_of_run(source, run.config, run.step), ids_of_run(run.config.task)
 
 
 def _write_run(model: SequenceModel, like: AnyPath, workdir: Path) -> None:

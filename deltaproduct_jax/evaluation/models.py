@@ -39,6 +39,8 @@ from deltaproduct_jax.training.runs import load_run, tokenizer_learnt
 
 # What a folder of Hugging Face's may hold, in the order in which they are tried.
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+# What its config.json calls the tokens that begin and end a document, and padding.
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Opened(NamedTuple):
@@ -116,7 +118,7 @@ def open_model(
     if run is None:
         model, own, text = load_folder(directory, checkpoint), _beside(directory), ""
     else:
-        model, names = run.model, getattr(run.config.task, "data", ())
+        model, names = run.model, _texts_of(run.config.task)
         own, text = _of_text(names), f" (data={','.join(names)})" if names else ""
         learnt = tokenizer_learnt(directory, run.step)
         if None not in (own, learnt) and tokenizer is None and identity(describe(own)) != learnt:
@@ -169,6 +171,26 @@ def _eos_of(directory: AnyPath, vocab_size: int) -> list[int]:
     if problem is not None:
         raise RunDirectoryError(f"{directory / CONFIG}: {problem}")
     return ends
+
+
+def ids_of_folder(directory: Path) -> dict[str, Any]:
+    """The ids of special tokens that a folder's config.json has, by their names there.
+
+    What it leaves out is left to `fla.save`.
+    """
+    said = read_json(directory / CONFIG, dict[str, Any])
+    return {name: said[name] for name in IDS if name in said}
+
+
+def ids_of_run(task: Any) -> dict[str, int | None]:
+    """The same of what a run learnt: BOS, behind which another document begins; None of no text."""
+    tokenizer = _of_text(_texts_of(task))
+    bos = None if tokenizer is None else tokenizer.bos_id
+    return dict.fromkeys(IDS[:2], bos)
+
+
+def _texts_of(task: Any) -> Sequence[str]:
+    return getattr(task, "data", ())
 
 
 def _beside(directory: Path) -> Tokenizer | None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop.golden_models import FOLDERS, as_fork, drawn, parameters, tensors, write
+from interop.golden_models import config as golden_config
 from safetensors.numpy import load_file
 
 from deltaproduct_jax import load_run
@@ -18,6 +19,7 @@ from deltaproduct_jax.training.checkpoints import Checkpoints
 from deltaproduct_jax.training.config import RunConfig, TrainConfig
 from deltaproduct_jax.training.optimizer import make_optimizer
 from deltaproduct_jax.training.step import init_state, split_model
+from deltaproduct_jax.training.text import TextTask
 from experiments import convert, state_tracking
 
 COMMIT = "0123abc"
@@ -27,12 +29,15 @@ ROW |= {"time": 1.0, "valid_token_accuracy": 0.5}
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run as it stands after five steps, without a step having been made."""
     task = GroupTask(group="Z3", train_length=6, eval_lengths=(6,))
+    return made(tmp_path_factory.mktemp("run"), task)
+
+
+def made(folder, task):
+    """A run as it stands after five steps, without a step having been made."""
     model = ModelConfig(vocab_size=task.vocab_size, hidden_size=8, num_heads=2, head_dim=4)
     train = TrainConfig(steps=8, batch_size=64, log_every=1, eval_sequences=64, eval_batch_size=64)
     config = RunConfig(task, model, train)
-    folder = tmp_path_factory.mktemp("run")
     _, params = split_model(drawn(model))
     state = init_state(params, make_optimizer(train))._replace(step=jnp.int32(5))
     with Checkpoints(folder / "checkpoints") as checkpoints:
@@ -90,8 +95,31 @@ def test_the_fork_is_written_in_todays_format(tmp_path):
     today = converted(fork, tmp_path / "today", "--eos_token_id=3", "--bos_token_id=none")
     written = load_file(today / "model.safetensors")
     assert written.keys() == tensors("b_ungated").keys()
-    saved = json.loads((today / "config.json").read_text())
-    assert (saved["bos_token_id"], saved["eos_token_id"]) == (None, 3)
+    assert ids_in(today) == (None, 3, None)
+
+
+def ids_in(folder):
+    saved = json.loads((folder / "config.json").read_text())
+    return saved["bos_token_id"], saved["eos_token_id"], saved["pad_token_id"]
+
+
+def test_special_tokens_are_those_of_the_source(folder, tmp_path):
+    """Of a run's text, of a run without any, and of a folder, which may name several ends."""
+    text = made(tmp_path / "run", TextTask())
+    assert ids_in(converted(text, tmp_path / "text")) == (256, 256, None)
+    assert ids_in(folder) == (None, None, None)
+    for number, (said, ids) in enumerate(
+        (
+            ({"bos_token_id": 4, "eos_token_id": [5, 6], "pad_token_id": 0}, (4, [5, 6], 0)),
+            ({"eos_token_id": None}, (1, None, None)),
+        )
+    ):
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        bare = {name: x for name, x in golden_config("a_gated").items() if name not in names}
+        theirs = write(tmp_path / f"theirs{number}", bare | said, tensors("a_gated"))
+        assert ids_in(converted(theirs, tmp_path / f"ours{number}")) == ids
+        given = converted(theirs, tmp_path / f"given{number}", "--eos_token_id=7")
+        assert ids_in(given) == (ids[0], 7, ids[2])
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def save(
     directory: str | os.PathLike[str],
     *,
     bos_token_id: int | None = 1,
-    eos_token_id: int | None = 2,
+    eos_token_id: int | list[int] | None = 2,
     pad_token_id: int | None = None,
     most_bytes: int = MOST_BYTES,
     facts: Mapping[str, Mapping[str, Any]] | None = None,
@@ -54,7 +54,7 @@ def save(
             ``delta_net``, ``gated_delta_net``.
         directory: a folder that holds no model yet; it is made if need be.
         bos_token_id: id of the token that begins a document, for config.json.
-        eos_token_id: id of the token that ends one.
+        eos_token_id: id of the token that ends one, or several ids.
         pad_token_id: id of padding.
         most_bytes: largest file; a larger model becomes several, with an index.
         facts: more tables for the card, rows by title, such as how it was trained.
@@ -76,10 +76,11 @@ def save(
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
     }
-    for name, number in ids.items():
-        require_kind(name, number, int | None)
-        if number is not None and not 0 <= number < model.config.vocab_size:
-            raise ConfigError(f"{name}={number} must be from 0 to {model.config.vocab_size - 1}")
+    for name, given in ids.items():
+        require_kind(name, given, int | list[int] | None if name == "eos_token_id" else int | None)
+        for number in given if isinstance(given, list) else [] if given is None else [given]:
+            if not 0 <= number < model.config.vocab_size:
+                raise ConfigError(f"{name}={given} must be from 0 to {model.config.vocab_size - 1}")
     saved = options.to_options(model.config)
     _refuse_other_blocks(model)
     params = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
