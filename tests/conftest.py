@@ -98,7 +98,7 @@ def pytest_collection_finish():
 
 
 # Where every dtype must be so on purpose; elsewhere there is code of others, which mixes them.
-STRICT = {"generation", "models", "ops", "tasks", "training"}
+STRICT = {"generation", "layers", "models", "ops", "tasks", "training"}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -50,7 +50,7 @@ class TinyModel(nnx.Module):
 def nudged(model: nnx.Module, size: float = 0.3) -> nnx.Module:
     """The model, none of whose parameters rests at 0, as some do before training."""
     rng = np.random.default_rng(1)
-    nudge = lambda a: jnp.asarray(a + size * rng.normal(size=a.shape), a.dtype)
+    nudge = lambda a: jnp.asarray(np.asarray(a) + size * rng.normal(size=a.shape), a.dtype)
     nnx.update(model, jax.tree.map(nudge, nnx.state(model, nnx.Param)))
     return model
 

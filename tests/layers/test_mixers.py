@@ -90,7 +90,7 @@ def test_the_layer_is_the_published_one(mixer, extended, x64):
     config = config_of(mixer, WideConfig, allow_neg_eigval=extended, norm_eps=1e-3, **wide)
     layer = make_mixer(config, 1, nnx.Rngs(0))  # of a later block: RWKV-7's with value residual
     rng = np.random.default_rng(2)
-    nudge = lambda a: jnp.asarray(a + 0.3 * rng.normal(size=a.shape), a.dtype)
+    nudge = lambda a: jnp.asarray(np.asarray(a) + 0.3 * rng.normal(size=a.shape), a.dtype)
     params = jax.tree.map(nudge, nnx.state(layer, nnx.Param))
     nnx.update(layer, params)
     names = {
