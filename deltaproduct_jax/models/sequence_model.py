@@ -77,7 +77,7 @@ class Block(nnx.Module):
             y, reached, state = self.attn.unspoilt(y, bad, **read, **(passed_on or {}))
             return self.mlp.residual(x, y, reached, self.mlp_norm, self.keeps), state
         y, state = self.attn(named(self.attn_norm(x), "mixer_input"), **read, **(passed_on or {}))
-        x = x + named(y, "mixer_output")
+        x = x + named(y.astype(x.dtype), "mixer_output")  # a plug-in's may be wider
         y = self.mlp(named(self.mlp_norm(x), "mlp_input"))
         return x + named(y, "mlp_output"), state
 
@@ -96,7 +96,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B D"], MixerState]:
         """One token for every row."""
         y, state = self.attn.step(state, self.attn_norm(x), **(passed_on or {}))
-        x = x + y
+        x = x + y.astype(x.dtype)
         return x + self.mlp(self.mlp_norm(x)), state
 
     def for_later_blocks(

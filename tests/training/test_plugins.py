@@ -147,6 +147,20 @@ def test_a_mixer_from_outside_keeps_its_promises(files):
     np.testing.assert_allclose(jnp.delete(got, 2, axis=1), whole, atol=1e-5)
 
 
+def test_a_mixer_of_another_dtype_leaves_the_models(files):
+    """Its outputs, which are wider, are rounded to the model's dtype, as a scan of blocks needs."""
+    import_plugins(files.split(","))
+    sizes = {"vocab_size": 5, "hidden_size": 8, "intermediate_size": 8, "num_layers": 2}
+    config = MIXERS["average"].config(**sizes, mixer="average", dtype="bfloat16", scan_layers=True)
+    model = SequenceModel(config, rngs=nnx.Rngs(0))
+    block, x = model.layers[0], jnp.ones((1, 3, 8), jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # as its code counts on
+        assert block.attn(x)[0].dtype == jnp.float32
+        step = jax.eval_shape(block.step, block.attn.init_state(1), x[:, 0])
+        found = jax.eval_shape(model, jnp.zeros((1, 3), int)), jax.eval_shape(block, x)[0], step[0]
+    assert [y.dtype for y in found] == [jnp.bfloat16] * 3
+
+
 def test_flags_of_a_plugin_are_those_of_its_mixer(files, tmp_path, capsys):
     for argv, text in (
         (["--plugins=" + files, "--mixer=average", "--horizon=0.5"], "horizon=0.5 is too small"),
