@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_ascending
 from deltaproduct_jax.models import ModelConfig
 from deltaproduct_jax.settings import (
     LARGEST_COUNT,
     check_fields,
     recorded,
+    require_kind,
     seed_setting,
     setting,
 )
@@ -224,6 +225,8 @@ class RunConfig:
     def __post_init__(self):
         check_fields(self)
         check_fields(self.task)  # a plug-in's, which may not do so itself
+        require_kind("test_lengths", self.task.test_lengths, tuple[int, ...])
+        require_ascending("test_lengths", tuple(self.task.test_lengths))
         if self.is_streamed:
             self._check_streamed()
         elif self.model.vocab_size != self.task.vocab_size:
