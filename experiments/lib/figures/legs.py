@@ -169,7 +169,8 @@ def draw_positions(found: Sequence[Record], path: Path, look: Look) -> list[Path
             axes.set_title(f"{names.leg_size(size)}, {text}")
             close_and_far_axis(below, CLOSE)
         upper[0].set_ylabel("loss, nats per token")
-        lower[0].set_ylabel(f"above {names.leg_model(next(iter(of_size)))}")
+        first_model = names.leg_model(next(iter(of_size)))
+        lower[0].set_ylabel(f"above {first_model}, nats per token")
     for trained in sorted({entry["trained"] for entry in entries if entry["trained"]}):
         for axes in panels.flat:
             mark_trained(axes, trained)
@@ -227,5 +228,6 @@ def draw_ranks_of_legs(found: Sequence[Record], path: Path, look: Look) -> list[
             axes.set_title(f"{names.leg_size(size)}, {names.leg_model(model)}")
     panels[0, 0].set_ylim(bottom=0)
     close_grid(panels, number, "position, tokens", "effective rank")
-    _legend(figure, {"a document begins": mark(**START)})
+    band = mark(color="0.3", linewidth=5, alpha=0.3)
+    _legend(figure, {"a document begins": mark(**START), "80 % of the heads": band})
     return save(figure, path, look)

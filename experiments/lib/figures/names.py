@@ -34,8 +34,8 @@ VALUES = {
     "flashqla": "FlashQLA",
     "flashqla_interleaved": "FlashQLA, interleaved",
     "plain": "plain scan",
-    "triton": "Triton",
-    "pallas_tpu": "Pallas (TPU)",
+    "triton": "our GPU kernels",
+    "pallas_tpu": "our TPU kernel",
     "forward+backward": "forward + backward",
     "step": "one token",
 }

@@ -310,7 +310,7 @@ def plain_log(axis: "Axis", limits: tuple[float, float], base: int = 10) -> None
         axis.set_major_locator(LogLocator(base=4 if steps > 5 else 2, numticks=20))
     else:
         subs = (1, 2, 5) if steps < 1.7 else (1,)
-        if steps < 0.7 and axis.axis_name == "y":  # where there is room for more
+        if steps < 1 and axis.axis_name == "y":  # where there is room for more
             subs = (1, 1.5, 2, 3, 4, 5, 7)
         along = axis.axis_name == "x" and steps > 0  # not where all is at one number
         room = axis.axes.bbox.width / axis.figure.dpi / steps if along else math.inf

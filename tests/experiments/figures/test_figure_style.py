@@ -225,6 +225,17 @@ def test_numbers_along_an_axis_do_not_meet(limits, columns):
     assert all(one.x1 < other.x0 for one, other in itertools.pairwise(places))
 
 
+@pytest.mark.parametrize("limits", [(0.65, 4.5), (1.2, 7), (0.11, 0.9), (30, 210), (20, 150)])
+def test_less_than_a_decade_upwards_has_three_numbers_or_more(limits):
+    _, panels = style.new_panels(Look(), 1, 1, 2.4)
+    axes = panels[0, 0]
+    axes.set_yscale("log")
+    axes.set_ylim(*limits)
+    style.plain_log(axes.yaxis, limits)
+    least, most = limits
+    assert sum(least <= tick <= most for tick in axes.get_yticks()) >= 3
+
+
 @pytest.mark.parametrize("name", ["xaxis", "yaxis"])
 @pytest.mark.parametrize("base", [2, 10])
 @pytest.mark.filterwarnings("error")

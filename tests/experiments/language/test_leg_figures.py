@@ -18,7 +18,10 @@ def test_ranks_of_legs_are_a_panel_for_each_model(tmp_path, monkeypatch):
         for leg, n in ranks.items()
     ]
     legs.draw_ranks_of_legs(found, tmp_path, Look())
-    panels = figures.pop().axes
+    figure = figures.pop()
+    panels = figure.axes
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend[-2:] == ["a document begins", "80 % of the heads"]
     titles = ["36M, $n_h$ = 2", "36M, $n_h$ = 2, gated", "36M, $n_h$ = 3"]
     assert [axes.get_title() for axes in panels] == titles
     first = panels[0].lines
@@ -55,7 +58,7 @@ def test_seeds_are_thin_and_models_stand_above_the_first_of_their_size(tmp_path,
     np.testing.assert_allclose(median.get_ydata(), [-0.2] * 3)
     thin = [line.get_ydata()[0] for line in panels[3].lines if line.get_linewidth() < 1]
     np.testing.assert_allclose(thin, [-0.3, -0.1])
-    assert panels[3].get_ylabel() == "above $n_h$ = 1"
+    assert panels[3].get_ylabel() == "above $n_h$ = 1, nats per token"
     legs.draw_losses_of_legs(found[:-1], tmp_path, Look())
     first, second = figures.pop().axes
     assert [axes.get_title() for axes in (first, second)] == ["213M", "36M"]
