@@ -80,7 +80,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class FigureConfig:
     """What is drawn from which runs; raises ConfigError where the fields make no sense."""
 
-    source: str = setting("", "folder of a sweep, its results.csv, or a folder of run directories")
+    source: str = setting(
+        "", "a sweep's folder, its results.csv beside its runs, or a runs' folder"
+    )
     kind: str = setting("cumulative", f"one of {', '.join(METRICS)}", one_of=METRICS)
     x: str = setting("group", "setting of the panels, of the columns, of the bars' places")
     by: str = setting("num_householder", "settings, a comma list: of the curves, rows, bars")

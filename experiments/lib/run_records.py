@@ -122,8 +122,8 @@ def read_runs(source: Path) -> list[Record]:
         held = [what for what in held_by(source) if what != SWEEP]
         raise ConfigError(
             f"source={str(source)!r} holds {' and '.join(held) or 'no finished run'}; it may be "
-            "the folder of a sweep, as tried and chosen of a search are, its results.csv, or a "
-            "folder of run directories"
+            "the folder of a sweep, as tried and chosen of a search are, its results.csv with the "
+            "runs beside it, or a folder of run directories"
         )
     return runs
 
