@@ -129,11 +129,12 @@ def draw_panels(record: Mapping[str, Any], look: Look) -> "Figure":
     positions_axis(cells[0, 0], medians, max((position for position, _ in beside), default=0))
     lowest = min(runs.min() for curves in panels.values() for runs in curves.values())
     fractions_axis(cells[0, 0], min([lowest, *(fraction for _, fraction in beside)]))
+    last = cells.flat[len(panels) - 1]  # so that the legend has all curves before these
     if any(len(runs) > 1 for curves in panels.values() for runs in curves.values()):
         every = {"linewidth": 5, "alpha": 0.3} if record["band"] else {"linewidth": 0.6}
-        cells[0, 0].plot([], [], color="0.4", label="single runs", **every)
+        last.plot([], [], color="0.4", label="single runs", **every)
     if beside:
-        cells[0, 0].plot([], [], color="0.2", label="published", **PUBLISHED)
+        last.plot([], [], color="0.2", label="published", **PUBLISHED)
     close_grid(cells, len(panels), "position", names.metric(record["metric"]))
     add_legend(figure, note=_note(record))
     return figure

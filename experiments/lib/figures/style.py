@@ -212,6 +212,8 @@ def add_legend(
         for axes in figure.axes:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 named.setdefault(label, handle)
+        # Behind what only later panels have drawn.
+        named |= {label: named.pop(label) for label in (TRAINED,) if label in named}
     if not named:
         return
     widest = max(letters(label) for label in named) * LETTER + HANDLE

@@ -132,7 +132,18 @@ def test_one_legend_has_every_label_once():
     assert [axes.get_legend() for axes in figure.axes] == [None, None]
     (legend,) = figure.legends
     said = [text.get_text() for text in legend.get_texts()]
-    assert said == ["$n_h$ = 1", "$n_h$ = 2", "$n_h$ = 3", "length trained", "single runs"]
+    assert said == ["$n_h$ = 1", "$n_h$ = 2", "$n_h$ = 3", "single runs", "length trained"]
+
+
+def test_what_only_later_panels_have_stands_with_the_other_curves():
+    given = record()
+    first, second = given["panels"]
+    kinds = given["panels"][first]
+    given["panels"] = {first: {"n_h = 2": kinds["n_h = 2"]}, second: {"n_h = 3": kinds["n_h = 3"]}}
+    given["published"] = {second: {"n_h = 3": [[4, 0.5]]}}
+    (legend,) = curves.draw_panels(given, Look()).legends
+    said = [text.get_text() for text in legend.get_texts()]
+    assert said == ["$n_h$ = 2", "$n_h$ = 3", "single runs", "published", "length trained"]
 
 
 @pytest.mark.parametrize("width", style.WIDTHS)

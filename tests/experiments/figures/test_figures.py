@@ -97,8 +97,8 @@ def test_published_points_stand_beside_their_curve():
     record = {"panels": panels, "trained": dict.fromkeys(panels, 1), "band": False}
     look = style.Look()
     figure = curves.draw_panels(record | {"metric": "strict.cumulative", "published": found}, look)
-    lines = [x for x in figure.axes[0].lines if x.get_fillstyle() == "none"]
-    hollow, key = lines
+    of_panels = [[x for x in a.lines if x.get_fillstyle() == "none"] for a in figure.axes]
+    ([hollow], [key]) = of_panels
     assert (key.get_label(), len(key.get_xdata())) == ("published", 0)
     assert hollow.get_xydata().tolist() == [[17, 0.5], [55, 0]]
     assert hollow.get_color() == style.series(0)["color"]
