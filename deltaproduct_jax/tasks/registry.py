@@ -65,10 +65,12 @@ def _named(name: str, task: type) -> type:
         check_fields(self)  # before checks of its own, which take the kinds of values for granted
         getattr(task, "__post_init__", lambda self: None)(self)
 
-    own = {"__post_init__": check, "__module__": task.__module__}
-    return dataclasses.make_dataclass(
+    own = {"__post_init__": check}
+    named = dataclasses.make_dataclass(
         task.__name__, [field], bases=(task,), frozen=True, namespace=own
     )
+    named.__module__ = task.__module__  # from Python 3.12 on it is this one's before
+    return named
 
 
 def class_of_task(values: Mapping[str, Any]) -> type:
