@@ -1,6 +1,7 @@
 """Where a run goes on: which checkpoint, and what becomes of records that lost theirs.
 
-Nothing is deleted: what a run does not go on from is renamed, and a line says so.
+Nothing is deleted but what remains of a checkpoint whose removal a kill has cut short: what a run
+does not go on from is renamed, and a line says so.
 """
 
 import contextlib
@@ -8,8 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 
+import orbax.checkpoint as ocp
+
 from deltaproduct_jax.errors import RunDirectoryError
-from deltaproduct_jax.files import in_bucket, is_there, set_aside
+from deltaproduct_jax.files import AnyPath, in_bucket, is_there, set_aside
 from deltaproduct_jax.training.checkpoints import Checkpoints, DamagedCheckpointError, steps_in
 from deltaproduct_jax.training.records import CHECKPOINTS, RunRecords
 from deltaproduct_jax.training.step import TrainState
@@ -45,6 +48,19 @@ def prepare(records: RunRecords, resume_from: int | None, like: TrainState) -> N
     elif not steps and records.saves_due(rows) > 1:
         # A save is begun only after the one before it has reached the disk.
         _begin_again(records, f"{CHECKPOINTS} holds none")
+    if not in_bucket(directory):
+        _end_removals(directory)
+
+
+def _end_removals(directory: AnyPath) -> None:
+    """Removes emptied folders of steps before the newest checkpoint; no other may be a run's."""
+    newest, last = max(steps_in(directory), default=0), ocp.path.atomicity.COMMIT_SUCCESS_FILE
+    before = (path for path in directory.glob("[0-9]*") if path.name.isdecimal())
+    for folder in [path for path in before if int(path.name) < newest]:
+        if folder.is_dir() and {path.name for path in folder.iterdir()} <= {last}:
+            with contextlib.suppress(OSError):  # one that stays does no harm
+                (folder / last).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def _begin_again(records: RunRecords, reason: str) -> None:

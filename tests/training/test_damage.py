@@ -233,6 +233,17 @@ def test_a_damaged_checkpoint_touches_nothing_and_a_flag_goes_on(unfinished, fin
         train(unfinished, resume_from=4)
 
 
+def test_a_removal_that_was_cut_short_is_ended(unfinished):
+    """Of a step before the newest; where anything of a user's is, nothing is removed."""
+    checkpoints = unfinished / "checkpoints"
+    for name in ("5", "8", "9", "14", "notes"):
+        (checkpoints / name).mkdir()
+    (checkpoints / "8" / "commit_success.txt").touch()
+    (checkpoints / "9" / "mine.txt").touch()
+    train(unfinished)
+    assert {path.name for path in checkpoints.iterdir()} == {"4", "12", "9", "14", "notes"}
+
+
 def test_a_run_that_is_not_there_is_not_gone_on_with(tmp_path):
     """And nothing is left in its place, which would be taken for another run's."""
     for step in (1, 400):
