@@ -89,9 +89,12 @@ class Look:
         return (self.width or ("page" if panels > 1 else "column")) == "column"
 
     def grid(self, panels: int, columns: int) -> tuple[int, int]:
-        """Rows and columns for the panels, ``columns`` at most on a page and 2 in a column."""
-        columns = min(panels, 2 if self.is_narrow(panels) else columns)
-        return math.ceil(panels / columns), columns
+        """Rows and columns for the panels, ``columns`` at most on a page and 2 in a column.
+
+        As many rows as these need, filled evenly: four panels for three columns are two by two.
+        """
+        rows = math.ceil(panels / (2 if self.is_narrow(panels) else columns))
+        return rows, math.ceil(panels / rows)
 
     def files(self, path: Path) -> list[Path]:
         """What a figure's path without its ending becomes."""

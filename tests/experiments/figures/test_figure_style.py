@@ -45,6 +45,14 @@ def write(folder, content, name="cumulative"):
     return folder
 
 
+@pytest.mark.parametrize(
+    ("panels", "columns", "lines"), [(1, 3, (1, 1)), (3, 3, (1, 3)), (4, 3, (2, 2)), (9, 4, (3, 3))]
+)
+def test_panels_fill_their_lines_evenly(panels, columns, lines):
+    assert Look(width="page").grid(panels, columns) == lines
+    assert Look(width="column").grid(panels, columns)[1] <= 2
+
+
 def test_every_format_is_written_and_nothing_else(tmp_path, capsys):
     folder = write(tmp_path / "a", record(panels=1))
     redraw.command([f"--workdir={folder}", "--format=pdf,svg,png,pdf"])
