@@ -6,11 +6,18 @@ from types import ModuleType
 from typing import Any
 
 
-class ConfigError(ValueError):
+class _OneLine:
+    """Text of one line, whatever names and words of other programs are in it."""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, map(str.strip, super().__str__().splitlines())))
+
+
+class ConfigError(_OneLine, ValueError):
     """A setting that cannot be honoured; the text names it, what it got and what it may be."""
 
 
-class RunDirectoryError(OSError):
+class RunDirectoryError(_OneLine, OSError):
     """A run directory that cannot be written or read, or holds another run."""
 
 

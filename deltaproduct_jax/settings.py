@@ -228,7 +228,8 @@ def _misfit_of_keys(value: Any, annotation: Any, name: str) -> str | None:
     else:
         hints, needed = dict.fromkeys(value, typing.get_args(annotation)[1]), frozenset()
     for key, hint in hints.items():
-        place = f"{name}.{key}" if name else str(key)
+        said = key if str(key).isprintable() else repr(key)
+        place = f"{name}.{said}" if name else str(said)
         if key in value:
             problem = misfit(value[key], hint, place)
             if problem is not None:

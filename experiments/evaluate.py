@@ -128,7 +128,7 @@ def evaluate(options: EvaluateConfig) -> Mapping[str, Any]:
     except Exception as error:
         if is_ours(error):
             raise
-        why = " ".join(traceback.format_exception_only(error)[-1].split())
+        why = traceback.format_exception_only(error)[-1]
         raise ConfigError(f"tasks={','.join(options.tasks)}: the harness fails: {why}") from error
 
 

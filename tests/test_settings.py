@@ -120,6 +120,7 @@ class Inner(TypedDict):
         ({"length": 3, "score": "a"}, Inner, "x.score='a' must be a finite number or none"),
         ([{"length": 1}, {"length": "2"}], list[Inner], "x[1].length='2' must be a whole number"),
         ({"a": [1, None]}, dict[str, list[int]], "x.a[1]=None must be a whole number"),
+        ({"a\nb": None}, dict[str, int], r"x.'a\nb'=None must be a whole number"),
         ([1], dict[str, int], "x=[1] must be an object of keys and values"),
         # Of a union the kind with parts says more than that it is none of them.
         ({"length": "2"}, Inner | None, "x.length='2' must be a whole number"),
@@ -130,6 +131,13 @@ class Inner(TypedDict):
 )
 def test_the_place_of_what_does_not_fit_is_named(value, annotation, says):
     assert settings.misfit(value, annotation, "x") == says
+
+
+@pytest.mark.parametrize("kind", [ConfigError, errors.RunDirectoryError])
+@pytest.mark.parametrize("text", ["a\nb", " a \r\n\n\t b\n", "a\u2028b", "a\x85b"])
+def test_an_error_is_of_one_line(kind, text):
+    assert str(kind(text)) == "a b"
+    assert str(kind("two  spaces, \ttab")) == "two  spaces, \ttab"
 
 
 def test_values_are_shown_in_one_short_line():

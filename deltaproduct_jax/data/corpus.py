@@ -146,8 +146,7 @@ def _map(path: Path, kind: str) -> np.ndarray:
         mapped = np.load(path, mmap_mode="r")
         size, wanted = path.stat().st_size, mapped.offset + mapped.nbytes
     except Exception as error:  # what a damaged header ends in is NumPy's affair
-        why = " ".join(str(error).split())
-        raise RunDirectoryError(f"{path} cannot be read: {why or repr(error)}") from error
+        raise RunDirectoryError(f"{path} cannot be read: {str(error) or repr(error)}") from error
     if mapped.ndim != 1 or mapped.dtype.kind != kind:
         found = f"{mapped.dtype.name}{list(mapped.shape)}"
         raise RunDirectoryError(f"{path} is damaged: it has {found}")

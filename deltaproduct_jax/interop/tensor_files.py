@@ -93,9 +93,8 @@ class TensorFiles:
             found = {key: facts.file.name for key, facts in self.facts.items()}
             wrong = sorted(key for key in found | named if found.get(key) != named.get(key))
             if wrong:
-                text = " ".join(", ".join(wrong).split())
                 raise RunDirectoryError(
-                    f"{folder / INDEX} does not say where these tensors are: {text}"
+                    f"{folder / INDEX} does not say where these tensors are: {', '.join(wrong)}"
                 )
 
     def _header(self, path: Path) -> Iterator[tuple[str, Facts]]:

@@ -78,8 +78,7 @@ def join(config: DeviceConfig) -> None:
                 initialization_timeout=INITIALIZATION_TIMEOUT_S + GRACE_S,
             )
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{which} does not join any processes: {reason}") from error
+        raise ConfigError(f"{which} does not join any processes: {error}") from error
     if threading.current_thread() is threading.main_thread():
         # JAX has taken SIGTERM, for an agreement of its own (see `Agreement`).
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)

@@ -202,7 +202,7 @@ def _compare(
     }
     said = [f"{what}: {_listed(names)}" for what, names in lists.items() if names]
     if said:
-        text = " ".join("; ".join(said).split())  # a name may be anything
+        text = "; ".join(said)
         raise RunDirectoryError(f"{folder} has other tensors than its config.json; {text}")
 
 

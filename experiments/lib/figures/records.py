@@ -195,7 +195,7 @@ def _each(files: Iterator[Path], failed: Callable[[str], None]) -> Iterator[Path
     try:
         yield from files
     except RunDirectoryError as error:
-        failed(" ".join(str(error).split()))
+        failed(str(error))
 
 
 def _of_record(file: Path, look: Look) -> Iterator[Path]:

@@ -210,8 +210,7 @@ class SubmititLauncher:
         try:
             return self._executor.submit(run_in_job, self._script, folder, self._devices)
         except RuntimeError as error:  # what sbatch says, in several lines
-            why = " ".join(str(error).split())
-            raise ConfigError(f"slurm={self._parameters!r}: a job is refused: {why}") from error
+            raise ConfigError(f"slurm={self._parameters!r}: a job is refused: {error}") from error
 
     def _submitted(self, folder: RunFolder) -> Any | None:
         """The job that some sweep has submitted, if it is queued or runs still."""
