@@ -118,21 +118,21 @@ def check_fields(config: Any) -> None:
         value = getattr(config, field.name)
         problem = misfit(value, hints[field.name], field.name)
         if problem is None:
-            value = _kept(value, hints[field.name])
+            value = kept(value, hints[field.name])
             problem = _outside(value, field.metadata, field.name)
         if problem is not None:
             raise ConfigError(problem)
         object.__setattr__(config, field.name, value)
 
 
-def _kept(value: Any, annotation: Any) -> Any:
-    """A value that fits an annotation, as its very kind."""
+def kept(value: Any, annotation: Any) -> Any:
+    """A value that fits an annotation, as its very kind: a number of NumPy's as Python's."""
     if is_union(annotation):
         fits = [part for part in typing.get_args(annotation) if misfit(value, part, "") is None]
-        return _kept(value, fits[0])
+        return kept(value, fits[0])
     if typing.get_origin(annotation) is tuple:
         item = typing.get_args(annotation)[0]
-        return tuple(_kept(entry, item) for entry in value)
+        return tuple(kept(entry, item) for entry in value)
     if annotation is str:
         return str.__str__(value)  # str() of an enum's member is its name
     return annotation(value) if annotation in (int, float, bool) else value
@@ -166,7 +166,8 @@ def _entry_outside(value: Any, metadata: Mapping[str, Any], name: str) -> str | 
 
 def unheld(name: str, value: float) -> str | None:
     """What is to be said of a number that float32 would hold as 0 or infinity; None of others."""
-    if not value or SMALLEST_FLOAT <= abs(value) <= LARGEST_FLOAT:
+    # One of NumPy's would take the bounds to its own dtype.
+    if not value or SMALLEST_FLOAT <= abs(float(value)) <= LARGEST_FLOAT:
         return None
     return (
         f"{name}={shown(value)} cannot be held in float32; it may be 0 or of a size from "

@@ -17,7 +17,7 @@ import numpy as np
 from deltaproduct_jax.errors import ConfigError, require_at_least, require_one_of
 from deltaproduct_jax.layers.initializers import INITIALIZERS
 from deltaproduct_jax.ops import checks
-from deltaproduct_jax.settings import misfit, unheld
+from deltaproduct_jax.settings import kept, misfit, unheld
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -49,12 +49,15 @@ def checks_arguments(init: Function) -> Function:
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            given = signature.bind(self, *args, **kwargs).arguments
+            bound = signature.bind(self, *args, **kwargs)
         except TypeError:  # a name missing or misspelt, of which Python says more itself
             return init(self, *args, **kwargs)
+        given, hints = bound.arguments, _hints(init)
         values = {n: given[n] for n in given if n in defaults and given[n] is not defaults[n]}
-        _check_values(values, _hints(init), getattr(self, "implementations", ()))
-        init(self, *args, **kwargs)
+        _check_values(values, hints, getattr(self, "implementations", ()))
+        # Products of NumPy's narrow integers, as widths are, would overflow.
+        given.update({n: kept(x, hints[n]) for n, x in values.items() if n in hints})
+        init(*bound.args, **bound.kwargs)
         if "hidden_size" in given:
             self.hidden_size = given["hidden_size"]
 
@@ -125,7 +128,7 @@ def checks_sequences(call: Function) -> Function:
         segment_ids, mask = as_rows(x.shape[:2], segment_ids, mask)
         S = more.get("num_segments")
         if S is not None:
-            checks.check_segments(S, segment_ids)
+            S = more["num_segments"] = checks.check_segments(S, segment_ids)
         if state is not None:
             state = as_state("state", state, self, *(n for n in (x.shape[0], S) if n is not None))
         return call(self, x, state=state, segment_ids=segment_ids, mask=mask, **more)
@@ -197,8 +200,7 @@ def checks_batch_size(init_state: Function) -> Function:
 
     @functools.wraps(init_state)
     def checked(self: Any, batch_size: Any) -> Any:
-        checks.check_size("batch_size", batch_size, 0)
-        return init_state(self, batch_size)
+        return init_state(self, checks.check_size("batch_size", batch_size, 0))
 
     return typing.cast(Function, checked)
 

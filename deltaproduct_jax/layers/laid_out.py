@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -55,9 +56,9 @@ def takes_any_layout(method: Function) -> Function:
         leaves, tree = jax.tree.flatten(shardings)
         kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
         axes = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
-        numbers = tuple((name, x) for name, x in kwargs.items() if isinstance(x, int))
+        numbers = tuple((name, x) for name, x in kwargs.items() if isinstance(x, int | np.integer))
         fixed = (method, graph, axes, tuple(leaves), tree, numbers)
-        arrays = {name: x for name, x in kwargs.items() if not isinstance(x, int)}
+        arrays = {name: x for name, x in kwargs.items() if not isinstance(x, int | np.integer)}
         return _by_the_compiler(fixed, params, args, arrays)
 
     return cast(Function, laid_out)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from deltaproduct_jax.ops.checks import check_size
 from deltaproduct_jax.ops.parts import (
     OwnHeads,
     explicit_axes,
@@ -111,12 +112,13 @@ def select_attention(
         T).
 
     Raises:
-        ValueError: the platform is not known.
+        ValueError: the platform is not known, or a size is none.
     """
     if platform not in PLATFORMS:
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
-    S = T if S is None else S
+    given = {"B": B, "T": T, "H": H, "K": K, "V": V, "S": T if S is None else S}
+    B, T, H, K, V, S = (check_size(name, size, 0) for name, size in given.items())
     own = _own_heads(B, T, S, H)
     if own is not None:
         B, H = own.B, own.H

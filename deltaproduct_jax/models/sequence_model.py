@@ -274,7 +274,7 @@ class SequenceModel(nnx.Module):
         tokens = _as_tokens(tokens, ("B", "T"))
         segment_ids, mask = as_rows(tokens.shape, segment_ids, mask)
         self._check_ids(tokens, mask)
-        checks.check_segments(num_segments, segment_ids)
+        num_segments = checks.check_segments(num_segments, segment_ids)
         rows = (tokens.shape[0], num_segments)
         state = states_of(self, *rows) if state is None else self._as_state(state, *rows)
         mask = jnp.ones(tokens.shape, bool) if mask is None else mask

@@ -131,7 +131,7 @@ def _whole(arguments, options):
     """`delta_product` where no mesh is placed, with one state a row."""
     implementation, use_qk_l2norm = options["implementation"], options["use_qk_l2norm"]
     checks.check_implementation(implementation, AVAILABLE)
-    checks.check_chunk_size(options["chunk_size"], implementation)
+    chunk_size = checks.check_chunk_size(options["chunk_size"], implementation)
     precision = checks.check_precision(options["precision"])
     checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     arrays = checks.as_arrays(**arguments)
@@ -139,8 +139,9 @@ def _whole(arguments, options):
     values = (arrays[name] for name in ("k", "beta", "g"))
     check_op_values(*values, use_qk_l2norm=use_qk_l2norm)
     scale = checks.check_scale(options["scale"], arrays["q"].shape[-1])
+    fixed = {"scale": scale, "precision": precision, "chunk_size": chunk_size}
     return on_each_part(
-        functools.partial(_run, **options | {"scale": scale, "precision": precision}),
+        functools.partial(_run, **options | fixed),
         arrays,
         checks.LAYOUT,
         (checks.LAYOUT["o"], checks.LAYOUT["state"]),
@@ -150,7 +151,7 @@ def _whole(arguments, options):
 
 def _by_segment(tokens, initial_states, segment_ids, num_segments, options):
     """`delta_product` with a state before and after every segment."""
-    checks.check_segments(num_segments, segment_ids)
+    num_segments = checks.check_segments(num_segments, segment_ids)
     if placement() is not None:
         raise ValueError(
             f"num_segments={num_segments} cannot run over a mesh; leave it None there, or give a "

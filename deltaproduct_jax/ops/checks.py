@@ -108,13 +108,14 @@ def check_inputs(
     return sizes
 
 
-def check_segments(num_segments: Any, segment_ids: Any) -> None:
-    """ValueError unless there may be so many segments, and ids say which is which."""
-    check_size("num_segments", num_segments, 1)
+def check_segments(num_segments: Any, segment_ids: Any) -> int:
+    """How many; ValueError unless there may be so many segments, and ids say which is which."""
+    number = check_size("num_segments", num_segments, 1)
     if segment_ids is None:
         raise ValueError(
             f"num_segments={num_segments} needs segment_ids; without them a row is one segment"
         )
+    return number
 
 
 def check_states(
@@ -217,12 +218,16 @@ def check_segment_dtype(dtype: np.dtype, name: str = "segment_ids") -> None:
         )
 
 
-def check_size(name: str, size: Any, minimum: int) -> None:
-    """ValueError unless ``size`` is a whole number of at least ``minimum``; it may be symbolic."""
+def check_size(name: str, size: Any, minimum: int) -> int:
+    """``size`` as a Python int, as those of NumPy's overflow; it may be symbolic, and is then kept.
+
+    ValueError unless it is a whole number of at least ``minimum``.
+    """
     if jax.export.is_symbolic_dim(size):
-        return
+        return size
     if isinstance(size, bool) or not isinstance(size, numbers.Integral) or size < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {size!r}")
+    return int(size)
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -247,10 +252,10 @@ def check_scale(scale: Any, key_width: int) -> float:
     return float(scale)
 
 
-def check_chunk_size(chunk_size: Any, implementation: str | None) -> None:
-    """ValueError unless ``chunk_size`` is None or a positive int that will be used."""
+def check_chunk_size(chunk_size: Any, implementation: str | None) -> int | None:
+    """``chunk_size`` as a Python int; ValueError unless None or a positive int that is used."""
     if chunk_size is None:
-        return
+        return None
     if isinstance(chunk_size, bool) or not isinstance(chunk_size, int | np.integer):
         raise ValueError(
             f"chunk_size must be an int (tokens in a chunk) or None, got {chunk_size!r}"
@@ -262,6 +267,7 @@ def check_chunk_size(chunk_size: Any, implementation: str | None) -> None:
             f"chunk_size={chunk_size} has no meaning for implementation={implementation!r}; "
             "leave it None, or name 'chunked'"
         )
+    return int(chunk_size)
 
 
 def check_implementation(

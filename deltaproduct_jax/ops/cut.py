@@ -70,8 +70,8 @@ def default_chunk_size(
     if platform not in NAMED:
         names = ", ".join(repr(name) for name in NAMED)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
-    for name, size in {"T": T, "R": R, "K": K, "V": V}.items():
-        checks.check_size(name, size, 0 if name == "T" else 1)
+    sizes = {"T": T, "R": R, "K": K, "V": V}
+    T, R, K, V = (checks.check_size(n, x, 0 if n == "T" else 1) for n, x in sizes.items())
     dtype = checks.as_dtype("dtype", dtype)
     platform = platform if platform in ("cpu", "tpu") else "default"
     updates = max(FEWEST_UPDATES, min(max(K, V) // 2, MOST_UPDATES))

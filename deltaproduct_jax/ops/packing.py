@@ -49,9 +49,9 @@ def segment_ids_from_cu_seqlens(
             "cu_seqlens must be integers in one dimension, [0, l_1, l_1 + l_2, ...], got "
             f"{cu_seqlens.dtype.name} of shape {cu_seqlens.shape}"
         )
-    check_size("num_tokens", num_tokens, 0)
+    num_tokens = check_size("num_tokens", num_tokens, 0)
     is_known = not isinstance(cu_seqlens, jax.core.Tracer) and cu_seqlens.is_fully_addressable
-    if is_known and isinstance(num_tokens, int | np.integer):
+    if is_known and isinstance(num_tokens, int):
         _check_bounds(jax.device_get(cu_seqlens), num_tokens)
     if cu_seqlens.dtype.itemsize < 4:  # which may not hold the positions
         cu_seqlens = cu_seqlens.astype(jnp.int32)

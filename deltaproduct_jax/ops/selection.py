@@ -63,10 +63,11 @@ def select_implementation(
       ValueError: an argument may not have that value, or the sizes do not fit each other.
     """
     sizes = {"B": B, "T": T, "R": R, "H": Hv if H is None else H, "Hv": Hv, "K": K, "V": V}
-    _check(platform, sizes)
+    sizes = _checked(platform, sizes)
+    B, T, R, Hv, K, V = (sizes[letter] for letter in ("B", "T", "R", "Hv", "K", "V"))
     checks.check_flag("differentiated", differentiated)
     dtype = checks.as_dtype("dtype", dtype)
-    checks.check_chunk_size(chunk_size, None)
+    chunk_size = checks.check_chunk_size(chunk_size, None)
     precision = checks.check_precision(precision)
     if chunk_size is None and T > 1:
         for name in kernels.KERNELS:
@@ -80,15 +81,18 @@ def select_implementation(
     return "chunked"
 
 
-def _check(platform: str, sizes: Mapping[str, int]) -> None:
+def _checked(platform: str, sizes: Mapping[str, int]) -> dict[str, int]:
     if platform not in PLATFORMS:
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
     # H, where nobody gave it, is Hv, of which the error is then.
-    for name, size in reversed(sizes.items()):
-        checks.check_size(name, size, 0 if name in ("B", "T") else 1)
-    if sizes["Hv"] % sizes["H"]:
-        raise ValueError(f"Hv={sizes['Hv']} must be a multiple of H={sizes['H']}")
+    checked = {
+        name: checks.check_size(name, size, 0 if name in ("B", "T") else 1)
+        for name, size in reversed(sizes.items())
+    }
+    if checked["Hv"] % checked["H"]:
+        raise ValueError(f"Hv={checked['Hv']} must be a multiple of H={checked['H']}")
+    return checked
 
 
 def _kernel_runs(

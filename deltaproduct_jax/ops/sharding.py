@@ -115,7 +115,7 @@ def sharded_delta_product(
     arrays = {name: x for name, x in checks.as_arrays(**given).items() if x is not None}
     checks.check_inputs(arrays)
     checks.check_implementation(implementation, AVAILABLE)
-    checks.check_chunk_size(chunk_size, implementation)
+    chunk_size = checks.check_chunk_size(chunk_size, implementation)
     checks.check_flag("use_qk_l2norm", use_qk_l2norm)
     axes = _check_axes(mesh, batch=batch_axis, head=head_axis, sequence=sequence_axis)
     _check_divisible(mesh, axes, arrays["k"].shape)

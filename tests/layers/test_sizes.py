@@ -218,3 +218,18 @@ def test_a_layer_and_a_cell_whose_states_lie_along_heads(kind):
         assert [x.sharding.spec[0] for x in got[:2]] == ["data", "data"]
         assert got[2][0].sharding.spec[:2] == ("data", "tensor")
     close(got, expected)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_sizes_of_numpy_are_those_of_python(kind):
+    """A width of 16 x 16 is 0 in uint8, without an error."""
+
+    def shapes(number):
+        sizes = {"num_heads": 16, "head_dim": 16, "num_v_heads": 16, "num_householder": 3}
+        sizes = {name: number(size) for name, size in sizes.items()}
+        layer = GatedDeltaProduct(number(8), **sizes, chunk_size=number(100), rngs=nnx.Rngs(0))
+        x, ids = jnp.zeros((2, 4, 8)), jnp.zeros((2, 4), int)
+        states = layer(x, segment_ids=ids, num_segments=number(150))[1]
+        return nnx.state(layer), layer.init_state(number(2)), states
+
+    assert jax.eval_shape(lambda: shapes(kind)) == jax.eval_shape(lambda: shapes(int))

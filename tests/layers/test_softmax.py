@@ -147,6 +147,8 @@ def test_chunks_over_explicit_axes(small):
 )
 def test_the_rule(change, name, cudnn):
     assert select_attention("cuda", **SIZES | change) == name
+    of_numpy = {n: np.int64(x) if isinstance(x, int) else x for n, x in (SIZES | change).items()}
+    assert select_attention("cuda", **of_numpy) == name
     elsewhere = "chunked" if name == "cudnn" else name
     assert {select_attention(x, **SIZES | change) for x in ("cpu", "rocm", "tpu")} == {elsewhere}
 

@@ -3,6 +3,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import Case, cast
 
@@ -110,3 +111,17 @@ def test_default_chunk_size_follows_state_dtype_and_platform():
     assert size("tpu", "bfloat16") == 64
     assert size("tpu", "bfloat16", T=40) == 40
     assert size("default", "bfloat16") == size("cuda", "bfloat16") == 32
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.uint64])
+def test_numbers_of_numpy_are_those_of_python(kind):
+    """Narrow ones overflow in the sums and products that cut a sequence, and against bounds."""
+    arrays = inputs(T=300)
+
+    def program(chunk_size, scale):
+        run = lambda arrays: delta_product(**arrays, chunk_size=chunk_size, scale=scale)
+        return str(jax.make_jaxpr(run)(arrays))
+
+    assert program(kind(100), np.float16(0.5)) == program(100, 0.5)

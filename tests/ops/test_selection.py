@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from deltaproduct_jax import ops
@@ -75,6 +76,23 @@ def test_the_rule_is_the_one_of_the_page(has_kernels, monkeypatch):
         assert got == expected, (platform, differentiated, sizes)
         picked.add(got)
     assert picked == {"chunked", "recurrent"} | (set(kernels.KERNELS) if has_kernels else set())
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_the_rules_take_numbers_of_numpy(kind, monkeypatch):
+    """Products of narrow ones overflow, and none of them is an int, as a size that is known is."""
+    monkeypatch.setattr(kernels, "is_installed", lambda name: True)
+    for name in kernels.KERNELS:
+        monkeypatch.setattr(kernels.load(name), "is_ready", lambda: True)
+    sizes = {"B": 100, "T": 100, "R": 3, "Hv": 64, "K": 64, "V": 127}
+    theirs = {name: kind(size) for name, size in sizes.items()}
+    for platform, differentiated in itertools.product(PLATFORMS, (True, False)):
+        want = select_implementation(platform, **sizes, differentiated=differentiated)
+        assert select_implementation(platform, **theirs, differentiated=differentiated) == want
+    lengths = {name: theirs[name] for name in ("T", "R", "K", "V")}
+    assert type(ops.default_chunk_size("tpu", "bfloat16", **lengths)) is int
+    lengths = {"B": kind(100), "T": kind(100), "C": kind(128), "head_width": 64}
+    assert select_convolution("cuda", op="triton", **lengths) == "triton"
 
 
 def test_kernels_take_what_the_page_says(monkeypatch):

@@ -15,15 +15,16 @@ OPTIONAL = ("negative", "e", "gamma", "initial_state", "segment_ids", "mask")
 IMPLEMENTATIONS: tuple[str, ...] = ("recurrent", "chunked")
 
 
-def check_options(implementation: Any, chunk_size: Any, T: Any) -> None:
-    """ValueError unless both are known and go together, and with the length of the sequence."""
+def check_options(implementation: Any, chunk_size: Any, T: Any) -> dict[str, Any]:
+    """Both, checked; ValueError unless they go together, and with the length of the sequence."""
     if implementation != "recurrent" and not isinstance(T, int):
         raise ValueError(
             f"implementation={implementation!r} cannot run T={T}, a symbolic length; "
             "'recurrent' can, and B may be symbolic everywhere"
         )
     checks.check_implementation(implementation, IMPLEMENTATIONS)
-    checks.check_chunk_size(chunk_size, implementation)
+    chunk_size = checks.check_chunk_size(chunk_size, implementation)
+    return {"implementation": implementation, "chunk_size": chunk_size}
 
 
 def check_arrays(arrays: Mapping[str, tuple[jax.Array | None, str]], one_token: bool) -> None:

@@ -84,7 +84,7 @@ def mlstm(
         ValueError: naming the argument, what it got and what it may be.
     """
     _check(q, k, v, i, log_f, initial_state, "initial_state", segment_ids)
-    check_options(implementation, chunk_size, q.shape[1])
+    options = check_options(implementation, chunk_size, q.shape[1])
     arrays = {"q": q, "k": k, "v": v, "i": i, "log_f": log_f}
     if initial_state is not None:
         arrays |= initial_state._asdict()
@@ -92,7 +92,7 @@ def mlstm(
     keys, gate = ("B", "T", "H", "K"), ("B", "T", "H")
     layouts = {"q": keys, "k": keys, "v": keys, "i": gate, "log_f": gate}
     return on_each_part(
-        functools.partial(_run, implementation=implementation, chunk_size=chunk_size),
+        functools.partial(_run, **options),
         arrays | {"segment_ids": segment_ids},
         layouts | of_state._asdict() | {"segment_ids": ("B", "T")},
         (keys, of_state),

@@ -60,8 +60,7 @@ def run_checked(
     """
     check_together(arrays, layouts, initial_state, segment_ids=segment_ids)
     q = arrays["q"]
-    check_options(implementation, chunk_size, q.shape[1])
-    options = {"implementation": implementation, "chunk_size": chunk_size}
+    options = check_options(implementation, chunk_size, q.shape[1])
     return on_each_part(
         functools.partial(run, scale=check_scale(scale, q.shape[-1]), **options),
         {**arrays, "initial_state": initial_state, "segment_ids": segment_ids},

@@ -90,11 +90,12 @@ def select_convolution(
       "plain", "triton" or "pallas_tpu".
 
     Raises:
-      ValueError: the platform is not known.
+      ValueError: the platform is not known, or a size is none.
     """
     if platform not in PLATFORMS:
         names = ", ".join(repr(name) for name in PLATFORMS)
         raise ValueError(f"platform={platform!r} is not known; it may be one of {names}")
+    B, T, C = (checks.check_size(n, x, 0) for n, x in {"B": B, "T": T, "C": C}.items())
     is_of_platform = op in kernels.KERNELS and kernels.KERNELS[op].platform == platform
     if not is_of_platform or not isinstance(T, int) or T < 2:
         return "plain"
