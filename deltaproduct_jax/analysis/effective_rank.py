@@ -21,25 +21,35 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from deltaproduct_jax.analysis.token_ids import token_ids
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.layers.delta_rule import TokenFactors
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.api import delta_product
-from deltaproduct_jax.ops.precision import L2NORM_EPSILON
+from deltaproduct_jax.ops.checks import as_array, check_floating
+from deltaproduct_jax.ops.precision import L2NORM_EPSILON, accumulator_dtype
+from deltaproduct_jax.settings import require_kind
 
 AT_ONCE = 2**26  # bytes of states whose singular values are taken at once, about
 
 
 def effective_rank(states: Float[Array, "*batch K V"]) -> Float[Array, "*batch"]:
-    """From 1 to min(K, V); 0 of a matrix of zeros. Shares within rounding of 0 count as 0."""
+    """From 1 to min(K, V); 0 of a matrix of zeros, NaN of one that is not finite.
+
+    Shares within rounding of 0 count as 0. In float32 at least.
+    """
+    states = as_array("states", states)
+    check_floating("states", states.dtype)
+    states = states.astype(accumulator_dtype(states.dtype))
     by_lapack = functools.partial(jnp.linalg.svd, compute_uv=False)
     values = jax.lax.platform_dependent(states, cpu=by_lapack, default=_on_host)
     total = jnp.sum(values, axis=-1, keepdims=True)
     shares = values / jnp.where(total > 0, total, 1)
     counted = shares > jnp.finfo(states.dtype).eps
     entropy = -jnp.sum(jnp.where(counted, shares * jnp.log(jnp.where(counted, shares, 1)), 0), -1)
-    return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
+    rank = jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
+    return jnp.where(jnp.isfinite(total[..., 0]), rank, jnp.nan)
 
 
 def _on_host(states: jax.Array) -> jax.Array:
@@ -72,9 +82,11 @@ def ranks_of_model(
             be a multiple.
 
     Raises:
-        ConfigError: no block has Householder factors, or ``every`` does not divide T.
+        ConfigError: no block has Householder factors, ``every`` does not divide T, or ``tokens``
+            are not ids of the model's.
     """
-    ids = jnp.asarray(tokens, jnp.int32)
+    ids = jnp.asarray(token_ids("tokens", tokens, "T", model))
+    require_kind("every", every, int)
     if every < 1 or ids.shape[0] % every:
         raise ConfigError(f"every={every} must divide the number of tokens, {ids.shape[0]}")
     if not any(isinstance(block.attn, GatedDeltaProduct) for block in model.layers):

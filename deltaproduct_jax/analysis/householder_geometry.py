@@ -16,10 +16,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from deltaproduct_jax.analysis.token_ids import token_ids
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import GatedDeltaProduct
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.ops.precision import L2NORM_EPSILON
+from deltaproduct_jax.settings import require_kind
 
 TOLERANCE = 0.1
 
@@ -48,8 +50,10 @@ def factors_of_tokens(
         layer: which block, from 0.
 
     Raises:
-        ConfigError: there is no such layer, or its mixer has no Householder factors.
+        ConfigError: there is no such layer, its mixer has no Householder factors, or ``tokens`` or
+            ``before`` are not ids of the model's.
     """
+    require_kind("layer", layer, int)
     if not 0 <= layer < len(model.layers):
         raise ConfigError(f"layer={layer} is not there; it may be 0 to {len(model.layers) - 1}")
     block = model.layers[layer]
@@ -58,8 +62,11 @@ def factors_of_tokens(
             f"mixer={model.config.mixer!r} has no Householder factors; it may be a delta_net or "
             "delta_product mixer"
         )
-    rows = [[token] if before is None else [before, token] for token in tokens]
-    x = model.embeddings(jnp.asarray(rows, jnp.int32))
+    rows = token_ids("tokens", tokens, "T", model)[:, None]
+    if before is not None:
+        first = token_ids("before", [before], "1", model)
+        rows = np.insert(rows, 0, first, axis=1)
+    x = model.embeddings(jnp.asarray(rows))
     for earlier in list(model.layers)[:layer]:
         x, _ = earlier(x)
     found = block.attn.token_factors(block.attn_norm(x))

@@ -17,9 +17,11 @@ import numpy as np
 import optax
 from flax import nnx
 
+from deltaproduct_jax.analysis.token_ids import token_ids
 from deltaproduct_jax.errors import ConfigError, require_at_least
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.sequence_model import with_room
+from deltaproduct_jax.settings import require_kind
 
 PIECE = 1024
 
@@ -72,15 +74,12 @@ def token_losses(
         ConfigError: an argument is out of range, or an id is none of the model's.
     """
     for name, value in (("batch_size", batch_size), ("piece", piece)):
+        require_kind(name, value, int)
         require_at_least(name, value, 1)
-    if rows.ndim != 2 or len(rows) % batch_size or rows.shape[1] < 2:
+    rows = token_ids("rows", rows, "N T+1", model)
+    if len(rows) % batch_size or rows.shape[1] < 2:
         raise ConfigError(
             f"rows={list(rows.shape)} must be [N, T + 1], N a multiple of batch_size={batch_size}"
-        )
-    if rows.min() < 0 or rows.max() >= model.config.vocab_size:
-        raise ConfigError(
-            f"rows have ids from {rows.min()} to {rows.max()}; the model has those below "
-            f"{model.config.vocab_size}"
         )
     model = with_room(model, rows.shape[1] - 1 + piece)
     graph, params = nnx.split(model)
@@ -93,7 +92,7 @@ def token_losses(
         return state, loss, jnp.argmax(logits, axis=-1) == targets
 
     parts = []
-    for chosen in np.split(rows.astype(np.int32), len(rows) // batch_size):
+    for chosen in np.split(rows, len(rows) // batch_size):
         state, found = model.init_state(batch_size), []
         for inputs, targets in _pieces(chosen, piece):
             state, *outputs = read(params, state, inputs, targets)
@@ -119,6 +118,7 @@ def by_position(losses: Losses, window: int) -> Curves:
         ConfigError: the window is longer than the rows, or does not divide them.
     """
     N, T = losses.loss.shape
+    require_kind("window", window, int)
     if window < 1 or T % window:
         raise ConfigError(f"window={window} must divide the length of rows, {T}")
     of_rows = losses.loss.astype(np.float64).reshape(N, T // window, window).mean(axis=2)

@@ -53,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from deltaproduct_jax.analysis.token_ids import numbers_below, token_ids
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.models import SequenceModel
 
@@ -151,9 +152,10 @@ def reference_means(
         layer: which block, from 0.
 
     Raises:
-        ConfigError: there is no such layer, it has no state of this kind, a class has no state, or
-            all have the same.
+        ConfigError: there is no such layer, it has no state of this kind, a class has no state, all
+            have the same, or words or classes are not as said.
     """
+    words, classes = _checked(model, words, classes, number)
     state = _first_state(model, len(words), layer)
     graph, params = nnx.split(model)
     words_TN = jnp.asarray(np.transpose(words), jnp.int32)
@@ -207,9 +209,12 @@ def read_words(
         layer: which block, from 0; the states of the others stay as they are.
 
     Raises:
-        ConfigError: there is no such layer, or it has no state of this kind.
+        ConfigError: there is no such layer, it has no state of this kind, or words, classes or
+            places are not as said.
     """
     require_accuracy(accuracy)
+    words, classes = _checked(model, words, classes, len(means))
+    _check_places(places, words.shape[1])
     state = _first_state(model, len(words), layer)
     graph, params = nnx.split(model)
     words_TN, classes_TN = (jnp.asarray(np.transpose(x), jnp.int32) for x in (words, classes))
@@ -228,6 +233,29 @@ def read_words(
     _, answers = _read_on(params, state, answers, words_TN, read, len(words_TN), graph=graph)
     of_centre, *used = 1 / np.asarray(margins, np.float64)
     return Reading(np.asarray(answers == classes_TN).T, np.array(used), float(of_centre))
+
+
+def _checked(
+    model: SequenceModel, words: np.ndarray, classes: np.ndarray, number: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Words as int32, and classes; ConfigError unless there are so many of each."""
+    words = token_ids("words", words, "N T", model)
+    if np.shape(classes) != words.shape or words.shape[1] < 2:
+        raise ConfigError(
+            f"words={list(words.shape)} and classes={list(np.shape(classes))} must both be [N, T], "
+            "T at least 2"
+        )
+    classes = np.asarray(classes)
+    numbers_below("classes", classes[:, 1:], "N T-1", number, "there are")
+    return words, classes
+
+
+def _check_places(places: Sequence[int], T: int) -> None:
+    """ConfigError unless they ascend, from the second token to the last at most."""
+    found = np.asarray(places)
+    is_list = found.ndim == 1 and found.size and np.issubdtype(found.dtype, np.integer)
+    if not (is_list and (np.diff(found) > 0).all() and found[0] >= 2 and found[-1] < T):
+        raise ConfigError(f"places={found.tolist()} must ascend, from 2 to {T - 1} at most")
 
 
 def _first_state(model: SequenceModel, N: int, layer: int) -> list:

@@ -1,5 +1,7 @@
 """The effective rank of states, against NumPy's loop over updates."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from interop.golden_models import drawn
 
 from deltaproduct_jax.analysis import effective_rank as analysis
+from deltaproduct_jax.analysis.householder_geometry import factors_of_tokens
 from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers.delta_rule import TokenFactors
 from deltaproduct_jax.models import ModelConfig
@@ -33,6 +36,33 @@ def test_the_rank_of_matrices_one_knows():
     matrices[3, range(2), range(2)] = 3.0, 1.0
     want = [0.0, 1.0, 3.0, np.exp(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))]
     np.testing.assert_allclose(analysis.effective_rank(matrices), want, rtol=1e-5)
+    of_narrow = analysis.effective_rank(jnp.asarray(matrices, jnp.bfloat16))  # which holds these
+    np.testing.assert_allclose(of_narrow, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_has_no_rank(bad):
+    matrices = np.ones((2, 3, 4), np.float32)
+    matrices[1, 2, 1] = bad
+    np.testing.assert_allclose(analysis.effective_rank(matrices), [1.0, np.nan], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"),
+    [
+        ([0, 11], "tokens hold 0 to 11; the model has ids 0 to 10"),
+        ([-1, 3], "tokens hold -1 to 3"),
+        ([0.5, 3], "tokens must be whole numbers [T], one at least, got float64 of shape (2,)"),
+        ([[0, 3]], "got int64 of shape (1, 2)"),
+        ([], "got float64 of shape (0,)"),
+    ],
+)
+def test_ids_that_are_none_are_named(tokens, says):
+    """An embedding of them would be another's, or NaN, without a word."""
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        analysis.ranks_of_model(drawn(CONFIG), tokens)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        factors_of_tokens(drawn(CONFIG), tokens)
 
 
 def test_accelerators_leave_singular_values_to_the_host():

@@ -45,5 +45,11 @@ def test_what_cannot_be_read_is_named():
     model = drawn(CONFIG)
     with pytest.raises(ConfigError, match="N a multiple of batch_size=2"):
         token_losses(model, np.zeros((3, 4), int), batch_size=2)
-    with pytest.raises(ConfigError, match="ids from 0 to 11; the model has those below 11"):
+    with pytest.raises(ConfigError, match="rows hold 0 to 11; the model has ids 0 to 10"):
         token_losses(model, np.array([[0, 11]]))
+    with pytest.raises(ConfigError, match=r"rows must be whole numbers \[N, T\+1\], one at least"):
+        token_losses(model, np.zeros((0, 4), int))
+    with pytest.raises(ConfigError, match=r"got float64 of shape \(1, 4\)"):
+        token_losses(model, np.zeros((1, 4)))
+    with pytest.raises(ConfigError, match=r"piece=2\.5 must be a whole number"):
+        token_losses(model, np.zeros((1, 4), int), piece=2.5)

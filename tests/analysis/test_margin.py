@@ -148,6 +148,15 @@ def test_references_and_layers():
     np.testing.assert_allclose(means, want, atol=1e-5)
     with pytest.raises(ConfigError, match=re.escape("classes [2] of 3 have no state among 4")):
         margin.reference_means(model, words, classes, 3)
+    with pytest.raises(ConfigError, match="classes hold 0 to 1; there are 0 to 0"):
+        margin.reference_means(model, words, classes, 1)
+    with pytest.raises(ConfigError, match="words hold 1 to 7; the model has ids 0 to 6"):
+        margin.reference_means(model, words + np.array([1, 1, 2]), classes, 2)
+    with pytest.raises(ConfigError, match=re.escape("words=[2, 3] and classes=[2, 2] must both")):
+        margin.reference_means(model, words, classes[:, 1:], 2)
+    for places in ([2, 2], [1, 2], [3], [], [2.0]):
+        with pytest.raises(ConfigError, match=re.escape(f"places={places} must ascend, from 2")):
+            margin.read_words(model, words, classes, means, places)
     with pytest.raises(ConfigError, match="all 1 classes have the same mean state"):
         margin.reference_means(model, words, 0 * classes, 1)
     with pytest.raises(ConfigError, match="layer=1 is not there; it may be 0 to 0"):
