@@ -55,7 +55,8 @@ def checked(function: Function) -> Function:
         A function of the same arguments and results; it is jitted.
 
     Raises:
-        ValueError: by what is returned, once it has run: the first value that is out of range.
+        ValueError: by what is returned, once it has run: the first value that is out of range; or
+            where it is called inside a transformation.
     """
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -73,16 +74,27 @@ def checked(function: Function) -> Function:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         leaves, tree = jax.tree.flatten((args, kwargs))
+        _refuse_traced(leaves)
         are = [isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves]
         others = tuple((a, None if a else x) for a, x in zip(are, leaves, strict=True))
         with _checking(True):
             error, result = run((tree, others), [x for a, x in zip(are, leaves, strict=True) if a])
+        _refuse_traced(jax.tree.leaves(error))  # by arrays that the function closes over
         text = error.get()
         if text is not None:
             raise ValueError(text.split(" (`check` failed")[0])
         return result
 
     return call
+
+
+def _refuse_traced(arrays: list[Any]) -> None:
+    """ValueError if JAX is tracing, when arrays have no values."""
+    if any(isinstance(x, jax.core.Tracer) for x in arrays):
+        raise ValueError(
+            "checked looks at values, and there are none inside jit, grad, vmap or another "
+            "checked; put it outermost, as checked(jax.grad(f)) for jax.grad(checked(f))"
+        )
 
 
 def is_checking() -> bool:

@@ -80,6 +80,19 @@ def test_through_transformations():
         mapped(jax.tree.map(lambda x: x[:, None], inputs(g=inputs()["g"].at[1].set(1))))
 
 
+def test_inside_transformations_it_says_where_to_stand():
+    beta = inputs()["beta"]
+    total = lambda beta: jnp.sum(delta_product(**inputs(beta=beta))[0])
+    run = checked(total)
+    for inside in (jax.grad(run), jax.jit(run), checked(run)):
+        with pytest.raises(ValueError, match="put it outermost, as checked"):
+            inside(beta)
+    with pytest.raises(ValueError, match="put it outermost, as checked"):
+        jax.vmap(run)(jnp.stack([beta]))
+    with pytest.raises(ValueError, match="put it outermost, as checked"):
+        jax.jit(lambda beta: checked(lambda: total(beta))())(beta)
+
+
 def test_it_leaves_no_trace():
     """A function that was compiled before is compiled anew with checks, and used without after."""
     op = jax.jit(delta_product)
