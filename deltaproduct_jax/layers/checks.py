@@ -196,11 +196,19 @@ def _returned(
 
 
 def checks_batch_size(init_state: Function) -> Function:
-    """A method ``(batch_size)`` that first checks it."""
+    """A method ``(batch_size)`` that first checks it, and then the rows that it returns."""
 
     @functools.wraps(init_state)
     def checked(self: Any, batch_size: Any) -> Any:
-        return init_state(self, checks.check_size("batch_size", batch_size, 0))
+        rows = checks.check_size("batch_size", batch_size, 0)
+        state = init_state(self, rows)
+        for path, leaf in jax.tree.leaves_with_path(state):
+            if not isinstance(leaf, jax.Array | np.ndarray) or leaf.shape[:1] != (rows,):
+                place = f"{type(self).__name__}.init_state(){jax.tree_util.keystr(path)}"
+                raise ConfigError(
+                    f"{place} must be an array of batch_size={rows} rows, got {_describe(leaf)}"
+                )
+        return state
 
     return typing.cast(Function, checked)
 

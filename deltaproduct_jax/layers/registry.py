@@ -12,7 +12,7 @@ from typing import Any
 
 from deltaproduct_jax.errors import ConfigError, refuse_taken, require_name
 from deltaproduct_jax.layers.mixer import SequenceMixer
-from deltaproduct_jax.settings import require_settings
+from deltaproduct_jax.settings import require_settings, shown
 
 MIXERS: dict[str, "RegisteredMixer"] = {}
 
@@ -118,7 +118,22 @@ def register_mixer(
     for what, function in {"by_block": by_block, "check": check, "idle": idle}.items():
         if not callable(function):
             raise ConfigError(f"{what}={function!r} of mixer {name!r} must be a function")
+    taken = inspect.signature(layer.__init__).parameters.values()
+    takes = {each.name for each in taken} | _keywords(layer).keys()
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in taken)
+    _require_keywords(f"defaults of mixer {name!r}", defaults or {}, _keywords(layer).keys())
+    for what, given in {"fixed": fixed or {}, "by_block(0)": by_block(0)}.items():
+        _require_keywords(f"{what} of mixer {name!r}", given, None if takes_any else takes)
     refuse_taken("mixer", name, layer, MIXERS[name].layer if name in MIXERS else None)
     MIXERS[name] = RegisteredMixer(
         name, layer, state, config, defaults or {}, fixed or {}, by_block, check, idle,
     )  # fmt: skip
+
+
+def _require_keywords(what: str, given: Any, known: Iterable[str] | None) -> None:
+    """ConfigError unless these are values by keyword; of None any keyword will do."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{what} must be values by keyword, got {shown(given)}")
+    strange = [] if known is None else [str(key) for key in given if key not in known]
+    if strange:
+        raise ConfigError(f"{what}: {', '.join(strange)} is no keyword of the layer's constructor")

@@ -3,12 +3,15 @@
 import dataclasses
 import inspect
 import pickle
+import re
 
 import jax
+import jax.numpy as jnp
 import oracle_mixers
 import pytest
 from flax import nnx
 
+from deltaproduct_jax.errors import ConfigError
 from deltaproduct_jax.layers import RWKV7, GatedDeltaProduct
 from deltaproduct_jax.layers.registry import MIXERS, RegisteredMixer, register_mixer
 from deltaproduct_jax.models import ModelConfig
@@ -43,6 +46,38 @@ def test_what_is_missing_is_said(monkeypatch):
     assert "add other(p, x, H, K, V, eps, extended) to tests/oracle" in missing(MIXERS["other"])
     monkeypatch.setattr(oracle_mixers, "other", lambda p, x: x, raising=False)
     assert "must take p, x, H" in missing(MIXERS["other"])
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"defaults": {"expandv": 1.0}}, "defaults of mixer 'other': expandv is no keyword of the"),
+        ({"fixed": {"gated": True, "head_dim": 4}}, "fixed of mixer 'other': gated is no keyword"),
+        ({"fixed": ["head_dim"]}, "fixed of mixer 'other' must be values by keyword, got ['head_d"),
+        ({"by_block": lambda block: {"number": block}}, "by_block(0) of mixer 'other': number is"),
+        ({"by_block": lambda block: None}, "must be values by keyword, got None"),
+    ],
+)
+def test_keywords_that_no_layer_takes_are_refused_at_once(given, says):
+    """A default misspelt would do nothing; of other keywords Python would speak in a block."""
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        register_mixer("other", GatedDeltaProduct, state=MIXERS["delta_net"].state, **given)
+    assert "other" not in MIXERS
+
+
+@pytest.mark.parametrize(
+    ("leaf", "got"),
+    [(0.0, "a float"), (jnp.zeros(()), "float32[]"), (jnp.zeros((16, 3)), "float32[16, 3]")],
+)
+def test_states_that_are_no_rows_are_named(leaf, got):
+    class Odd(GatedDeltaProduct):
+        def init_state(self, batch_size):
+            return super().init_state(batch_size)._replace(recurrent=leaf)
+
+    layer = nnx.eval_shape(lambda: Odd(8, num_heads=2, head_dim=4, rngs=nnx.Rngs(0)))
+    says = f"Odd.init_state().recurrent must be an array of batch_size=2 rows, got {got}"
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        layer.init_state(2)
 
 
 @pytest.mark.parametrize("name", MIXERS)
