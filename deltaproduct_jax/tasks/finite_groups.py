@@ -44,13 +44,18 @@ def finite_group(name: str) -> FiniteGroup:
     Raises:
         ConfigError: the name is not of this form, or the group is too large for a table.
     """
+    group = functools.reduce(_direct_product, (_build(kind, n) for kind, n in parts_of(name)))
+    group.table.setflags(write=False)
+    return group
+
+
+def parts_of(name: str) -> list[tuple[str, int]]:
+    """The factors of a direct product: S, A, Z or D, and n. ConfigError as `finite_group`."""
     parts = [_parse(part, name) for part in name.split("_x_")]
     order = int(np.prod([_order(kind, n) for kind, n in parts], dtype=object))
     if order > MAX_ORDER:
         raise ConfigError(f"group={name!r} has too many elements; it may have up to {MAX_ORDER}")
-    group = functools.reduce(_direct_product, (_build(kind, n) for kind, n in parts))
-    group.table.setflags(write=False)
-    return group
+    return parts
 
 
 def _parse(part: str, name: str) -> tuple[str, int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from deltaproduct_jax.errors import require_one_of
 from deltaproduct_jax.theory.construction import Construction
 from deltaproduct_jax.theory.layered import by_blocks, two_layers
 from deltaproduct_jax.theory.one_layer import group_in_one_layer, permutation_reset
@@ -54,5 +55,6 @@ CATALOGUE: dict[str, Callable[[str], Construction]] = {
 
 
 def construct(name: str) -> Construction:
-    """The construction of that name in the catalogue."""
+    """The construction of that name in the catalogue; ConfigError where there is none."""
+    require_one_of("name", name, CATALOGUE)
     return CATALOGUE[name](name)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from deltaproduct_jax.errors import require_at_least
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory.clock import make_clock
 from deltaproduct_jax.theory.construction import Construction
@@ -94,7 +95,11 @@ def by_blocks(
         group: Sn or An.
         num_householder: factors for every token, the paper's n_h.
         letters: elements that are read; None for all.
+
+    Raises:
+        ConfigError: the group is no other, a letter is no element, or there is no factor.
     """
+    require_at_least("num_householder", num_householder, 1)
     matrices, start, copies, letters, pads = represented(group, "permutations", letters)
     task, d, R = GroupTask(group=group), matrices.shape[-1], num_householder
     L, m = len(letters), block_length(d - 1, R)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from deltaproduct_jax.errors import ConfigError
+from deltaproduct_jax.errors import ConfigError, require_one_of
+from deltaproduct_jax.settings import shown
 from deltaproduct_jax.tasks.finite_groups import finite_group
 from deltaproduct_jax.tasks.groups import GroupTask
 from deltaproduct_jax.theory.construction import Construction
@@ -39,7 +40,11 @@ def representation(group: str, kind: str) -> tuple[np.ndarray, np.ndarray, int]:
     Args:
         group: Sn or An for "permutations", Zm or Dm for "plane", S4 or A5 for "solid".
         kind: see ``group``.
+
+    Raises:
+        ConfigError: there is no such kind, or the group has none of it.
     """
+    require_one_of("kind", kind, ("permutations", "plane", "solid"))
     if kind == "permutations":
         matrices = permutation_matrices(group)
         return matrices, np.arange(float(matrices.shape[-1])), 2
@@ -60,9 +65,13 @@ def represented(
         group: see `representation`.
         kind: see `representation`.
         letters: elements that are read; None for all.
+
+    Raises:
+        ConfigError: as `representation`, or the letters are no elements.
     """
     matrices, start, copies = representation(group, kind)
     letters = np.arange(len(matrices)) if letters is None else np.asarray(letters)
+    _require_numbers("letters", letters, 1, len(matrices))
     pads = completion(int(copies * start @ start)) if kind == "permutations" else []
     return matrices, start, copies, letters, pads
 
@@ -154,10 +163,13 @@ def permutation_reset(
         accepting: states in which the word is in the language.
 
     Raises:
-        ConfigError: a letter neither permutes nor resets.
+        ConfigError: a letter neither permutes nor resets, or a number is no state.
     """
     table = np.asarray(step)
+    _require_numbers("step", table, 2, len(table))
     S, L = table.shape
+    if len(accepting):
+        _require_numbers("accepting", np.asarray(accepting), 1, S)
     permuting, resets = _permuting_and_resets(table)
     states, bos, heads = np.eye(S), max(L, 2), slice(0, S)
     pads = completion(2)
@@ -193,6 +205,16 @@ def permutation_reset(
         answer_to_bos=int(answers[0]),
         ideal=np.stack([-signs, signs], axis=1),
     )
+
+
+def _require_numbers(name: str, given: np.ndarray, dimensions: int, limit: int) -> None:
+    """ConfigError unless these are whole numbers from 0 and below ``limit``, one at least."""
+    is_whole = given.ndim == dimensions and given.size and np.issubdtype(given.dtype, np.integer)
+    if not (is_whole and given.min() >= 0 and given.max() < limit):
+        raise ConfigError(
+            f"{name}={shown(given.tolist())} must be whole numbers from 0 to {limit - 1} in "
+            f"{dimensions} dimension{'s' if dimensions > 1 else ''}, one at least"
+        )
 
 
 def _permuting_and_resets(table: np.ndarray) -> tuple[list[int], dict[int, int]]:

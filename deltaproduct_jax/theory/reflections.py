@@ -33,8 +33,10 @@ def reflections(matrix: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: the matrix is not orthogonal.
     """
+    matrix = np.asarray(matrix)
     K = len(matrix)
-    if matrix.shape != (K, K) or np.abs(matrix @ matrix.T - np.eye(K)).max() > TOLERANCE:
+    # What is not a number is not within any tolerance.
+    if matrix.shape != (K, K) or not np.abs(matrix @ matrix.T - np.eye(K)).max() <= TOLERANCE:
         raise ValueError(f"matrix={matrix.tolist()} must be orthogonal")
     rest, keys = matrix, []
     # A reflection that takes x to M x leaves all fixed that M fixes, and then M x as well.

@@ -5,12 +5,11 @@ Float64 NumPy. Dimension key: ``G`` elements, ``K`` width of the representation.
 """
 
 import itertools
-import re
 
 import numpy as np
 
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.tasks.finite_groups import finite_group
+from deltaproduct_jax.tasks.finite_groups import finite_group, parts_of
 
 GOLDEN = (1 + 5**0.5) / 2
 
@@ -37,27 +36,39 @@ SOLIDS = {
 }
 
 
+def _kind_of(group: str, kinds: str, otherwise: str) -> tuple[str, int]:
+    """The letter and the number of a group; ConfigError unless the letter is one of ``kinds``."""
+    parts = parts_of(group)
+    if len(parts) > 1 or parts[0][0] not in kinds:
+        raise ConfigError(f"group={group!r} {otherwise}")
+    return parts[0]
+
+
 def permutation_matrices(group: str) -> np.ndarray:
     """``[n!, n, n]`` with ``P e_i = e_p(i)`` for ``group`` Sn, ``[n!/2, n, n]`` for An.
 
     Raises:
-        ConfigError: the group is no Sn or An.
+        ConfigError: the group is no Sn or An, or too large for a table.
     """
-    match = re.fullmatch(r"([SA])(\d+)", group)
-    if match is None:
-        raise ConfigError(f"group={group!r} has no permutation matrices; it may be Sn or An")
-    n = int(match[2])
+    kind, n = _kind_of(group, "SA", "has no permutation matrices; it may be Sn or An")
     perms = np.array(list(itertools.permutations(range(n))))
     matrices = np.eye(n)[perms].swapaxes(1, 2)
-    return matrices if match[1] == "S" else matrices[np.linalg.det(matrices) > 0]
+    return matrices if kind == "S" else matrices[np.linalg.det(matrices) > 0]
 
 
 def subgroup_matrices(group: str, p: int) -> np.ndarray:
     """``[G, n, n]``: how conjugation permutes the n subgroups of the prime order ``p``.
 
     S5 has six of order 5, on which it acts as PGL(2, 5) on the projective line.
+
+    Raises:
+        ConfigError: the group is not known, or ``p`` is no prime that divides its order.
     """
     table = finite_group(group).table
+    if p < 2 or any(p % smaller == 0 for smaller in range(2, p)) or len(table) % p:
+        raise ConfigError(
+            f"p={p} must be a prime that divides the order of group={group!r}, {len(table)}"
+        )
     every = np.arange(len(table))
     powers = [np.zeros_like(every)]  # element 0 is the identity
     for _ in range(p):
@@ -80,14 +91,11 @@ def plane_matrices(group: str) -> np.ndarray:
     """``[G, 2, 2]``, the rotations and reflections of the plane that are Zm or Dm.
 
     Raises:
-        ConfigError: the group is no Zm or Dm.
+        ConfigError: the group is no Zm or Dm, or too large for a table.
     """
-    match = re.fullmatch(r"([ZD])(\d+)", group)
-    if match is None:
-        raise ConfigError(f"group={group!r} does not act on the plane; it may be Zm or Dm")
-    m = int(match[2])
+    kind, m = _kind_of(group, "ZD", "does not act on the plane; it may be Zm or Dm")
     turns = np.array([plane_rotation(2 * np.pi * i / m) for i in range(m)])
-    if match[1] == "Z":
+    if kind == "Z":
         return turns
     return np.concatenate([turns, turns @ np.diag([1.0, -1.0])])
 

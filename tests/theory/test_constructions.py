@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,18 @@ def test_too_few_factors_and_wrong_groups():
         reps.solid_matrices("S5")
     with pytest.raises(ConfigError, match=r"letter 1 takes the states to \[0, 0, 1\]"):
         permutation_reset("no", [[1, 0], [2, 0], [0, 1]], [0])
+    with pytest.raises(ConfigError, match=r"name='S3' is not known; it may be one of \['perm"):
+        construct("S3")
+    with pytest.raises(ConfigError, match=r"kind='cube' is not known; it may be one of \['perm"):
+        group_in_one_layer("no", "S4", "cube", 3)
+    for letters in ([0, 6], [-1], [0.5], []):
+        with pytest.raises(ConfigError, match=r"letters=\[.*must be whole numbers from 0 to 5"):
+            by_blocks("no", "S3", 2, letters)
+    with pytest.raises(ConfigError, match="num_householder=0 is too small"):
+        by_blocks("no", "S3", 0)
+    for step, accepting in (([[0, 2], [1, 0]], [0]), ([[0], [1]], [2]), ([[0.0]], [0]), ([], [])):
+        with pytest.raises(ConfigError, match=r"must be whole numbers from 0 to -?\d in \d dim"):
+            permutation_reset("no", step, accepting)
     made = dataclasses.replace(construct("permutations_S3"), params={"layers.7.x": np.zeros(1)})
     with pytest.raises(AssertionError, match="no such parameters"):
         made.model()
@@ -175,6 +188,22 @@ def test_matrices_multiply_like_the_group(group, matrices):
         reps.numbered(np.add.outer(range(4), range(4)) % 4, reps.plane_matrices("D2"))
 
 
+@pytest.mark.parametrize(
+    ("matrices", "group", "says"),
+    [
+        (reps.permutation_matrices, "S0", "is not known; it may be one of Sn (n >= 2)"),
+        (reps.permutation_matrices, "S12", "has too many elements; it may have up to 5040"),
+        (reps.permutation_matrices, "S3_x_Z2", "has no permutation matrices; it may be Sn or An"),
+        (reps.plane_matrices, "D0", "is not known; it may be one of Sn (n >= 2)"),
+        (lambda group: reps.subgroup_matrices(group, 4), "S5", "p=4 must be a prime that divides"),
+        (lambda group: reps.subgroup_matrices(group, 7), "S5", "the order of group='S5', 120"),
+    ],
+)
+def test_groups_without_such_matrices_are_named(matrices, group, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        matrices(group)
+
+
 def test_reflections_are_as_few_as_can_be():
     rng = np.random.default_rng(0)
     for moved in (0, 1, 2, 5):
@@ -190,6 +219,9 @@ def test_reflections_are_as_few_as_can_be():
         assert beta.tolist() == [2.0] * needed + [0.0] * (6 - needed)
     with pytest.raises(ValueError, match="must be orthogonal"):
         refl.reflections(2 * np.eye(2))
+    with pytest.raises(ValueError, match="must be orthogonal"):
+        refl.reflections(np.full((2, 2), np.nan))
+    assert refl.reflections([[0.0, 1.0], [1.0, 0.0]]).shape == (1, 2)
 
 
 def test_completions_reach_powers_of_4():
