@@ -192,7 +192,7 @@ def test_matrices_multiply_like_the_group(group, matrices):
     ("matrices", "group", "says"),
     [
         (reps.permutation_matrices, "S0", "is not known; it may be one of Sn (n >= 2)"),
-        (reps.permutation_matrices, "S12", "has too many elements; it may have up to 5040"),
+        (reps.permutation_matrices, "S8", "has too many elements; it may have up to 5040"),
         (reps.permutation_matrices, "S3_x_Z2", "has no permutation matrices; it may be Sn or An"),
         (reps.plane_matrices, "D0", "is not known; it may be one of Sn (n >= 2)"),
         (lambda group: reps.subgroup_matrices(group, 4), "S5", "p=4 must be a prime that divides"),
