@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from deltaproduct_jax.errors import ConfigError, require_one_of
 from deltaproduct_jax.layers.checks import check_width, checks_arguments
 from deltaproduct_jax.layers.padding import along_rows
+from deltaproduct_jax.ops.checks import as_array
 from deltaproduct_jax.ops.convolution.dispatch import POINT, short_convolution
 from deltaproduct_jax.ops.convolution.plain import Form, beside, identity
 from deltaproduct_jax.ops.convolution.selection import PLAIN, Choice
@@ -95,14 +96,25 @@ class ShortConv(nnx.Module):
             unit_width: divide every so many channels by their length; None: do not.
             choice: what computes it, see ``ops/convolution``.
 
+        Raises:
+            ValueError: ``u`` or ``state`` has another shape.
+
         Returns:
             The convolution, in the dtype of ``u``, and the last ``conv_size - 1`` inputs of the
             row's last segment, zero where that segment is shorter.
         """
         if math.prod(jnp.shape(u)[2:]) != self.channels:
             check_width("u", u, self.channels)
+        if u.ndim < 3:
+            raise ValueError(f"u must have dimensions [B, T, *channels], got shape {u.shape}")
         B, _, *channels = u.shape
         tail = self.conv_size - 1
+        state = as_array("state", state)
+        if state.shape != (B, tail, self.channels):  # of which a reshape would take some
+            raise ValueError(
+                f"state must have shape {(B, tail, self.channels)}, as init_state makes it, got "
+                f"{state.shape}"
+            )
         before = state.astype(u.dtype).reshape(B, tail, *channels)
         weight = self.weight[...].astype(accumulator_dtype(u.dtype)).reshape(-1, *channels)
         past = None if run is None else along_rows_of(run, jnp.zeros((B, tail), run.dtype))

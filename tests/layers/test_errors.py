@@ -276,6 +276,15 @@ def test_widths_of_other_layers():
     given = {"activation": "relu", "kernel_init": init, "rngs": nnx.Rngs(0)}
     refused("activation='relu' is not known", ShortConv, D, kind=ConfigError, **given)
     refused("u must have a last axis of size 8", conv, x[..., :1], conv.init_state(B, x.dtype))
+    refused("u must have dimensions [B, T, *channels], got shape (2, 8)", conv, x[:, 0], x)
+    for state in (jnp.zeros((B, D, 2)), jnp.zeros((B, 3, D))):
+        refused(
+            f"state must have shape (2, 2, 8), as init_state makes it, got {state.shape}",
+            conv,
+            x,
+            state,
+        )
+    refused("state must be a JAX or NumPy array, got NoneType", conv, x, None)
     cell = shape_of(DeltaProductCell, D, num_heads=2, head_dim=4)
     for shape in ((3, 7), (), 3, None, "ab", {2: 8}, np.array([2, 8])):
         text = f"input_shape={shape!r} must be a shape that ends in in_features=8"
