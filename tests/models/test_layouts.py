@@ -129,6 +129,20 @@ def test_states_that_lie_along_heads(mixer):
     close(got, run(params, state, x))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_number_of_numpy_is_none_of_the_arrays_that_are_laid_out():
+    graph, params = make(ALL[0])
+    laid, (ids, segments, _) = over_two_axes(graph, nnx.to_pure_dict(params))
+
+    def read(number):
+        run = lambda params: nnx.merge(graph, params).forward(
+            ids, segment_ids=segments, num_segments=number
+        )
+        return jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(run, laid))
+
+    assert read(np.int64(3)) == read(3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", [ALL[0], "transformer"])
 def test_features_over_explicit_axes(mixer):
