@@ -37,7 +37,7 @@ import numpy as np
 
 from deltaproduct_jax.analysis import margin
 from deltaproduct_jax.errors import ConfigError
-from deltaproduct_jax.files import AnyPath, any_path, given_by, read_json, user_path
+from deltaproduct_jax.files import any_path, given_by, read_json, user_path
 from deltaproduct_jax.models import SequenceModel
 from deltaproduct_jax.models.config import DTYPES
 from deltaproduct_jax.settings import check_fields, seed_setting, setting
@@ -47,7 +47,7 @@ from experiments.lib import flags
 from experiments.lib.bench.report import begun, markdown, shown, write_report
 from experiments.lib.figures.margin import draw_margin
 from experiments.lib.figures.style import SECTION, Look
-from experiments.lib.group_runs import load_group_run
+from experiments.lib.group_runs import load_group_run, require_answers, run_name
 from experiments.lib.theory.geometry import ONE_LAYER
 
 FARTHEST = 10**9  # a law that ends later is taken for one that does not
@@ -145,8 +145,7 @@ def look_at(
             f"fit_length={fit_length} of {name} must be at least 8 and at most "
             f"length={options.length}"
         )
-    if not task.answers_every_token:
-        raise ConfigError(f"{name} answers late (repeat_elements, merge_elements); both must be 1")
+    require_answers(name, task)
     reference_to = fit_length // 4
     if options.words * reference_to < ENOUGH * task.num_elements:
         print(
@@ -222,7 +221,7 @@ def read_all(options: MarginConfig) -> list[dict[str, Any]]:
         directory = any_path(run, "runs")
         model, config, _ = load_group_run("runs", directory)
         fit_length = options.fit_length or config.task.train_length
-        found = look_at(_name_of(directory), model, config.task, fit_length, options)
+        found = look_at(run_name(directory), model, config.task, fit_length, options)
         of_run = {"trained": config.task.train_length, "seed": config.train.seed}
         models.append(of_run | found)
     for name in options.constructions:
@@ -233,11 +232,6 @@ def read_all(options: MarginConfig) -> list[dict[str, Any]]:
             found = look_at(f"{name}, {dtype}", model, task, fit_length, options)
             models.append({"trained": None, "seed": None, **found})
     return models
-
-
-def _name_of(run: AnyPath) -> str:
-    """A run's folder, or that of the sweep which it is one of."""
-    return run.parent.parent.name if run.parent.name == "runs" and "=" in run.name else run.name
 
 
 def put_together(options: MarginConfig) -> list[dict[str, Any]]:

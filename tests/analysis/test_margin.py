@@ -21,6 +21,7 @@ from deltaproduct_jax.theory import construct
 from experiments import state_tracking
 from experiments.analysis import margin as script
 from experiments.lib import flags
+from experiments.lib.group_runs import run_name
 
 CENTRE = 1.2
 PLACES = np.array([20, 50, 100, 200])
@@ -183,8 +184,8 @@ def test_positions():
 
 
 def test_runs_of_a_sweep_have_its_name():
-    assert script._name_of(Path("sweep/runs/seed=1")) == "sweep"
-    assert script._name_of(Path("runs/s3")) == "s3"
+    assert run_name(Path("sweep/runs/seed=1")) == "sweep"
+    assert run_name(Path("runs/s3")) == "s3"
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ FLAGS = {
     ("analysis.length_extrapolation", "runs"): [],
     ("analysis.margin", "runs"): [],
     ("analysis.margin", "rows_from"): [],
+    ("analysis.quotients", "runs"): [],
     ("analysis.theory_geometry", "runs"): ["--constructions="],
     ("convert", "source"): [],
     ("figures", "source"): [],
