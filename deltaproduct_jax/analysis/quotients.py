@@ -1,19 +1,19 @@
 """What a model knows of a group: its answers up to normal subgroups, that is, in its quotients.
 
-The cosets of a normal subgroup N of G multiply as the elements do, so that a model may follow in
-which of them the product is and know nothing finer: it follows the quotient G/N. Guessing evenly
-among the elements of the right coset it is right on 1 in ``|N|`` answers, at a loss of ``ln |N|``
-nats each, so that losses stand at these levels while a model knows a part of its group. A simple
-group, as A5, has none between ``ln |G|`` and 0.
+The cosets of a normal subgroup N of G multiply as elements do. So a model may follow in which coset
+the product is and know nothing finer: it follows the quotient G/N. Guessing evenly among the
+elements of that coset it is right on 1 of ``|N|`` answers, at a loss of ``ln |N|`` nats each, and
+losses stand at these levels. A simple group, as A5, has none between ``ln |G|`` and 0.
 
-Where in one layer of n_h factors each letter is a matrix ``A`` with ``I - A`` of rank n_h at most,
-a head follows an orthogonal representation of G only if every letter that is drawn moves no more
-than n_h dimensions. Of one factor, with all elements as letters, these are identities and
-reflections in one and the same direction: signs. So n_h = 1 knows G up to the least normal subgroup
-whose quotient is a product of Z2, whatever the number of heads.
+What can be followed at every length? In one layer of n_h factors a letter multiplies states by A of
+which ``I - A`` has a rank of n_h at most. So a head whose states keep apart follows a
+representation of G in which no letter moves more than n_h dimensions. With n_h = 1 and all elements
+as letters each is the identity or a reflection, all in one direction: a sign. Together heads know
+the signs, which is G modulo the least normal subgroup whose quotient is a product of Z2. Up to some
+length more may be known: nearly all of short words, or sums, taken modulo n where they are read.
 
-That quotients are followed before the group was seen in this project; quotients themselves are
-standard. The task is that of https://arxiv.org/abs/2502.10297.
+That quotients are followed was seen in this project; quotient groups are standard. The task is that
+of https://arxiv.org/abs/2502.10297.
 
 Dimension key: ``G`` elements of the group, ``N`` words, ``T`` tokens.
 """

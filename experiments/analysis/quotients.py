@@ -18,9 +18,9 @@ and its loss is ``ln |N|``; ``deltaproduct_jax/analysis/quotients.py`` has more 
 for the runs that differ in the seed alone, median and single runs.
 
 Source: this project, on the task of https://arxiv.org/abs/2502.10297.
-Expect: with n_h = 1 signs and nothing finer, at any length; with n_h = 2 anything between that and
-    the group; experiments/results/state_tracking/quotients/ has both.
-Takes: seconds a model on a CPU, a minute for those of the preset paper, after the runs.
+Expect: with n_h = 1 signs and nothing finer, but for short words; with n_h = 2 all from that to the
+    group; experiments/results/state_tracking/quotients/ has both.
+Takes: seconds a model on a CPU, half a minute for those of the preset paper, after the runs.
 """
 
 import dataclasses
@@ -152,7 +152,8 @@ def panels(found: Sequence[tuple[dict, Curves]]) -> dict[str, Any]:
     """What `draw_panels` draws: runs that differ in the seed alone are in one panel."""
     entries = [entry for entry, _ in found]
     keys = ["group", *(key for key in APART if len({entry[key] for entry in entries}) > 1)]
-    curves, trained = {}, {}
+    trained: dict[str, int] = {}
+    curves: dict[str, dict[str, list[np.ndarray]]] = {}
     for entry, of_entry in found:
         title = label(keys, tuple(str(entry[key]) for key in keys))
         trained[title] = entry["train_length"]
